@@ -1,0 +1,132 @@
+"""A small local model answers what it is sure of; a large model, told what the small one thinks, answers the rest.
+
+Names are loaded when they are first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from langchain_datashunt._version import __version__
+
+if TYPE_CHECKING:
+    from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, MaxProbability
+    from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
+    from langchain_datashunt.policies import (
+        AlwaysLarge,
+        AlwaysSmall,
+        PerLabelThreshold,
+        Policy,
+        Threshold,
+    )
+    from langchain_datashunt.predictions import (
+        Latency,
+        Prediction,
+        PredictionBatch,
+        ShuntDecision,
+        ShuntResult,
+    )
+    from langchain_datashunt.pruning import (
+        ConformalPrompt,
+        HardPrompt,
+        NoHint,
+        Pruning,
+        SoftPrompt,
+        TopHint,
+        measure_proficiency,
+    )
+    from langchain_datashunt.retries import Retry
+    from langchain_datashunt.router_chain import ConfidenceRouterChain
+    from langchain_datashunt.shunt import ShuntRunnable
+    from langchain_datashunt.small_models import (
+        BundledSmallModel,
+        EmbeddingClassifier,
+        LSTMClassifier,
+        PredictProbaClassifier,
+        SmallModel,
+        TextCNN,
+        TrainingSettings,
+        TransformersClassifier,
+        load_small_model,
+    )
+
+_WHERE = {
+    "confidence": ("ConfidenceScore", "Entropy", "Margin", "MaxProbability"),
+    "exceptions": ("ShuntError", "UnparsableAnswer"),
+    "policies": ("AlwaysLarge", "AlwaysSmall", "PerLabelThreshold", "Policy", "Threshold"),
+    "predictions": ("Latency", "Prediction", "PredictionBatch", "ShuntDecision", "ShuntResult"),
+    "pruning": (
+        "ConformalPrompt",
+        "HardPrompt",
+        "NoHint",
+        "Pruning",
+        "SoftPrompt",
+        "TopHint",
+        "measure_proficiency",
+    ),
+    "retries": ("Retry",),
+    "router_chain": ("ConfidenceRouterChain",),
+    "shunt": ("ShuntRunnable",),
+    "small_models": (
+        "BundledSmallModel",
+        "EmbeddingClassifier",
+        "LSTMClassifier",
+        "PredictProbaClassifier",
+        "SmallModel",
+        "TextCNN",
+        "TrainingSettings",
+        "TransformersClassifier",
+        "load_small_model",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "AlwaysLarge",
+    "AlwaysSmall",
+    "BundledSmallModel",
+    "ConfidenceRouterChain",
+    "ConfidenceScore",
+    "ConformalPrompt",
+    "EmbeddingClassifier",
+    "Entropy",
+    "HardPrompt",
+    "LSTMClassifier",
+    "Latency",
+    "Margin",
+    "MaxProbability",
+    "NoHint",
+    "PerLabelThreshold",
+    "Policy",
+    "PredictProbaClassifier",
+    "Prediction",
+    "PredictionBatch",
+    "Pruning",
+    "Retry",
+    "ShuntDecision",
+    "ShuntError",
+    "ShuntResult",
+    "ShuntRunnable",
+    "SmallModel",
+    "SoftPrompt",
+    "TextCNN",
+    "Threshold",
+    "TopHint",
+    "TrainingSettings",
+    "TransformersClassifier",
+    "UnparsableAnswer",
+    "__version__",
+    "load_small_model",
+    "measure_proficiency",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

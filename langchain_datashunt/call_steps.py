@@ -1,0 +1,277 @@
+"""The steps of a shunted call, written once for sync and async: predict, decide, ask, conclude."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
+
+from langchain_datashunt.effects import Effect, Steps
+from langchain_datashunt.exceptions import ConfigurationError, InputError
+from langchain_datashunt.inputs import mapping_of
+from langchain_datashunt.large_calls import LargeCaller
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import FloatArray, Latency, ShuntDecision, ShuntResult
+from langchain_datashunt.pricing import cost_usd
+from langchain_datashunt.pruning import Pruning
+from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, failed_outcome, outcome_of
+from langchain_datashunt.small_models.base import Outcome, SmallModel
+from langchain_datashunt.tracing import Runs
+
+_TAGS = ("shunt:small", "shunt:learnable")
+_LARGE = "shunt:large"
+_SMALL_OUTPUT = "shunt:small_output"
+
+
+@dataclass(frozen=True)
+class CallSteps:
+    """What a shunt is made of, as far as a call needs it. See `ShuntRunnable` for what each part means."""
+
+    stages: tuple[Runnable[Any, Any], ...]
+    caller: LargeCaller
+    policy: Policy
+    policy_in_words: str
+    pruning: Pruning | None
+    labels: Sequence[str] | None
+    descriptions: Mapping[str, str]
+    small_output: Runnable[Any, Any] | None
+    falls_back: bool
+    return_decision: bool
+    input_key: str
+    threshold_id: str
+
+    # Whole calls
+
+    def one(self, value: Any, runs: Runs, kwargs: dict[str, Any]) -> Steps[Any]:
+        """Route one input; its output, or an error raised."""
+        plan, seconds = yield from self.plan_one(value, runs)
+        if plan.keeps(0):
+            output = (yield from self.conclude_kept(plan, [0], runs, seconds))[0]
+        else:
+            output = yield from self.answer(value, 0, plan, runs, seconds, kwargs)
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    def many(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
+        """Route `n` inputs with one small and one grouped large call; outputs, errors among them."""
+        plan, seconds = yield from self.plan(values, runs)
+        kept, rows = np.flatnonzero(plan.kept).tolist(), plan.deferred.tolist()
+        outputs: list[Any] = [None] * len(values)
+        for i, output in zip(kept, (yield from self.conclude_kept(plan, kept, runs, seconds)), strict=True):
+            outputs[i] = output
+        if rows:
+            yield from runs.note(rows, plan.decision)
+            asked = self.large_inputs([values[i] for i in rows], rows, plan)
+            handlers, config = self._large_configs(rows, plan, runs)
+            started = time.perf_counter()
+            answers = yield from self.caller.group(asked, config, kwargs)
+            latency = Latency(seconds, time.perf_counter() - started)
+            for i, answer, handler in zip(rows, answers, handlers, strict=True):
+                outputs[i] = yield from self.conclude(plan, i, answer, runs, latency, handler)
+        return outputs
+
+    def answer(
+        self, value: Any, i: int, plan: AnyPlan, runs: Runs, seconds: float, kwargs: dict[str, Any]
+    ) -> Steps[Any]:
+        """Ask the large model about one deferred input; its output, or its error as a value."""
+        asked, config, handler = yield from self.prepare(value, i, plan, runs)
+        started = time.perf_counter()
+        answer = asked if isinstance(asked, Exception) else (yield self.caller.one(asked, config, kwargs))
+        latency = Latency(seconds, time.perf_counter() - started)
+        return (yield from self.conclude(plan, i, answer, runs, latency, handler))
+
+    # Predict and decide
+
+    def plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[Plan, float]]:
+        """Ask the small models, each about what is left; where everything goes, and the seconds that took."""
+        started = time.perf_counter()
+        thresholds = self._thresholds(runs)
+        plan, rows = Plan.blank(len(values), self.policy_in_words), np.arange(len(values))
+        for stage, model in enumerate(self.stages):
+            given = values if len(rows) == len(values) else [values[i] for i in rows.tolist()]
+            try:
+                outcome = yield self._predict(model, given, rows.tolist(), _TAGS[stage], runs)
+            except Exception as error:
+                outcome = failed_outcome(len(rows), error)
+            plan.absorb(outcome, rows, self.policy, thresholds)
+            rows = plan.deferred
+            if not rows.size:
+                break
+        return plan, time.perf_counter() - started
+
+    def plan_one(self, value: Any, runs: Runs) -> Steps[tuple[PlanOfOne, float]]:
+        """As `plan`, for one input."""
+        started = time.perf_counter()
+        thresholds = self._thresholds(runs)
+        threshold = None if thresholds is None else float(thresholds[0])
+        plan = PlanOfOne(self.policy_in_words)
+        for stage, model in enumerate(self.stages):
+            try:
+                answer = yield self._predict_one(model, value, _TAGS[stage], runs)
+            except Exception as error:
+                answer = error
+            plan.absorb(stage, answer, self.policy, threshold)
+            if plan.keeps(0):
+                break
+        return plan, time.perf_counter() - started
+
+    def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Effect:
+        config = runs.child(0, tag)
+        return Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config))
+
+    def _predict(
+        self, model: Runnable[Any, Any], values: Sequence[Any], rows: list[int], tag: str, runs: Runs
+    ) -> Effect:
+        """One small-model call: vectorised without objects where no run is to be seen, as a Runnable otherwise."""
+        if isinstance(model, SmallModel) and not runs.traced:
+            return Effect(
+                partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values)
+            )
+
+        def batch() -> Outcome:
+            return outcome_of(model.batch(list(values), runs.children(rows, tag), return_exceptions=True))
+
+        async def abatch() -> Outcome:
+            return outcome_of(await model.abatch(list(values), runs.children(rows, tag), return_exceptions=True))
+
+        return Effect(batch, abatch)
+
+    def _thresholds(self, runs: Runs) -> FloatArray | None:
+        """The thresholds given with the calls, shape `[n]`, NaN for none; None where no call gives one."""
+        if runs.shared is not None and self.threshold_id not in runs.shared.get("configurable", {}):
+            return None
+        given = [runs.config(i).get("configurable", {}).get(self.threshold_id) for i in range(runs.n)]
+        if all(value is None for value in given):
+            return None
+        for value in given:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+            if value is not None and not number:
+                raise ConfigurationError(
+                    f"configurable[{self.threshold_id!r}] is {value!r}; give a number, for example 0.9."
+                )
+        return np.array([np.nan if value is None else float(value) for value in given])
+
+    # Ask
+
+    def prepare(
+        self, value: Any, i: int, plan: AnyPlan, runs: Runs
+    ) -> Steps[tuple[Any, RunnableConfig, UsageMetadataCallbackHandler | None]]:
+        """What one deferred input's large call needs: the input (or an error), the config, the usage handler."""
+        yield from runs.note([i], plan.decision)
+        handler = self._usage_handler()
+        told = plan.decision(i) if runs.traced else None
+        config = runs.child(i, _LARGE, decision=told, handler=handler)
+        return self.large_inputs([value], [i], plan)[0], config, handler
+
+    def large_inputs(self, values: Sequence[Any], rows: list[int], plan: AnyPlan) -> list[Any]:
+        """What the large model gets for deferred rows; an error of ours where an input cannot be laid out."""
+        if self.pruning is None:
+            return list(values)
+        variables = plan.prompt_variables(self.pruning, rows, self.labels, self.descriptions)
+        prepared: list[Any] = []
+        for value, more in zip(values, variables, strict=True):
+            try:
+                prepared.append({**mapping_of(value, self.input_key), **more})
+            except InputError as error:
+                prepared.append(error)
+        return prepared
+
+    def _large_configs(
+        self, rows: list[int], plan: Plan, runs: Runs
+    ) -> tuple[list[UsageMetadataCallbackHandler | None], RunnableConfig | list[RunnableConfig]]:
+        handlers = [self._usage_handler() for _ in rows]
+        limit = self.caller.limiter.bound(runs.max_concurrency())
+        if not runs.traced and runs.shared is not None and not self.return_decision:
+            return handlers, runs.child(0, _LARGE, max_concurrency=limit)
+        told = plan.decision if runs.traced else lambda _: None
+        configs = [
+            runs.child(i, _LARGE, decision=told(i), handler=handler, max_concurrency=limit)
+            for i, handler in zip(rows, handlers, strict=True)
+        ]
+        return handlers, configs
+
+    def _usage_handler(self) -> UsageMetadataCallbackHandler | None:
+        return UsageMetadataCallbackHandler() if self.return_decision else None
+
+    # Conclude
+
+    def conclude_kept(self, plan: AnyPlan, rows: list[int], runs: Runs, seconds: float) -> Steps[list[Any]]:
+        """The outputs of rows that the small models keep."""
+        if not rows:
+            return []
+        yield from runs.note(rows, plan.decision)
+        outputs = yield from self._small_outputs(plan, rows, runs)
+        if not self.return_decision:
+            return outputs
+        latency = Latency(seconds)
+        return [
+            self._result(plan.decision(i), output, runs.record_id(i), latency, None)
+            for i, output in zip(rows, outputs, strict=True)
+        ]
+
+    def conclude(
+        self,
+        plan: AnyPlan,
+        i: int,
+        answer: Any,
+        runs: Runs,
+        latency: Latency,
+        handler: UsageMetadataCallbackHandler | None,
+    ) -> Steps[Any]:
+        """The output of a deferred row; an exception where the large model failed and nothing replaces it."""
+        failed = answer if isinstance(answer, Exception) else None
+        decision: ShuntDecision | None = None
+        if failed is not None:
+            if not self.falls_back or not plan.has_prediction(i):
+                return failed
+            decision = plan.decision(i, failed, fell_back=True)
+            yield from runs.note([i], lambda _: plan.decision(i, failed, fell_back=True))
+            answer = (yield from self._small_outputs(plan, [i], runs))[0]
+        if not self.return_decision:
+            return answer
+        return self._result(decision or plan.decision(i), answer, runs.record_id(i), latency, handler)
+
+    def chunk(self, chunk: Any, plan: AnyPlan) -> Any:
+        """A large model's chunk as the shunt yields it."""
+        if not self.return_decision:
+            return chunk
+        inner = chunk if isinstance(chunk, ShuntResult) else None
+        return ShuntResult(chunk if inner is None else inner.output, plan.decision(0), cost_usd=None, inner=inner)
+
+    def _small_outputs(self, plan: AnyPlan, rows: list[int], runs: Runs) -> Steps[list[Any]]:
+        if self.small_output is None:
+            return plan.labels_of_kept(rows)
+        predictions = plan.predictions(rows)
+        config = runs.children(rows, _SMALL_OUTPUT)
+        outputs: list[Any] = yield Effect(
+            partial(self.small_output.batch, predictions, config, return_exceptions=True),
+            partial(self.small_output.abatch, predictions, config, return_exceptions=True),
+        )
+        return outputs
+
+    def _result(
+        self,
+        decision: ShuntDecision,
+        output: Any,
+        record_id: str,
+        latency: Latency,
+        handler: UsageMetadataCallbackHandler | None,
+    ) -> Any:
+        if isinstance(output, Exception):
+            return output
+        inner = output if isinstance(output, ShuntResult) else None
+        usage = {} if handler is None else dict(handler.usage_metadata)
+        cost: float | None = 0.0
+        if handler is not None:
+            cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
+        return ShuntResult(
+            output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner
+        )

@@ -1,0 +1,74 @@
+"""Scores of how sure a prediction is; whether that is sure enough is the policies' affair."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from langchain_datashunt.configured import Strategy
+from langchain_datashunt.predictions import FloatArray, Prediction, PredictionBatch
+
+
+class ConfidenceScore(Strategy):
+    """Turns predictions into one number each; the larger, the surer."""
+
+    @abstractmethod
+    def __call__(self, batch: PredictionBatch) -> FloatArray:
+        """Score a batch, shape `[n]`."""
+
+    def of_one(self, prediction: Prediction) -> float:
+        """Score one prediction, as for a batch of one; may be quicker."""
+        return float(self(PredictionBatch.stack([prediction]))[0])
+
+    @abstractmethod
+    def bounds(self, n_labels: int | None) -> tuple[float, float]:
+        """The lowest and the highest value that the score can take for a number of labels (None: unknown)."""
+
+
+class MaxProbability(ConfidenceScore):
+    """The probability of the most probable label (Data Shunt, eq. 1): in `[1/k, 1]`."""
+
+    def __call__(self, batch: PredictionBatch) -> FloatArray:
+        """Score a batch, shape `[n]`."""
+        return batch.confidence
+
+    def of_one(self, prediction: Prediction) -> float:
+        """The confidence that the prediction carries."""
+        return prediction.confidence
+
+    def bounds(self, n_labels: int | None) -> tuple[float, float]:
+        """From the uniform distribution to certainty."""
+        return (1.0 / n_labels if n_labels else 0.0, 1.0)
+
+
+class Margin(ConfidenceScore):
+    """The most probable label's probability less that of the second: in `[0, 1]`."""
+
+    def __call__(self, batch: PredictionBatch) -> FloatArray:
+        """Score a batch, shape `[n]`."""
+        if batch.probabilities.shape[1] < 2:
+            return batch.confidence
+        top_two = np.partition(batch.probabilities, -2, axis=1)[:, -2:]
+        return np.asarray(top_two[:, 1] - top_two[:, 0])
+
+    def bounds(self, n_labels: int | None) -> tuple[float, float]:
+        """From a tie to certainty."""
+        return (0.0, 1.0)
+
+
+class Entropy(ConfidenceScore):
+    """One less the entropy in units of its maximum, `1 - H(p) / log k`: 0 for uniform, 1 for certain."""
+
+    def __call__(self, batch: PredictionBatch) -> FloatArray:
+        """Score a batch, shape `[n]`."""
+        k = batch.probabilities.shape[1]
+        if k < 2:
+            return np.ones(len(batch))
+        p = batch.probabilities
+        entropy = -(p * np.log(np.where(p > 0.0, p, 1.0))).sum(axis=1)
+        return np.asarray(np.clip(1.0 - entropy / np.log(k), 0.0, 1.0))
+
+    def bounds(self, n_labels: int | None) -> tuple[float, float]:
+        """From uniform to certain."""
+        return (0.0, 1.0)

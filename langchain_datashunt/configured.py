@@ -1,0 +1,55 @@
+"""The base of everything that a user configures: serialisable, strict, and with errors of our own type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.load.serializable import Serializable
+from pydantic import ConfigDict, ValidationError
+
+from langchain_datashunt.exceptions import ConfigurationError
+
+
+class Configured(Serializable):
+    """A pydantic object that LangChain can serialise, that refuses unknown settings, and names what is wrong."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigurationError: A setting is unknown, missing, of a wrong type or out of range.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigurationError(_in_words(type(self).__name__, error)) from error
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """True: LangChain's `dumps` and `loads` keep it."""
+        return True
+
+
+class Strategy(Configured):
+    """A small immutable object with one idea: a policy, a score, a pruning strategy."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def __str__(self) -> str:
+        return repr(self)
+
+
+def _in_words(owner: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "settings"
+        seen = "" if problem["type"] == "missing" else f" (given: {_short(problem.get('input'))})"
+        lines.append(f"{where}: {problem['msg']}{seen}")
+    return f"{owner} cannot be made so: " + "; ".join(lines) + "."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,54 @@
+"""Steps written once for sync and async: a generator yields effects, a driver carries them out.
+
+Logic that only decides stays free of `await`; each thing that touches the world is an `Effect` with both forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+
+class Effect(NamedTuple):
+    """One thing to be done, in its sync and its async form."""
+
+    sync: Callable[[], Any]
+    asynchronous: Callable[[], Awaitable[Any]]
+
+
+Steps: TypeAlias = Generator[Effect, Any, T]
+"""A computation that yields effects, is sent their results, and returns a T."""
+
+
+def run(steps: Steps[T]) -> T:
+    """Carry steps out in this thread."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                result = effect.sync()
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as finished:
+        value: T = finished.value
+        return value
+
+
+async def arun(steps: Steps[T]) -> T:
+    """Carry steps out in this event loop."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                result = await effect.asynchronous()
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as finished:
+        value: T = finished.value
+        return value

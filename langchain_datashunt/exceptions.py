@@ -1,0 +1,118 @@
+"""Every error and warning of this package; nothing here computes.
+
+* ShuntError
+  * ConfigurationError         the parts do not fit together, or a setting is out of range
+    * MissingExtraError        an optional dependency is not installed (also an ImportError)
+  * InputError                 one input of a call cannot be read as what the model needs
+  * PredictionError            a small model gave something that is no prediction
+  * UnparsableAnswer           a large model's answer is none of the labels
+  * DataError                  a data file, a column or a training set is not usable
+  * BundleError                a saved small model cannot be loaded
+    * BundleTruncatedError     files are missing, cut short or changed
+    * BundleTooNewError        written by a newer format than this version reads
+    * BundleMismatchError      its labels, its weights and its encoder disagree
+  * ReplayError                recorded answers cannot be replayed
+
+* ShuntWarning
+  * ThresholdWarning           a threshold that can never, or always, fire
+  * TruncationWarning          inputs were cut to the model's maximal length
+  * PruningWarning             a prompt strategy had to fall back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ShuntError(Exception):
+    """Base of all errors that this package raises itself."""
+
+
+class ConfigurationError(ShuntError):
+    """The parts do not fit together, or a setting is out of its range."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """An optional dependency is missing; the message names the pip command."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"The package {package!r} is needed here and is not installed. "
+            f"Install it with: pip install 'langchain-datashunt[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class InputError(ShuntError):
+    """One input of a call cannot be read as what the model needs."""
+
+
+class PredictionError(ShuntError):
+    """A small model gave something that is no prediction (NaN, wrong shape, not a distribution)."""
+
+
+class UnparsableAnswer(ShuntError):  # noqa: N818
+    """A large model's answer is none of the labels.
+
+    Attributes:
+        raw: The answer's text as the model gave it.
+        labels: The labels that would have been accepted.
+        attempts: How many times the model was asked.
+    """
+
+    def __init__(self, raw: str, labels: Sequence[str], attempts: int = 1) -> None:
+        super().__init__(raw, tuple(labels), attempts)
+        self.raw = raw
+        self.labels = tuple(labels)
+        self.attempts = attempts
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.labels[:5]) + (", ..." if len(self.labels) > 5 else "")
+        answer = self.raw if len(self.raw) <= 200 else self.raw[:200] + "..."
+        times = "once" if self.attempts == 1 else f"{self.attempts} times"
+        return (
+            f"The large model's answer {answer!r} is none of the {len(self.labels)} labels ({shown}); "
+            f"it was asked {times}. Add an alias for this wording, raise `max_reasks`, or set "
+            f"on_large_error='small' to use the small model's answer instead."
+        )
+
+
+class DataError(ShuntError):
+    """A data file, a column or a training set is not usable."""
+
+
+class BundleError(ShuntError):
+    """A saved small model cannot be loaded."""
+
+
+class BundleTruncatedError(BundleError):
+    """Files of the bundle are missing, cut short or changed since it was saved."""
+
+
+class BundleTooNewError(BundleError):
+    """The bundle was written in a newer format than this version reads."""
+
+
+class BundleMismatchError(BundleError):
+    """The labels, the weights and the encoder of the bundle disagree."""
+
+
+class ReplayError(ShuntError):
+    """Recorded answers cannot be replayed."""
+
+
+class ShuntWarning(UserWarning):
+    """Base of all warnings that this package gives."""
+
+
+class ThresholdWarning(ShuntWarning):
+    """A threshold that can never, or always, fire."""
+
+
+class TruncationWarning(ShuntWarning):
+    """Inputs were cut to the model's maximal length."""
+
+
+class PruningWarning(ShuntWarning):
+    """A prompt strategy had to fall back to something safer."""

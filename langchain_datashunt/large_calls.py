@@ -1,0 +1,132 @@
+"""Asking the large model: one input or one group, with retries and a bound on parallel calls; why it is asked is not known here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import get_executor_for_config
+
+from langchain_datashunt.effects import Effect, Steps
+from langchain_datashunt.retries import CallLimiter, Retry, is_retryable
+
+END: Any = object()
+"""What an opened stream's first chunk is where there is none."""
+
+
+class LargeCaller:
+    """One large model with its retries and its bound. Errors are values here; the caller decides what they mean."""
+
+    def __init__(self, large: Runnable[Any, Any], retry: Retry, limiter: CallLimiter) -> None:
+        self.large = large
+        self.retry = retry
+        self.limiter = limiter
+
+    def one(
+        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None = None
+    ) -> Effect:
+        """Ask about one input; the output, or the last attempt's error. `failed` is a first attempt's error."""
+        return Effect(
+            partial(self._one, asked, config, kwargs, failed), partial(self._aone, asked, config, kwargs, failed)
+        )
+
+    def _one(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
+        def ask() -> Any:
+            with self.limiter.slot():
+                return self.large.invoke(asked, config, **kwargs)
+
+        try:
+            return self.retry.call(ask, failed)
+        except Exception as error:
+            return error
+
+    async def _aone(
+        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None
+    ) -> Any:
+        async def ask() -> Any:
+            async with self.limiter.aslot():
+                return await self.large.ainvoke(asked, config, **kwargs)
+
+        try:
+            return await self.retry.acall(ask, failed)
+        except Exception as error:
+            return error
+
+    def group(
+        self, asked: Sequence[Any], config: RunnableConfig | list[RunnableConfig], kwargs: dict[str, Any]
+    ) -> Steps[list[Any]]:
+        """One grouped call; what failed and may succeed is then retried item by item, beside the others.
+
+        Args:
+            asked: `n` inputs; one that is an exception already stays as it is.
+            config: One for all, or one each.
+            kwargs: Passed on.
+        """
+        results = list(asked)
+        ready = [j for j, value in enumerate(asked) if not isinstance(value, Exception)]
+        if not ready:
+            return results
+        each = [config] * len(results) if isinstance(config, dict) else config
+        given = config if isinstance(config, dict) else [each[j] for j in ready]
+        call = partial(self._batch, [asked[j] for j in ready], given, kwargs)
+        found = yield Effect(call, partial(self._abatch, *call.args))
+        for j, value in zip(ready, found, strict=True):
+            results[j] = value
+        again = [j for j in ready if self._worth_retrying(results[j])]
+        if again:
+            effects = [self.one(asked[j], each[j], kwargs, failed=results[j]) for j in again]
+            retried = yield Effect(partial(_in_threads, effects, each[0]), partial(_gathered, effects))
+            for j, value in zip(again, retried, strict=True):
+                results[j] = value
+        return results
+
+    def _batch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
+        try:
+            return self.large.batch(asked, config, return_exceptions=True, **kwargs)
+        except Exception as error:
+            return [error] * len(asked)
+
+    async def _abatch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
+        try:
+            return await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
+        except Exception as error:
+            return [error] * len(asked)
+
+    def _worth_retrying(self, result: Any) -> bool:
+        return isinstance(result, Exception) and self.retry.attempts > 1 and is_retryable(result)
+
+    def open(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, Iterator[Any]]:
+        """Start a stream and wait for its first chunk, with retries: nothing has been shown until then."""
+
+        def begin() -> tuple[Any, Iterator[Any]]:
+            if isinstance(asked, Exception):
+                raise asked
+            chunks = iter(self.large.stream(asked, config, **kwargs))
+            return next(chunks, END), chunks
+
+        return self.retry.call(begin)
+
+    async def aopen(
+        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]
+    ) -> tuple[Any, AsyncIterator[Any]]:
+        """As `open`."""
+
+        async def begin() -> tuple[Any, AsyncIterator[Any]]:
+            if isinstance(asked, Exception):
+                raise asked
+            chunks = aiter(self.large.astream(asked, config, **kwargs))
+            return await anext(chunks, END), chunks
+
+        return await self.retry.acall(begin)
+
+
+def _in_threads(effects: Sequence[Effect], config: RunnableConfig) -> list[Any]:
+    with get_executor_for_config(config) as executor:
+        return list(executor.map(lambda effect: effect.sync(), effects))
+
+
+async def _gathered(effects: Sequence[Effect]) -> list[Any]:
+    return list(await asyncio.gather(*(effect.asynchronous() for effect in effects)))

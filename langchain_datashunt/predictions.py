@@ -1,0 +1,346 @@
+"""The words that all other rooms speak: a prediction, a decision, a result. No routing happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+from langchain_core.messages.ai import UsageMetadata
+from numpy.typing import NDArray
+
+from langchain_datashunt.exceptions import PredictionError
+
+FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+IntArray: TypeAlias = NDArray[np.intp]
+
+Route: TypeAlias = Literal["small", "learnable", "large"]
+"""Who answered: the specific small model, the learnable small model, or the large model."""
+
+Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error"]
+"""Why: sure enough; not sure enough; the small model failed; the large model failed."""
+
+_SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What a small model thinks of one input.
+
+    Attributes:
+        label: The most probable label.
+        confidence: Probability of `label`, in [0, 1].
+        probabilities: Probabilities over all `labels`, shape `[k]`, summing to 1.
+        labels: The label set, in the order of `probabilities`.
+        logits: Scores before the softmax, shape `[k]`, where the model has them.
+        model_id: Name of the model that predicted.
+        truncated: Whether the input was cut to the model's maximal length.
+    """
+
+    label: str
+    confidence: float
+    probabilities: FloatArray
+    labels: tuple[str, ...]
+    logits: FloatArray | None = None
+    model_id: str = ""
+    truncated: bool = False
+
+    @classmethod
+    def of(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
+        """Make a prediction from a mapping of label to probability, as a plain function would return it.
+
+        Raises:
+            PredictionError: The values are no distribution.
+        """
+        return PredictionBatch.of(
+            tuple(probabilities), [list(probabilities.values())], model_id=model_id
+        )[0]
+
+    def probability(self, label: str) -> float:
+        """Probability of one label, 0.0 for a label that this model does not know."""
+        return float(self.probabilities[self.labels.index(label)]) if label in self.labels else 0.0
+
+    def top(self, n: int) -> list[tuple[str, float]]:
+        """The `n` most probable labels with their probabilities, best first."""
+        order = np.argsort(-self.probabilities, kind="stable")[:n]
+        return [(self.labels[i], float(self.probabilities[i])) for i in order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form: label, confidence, probabilities by label, model id, truncated."""
+        return {
+            "label": self.label,
+            "confidence": self.confidence,
+            "probabilities": dict(zip(self.labels, self.probabilities.tolist(), strict=True)),
+            "model_id": self.model_id,
+            "truncated": self.truncated,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Prediction):
+            return NotImplemented
+        return (self.labels, self.model_id, self.truncated) == (
+            other.labels,
+            other.model_id,
+            other.truncated,
+        ) and np.array_equal(self.probabilities, other.probabilities)
+
+    def __hash__(self) -> int:
+        return hash((self.label, self.confidence, self.model_id))
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionBatch(Sequence[Prediction]):
+    """The predictions for `n` inputs as arrays; single `Prediction` objects are made when asked for.
+
+    Attributes:
+        labels: The label set, `k` names.
+        probabilities: Shape `[n, k]`, each row a distribution.
+        logits: Shape `[n, k]`, where the model has them.
+        model_id: Name of the model that predicted.
+        truncated: Shape `[n]`, which inputs were cut; None for none.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: FloatArray
+    logits: FloatArray | None = None
+    model_id: str = ""
+    truncated: BoolArray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        labels: Sequence[str],
+        probabilities: Any,
+        *,
+        logits: Any = None,
+        model_id: str = "",
+        truncated: Any = None,
+    ) -> PredictionBatch:
+        """Make a checked batch from anything array-like.
+
+        Raises:
+            PredictionError: The shape is not `[n, k]`, or a row is no distribution. The message names the row.
+        """
+        batch = cls(
+            tuple(labels),
+            np.asarray(probabilities, dtype=np.float64),
+            None if logits is None else np.asarray(logits, dtype=np.float64),
+            model_id,
+            None if truncated is None else np.asarray(truncated, dtype=np.bool_),
+        )
+        batch.check_shape()
+        if (bad := np.flatnonzero(~batch.sound)).size:
+            raise PredictionError(batch.complaint(int(bad[0])))
+        return batch
+
+    @classmethod
+    def stack(cls, predictions: Iterable[Prediction]) -> PredictionBatch:
+        """Join single predictions over one label set.
+
+        Raises:
+            PredictionError: There are none, or their label sets differ.
+        """
+        items = list(predictions)
+        if not items:
+            raise PredictionError("There is no prediction to stack; give at least one.")
+        first = items[0]
+        if len(items) > 1 and any(
+            item.labels is not first.labels and item.labels != first.labels for item in items
+        ):
+            raise PredictionError(
+                "The predictions of one batch have different label sets. "
+                "Use one small model a batch, or one over the union of the labels."
+            )
+        probabilities = np.stack([item.probabilities for item in items]).astype(np.float64, copy=False)
+        logits = [item.logits for item in items if item.logits is not None]
+        truncated = np.array([item.truncated for item in items], dtype=np.bool_)
+        return cls(
+            first.labels,
+            probabilities,
+            np.stack(logits) if len(logits) == len(items) else None,
+            first.model_id,
+            truncated if truncated.any() else None,
+        )
+
+    def check_shape(self) -> None:
+        """Raise a `PredictionError` unless the arrays fit each other and the labels."""
+        if self.probabilities.ndim != 2 or self.probabilities.shape[1] != len(self.labels):
+            msg = (
+                f"The small model {self.model_id or 'without a name'!r} gave probabilities of shape "
+                f"{list(self.probabilities.shape)} for {len(self.labels)} labels; [n, {len(self.labels)}] "
+                f"is needed. Check that its label list belongs to its weights."
+            )
+            raise PredictionError(msg)
+
+    @cached_property
+    def sound(self) -> BoolArray:
+        """Which rows are distributions (finite, not negative, summing to 1), shape `[n]`."""
+        rows = self.probabilities
+        with np.errstate(invalid="ignore"):
+            proper = (rows >= 0.0).all(axis=1) & (np.abs(rows.sum(axis=1) - 1.0) <= _SUM_TOLERANCE)
+        return np.asarray(proper & np.isfinite(rows).all(axis=1), dtype=np.bool_)
+
+    def complaint(self, row: int) -> str:
+        """What is wrong with a row that is not sound, in words."""
+        values = np.array2string(self.probabilities[row][:5], precision=4, separator=", ")
+        return (
+            f"Row {row} of {len(self)} from the small model {self.model_id or 'without a name'!r} is not a "
+            f"distribution: {values}... sums to {float(self.probabilities[row].sum())}. Check the input and "
+            f"the model's weights for NaN and overflow (a lower precision can cause both)."
+        )
+
+    @cached_property
+    def best(self) -> IntArray:
+        """Index of the most probable label of each row, shape `[n]`."""
+        return np.asarray(self.probabilities.argmax(axis=1))
+
+    @cached_property
+    def confidence(self) -> FloatArray:
+        """Probability of the most probable label of each row, shape `[n]`."""
+        return np.asarray(self.probabilities.max(axis=1))
+
+    def label_names(self) -> list[str]:
+        """The most probable label of each row, by name."""
+        return [self.labels[i] for i in self.best.tolist()]
+
+    def take(self, rows: Any) -> PredictionBatch:
+        """The batch of some rows only, by index or mask."""
+        return PredictionBatch(
+            self.labels,
+            self.probabilities[rows],
+            None if self.logits is None else self.logits[rows],
+            self.model_id,
+            None if self.truncated is None else self.truncated[rows],
+        )
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> PredictionBatch: ...
+    def __getitem__(self, index: int | slice) -> Prediction | PredictionBatch:
+        if isinstance(index, slice):
+            return self.take(index)
+        return Prediction(
+            self.labels[self.best[index]],
+            float(self.confidence[index]),
+            self.probabilities[index],
+            self.labels,
+            None if self.logits is None else self.logits[index],
+            self.model_id,
+            False if self.truncated is None else bool(self.truncated[index]),
+        )
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class ShuntDecision:
+    """Where one input went, and why.
+
+    Attributes:
+        route: Who answered.
+        reason: Why.
+        prediction: What the deciding small model thought; None if it failed.
+        score: The confidence score that was compared, None where there was none.
+        threshold: What it was compared with, None for policies without one.
+        policy: The policy in words.
+        error: The failure that changed the route, in words; None for none.
+    """
+
+    route: Route
+    reason: Reason
+    prediction: Prediction | None = None
+    score: float | None = None
+    threshold: float | None = None
+    policy: str = ""
+    error: str | None = None
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Flat, JSON-ready values for traces: never the input, never all probabilities."""
+        return {
+            "shunt_route": self.route,
+            "shunt_reason": self.reason,
+            "shunt_label": None if self.prediction is None else self.prediction.label,
+            "shunt_confidence": None if self.prediction is None else self.prediction.confidence,
+            "shunt_score": self.score,
+            "shunt_threshold": self.threshold,
+            "shunt_policy": self.policy,
+            "shunt_model": None if self.prediction is None else self.prediction.model_id,
+            "shunt_error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Wall time of one call's parts, in seconds; in a batch, of the grouped call that the input was part of."""
+
+    small_s: float = 0.0
+    large_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Both together, in seconds."""
+        return self.small_s + self.large_s
+
+
+@dataclass(frozen=True, slots=True)
+class ShuntResult:
+    """An answer with its decision.
+
+    Attributes:
+        output: The answer, of the type that the shunt returns without `return_decision`.
+        decision: Where the input went, and why.
+        usage: Tokens that the large model counted, by model name; empty for the small routes.
+        cost_usd: Price of `usage` in USD; 0.0 for the small routes, None where the price is not known.
+        latency: Wall time of the parts.
+        record_id: Id of the run, under which the call is recorded.
+        inner: The result of the next tier, where the large side is a shunt itself.
+    """
+
+    output: Any
+    decision: ShuntDecision
+    usage: Mapping[str, UsageMetadata] = field(default_factory=dict)
+    cost_usd: float | None = 0.0
+    latency: Latency = field(default_factory=Latency)
+    record_id: str | None = None
+    inner: ShuntResult | None = None
+
+    @property
+    def route(self) -> Route:
+        """Who answered."""
+        return self.decision.route
+
+    @property
+    def reason(self) -> Reason:
+        """Why."""
+        return self.decision.reason
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the deciding small model thought."""
+        return self.decision.prediction
+
+    @property
+    def threshold(self) -> float | None:
+        """What the score was compared with."""
+        return self.decision.threshold
+
+    @property
+    def decisions(self) -> tuple[ShuntDecision, ...]:
+        """The decisions of all tiers, the outermost first."""
+        return (self.decision, *(self.inner.decisions if self.inner else ()))
+
+    def __add__(self, other: ShuntResult) -> ShuntResult:
+        """Join two chunks of one streamed result; the later one knows usage, cost and latency."""
+        inner = self.inner + other.inner if self.inner and other.inner else other.inner or self.inner
+        output = other.output if self.output is None else self.output
+        if self.output is not None and other.output is not None:
+            output = self.output + other.output
+        return replace(other, output=output, inner=inner, usage=other.usage or self.usage)

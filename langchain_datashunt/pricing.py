@@ -1,0 +1,46 @@
+"""What tokens cost, by the public price list of genai-prices; no prices of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+
+from langchain_core.messages.ai import UsageMetadata
+
+
+def cost_usd(usage: Mapping[str, UsageMetadata]) -> float | None:
+    """Price of token counts by model name, in USD; None where a model's price, or genai-prices, is missing."""
+    total = 0.0
+    for model, counts in usage.items():
+        cached = (counts.get("input_token_details") or {}).get("cache_read") or 0
+        price = token_price(model, counts["input_tokens"], counts["output_tokens"], cached)
+        if price is None:
+            return None
+        total += price
+    return total
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return find_spec("genai_prices") is not None
+
+
+def token_price(model: str, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
+    """Price in USD of one model's tokens, None where it is not known.
+
+    Args:
+        model: Name as the provider's API says it.
+        input_tokens: All input tokens, cached ones included.
+        output_tokens: Output tokens.
+        cached_tokens: Input tokens that were read from the provider's cache.
+    """
+    if not _installed():
+        return None
+    from genai_prices import Usage, calc_price
+
+    try:
+        usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, cache_read_tokens=cached_tokens)
+        return float(calc_price(usage, model_ref=model).total_price)
+    except LookupError:
+        return None

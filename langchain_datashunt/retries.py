@@ -1,0 +1,183 @@
+"""Retries of one large call, and how many run at once; what is asked, and of whom, is the shunt's affair."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from pydantic import Field
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from langchain_datashunt.configured import Strategy
+
+T = TypeVar("T")
+
+RETRYABLE_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""HTTP statuses after which the same request may succeed."""
+
+_RETRYABLE_NAMES = frozenset(
+    {
+        "APIConnectionError",
+        "APITimeoutError",
+        "APIResponseValidationError",
+        "ConnectError",
+        "ConnectTimeout",
+        "InternalServerError",
+        "JSONDecodeError",
+        "OverloadedError",
+        "RateLimitError",
+        "ReadError",
+        "ReadTimeout",
+        "RemoteProtocolError",
+        "ServiceUnavailable",
+        "TransportError",
+    }
+)
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether the same request may succeed later: by HTTP status, else by kind (connection, time-out, cut reply).
+
+    Errors of client libraries are known by name, so that none of them is imported here.
+    """
+    status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status in RETRYABLE_STATUS
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return any(kind.__name__ in _RETRYABLE_NAMES for kind in type(error).__mro__)
+
+
+def retry_after(error: BaseException | None) -> float | None:
+    """Seconds that the server asked to wait (`Retry-After`, in seconds or as a date), None where it did not."""
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    value = headers.get("retry-after") if headers is not None else None
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+class Retry(Strategy):
+    """How one deferred input's large call is retried; the others of its batch are not held up by it.
+
+    Many clients retry by themselves as well (ChatOpenAI: `max_retries=2`): set one of the two to none, or the
+    attempts multiply.
+
+    Args:
+        attempts: Calls at the most, the first one counted; 1 never retries.
+        initial_wait: Seconds before the second attempt; doubles from then on.
+        max_wait: Seconds between two attempts at the most; also bounds a server's `Retry-After`.
+        jitter: Random seconds added at the most, so that many callers do not return at once.
+    """
+
+    attempts: int = Field(default=3, ge=1)
+    initial_wait: float = Field(default=0.5, ge=0.0)
+    max_wait: float = Field(default=30.0, ge=0.0)
+    jitter: float = Field(default=0.5, ge=0.0)
+
+    def call(self, ask: Callable[[], T], failed: Exception | None = None) -> T:
+        """Ask until it succeeds, fails for good, or attempts run out; the last error is raised.
+
+        Args:
+            ask: Makes one attempt.
+            failed: The error of a first attempt that was made elsewhere (in a grouped call) and counts.
+        """
+        if failed is None:
+            try:
+                return ask()
+            except Exception as error:
+                if self.attempts == 1 or not is_retryable(error):
+                    raise
+                failed = error
+        for attempt in Retrying(**self._rules()):
+            with attempt:
+                if failed is not None:
+                    first, failed = failed, None
+                    raise first
+                return ask()
+        raise AssertionError("tenacity ended without a result")  # pragma: no cover
+
+    async def acall(self, ask: Callable[[], Awaitable[T]], failed: Exception | None = None) -> T:
+        """As `call`, waiting without holding a thread."""
+        if failed is None:
+            try:
+                return await ask()
+            except Exception as error:
+                if self.attempts == 1 or not is_retryable(error):
+                    raise
+                failed = error
+        async for attempt in AsyncRetrying(**self._rules()):
+            with attempt:
+                if failed is not None:
+                    first, failed = failed, None
+                    raise first
+                return await ask()
+        raise AssertionError("tenacity ended without a result")  # pragma: no cover
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "stop": stop_after_attempt(self.attempts),
+            "wait": self._wait,
+            "retry": retry_if_exception(is_retryable),
+            "reraise": True,
+        }
+
+    def _wait(self, state: RetryCallState) -> float:
+        asked = retry_after(state.outcome.exception() if state.outcome else None)
+        backoff = wait_exponential_jitter(self.initial_wait, self.max_wait, jitter=self.jitter)(state)
+        return min(self.max_wait, max(asked, backoff) if asked is not None else backoff)
+
+
+class CallLimiter:
+    """Lets at most `limit` large calls run at once: over all threads, and over all tasks of one event loop."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._threads = threading.BoundedSemaphore(limit) if limit else None
+        self._loops: weakref.WeakKeyDictionary[Any, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one of the places for a sync call."""
+        if self._threads is None:
+            yield
+            return
+        with self._threads:
+            yield
+
+    @asynccontextmanager
+    async def aslot(self) -> AsyncIterator[None]:
+        """Hold one of the places for an async call."""
+        if self.limit is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        if (semaphore := self._loops.get(loop)) is None:
+            semaphore = self._loops.setdefault(loop, asyncio.Semaphore(self.limit))
+        async with semaphore:
+            yield
+
+    def bound(self, limit: int | None) -> int | None:
+        """The tighter of this limit and a caller's."""
+        given = [n for n in (self.limit, limit) if n]
+        return min(given) if given else None

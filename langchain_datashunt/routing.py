@@ -1,0 +1,290 @@
+"""Who answers which input: pure decisions on arrays, without a call, a callback or an await."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from langchain_datashunt.exceptions import PredictionError
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Prediction,
+    PredictionBatch,
+    Reason,
+    Route,
+    ShuntDecision,
+)
+from langchain_datashunt.pruning import Pruning
+from langchain_datashunt.small_models.base import Outcome
+
+STAGES: tuple[Route, ...] = ("small", "learnable")
+
+
+@dataclass
+class Plan:
+    """Where `n` inputs go.
+
+    Attributes:
+        n: How many inputs.
+        policy: The policy in words.
+        batches: Predictions by stage (0 small, 1 learnable).
+        stage: Shape `[n]`: whose prediction decided.
+        row: Shape `[n]`: its row in that stage's batch, -1 where there is none.
+        kept: Shape `[n]`: True where a small model answers.
+        score: Shape `[n]`, NaN where there was none.
+        limit: Shape `[n]`: what the score was compared with.
+        errors: Why the small model failed, by position.
+    """
+
+    n: int
+    policy: str
+    batches: list[PredictionBatch | None]
+    stage: IntArray
+    row: IntArray
+    kept: BoolArray
+    score: FloatArray
+    limit: FloatArray
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+    @classmethod
+    def blank(cls, n: int, policy: str) -> Plan:
+        """Nothing predicted yet: everything deferred."""
+        return cls(
+            n,
+            policy,
+            [],
+            np.zeros(n, dtype=np.intp),
+            np.full(n, -1, dtype=np.intp),
+            np.zeros(n, dtype=np.bool_),
+            np.full(n, np.nan),
+            np.full(n, np.nan),
+        )
+
+    def keeps(self, i: int) -> bool:
+        """Whether a small model answers input `i`."""
+        return bool(self.kept[i])
+
+    def has_prediction(self, i: int) -> bool:
+        """Whether a small model had something to say about input `i`."""
+        return bool(self.row[i] >= 0)
+
+    @property
+    def deferred(self) -> IntArray:
+        """Positions that go to the large model."""
+        return np.flatnonzero(~self.kept)
+
+    def absorb(self, outcome: Outcome, rows: IntArray, policy: Policy, thresholds: FloatArray | None) -> None:
+        """Take one stage's predictions in: rows that it is sure of are kept, others remember the surer stage."""
+        stage = len(self.batches)
+        self.batches.append(outcome.batch)
+        if stage == 0:
+            self.errors.update(outcome.errors)
+        if outcome.batch is None:
+            return
+        where = rows[outcome.rows]
+        keep, score, limit = policy.evaluate(outcome.batch, None if thresholds is None else thresholds[where])
+        better = keep | (self.row[where] < 0) | (score > self.score[where])
+        chosen = where[better]
+        self.stage[chosen] = stage
+        self.row[chosen] = np.flatnonzero(better)
+        self.kept[chosen] = keep[better]
+        self.score[chosen] = score[better]
+        self.limit[chosen] = limit[better]
+
+    def prediction(self, i: int) -> Prediction | None:
+        """What the deciding small model thought of input `i`; None if it failed."""
+        batch = self.batches[self.stage[i]] if self.row[i] >= 0 else None
+        return None if batch is None else batch[int(self.row[i])]
+
+    def predictions(self, rows: Sequence[int]) -> list[Prediction]:
+        """The predictions of rows that have one."""
+        found = [self.prediction(i) for i in rows]
+        return [prediction for prediction in found if prediction is not None]
+
+    def labels_of_kept(self, rows: Sequence[int]) -> list[str]:
+        """The small models' labels for rows that have a prediction, without making `Prediction` objects."""
+        names = [None if batch is None else batch.label_names() for batch in self.batches]
+        found = []
+        for i in rows:
+            stage_names = names[self.stage[i]]
+            assert stage_names is not None
+            found.append(stage_names[self.row[i]])
+        return found
+
+    def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
+        """The decision on input `i` in words.
+
+        Args:
+            i: Which input.
+            error: What the large model failed with, if it did.
+            fell_back: Whether the small model's answer was used because of that.
+        """
+        return _decision(
+            STAGES[self.stage[i]],
+            bool(self.kept[i]),
+            self.prediction(i),
+            (float(self.score[i]), float(self.limit[i]), self.policy),
+            self.errors.get(i),
+            error,
+            fell_back,
+        )
+
+    def prompt_variables(
+        self,
+        pruning: Pruning,
+        rows: Sequence[int],
+        labels: Sequence[str] | None,
+        descriptions: Mapping[str, str] | None,
+    ) -> list[dict[str, Any]]:
+        """The pruning variables for deferred rows, in their order."""
+        prepared: dict[int, dict[str, Any]] = {}
+        for stage, batch in enumerate(self.batches):
+            mine = [i for i in rows if self.row[i] >= 0 and self.stage[i] == stage]
+            if batch is not None and mine:
+                ready = pruning.prepare(batch.take(self.row[mine]), labels, descriptions)
+                prepared.update(zip(mine, ready, strict=True))
+        blank = pruning.without_prediction(labels, descriptions)
+        return [prepared.get(i, blank) for i in rows]
+
+
+class PlanOfOne:
+    """A `Plan` for one input, without arrays: what a single call pays is what it takes."""
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._stage = 0
+        self._prediction: Prediction | None = None
+        self._kept = False
+        self._score = self._limit = math.nan
+        self._failure: Exception | None = None
+
+    def absorb(self, stage: int, answer: Any, policy: Policy, threshold: float | None) -> None:
+        """Take one stage's answer in, whatever it is; the surer stage's prediction is remembered."""
+        problem = _problem(answer)
+        if problem is not None:
+            self._failure = self._failure or problem
+            return
+        keep, score, limit = policy.evaluate_one(answer, threshold)
+        if keep or self._prediction is None or score > self._score:
+            self._stage, self._prediction, self._kept = stage, answer, keep
+            self._score, self._limit = score, limit
+
+    def keeps(self, i: int) -> bool:
+        """Whether a small model answers."""
+        return self._kept
+
+    def has_prediction(self, i: int) -> bool:
+        """Whether a small model had something to say."""
+        return self._prediction is not None
+
+    def prediction(self, i: int) -> Prediction | None:
+        """What the deciding small model thought; None if it failed."""
+        return self._prediction
+
+    def predictions(self, rows: Sequence[int]) -> list[Prediction]:
+        """The prediction, in a list."""
+        return [] if self._prediction is None else [self._prediction]
+
+    def labels_of_kept(self, rows: Sequence[int]) -> list[str]:
+        """The small model's label, in a list."""
+        return [prediction.label for prediction in self.predictions(rows)]
+
+    def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
+        """The decision in words; see `Plan.decision`."""
+        numbers = (self._score, self._limit, self._policy)
+        return _decision(
+            STAGES[self._stage], self._kept, self._prediction, numbers, self._failure, error, fell_back
+        )
+
+    def prompt_variables(
+        self,
+        pruning: Pruning,
+        rows: Sequence[int],
+        labels: Sequence[str] | None,
+        descriptions: Mapping[str, str] | None,
+    ) -> list[dict[str, Any]]:
+        """The pruning variables, in a list."""
+        if self._prediction is None:
+            return [pruning.without_prediction(labels, descriptions)]
+        return pruning.prepare(PredictionBatch.stack([self._prediction]), labels, descriptions)
+
+
+AnyPlan: TypeAlias = Plan | PlanOfOne
+"""Where inputs go: many, or one."""
+
+
+def _decision(
+    stage: Route,
+    kept: bool,
+    prediction: Prediction | None,
+    numbers: tuple[float, float, str],
+    small_error: Exception | None,
+    large_error: Exception | None,
+    fell_back: bool,
+) -> ShuntDecision:
+    route: Route = "large"
+    reason: Reason = "deferred"
+    if kept:
+        route, reason = stage, "confident"
+    elif large_error is not None:
+        route, reason = (stage if fell_back else "large"), "large_error"
+    elif prediction is None:
+        reason = "small_error"
+    score, limit, policy = numbers
+    cause = large_error or (small_error if prediction is None else None)
+    error = None if cause is None else f"{type(cause).__name__}: {cause}"
+    return ShuntDecision(route, reason, prediction, _number(score), _number(limit), policy, error)
+
+
+def outcome_of(answers: Sequence[Any]) -> Outcome:
+    """Sort what any Runnable gave for `n` inputs into predictions and errors."""
+    errors: dict[int, Exception] = {}
+    good: list[Prediction] = []
+    rows: list[int] = []
+    for i, answer in enumerate(answers):
+        problem = _problem(answer)
+        if problem is None and good and answer.labels is not good[0].labels and answer.labels != good[0].labels:
+            problem = PredictionError(
+                f"The prediction for input {i} has another label set than the first of its batch. "
+                f"Give probabilities over one label set."
+            )
+        if problem is None:
+            good.append(answer)
+            rows.append(i)
+        else:
+            errors[i] = problem
+    return Outcome(PredictionBatch.stack(good) if good else None, np.array(rows, dtype=np.intp), errors)
+
+
+def _problem(answer: Any) -> Exception | None:
+    """Why what a small model gave is no prediction; None where it is one."""
+    if isinstance(answer, Exception):
+        return answer
+    if not isinstance(answer, Prediction):
+        return PredictionError(
+            f"The small model gave a {type(answer).__name__} where a Prediction is needed. "
+            f"Return Prediction.of({{label: probability, ...}})."
+        )
+    p = answer.probabilities
+    if p.shape != (len(answer.labels),) or not abs(p.sum() - 1.0) <= 1e-3 or p.min() < 0.0:
+        return PredictionError(
+            f"The small model {answer.model_id or 'without a name'!r} gave something that is no distribution over "
+            f"its {len(answer.labels)} labels: {p[:5]}..., which sums to {p.sum()}."
+        )
+    return None
+
+
+def failed_outcome(n: int, error: Exception) -> Outcome:
+    """All `n` inputs failed with one error."""
+    return Outcome(None, np.array([], dtype=np.intp), dict.fromkeys(range(n), error))
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

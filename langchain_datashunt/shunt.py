@@ -1,0 +1,486 @@
+"""ShuntRunnable: the one place where a call is routed. Its steps stand in `call_steps`, its runs in `tracing`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Literal, Self
+
+import numpy as np
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
+from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.config import get_executor_for_config, set_config_context
+from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.utils import ConfigurableFieldSpec, coro_with_context, get_unique_config_specs
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from typing_extensions import override
+
+from langchain_datashunt.call_steps import CallSteps
+from langchain_datashunt.configured import Configured
+from langchain_datashunt.effects import arun, run
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
+from langchain_datashunt.large_calls import END, LargeCaller
+from langchain_datashunt.policies import Policy, Threshold
+from langchain_datashunt.predictions import Latency, ShuntResult
+from langchain_datashunt.pruning import PRUNING_VARIABLES, Pruning, SoftPrompt
+from langchain_datashunt.retries import CallLimiter, Retry
+from langchain_datashunt.routing import AnyPlan
+from langchain_datashunt.shunt_graph import shunt_graph
+from langchain_datashunt.tracing import Runs
+
+DEFAULT_THRESHOLD = 0.9
+"""The threshold where neither the caller nor the small model's bundle gives one."""
+
+
+class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
+    """A small model answers what it is sure of; the rest goes to a large one that is told what the small one thinks.
+
+    ```python
+    shunt = ShuntRunnable(small=load_small_model("bundle"), large=prompt | ChatOpenAI() | StrOutputParser())
+    shunt.invoke("Where is my card?")
+    ```
+
+    `large` gets the caller's input as a mapping (`input`, for conversations also `history`) plus the variables
+    `candidates`, `candidate_probabilities`, `small_label` and `small_confidence`; its prompt uses at least one that
+    the pruning strategy fills. With `pruning=None` it gets the caller's input as it is.
+
+    A small model that fails defers (reason "small_error"). A large model that fails is retried by `retry`, then
+    raises, or with `on_large_error="small"` gives way to the small model's answer (reason "large_error").
+
+    The threshold can be replaced for one call: `config={"configurable": {"shunt_threshold": 0.8}}`.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    small: Runnable[Any, Any]
+    """The specific small model: any `Runnable[Input, Prediction]`."""
+
+    large: Runnable[Any, Any]
+    """The large model, usually `prompt | chat_model | parser`. May be a shunt itself."""
+
+    learnable: Runnable[Any, Any] | None = None
+    """The learnable small model (S2 of 2CD): asked where `small` is not sure, before `large`."""
+
+    policy: Policy | None = None
+    """When to keep; None is `Threshold` at the small model's own threshold, or at 0.9."""
+
+    pruning: Pruning | None = Field(default_factory=SoftPrompt)
+    """What the large prompt gets of the small model's opinion; None hands the caller's input on untouched."""
+
+    labels: tuple[str, ...] | None = None
+    """All labels of the task; None takes the small model's."""
+
+    label_descriptions: dict[str, str] = Field(default_factory=dict)
+    """What labels mean; stands beside the candidates in the prompt."""
+
+    small_output: Runnable[Any, Any] | None = None
+    """From a `Prediction` to what the small route returns; None returns its label."""
+
+    on_large_error: Literal["raise", "small"] = "raise"
+    """What to do when the large model has failed for good."""
+
+    return_decision: bool = False
+    """Whether to return a `ShuntResult` instead of the plain output."""
+
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Large calls at once at the most."""
+
+    retry: Retry = Field(default_factory=Retry)
+    """Around each deferred input's large call."""
+
+    input_key: str = DEFAULT_INPUT_KEY
+    """The name of the input in the mapping that `large` gets."""
+
+    threshold_id: str = "shunt_threshold"
+    """The key of `config["configurable"]` that replaces the threshold for one call."""
+
+    _steps: CallSteps = PrivateAttr()
+
+    @field_validator("small", "large", "learnable", "small_output", mode="before")
+    @classmethod
+    def _runnable(cls, value: Any) -> Any:
+        try:
+            return None if value is None else coerce_to_runnable(value)
+        except TypeError as error:
+            msg = f"A {type(value).__name__} is no Runnable. Give a Runnable or a function."
+            raise ConfigurationError(msg) from error
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check that the parts fit together, and lay out the steps of a call."""
+        super().model_post_init(context)
+        self._lay_out()
+        self._steps.policy.check(getattr(self.small, "labels", None))
+        if self.pruning is not None:
+            self.pruning.check(self.task_labels)
+            self._check_prompt(self.pruning)
+
+    def _lay_out(self) -> None:
+        own = getattr(self.small, "threshold", None)
+        policy = self.policy or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
+        large = self.large
+        if self.return_decision and isinstance(large, ShuntRunnable):
+            large = large.model_copy(update={"return_decision": True})
+        self._steps = CallSteps(
+            stages=(self.small,) if self.learnable is None else (self.small, self.learnable),
+            caller=LargeCaller(large, self.retry, CallLimiter(self.max_concurrency)),
+            policy=policy,
+            policy_in_words=str(policy),
+            pruning=self.pruning,
+            labels=self.task_labels,
+            descriptions=self.label_descriptions,
+            small_output=self.small_output,
+            falls_back=self.on_large_error == "small",
+            return_decision=self.return_decision,
+            input_key=self.input_key,
+            threshold_id=self.threshold_id,
+        )
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied._lay_out()
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without the steps, which hold locks; they are laid out again where the shunt is unpickled."""
+        return {**super().__getstate__(), "__pydantic_private__": None}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__({**state, "__pydantic_private__": {}})
+        self._lay_out()
+
+    @property
+    def task_labels(self) -> tuple[str, ...] | None:
+        """All labels of the task, where they are known before the first call."""
+        return self.labels or getattr(self.small, "labels", None)
+
+    def _check_prompt(self, pruning: Pruning) -> None:
+        if isinstance(self.large, BaseLanguageModel):
+            raise ConfigurationError(
+                f"`large` is a bare {type(self.large).__name__}, which takes no mapping. Give prompt | model | "
+                f"parser, use ConfidenceRouterChain.from_models(small, model), or set pruning=None to hand the "
+                f"input on as it is."
+            )
+        prompts = self.large.get_prompts()
+        used = {name for prompt in prompts for name in (*prompt.input_variables, *prompt.optional_variables)}
+        if prompts and pruning.variables and not used & pruning.variables:
+            raise ConfigurationError(
+                f"The prompt of `large` uses {sorted(used)} and none of what {type(pruning).__name__} fills: "
+                f"{sorted(pruning.variables)}. Use one of these in the template (all there are: "
+                f"{', '.join(PRUNING_VARIABLES)}), or set pruning=NoHint() or None."
+            )
+
+    # One input
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        runs = Runs(self, [input], config)
+        run(runs.start())
+        try:
+            steps = self._steps.one(input, runs, kwargs)
+            if runs.traced:
+                with set_config_context(runs.child(0)) as context:
+                    output = context.run(run, steps)
+            else:
+                output = run(steps)
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+        run(runs.end({0: output}))
+        return output
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        runs = Runs(self, [input], config, asynchronous=True)
+        await arun(runs.start())
+        try:
+            steps = self._steps.one(input, runs, kwargs)
+            if runs.traced:
+                with set_config_context(runs.child(0)) as context:
+                    output = await coro_with_context(arun(steps), context)
+            else:
+                output = await arun(steps)
+        except BaseException as error:
+            await arun(runs.fail_rest(error))
+            raise
+        await arun(runs.end({0: output}))
+        return output
+
+    # Many inputs
+
+    @override
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Route `n` inputs with one small-model call and one grouped large call for all that are deferred."""
+        if not inputs:
+            return []
+        runs = Runs(self, inputs, config)
+        run(runs.start())
+        try:
+            outputs = run(self._steps.many(inputs, runs, kwargs))
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+        run(runs.end(dict(enumerate(outputs))))
+        return _raise_first(outputs, return_exceptions)
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Route `n` inputs with one small-model call and one grouped large call for all that are deferred."""
+        if not inputs:
+            return []
+        runs = Runs(self, inputs, config, asynchronous=True)
+        await arun(runs.start())
+        try:
+            outputs = await arun(self._steps.many(inputs, runs, kwargs))
+        except BaseException as error:
+            await arun(runs.fail_rest(error))
+            raise
+        await arun(runs.end(dict(enumerate(outputs))))
+        return _raise_first(outputs, return_exceptions)
+
+    # As they are ready
+
+    @override
+    def batch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[Any],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (position, output) pairs: all the small model's answers first, then large ones as they come."""
+        if not inputs:
+            return
+        values, runs, steps = list(inputs), Runs(self, inputs, config), self._steps
+        run(runs.start())
+        try:
+            plan, seconds = run(steps.plan(values, runs))
+            kept, rows = np.flatnonzero(plan.kept).tolist(), plan.deferred.tolist()
+            for i, output in zip(kept, run(steps.conclude_kept(plan, kept, runs, seconds)), strict=True):
+                run(runs.end({i: output}))
+                yield i, _raised(output, return_exceptions)
+            limit = steps.caller.limiter.bound(runs.max_concurrency())
+            with get_executor_for_config(RunnableConfig(max_concurrency=limit)) as executor:
+
+                def ask(i: int) -> Any:
+                    return run(steps.answer(values[i], i, plan, runs, seconds, kwargs))
+
+                waiting: dict[Future[Any], int] = {executor.submit(ask, i): i for i in rows}
+                try:
+                    while waiting:
+                        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                            i, output = waiting.pop(future), future.result()
+                            run(runs.end({i: output}))
+                            yield i, _raised(output, return_exceptions)
+                finally:
+                    for future in waiting:
+                        future.cancel()
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+
+    @override
+    async def abatch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[Any],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> AsyncIterator[tuple[int, Any]]:
+        """Yield (position, output) pairs: all the small model's answers first, then large ones as they come."""
+        if not inputs:
+            return
+        values, runs, steps = list(inputs), Runs(self, inputs, config, asynchronous=True), self._steps
+        waiting: dict[asyncio.Task[Any], int] = {}
+        await arun(runs.start())
+        try:
+            plan, seconds = await arun(steps.plan(values, runs))
+            kept, rows = np.flatnonzero(plan.kept).tolist(), plan.deferred.tolist()
+            for i, output in zip(kept, await arun(steps.conclude_kept(plan, kept, runs, seconds)), strict=True):
+                await arun(runs.end({i: output}))
+                yield i, _raised(output, return_exceptions)
+            gate = asyncio.Semaphore(steps.caller.limiter.bound(runs.max_concurrency()) or max(1, len(rows)))
+
+            async def ask(i: int) -> Any:
+                async with gate:
+                    return await arun(steps.answer(values[i], i, plan, runs, seconds, kwargs))
+
+            waiting.update({asyncio.ensure_future(ask(i)): i for i in rows})
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=FIRST_COMPLETED)
+                for task in done:
+                    i, output = waiting.pop(task), task.result()
+                    await arun(runs.end({i: output}))
+                    yield i, _raised(output, return_exceptions)
+        except BaseException as error:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await arun(runs.fail_rest(error))
+            raise
+
+    # Streams
+
+    @override
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Decide first, then yield the small model's answer, or the large model's chunks as they come."""
+        runs, total = Runs(self, [input], config), _Total()
+        run(runs.start())
+        try:
+            plan, seconds = run(self._steps.plan_one(input, runs))
+            if plan.keeps(0):
+                yield total.add(_raised(run(self._steps.conclude_kept(plan, [0], runs, seconds))[0]))
+            else:
+                for chunk in self._stream_large(input, plan, runs, seconds, kwargs):
+                    yield total.add(chunk)
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+        run(runs.end({0: total.value}))
+
+    def _stream_large(
+        self, value: Any, plan: AnyPlan, runs: Runs, seconds: float, kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        """Large chunks; retried, or replaced by the small answer, only as long as nothing was shown."""
+        steps = self._steps
+        asked, config, handler = run(steps.prepare(value, 0, plan, runs))
+        started = time.perf_counter()
+        with steps.caller.limiter.slot():
+            try:
+                first, chunks = steps.caller.open(asked, config, kwargs)
+            except Exception as error:
+                latency = Latency(seconds, time.perf_counter() - started)
+                yield _raised(run(steps.conclude(plan, 0, error, runs, latency, handler)))
+                return
+            if first is not END:
+                yield steps.chunk(first, plan)
+                for chunk in chunks:
+                    yield steps.chunk(chunk, plan)
+        if self.return_decision:
+            latency = Latency(seconds, time.perf_counter() - started)
+            yield run(steps.conclude(plan, 0, None, runs, latency, handler))
+
+    @override
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """Decide first, then yield the small model's answer, or the large model's chunks as they come."""
+        runs, total = Runs(self, [input], config, asynchronous=True), _Total()
+        await arun(runs.start())
+        try:
+            plan, seconds = await arun(self._steps.plan_one(input, runs))
+            if plan.keeps(0):
+                yield total.add(_raised((await arun(self._steps.conclude_kept(plan, [0], runs, seconds)))[0]))
+            else:
+                async for chunk in self._astream_large(input, plan, runs, seconds, kwargs):
+                    yield total.add(chunk)
+        except BaseException as error:
+            await arun(runs.fail_rest(error))
+            raise
+        await arun(runs.end({0: total.value}))
+
+    async def _astream_large(
+        self, value: Any, plan: AnyPlan, runs: Runs, seconds: float, kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        steps = self._steps
+        asked, config, handler = await arun(steps.prepare(value, 0, plan, runs))
+        started = time.perf_counter()
+        async with steps.caller.limiter.aslot():
+            try:
+                first, chunks = await steps.caller.aopen(asked, config, kwargs)
+            except Exception as error:
+                latency = Latency(seconds, time.perf_counter() - started)
+                yield _raised(await arun(steps.conclude(plan, 0, error, runs, latency, handler)))
+                return
+            if first is not END:
+                yield steps.chunk(first, plan)
+                async for chunk in chunks:
+                    yield steps.chunk(chunk, plan)
+        if self.return_decision:
+            latency = Latency(seconds, time.perf_counter() - started)
+            yield await arun(steps.conclude(plan, 0, None, runs, latency, handler))
+
+    # What a Runnable says of itself
+
+    @property
+    @override
+    def InputType(self) -> Any:
+        try:
+            return self.small.InputType
+        except TypeError:
+            return ShuntInput
+
+    @property
+    @override
+    def OutputType(self) -> Any:
+        if self.return_decision:
+            return ShuntResult
+        try:
+            return self.large.OutputType
+        except TypeError:
+            return Any
+
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        own = ConfigurableFieldSpec(
+            id=self.threshold_id,
+            annotation=float | None,
+            name="Shunt threshold",
+            description="Replaces the policy's threshold for this call.",
+            default=None,
+        )
+        parts = (*self._steps.stages, self.large)
+        return get_unique_config_specs([own, *(spec for part in parts for spec in part.config_specs)])
+
+    @override
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        return shunt_graph(self, self._steps.stages, self.large, config)
+
+
+class _Total:
+    """The sum of a stream's chunks, for the end of its run; the last chunk where they cannot be added."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self._addable = True
+
+    def add(self, chunk: Any) -> Any:
+        if self.value is None or not self._addable:
+            self.value = chunk
+        else:
+            try:
+                self.value = self.value + chunk
+            except TypeError:
+                self.value, self._addable = chunk, False
+        return chunk
+
+
+def _raised(output: Any, return_exceptions: bool = False) -> Any:
+    if isinstance(output, Exception) and not return_exceptions:
+        raise output
+    return output
+
+
+def _raise_first(outputs: list[Any], return_exceptions: bool) -> list[Any]:
+    for output in outputs:
+        _raised(output, return_exceptions)
+    return outputs

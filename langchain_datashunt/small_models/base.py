@@ -1,0 +1,305 @@
+"""SmallModel: a Runnable from an input to a `Prediction`, with one vectorised call underneath; no model of its own."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from langchain_core.runnables.config import run_in_executor
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt.configured import Configured
+from langchain_datashunt.exceptions import (
+    ConfigurationError,
+    PredictionError,
+    ShuntError,
+    TruncationWarning,
+)
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput, text_of
+from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
+from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
+
+
+class Scores(NamedTuple):
+    """What a model computes for `n` prepared inputs.
+
+    Attributes:
+        logits: Shape `[n, k]`, before temperature and softmax.
+        truncated: Shape `[n]`: which inputs were cut; None for none.
+    """
+
+    logits: NDArray[Any]
+    truncated: BoolArray | None = None
+
+
+class Outcome(NamedTuple):
+    """What became of `n` inputs of which some may have failed.
+
+    Attributes:
+        batch: The predictions of those that did not fail, `m` rows.
+        rows: Shape `[m]`: which inputs these are.
+        errors: The others, by position.
+    """
+
+    batch: PredictionBatch | None
+    rows: NDArray[np.intp]
+    errors: dict[int, Exception]
+
+
+class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
+    """A local classifier as a Runnable.
+
+    A kind of small model implements `predict_scores`, `weights` and `from_weights`; everything else is here:
+    reading inputs, temperature and softmax, checks, single and batch calls, sync and async, saving and loading.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    """Label names in the order of the model's outputs, `k` of them."""
+
+    model_id: str = ""
+    """Name under which predictions and records speak of this model."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Calibration: probabilities are softmax(logits / temperature)."""
+
+    threshold: float | None = None
+    """The shunt threshold that was chosen for this model, where one was."""
+
+    input_key: str = DEFAULT_INPUT_KEY
+    """Where mappings hold the text."""
+
+    lineage: dict[str, Any] = Field(default_factory=dict)
+    """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
+
+    _bundle: str | None = PrivateAttr(default=None)
+
+    # What a kind implements
+
+    @abstractmethod
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        """Logits for `n` texts in one vectorised pass."""
+
+    # Predicting
+
+    def predict_batch(self, inputs: Sequence[Any]) -> PredictionBatch:
+        """Predict `n` inputs in one vectorised call.
+
+        Raises:
+            InputError: An input cannot be read; nothing is predicted.
+            PredictionError: The model gave NaN, or scores of a wrong shape.
+        """
+        outcome = self.try_predict(inputs)
+        if outcome.errors:
+            raise outcome.errors[min(outcome.errors)]
+        return outcome.batch if outcome.batch is not None else self._empty()
+
+    def try_predict(self, inputs: Sequence[Any]) -> Outcome:
+        """Predict `n` inputs in one vectorised call; an input that cannot be read or scored fails alone.
+
+        Raises:
+            Exception: Whatever the model raises for the whole batch.
+        """
+        texts, rows, errors = self._read(inputs)
+        if not texts:
+            return Outcome(None, np.array(rows, dtype=np.intp), errors)
+        batch = self._finish(self.predict_scores(texts), len(texts))
+        where = np.array(rows, dtype=np.intp)
+        if batch.sound.all():
+            return Outcome(batch, where, errors)
+        for i in np.flatnonzero(~batch.sound).tolist():
+            errors[rows[i]] = PredictionError(batch.complaint(i))
+        sound = np.flatnonzero(batch.sound)
+        return Outcome(batch.take(sound) if sound.size else None, where[sound], errors)
+
+    def _read(self, inputs: Sequence[Any]) -> tuple[list[str], list[int], dict[int, Exception]]:
+        texts: list[str] = []
+        rows: list[int] = []
+        errors: dict[int, Exception] = {}
+        for i, value in enumerate(inputs):
+            try:
+                texts.append(value if type(value) is str else text_of(value, self.input_key))
+                rows.append(i)
+            except ShuntError as error:
+                errors[i] = error
+        return texts, rows, errors
+
+    def _finish(self, scores: Scores, n: int) -> PredictionBatch:
+        logits = np.asarray(scores.logits, dtype=np.float64)
+        if logits.shape != (n, len(self.labels)):
+            msg = (
+                f"The small model {self.model_id!r} gave scores of shape {list(logits.shape)} for {n} inputs "
+                f"and {len(self.labels)} labels. Check that its label list belongs to its weights."
+            )
+            raise PredictionError(msg)
+        if scores.truncated is not None and scores.truncated.any():
+            warnings.warn(
+                f"{int(scores.truncated.sum())} of {n} inputs were cut to the maximal length of "
+                f"{self.model_id!r}; their predictions are marked `truncated`.",
+                TruncationWarning,
+                stacklevel=2,
+            )
+        return PredictionBatch(
+            self.labels, softmax(logits, self.temperature), logits, self.model_id, scores.truncated
+        )
+
+    def _empty(self) -> PredictionBatch:
+        return PredictionBatch(self.labels, np.zeros((0, len(self.labels))), None, self.model_id)
+
+    # Runnable
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
+        return self._call_with_config(self._predict_one, input, config, run_type="small_model")
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
+        async def predict(value: Any) -> Prediction:
+            return await run_in_executor(None, self._predict_one, value)
+
+        return await self._acall_with_config(predict, input, config, run_type="small_model")
+
+    @override
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Prediction]:
+        return self._batch_with_config(
+            self._predict_many, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
+        )
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Prediction]:
+        async def predict(values: list[Any]) -> list[Prediction | Exception]:
+            return await run_in_executor(None, self._predict_many, values)
+
+        return await self._abatch_with_config(
+            predict, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
+        )
+
+    def _predict_one(self, value: Any) -> Prediction:
+        return self.predict_batch([value])[0]
+
+    def _predict_many(self, values: list[Any]) -> list[Prediction | Exception]:
+        outcome = self.try_predict(values)
+        answers: list[Prediction | Exception | None] = [outcome.errors.get(i) for i in range(len(values))]
+        for prediction, row in zip(outcome.batch or (), outcome.rows.tolist(), strict=True):
+            answers[row] = prediction
+        return [answer for answer in answers if answer is not None]
+
+    @property
+    @override
+    def InputType(self) -> Any:
+        return ShuntInput
+
+    @property
+    @override
+    def OutputType(self) -> type[Prediction]:
+        return Prediction
+
+    # Saving and loading
+
+    @classmethod
+    def kind(cls) -> str:
+        """The name of this kind of model in bundles."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What this kind needs beside its weights to be made again; JSON-ready."""
+        return {}
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """All parameters as arrays by name."""
+        msg = f"{type(self).__name__} has no weights of its own to save."
+        raise ConfigurationError(msg)
+
+    def write_files(self, folder: Path) -> None:
+        """Write further files (a tokenizer, a vocabulary) into the bundle's folder."""
+
+    @classmethod
+    def from_weights(
+        cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any
+    ) -> Self:
+        """Make the model of what `weights`, `settings` and `write_files` saved."""
+        raise NotImplementedError
+
+    def info(self) -> BundleInfo:
+        """What a bundle's config.json says of this model."""
+        return BundleInfo(
+            kind=self.kind(),
+            labels=self.labels,
+            model_id=self.model_id,
+            temperature=self.temperature,
+            threshold=self.threshold,
+            input_key=self.input_key,
+            lineage=self.lineage,
+            settings=self.settings(),
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Save as a bundle: config.json, safetensors weights, nothing pickled. Replaces a bundle there at once.
+
+        Raises:
+            BundleError: The folder holds something else than a bundle.
+        """
+        path = write_bundle(Path(folder), self.info(), self.weights(), self.write_files)
+        self._bundle = str(path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path, **overrides: Any) -> Self:
+        """Load a bundle of this kind; runs no code from it.
+
+        Args:
+            folder: Where `save` wrote it.
+            **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
+                `embeddings`.
+
+        Raises:
+            BundleError: The bundle is truncated, too new, of another kind, or does not fit together.
+        """
+        from langchain_datashunt.small_models.loading import load_small_model
+
+        model = load_small_model(folder, **overrides)
+        if not isinstance(model, cls):
+            found = read_info(Path(folder)).kind
+            raise ConfigurationError(
+                f"{folder} holds a bundle of kind {found!r}, not a {cls.__name__}. Use load_small_model(folder)."
+            )
+        return model
+
+    @override
+    def to_json(self) -> Any:
+        """As a reference to the bundle that it was loaded from or saved to."""
+        if self._bundle is None:
+            return self.to_json_not_implemented()
+        from langchain_datashunt.small_models.loading import BundledSmallModel
+
+        return BundledSmallModel(path=self._bundle).to_json()
+
+
+def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Row-wise softmax of `logits / temperature`, shape `[n, k]`; NaN where a row has NaN or infinity."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = logits / temperature
+        raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return np.asarray(raised / raised.sum(axis=1, keepdims=True))

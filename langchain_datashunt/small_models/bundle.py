@@ -1,0 +1,200 @@
+"""The bundle: a folder that holds a small model. Settings are JSON, weights safetensors; nothing is pickled.
+
+    config.json           kind, labels, calibration, threshold, lineage, package version, and a checksum of each file
+    model.safetensors     all parameters
+    ...                   further files of the kind, for example tokenizer.json
+
+A bundle is written beside its place and moved there at once, so a reader finds the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from langchain_datashunt._extras import require
+from langchain_datashunt._version import __version__
+from langchain_datashunt.exceptions import (
+    BundleError,
+    BundleMismatchError,
+    BundleTooNewError,
+    BundleTruncatedError,
+)
+
+FORMAT = 1
+"""The format that this version writes; it reads this one and older ones."""
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class FileStamp(BaseModel):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class BundleInfo(BaseModel):
+    """What config.json says. `files` maps each other file to its size and SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    format: int = FORMAT
+    package_version: str = __version__
+    kind: str
+    labels: tuple[str, ...] = Field(min_length=1)
+    model_id: str = ""
+    temperature: float = Field(default=1.0, gt=0.0)
+    threshold: float | None = None
+    input_key: str = "input"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    lineage: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, FileStamp] = Field(default_factory=dict)
+
+
+
+
+def write_bundle(
+    folder: Path,
+    info: BundleInfo,
+    weights: dict[str, NDArray[Any]],
+    write_files: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a bundle atomically; returns its absolute path.
+
+    Raises:
+        BundleError: `folder` exists and is not a bundle.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder / CONFIG_FILE).is_file() and any(folder.iterdir()):
+        raise BundleError(f"{folder} exists and is no bundle; give an empty or a new folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        staging.chmod(0o755)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+        if contiguous:
+            require("safetensors.numpy", "torch").save_file(contiguous, str(staging / WEIGHTS_FILE))
+        if write_files is not None:
+            write_files(staging)
+        stamped = info.model_copy(update={"files": _stamp_all(staging)})
+        (staging / CONFIG_FILE).write_text(stamped.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _swap(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return folder
+
+
+def read_info(folder: Path) -> BundleInfo:
+    """Read config.json.
+
+    Raises:
+        BundleTruncatedError: It is missing or cut short.
+        BundleTooNewError: A newer format.
+        BundleError: It is no valid configuration.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise BundleTruncatedError(f"{folder} is no bundle: {CONFIG_FILE} is missing. Train or copy it again.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BundleTruncatedError(f"{file} is cut short or damaged ({error}). Copy the bundle again.") from error
+    written = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise BundleTooNewError(
+            f"{folder} was written in format {written} by version {raw.get('package_version')}; this version "
+            f"({__version__}) reads up to format {FORMAT}. Upgrade: pip install -U langchain-datashunt."
+        )
+    try:
+        return BundleInfo.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "the top level"
+        raise BundleError(f"{file} is not valid at {where}: {problem['msg']}. Train or copy it again.") from error
+
+
+def read_bundle(folder: Path) -> tuple[BundleInfo, dict[str, NDArray[Any]]]:
+    """Read and verify a whole bundle.
+
+    Raises:
+        BundleTruncatedError: A file is missing, cut short or changed.
+        BundleError: See `read_info`.
+    """
+    info = read_info(folder)
+    for name, stamp in info.files.items():
+        _verify(folder, name, stamp)
+    if WEIGHTS_FILE not in info.files:
+        return info, {}
+    try:
+        return info, require("safetensors.numpy", "torch").load_file(str(folder / WEIGHTS_FILE))
+    except ValueError as error:  # pragma: no cover - a checksum that fits a file that safetensors refuses
+        raise BundleTruncatedError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
+
+
+def check_weights(
+    info: BundleInfo, weights: dict[str, NDArray[Any]], expected: dict[str, tuple[int | None, ...]]
+) -> None:
+    """Compare weights with the shapes that the labels and settings ask for (None: any size).
+
+    Raises:
+        BundleMismatchError: One is missing, too many, or of another shape; the message says which.
+    """
+    for name, shape in expected.items():
+        if name not in weights:
+            raise BundleMismatchError(f"The bundle of kind {info.kind!r} lacks the weight {name!r}.")
+        found = weights[name].shape
+        fits = len(found) == len(shape) and all(w in (None, f) for w, f in zip(shape, found, strict=True))
+        if not fits:
+            raise BundleMismatchError(
+                f"The bundle names {len(info.labels)} labels, for which the weight {name!r} must have shape "
+                f"{list(shape)}; it has {list(found)}. Labels and weights are of different models: train again."
+            )
+    if extra := sorted(set(weights) - set(expected)):
+        raise BundleMismatchError(f"The bundle of kind {info.kind!r} has unknown weights: {', '.join(extra[:5])}.")
+
+
+def _stamp_all(folder: Path) -> dict[str, FileStamp]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _stamp(path) for path in files}
+
+
+def _stamp(path: Path) -> FileStamp:
+    with path.open("rb") as stream:
+        return FileStamp(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _verify(folder: Path, name: str, stamp: FileStamp) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"The bundle {folder} names a file outside itself: {name!r}. Do not trust it.")
+    if not path.is_file():
+        raise BundleTruncatedError(f"The bundle {folder} lacks its file {name!r}. Copy it again.")
+    if path.stat().st_size != stamp.size:
+        raise BundleTruncatedError(
+            f"{path} has {path.stat().st_size} bytes where {stamp.size} were saved. Copy the bundle again."
+        )
+    if _stamp(path).sha256 != stamp.sha256:
+        raise BundleTruncatedError(f"{path} was changed since it was saved (its checksum differs). Copy it again.")
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.replace(folder, old / "bundle")
+    os.replace(staging, folder)
+    shutil.rmtree(old, ignore_errors=True)

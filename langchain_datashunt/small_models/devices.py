@@ -1,0 +1,45 @@
+"""Where a torch model runs, and in which number format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(device: str | None = None) -> torch.device:
+    """The device that was asked for, else the first there is of cuda, mps, cpu.
+
+    Raises:
+        ConfigurationError: The device that was asked for is not there.
+    """
+    torch = require("torch", "torch")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None or device == "auto":
+        return torch.device(next(name for name, found in there.items() if found))
+    try:
+        chosen: torch.device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"{device!r} is no torch device: {error}. Use 'cuda', 'mps' or 'cpu'.") from error
+    if not there.get(chosen.type, False):
+        found = ", ".join(name for name, yes in there.items() if yes)
+        raise ConfigurationError(f"The device {device!r} is not available here; there is: {found}.")
+    return chosen
+
+
+def choose_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a name: float32, bfloat16 or float16.
+
+    Raises:
+        ConfigurationError: Any other name.
+    """
+    torch = require("torch", "torch")
+    names = ("float32", "bfloat16", "float16")
+    if dtype not in names:
+        raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}.")
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen

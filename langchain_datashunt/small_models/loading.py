@@ -1,0 +1,105 @@
+"""Which kinds of small model there are, and how a bundle becomes one again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr, model_validator
+from typing_extensions import override
+
+from langchain_datashunt.exceptions import BundleError
+from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.bundle import read_bundle, read_info
+
+KINDS: dict[str, tuple[str, str]] = {
+    "embedding": ("langchain_datashunt.small_models.embedding", "EmbeddingClassifier"),
+    "textcnn": ("langchain_datashunt.small_models.word_networks", "TextCNN"),
+    "lstm": ("langchain_datashunt.small_models.word_networks", "LSTMClassifier"),
+    "transformers": ("langchain_datashunt.small_models.transformers_classifier", "TransformersClassifier"),
+    "predict_proba": ("langchain_datashunt.small_models.predict_proba", "PredictProbaClassifier"),
+}
+"""Kind -> module and class; a new kind of small model is one line here."""
+
+
+def small_model_class(kind: str) -> type[SmallModel]:
+    """The class of a kind.
+
+    Raises:
+        BundleError: There is no such kind; the message names those that there are.
+    """
+    if kind not in KINDS:
+        raise BundleError(f"There is no kind of small model called {kind!r}; there are: {', '.join(KINDS)}.")
+    module, name = KINDS[kind]
+    found: type[SmallModel] = getattr(import_module(module), name)
+    return found
+
+
+def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
+    """Load a bundle of any kind; runs no code from it.
+
+    Args:
+        folder: Where `SmallModel.save` or `datashunt train` wrote it.
+        **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
+            `embeddings`.
+
+    Raises:
+        BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
+    """
+    path = Path(folder).absolute()
+    info, weights = read_bundle(path)
+    model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
+    model._bundle = str(path)
+    return model
+
+
+class BundledSmallModel(SmallModel):
+    """A small model by the folder of its bundle: light to pickle and to serialise, loaded at its first call.
+
+    Its labels and calibration are read when it is made, its weights when it is first used.
+    """
+
+    path: str
+    """The bundle's folder."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to `load_small_model`, for example `{"device": "cuda"}`."""
+
+    _model: SmallModel | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_config(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if "labels" in values:
+            return values
+        info = read_info(Path(values["path"]))
+        known = info.model_dump(include={"labels", "model_id", "temperature", "threshold", "input_key", "lineage"})
+        return {**known, **values}
+
+    @property
+    def loaded(self) -> SmallModel:
+        """The model itself; loads it at the first use."""
+        if self._model is None:
+            self._model = load_small_model(self.path, **self.overrides)
+        return self._model
+
+    @override
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        return self.loaded.predict_scores(texts)
+
+    @override
+    def to_json(self) -> Any:
+        """As its path."""
+        return {
+            "lc": 1,
+            "type": "constructor",
+            "id": self.lc_id(),
+            "kwargs": {"path": self.path, "overrides": self.overrides},
+        }
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        private = dict(state["__pydantic_private__"] or {})
+        return {**state, "__pydantic_private__": {**private, "_model": None}}

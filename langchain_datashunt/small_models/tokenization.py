@@ -1,0 +1,85 @@
+"""Token ids without padding and without silent truncation, from a tokenizer of our own that nobody else reconfigures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.predictions import BoolArray
+
+if TYPE_CHECKING:
+    import torch
+
+TOKEN_BUDGET = 4096
+"""Tokens of one padded batch at the most."""
+
+
+class TextTokenizer:
+    """A fast tokenizer with padding and truncation off, and the pad id.
+
+    Args:
+        backend: A `tokenizers.Tokenizer`; this object owns it.
+        pad_id: Id that fills batches up; masked.
+        max_length: Tokens of one text at the most, special tokens counted.
+    """
+
+    def __init__(self, backend: Any, pad_id: int, max_length: int) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.pad_id = pad_id
+        self.max_length = max_length
+        self._special = backend.num_special_tokens_to_add(False)
+
+    @classmethod
+    def from_pretrained(cls, model: str, max_length: int | None = None) -> TextTokenizer:
+        """From a transformers folder or hub id; `max_length` is lowered to what the tokenizer allows."""
+        auto = require("transformers", "torch").AutoTokenizer.from_pretrained(model)
+        limit = min(n for n in (max_length, auto.model_max_length) if n is not None)
+        backend = require("tokenizers", "torch").Tokenizer.from_str(auto.backend_tokenizer.to_str())
+        return cls(backend, auto.pad_token_id or 0, int(limit))
+
+    def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], BoolArray]:
+        """Ids of each text, and which texts were cut, shape `[n]`; the closing special token is kept."""
+        encodings = self.backend.encode_batch(list(texts))
+        ids = [encoding.ids for encoding in encodings]
+        cut = np.array([len(one) > self.max_length for one in ids], dtype=np.bool_)
+        for i in np.flatnonzero(cut).tolist():
+            ids[i] = self._cut(ids[i])
+        return ids, cut
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        closing = 1 if self._special >= 2 else 0
+        return ids[: self.max_length - closing] + ids[len(ids) - closing :]
+
+    def save(self, file: Path) -> None:
+        """Write the tokenizer as one JSON file."""
+        self.backend.save(str(file))
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int, max_rows: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each at most `budget` padded tokens and `max_rows` texts."""
+    rows: list[int] = []
+    for i in np.argsort(np.asarray(lengths), kind="stable").tolist():
+        if rows and (lengths[i] * (len(rows) + 1) > budget or len(rows) >= max_rows):
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
+
+
+def pad(ids: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and attention mask, both `[n, longest]`."""
+    torch = require("torch", "torch")
+    longest = max(1, *(len(one) for one in ids)) if ids else 1
+    array = np.full((len(ids), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(ids), longest), dtype=np.int64)
+    for i, one in enumerate(ids):
+        array[i, : len(one)] = one
+        mask[i, : len(one)] = 1
+    return torch.from_numpy(array).to(device), torch.from_numpy(mask).to(device)

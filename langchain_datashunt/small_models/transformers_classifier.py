@@ -1,0 +1,238 @@
+"""TransformersClassifier: any AutoModelForSequenceClassification, from a folder, a hub id, or fine-tuned here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.calibration.temperature import fit_temperature
+from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
+from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype
+from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
+from langchain_datashunt.small_models.tokenization import (
+    TOKEN_BUDGET,
+    TextTokenizer,
+    pad,
+    token_budget_batches,
+)
+from langchain_datashunt.small_models.training import (
+    MIN_EXAMPLES_FOR_CALIBRATION,
+    TrainingSettings,
+    fit_network,
+    lineage_of,
+    seed_everything,
+    split_examples,
+)
+
+_ARCHITECTURE = "architecture"
+
+
+class TransformersClassifier(SmallModel):
+    """A sequence classifier of the transformers library.
+
+    `TransformersClassifier(model="folder-or-hub-id")` takes the labels from the model's own configuration;
+    `TransformersClassifier.train(...)` fine-tunes an encoder.
+    """
+
+    labels: tuple[str, ...] = ()
+    """Label names; empty takes `id2label` of the model's configuration."""
+
+    model: str | None = None
+    """A folder or hub id; None where the model came from `train` or a bundle."""
+
+    device: str | None = None
+    """cuda, mps or cpu; None chooses the first there is."""
+
+    dtype: str = "float32"
+    """float32, bfloat16 or float16. A threshold used under one format is best calibrated under it."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Texts computed at once at the most."""
+
+    max_length: int | None = Field(default=None, ge=4)
+    """Tokens of a text at the most; None for the model's own limit."""
+
+    _network: Any = PrivateAttr(default=None)
+    _tokenizer: TextTokenizer | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Load the model, where a folder or id was given, and take its labels."""
+        super().model_post_init(context)
+        if self.model is None:
+            return
+        auto = require("transformers", "torch").AutoModelForSequenceClassification
+        network = auto.from_pretrained(self.model, dtype=choose_dtype(self.dtype))
+        own = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
+        if self.labels and len(self.labels) != len(own):
+            raise ConfigurationError(
+                f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs ({', '.join(own[:5])}). "
+                f"Give one name for each output, in their order, or none."
+            )
+        limit = self.max_length or network.config.max_position_embeddings
+        self.labels = self.labels or own
+        self.model_id = self.model_id or Path(self.model).name
+        self._take(network, TextTokenizer.from_pretrained(self.model, limit))
+
+    def _take(self, network: Any, tokenizer: TextTokenizer) -> None:
+        self._network = network.to(choose_device(self.device), choose_dtype(self.dtype)).eval()
+        self._tokenizer = tokenizer
+
+    def _ready(self) -> TextTokenizer:
+        if self._tokenizer is None:
+            raise ConfigurationError(
+                "This TransformersClassifier has no weights. Give `model=` a folder or hub id, or make it with "
+                "TransformersClassifier.train(...) or load_small_model(folder)."
+            )
+        return self._tokenizer
+
+    def _logits(self, ids: list[list[int]]) -> Any:
+        device = next(self._network.parameters()).device
+        tokens, mask = pad(ids, self._ready().pad_id, device)
+        return self._network(input_ids=tokens, attention_mask=mask).logits
+
+    @override
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        torch = require("torch", "torch")
+        ids, cut = self._ready()(texts)
+        logits = np.empty((len(ids), len(self.labels)), dtype=np.float32)
+        with torch.inference_mode():
+            for rows in token_budget_batches([len(one) for one in ids], TOKEN_BUDGET, self.batch_size):
+                logits[rows] = self._logits([ids[i] for i in rows]).float().cpu().numpy()
+        return Scores(logits, cut)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        validation: tuple[Sequence[str], Sequence[str]] | None = None,
+        label_set: Sequence[str] | None = None,
+        settings: TrainingSettings | None = None,
+        base: str | None = None,
+        model_id: str = "transformers",
+        input_key: str = "input",
+        max_length: int | None = 256,
+        device: str | None = None,
+        dtype: str = "float32",
+    ) -> Self:
+        """Fine-tune an encoder with early stopping on the validation loss.
+
+        Args:
+            texts: `n` training texts.
+            labels: Their labels.
+            validation: Texts and labels to stop on; None holds a stratified part of the training set out.
+            label_set: All labels and their order; None for those that occur, sorted.
+            settings: How to train; None for this kind's defaults (10 epochs, batches of 16, 5e-5).
+            base: Folder or hub id of the encoder; None for the bundled package.
+            model_id: Name of the model in predictions and records.
+            input_key: Where mappings hold the text.
+            max_length: Tokens of a text at the most.
+            device: cuda, mps or cpu; None chooses.
+            dtype: Number format of the finished model; training itself is in float32.
+
+        Raises:
+            DataError: The training set cannot be used; the message says why.
+        """
+        chosen = (settings or TrainingSettings()).filled(epochs=10, batch_size=16, learning_rate=5e-5, patience=2)
+        split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
+        seed_everything(chosen.seed)
+        path = bundled_encoder_path() if base is None else base
+        model = cls(
+            labels=split.labels,
+            model_id=model_id,
+            input_key=input_key,
+            device=device,
+            max_length=max_length,
+        )
+        network = require("transformers", "torch").AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=len(split.labels),
+            id2label=dict(enumerate(split.labels)),
+            label2id={label: i for i, label in enumerate(split.labels)},
+        )
+        limit = min(max_length or 10**9, network.config.max_position_embeddings)
+        model._take(network, TextTokenizer.from_pretrained(path, limit))
+        report = fit_network(
+            model._network,
+            model._logits,
+            (model._ready()(split.train.texts)[0], model._ready()(split.validation.texts)[0]),
+            (split.train.targets, split.validation.targets),
+            chosen,
+            what="fine-tuning",
+        )
+        model.dtype = dtype
+        model._take(model._network, model._ready())
+        if len(split.validation) >= MIN_EXAMPLES_FOR_CALIBRATION:
+            logits = np.asarray(model.predict_scores(split.validation.texts).logits, dtype=np.float64)
+            model.temperature = fit_temperature(logits, split.validation.targets.argmax(axis=1))
+        model.lineage = lineage_of(split, chosen, report, base=BUNDLED_ENCODER if base is None else base)
+        return model
+
+    # Bundles
+
+    @classmethod
+    @override
+    def kind(cls) -> str:
+        return "transformers"
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        tokenizer = self._ready()
+        return {
+            _ARCHITECTURE: self._network.config.to_dict(),
+            "pad_id": tokenizer.pad_id,
+            "max_length": tokenizer.max_length,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+        }
+
+    @override
+    def weights(self) -> dict[str, NDArray[Any]]:
+        return {name: tensor.float().cpu().numpy() for name, tensor in self._network.state_dict().items()}
+
+    @override
+    def write_files(self, folder: Path) -> None:
+        self._ready().save(folder / "tokenizer.json")
+
+    @classmethod
+    @override
+    def from_weights(
+        cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any
+    ) -> Self:
+        if "tokenizer.json" not in info.files:
+            raise BundleMismatchError(f"The bundle {folder} of kind 'transformers' has no tokenizer.json.")
+        torch, transformers = require("torch", "torch"), require("transformers", "torch")
+        config = dict(info.settings[_ARCHITECTURE])
+        architecture = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        network = transformers.AutoModelForSequenceClassification.from_config(architecture)
+        check_weights(info, weights, {name: tuple(t.shape) for name, t in network.state_dict().items()})
+        head = network.config.num_labels
+        if head != len(info.labels):
+            raise BundleMismatchError(
+                f"The bundle {folder} names {len(info.labels)} labels and its network has {head} outputs."
+            )
+        network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+        model = cls(
+            labels=info.labels,
+            model_id=info.model_id,
+            temperature=info.temperature,
+            threshold=info.threshold,
+            input_key=info.input_key,
+            lineage=info.lineage,
+            device=overrides.get("device"),
+            dtype=overrides.get("dtype") or info.settings["dtype"],
+            batch_size=overrides.get("batch_size") or info.settings["batch_size"],
+        )
+        backend = require("tokenizers", "torch").Tokenizer.from_file(str(folder / "tokenizer.json"))
+        model._take(network, TextTokenizer(backend, info.settings["pad_id"], info.settings["max_length"]))
+        return model

@@ -1,0 +1,56 @@
+"""The torch modules of the word networks; imported only where a network is built."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+WIDTHS = (3, 4, 5)
+
+
+class ConvolutionOverWords(nn.Module):
+    """Kim (2014): parallel convolutions, ReLU, max over time."""
+
+    def __init__(self, words: int, embedding: int, filters: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, embedding, padding_idx=0)
+        self.convolutions = nn.ModuleList(nn.Conv1d(embedding, filters, width) for width in WIDTHS)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(filters * len(WIDTHS), labels)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; windows of padding alone do not count."""
+        states = self.embedding(ids).transpose(1, 2)
+        pooled = []
+        for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
+            found = torch.relu(convolution(states))
+            real = mask[:, : found.shape[2]].clone()
+            real[:, 0] = 1  # a text shorter than the window still has its first one
+            pooled.append(found.masked_fill(real[:, None] == 0, 0.0).amax(2))
+        logits: torch.Tensor = self.output(self.dropout(torch.cat(pooled, dim=1)))
+        return logits
+
+
+class RecurrenceOverWords(nn.Module):
+    """A bidirectional LSTM with max pooling over the real words."""
+
+    def __init__(self, words: int, embedding: int, units: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, embedding, padding_idx=0)
+        self.recurrence = nn.LSTM(embedding, units, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(2 * units, labels)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; padding has no influence."""
+        lengths = mask.sum(1).clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embedding(ids), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, _ = nn.utils.rnn.pad_packed_sequence(
+            self.recurrence(packed)[0], batch_first=True, total_length=ids.shape[1]
+        )
+        real = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]
+        pooled = states.masked_fill(~real[..., None], torch.finfo(states.dtype).min).amax(1)
+        logits: torch.Tensor = self.output(self.dropout(pooled))
+        return logits

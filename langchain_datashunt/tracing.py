@@ -1,0 +1,216 @@
+"""The callback runs of shunted calls: each that starts also ends, and carries its decision. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from uuid import UUID, uuid4
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import Runnable, RunnableConfig, patch_config
+from langchain_core.runnables.config import (
+    ensure_config,
+    get_async_callback_manager_for_config,
+    get_callback_manager_for_config,
+    get_config_list,
+)
+from langchain_core.tracers.base import BaseTracer
+
+from langchain_datashunt.effects import Effect, Steps
+from langchain_datashunt.predictions import ShuntDecision
+
+DECISION_EVENT = "shunt_decision"
+"""Name of the custom event that carries `ShuntDecision.to_metadata()`."""
+
+
+class Runs:
+    """The configs of `n` calls, and the run of each where a callback handler is there to see it.
+
+    Without any handler no run is made and one config serves all: that is what makes large batches cheap.
+
+    Args:
+        owner: The Runnable whose runs these are.
+        inputs: Its `n` inputs.
+        config: One config, or one for each call, or None.
+        asynchronous: Whether callbacks are awaited.
+    """
+
+    def __init__(
+        self, owner: Runnable[Any, Any], inputs: Sequence[Any], config: Any, *, asynchronous: bool = False
+    ) -> None:
+        self.n = len(inputs)
+        self.shared: RunnableConfig | None = None
+        self.each: list[RunnableConfig] = []
+        self._owner = owner
+        self._inputs = inputs
+        self._manager_for: Callable[[RunnableConfig], Any] = (
+            get_async_callback_manager_for_config if asynchronous else get_callback_manager_for_config
+        )
+        self._managers: list[Any] = []
+        self._pending: set[int] = set()
+        self.traced = self._take(config)
+
+    def _take(self, config: Any) -> bool:
+        """Lay the configs out; True where a handler wants to see runs."""
+        one_for_all = config is None or isinstance(config, dict)
+        if one_for_all:
+            self.shared = ensure_config(config)
+            traced = bool(self._manager_for(self.shared).handlers)
+            if not traced and (self.n == 1 or self.shared.get("run_id") is None):
+                return False
+        self.each = get_config_list(config, self.n)
+        if not one_for_all:
+            traced = any(self._manager_for(each).handlers for each in self.each)
+        if traced or not one_for_all:
+            self.shared = None
+        return traced
+
+    def config(self, i: int) -> RunnableConfig:
+        """The config of call `i`."""
+        return self.shared if self.shared is not None else self.each[i]
+
+    def record_id(self, i: int) -> str:
+        """Id of call `i`: that of its run, or the one that its config asks for, or a new one."""
+        if self.traced:
+            return str(self._managers[i].run_id)
+        own = self.each[i] if self.each else self.config(i)
+        return str(own.get("run_id") or uuid4())
+
+    def max_concurrency(self) -> int | None:
+        """The caller's bound on parallel calls."""
+        return self.config(0).get("max_concurrency")
+
+    # Configs of child calls
+
+    def child(
+        self,
+        i: int,
+        tag: str | None = None,
+        *,
+        decision: ShuntDecision | None = None,
+        handler: BaseCallbackHandler | None = None,
+        max_concurrency: int | None = None,
+    ) -> RunnableConfig:
+        """The config of a call made on behalf of call `i`.
+
+        Args:
+            i: Which call.
+            tag: What the child is to it: "shunt:small", "shunt:large", ...
+            decision: Put on the child's run, and on all below it, as metadata.
+            handler: Sees the child's run and all below it.
+            max_concurrency: The child's bound on parallel calls; None leaves the caller's.
+        """
+        base = self.config(i)
+        if not self.traced:
+            child = base.copy()
+            child.pop("run_id", None)
+            child.pop("run_name", None)
+            if handler is not None:
+                child["callbacks"] = [handler]
+            if max_concurrency is not None:
+                child["max_concurrency"] = max_concurrency
+            return child
+        manager = self._managers[i].get_child(tag)
+        if decision is not None:
+            manager.add_metadata({k: v for k, v in decision.to_metadata().items() if v is not None})
+        if handler is not None:
+            manager.add_handler(handler, inherit=True)
+        return patch_config(base, callbacks=manager, max_concurrency=max_concurrency)
+
+    def children(self, rows: Sequence[int], tag: str) -> RunnableConfig | list[RunnableConfig]:
+        """Configs of one grouped call on behalf of several calls: one for all where no run is to be seen."""
+        if not self.traced and self.shared is not None:
+            return self.child(0, tag)
+        return [self.child(i, tag) for i in rows]
+
+    # Their beginning and end
+
+    def start(self) -> Steps[None]:
+        """Start a run for each input, where a handler is there to see it."""
+        if not self.traced:
+            return
+        self._managers = [None] * self.n
+        try:
+            yield Effect(self._start_all, self._astart_all)
+        except BaseException as error:
+            yield from self.fail_rest(error)
+            raise
+
+    def _begin(self, i: int) -> Any:
+        config = self.each[i]
+        run_id: UUID | None = config.pop("run_id", None)
+        name = config.get("run_name") or self._owner.get_name()
+        return self._manager_for(config).on_chain_start(None, self._inputs[i], name=name, run_id=run_id)
+
+    def _started(self, i: int, manager: Any) -> None:
+        self._managers[i] = manager
+        self._pending.add(i)
+
+    def _start_all(self) -> None:
+        for i in range(self.n):
+            self._started(i, self._begin(i))
+
+    async def _astart_all(self) -> None:
+        async def begin(i: int) -> None:
+            self._started(i, await self._begin(i))
+
+        await asyncio.gather(*map(begin, range(self.n)))
+
+    def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
+        """Put decisions on runs: metadata and tags for tracers, a custom event for every handler."""
+        if not self.traced or not rows:
+            return
+
+        def send(i: int) -> Any:
+            decision = decision_of(i)
+            _mark(self._managers[i], decision)
+            own = self._managers[i]
+            return own.get_child().on_custom_event(DECISION_EVENT, decision.to_metadata(), run_id=own.run_id)
+
+        yield _for_all(send, rows)
+
+    def end(self, outputs: dict[int, Any]) -> Steps[None]:
+        """End runs with their outputs, or with their errors where an output is an exception."""
+        rows = [i for i in outputs if i in self._pending]
+        if not rows:
+            return
+        self._pending.difference_update(rows)
+
+        def finish(i: int) -> Any:
+            if isinstance(outputs[i], BaseException):
+                return self._managers[i].on_chain_error(outputs[i])
+            return self._managers[i].on_chain_end(outputs[i])
+
+        yield _for_all(finish, rows)
+
+    def fail_rest(self, error: BaseException) -> Steps[None]:
+        """End all runs that have not ended, with an error."""
+        yield from self.end(dict.fromkeys(sorted(self._pending), error))
+
+
+def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
+    """Call a callback for each row: one after the other, or gathered."""
+
+    def each() -> None:
+        for i in rows:
+            act(i)
+
+    async def gathered() -> None:
+        await asyncio.gather(*map(act, rows))
+
+    return Effect(each, partial(gathered))
+
+
+def _mark(manager: Any, decision: ShuntDecision) -> None:
+    """Add metadata and tags to a run that has already started, in every tracer that keeps its runs."""
+    metadata = {key: value for key, value in decision.to_metadata().items() if value is not None}
+    tags = [f"shunt:{decision.route}", f"shunt:{decision.reason}"]
+    manager.tags = [*manager.tags, *tags]
+    manager.metadata = {**manager.metadata, **metadata}
+    for handler in manager.handlers:
+        if isinstance(handler, BaseTracer) and (run := handler.run_map.get(str(manager.run_id))):
+            extra = run.extra or {}
+            run.extra = {**extra, "metadata": {**extra.get("metadata", {}), **metadata}}
+            run.tags = [*(run.tags or []), *tags]
