@@ -132,9 +132,7 @@ class CallSteps:
     ) -> Effect:
         """One small-model call: vectorised without objects where no run is to be seen, as a Runnable otherwise."""
         if isinstance(model, SmallModel) and not runs.traced:
-            return Effect(
-                partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values)
-            )
+            return Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
 
         def batch() -> Outcome:
             return outcome_of(model.batch(list(values), runs.children(rows, tag), return_exceptions=True))
@@ -272,6 +270,4 @@ class CallSteps:
         cost: float | None = 0.0
         if handler is not None:
             cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
-        return ShuntResult(
-            output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner
-        )
+        return ShuntResult(output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner)

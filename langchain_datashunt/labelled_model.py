@@ -157,9 +157,7 @@ class LabelAsker(Configured, RunnableSerializable[Any, str]):
     def _ask(self, inputs: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
         """Rounds of: ask the model about all that is open, parse, say what was wrong."""
         outcomes: list[Any] = yield self._each(self.prompt, list(inputs), list(range(len(inputs))), runs, "prompt", {})
-        conversations = {
-            i: _messages(value) for i, value in enumerate(outcomes) if not isinstance(value, Exception)
-        }
+        conversations = {i: _messages(value) for i, value in enumerate(outcomes) if not isinstance(value, Exception)}
         pending = list(conversations)
         for attempt in range(1, self.max_reasks + 2):
             if not pending:
@@ -273,9 +271,7 @@ def _invoked(part: Runnable[Any, Any], value: Any, config: RunnableConfig, kwarg
         return [error]
 
 
-async def _ainvoked(
-    part: Runnable[Any, Any], value: Any, config: RunnableConfig, kwargs: dict[str, Any]
-) -> list[Any]:
+async def _ainvoked(part: Runnable[Any, Any], value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> list[Any]:
     try:
         return [await part.ainvoke(value, config, **kwargs)]
     except Exception as error:

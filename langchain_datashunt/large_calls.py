@@ -1,4 +1,4 @@
-"""Asking the large model: one input or one group, with retries and a bound on parallel calls; why it is asked is not known here."""
+"""Asking the large model: one input or one group, with retries and a bound on parallel calls."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class LargeCaller:
         except Exception as error:
             return error
 
-    async def _aone(
-        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None
-    ) -> Any:
+    async def _aone(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
         async def ask() -> Any:
             async with self.limiter.aslot():
                 return await self.large.ainvoke(asked, config, **kwargs)
@@ -109,9 +107,7 @@ class LargeCaller:
 
         return self.retry.call(begin)
 
-    async def aopen(
-        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]
-    ) -> tuple[Any, AsyncIterator[Any]]:
+    async def aopen(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, AsyncIterator[Any]]:
         """As `open`."""
 
         async def begin() -> tuple[Any, AsyncIterator[Any]]:

@@ -74,7 +74,8 @@ class Threshold(Policy):
 
     def __init__(self, threshold: float, *, score: ConfidenceScore | None = None, **settings: Any) -> None:
         """Take the threshold by position or by name."""
-        super().__init__(threshold=threshold, **({} if score is None else {"score": score}), **settings)
+        given: dict[str, Any] = {"threshold": threshold, **({} if score is None else {"score": score}), **settings}
+        super().__init__(**given)
         low, high = self.score.bounds(None)
         _warn_if_constant(self.threshold, low, high, "")
 
@@ -125,8 +126,8 @@ class PerLabelThreshold(Policy):
         **settings: Any,
     ) -> None:
         """Take the thresholds by position or by name."""
-        given = {} if score is None else {"score": score}
-        super().__init__(thresholds=thresholds, default=default, **given, **settings)
+        given: dict[str, Any] = {"thresholds": thresholds, "default": default, **settings}
+        super().__init__(**given, **({} if score is None else {"score": score}))
         low, high = self.score.bounds(None)
         for label, value in self.thresholds.items():
             _warn_if_constant(value, low, high, f" for label {label!r}")
@@ -217,7 +218,7 @@ def _constant(batch: PredictionBatch, *, keep: bool) -> Verdict:
 
 def _combine(verdicts: list[Verdict], *, settles: bool) -> Verdict:
     """Fold verdicts from left to right; the first whose `keep` equals `settles` decides a row."""
-    keep, score, limit = (column.copy() for column in verdicts[0])
+    keep, score, limit = verdicts[0]
     for verdict in verdicts[1:]:
         turned = (keep != settles) & (verdict.keep == settles)
         keep = np.where(turned, settles, keep)

@@ -55,9 +55,7 @@ class Prediction:
         Raises:
             PredictionError: The values are no distribution.
         """
-        return PredictionBatch.of(
-            tuple(probabilities), [list(probabilities.values())], model_id=model_id
-        )[0]
+        return PredictionBatch.of(tuple(probabilities), [list(probabilities.values())], model_id=model_id)[0]
 
     def probability(self, label: str) -> float:
         """Probability of one label, 0.0 for a label that this model does not know."""
@@ -147,9 +145,7 @@ class PredictionBatch(Sequence[Prediction]):
         if not items:
             raise PredictionError("There is no prediction to stack; give at least one.")
         first = items[0]
-        if len(items) > 1 and any(
-            item.labels is not first.labels and item.labels != first.labels for item in items
-        ):
+        if len(items) > 1 and any(item.labels is not first.labels and item.labels != first.labels for item in items):
             raise PredictionError(
                 "The predictions of one batch have different label sets. "
                 "Use one small model a batch, or one over the union of the labels."

@@ -33,8 +33,7 @@ class Candidates(tuple[str, ...]):
 
     def __str__(self) -> str:
         return "\n".join(
-            f"- {label}: {self.descriptions[label]}" if self.descriptions.get(label) else f"- {label}"
-            for label in self
+            f"- {label}: {self.descriptions[label]}" if self.descriptions.get(label) else f"- {label}" for label in self
         )
 
     def __getnewargs__(self) -> tuple[tuple[str, ...], Mapping[str, str]]:
@@ -243,9 +242,7 @@ class ConformalPrompt(Pruning):
             ConfigurationError: `gold` and `batch` differ in length, or a true label is unknown to the small model.
         """
         truth = _gold_indices(batch, gold)
-        deferred = (
-            np.ones(len(batch), dtype=np.bool_) if policy is None else ~policy.evaluate(batch).keep
-        )
+        deferred = np.ones(len(batch), dtype=np.bool_) if policy is None else ~policy.evaluate(batch).keep
         misfit = np.sort(1.0 - batch.probabilities[np.arange(len(batch)), truth][deferred])
         n = len(misfit)
         rank = math.ceil((n + 1) * (1.0 - self.alpha) - 1e-9)  # 20 * 0.95 is 19, not 19.000000000000004
@@ -256,9 +253,7 @@ class ConformalPrompt(Pruning):
                 PruningWarning,
                 stacklevel=2,
             )
-        return self.model_copy(
-            update={"quantile": float(misfit[rank - 1]) if rank <= n else 1.0, "n_calibration": n}
-        )
+        return self.model_copy(update={"quantile": float(misfit[rank - 1]) if rank <= n else 1.0, "n_calibration": n})
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
         """The conformal set; all labels where it is empty, since that is where the small model knows least."""
@@ -311,9 +306,9 @@ class NoHint(Pruning):
         descriptions: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
         """The same for every input: the candidates."""
-        return [
-            self.without_prediction(list(dict.fromkeys([*batch.labels, *(labels or ())])), descriptions)
-        ] * len(batch)
+        return [self.without_prediction(list(dict.fromkeys([*batch.labels, *(labels or ())])), descriptions)] * len(
+            batch
+        )
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
         """All labels."""
@@ -346,9 +341,7 @@ def measure_proficiency(
     total = np.bincount(truth, minlength=len(batch.labels))
     good = np.bincount(truth[served], minlength=len(batch.labels))
     return tuple(
-        label
-        for label, n, k in zip(batch.labels, total, good, strict=True)
-        if n >= min_examples and k >= minimum * n
+        label for label, n, k in zip(batch.labels, total, good, strict=True) if n >= min_examples and k >= minimum * n
     )
 
 

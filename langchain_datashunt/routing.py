@@ -199,9 +199,7 @@ class PlanOfOne:
     def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
         """The decision in words; see `Plan.decision`."""
         numbers = (self._score, self._limit, self._policy)
-        return _decision(
-            STAGES[self._stage], self._kept, self._prediction, numbers, self._failure, error, fell_back
-        )
+        return _decision(STAGES[self._stage], self._kept, self._prediction, numbers, self._failure, error, fell_back)
 
     def prompt_variables(
         self,

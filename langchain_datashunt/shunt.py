@@ -259,7 +259,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     # As they are ready
 
     @override
-    def batch_as_completed(  # type: ignore[override]
+    def batch_as_completed(
         self,
         inputs: Sequence[Any],
         config: RunnableConfig | Sequence[RunnableConfig] | None = None,
@@ -299,7 +299,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             raise
 
     @override
-    async def abatch_as_completed(  # type: ignore[override]
+    async def abatch_as_completed(
         self,
         inputs: Sequence[Any],
         config: RunnableConfig | Sequence[RunnableConfig] | None = None,

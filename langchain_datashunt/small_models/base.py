@@ -147,9 +147,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
                 TruncationWarning,
                 stacklevel=2,
             )
-        return PredictionBatch(
-            self.labels, softmax(logits, self.temperature), logits, self.model_id, scores.truncated
-        )
+        return PredictionBatch(self.labels, softmax(logits, self.temperature), logits, self.model_id, scores.truncated)
 
     def _empty(self) -> PredictionBatch:
         return PredictionBatch(self.labels, np.zeros((0, len(self.labels))), None, self.model_id)
@@ -236,9 +234,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         """Write further files (a tokenizer, a vocabulary) into the bundle's folder."""
 
     @classmethod
-    def from_weights(
-        cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any
-    ) -> Self:
+    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         """Make the model of what `weights`, `settings` and `write_files` saved."""
         raise NotImplementedError
 
@@ -294,7 +290,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             return self.to_json_not_implemented()
         from langchain_datashunt.small_models.loading import BundledSmallModel
 
-        return BundledSmallModel(path=self._bundle).to_json()
+        return BundledSmallModel.at(self._bundle).to_json()
 
 
 def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:

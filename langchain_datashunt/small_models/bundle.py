@@ -63,8 +63,6 @@ class BundleInfo(BaseModel):
     files: dict[str, FileStamp] = Field(default_factory=dict)
 
 
-
-
 def write_bundle(
     folder: Path,
     info: BundleInfo,

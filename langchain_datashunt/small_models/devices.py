@@ -17,12 +17,12 @@ def choose_device(device: str | None = None) -> torch.device:
     Raises:
         ConfigurationError: The device that was asked for is not there.
     """
-    torch = require("torch", "torch")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    torch_ = require("torch", "torch")
+    there = {"cuda": torch_.cuda.is_available(), "mps": torch_.backends.mps.is_available(), "cpu": True}
     if device is None or device == "auto":
-        return torch.device(next(name for name, found in there.items() if found))
+        device = next(name for name, found in there.items() if found)
     try:
-        chosen: torch.device = torch.device(device)
+        chosen: torch.device = torch_.device(device)
     except RuntimeError as error:
         raise ConfigurationError(f"{device!r} is no torch device: {error}. Use 'cuda', 'mps' or 'cpu'.") from error
     if not there.get(chosen.type, False):
@@ -37,9 +37,8 @@ def choose_dtype(dtype: str) -> torch.dtype:
     Raises:
         ConfigurationError: Any other name.
     """
-    torch = require("torch", "torch")
     names = ("float32", "bfloat16", "float16")
     if dtype not in names:
         raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}.")
-    chosen: torch.dtype = getattr(torch, dtype)
+    chosen: torch.dtype = getattr(require("torch", "torch"), dtype)
     return chosen

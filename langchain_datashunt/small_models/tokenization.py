@@ -1,4 +1,4 @@
-"""Token ids without padding and without silent truncation, from a tokenizer of our own that nobody else reconfigures."""
+"""Token ids without padding or silent truncation, from a tokenizer of our own that nobody else reconfigures."""
 
 from __future__ import annotations
 

@@ -207,9 +207,7 @@ def seed_everything(seed: int) -> None:
 
 def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean of -sum_y q(y) log p(y) over a batch; logits and targets `[n, k]`."""
-    torch = require("torch", "torch")
-    loss: torch.Tensor = -(targets * torch.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
-    return loss
+    return -(targets * logits.float().log_softmax(dim=-1)).sum(-1).mean()
 
 
 def progress_bar(total: int, what: str, settings: TrainingSettings) -> Any:
@@ -241,9 +239,7 @@ def fit_network(
     started, report = time.perf_counter(), TrainingReport()
     device = next(network.parameters()).device
     wanted = torch.from_numpy(targets[0]).float().to(device)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     steps = settings.epochs * -(-len(features[0]) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_decay(steps))
     rng, best = np.random.default_rng(settings.seed), copy.deepcopy(network.state_dict())
@@ -253,7 +249,7 @@ def fit_network(
             for rows in _shuffled(len(features[0]), settings.batch_size, rng):
                 loss = soft_cross_entropy(logits_of([features[0][i] for i in rows]), wanted[rows])
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()

@@ -74,8 +74,8 @@ class TransformersClassifier(SmallModel):
         own = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
-                f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs ({', '.join(own[:5])}). "
-                f"Give one name for each output, in their order, or none."
+                f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs "
+                f"({', '.join(own[:5])}). Give one name for each output, in their order, or none."
             )
         limit = self.max_length or network.config.max_position_embeddings
         self.labels = self.labels or own
@@ -206,9 +206,7 @@ class TransformersClassifier(SmallModel):
 
     @classmethod
     @override
-    def from_weights(
-        cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any
-    ) -> Self:
+    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if "tokenizer.json" not in info.files:
             raise BundleMismatchError(f"The bundle {folder} of kind 'transformers' has no tokenizer.json.")
         torch, transformers = require("torch", "torch"), require("transformers", "torch")

@@ -22,7 +22,7 @@ class ConvolutionOverWords(nn.Module):
         """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; windows of padding alone do not count."""
         states = self.embedding(ids).transpose(1, 2)
         pooled = []
-        for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
+        for convolution in self.convolutions:
             found = torch.relu(convolution(states))
             real = mask[:, : found.shape[2]].clone()
             real[:, 0] = 1  # a text shorter than the window still has its first one

@@ -169,9 +169,7 @@ class WordNetwork(SmallModel):
 
     @classmethod
     @override
-    def from_weights(
-        cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any
-    ) -> Self:
+    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if VOCABULARY_FILE not in info.files:
             raise BundleMismatchError(f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}.")
         words = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
