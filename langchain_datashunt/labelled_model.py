@@ -9,7 +9,7 @@ from typing import Any, Literal
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
-from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
 from langchain_core.runnables.graph import Graph
@@ -53,9 +53,9 @@ def default_prompt(pruning: Pruning | None) -> ChatPromptTemplate:
 class LabelAsker(Configured, RunnableSerializable[Any, str]):
     """prompt | chat model | parser, with re-asks; batches are one grouped model call a round."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    prompt: BasePromptTemplate[Any]
+    prompt: Runnable[Any, Any]
     """From the mapping to messages."""
 
     chat_model: Runnable[Any, Any]
@@ -76,10 +76,14 @@ class LabelAsker(Configured, RunnableSerializable[Any, str]):
     _parser: LabelParser = PrivateAttr()
     _model: Runnable[Any, Any] = PrivateAttr()
 
-    @field_validator("chat_model", mode="before")
+    @field_validator("chat_model", "prompt", mode="before")
     @classmethod
     def _runnable(cls, value: Any) -> Any:
-        return coerce_to_runnable(value)
+        try:
+            return coerce_to_runnable(value)
+        except TypeError as error:
+            msg = f"A {type(value).__name__} is no Runnable. Give a chat model, or a prompt template."
+            raise ConfigurationError(msg) from error
 
     def model_post_init(self, context: Any, /) -> None:
         """Choose the way the label is asked for."""

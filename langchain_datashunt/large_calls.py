@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,27 +96,51 @@ class LargeCaller:
     def _worth_retrying(self, result: Any) -> bool:
         return isinstance(result, Exception) and self.retry.attempts > 1 and is_retryable(result)
 
-    def open(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, Iterator[Any]]:
-        """Start a stream and wait for its first chunk, with retries: nothing has been shown until then."""
+    def open(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, Generator[Any]]:
+        """Start a stream and wait for its first chunk, with retries: nothing has been shown until then.
 
-        def begin() -> tuple[Any, Iterator[Any]]:
-            if isinstance(asked, Exception):
-                raise asked
-            chunks = iter(self.large.stream(asked, config, **kwargs))
+        Returns:
+            The first chunk (`END` where there is none) and the rest, which the caller closes.
+        """
+
+        def begin() -> tuple[Any, Generator[Any]]:
+            chunks = _chunks(self.large.stream(asked, config, **kwargs))
             return next(chunks, END), chunks
 
+        if isinstance(asked, Exception):
+            raise asked
         return self.retry.call(begin)
 
-    async def aopen(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, AsyncIterator[Any]]:
+    async def aopen(
+        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]
+    ) -> tuple[Any, AsyncGenerator[Any]]:
         """As `open`."""
 
-        async def begin() -> tuple[Any, AsyncIterator[Any]]:
-            if isinstance(asked, Exception):
-                raise asked
-            chunks = aiter(self.large.astream(asked, config, **kwargs))
+        async def begin() -> tuple[Any, AsyncGenerator[Any]]:
+            chunks = _achunks(self.large.astream(asked, config, **kwargs))
             return await anext(chunks, END), chunks
 
+        if isinstance(asked, Exception):
+            raise asked
         return await self.retry.acall(begin)
+
+
+def _chunks(stream: Any) -> Generator[Any]:
+    """A stream that can be closed, whatever it is made of: closing ends the runs below."""
+    try:
+        yield from stream
+    finally:
+        if (close := getattr(stream, "close", None)) is not None:
+            close()
+
+
+async def _achunks(stream: Any) -> AsyncGenerator[Any]:
+    try:
+        async for chunk in stream:
+            yield chunk
+    finally:
+        if (close := getattr(stream, "aclose", None)) is not None:
+            await close()
 
 
 def _in_threads(effects: Sequence[Effect], config: RunnableConfig) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from langchain_core.output_parsers import BaseOutputParser
-from pydantic import Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt.configured import Configured
@@ -27,6 +27,8 @@ class LabelParser(Configured, BaseOutputParser[str]):
     A sentence that merely contains a label is not accepted: text that the model repeats from the input must not
     choose the label.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     labels: tuple[str, ...] = Field(min_length=1)
     """What may be answered."""

@@ -18,7 +18,8 @@ from tenacity import (
     Retrying,
     retry_if_exception,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from langchain_datashunt.configured import Strategy
@@ -144,7 +145,8 @@ class Retry(Strategy):
 
     def _wait(self, state: RetryCallState) -> float:
         asked = retry_after(state.outcome.exception() if state.outcome else None)
-        backoff = wait_exponential_jitter(self.initial_wait, self.max_wait, jitter=self.jitter)(state)
+        backoff = wait_exponential(multiplier=self.initial_wait, max=self.max_wait)(state)
+        backoff += wait_random(0.0, self.jitter)(state)
         return min(self.max_wait, max(asked, backoff) if asked is not None else backoff)
 
 

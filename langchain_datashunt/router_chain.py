@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable
 
 from langchain_datashunt.exceptions import ConfigurationError
@@ -32,7 +31,7 @@ class ConfidenceRouterChain(ShuntRunnable):
         *,
         labels: Sequence[str] | Mapping[str, str] | None = None,
         aliases: Mapping[str, Sequence[str]] | None = None,
-        prompt: BasePromptTemplate[Any] | None = None,
+        prompt: Runnable[Any, Any] | None = None,
         pruning: Pruning | None = None,
         policy: Policy | None = None,
         answer_format: Literal["auto", "structured", "text"] = "auto",

@@ -271,10 +271,10 @@ def _problem(answer: Any) -> Exception | None:
             f"Return Prediction.of({{label: probability, ...}})."
         )
     p = answer.probabilities
-    if p.shape != (len(answer.labels),) or not abs(p.sum() - 1.0) <= 1e-3 or p.min() < 0.0:
+    if np.shape(p) != (len(answer.labels),) or not abs(p.sum() - 1.0) <= 1e-3 or p.min() < 0.0:
         return PredictionError(
             f"The small model {answer.model_id or 'without a name'!r} gave something that is no distribution over "
-            f"its {len(answer.labels)} labels: {p[:5]}..., which sums to {p.sum()}."
+            f"its {len(answer.labels)} labels: {np.array2string(np.asarray(p), threshold=5)}."
         )
     return None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import aclosing, closing
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -54,7 +56,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     The threshold can be replaced for one call: `config={"configurable": {"shunt_threshold": 0.8}}`.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     small: Runnable[Any, Any]
     """The specific small model: any `Runnable[Input, Prediction]`."""
@@ -142,6 +144,12 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         copied = super().model_copy(update=update, deep=deep)
+        copied._lay_out()
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        copied = self.__copy__()
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         copied._lay_out()
         return copied
 
@@ -351,8 +359,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             if plan.keeps(0):
                 yield total.add(_raised(run(self._steps.conclude_kept(plan, [0], runs, seconds))[0]))
             else:
-                for chunk in self._stream_large(input, plan, runs, seconds, kwargs):
-                    yield total.add(chunk)
+                with closing(self._stream_large(input, plan, runs, seconds, kwargs)) as chunks:
+                    for chunk in chunks:
+                        yield total.add(chunk)
         except BaseException as error:
             run(runs.fail_rest(error))
             raise
@@ -360,7 +369,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
 
     def _stream_large(
         self, value: Any, plan: AnyPlan, runs: Runs, seconds: float, kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         """Large chunks; retried, or replaced by the small answer, only as long as nothing was shown."""
         steps = self._steps
         asked, config, handler = run(steps.prepare(value, 0, plan, runs))
@@ -372,10 +381,11 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
                 latency = Latency(seconds, time.perf_counter() - started)
                 yield _raised(run(steps.conclude(plan, 0, error, runs, latency, handler)))
                 return
-            if first is not END:
-                yield steps.chunk(first, plan)
-                for chunk in chunks:
-                    yield steps.chunk(chunk, plan)
+            with closing(chunks):
+                if first is not END:
+                    yield steps.chunk(first, plan)
+                    for chunk in chunks:
+                        yield steps.chunk(chunk, plan)
         if self.return_decision:
             latency = Latency(seconds, time.perf_counter() - started)
             yield run(steps.conclude(plan, 0, None, runs, latency, handler))
@@ -390,8 +400,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             if plan.keeps(0):
                 yield total.add(_raised((await arun(self._steps.conclude_kept(plan, [0], runs, seconds)))[0]))
             else:
-                async for chunk in self._astream_large(input, plan, runs, seconds, kwargs):
-                    yield total.add(chunk)
+                async with aclosing(self._astream_large(input, plan, runs, seconds, kwargs)) as chunks:
+                    async for chunk in chunks:
+                        yield total.add(chunk)
         except BaseException as error:
             await arun(runs.fail_rest(error))
             raise
@@ -399,7 +410,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
 
     async def _astream_large(
         self, value: Any, plan: AnyPlan, runs: Runs, seconds: float, kwargs: dict[str, Any]
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any]:
         steps = self._steps
         asked, config, handler = await arun(steps.prepare(value, 0, plan, runs))
         started = time.perf_counter()
@@ -410,10 +421,11 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
                 latency = Latency(seconds, time.perf_counter() - started)
                 yield _raised(await arun(steps.conclude(plan, 0, error, runs, latency, handler)))
                 return
-            if first is not END:
-                yield steps.chunk(first, plan)
-                async for chunk in chunks:
-                    yield steps.chunk(chunk, plan)
+            async with aclosing(chunks):
+                if first is not END:
+                    yield steps.chunk(first, plan)
+                    async for chunk in chunks:
+                        yield steps.chunk(chunk, plan)
         if self.return_decision:
             latency = Latency(seconds, time.perf_counter() - started)
             yield await arun(steps.conclude(plan, 0, None, runs, latency, handler))

@@ -141,7 +141,9 @@ def download_banking77(root: Path, base_url: str = BANKING77_URL) -> Path:
                 with urllib.request.urlopen(url, timeout=60) as reply:
                     partial.write_bytes(reply.read())
             except OSError as error:
-                raise DataError(f"{url} cannot be fetched: {error}. Try again, or put the file there by hand.") from error
+                raise DataError(
+                    f"{url} cannot be fetched: {error}. Try again, or put the file there by hand."
+                ) from error
             if not _is_published(partial, digest):
                 partial.unlink()
                 raise DataError(f"{url} is not the file that was published (its checksum differs); it was not kept.")
@@ -172,7 +174,10 @@ def load_messages(seed: int = 0) -> BenchmarkTask:
         name="messages",
         source="432 customer messages written for this package (12 intents), split by seed",
         large_model=None,
-        large_in_words="a stronger local stand-in, no language model",
+        large_in_words=(
+            "a stronger local stand-in, no language model: a classifier trained on all other messages and the "
+            "labels' descriptions"
+        ),
         train=labelled("train"),
         dev=labelled("dev"),
         test=labelled("test"),

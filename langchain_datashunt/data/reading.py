@@ -118,8 +118,7 @@ def sample_per_label(
     for i, label in enumerate(labels):
         by_label.setdefault(label, []).append(i)
     chosen = [
-        rng.choice(rows, size=min(per_label, len(rows)), replace=False).tolist()
-        for _, rows in sorted(by_label.items())
+        rng.choice(rows, size=min(per_label, len(rows)), replace=False).tolist() for _, rows in sorted(by_label.items())
     ]
     rows = list(itertools.chain.from_iterable(chosen))
     return [texts[i] for i in rows], [labels[i] for i in rows]

@@ -137,9 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
 
-def stream_events(
-    number: int, model: str, text: str, usage: dict[str, int], body: Mapping[str, Any]
-) -> list[bytes]:
+def stream_events(number: int, model: str, text: str, usage: dict[str, int], body: Mapping[str, Any]) -> list[bytes]:
     """The server-sent events of a streamed reply, one for each word, as the API sends them."""
     head = {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", "created": 0, "model": model}
     words = text.split(" ")
@@ -167,6 +165,9 @@ def _completion(number: int, model: str, text: str, usage: dict[str, int]) -> di
 
 
 def _usage(body: Mapping[str, Any], text: str) -> dict[str, int]:
-    contents = [json.dumps(m["content"]) if not isinstance(m.get("content"), str) else m["content"] for m in body.get("messages", [])]
+    contents = [
+        json.dumps(m["content"]) if not isinstance(m.get("content"), str) else m["content"]
+        for m in body.get("messages", [])
+    ]
     prompt, completion = estimate_message_tokens(contents), estimate_tokens(text)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

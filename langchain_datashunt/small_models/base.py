@@ -60,7 +60,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     reading inputs, temperature and softmax, checks, single and batch calls, sync and async, saving and loading.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     labels: tuple[str, ...] = Field(min_length=1)
     """Label names in the order of the model's outputs, `k` of them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from langchain_datashunt._extras import require
@@ -42,3 +44,18 @@ def choose_dtype(dtype: str) -> torch.dtype:
         raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}.")
     chosen: torch.dtype = getattr(require("torch", "torch"), dtype)
     return chosen
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the transformers library's own progress bars and reports; its settings are put back afterwards."""
+    log = require("transformers.utils.logging", "torch")
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from langchain_core.embeddings import Embeddings
@@ -27,7 +27,7 @@ from langchain_datashunt.small_models.encoder import (
 )
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
-    Examples,
+    Split,
     TrainingReport,
     TrainingSettings,
     lineage_of,
@@ -39,8 +39,21 @@ from langchain_datashunt.small_models.training import (
 REGULARISATION_PATH = (1.0, 5.0, 20.0, 80.0)
 """Inverse strengths C of the L2 penalty, from strong to weak, as scikit-learn counts them."""
 
+FOLDS = 5
+"""Into how many parts a small training set is split for cross-validation."""
+
+CROSS_VALIDATE_UP_TO = 5_000
+"""Training examples up to which every one is held out once; more are split once."""
+
 PROBE = "The quick brown fox jumps over the lazy dog."
 _PROBE_COSINE = 0.99
+
+
+class Fold(NamedTuple):
+    """Rows to train on and rows to hold out."""
+
+    train: NDArray[np.intp]
+    held_out: NDArray[np.intp]
 
 
 class EmbeddingClassifier(SmallModel):
@@ -96,9 +109,10 @@ class EmbeddingClassifier(SmallModel):
     ) -> Self:
         """Train a head.
 
-        The L2 penalty is weakened step by step until the validation loss stops falling; the head is then fitted
-        on all labelled examples with the strength that was best. A temperature is fitted on the validation
-        examples where there are enough.
+        The L2 penalty is weakened step by step until the held-out loss stops falling; the head is then fitted with
+        the strength that was best. Held out is the validation set where one is given, a stratified part of a large
+        training set, and each fold in turn of a small one, so that few labels are not made fewer. The temperature
+        is fitted on the same held-out logits.
 
         Args:
             texts: `n` training texts.
@@ -116,18 +130,16 @@ class EmbeddingClassifier(SmallModel):
         chosen = (settings or TrainingSettings()).filled(epochs=200, patience=1)
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
         encoder = embeddings if embeddings is not None else shared_encoder()
-        started = time.perf_counter()
-        train = embed(encoder, split.train.texts)[0]
-        held_out = embed(encoder, split.validation.texts)[0]
-        report, strength, head, bias = _fit_path(train, split.train, held_out, split.validation, chosen)
+        started, report = time.perf_counter(), TrainingReport()
+        vectors = embed(encoder, [*split.train.texts, *split.validation.texts])[0]
+        targets = np.concatenate([split.train.targets, split.validation.targets])
+        folds = _folds(split, targets.argmax(axis=1), chosen)
+        strength, logits, wanted = _walk_path(vectors, targets, folds, chosen, report)
+        own = np.arange(len(split.train) if split.validation_given else len(vectors))
+        head, bias = _fit_head(vectors[own], targets[own], strength, chosen)
         temperature = 1.0
-        if len(split.validation) >= MIN_EXAMPLES_FOR_CALIBRATION:
-            logits = np.asarray(held_out @ head + bias, dtype=np.float64)
-            temperature = fit_temperature(logits, split.validation.targets.argmax(axis=1))
-        if not split.validation_given:
-            everything = np.concatenate([train, held_out])
-            targets = np.concatenate([split.train.targets, split.validation.targets])
-            head, bias = _fit_head(everything, targets, strength, chosen, head, bias)
+        if len(wanted) >= MIN_EXAMPLES_FOR_CALIBRATION:
+            temperature = fit_temperature(logits, wanted)
         report.seconds = time.perf_counter() - started
         return cls(
             labels=split.labels,
@@ -137,7 +149,7 @@ class EmbeddingClassifier(SmallModel):
             embeddings=encoder,
             head=head,
             bias=bias,
-            lineage=lineage_of(split, chosen, report, regularisation=strength),
+            lineage=lineage_of(split, chosen, report, regularisation=strength, folds=len(folds)),
         )
 
     # Bundles
@@ -203,32 +215,55 @@ def _check_probe(encoder: Embeddings, probe: NDArray[Any], info: BundleInfo) -> 
         )
 
 
-def _fit_path(
-    train: NDArray[np.float32],
-    examples: Examples,
-    held_out: NDArray[np.float32],
-    validation: Examples,
+def _folds(split: Split, truth: NDArray[np.intp], settings: TrainingSettings) -> list[Fold]:
+    """What to train on and what to hold out, once or several times; rows of training then validation examples."""
+    n = len(split.train)
+    if split.validation_given or len(truth) > CROSS_VALIDATE_UP_TO:
+        return [Fold(np.arange(n), np.arange(n, len(truth)))]
+    rng, fold_of = np.random.default_rng(settings.seed), np.full(len(truth), -1)
+    for label in np.unique(truth):
+        rows = rng.permutation(np.flatnonzero(truth == label))
+        if len(rows) > 1:  # a single example of a label is always trained on
+            fold_of[rows] = np.arange(len(rows)) % FOLDS
+    return [
+        Fold(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold))
+        for fold in range(FOLDS)
+        if (fold_of == fold).any()
+    ]
+
+
+def _walk_path(
+    vectors: NDArray[np.float32],
+    targets: FloatArray,
+    folds: list[Fold],
     settings: TrainingSettings,
-) -> tuple[TrainingReport, float, NDArray[Any], NDArray[Any]]:
-    report = TrainingReport()
-    strength, best_head, best_bias = REGULARISATION_PATH[0], None, None
-    head = bias = None
-    with progress_bar(len(REGULARISATION_PATH), "regularisation path", settings) as bar:
-        for candidate in REGULARISATION_PATH:
-            head, bias = _fit_head(train, examples.targets, candidate, settings, head, bias)
-            if report.note(_best_temperature_loss(held_out @ head + bias, validation.targets)):
-                strength, best_head, best_bias = candidate, head, bias
-            bar.update(1)
-            if report.waited() >= (settings.patience or 1):
+    report: TrainingReport,
+) -> tuple[float, FloatArray, NDArray[np.intp]]:
+    """The best strength, and its held-out logits `[m, k]` with their true labels `[m]`."""
+    held = np.concatenate([fold.held_out for fold in folds])
+    truth = targets[held].argmax(axis=1)
+    chosen = (REGULARISATION_PATH[0], np.zeros((0, targets.shape[1])))
+    starts: list[tuple[NDArray[Any], NDArray[Any]] | None] = [None] * len(folds)
+    with progress_bar(len(REGULARISATION_PATH) * len(folds), "regularisation path", settings) as bar:
+        for strength in REGULARISATION_PATH:
+            parts = []
+            for i, fold in enumerate(folds):
+                start = starts[i] or (None, None)
+                head, bias = _fit_head(vectors[fold.train], targets[fold.train], strength, settings, *start)
+                starts[i] = (head, bias)
+                parts.append(vectors[fold.held_out] @ head + bias)
+                bar.update(1)
+            logits = np.concatenate(parts).astype(np.float64)
+            if report.note(_calibrated_loss(logits, truth)):
+                chosen = (strength, logits)
+            elif report.waited() >= (settings.patience or 1):
                 break
-    assert best_head is not None and best_bias is not None
-    return report, strength, best_head, best_bias
+    return *chosen, truth
 
 
-def _best_temperature_loss(logits: NDArray[Any], targets: FloatArray) -> float:
-    """Validation loss after calibration, so that a strong penalty is not blamed for its soft probabilities."""
-    scores, truth = np.asarray(logits, dtype=np.float64), targets.argmax(axis=1)
-    scores = scores / fit_temperature(scores, truth)
+def _calibrated_loss(logits: FloatArray, truth: NDArray[np.intp]) -> float:
+    """Held-out loss after calibration, so that a strong penalty is not blamed for its soft probabilities."""
+    scores = logits / fit_temperature(logits, truth)
     scores = scores - scores.max(axis=1, keepdims=True)
     return float((np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(scores)), truth]).mean())
 

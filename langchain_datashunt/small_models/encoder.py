@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import BoolArray
-from langchain_datashunt.small_models.devices import choose_device, choose_dtype
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,
@@ -63,7 +63,9 @@ class SentenceEncoder(Embeddings):
         self.batch_size = batch_size
         self.pooling = _pooling(self.path)
         auto = require("transformers", "torch").AutoModel
-        self.network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype)).to(self.device).eval()
+        with quiet_transformers():
+            network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype))
+        self.network = network.to(self.device).eval()
         limit = max_length or _max_length(self.path) or self.network.config.max_position_embeddings
         self.tokenizer = TextTokenizer.from_pretrained(self.path, limit)
 
@@ -100,6 +102,31 @@ class SentenceEncoder(Embeddings):
 
     def embed_query(self, text: str) -> list[float]:
         """Embed one text, in the same way."""
+        return self.embed_documents([text])[0]
+
+
+class PrecomputedEmbeddings(Embeddings):
+    """Embeddings of known texts, computed once: for training several heads on the same texts.
+
+    Args:
+        encoder: Computes them, and those of texts that are not known.
+        texts: What is known.
+    """
+
+    def __init__(self, encoder: Embeddings, texts: Sequence[str]) -> None:
+        self.encoder = encoder
+        vectors = np.asarray(encoder.embed_documents(list(texts)), dtype=np.float32)
+        self._known = dict(zip(texts, vectors, strict=True))
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Look texts up; compute those that are not known."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, np.asarray(self.encoder.embed_documents(new)), strict=True))
+        return [self._known[text] for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        """As `embed_documents`, for one text."""
         return self.embed_documents([text])[0]
 
 

@@ -16,7 +16,7 @@ from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
-from langchain_datashunt.small_models.devices import choose_device, choose_dtype
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
@@ -70,7 +70,8 @@ class TransformersClassifier(SmallModel):
         if self.model is None:
             return
         auto = require("transformers", "torch").AutoModelForSequenceClassification
-        network = auto.from_pretrained(self.model, dtype=choose_dtype(self.dtype))
+        with quiet_transformers():
+            network = auto.from_pretrained(self.model, dtype=choose_dtype(self.dtype))
         own = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
@@ -154,12 +155,14 @@ class TransformersClassifier(SmallModel):
             device=device,
             max_length=max_length,
         )
-        network = require("transformers", "torch").AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=len(split.labels),
-            id2label=dict(enumerate(split.labels)),
-            label2id={label: i for i, label in enumerate(split.labels)},
-        )
+        auto = require("transformers", "torch").AutoModelForSequenceClassification
+        with quiet_transformers():  # a new head is what is wanted here, so no report on its missing weights
+            network = auto.from_pretrained(
+                path,
+                num_labels=len(split.labels),
+                id2label=dict(enumerate(split.labels)),
+                label2id={label: i for i, label in enumerate(split.labels)},
+            )
         limit = min(max_length or 10**9, network.config.max_position_embeddings)
         model._take(network, TextTokenizer.from_pretrained(path, limit))
         report = fit_network(

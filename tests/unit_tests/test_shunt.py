@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+from typing import Any
+
+import pytest
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
+
+from langchain_datashunt import (
+    AlwaysLarge,
+    AlwaysSmall,
+    NoHint,
+    Prediction,
+    Retry,
+    ShuntResult,
+    ShuntRunnable,
+    SoftPrompt,
+    Threshold,
+    TopHint,
+)
+from langchain_datashunt.exceptions import ConfigurationError, InputError, ThresholdWarning
+from tests.support.models import LABELS, CountingLarge, HttpError, WordModel, failing_word_model, predict_words
+
+QUICK = Retry(attempts=3, initial_wait=0.0, jitter=0.0)
+EVERY_WAY = ["invoke", "ainvoke", "batch", "abatch", "stream", "astream", "as_completed", "abatch_as_completed"]
+
+
+async def call(shunt: Any, way: str, value: Any, config: Any = None) -> Any:
+    """One input through any of a Runnable's entrances."""
+    if way == "invoke":
+        return shunt.invoke(value, config)
+    if way == "ainvoke":
+        return await shunt.ainvoke(value, config)
+    if way == "batch":
+        return shunt.batch([value], config)[0]
+    if way == "abatch":
+        return (await shunt.abatch([value], config))[0]
+    if way == "as_completed":
+        return next(iter(shunt.batch_as_completed([value], config)))[1]
+    if way == "abatch_as_completed":
+        return [pair async for pair in shunt.abatch_as_completed([value], config)][0][1]
+    chunks = list(shunt.stream(value, config)) if way == "stream" else [c async for c in shunt.astream(value, config)]
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total = total + chunk
+    return total
+
+
+def make(**settings: Any) -> ShuntRunnable:
+    defaults: dict[str, Any] = {"small": WordModel(), "large": CountingLarge(), "retry": QUICK}
+    return ShuntRunnable(**{**defaults, **settings})
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_what_the_small_model_is_sure_of_never_reaches_the_large_one(way: str) -> None:
+    large = CountingLarge()
+    assert await call(make(large=large), way, "surely refund") == "refund"
+    assert large.invoked == []
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_what_it_is_not_sure_of_goes_to_the_large_one_with_its_opinion(way: str) -> None:
+    large = CountingLarge()
+    assert await call(make(large=large), way, "refund") == "L:refund"
+    asked = large.invoked[0]
+    assert asked["input"] == "refund"
+    assert asked["small_label"] == "refund"
+    assert set(asked["candidates"]) == set(LABELS)
+    assert next(iter(asked["candidate_probabilities"])) == "refund"
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_a_result_says_what_was_decided(way: str) -> None:
+    shunt = make(return_decision=True)
+    kept = await call(shunt, way, "surely refund")
+    assert isinstance(kept, ShuntResult)
+    assert (kept.output, kept.route, kept.reason, kept.threshold) == ("refund", "small", "confident", 0.9)
+    assert kept.prediction is not None
+    assert kept.prediction.model_id == "words"
+    assert kept.cost_usd == 0.0
+    asked = await call(shunt, way, "refund")
+    assert (asked.output, asked.route, asked.reason) == ("L:refund", "large", "deferred")
+    assert asked.latency.large_s > 0.0
+    assert asked.record_id is not None
+    assert asked.cost_usd is None
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_a_plain_function_can_be_either_side(way: str) -> None:
+    shunt = make(small=predict_words, large=lambda asked: asked["input"].upper())
+    assert await call(shunt, way, "surely refund") == "refund"
+    assert await call(shunt, way, "refund") == "REFUND"
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_a_failing_small_model_lets_the_large_one_answer(way: str) -> None:
+    shunt = make(small=failing_word_model(RuntimeError("out of memory")), return_decision=True)
+    result = await call(shunt, way, "surely refund")
+    assert (result.output, result.route, result.reason) == ("L:surely refund", "large", "small_error")
+    assert result.prediction is None
+    assert "out of memory" in result.decision.error
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("small", [lambda text: "refund", lambda text: Prediction("a", 1.0, None, ("a",))])  # type: ignore[arg-type]
+async def test_a_small_model_that_gives_no_prediction_has_failed(way: str, small: Any) -> None:
+    result = await call(make(small=small, return_decision=True), way, "x")
+    assert (result.reason, result.output) == ("small_error", "L:x")
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_a_large_error_is_raised_or_gives_way_to_the_small_answer(way: str) -> None:
+    def large() -> CountingLarge:
+        return CountingLarge({"refund": [HttpError(400)]})
+
+    with pytest.raises(HttpError, match="400"):
+        await call(make(large=large()), way, "refund")
+    result = await call(make(large=large(), on_large_error="small", return_decision=True), way, "refund")
+    assert (result.output, result.route, result.reason) == ("refund", "small", "large_error")
+    assert "400" in result.decision.error
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_where_both_fail_the_large_error_is_raised(way: str) -> None:
+    large = CountingLarge({"x": [HttpError(400)]})
+    shunt = make(small=failing_word_model(ValueError()), large=large, on_large_error="small")
+    with pytest.raises(HttpError, match="400"):
+        await call(shunt, way, "x")
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_the_large_call_is_retried(way: str) -> None:
+    large = CountingLarge({"refund": [HttpError(500), HttpError(429)]})
+    assert await call(make(large=large), way, "refund") == "L:refund"
+    assert len(large.invoked) == 3
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_the_learnable_model_is_asked_before_the_large_one(way: str) -> None:
+    def learned(text: str) -> Prediction:
+        sure = 0.97 if "seen" in text else 0.7
+        return Prediction.of({"cancel": 1 - sure, "refund": 0.0, "status": sure}, model_id="S2")
+
+    shunt = make(learnable=learned, return_decision=True)
+    assert (await call(shunt, way, "surely refund")).route == "small"
+    result = await call(shunt, way, "seen before")
+    assert (result.output, result.route, result.reason) == ("status", "learnable", "confident")
+    asked = await call(shunt, way, "refund")
+    assert asked.route == "large"
+    assert asked.prediction.model_id == "S2", "the surer opinion goes into the prompt"
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_the_threshold_can_be_changed_for_one_call(way: str) -> None:
+    shunt = make()
+    config = {"configurable": {"shunt_threshold": 0.4}}
+    assert await call(shunt, way, "refund", config) == "refund"
+    assert await call(shunt, way, "refund") == "L:refund"
+    assert await call(shunt.with_config(config), way, "refund") == "refund"
+
+
+@pytest.mark.parametrize("value", ["high", float("nan"), True])
+def test_a_threshold_of_the_call_must_be_a_number(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="shunt_threshold"):
+        make().invoke("x", {"configurable": {"shunt_threshold": value}})
+
+
+def test_configurable_fields_replace_the_policy() -> None:
+    shunt = make().configurable_fields(policy=ConfigurableField(id="policy"))
+    assert shunt.invoke("refund", {"configurable": {"policy": AlwaysSmall()}}) == "refund"
+    assert shunt.invoke("surely refund", {"configurable": {"policy": AlwaysLarge()}}) == "L:surely refund"
+    assert shunt.invoke("surely refund") == "refund"
+
+
+def test_the_small_models_own_threshold_is_the_default() -> None:
+    shunt = make(small=WordModel(threshold=0.3334), return_decision=True)
+    assert shunt.invoke("nothing known").threshold == 0.3334
+    assert make(return_decision=True).invoke("x").threshold == 0.9
+
+
+def test_a_threshold_that_always_fires_warns_at_construction() -> None:
+    with pytest.warns(ThresholdWarning, match="over 3 labels"):
+        make(policy=Threshold(0.3))
+
+
+def test_small_output_gives_both_routes_one_type() -> None:
+    shunt = make(
+        small_output=lambda prediction: AIMessage(prediction.label), large=lambda asked: AIMessage("from large")
+    )
+    assert shunt.invoke("surely refund") == AIMessage("refund")
+    assert [m.content for m in shunt.batch(["surely refund", "x"])] == ["refund", "from large"]
+    assert asyncio.run(shunt.ainvoke("surely refund")).content == "refund"
+
+
+def test_a_failing_small_output_is_an_error_of_its_input_alone() -> None:
+    def broken(prediction: Prediction) -> str:
+        if prediction.label == "refund":
+            raise ValueError("no words for it")
+        return prediction.label
+
+    shunt = make(small_output=broken)
+    with pytest.raises(ValueError, match="no words"):
+        shunt.invoke("surely refund")
+    outputs = shunt.batch(["surely refund", "surely cancel"], return_exceptions=True)
+    assert isinstance(outputs[0], ValueError)
+    assert outputs[1] == "cancel"
+
+
+def test_without_pruning_the_large_model_gets_the_input_as_it_is() -> None:
+    large = CountingLarge()
+    shunt = make(large=large, pruning=None)
+    shunt.invoke("refund")
+    shunt.batch(["status", "cancel"])
+    assert sorted(large.invoked) == ["cancel", "refund", "status"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Document(page_content="refund"),
+        [HumanMessage("hello"), AIMessage("hi"), HumanMessage("refund")],
+        {"input": "refund", "customer": 7},
+        HumanMessage("refund"),
+    ],
+)
+def test_inputs_of_every_kind_are_routed_and_left_alone(value: Any) -> None:
+    large = CountingLarge()
+    before = copy.deepcopy(value)
+    assert make(large=large).invoke(value) == "L:refund"
+    assert value == before
+    if isinstance(value, dict):
+        assert large.invoked[0]["customer"] == 7
+    if isinstance(value, list):
+        assert len(large.invoked[0]["history"]) == 2
+
+
+def test_an_input_that_nobody_can_read_is_named() -> None:
+    with pytest.raises(InputError, match="no human message"):
+        make().invoke([AIMessage("only me")])
+    outputs = make().batch([[AIMessage("only me")], "surely refund"], return_exceptions=True)
+    assert isinstance(outputs[0], InputError)
+    assert outputs[1] == "refund"
+
+
+def test_a_bare_chat_model_as_the_large_side_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="bare FakeListChatModel"):
+        make(large=FakeListChatModel(responses=["x"]))
+    plain = make(large=FakeListChatModel(responses=["x"]), pruning=None, small_output=lambda p: AIMessage(p.label))
+    assert plain.invoke("refund").content == "x"
+
+
+def test_a_template_that_uses_no_pruning_variable_is_refused() -> None:
+    model = FakeListChatModel(responses=["x"]) | StrOutputParser()
+    blind = ChatPromptTemplate.from_template("Classify: {input}") | model
+    with pytest.raises(ConfigurationError, match=r"none of what SoftPrompt fills: \['candidate_probabilities'\]"):
+        make(large=blind)
+    with pytest.raises(ConfigurationError, match="TopHint"):
+        make(large=ChatPromptTemplate.from_template("{input} {candidates}") | model, pruning=TopHint())
+    make(large=blind, pruning=NoHint())
+    make(large=ChatPromptTemplate.from_template("{input} {candidate_probabilities}") | model)
+
+
+def test_what_is_no_runnable_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="int is no Runnable"):
+        make(small=3)
+    with pytest.raises(ConfigurationError, match="on_large_error"):
+        make(on_large_error="ignore")
+    with pytest.raises(ConfigurationError, match="tresh"):
+        make(tresh=0.5)
+
+
+def test_three_tiers_show_all_their_decisions() -> None:
+    middle = make(small=predict_words, policy=Threshold(0.45), large=CountingLarge())
+    outer = make(large=middle, return_decision=True)
+    result = outer.invoke("refund")
+    assert result.output == "refund"
+    assert [d.route for d in result.decisions] == ["large", "small"]
+    assert result.prediction.model_id == "words"
+    assert result.inner.prediction.model_id == "function"
+    last = outer.invoke("refund", {"configurable": {"shunt_threshold": 2.0}})
+    assert last.output == "L:refund"
+    assert [d.route for d in last.decisions] == ["large", "large"]
+    assert outer.batch(["refund", "surely refund"])[0].decisions == result.decisions
+    streamed = list(outer.stream("refund"))
+    assert streamed[0].inner is not None
+    assert not middle.return_decision, "the caller's own object is not changed"
+
+
+def test_tiers_can_have_thresholds_of_their_own() -> None:
+    middle = make(small=predict_words, threshold_id="middle_threshold")
+    outer = make(large=middle)
+    assert {spec.id for spec in outer.config_specs} == {"shunt_threshold", "middle_threshold"}
+    assert outer.invoke("refund", {"configurable": {"middle_threshold": 0.4}}) == "refund"
+
+
+def test_it_composes_with_other_runnables() -> None:
+    shunt = make()
+    chain = {"question": RunnablePassthrough()} | RunnablePassthrough.assign(
+        label=RunnableLambda(lambda x: x["question"]) | shunt
+    )
+    assert chain.invoke("surely refund") == {"question": "surely refund", "label": "refund"}
+    assert shunt.map().invoke(["surely refund", "x"]) == ["refund", "L:x"]
+    failing = make(large=CountingLarge({"x": [HttpError(400)]}))
+    assert failing.with_fallbacks([RunnableLambda(lambda _: "fallback")]).invoke("x") == "fallback"
+    assert list(shunt.transform(iter(["sure", "ly refund"]))) == ["refund"]
+
+
+def test_schemas_specs_and_graph_describe_it() -> None:
+    shunt = make(learnable=predict_words)
+    assert "string" in str(shunt.get_input_jsonschema())
+    assert shunt.get_output_schema() is not None
+    assert make(return_decision=True).OutputType is ShuntResult
+    assert [spec.id for spec in shunt.config_specs] == ["shunt_threshold"]
+    graph = shunt.get_graph()
+    names = [node.name for node in graph.nodes.values()]
+    assert names[0] == "ShuntInput"
+    assert {"WordModel", "predict_words", "CountingLarge", "ShuntOutput"} <= set(names)
+    assert {edge.data for edge in graph.edges if edge.conditional} == {"confident", "deferred"}
+    assert "WordModel" in graph.draw_ascii()
+    prompted = make(
+        large=ChatPromptTemplate.from_template("{candidate_probabilities}") | FakeListChatModel(responses=["x"])
+    )
+    assert "ChatPromptTemplate" in prompted.get_graph().draw_mermaid()
+
+
+def test_it_survives_pickling_and_copying() -> None:
+    shunt = make(large=RunnableLambda(echo_input), max_concurrency=2, policy=Threshold(0.8))
+    shunt.invoke("x")
+    for again in (pickle.loads(pickle.dumps(shunt)), copy.deepcopy(shunt), shunt.model_copy()):
+        assert again.invoke("surely refund") == "refund"
+        assert again.invoke("x") == "echo x"
+        assert again.policy == Threshold(0.8)
+    assert shunt.model_copy(update={"policy": AlwaysLarge()}).invoke("surely x") == "echo surely x"
+
+
+def echo_input(asked: dict[str, Any]) -> str:
+    return f"echo {asked['input']}"
+
+
+def test_label_descriptions_reach_the_prompt() -> None:
+    large = CountingLarge()
+    make(large=large, label_descriptions={"refund": "money back"}).invoke("refund")
+    assert "- refund: money back" in str(large.invoked[0]["candidates"])
+
+
+def test_max_concurrency_bounds_large_calls() -> None:
+    large = CountingLarge()
+    shunt = make(large=large, max_concurrency=2)
+    shunt.batch([f"x{i}" for i in range(12)])
+    assert large.most_running <= 2
+    assert len(list(shunt.batch_as_completed([f"y{i}" for i in range(12)]))) == 12
+    assert large.most_running <= 2
+
+    async def many() -> None:
+        await asyncio.gather(*(shunt.ainvoke(f"z{i}") for i in range(12)))
+        assert len([pair async for pair in shunt.abatch_as_completed([f"w{i}" for i in range(12)])]) == 12
+
+    asyncio.run(many())
+    assert large.most_running <= 2
+
+
+def test_soft_prompt_is_the_default_and_nothing_else_is_disclosed() -> None:
+    large = CountingLarge()
+    make(large=large, pruning=SoftPrompt(top_k=1)).invoke("refund")
+    assert set(large.invoked[0]) == {
+        "input", "candidates", "candidate_probabilities", "small_label", "small_confidence",
+    }  # fmt: skip
+    assert len(large.invoked[0]["candidate_probabilities"]) == 1

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from langchain_datashunt import Retry, ShuntRunnable
+from langchain_datashunt.exceptions import PredictionError
+from tests.support.models import CountingLarge, HttpError, WordModel, failing_word_model, predict_words
+
+QUICK = Retry(attempts=2, initial_wait=0.0, jitter=0.0)
+MIXED = ["surely refund", "x", "surely status", "refund", "y", "surely cancel"]
+EXPECTED = ["refund", "L:x", "status", "L:refund", "L:y", "cancel"]
+
+
+def run_batch(shunt: ShuntRunnable, way: str, inputs: list[Any], config: Any = None, **kwargs: Any) -> list[Any]:
+    if way == "batch":
+        return shunt.batch(inputs, config, **kwargs)
+    return asyncio.run(shunt.abatch(inputs, config, **kwargs))
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_a_batch_is_one_small_call_and_one_grouped_large_call(way: str) -> None:
+    small, large = WordModel(), CountingLarge()
+    inputs = [f"surely refund {i}" if i % 4 else f"x{i}" for i in range(1000)]
+    outputs = run_batch(ShuntRunnable(small=small, large=large, max_concurrency=64), way, inputs)
+    assert small._calls == [1000]
+    assert large.batches == [250]
+    assert outputs == [f"L:{text}" if text[0] == "x" else "refund" for text in inputs]
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_order_holds(way: str) -> None:
+    assert run_batch(ShuntRunnable(small=WordModel(), large=CountingLarge()), way, MIXED) == EXPECTED
+    assert run_batch(ShuntRunnable(small=predict_words, large=CountingLarge()), way, MIXED) == EXPECTED
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_an_empty_batch_calls_nobody(way: str) -> None:
+    small, large = WordModel(), CountingLarge()
+    assert run_batch(ShuntRunnable(small=small, large=large), way, []) == []
+    assert small._calls == large.batches == []
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_all_kept_makes_no_large_call(way: str) -> None:
+    large = CountingLarge()
+    run_batch(ShuntRunnable(small=WordModel(), large=large), way, ["surely refund"] * 5)
+    assert large.batches == []
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_an_exception_stays_at_its_place(way: str) -> None:
+    def shunt() -> ShuntRunnable:
+        large = CountingLarge({"x": [HttpError(400)], "y": [HttpError(401)]})
+        return ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
+
+    outputs = run_batch(shunt(), way, MIXED, return_exceptions=True)
+    assert [str(o) if isinstance(o, Exception) else o for o in outputs] == [
+        "refund", "status 400", "status", "L:refund", "status 401", "cancel",
+    ]  # fmt: skip
+    with pytest.raises(HttpError, match="400"):
+        run_batch(shunt(), way, MIXED)
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_only_failed_items_are_retried_and_results_are_not_swapped(way: str) -> None:
+    large = CountingLarge({"x": [HttpError(500)], "refund": [HttpError(429)]})
+    shunt = ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
+    assert run_batch(shunt, way, MIXED) == EXPECTED
+    assert large.batches == [3]
+    assert sorted(asked["input"] for asked in large.invoked) == ["refund", "refund", "x", "x", "y"]
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_each_item_may_have_its_own_threshold(way: str) -> None:
+    shunt = ShuntRunnable(small=WordModel(), large=CountingLarge())
+    configs = [{"configurable": {"shunt_threshold": t}} for t in (0.99999, 0.3, None)]
+    assert run_batch(shunt, way, ["surely refund", "refund", "refund"], configs) == [
+        "L:surely refund", "refund", "L:refund",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_one_bad_row_of_the_small_model_fails_alone(way: str) -> None:
+    shunt = ShuntRunnable(small=WordModel(), large=CountingLarge(), return_decision=True)
+    results = run_batch(shunt, way, ["surely refund", "nan", 7, "surely cancel"], return_exceptions=True)
+    assert [r.reason for r in results[:2]] == ["confident", "small_error"]
+    assert "PredictionError" in results[1].decision.error
+    assert results[2].reason == "small_error"
+    assert results[3].output == "cancel"
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_a_failing_small_call_sends_the_whole_batch(way: str) -> None:
+    shunt = ShuntRunnable(small=failing_word_model(MemoryError("full")), large=CountingLarge(), return_decision=True)
+    assert {r.reason for r in run_batch(shunt, way, MIXED)} == {"small_error"}
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_a_large_side_that_breaks_the_contract_of_batch_is_contained(way: str) -> None:
+    class Broken(CountingLarge):
+        def batch(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
+            raise ValueError("no batches here")
+
+        async def abatch(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
+            raise ValueError("no batches here")
+
+    shunt = ShuntRunnable(small=WordModel(), large=Broken(), on_large_error="small")
+    assert run_batch(shunt, way, MIXED) == ["refund", "cancel", "status", "refund", "cancel", "cancel"]
+
+
+def test_predictions_over_different_label_sets_fail_alone() -> None:
+    from langchain_datashunt import Prediction
+
+    def small(text: str) -> Prediction:
+        return Prediction.of({"a": 0.99, "b": 0.01} if text != "odd" else {"z": 0.99, "b": 0.01})
+
+    shunt = ShuntRunnable(small=small, large=lambda asked: "large", return_decision=True)
+    results = shunt.batch(["one", "odd", "two"])
+    assert [r.output for r in results] == ["a", "large", "a"]
+    assert "another label set" in results[1].decision.error
+
+
+def test_as_completed_yields_small_answers_before_any_large_one() -> None:
+    large = CountingLarge()
+    shunt = ShuntRunnable(small=WordModel(), large=large)
+    pairs = shunt.batch_as_completed(MIXED)
+    assert [next(pairs), next(pairs), next(pairs)] == [(0, "refund"), (2, "status"), (5, "cancel")]
+    assert sorted(pairs) == [(1, "L:x"), (3, "L:refund"), (4, "L:y")]
+
+
+async def test_async_as_completed_yields_small_answers_before_any_large_one() -> None:
+    shunt = ShuntRunnable(small=WordModel(), large=CountingLarge())
+    pairs = [pair async for pair in shunt.abatch_as_completed(MIXED)]
+    assert pairs[:3] == [(0, "refund"), (2, "status"), (5, "cancel")]
+    assert sorted(pairs[3:]) == [(1, "L:x"), (3, "L:refund"), (4, "L:y")]
+
+
+async def test_as_completed_keeps_or_raises_exceptions() -> None:
+    def shunt() -> ShuntRunnable:
+        return ShuntRunnable(small=WordModel(), large=CountingLarge({"x": [HttpError(400)]}), retry=QUICK)
+
+    assert isinstance(dict(shunt().batch_as_completed(MIXED, return_exceptions=True))[1], HttpError)
+    with pytest.raises(HttpError):
+        list(shunt().batch_as_completed(MIXED))
+    found = {i: o async for i, o in shunt().abatch_as_completed(MIXED, return_exceptions=True)}
+    assert isinstance(found[1], HttpError)
+    with pytest.raises(HttpError):
+        [pair async for pair in shunt().abatch_as_completed(MIXED)]
+    assert list(shunt().batch_as_completed([])) == []
+    assert [pair async for pair in shunt().abatch_as_completed([])] == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["surely refund", "refund", "nan", "status"]),
+            st.lists(st.sampled_from([400, 429, 500]), max_size=3),
+        ),
+        max_size=8,
+    )
+)
+def test_a_batch_answers_what_single_calls_would(plan: list[tuple[str, list[int]]]) -> None:
+    """Whatever fails, and how often: batch, abatch and invoke agree item by item."""
+    inputs = [f"{text} #{i}" for i, (text, _) in enumerate(plan)]
+
+    def shunt() -> ShuntRunnable:
+        failures: dict[str, list[Exception]] = {
+            text: [HttpError(status) for status in statuses] for text, (_, statuses) in zip(inputs, plan, strict=True)
+        }
+        return ShuntRunnable(small=WordModel(), large=CountingLarge(failures), retry=QUICK)
+
+    single, one = [], shunt()
+    for value in inputs:
+        try:
+            single.append(one.invoke(value))
+        except HttpError as error:
+            single.append(str(error))
+    for way in ("batch", "abatch"):
+        outputs = run_batch(shunt(), way, inputs, return_exceptions=True)
+        assert [str(o) if isinstance(o, Exception) else o for o in outputs] == single
+
+
+def test_predict_batch_raises_where_the_shunt_would_defer() -> None:
+    with pytest.raises(PredictionError, match="not a distribution"):
+        WordModel().predict_batch(["nan"])
+    assert len(WordModel().predict_batch([])) == 0

@@ -1,0 +1,519 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.messages import HumanMessage
+
+from langchain_datashunt import (
+    BundledSmallModel,
+    EmbeddingClassifier,
+    LSTMClassifier,
+    PredictProbaClassifier,
+    SmallModel,
+    TextCNN,
+    TrainingSettings,
+    TransformersClassifier,
+    load_small_model,
+)
+from langchain_datashunt.exceptions import (
+    BundleError,
+    BundleMismatchError,
+    BundleTooNewError,
+    BundleTruncatedError,
+    ConfigurationError,
+    DataError,
+    InputError,
+    PredictionError,
+    TruncationWarning,
+)
+from langchain_datashunt.small_models import Scores, SentenceEncoder, small_model_class
+from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
+from tests.support.handlers import RunBook
+from tests.support.models import WordModel
+
+QUIET = TrainingSettings(progress=False)
+SHORT = TrainingSettings(progress=False, epochs=2)
+
+
+class LetterEmbeddings(Embeddings):
+    """Counts letters: a custom encoder that needs no weights."""
+
+    def __init__(self, shift: int = 0) -> None:
+        self.shift = shift
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], dtype=float)
+        return np.roll(counts / (1 + counts.sum(axis=1, keepdims=True)), self.shift, axis=1).tolist()  # type: ignore[no-any-return]
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.embed_documents([text])[0]
+
+
+def tiny_transformer(folder: Path) -> str:
+    """A BERT of two layers with fresh weights, the MiniLM package's vocabulary, and three labels."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
+
+    from langchain_datashunt.small_models.encoder import bundled_encoder_path
+
+    set_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64,
+        vocab_size=30522, id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2},
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(shop_messages: Any, tmp_path_factory: Any) -> dict[str, SmallModel]:
+    """One trained model of every kind."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts, labels = shop_messages
+    base = tiny_transformer(tmp_path_factory.mktemp("tiny"))
+    pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression(C=20))
+    return {
+        "embedding": EmbeddingClassifier.train(texts, labels, settings=QUIET),
+        "textcnn": TextCNN.train(texts, labels, settings=QUIET),
+        "lstm": LSTMClassifier.train(texts, labels, settings=SHORT),
+        "transformers": TransformersClassifier.train(texts, labels, settings=SHORT, base=base),
+        "predict_proba": PredictProbaClassifier.train(texts, labels, estimator=pipeline, settings=QUIET),
+    }
+
+
+KINDS = ["embedding", "textcnn", "lstm", "transformers", "predict_proba"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_predicts_a_distribution_in_one_vectorised_call(kind: str, trained: Any, shop_messages: Any) -> None:
+    model, (texts, labels) = trained[kind], shop_messages
+    batch = model.predict_batch(texts)
+    assert batch.sound.all()
+    assert batch.labels == tuple(sorted(set(labels)))
+    assert np.allclose(batch.probabilities.sum(axis=1), 1.0)
+    single = model.invoke(texts[3])
+    assert single.label == batch[3].label
+    assert np.allclose(single.probabilities, batch.probabilities[3], atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("embedding", 0.9), ("textcnn", 0.9), ("predict_proba", 0.9)])
+def test_training_learns(kind: str, least: float, trained: Any, shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    found = trained[kind].predict_batch(texts).label_names()
+    assert np.mean([a == b for a, b in zip(found, labels, strict=True)]) >= least
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bundle_gives_the_same_model_back(kind: str, trained: Any, shop_messages: Any, tmp_path: Path) -> None:
+    model, (texts, _) = trained[kind], shop_messages
+    saved = model.model_copy(update={"threshold": 0.77, "lineage": {**model.lineage, "note": "mine"}})
+    folder = saved.save(tmp_path / "bundle")
+    again = load_small_model(folder)
+    assert type(again) is type(model)
+    assert np.array_equal(again.predict_batch(texts).probabilities, model.predict_batch(texts).probabilities)
+    assert (again.threshold, again.lineage["note"], again.model_id) == (0.77, "mine", model.model_id)
+    assert type(model).load(folder).labels == model.labels
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".safetensors", ".skops"}, "nothing is pickled"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_survives_pickling(kind: str, trained: Any, shop_messages: Any) -> None:
+    model, (texts, _) = trained[kind], shop_messages
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(
+        again.predict_batch(texts[:5]).probabilities, model.predict_batch(texts[:5]).probabilities
+    )
+
+
+@pytest.mark.parametrize("kind", ["textcnn", "lstm", "transformers"])
+def test_the_company_in_a_batch_changes_nothing(kind: str, trained: Any, shop_messages: Any) -> None:
+    model, (texts, _) = trained[kind], shop_messages
+    mixed = ["short", texts[0] + " " + texts[1] + " " + texts[2], "a b", texts[4]]
+    together = model.predict_batch(mixed).probabilities
+    alone = np.concatenate([model.predict_batch([text]).probabilities for text in mixed])
+    assert np.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "textcnn", "lstm", "transformers"])
+def test_the_same_seed_gives_the_same_model(kind: str, shop_messages: Any, tmp_path: Path) -> None:
+    texts, labels = shop_messages
+    more = {"base": tiny_transformer(tmp_path)} if kind == "transformers" else {}
+    cls: Any = small_model_class(kind)
+    one, two = (cls.train(texts[:60], labels[:60], settings=SHORT, **more) for _ in range(2))
+    assert np.array_equal(one.predict_batch(texts).probabilities, two.predict_batch(texts).probabilities)
+    other = cls.train(texts[:60], labels[:60], settings=TrainingSettings(seed=1, epochs=2, progress=False), **more)
+    assert other.lineage["training"]["seed"] == 1
+
+
+def test_early_stopping_keeps_the_best_weights(shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    settings = TrainingSettings(progress=False, epochs=60, patience=3)
+    model = TextCNN.train(texts[:100], labels[:100], settings=settings, validation=(texts[100:], labels[100:]))
+    lineage = model.lineage
+    assert lineage["steps"] < 60
+    assert lineage["steps"] - lineage["best_step"] == 3
+    uncalibrated = model.model_copy(update={"temperature": 1.0}).predict_batch(texts[100:])
+    truth = [model.labels.index(label) for label in labels[100:]]
+    nll = -np.log(uncalibrated.probabilities[np.arange(len(truth)), truth]).mean()
+    assert nll == pytest.approx(lineage["validation_nll"], abs=1e-4)
+
+
+def test_lineage_says_where_a_model_comes_from(trained: Any, shop_messages: Any) -> None:
+    lineage = trained["embedding"].lineage
+    assert lineage["examples"] + lineage["validation_examples"] == len(shop_messages[0])
+    assert lineage["training"]["seed"] == 0
+    assert len(lineage["training_text_hashes"]) == len(set(shop_messages[0]))
+    assert not any(text in json.dumps(lineage) for text in shop_messages[0]), "hashes, never texts"
+
+
+# Inputs and the Runnable interface
+
+
+def test_every_kind_of_input_is_read() -> None:
+    model = WordModel()
+    for value in ("refund", Document(page_content="refund"), [HumanMessage("refund")], {"input": "refund"}):
+        assert model.invoke(value).label == "refund"
+    assert WordModel(input_key="q").invoke({"q": "refund"}).label == "refund"
+    with pytest.raises(InputError, match="no key 'input'"):
+        model.invoke({"text": "refund"})
+
+
+async def test_the_runnable_interface_runs_and_reports() -> None:
+    model, book = WordModel(), RunBook()
+    config: Any = {"callbacks": [book]}
+    assert (await model.ainvoke("refund", config)).label == "refund"
+    assert [p.label for p in model.batch(["refund", "status"], config)] == ["refund", "status"]
+    assert [p.label for p in await model.abatch(["refund", "status"], config)] == ["refund", "status"]
+    mixed = model.batch(["refund", 3, "nan"], config, return_exceptions=True)
+    assert mixed[0].label == "refund"
+    assert isinstance(mixed[1], InputError)
+    assert isinstance(mixed[2], PredictionError)
+    with pytest.raises(InputError):
+        await model.abatch(["refund", 3], config)
+    book.assert_balanced()
+    assert model.OutputType.__name__ == "Prediction"
+    assert "string" in str(model.get_input_jsonschema())
+
+
+def test_scores_of_a_wrong_shape_are_refused() -> None:
+    class Wrong(WordModel):
+        def predict_scores(self, texts: Any) -> Scores:
+            return Scores(np.zeros((len(texts), 2)))
+
+    with pytest.raises(PredictionError, match=r"shape \[1, 2\] for 1 inputs and 3 labels"):
+        Wrong().predict_batch(["x"])
+
+
+def test_temperature_sharpens_and_flattens_without_changing_the_label() -> None:
+    sharp = WordModel(temperature=0.5).invoke("refund")
+    flat = WordModel(temperature=5.0).invoke("refund")
+    assert sharp.label == flat.label
+    assert sharp.confidence > WordModel().invoke("refund").confidence > flat.confidence
+    with pytest.raises(ConfigurationError, match="temperature"):
+        WordModel(temperature=0.0)
+
+
+# Truncation
+
+
+@pytest.mark.parametrize("kind", ["embedding", "transformers", "textcnn"])
+def test_truncation_is_visible(kind: str, trained: Any) -> None:
+    long = "my parcel " * 400
+    with pytest.warns(TruncationWarning, match="1 of 2 inputs were cut"):
+        batch = trained[kind].predict_batch([long, "short"])
+    assert batch.truncated is not None
+    assert batch.truncated.tolist() == [True, False]
+    assert batch[0].truncated
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not trained[kind].invoke("short").truncated
+
+
+# Kinds
+
+
+def test_a_transformers_model_brings_its_own_labels(tmp_path: Path) -> None:
+    path = tiny_transformer(tmp_path)
+    model = TransformersClassifier(model=path)
+    assert model.labels == ("no", "yes", "maybe")
+    assert model.model_id == tmp_path.name
+    renamed = TransformersClassifier(model=path, labels=("n", "y", "m"), batch_size=2, max_length=16)
+    batch = renamed.predict_batch(["one", "two", "three"])
+    assert np.allclose(batch.probabilities, model.predict_batch(["one", "two", "three"]).probabilities, atol=1e-6)
+    with pytest.raises(ConfigurationError, match=r"2 labels were given, and .* has 3 outputs \(no, yes, maybe\)"):
+        TransformersClassifier(model=path, labels=("a", "b"))
+    with pytest.raises(ConfigurationError, match="no weights"):
+        TransformersClassifier(labels=("a", "b")).predict_batch(["x"])
+
+
+def test_transformers_agrees_with_the_library_itself(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = tiny_transformer(tmp_path)
+    texts = ["hello there", "a rather longer text than the other one, with commas", "x"]
+    network = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    encoded = AutoTokenizer.from_pretrained(path)(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = network(**encoded).logits.softmax(-1).numpy()
+    found = TransformersClassifier(model=path).predict_batch(texts).probabilities
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_number_formats_and_devices_are_chosen_by_name(tmp_path: Path) -> None:
+    path = tiny_transformer(tmp_path)
+    plain = TransformersClassifier(model=path).predict_batch(["hello"]).probabilities
+    coarse = TransformersClassifier(model=path, dtype="bfloat16", device="cpu").predict_batch(["hello"]).probabilities
+    assert 0 < np.abs(plain - coarse).max() < 0.05
+    with pytest.raises(ConfigurationError, match="no number format"):
+        TransformersClassifier(model=path, dtype="int8")
+    with pytest.raises(ConfigurationError, match="no torch device"):
+        TransformersClassifier(model=path, device="abacus")
+    with pytest.raises(ConfigurationError, match="not available here; there is: cpu"):
+        TransformersClassifier(model=path, device="mps")
+
+
+def test_the_sentence_encoder_gives_unit_vectors_that_know_meaning() -> None:
+    encoder = SentenceEncoder(batch_size=2)
+    vectors = np.array(encoder.embed_documents(["my card was stolen", "someone took my card", "nice weather today"]))
+    assert vectors.shape == (3, encoder.dimension)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
+    assert np.allclose(encoder.embed_query("my card was stolen"), vectors[0], atol=1e-5)
+
+
+def test_any_embeddings_can_carry_a_classifier(shop_messages: Any, tmp_path: Path) -> None:
+    texts, labels = shop_messages
+    model = EmbeddingClassifier.train(texts, labels, embeddings=LetterEmbeddings(), settings=QUIET)
+    folder = model.save(tmp_path / "letters")
+    with pytest.raises(ConfigurationError, match="LetterEmbeddings, which a bundle cannot hold"):
+        load_small_model(folder)
+    again = load_small_model(folder, embeddings=LetterEmbeddings())
+    assert np.array_equal(again.predict_batch(texts).probabilities, model.predict_batch(texts).probabilities)
+    with pytest.raises(BundleMismatchError, match="embeds a known sentence differently"):
+        load_small_model(folder, embeddings=LetterEmbeddings(shift=3))
+    with pytest.raises(BundleMismatchError, match="384 against 26 dimensions"):
+        load_small_model(folder, embeddings=SentenceEncoder())
+
+
+def test_an_embedding_classifier_checks_its_parts() -> None:
+    good: dict[str, Any] = {
+        "labels": ("a", "b"), "embeddings": LetterEmbeddings(), "head": np.zeros((26, 2)), "bias": np.zeros(2),
+    }  # fmt: skip
+    assert EmbeddingClassifier(**good).invoke("x").confidence == 0.5
+    with pytest.raises(ConfigurationError, match="2 labels need a head of shape"):
+        EmbeddingClassifier(**{**good, "head": np.zeros((26, 3))})
+    with pytest.raises(ConfigurationError, match="must be a LangChain Embeddings"):
+        EmbeddingClassifier(**{**good, "embeddings": str})
+    with pytest.raises(ConfigurationError, match="26 dimensions and the head"):
+        EmbeddingClassifier(**{**good, "head": np.zeros((10, 2))}).invoke("x")
+
+    class Broken(LetterEmbeddings):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            return [[1.0]]
+
+    with pytest.raises(ConfigurationError, match=r"shape \[1, 1\] for 2 texts"):
+        EmbeddingClassifier(**{**good, "embeddings": Broken()}).predict_batch(["x", "y"])
+
+
+def test_large_training_sets_are_split_once(shop_messages: Any, monkeypatch: Any) -> None:
+    from langchain_datashunt.small_models import embedding
+
+    monkeypatch.setattr(embedding, "CROSS_VALIDATE_UP_TO", 50)
+    texts, labels = shop_messages
+    assert EmbeddingClassifier.train(texts, labels, settings=QUIET).lineage["folds"] == 1
+    given = EmbeddingClassifier.train(texts[:90], labels[:90], validation=(texts[90:], labels[90:]), settings=QUIET)
+    assert (given.lineage["folds"], given.lineage["validation_given"]) == (1, True)
+
+
+class Coin:
+    """Not scikit-learn, but it has predict_proba."""
+
+    classes_ = np.array(["heads", "tails"])
+
+    def predict_proba(self, texts: list[str]) -> Any:
+        return np.array([[0.7, 0.3]] * len(texts))
+
+
+def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
+    model = PredictProbaClassifier(estimator=Coin())
+    assert model.invoke("x").probabilities.tolist() == pytest.approx([0.7, 0.3])
+    assert (model.labels, model.model_id) == (("heads", "tails"), "Coin")
+    assert PredictProbaClassifier(estimator=Coin(), labels=("h", "t")).invoke("x").label == "h"
+    with pytest.raises(BundleError, match="Coin"):
+        model.save(tmp_path / "coin")
+    assert not (tmp_path / "coin").exists()
+    with pytest.raises(ConfigurationError, match="no predict_proba"):
+        PredictProbaClassifier(estimator=object())
+    with pytest.raises(ConfigurationError, match="3 labels were given, and the estimator has 2"):
+        PredictProbaClassifier(estimator=Coin(), labels=("a", "b", "c"))
+    unfitted = type("Unfitted", (), {"predict_proba": lambda self, texts: None})()
+    with pytest.raises(ConfigurationError, match="no `classes_`"):
+        PredictProbaClassifier(estimator=unfitted)
+    negative = type("Negative", (Coin,), {"predict_proba": lambda self, texts: np.array([[1.5, -0.5]])})()
+    with pytest.raises(PredictionError, match="negative"):
+        PredictProbaClassifier(estimator=negative).invoke("x")
+
+
+# Training data
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "words"),
+    [
+        ([], [], "no training examples"),
+        (["a", "b"], ["x"], "2 texts and 1 labels"),
+        (["a", "b"], ["x", "x"], "two labels or more"),
+        (["a", " "], ["x", "y"], "text 1 is empty"),
+        (["a", "b"], ["x", "y"], "only one example"),
+    ],
+)
+def test_unusable_training_data_is_refused_with_the_reason(texts: list[str], labels: list[str], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        TextCNN.train(texts, labels, settings=QUIET)
+
+
+def test_labels_outside_the_label_set_are_refused() -> None:
+    with pytest.raises(DataError, match="outside the label set: z"):
+        TextCNN.train(["a", "b"], ["x", "z"], label_set=["x", "y"], settings=QUIET)
+    with pytest.raises(DataError, match="validation set is empty"):
+        TextCNN.train(["a", "b"], ["x", "y"], validation=([], []), settings=QUIET)
+
+
+# Bundles
+
+
+@pytest.fixture
+def bundle(trained: Any, tmp_path: Path) -> Path:
+    return trained["textcnn"].save(tmp_path / "bundle")  # type: ignore[no-any-return]
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_a_truncated_bundle_is_refused_by_file(bundle: Path) -> None:
+    weights = bundle / WEIGHTS_FILE
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(BundleTruncatedError, match=f"{WEIGHTS_FILE} has {len(whole) - 10} bytes where {len(whole)}"):
+        load_small_model(bundle)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(BundleTruncatedError, match="checksum differs"):
+        load_small_model(bundle)
+    weights.unlink()
+    with pytest.raises(BundleTruncatedError, match=f"lacks its file '{WEIGHTS_FILE}'"):
+        load_small_model(bundle)
+    (bundle / "config.json").write_text('{"format": 1, "ki')
+    with pytest.raises(BundleTruncatedError, match="cut short or damaged"):
+        load_small_model(bundle)
+    (bundle / "config.json").unlink()
+    with pytest.raises(BundleTruncatedError, match="config.json is missing"):
+        load_small_model(bundle)
+
+
+def test_a_bundle_of_a_newer_format_is_refused(bundle: Path) -> None:
+    edit(bundle, format=FORMAT + 1, package_version="9.9", something_new=True)
+    with pytest.raises(BundleTooNewError, match=f"format {FORMAT + 1} by version 9.9"):
+        load_small_model(bundle)
+
+
+def test_labels_and_weights_must_agree(bundle: Path) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    edit(bundle, labels=[*config["labels"], "one more"])
+    with pytest.raises(BundleMismatchError, match="5 labels, for which the weight 'output.weight' must have shape"):
+        load_small_model(bundle)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "transformers", "predict_proba", "lstm"])
+def test_labels_and_weights_must_agree_in_every_kind(kind: str, trained: Any, tmp_path: Path) -> None:
+    folder = trained[kind].save(tmp_path / "bundle")
+    edit(folder, labels=["a", "b"])
+    with pytest.raises(BundleMismatchError):
+        load_small_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "oracle"}, "no kind of small model called 'oracle'"),
+        ({"labels": []}, "not valid at labels"),
+        ({"temperature": -1}, "not valid at temperature"),
+        ({"surprise": 1}, "not valid at surprise"),
+        ({"files": {"../secret": {"size": 1, "sha256": ""}}}, "outside itself"),
+    ],
+)
+def test_a_bundle_that_is_not_valid_is_refused_at_the_place(bundle: Path, changes: Any, words: str) -> None:
+    edit(bundle, **changes)
+    with pytest.raises(BundleError, match=words):
+        load_small_model(bundle)
+
+
+def test_a_file_that_a_kind_needs_must_be_there(bundle: Path) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    config["files"].pop("vocabulary.json")
+    edit(bundle, files=config["files"])
+    with pytest.raises(BundleMismatchError, match="no vocabulary.json"):
+        load_small_model(bundle)
+
+
+def test_saving_replaces_a_bundle_at_once_and_nothing_else(bundle: Path, trained: Any, tmp_path: Path) -> None:
+    trained["textcnn"].save(bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"], "nothing is left over"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="exists and is no bundle"):
+        trained["textcnn"].save(mine)
+    assert (mine / "thesis.txt").exists()
+
+
+def test_loading_through_the_wrong_class_says_which_kind_it_is(bundle: Path) -> None:
+    with pytest.raises(ConfigurationError, match="kind 'textcnn', not a LSTMClassifier"):
+        LSTMClassifier.load(bundle)
+
+
+def test_a_bundled_model_is_light_until_it_is_used(bundle: Path, trained: Any, shop_messages: Any) -> None:
+    light = BundledSmallModel.at(bundle, batch_size=8)
+    assert light.labels == trained["textcnn"].labels
+    assert len(pickle.dumps(light)) < 20_000
+    texts = shop_messages[0][:4]
+    expected = trained["textcnn"].predict_batch(texts).probabilities
+    assert np.array_equal(light.predict_batch(texts).probabilities, expected)
+    again = pickle.loads(pickle.dumps(light))
+    assert np.array_equal(again.predict_batch(texts).probabilities, expected)
+    assert asyncio.run(again.ainvoke(texts[0])).label == light.invoke(texts[0]).label
+
+
+def test_loading_runs_no_code_from_the_bundle(bundle: Path) -> None:
+    """A pickle in place of the weights is refused by its checksum, and by the weight format itself."""
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (pytest.fail, ("code from a bundle was run",))
+
+    data = pickle.dumps(Bomb())
+    (bundle / WEIGHTS_FILE).write_bytes(data)
+    with pytest.raises(BundleTruncatedError):
+        load_small_model(bundle)
+    import hashlib
+
+    config = json.loads((bundle / "config.json").read_text())
+    config["files"][WEIGHTS_FILE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit(bundle, files=config["files"])
+    with pytest.raises(BundleError):
+        load_small_model(bundle)
