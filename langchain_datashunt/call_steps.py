@@ -21,7 +21,8 @@ from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import FloatArray, Latency, ShuntDecision, ShuntResult
 from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.pruning import Pruning
-from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, failed_outcome, outcome_of
+from langchain_datashunt.retries import raise_control_flow
+from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, checked_prediction, failed_outcome, outcome_of
 from langchain_datashunt.small_models.base import Outcome, SmallModel
 from langchain_datashunt.tracing import Runs
 
@@ -40,6 +41,7 @@ class CallSteps:
     policy_in_words: str
     pruning: Pruning | None
     labels: Sequence[str] | None
+    allowed: frozenset[str] | None
     descriptions: Mapping[str, str]
     small_output: Runnable[Any, Any] | None
     falls_back: bool
@@ -100,6 +102,7 @@ class CallSteps:
             try:
                 outcome = yield self._predict(model, given, rows.tolist(), _TAGS[stage], runs)
             except Exception as error:
+                raise_control_flow(error)
                 outcome = failed_outcome(len(rows), error)
             plan.absorb(outcome, rows, self.policy, thresholds)
             rows = plan.deferred
@@ -117,8 +120,9 @@ class CallSteps:
             try:
                 answer = yield self._predict_one(model, value, _TAGS[stage], runs)
             except Exception as error:
+                raise_control_flow(error)
                 answer = error
-            plan.absorb(stage, answer, self.policy, threshold)
+            plan.absorb(stage, checked_prediction(answer, self.allowed), self.policy, threshold)
             if plan.keeps(0):
                 break
         return plan, time.perf_counter() - started
@@ -135,10 +139,12 @@ class CallSteps:
             return Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
 
         def batch() -> Outcome:
-            return outcome_of(model.batch(list(values), runs.children(rows, tag), return_exceptions=True))
+            answers = model.batch(list(values), runs.children(rows, tag), return_exceptions=True)
+            return outcome_of(answers, self.allowed)
 
         async def abatch() -> Outcome:
-            return outcome_of(await model.abatch(list(values), runs.children(rows, tag), return_exceptions=True))
+            answers = await model.abatch(list(values), runs.children(rows, tag), return_exceptions=True)
+            return outcome_of(answers, self.allowed)
 
         return Effect(batch, abatch)
 
@@ -228,10 +234,11 @@ class CallSteps:
         failed = answer if isinstance(answer, Exception) else None
         decision: ShuntDecision | None = None
         if failed is not None:
-            if not self.falls_back or not plan.has_prediction(i):
+            fell_back = self.falls_back and plan.has_prediction(i)
+            decision = plan.decision(i, failed, fell_back=fell_back)
+            yield from runs.note([i], lambda i: plan.decision(i, failed, fell_back=fell_back))
+            if not fell_back:
                 return failed
-            decision = plan.decision(i, failed, fell_back=True)
-            yield from runs.note([i], lambda _: plan.decision(i, failed, fell_back=True))
             answer = (yield from self._small_outputs(plan, [i], runs))[0]
         if not self.return_decision:
             return answer

@@ -24,7 +24,7 @@ class Configured(Serializable):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ConfigurationError(_in_words(type(self).__name__, error)) from error
+            raise ConfigurationError(in_words(type(self).__name__, error)) from error
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -41,7 +41,8 @@ class Strategy(Configured):
         return repr(self)
 
 
-def _in_words(owner: str, error: ValidationError) -> str:
+def in_words(owner: str, error: ValidationError) -> str:
+    """What pydantic found wrong with `owner`, as one sentence: setting, complaint, value."""
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"]) or "settings"

@@ -61,8 +61,8 @@ def messages_of(value: Any) -> list[BaseMessage] | None:
 def mapping_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> dict[str, Any]:
     """The caller's input as a new mapping, as prompt templates want it.
 
-    A mapping is copied; where its `input_key` holds a conversation or a document, and for any other input, the
-    value is laid out as below.
+    A mapping is copied; where its `input_key` holds a conversation or a document, that is laid out as below, and so
+    is any input that is no mapping. Keys that the caller gives win; a `history` of the caller comes first.
 
     * text: `input`
     * document: `input` (its content), `document`
@@ -70,8 +70,13 @@ def mapping_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> dict[str, Any]
     * anything else: `input`, as it is
     """
     if isinstance(value, Mapping):
-        laid_out = _lay_out(value[input_key], input_key) if input_key in value else {}
-        return {**laid_out, **{key: item for key, item in value.items() if key not in laid_out}}
+        if input_key not in value:
+            return dict(value)
+        laid_out = _lay_out(value[input_key], input_key)
+        merged = {**laid_out, **value, input_key: laid_out[input_key]}
+        if isinstance(value.get("history"), list):
+            merged["history"] = [*value["history"], *laid_out.get("history", [])]
+        return merged
     return _lay_out(value, input_key)
 
 

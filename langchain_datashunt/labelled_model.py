@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
-from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
@@ -19,7 +18,8 @@ from typing_extensions import override
 
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.effects import Effect, Steps, arun, run
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, messages_of
 from langchain_datashunt.parsing import LabelParser
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.tracing import Runs
@@ -31,7 +31,7 @@ CORRECTION = (
 """What a model is told whose answer was no label."""
 
 
-def default_prompt(pruning: Pruning | None) -> ChatPromptTemplate:
+def default_prompt(pruning: Pruning | None, input_key: str = DEFAULT_INPUT_KEY) -> ChatPromptTemplate:
     """The prompt for labelled tasks: instructions, candidates, what the pruning strategy says, history, input."""
     hint = pruning.paragraph if pruning is not None else ""
     parts = [
@@ -45,7 +45,7 @@ def default_prompt(pruning: Pruning | None) -> ChatPromptTemplate:
         [
             ("system", "\n\n".join(part for part in parts if part)),
             MessagesPlaceholder("history", optional=True),
-            ("human", "{input}"),
+            ("human", f"{{{input_key}}}"),
         ]
     )
 
@@ -161,7 +161,8 @@ class LabelAsker(Configured, RunnableSerializable[Any, str]):
     def _ask(self, inputs: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
         """Rounds of: ask the model about all that is open, parse, say what was wrong."""
         outcomes: list[Any] = yield self._each(self.prompt, list(inputs), list(range(len(inputs))), runs, "prompt", {})
-        conversations = {i: _messages(value) for i, value in enumerate(outcomes) if not isinstance(value, Exception)}
+        outcomes = [value if isinstance(value, Exception) else _messages(value) for value in outcomes]
+        conversations = {i: value for i, value in enumerate(outcomes) if not isinstance(value, Exception)}
         pending = list(conversations)
         for attempt in range(1, self.max_reasks + 2):
             if not pending:
@@ -252,8 +253,12 @@ def _schema(labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _messages(value: Any) -> list[BaseMessage]:
-    return value.to_messages() if isinstance(value, PromptValue) else list(value)
+def _messages(value: Any) -> list[BaseMessage] | InputError:
+    """What a prompt gave, as messages; an error where it gave something else."""
+    found = [HumanMessage(value)] if isinstance(value, str) else messages_of(value)
+    if found is None:
+        return InputError(f"The prompt gave a {type(value).__name__}; a prompt value, messages or text is needed.")
+    return list(found)
 
 
 def _text(answer: Any) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Generator, Sequence
 from functools import partial
 from typing import Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
+from langchain_core.runnables.utils import gather_with_concurrency
 
 from langchain_datashunt.effects import Effect, Steps
-from langchain_datashunt.retries import CallLimiter, Retry, is_retryable
+from langchain_datashunt.retries import CallLimiter, Retry, is_retryable, raise_control_flow
 
 END: Any = object()
 """What an opened stream's first chunk is where there is none."""
@@ -41,6 +41,7 @@ class LargeCaller:
         try:
             return self.retry.call(ask, failed)
         except Exception as error:
+            raise_control_flow(error)
             return error
 
     async def _aone(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
@@ -51,6 +52,7 @@ class LargeCaller:
         try:
             return await self.retry.acall(ask, failed)
         except Exception as error:
+            raise_control_flow(error)
             return error
 
     def group(
@@ -72,26 +74,30 @@ class LargeCaller:
         call = partial(self._batch, [asked[j] for j in ready], given, kwargs)
         found = yield Effect(call, partial(self._abatch, *call.args))
         for j, value in zip(ready, found, strict=True):
+            if isinstance(value, Exception):
+                raise_control_flow(value)
             results[j] = value
         again = [j for j in ready if self._worth_retrying(results[j])]
         if again:
             effects = [self.one(asked[j], each[j], kwargs, failed=results[j]) for j in again]
-            retried = yield Effect(partial(_in_threads, effects, each[0]), partial(_gathered, effects))
+            retried = yield Effect(partial(_in_threads, effects, each[0]), partial(_gathered, effects, each[0]))
             for j, value in zip(again, retried, strict=True):
                 results[j] = value
         return results
 
     def _batch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
-        try:
-            return self.large.batch(asked, config, return_exceptions=True, **kwargs)
-        except Exception as error:
-            return [error] * len(asked)
+        with self.limiter.slot(len(asked)):
+            try:
+                return self.large.batch(asked, config, return_exceptions=True, **kwargs)
+            except Exception as error:
+                return [error] * len(asked)
 
     async def _abatch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
-        try:
-            return await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
-        except Exception as error:
-            return [error] * len(asked)
+        async with self.limiter.aslot(len(asked)):
+            try:
+                return await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
+            except Exception as error:
+                return [error] * len(asked)
 
     def _worth_retrying(self, result: Any) -> bool:
         return isinstance(result, Exception) and self.retry.attempts > 1 and is_retryable(result)
@@ -148,5 +154,6 @@ def _in_threads(effects: Sequence[Effect], config: RunnableConfig) -> list[Any]:
         return list(executor.map(lambda effect: effect.sync(), effects))
 
 
-async def _gathered(effects: Sequence[Effect]) -> list[Any]:
-    return list(await asyncio.gather(*(effect.asynchronous() for effect in effects)))
+async def _gathered(effects: Sequence[Effect], config: RunnableConfig) -> list[Any]:
+    calls: list[Any] = [effect.asynchronous() for effect in effects]
+    return await gather_with_concurrency(config.get("max_concurrency"), *calls)

@@ -60,7 +60,8 @@ class LabelParser(Configured, BaseOutputParser[str]):
             UnparsableAnswer: The answer is none of the labels; it carries the raw text.
         """
         for candidate in _readings(text):
-            if (label := self._exact.get(candidate) or self._loose.get(normalised(candidate))) is not None:
+            label = self._exact.get(candidate) or self._loose.get(normalised(candidate))
+            if label is not None and candidate:
                 return label
         raise UnparsableAnswer(text, self.labels)
 
@@ -70,8 +71,9 @@ class LabelParser(Configured, BaseOutputParser[str]):
 
 
 def normalised(text: str) -> str:
-    """Case, Unicode form and the choice of separator do not count."""
-    return re.sub(r"[\s_\-]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    """Case, Unicode form and the choice of separator between two words do not count; a sign such as -1 does."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"(?<=\w)[\s_\-]+(?=\w)", " ", folded.replace("_", " ")).strip()
 
 
 def _readings(text: str) -> Iterable[str]:

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from langchain_core.messages.ai import UsageMetadata
 from numpy.typing import NDArray
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
 
 from langchain_datashunt.exceptions import PredictionError
 
@@ -74,6 +76,29 @@ class Prediction:
             "probabilities": dict(zip(self.labels, self.probabilities.tolist(), strict=True)),
             "model_id": self.model_id,
             "truncated": self.truncated,
+        }
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.is_instance_schema(cls)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        number = {"type": "number"}
+        return {
+            "title": "Prediction",
+            "type": "object",
+            "properties": {
+                "label": {"type": "string"},
+                "confidence": number,
+                "probabilities": {"type": "array", "items": number},
+                "labels": {"type": "array", "items": {"type": "string"}},
+                "model_id": {"type": "string"},
+                "truncated": {"type": "boolean"},
+            },
+            "required": ["label", "confidence", "probabilities", "labels"],
         }
 
     def __eq__(self, other: object) -> bool:
@@ -336,7 +361,14 @@ class ShuntResult:
     def __add__(self, other: ShuntResult) -> ShuntResult:
         """Join two chunks of one streamed result; the later one knows usage, cost and latency."""
         inner = self.inner + other.inner if self.inner and other.inner else other.inner or self.inner
-        output = other.output if self.output is None else self.output
-        if self.output is not None and other.output is not None:
-            output = self.output + other.output
-        return replace(other, output=output, inner=inner, usage=other.usage or self.usage)
+        return replace(other, output=_joined(self.output, other.output), inner=inner, usage=other.usage or self.usage)
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """The sum of two chunks' outputs; the later one where they cannot be added, as with parsed JSON."""
+    if first is None or second is None:
+        return second if first is None else first
+    try:
+        return first + second
+    except TypeError:
+        return second

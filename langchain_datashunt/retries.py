@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 import weakref
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from email.utils import parsedate_to_datetime
@@ -55,7 +56,7 @@ def is_retryable(error: BaseException) -> bool:
     Errors of client libraries are known by name, so that none of them is imported here.
     """
     status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int):
+    if isinstance(status, int) and status >= 400:  # an unreadable reply carries the status 200 that it came with
         return status in RETRYABLE_STATUS
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
@@ -65,7 +66,9 @@ def is_retryable(error: BaseException) -> bool:
 def retry_after(error: BaseException | None) -> float | None:
     """Seconds that the server asked to wait (`Retry-After`, in seconds or as a date), None where it did not."""
     headers = getattr(getattr(error, "response", None), "headers", None)
-    value = headers.get("retry-after") if headers is not None else None
+    value = None
+    if headers is not None:
+        value = next((item for name, item in dict(headers).items() if str(name).lower() == "retry-after"), None)
     if not value:
         return None
     try:
@@ -76,6 +79,12 @@ def retry_after(error: BaseException | None) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
+
+
+def raise_control_flow(error: Exception) -> None:
+    """Raise what is no failure but a message to the caller's framework, such as LangGraph's interrupts."""
+    if any(kind.__name__ == "GraphBubbleUp" for kind in type(error).__mro__):
+        raise error
 
 
 class Retry(Strategy):
@@ -151,35 +160,115 @@ class Retry(Strategy):
 
 
 class CallLimiter:
-    """Lets at most `limit` large calls run at once: over all threads, and over all tasks of one event loop."""
+    """Lets at most `limit` large calls run at once: over all threads, and over all tasks of one event loop.
+
+    A grouped call takes as many places as it will use, so the bound holds for it too. Whoever holds a place because
+    of a stream that it has not read to its end may make further calls; they do not wait for themselves.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self._threads = threading.BoundedSemaphore(limit) if limit else None
-        self._loops: weakref.WeakKeyDictionary[Any, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+        self._threads = _ThreadPlaces(limit) if limit else None
+        self._loops: weakref.WeakKeyDictionary[Any, _TaskPlaces] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold one of the places for a sync call."""
-        if self._threads is None:
+    def slot(self, places: int = 1) -> Iterator[None]:
+        """Hold places for a sync call."""
+        if self._threads is None or self.limit is None:
             yield
             return
-        with self._threads:
+        holder = threading.get_ident()
+        taken = self._threads.take(min(places, self.limit), holder)
+        try:
             yield
+        finally:
+            self._threads.give(taken, holder)
 
     @asynccontextmanager
-    async def aslot(self) -> AsyncIterator[None]:
-        """Hold one of the places for an async call."""
+    async def aslot(self, places: int = 1) -> AsyncIterator[None]:
+        """Hold places for an async call."""
         if self.limit is None:
             yield
             return
-        loop = asyncio.get_running_loop()
-        if (semaphore := self._loops.get(loop)) is None:
-            semaphore = self._loops.setdefault(loop, asyncio.Semaphore(self.limit))
-        async with semaphore:
+        loop, holder = asyncio.get_running_loop(), id(asyncio.current_task())
+        if (room := self._loops.get(loop)) is None:
+            room = self._loops.setdefault(loop, _TaskPlaces(self.limit))
+        taken = await room.take(min(places, self.limit), holder)
+        try:
             yield
+        finally:
+            room.give(taken, holder)
 
     def bound(self, limit: int | None) -> int | None:
         """The tighter of this limit and a caller's."""
         given = [n for n in (self.limit, limit) if n]
         return min(given) if given else None
+
+
+class _ThreadPlaces:
+    """Places that threads share. A thread that holds some already is given none, and passes."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._held: Counter[int] = Counter()
+        self._changed = threading.Condition()
+
+    def take(self, places: int, holder: int) -> int:
+        with self._changed:
+            if self._held[holder]:
+                return 0
+            self._changed.wait_for(lambda: self._free >= places)
+            self._free -= places
+            self._held[holder] += places
+            return places
+
+    def give(self, places: int, holder: int) -> None:
+        if places:
+            with self._changed:
+                self._free += places
+                self._held[holder] -= places
+                self._held += Counter()  # drops holders of nothing
+                self._changed.notify_all()
+
+
+class _TaskPlaces:
+    """Places that the tasks of one event loop share, first come first served."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._held: Counter[int] = Counter()
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, places: int, holder: int) -> int:
+        if self._held[holder]:
+            return 0
+        if self._waiting or self._free < places:
+            ticket = (places, asyncio.get_running_loop().create_future())
+            self._waiting.append(ticket)
+            try:
+                await ticket[1]
+            except asyncio.CancelledError:
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+                else:
+                    self._free += places
+                self._wake()
+                raise
+        else:
+            self._free -= places
+        self._held[holder] += places
+        return places
+
+    def give(self, places: int, holder: int) -> None:
+        if places:
+            self._free += places
+            self._held[holder] -= places
+            self._held += Counter()
+            self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            places, ticket = self._waiting.popleft()
+            if not ticket.done():
+                self._free -= places
+                ticket.set_result(None)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from langchain_core.runnables import Runnable
 
 from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.labelled_model import LabelAsker, default_prompt
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.pruning import Pruning, SoftPrompt
@@ -64,14 +65,12 @@ class ConfidenceRouterChain(ShuntRunnable):
             raise ConfigurationError(
                 f"The labels of {type(small).__name__} are not known before its first call; give labels=[...]."
             )
-        if lost := sorted(set(getattr(small, "labels", ())) - set(names)):
-            raise ConfigurationError(
-                f"The small model can answer with labels that are not in `labels`: {', '.join(lost[:5])}. Add them."
-            )
         descriptions = dict(labels) if isinstance(labels, Mapping) else {}
         strategy = pruning if pruning is not None else SoftPrompt()
         asker = LabelAsker(
-            prompt=prompt if prompt is not None else default_prompt(strategy),
+            prompt=prompt
+            if prompt is not None
+            else default_prompt(strategy, settings.get("input_key", DEFAULT_INPUT_KEY)),
             chat_model=chat_model,
             labels=names,
             aliases={label: tuple(wordings) for label, wordings in (aliases or {}).items()},

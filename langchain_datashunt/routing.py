@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +22,7 @@ from langchain_datashunt.predictions import (
     ShuntDecision,
 )
 from langchain_datashunt.pruning import Pruning
+from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.small_models.base import Outcome
 
 STAGES: tuple[Route, ...] = ("small", "learnable")
@@ -165,11 +166,10 @@ class PlanOfOne:
         self._score = self._limit = math.nan
         self._failure: Exception | None = None
 
-    def absorb(self, stage: int, answer: Any, policy: Policy, threshold: float | None) -> None:
-        """Take one stage's answer in, whatever it is; the surer stage's prediction is remembered."""
-        problem = _problem(answer)
-        if problem is not None:
-            self._failure = self._failure or problem
+    def absorb(self, stage: int, answer: Prediction | Exception, policy: Policy, threshold: float | None) -> None:
+        """Take one stage's answer in; the surer stage's prediction is remembered."""
+        if not isinstance(answer, Prediction):
+            self._failure = self._failure or answer
             return
         keep, score, limit = policy.evaluate_one(answer, threshold)
         if keep or self._prediction is None or score > self._score:
@@ -241,42 +241,72 @@ def _decision(
     return ShuntDecision(route, reason, prediction, _number(score), _number(limit), policy, error)
 
 
-def outcome_of(answers: Sequence[Any]) -> Outcome:
-    """Sort what any Runnable gave for `n` inputs into predictions and errors."""
+def outcome_of(answers: Sequence[Any], allowed: frozenset[str] | None = None) -> Outcome:
+    """Sort what any Runnable gave for `n` inputs into predictions over one label order, and errors."""
     errors: dict[int, Exception] = {}
     good: list[Prediction] = []
     rows: list[int] = []
     for i, answer in enumerate(answers):
-        problem = _problem(answer)
-        if problem is None and good and answer.labels is not good[0].labels and answer.labels != good[0].labels:
-            problem = PredictionError(
-                f"The prediction for input {i} has another label set than the first of its batch. "
-                f"Give probabilities over one label set."
-            )
-        if problem is None:
-            good.append(answer)
+        checked = checked_prediction(answer, allowed)
+        if isinstance(checked, Prediction) and good:
+            checked = _in_order_of(good[0].labels, checked)
+        if isinstance(checked, Prediction):
+            good.append(checked)
             rows.append(i)
         else:
-            errors[i] = problem
+            errors[i] = checked
     return Outcome(PredictionBatch.stack(good) if good else None, np.array(rows, dtype=np.intp), errors)
 
 
-def _problem(answer: Any) -> Exception | None:
-    """Why what a small model gave is no prediction; None where it is one."""
+def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Prediction | Exception:
+    """What a small model gave, where it is a prediction that holds together; else the error that it is.
+
+    Args:
+        answer: Anything.
+        allowed: The labels of the task, where they are set; None allows all.
+    """
     if isinstance(answer, Exception):
+        raise_control_flow(answer)
         return answer
     if not isinstance(answer, Prediction):
         return PredictionError(
             f"The small model gave a {type(answer).__name__} where a Prediction is needed. "
             f"Return Prediction.of({{label: probability, ...}})."
         )
-    p = answer.probabilities
-    if np.shape(p) != (len(answer.labels),) or not abs(p.sum() - 1.0) <= 1e-3 or p.min() < 0.0:
+    try:
+        p = np.asarray(answer.probabilities, dtype=np.float64)
+        sound = p.shape == (len(answer.labels),) and abs(p.sum() - 1.0) <= 1e-3 and p.min() >= 0.0
+        sound = sound and abs(p.max() - answer.confidence) <= 1e-6
+        sound = sound and p[answer.labels.index(answer.label)] >= p.max() - 1e-6
+    except (TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
         return PredictionError(
-            f"The small model {answer.model_id or 'without a name'!r} gave something that is no distribution over "
-            f"its {len(answer.labels)} labels: {np.array2string(np.asarray(p), threshold=5)}."
+            f"The small model {answer.model_id or 'without a name'!r} gave something that is no distribution over its "
+            f"labels with its label and confidence: {_shown(answer)}. Make predictions with Prediction.of(...)."
         )
-    return None
+    if allowed is not None and not allowed.issuperset(answer.labels):
+        strange = sorted(set(answer.labels) - allowed)
+        return PredictionError(f"The small model knows labels that are not the task's: {', '.join(strange[:5])}.")
+    return answer if p is answer.probabilities else replace(answer, probabilities=p)
+
+
+def _shown(answer: Prediction) -> str:
+    text = repr(answer)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _in_order_of(labels: tuple[str, ...], prediction: Prediction) -> Prediction | Exception:
+    """The same prediction with its labels in the order of the batch's first; some models sort them by score."""
+    if prediction.labels is labels or prediction.labels == labels:
+        return prediction
+    if sorted(prediction.labels) != sorted(labels):
+        return PredictionError(
+            "This prediction has another label set than the first of its batch. Give probabilities over one label set."
+        )
+    order = [prediction.labels.index(label) for label in labels]
+    logits = None if prediction.logits is None else prediction.logits[order]
+    return replace(prediction, labels=labels, probabilities=prediction.probabilities[order], logits=logits)
 
 
 def failed_outcome(n: int, error: Exception) -> Outcome:

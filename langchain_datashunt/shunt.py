@@ -17,11 +17,11 @@ from langchain_core.runnables.base import coerce_to_runnable
 from langchain_core.runnables.config import get_executor_for_config, set_config_context
 from langchain_core.runnables.graph import Graph
 from langchain_core.runnables.utils import ConfigurableFieldSpec, coro_with_context, get_unique_config_specs
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from typing_extensions import override
 
 from langchain_datashunt.call_steps import CallSteps
-from langchain_datashunt.configured import Configured
+from langchain_datashunt.configured import Configured, in_words
 from langchain_datashunt.effects import arun, run
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
@@ -56,7 +56,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     The threshold can be replaced for one call: `config={"configurable": {"shunt_threshold": 0.8}}`.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=True)
 
     small: Runnable[Any, Any]
     """The specific small model: any `Runnable[Input, Prediction]`."""
@@ -70,7 +70,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     policy: Policy | None = None
     """When to keep; None is `Threshold` at the small model's own threshold, or at 0.9."""
 
-    pruning: Pruning | None = Field(default_factory=SoftPrompt)
+    pruning: Pruning | None = SoftPrompt()
     """What the large prompt gets of the small model's opinion; None hands the caller's input on untouched."""
 
     labels: tuple[str, ...] | None = None
@@ -91,7 +91,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     max_concurrency: int | None = Field(default=None, ge=1)
     """Large calls at once at the most."""
 
-    retry: Retry = Field(default_factory=Retry)
+    retry: Retry = Retry()
     """Around each deferred input's large call."""
 
     input_key: str = DEFAULT_INPUT_KEY
@@ -115,10 +115,29 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         """Check that the parts fit together, and lay out the steps of a call."""
         super().model_post_init(context)
         self._lay_out()
+        self._check()
+
+    def _check(self) -> None:
         self._steps.policy.check(getattr(self.small, "labels", None))
+        for part in self._steps.stages if self.labels else ():
+            if strange := sorted(set(getattr(part, "labels", ())) - set(self.labels or ())):
+                raise ConfigurationError(
+                    f"The small model {part.get_name()} can answer with labels that are not in `labels`: "
+                    f"{', '.join(strange[:5])}. Add them."
+                )
         if self.pruning is not None:
             self.pruning.check(self.task_labels)
             self._check_prompt(self.pruning)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; the next call follows it."""
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise ConfigurationError(in_words(type(self).__name__, error)) from error
+        if name in type(self).model_fields:
+            self._lay_out()
+            self._check()
 
     def _lay_out(self) -> None:
         own = getattr(self.small, "threshold", None)
@@ -133,6 +152,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             policy_in_words=str(policy),
             pruning=self.pruning,
             labels=self.task_labels,
+            allowed=None if self.labels is None else frozenset(self.labels),
             descriptions=self.label_descriptions,
             small_output=self.small_output,
             falls_back=self.on_large_error == "small",

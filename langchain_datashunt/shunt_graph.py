@@ -16,8 +16,8 @@ def shunt_graph(
 ) -> Graph:
     """Input, each small model in turn, the large model's own graph, output; who answers leads to the output."""
     graph = Graph()
-    before = graph.add_node(shunt.get_input_schema(config), "ShuntInput")
-    end = graph.add_node(shunt.get_output_schema(config), "ShuntOutput")
+    before = graph.add_node(shunt.get_input_schema(config))
+    end = graph.add_node(shunt.get_output_schema(config))
     label: str | None = None
     for stage in stages:
         node = graph.add_node(stage)

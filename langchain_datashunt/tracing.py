@@ -191,14 +191,22 @@ class Runs:
 
 
 def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
-    """Call a callback for each row: one after the other, or gathered."""
+    """Call a callback for each row, one after the other or gathered; all are called, then the first error is raised."""
 
     def each() -> None:
+        first: Exception | None = None
         for i in rows:
-            act(i)
+            try:
+                act(i)
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     async def gathered() -> None:
-        await asyncio.gather(*map(act, rows))
+        for found in await asyncio.gather(*map(act, rows), return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
 
     return Effect(each, partial(gathered))
 
@@ -206,11 +214,16 @@ def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
 def _mark(manager: Any, decision: ShuntDecision) -> None:
     """Add metadata and tags to a run that has already started, in every tracer that keeps its runs."""
     metadata = {key: value for key, value in decision.to_metadata().items() if value is not None}
-    tags = [f"shunt:{decision.route}", f"shunt:{decision.reason}"]
-    manager.tags = [*manager.tags, *tags]
+    tags = [f"shunt_route:{decision.route}", f"shunt_reason:{decision.reason}"]
+    manager.tags = [*_undecided(manager.tags), *tags]
     manager.metadata = {**manager.metadata, **metadata}
     for handler in manager.handlers:
         if isinstance(handler, BaseTracer) and (run := handler.run_map.get(str(manager.run_id))):
             extra = run.extra or {}
             run.extra = {**extra, "metadata": {**extra.get("metadata", {}), **metadata}}
-            run.tags = [*(run.tags or []), *tags]
+            run.tags = [*_undecided(run.tags or []), *tags]
+
+
+def _undecided(tags: Sequence[str]) -> list[str]:
+    """Tags without those of an earlier decision on the same run."""
+    return [tag for tag in tags if not tag.startswith(("shunt_route:", "shunt_reason:"))]

@@ -135,7 +135,7 @@ def download_banking77(root: Path, base_url: str = BANKING77_URL) -> Path:
     for name, (where, digest) in _PUBLISHED.items():
         target = folder / name
         if not target.is_file() or not _is_published(target, digest):
-            partial = target.with_suffix(".part")
+            partial = target.with_name(f"partial-{name}")
             url = f"{base_url}/{where}"
             try:
                 with urllib.request.urlopen(url, timeout=60) as reply:

@@ -106,13 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
         except ReplayError as error:
             self.send_json(404, {"error": {"message": str(error), "type": "not_recorded", "code": "not_recorded"}})
             return
-        if "json_schema" in (body.get("response_format") or {}).get("type", ""):
+        tool = _forced_tool(body)
+        if tool or (body.get("response_format") or {}).get("type") == "json_schema":
             text = json.dumps({"label": text})
         usage = _usage(body, text)
         if body.get("stream"):
             self._stream(number, text, usage, body)
         else:
-            self.send_json(200, _completion(number, self.chat.model, text, usage))
+            self.send_json(200, _completion(number, self.chat.model, text, usage, tool))
         self.chat.count_served()
 
     def send_json(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
@@ -152,8 +153,17 @@ def stream_events(number: int, model: str, text: str, usage: dict[str, int], bod
     return [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks] + [b"data: [DONE]\n\n"]
 
 
-def _completion(number: int, model: str, text: str, usage: dict[str, int]) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
+def _forced_tool(body: Mapping[str, Any]) -> str | None:
+    """The function that the request obliges the model to call: how older models give structured output."""
+    choice = body.get("tool_choice")
+    return str(choice["function"]["name"]) if isinstance(choice, Mapping) else None
+
+
+def _completion(number: int, model: str, text: str, usage: dict[str, int], tool: str | None) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if tool is not None:
+        call = {"id": f"call-{number}", "type": "function", "function": {"name": tool, "arguments": text}}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
     return {
         "id": f"chatcmpl-{number}",
         "object": "chat.completion",

@@ -290,7 +290,8 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             return self.to_json_not_implemented()
         from langchain_datashunt.small_models.loading import BundledSmallModel
 
-        return BundledSmallModel.at(self._bundle).to_json()
+        mine = {name: getattr(self, name) for name in ("model_id", "temperature", "threshold", "input_key")}
+        return BundledSmallModel.model_validate({"path": self._bundle, **mine}).to_json()
 
 
 def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:

@@ -136,10 +136,11 @@ def read_bundle(folder: Path) -> tuple[BundleInfo, dict[str, NDArray[Any]]]:
         _verify(folder, name, stamp)
     if WEIGHTS_FILE not in info.files:
         return info, {}
+    safetensors = require("safetensors", "torch")
     try:
         return info, require("safetensors.numpy", "torch").load_file(str(folder / WEIGHTS_FILE))
-    except ValueError as error:  # pragma: no cover - a checksum that fits a file that safetensors refuses
-        raise BundleTruncatedError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise BundleTruncatedError(f"{folder / WEIGHTS_FILE} holds no safetensors weights: {error}.") from error
 
 
 def check_weights(

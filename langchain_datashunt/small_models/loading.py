@@ -55,6 +55,10 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
     return model
 
 
+_CHANGEABLE = ("model_id", "temperature", "threshold", "input_key")
+"""What a loaded model may set otherwise than its bundle."""
+
+
 class BundledSmallModel(SmallModel):
     """A small model by the folder of its bundle: light to pickle and to serialise, loaded at its first call.
 
@@ -77,7 +81,7 @@ class BundledSmallModel(SmallModel):
     @model_validator(mode="before")
     @classmethod
     def _read_config(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if "labels" in values:
+        if "labels" in values or "path" not in values:
             return values
         info = read_info(Path(values["path"]))
         known = info.model_dump(include={"labels", "model_id", "temperature", "threshold", "input_key", "lineage"})
@@ -96,13 +100,15 @@ class BundledSmallModel(SmallModel):
 
     @override
     def to_json(self) -> Any:
-        """As its path."""
-        return {
-            "lc": 1,
-            "type": "constructor",
-            "id": self.lc_id(),
-            "kwargs": {"path": self.path, "overrides": self.overrides},
-        }
+        """As its path, with what can differ from the bundle."""
+        names = ("path", "overrides", *_CHANGEABLE)
+        kwargs = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": kwargs}
+
+    @override
+    def save(self, folder: str | Path) -> Path:
+        changed = {name: getattr(self, name) for name in _CHANGEABLE}
+        return self.loaded.model_copy(update=changed).save(folder)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()

@@ -160,6 +160,7 @@ class TransformersClassifier(SmallModel):
             network = auto.from_pretrained(
                 path,
                 num_labels=len(split.labels),
+                ignore_mismatched_sizes=True,
                 id2label=dict(enumerate(split.labels)),
                 label2id={label: i for i, label in enumerate(split.labels)},
             )

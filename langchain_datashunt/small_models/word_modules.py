@@ -19,12 +19,12 @@ class ConvolutionOverWords(nn.Module):
         self.output = nn.Linear(filters * len(WIDTHS), labels)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; windows of padding alone do not count."""
+        """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; windows that reach into padding do not count."""
         states = self.embedding(ids).transpose(1, 2)
         pooled = []
-        for convolution in self.convolutions:
+        for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
             found = torch.relu(convolution(states))
-            real = mask[:, : found.shape[2]].clone()
+            real = mask[:, width - 1 :].clone()
             real[:, 0] = 1  # a text shorter than the window still has its first one
             pooled.append(found.masked_fill(real[:, None] == 0, 0.0).amax(2))
         logits: torch.Tensor = self.output(self.dropout(torch.cat(pooled, dim=1)))

@@ -60,6 +60,16 @@ def test_a_callers_mapping_is_copied_and_its_own_keys_win() -> None:
     assert mapping_of({"question": 1}) == {"question": 1}
 
 
+def test_a_callers_history_is_kept_before_the_conversations_own() -> None:
+    before, now = (
+        [HumanMessage("before"), AIMessage("yes")],
+        [HumanMessage("one"), AIMessage("two"), HumanMessage("now")],
+    )
+    mapping = mapping_of({"input": now, "history": before})
+    assert mapping["history"] == [*before, *now[:2]]
+    assert mapping_of({"input": HumanMessage("now"), "history": before})["history"] == before
+
+
 def test_messages_are_recognised() -> None:
     assert messages_of("text") is None
     assert messages_of([]) is None

@@ -66,6 +66,16 @@ def test_labels_that_differ_by_case_only_must_be_answered_exactly() -> None:
         parser.parse("a-b")
 
 
+def test_signs_are_no_separators() -> None:
+    numbers = LabelParser(labels=("-1", "0", "+1"))
+    assert numbers.parse("-1") == "-1"
+    grades = LabelParser(labels=("A+", "A-", "pos"), aliases={"A-": ("-",)})
+    for parser, answer in ((numbers, "1"), (grades, "A"), (grades, ""), (grades, "..."), (grades, "_")):
+        with pytest.raises(UnparsableAnswer):
+            parser.parse(answer)
+    assert grades.parse("-") == "A-"
+
+
 @pytest.mark.parametrize(
     ("aliases", "words"),
     [

@@ -45,6 +45,7 @@ def test_retry_after_is_read_in_seconds_and_as_a_date() -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=30))
     assert retry_after(HttpError(429, {"retry-after": later})) == pytest.approx(30, abs=2)
     assert retry_after(HttpError(429, {"retry-after": "soon"})) is None
+    assert retry_after(HttpError(429, {"Retry-After": "1"})) == 1.0
     assert retry_after(HttpError(429)) is None
     assert retry_after(ValueError()) is None
 
@@ -152,6 +153,36 @@ async def test_the_limiter_bounds_tasks() -> None:
             running -= 1
 
     await asyncio.gather(*(work() for _ in range(12)))
+    assert most == 3
+
+
+async def test_a_task_that_is_cancelled_while_it_waits_takes_no_place() -> None:
+    limiter = CallLimiter(1)
+    async with limiter.aslot():
+        waiting = [asyncio.create_task(limiter.aslot().__aenter__()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        await asyncio.sleep(0)
+    first = await asyncio.wait_for(waiting[0], 1)
+    assert first is None
+    assert waiting[1].cancelled()
+    assert not waiting[2].done(), "the one place is taken by the first in line"
+    waiting[2].cancel()
+
+
+async def test_groups_take_as_many_places_as_they_use() -> None:
+    limiter, running, most = CallLimiter(3), 0, 0
+
+    async def group(places: int) -> None:
+        nonlocal running, most
+        async with limiter.aslot(places):
+            used = min(places, 3)
+            running += used
+            most = max(most, running)
+            await asyncio.sleep(0.003)
+            running -= used
+
+    await asyncio.gather(*(group(n) for n in (1, 3, 2, 5, 1, 2, 1)))
     assert most == 3
 
 

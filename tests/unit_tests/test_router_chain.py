@@ -248,6 +248,25 @@ async def test_events_of_a_streamed_chain_show_the_tokens_of_its_model() -> None
     assert events[-1]["data"]["output"] == "status"
 
 
+def test_another_input_key_is_used_throughout() -> None:
+    model = Scripted(script={"my refund": ["status"]})
+    router = ConfidenceRouterChain.from_models(WordModel(input_key="question"), model, input_key="question")
+    assert router.invoke({"question": "my refund"}) == router.invoke("my refund") == "status"
+
+
+def test_prompts_may_give_text_messages_or_nonsense() -> None:
+    for give in (lambda m: "abc", lambda m: HumanMessage("abc"), lambda m: [HumanMessage("abc")]):
+        model = Scripted()
+        asker = LabelAsker(prompt=RunnableLambda(give), chat_model=model, labels=LABELS)
+        assert asker.invoke({}) == "refund"
+        assert model._asked == [[HumanMessage("abc")]]
+    picky = RunnableLambda(lambda m: None if m["bad"] else "abc")
+    asker = LabelAsker(prompt=picky, chat_model=Scripted(), labels=LABELS)
+    outcomes = asker.batch([{"bad": False}, {"bad": True}], return_exceptions=True)
+    assert outcomes[0] == "refund"
+    assert "prompt gave a NoneType" in str(outcomes[1])
+
+
 def test_the_asker_describes_itself() -> None:
     asker = LabelAsker(prompt=default_prompt(None), chat_model=Scripted(), labels=LABELS)
     assert asker.OutputType is str
@@ -305,6 +324,16 @@ def test_langchains_own_serialisation_keeps_a_chain_over_a_bundle(tmp_path: Any,
     assert isinstance(again.small, BundledSmallModel)
     assert again.policy == Threshold(0.999)
     assert again.small.invoke(texts[0]).label == small.invoke(texts[0]).label
+    unpruned = ShuntRunnable(small=small, large=default_prompt(None), pruning=None, policy=Threshold(0.999))
+    small.threshold, small.temperature = 0.3, 9.0
+    back = load(
+        dumpd(unpruned),
+        allowed_objects=[*OURS, BundledSmallModel, MaxProbability, ChatPromptTemplate, *_prompt_parts()],
+        valid_namespaces=["langchain_datashunt"],
+    )
+    assert back.pruning is None
+    assert (back.small.threshold, back.small.temperature) == (0.3, 9.0)
+    small.temperature = again.small.temperature
     assert pickle.loads(pickle.dumps(again)).small.invoke(texts[0]).label == small.invoke(texts[0]).label
 
 

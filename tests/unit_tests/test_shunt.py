@@ -5,6 +5,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
@@ -320,8 +321,7 @@ def test_schemas_specs_and_graph_describe_it() -> None:
     assert [spec.id for spec in shunt.config_specs] == ["shunt_threshold"]
     graph = shunt.get_graph()
     names = [node.name for node in graph.nodes.values()]
-    assert names[0] == "ShuntInput"
-    assert {"WordModel", "predict_words", "CountingLarge", "ShuntOutput"} <= set(names)
+    assert {"WordModel", "predict_words", "CountingLarge"} <= set(names)
     assert {edge.data for edge in graph.edges if edge.conditional} == {"confident", "deferred"}
     assert "WordModel" in graph.draw_ascii()
     prompted = make(
@@ -364,6 +364,102 @@ def test_max_concurrency_bounds_large_calls() -> None:
 
     asyncio.run(many())
     assert large.most_running <= 2
+
+
+def test_a_stream_in_the_making_does_not_block_its_own_thread() -> None:
+    shunt = make(large=lambda asked: asked["input"], max_concurrency=1)
+    for _ in shunt.stream("one"):
+        assert shunt.invoke("two") == "two"
+
+    async def both() -> None:
+        async for _ in shunt.astream("one"):
+            assert await shunt.ainvoke("two") == "two"
+
+    asyncio.run(asyncio.wait_for(both(), 5))
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        Prediction("zzz", 0.99, np.array([0.5, 0.5]), ("a", "b")),
+        Prediction("b", 0.99, np.array([0.99, 0.01]), ("a", "b")),
+        Prediction("a", 0.99, np.array(["x", "y"]), ("a", "b")),  # type: ignore[arg-type]
+    ],
+)
+def test_a_prediction_that_contradicts_itself_is_no_prediction(prediction: Prediction) -> None:
+    shunt = make(small=lambda _: prediction, return_decision=True)
+    assert shunt.invoke("x").reason == "small_error"
+    assert [r.reason for r in shunt.batch(["x", "y"])] == ["small_error"] * 2
+
+
+def test_probabilities_may_be_a_plain_list() -> None:
+    shunt = make(small=lambda _: Prediction("a", 0.99, [0.99, 0.01], ("a", "b")))  # type: ignore[arg-type]
+    assert shunt.invoke("x") == "a"
+
+
+def test_answers_outside_the_tasks_labels_are_never_given() -> None:
+    with pytest.raises(ConfigurationError, match="not in `labels`: status"):
+        make(labels=("cancel", "refund"))
+    with pytest.raises(ConfigurationError, match="not in `labels`"):
+        make(small=predict_words, labels=("cancel",), learnable=WordModel())
+    shunt = make(small=lambda _: Prediction.of({"zzz": 1.0}), labels=("a",), return_decision=True)
+    assert shunt.invoke("x").reason == "small_error"
+    assert "not the task's: zzz" in shunt.batch(["x", "y"])[0].decision.error
+
+
+def test_changed_settings_count_from_the_next_call() -> None:
+    shunt = make()
+    assert shunt.invoke("surely refund") == "refund"
+    shunt.policy = AlwaysLarge()
+    assert shunt.invoke("surely refund") == "L:surely refund"
+    shunt.return_decision = True
+    assert shunt.invoke("x").route == "large"
+    with pytest.raises(ConfigurationError, match="on_large_error"):
+        shunt.on_large_error = "ignore"  # type: ignore[assignment]
+    with pytest.raises(ConfigurationError, match="no Runnable"):
+        shunt.small = 3  # type: ignore[assignment]
+
+
+def test_interrupts_of_a_graph_pass_through() -> None:
+    class GraphBubbleUp(Exception):
+        """Named as LangGraph names the base of its interrupts."""
+
+    def interrupt(_: Any) -> Any:
+        raise GraphBubbleUp
+
+    for shunt in (make(large=interrupt, on_large_error="small"), make(small=interrupt)):
+        with pytest.raises(GraphBubbleUp):
+            shunt.invoke("x")
+        with pytest.raises(GraphBubbleUp):
+            shunt.batch(["x", "y"], return_exceptions=True)
+        with pytest.raises(GraphBubbleUp):
+            asyncio.run(shunt.ainvoke("x"))
+
+
+def test_json_that_streams_in_parts_ends_as_its_last_part() -> None:
+    from langchain_core.output_parsers import JsonOutputParser
+
+    model = FakeListChatModel(responses=['{"a": 1, "b": [1, 2]}'])
+    large = ChatPromptTemplate.from_template("{candidate_probabilities}") | model | JsonOutputParser()
+    chunks = list(make(large=large, return_decision=True).stream("x"))
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total = total + chunk
+    assert total.output == {"a": 1, "b": [1, 2]}
+
+
+def test_nested_shunts_can_be_drawn() -> None:
+    prompted = ChatPromptTemplate.from_template("{candidate_probabilities}") | FakeListChatModel(responses=["x"])
+    nested = make(large=make(large=prompted))
+    assert nested.get_graph().draw_mermaid()
+    assert nested.get_graph().draw_ascii()
+    assert (make() | make(pruning=None)).get_graph().draw_mermaid()
+    assert make(large=RunnablePassthrough()).get_graph().nodes
+
+
+def test_results_have_a_json_schema() -> None:
+    assert "decision" in str(make(return_decision=True).get_output_jsonschema())
+    assert "probabilities" in str(WordModel().get_output_jsonschema())
 
 
 def test_soft_prompt_is_the_default_and_nothing_else_is_disclosed() -> None:

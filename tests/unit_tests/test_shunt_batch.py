@@ -186,6 +186,44 @@ def test_a_batch_answers_what_single_calls_would(plan: list[tuple[str, list[int]
         assert [str(o) if isinstance(o, Exception) else o for o in outputs] == single
 
 
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+def test_labels_in_another_order_are_the_same_labels(way: str) -> None:
+    from langchain_datashunt import Prediction
+
+    def small(text: str) -> Prediction:
+        return Prediction.of({"a": 0.95, "b": 0.05} if "a" in text else {"b": 0.95, "a": 0.05})
+
+    shunt = ShuntRunnable(small=small, large=lambda asked: "large")
+    assert run_batch(shunt, way, ["a", "x", "a", "y"]) == ["a", "b", "a", "b"]
+
+
+def test_the_bound_on_large_calls_holds_over_concurrent_batches() -> None:
+    import threading
+
+    large = CountingLarge()
+    shunt = ShuntRunnable(small=WordModel(), large=large, max_concurrency=2)
+    threads = [threading.Thread(target=shunt.batch, args=([f"{t}-{i}" for i in range(4)],)) for t in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    async def many() -> None:
+        await asyncio.gather(*(shunt.abatch([f"{t}-{i}" for i in range(4)]) for t in range(4)))
+
+    asyncio.run(many())
+    assert len(large.invoked) == 32
+    assert large.most_running <= 2
+
+
+async def test_retries_of_a_group_keep_to_the_callers_bound() -> None:
+    inputs = [f"x{i}" for i in range(6)]
+    large = CountingLarge({text: [HttpError(500)] for text in inputs})
+    shunt = ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
+    assert await shunt.abatch(inputs, {"max_concurrency": 1}) == [f"L:{text}" for text in inputs]
+    assert large.most_running == 1
+
+
 def test_predict_batch_raises_where_the_shunt_would_defer() -> None:
     with pytest.raises(PredictionError, match="not a distribution"):
         WordModel().predict_batch(["nan"])

@@ -55,7 +55,7 @@ async def test_the_decision_is_on_the_runs() -> None:
     assert event[1]["shunt_threshold"] == 0.9
     root = collector.traced_runs[0]
     assert root.extra["metadata"]["shunt_route"] == "large"
-    assert {"shunt:large", "shunt:deferred"} <= set(root.tags)
+    assert {"shunt_route:large", "shunt_reason:deferred"} <= set(root.tags)
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch", "as_completed", "abatch_as_completed"])
@@ -75,8 +75,9 @@ async def test_every_input_of_a_batch_has_a_run_and_a_decision(way: str, fails: 
         [pair async for pair in shunt.abatch_as_completed(MIXED, config, return_exceptions=True)]
     book.assert_balanced()
     assert len(book.roots()) == 4
-    assert sorted(event[1]["shunt_route"] for event in book.events) == ["large", "large", "small", "small"]
-    assert len(book.failed) == (1 if fails else 0)
+    routes = [event[1]["shunt_route"] for event in book.events if event[1]["shunt_reason"] != "large_error"]
+    assert sorted(routes) == ["large", "large", "small", "small"]
+    assert [e[1]["shunt_reason"] for e in book.events].count("large_error") == len(book.failed) == (1 if fails else 0)
 
 
 @pytest.mark.parametrize("way", ["invoke", "batch", "stream", "ainvoke", "abatch", "astream", "abatch_as_completed"])
@@ -190,6 +191,37 @@ def test_nested_runnables_without_config_join_the_run() -> None:
     shunt.invoke("x", {"callbacks": [book]})
     assert book.named("inner")[0]["parent"] is not None
     book.assert_balanced()
+
+
+def test_a_decision_that_changed_replaces_the_first_on_its_run() -> None:
+    collector = RunCollectorCallbackHandler()
+    large = CountingLarge({"x": [HttpError(400)]})
+    shunt = ShuntRunnable(small=WordModel(), large=large, on_large_error="small")
+    shunt.invoke("x", {"callbacks": [collector]})
+    tags = collector.traced_runs[0].tags
+    assert [tag for tag in tags if tag.startswith("shunt_")] == ["shunt_route:small", "shunt_reason:large_error"]
+
+
+def test_a_handler_that_raises_leaves_no_other_run_open() -> None:
+    class Angry(RunBook):
+        raise_error = True
+
+        def on_chain_end(self, outputs: Any, *, run_id: Any, **kwargs: Any) -> None:
+            super().on_chain_end(outputs, run_id=run_id, **kwargs)
+            if outputs == "refund":
+                raise ValueError("angry")
+
+    for way in ("batch", "abatch"):
+        book = Angry()
+        shunt = ShuntRunnable(small=predict_words, large=CountingLarge())
+        config: Any = {"callbacks": [book]}
+        with pytest.raises(ValueError, match="angry"):
+            if way == "batch":
+                shunt.batch(["surely refund"] * 3, config)
+            else:
+                asyncio.run(shunt.abatch(["surely refund"] * 3, config))
+        roots = [run_id for run_id, run in book.started.items() if run["parent"] is None]
+        assert set(roots) <= set(book.ended)
 
 
 def test_usage_is_counted_once_and_priced() -> None:

@@ -133,9 +133,7 @@ def test_a_bundle_gives_the_same_model_back(kind: str, trained: Any, shop_messag
 def test_every_kind_survives_pickling(kind: str, trained: Any, shop_messages: Any) -> None:
     model, (texts, _) = trained[kind], shop_messages
     again = pickle.loads(pickle.dumps(model))
-    assert np.array_equal(
-        again.predict_batch(texts[:5]).probabilities, model.predict_batch(texts[:5]).probabilities
-    )
+    assert np.array_equal(again.predict_batch(texts[:5]).probabilities, model.predict_batch(texts[:5]).probabilities)
 
 
 @pytest.mark.parametrize("kind", ["textcnn", "lstm", "transformers"])
@@ -497,6 +495,15 @@ def test_a_bundled_model_is_light_until_it_is_used(bundle: Path, trained: Any, s
     again = pickle.loads(pickle.dumps(light))
     assert np.array_equal(again.predict_batch(texts).probabilities, expected)
     assert asyncio.run(again.ainvoke(texts[0])).label == light.invoke(texts[0]).label
+
+
+def test_a_bundled_model_can_be_changed_and_saved(bundle: Path, tmp_path: Path) -> None:
+    light = BundledSmallModel.at(bundle)
+    light.threshold = 0.42
+    light.save(tmp_path / "copy")
+    assert load_small_model(tmp_path / "copy").threshold == 0.42
+    with pytest.raises(ConfigurationError, match="path"):
+        BundledSmallModel()  # type: ignore[call-arg]
 
 
 def test_loading_runs_no_code_from_the_bundle(bundle: Path) -> None:

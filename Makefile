@@ -1,0 +1,54 @@
+# Every command runs in .venv, which the first one makes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH = torch==2.13.0
+
+# Benchmark data, where it lies beside the checkout; the demo and some tests use it.
+ifeq ($(origin DATASHUNT_DATA_DIR), undefined)
+ifneq ($(wildcard ../shared/data),)
+export DATASHUNT_DATA_DIR := $(abspath ../shared/data)
+endif
+endif
+
+.PHONY: install demo test test-slow test-gpu lint format typecheck bench clean
+
+install: $(VENV)/.installed
+
+# torch first and by exact version: a range would pull the newest build with its GPU packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable '.[all]'
+	touch $@
+
+demo: install
+	$(BIN)/datashunt demo $(ARGS)
+
+test: lint typecheck
+	$(BIN)/pytest --cov --cov-report=term -m "not slow and not gpu" $(ARGS)
+
+test-slow: install
+	$(BIN)/pytest -m slow $(ARGS)
+
+test-gpu: install
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m tests.benchmarks.overhead $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist build .coverage .mypy_cache .ruff_cache .pytest_cache demo-output

@@ -1,0 +1,216 @@
+"""The command line as a user runs it: real files, a real server, a real kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from langchain_datashunt import ConfidenceRouterChain, NoHint, load_small_model
+from langchain_datashunt.cli.app import app
+from langchain_datashunt.cli.run import Journal
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.replay import ChatServer, RecordedAnswers
+
+RUN = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: Any, shop_messages: Any) -> Path:
+    """A folder with data, recorded answers and a trained bundle."""
+    folder: Path = tmp_path_factory.mktemp("work")
+    texts, labels = shop_messages
+    with (folder / "data.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "label"])
+        writer.writerows(zip(texts, labels, strict=True))
+    with (folder / "answers.jsonl").open("w") as stream:
+        for text, label in zip(texts, labels, strict=True):
+            stream.write(json.dumps({"text": text, "answer": label}) + "\n")
+    trained = command(
+        "train", "--data", folder / "data.csv", "--text", "text", "--label", "label", "--model", "textcnn",
+        "--out", folder / "bundle", "--per-label", "12", "--epochs", "8", "--json",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    assert json.loads(trained.stdout)["labels"] == 4
+    return folder
+
+
+def command(*words: Any) -> Any:
+    return RUN.invoke(app, [str(word) for word in words])
+
+
+def answer(work: Path, out: Path, *more: Any, data: str = "data.csv") -> Any:
+    return command(
+        "run", "--bundle", work / "bundle", "--large", f"replay:{work / 'answers.jsonl'}", "--data", work / data,
+        "--text", "text", "--out", out, "--json", *more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_every_row_is_answered_in_order(work: Path, tmp_path: Path, shop_messages: Any, suffix: str) -> None:
+    out = tmp_path / f"out.{suffix}"
+    done = answer(work, out, "--threshold", "0.6", "--chunk", "20")
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["rows"] == 144
+    assert 0 < summary["asked"] < 144
+    assert summary["failed"] == summary["resumed_at"] == 0
+    rows = list(csv.DictReader(out.open())) if suffix == "csv" else [json.loads(line) for line in out.open()]
+    assert [row["text"] for row in rows] == shop_messages[0]
+    assert [int(row["row"]) for row in rows] == list(range(144))
+    asked = [(row, label) for row, label in zip(rows, shop_messages[1], strict=True) if row["route"] == "large"]
+    assert all(row["answer"] == label for row, label in asked)
+    assert not out.with_name(out.name + ".part").exists()
+    again = json.loads(answer(work, out, "--threshold", "0.6").stdout)
+    assert (again["resumed_at"], again["rows"]) == (144, 144)
+
+
+def test_rows_that_cannot_be_answered_make_exit_status_1(work: Path, tmp_path: Path) -> None:
+    (work / "more.csv").write_text("text\nnobody recorded this one\n")
+    done = answer(work, tmp_path / "o.jsonl", "--threshold", "0.999999", data="more.csv")
+    assert done.exit_code == 1
+    (row,) = [json.loads(line) for line in (tmp_path / "o.jsonl").open()]
+    assert row["answer"] is None
+    assert "Nothing was recorded" in row["error"]
+    kept = answer(work, tmp_path / "p.csv", "--threshold", "0.999999", "--on-large-error", "small", data="more.csv")
+    assert kept.exit_code == 0
+    assert json.loads(kept.stdout)["asked"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nothing.csv"], "There is no file"),
+        (["--text", "body"], "no column 'body'; it has: text, label"),
+        (["--large", "oracle"], "openai:MODEL or replay:FILE"),
+        (["--out", "answers.txt"], "must end in .jsonl or .csv"),
+        (["--bundle", "nowhere"], "config.json is missing"),
+        (["--pruning", "shears"], "takes soft, top or none"),
+    ],
+)
+def test_wrong_options_are_explained_with_exit_status_2(
+    work: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    given = {
+        "--bundle": work / "bundle", "--large": f"replay:{work / 'answers.jsonl'}", "--data": work / "data.csv",
+        "--text": "text", "--out": tmp_path / "o.jsonl", **dict([words]),
+    }  # fmt: skip
+    done = command("run", *(part for pair in given.items() for part in pair))
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_train_explains_what_it_cannot_use(work: Path, tmp_path: Path) -> None:
+    base = ["train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--out", tmp_path / "b"]
+    done = command(*base, "--model", "crystal-ball")
+    assert done.exit_code == 2
+    assert "is not known; use embedding, textcnn, lstm" in " ".join(done.output.split())
+    (work / "val.csv").write_text("text,label\nx,strange\n")
+    done = command(*base, "--model", "lstm", "--validation", work / "val.csv")
+    assert "labels without a training example: strange" in " ".join(done.output.split())
+    assert command("--version").stdout.strip()
+    assert "train" in command("--help").stdout
+
+
+@pytest.mark.parametrize("model", ["embedding", "lstm"])
+def test_train_makes_bundles_that_load(work: Path, tmp_path: Path, model: str) -> None:
+    done = command(
+        "train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--model", model,
+        "--out", tmp_path / "b", "--per-label", "6", "--epochs", "2", "--seed", "3", "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert load_small_model(tmp_path / "b").lineage["training"]["seed"] == 3
+
+
+def test_after_a_kill_the_run_goes_on_and_asks_nothing_twice(work: Path, tmp_path: Path, shop_messages: Any) -> None:
+    """SIGKILL in mid-run, several times; the server counts what it was asked."""
+    texts, labels = shop_messages
+    recorded, out = RecordedAnswers(dict(zip(texts, labels, strict=True))), tmp_path / "out.csv"
+
+    def slow(messages: Any) -> str:
+        time.sleep(0.03)
+        return recorded(messages)
+
+    with ChatServer(slow, model="gpt-4") as serving:
+        serving.keep_bodies = True
+        environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": serving.base_url}
+        words = [
+            "run", "--bundle", work / "bundle", "--large", "openai:gpt-4", "--data", work / "data.csv", "--text",
+            "text", "--out", out, "--threshold", "0.97", "--chunk", "25", "--concurrency", "2", "--json",
+        ]  # fmt: skip
+        program = [sys.executable, "-m", "langchain_datashunt", *map(str, words)]
+        for asked in (20, 60):
+            process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 60
+            while len(serving.bodies) < asked and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert len(serving.bodies) >= asked
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        questions = [body["messages"][-1]["content"] for body in serving.bodies]
+    summary = json.loads(done.stdout)
+    rows = list(csv.DictReader(out.open()))
+    assert [row["text"] for row in rows] == texts
+    assert [int(row["row"]) for row in rows] == list(range(144))
+    assert summary["resumed_at"] > 0
+    in_flight = 2 * 2  # at each kill, at most `concurrency` calls had not returned
+    assert len(questions) - len(set(questions)) <= in_flight
+    assert {row["text"] for row in rows if row["route"] == "large"} == set(questions)
+    assert float(summary["cost_usd"]) > 0
+
+
+def test_answers_of_other_data_are_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text\na\nb\n")
+    (tmp_path / "out.jsonl").write_text(json.dumps({"row": 0, "text": "z"}) + "\n")
+    with pytest.raises(DataError, match="row 1 has another text"):
+        Journal(tmp_path / "out.jsonl").resume(tmp_path / "data.csv", "text")
+    with pytest.raises(ConfigurationError, match="must end in"):
+        Journal(tmp_path / "out.parquet")
+
+
+def test_a_step_that_was_cut_anywhere_is_put_right(tmp_path: Path) -> None:
+    """Whatever a kill leaves of OUT and OUT.part, resuming keeps every finished answer and nothing half written."""
+    (tmp_path / "data.csv").write_text("text\na\nb\nc\n")
+    record = {
+        "text": "",
+        "answer": "x",
+        "route": "small",
+        "reason": "confident",
+        "confidence": 1.0,
+        "cost_usd": 0.0,
+        "error": None,
+    }
+    out = tmp_path / "out.jsonl"
+    journal = Journal(out)
+    assert journal.resume(tmp_path / "data.csv", "text") == 0
+    for row, text in enumerate("ab"):
+        journal.note({"row": row, **record, "text": text})
+    journal.finish([0, 1])
+    journal.note({"row": 2, **record, "text": "c"})
+    part = journal.part_file.read_bytes()
+    for cut in range(len(part) + 1):
+        journal.part_file.write_bytes(part[:cut])
+        with out.open("ab") as stream:
+            stream.write(b"" if cut < part.index(b"\n") + 1 else b'{"row": 2, "te')
+        again = Journal(out)
+        assert again.resume(tmp_path / "data.csv", "text") == 2
+        assert set(again.part) == ({2} if cut == len(part) else set())
+        assert len(out.read_text().splitlines()) == 2
+
+
+def test_a_chain_over_a_trained_bundle_is_what_run_uses(work: Path) -> None:
+    small = load_small_model(work / "bundle")
+    chain = ConfidenceRouterChain.from_models(small, lambda prompt: small.labels[0], pruning=NoHint())
+    assert chain.invoke("my lamp arrived broken") in small.labels

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_datashunt import Margin, PredictionBatch
+from langchain_datashunt.calibration import (
+    MatchLarge,
+    MaxAccuracy,
+    QueryShare,
+    deferral_curve,
+    fit_temperature,
+    select_threshold,
+)
+from langchain_datashunt.evaluation import mean_interval
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.small_models.base import softmax
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_the_temperature_that_made_the_labels_is_found_again(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (20_000, 5))
+    p = softmax(logits, temperature)
+    truth = (p.cumsum(axis=1) < rng.random((len(p), 1))).sum(axis=1)
+    assert fit_temperature(logits, truth) == pytest.approx(temperature, rel=0.05)
+
+
+@given(st.integers(0, 1000))
+def test_no_other_temperature_has_a_lower_loss(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, truth = rng.normal(0, 2, (60, 4)), rng.integers(0, 4, 60)
+
+    def loss(t: float) -> float:
+        return float(-np.log(softmax(logits, t)[np.arange(60), truth] + 1e-300).mean())
+
+    found = fit_temperature(logits, truth)
+    if found < 999:  # the bound of the search
+        assert loss(found) <= min(loss(found * 0.9), loss(found * 1.1)) + 1e-9
+
+
+def test_temperatures_of_degenerate_data_are_bounded() -> None:
+    right = np.array([[5.0, 0.0], [0.0, 5.0]])
+    assert fit_temperature(right, np.array([0, 1])) == 1.0
+    assert fit_temperature(right, np.array([1, 0])) == pytest.approx(1000.0)
+    with pytest.raises(DataError, match="no examples"):
+        fit_temperature(np.zeros((0, 2)), np.zeros(0, dtype=int))
+    with pytest.raises(DataError, match="NaN"):
+        fit_temperature(np.array([[np.nan, 1.0]]), np.array([0]))
+
+
+curves = st.lists(st.tuples(st.sampled_from([0.2, 0.4, 0.5, 0.7, 0.9]), st.booleans(), st.booleans()), min_size=1)
+
+
+@given(curves)
+def test_the_curve_is_what_the_rule_gives_at_each_threshold(rows: list[tuple[float, bool, bool]]) -> None:
+    score = np.array([row[0] for row in rows])
+    small, large = (np.array([row[i] for row in rows]) for i in (1, 2))
+    curve = deferral_curve(score, small, large)
+    assert (np.diff(curve.query_share) < 1e-12).all()
+    assert (np.diff(curve.thresholds) < 0).all()
+    assert (curve.query_share[0], curve.query_share[-1]) == (1.0, pytest.approx(0.0))
+    for threshold, accuracy, share in zip(curve.thresholds, curve.accuracy, curve.query_share, strict=True):
+        keep = score >= threshold
+        assert accuracy == pytest.approx(np.where(keep, small, large).mean())
+        assert share == pytest.approx(1 - keep.mean())
+
+
+def example() -> tuple[PredictionBatch, list[str], list[str]]:
+    """Sure ones right, unsure ones wrong, the large model right but once."""
+    p = np.array([0.99, 0.95, 0.9, 0.7, 0.6, 0.55])
+    batch = PredictionBatch.of(("a", "b"), np.stack([p, 1 - p], axis=1))
+    return batch, ["a", "a", "a", "b", "a", "b"], ["a", "b", "a", "b", "a", "b"]
+
+
+def test_the_most_accurate_threshold_is_chosen_and_asks_least() -> None:
+    batch, gold, large = example()
+    choice = select_threshold(batch, gold, large=large)
+    assert choice.policy.threshold == 0.9
+    assert (choice.accuracy, choice.query_share) == (1.0, 0.5)
+    assert choice.small_accuracy == pytest.approx(4 / 6)
+    assert choice.large_accuracy == pytest.approx(5 / 6)
+    assert choice.fitted_on == 6
+    assert "None" in choice.guarantee
+
+
+def test_objectives_follow_their_words() -> None:
+    batch, gold, large = example()
+    cheap = select_threshold(batch, gold, large=large, objective=QueryShare(share=0.2))
+    assert cheap.query_share <= 0.2
+    assert cheap.accuracy == pytest.approx(5 / 6)
+    match = select_threshold(batch, gold, large=large, objective=MatchLarge())
+    assert match.accuracy >= match.large_accuracy
+    assert match.query_share == pytest.approx(1 / 6)
+    loose = select_threshold(batch, gold, large=large, objective=MatchLarge(margin=0.2))
+    assert loose.query_share == 0.0
+    assert select_threshold(batch, gold, large=large, objective=MaxAccuracy(max_share=0.0)).query_share == 0.0
+    margin = select_threshold(batch, gold, large=large, score=Margin())
+    assert margin.policy.threshold == pytest.approx(0.8)
+    with pytest.raises(ConfigurationError, match="share"):
+        QueryShare(share=1.5)
+
+
+def test_a_hopeless_small_model_is_never_asked_and_nobody_is_warned() -> None:
+    batch = PredictionBatch.of(("a", "b"), [[1.0, 0.0], [0.8, 0.2]])
+    choice = select_threshold(batch, ["b", "b"], large=["b", "b"])
+    assert choice.query_share == 1.0
+    assert not choice.policy.evaluate(batch).keep.any()
+
+
+def test_a_missing_large_answer_counts_as_wrong() -> None:
+    batch = PredictionBatch.of(("a", "b"), [[0.9, 0.1]])
+    assert select_threshold(batch, ["a"], large=[None]).large_accuracy == 0.0
+    with pytest.raises(DataError, match="1 predictions, 1 labels and 0 large answers"):
+        select_threshold(batch, ["a"], large=[])
+
+
+def test_bootstrap_intervals_cover_and_shrink() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        values = rng.random(200) < 0.8
+        interval = mean_interval(values, seed=seed, resamples=500)
+        assert interval.low <= interval.value <= interval.high
+        hits += interval.low <= 0.8 <= interval.high
+    assert hits >= 180
+    wide, narrow = mean_interval(rng.random(50)), mean_interval(rng.random(5000))
+    assert narrow.high - narrow.low < wide.high - wide.low
+    assert mean_interval(np.ones(10)) == (1.0, 1.0, 1.0)
+    with pytest.raises(DataError, match="no values"):
+        mean_interval(np.array([]))
