@@ -35,6 +35,8 @@ class LargeCaller:
 
     def _one(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
         def ask() -> Any:
+            if self.limiter.limit is None:
+                return self.large.invoke(asked, config, **kwargs)
             with self.limiter.slot():
                 return self.large.invoke(asked, config, **kwargs)
 
@@ -46,6 +48,8 @@ class LargeCaller:
 
     async def _aone(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
         async def ask() -> Any:
+            if self.limiter.limit is None:
+                return await self.large.ainvoke(asked, config, **kwargs)
             async with self.limiter.aslot():
                 return await self.large.ainvoke(asked, config, **kwargs)
 

@@ -68,6 +68,12 @@ class Prediction:
         order = np.argsort(-self.probabilities, kind="stable")[:n]
         return [(self.labels[i], float(self.probabilities[i])) for i in order]
 
+    def as_batch(self) -> PredictionBatch:
+        """This prediction as a batch of one, without copying."""
+        logits = None if self.logits is None else self.logits[None]
+        truncated = np.array([True]) if self.truncated else None
+        return PredictionBatch(self.labels, self.probabilities[None], logits, self.model_id, truncated)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form: label, confidence, probabilities by label, model id, truncated."""
         return {
@@ -170,7 +176,9 @@ class PredictionBatch(Sequence[Prediction]):
         if not items:
             raise PredictionError("There is no prediction to stack; give at least one.")
         first = items[0]
-        if len(items) > 1 and any(item.labels is not first.labels and item.labels != first.labels for item in items):
+        if len(items) == 1:
+            return first.as_batch()
+        if any(item.labels is not first.labels and item.labels != first.labels for item in items):
             raise PredictionError(
                 "The predictions of one batch have different label sets. "
                 "Use one small model a batch, or one over the union of the labels."

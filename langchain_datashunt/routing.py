@@ -275,9 +275,7 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
         )
     try:
         p = np.asarray(answer.probabilities, dtype=np.float64)
-        sound = p.shape == (len(answer.labels),) and abs(p.sum() - 1.0) <= 1e-3 and p.min() >= 0.0
-        sound = sound and abs(p.max() - answer.confidence) <= 1e-6
-        sound = sound and p[answer.labels.index(answer.label)] >= p.max() - 1e-6
+        sound = _holds_together(answer, p)
     except (TypeError, ValueError, AttributeError):
         sound = False
     if not sound:
@@ -289,6 +287,23 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
         strange = sorted(set(answer.labels) - allowed)
         return PredictionError(f"The small model knows labels that are not the task's: {', '.join(strange[:5])}.")
     return answer if p is answer.probabilities else replace(answer, probabilities=p)
+
+
+def _holds_together(answer: Prediction, p: FloatArray) -> bool:
+    """Whether `p` is a distribution over the labels, with its label and confidence where they belong."""
+    if p.shape != (len(answer.labels),):
+        return False
+    if len(p) <= 64:  # plain numbers are quicker than three numpy reductions over a few labels
+        values = p.tolist()
+        total, least, most = sum(values), min(values), max(values)
+    else:
+        total, least, most = float(p.sum()), float(p.min()), float(p.max())
+    return bool(
+        abs(total - 1.0) <= 1e-3
+        and least >= 0.0
+        and abs(most - answer.confidence) <= 1e-6
+        and p[answer.labels.index(answer.label)] >= most - 1e-6
+    )
 
 
 def _shown(answer: Prediction) -> str:

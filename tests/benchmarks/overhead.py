@@ -3,9 +3,10 @@
     python -m tests.benchmarks.overhead [--json F] [--rounds N]
 
 Both routers do the same job with the same trivial parts: a small model (a RunnableLambda that returns a ready
-prediction), a condition on its confidence, and a large model (a RunnableLambda). "Over its parts" is the router's
-time less that of the Runnables which it has to call for this input, called alone in the same round. Rounds are
-interleaved; medians over rounds are reported, in microseconds, with minimum and maximum.
+prediction), a condition on its confidence, and a large model (a RunnableLambda). Both hand the input on as it is
+(`pruning=None`); what the prompt variables of `SoftPrompt` cost on top stands in rows of its own. "Over its parts" is
+the router's time less that of the Runnables which it has to call for this input, called alone in the same round.
+Rounds are interleaved; medians over rounds are reported, in microseconds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableBranch, RunnableLambda
 
-from langchain_datashunt import NoHint, Prediction, ShuntRunnable, Threshold
+from langchain_datashunt import Prediction, ShuntRunnable, SoftPrompt, Threshold
 
 SURE = Prediction.of({"a": 0.95, "b": 0.05})
 UNSURE = Prediction.of({"a": 0.6, "b": 0.4})
@@ -43,7 +44,8 @@ def parts() -> dict[str, Any]:
         "large": large,
         "condition": sure,
         "answer": answer,
-        "shunt": ShuntRunnable(small=small, large=large, policy=Threshold(0.9), pruning=NoHint()),
+        "shunt": ShuntRunnable(small=small, large=large, policy=Threshold(0.9), pruning=None),
+        "pruning shunt": ShuntRunnable(small=small, large=large, policy=Threshold(0.9), pruning=SoftPrompt()),
         "branch": RunnableBranch((sure, answer), large),
     }
 
@@ -80,7 +82,7 @@ def contestants(config: Any) -> dict[str, Callable[[], float]]:
         return lambda: timed(lambda: p[name].batch(inputs, config), 1) / BATCH
 
     found: dict[str, Callable[[], float]] = {}
-    for name in ("small", "large", "condition", "answer", "shunt", "branch"):
+    for name in ("small", "large", "condition", "answer", "shunt", "pruning shunt", "branch"):
         for value, word in ((True, "kept"), (False, "deferred")):
             found[f"{name} invoke {word}"] = single(name, value)
             found[f"{name} ainvoke {word}"] = asingle(name, value)
@@ -109,6 +111,8 @@ def rows(medians: dict[str, float]) -> list[dict[str, Any]]:
                     "whole_ratio": shunt / branch,
                 }
             )
+        soft, plain = (medians[f"{name} {way} deferred"] for name in ("pruning shunt", "shunt"))
+        found.append({"what": f"{way} deferred, filling the prompt variables as well", "more_us": soft - plain})
     shunt, branch = medians["shunt batch"], medians["branch batch"]
     found.append(
         {
@@ -143,6 +147,9 @@ def table(title: str, result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        if "more_us" in row:
+            lines.append(f"| {row['what']} | +{row['more_us']:.1f} | | | | |")
+            continue
         own = row["branch_over_parts_us"]
         lines.append(
             f"| {row['what']} | {row['shunt_us']:.1f} | {row['shunt_over_parts_us']:.1f} | {row['branch_us']:.1f} | "
