@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import run_in_executor
 
+from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError
 from langchain_datashunt.inputs import mapping_of
@@ -21,6 +21,7 @@ from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import FloatArray, Latency, ShuntDecision, ShuntResult
 from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.pruning import Pruning
+from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, checked_prediction, failed_outcome, outcome_of
 from langchain_datashunt.small_models.base import Outcome, SmallModel
@@ -29,6 +30,9 @@ from langchain_datashunt.tracing import Runs
 _TAGS = ("shunt:small", "shunt:learnable")
 _LARGE = "shunt:large"
 _SMALL_OUTPUT = "shunt:small_output"
+
+SUBJECT_KEY = "shunt_subject"
+"""The key of `config["configurable"]` that says whose data an input is, so that its records can be deleted."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class CallSteps:
     return_decision: bool
     input_key: str
     threshold_id: str
+    recorder: Any = None
 
     # Whole calls
 
@@ -55,7 +60,7 @@ class CallSteps:
         """Route one input; its output, or an error raised."""
         plan, seconds = yield from self.plan_one(value, runs)
         if plan.keeps(0):
-            output = (yield from self.conclude_kept(plan, [0], runs, seconds))[0]
+            output = (yield from self.conclude_kept(plan, [0], [value], runs, seconds))[0]
         else:
             output = yield from self.answer(value, 0, plan, runs, seconds, kwargs)
         if isinstance(output, Exception):
@@ -67,7 +72,7 @@ class CallSteps:
         plan, seconds = yield from self.plan(values, runs)
         kept, rows = np.flatnonzero(plan.kept).tolist(), plan.deferred.tolist()
         outputs: list[Any] = [None] * len(values)
-        for i, output in zip(kept, (yield from self.conclude_kept(plan, kept, runs, seconds)), strict=True):
+        for i, output in zip(kept, (yield from self.conclude_kept(plan, kept, values, runs, seconds)), strict=True):
             outputs[i] = output
         if rows:
             yield from runs.note(rows, plan.decision)
@@ -76,8 +81,10 @@ class CallSteps:
             started = time.perf_counter()
             answers = yield from self.caller.group(asked, config, kwargs)
             latency = Latency(seconds, time.perf_counter() - started)
+            log: list[FinishedCall] = []
             for i, answer, handler in zip(rows, answers, handlers, strict=True):
-                outputs[i] = yield from self.conclude(plan, i, answer, runs, latency, handler)
+                outputs[i] = yield from self.conclude(plan, i, values[i], answer, runs, latency, handler, log)
+            yield from self._record(log)
         return outputs
 
     def answer(
@@ -88,7 +95,10 @@ class CallSteps:
         started = time.perf_counter()
         answer = asked if isinstance(asked, Exception) else (yield self.caller.one(asked, config, kwargs))
         latency = Latency(seconds, time.perf_counter() - started)
-        return (yield from self.conclude(plan, i, answer, runs, latency, handler))
+        log: list[FinishedCall] = []
+        output = yield from self.conclude(plan, i, value, answer, runs, latency, handler, log)
+        yield from self._record(log)
+        return output
 
     # Predict and decide
 
@@ -167,7 +177,7 @@ class CallSteps:
 
     def prepare(
         self, value: Any, i: int, plan: AnyPlan, runs: Runs
-    ) -> Steps[tuple[Any, RunnableConfig, UsageMetadataCallbackHandler | None]]:
+    ) -> Steps[tuple[Any, RunnableConfig, LargeCallWatcher | None]]:
         """What one deferred input's large call needs: the input (or an error), the config, the usage handler."""
         yield from runs.note([i], plan.decision)
         handler = self._usage_handler()
@@ -190,10 +200,10 @@ class CallSteps:
 
     def _large_configs(
         self, rows: list[int], plan: Plan, runs: Runs
-    ) -> tuple[list[UsageMetadataCallbackHandler | None], RunnableConfig | list[RunnableConfig]]:
+    ) -> tuple[list[LargeCallWatcher | None], RunnableConfig | list[RunnableConfig]]:
         handlers = [self._usage_handler() for _ in rows]
         limit = self.caller.limiter.bound(runs.max_concurrency())
-        if not runs.traced and runs.shared is not None and not self.return_decision:
+        if not runs.traced and runs.shared is not None and self._usage_handler() is None:
             return handlers, runs.child(0, _LARGE, max_concurrency=limit)
         told = plan.decision if runs.traced else lambda _: None
         configs = [
@@ -202,47 +212,100 @@ class CallSteps:
         ]
         return handlers, configs
 
-    def _usage_handler(self) -> UsageMetadataCallbackHandler | None:
-        return UsageMetadataCallbackHandler() if self.return_decision else None
+    def _usage_handler(self) -> LargeCallWatcher | None:
+        return LargeCallWatcher() if self.return_decision or self.recorder is not None else None
 
     # Conclude
 
-    def conclude_kept(self, plan: AnyPlan, rows: list[int], runs: Runs, seconds: float) -> Steps[list[Any]]:
+    def conclude_kept(
+        self, plan: AnyPlan, rows: list[int], values: Sequence[Any], runs: Runs, seconds: float
+    ) -> Steps[list[Any]]:
         """The outputs of rows that the small models keep."""
         if not rows:
             return []
         yield from runs.note(rows, plan.decision)
         outputs = yield from self._small_outputs(plan, rows, runs)
+        if not self.return_decision and self.recorder is None:
+            return outputs
+        latency, ids = Latency(seconds), [runs.record_id(i) for i in rows]
+        if self.recorder is not None:
+            wanted = [(i, record_id) for i, record_id in zip(rows, ids, strict=True) if self.recorder.wants("small")]
+            log = [self._finished(plan.decision(i), values[i], None, runs, i, id_, latency, None) for i, id_ in wanted]
+            yield from self._record(log)
         if not self.return_decision:
             return outputs
-        latency = Latency(seconds)
         return [
-            self._result(plan.decision(i), output, runs.record_id(i), latency, None)
-            for i, output in zip(rows, outputs, strict=True)
+            self._result(plan.decision(i), output, record_id, latency, None)
+            for i, output, record_id in zip(rows, outputs, ids, strict=True)
         ]
 
     def conclude(
         self,
         plan: AnyPlan,
         i: int,
+        value: Any,
         answer: Any,
         runs: Runs,
         latency: Latency,
-        handler: UsageMetadataCallbackHandler | None,
+        handler: LargeCallWatcher | None,
+        log: list[FinishedCall],
     ) -> Steps[Any]:
-        """The output of a deferred row; an exception where the large model failed and nothing replaces it."""
+        """The output of a deferred row; an exception where the large model failed and nothing replaces it.
+
+        What is to be recorded of the call is added to `log`.
+        """
         failed = answer if isinstance(answer, Exception) else None
-        decision: ShuntDecision | None = None
+        fell_back = failed is not None and self.falls_back and plan.has_prediction(i)
+        if failed is None and not self.return_decision and self.recorder is None:
+            return answer
+        decision, record_id = plan.decision(i, failed, fell_back=fell_back), runs.record_id(i)
+        if self.recorder is not None:
+            log.append(self._finished(decision, value, answer, runs, i, record_id, latency, handler))
         if failed is not None:
-            fell_back = self.falls_back and plan.has_prediction(i)
-            decision = plan.decision(i, failed, fell_back=fell_back)
-            yield from runs.note([i], lambda i: plan.decision(i, failed, fell_back=fell_back))
+            yield from runs.note([i], lambda _: decision)
             if not fell_back:
                 return failed
             answer = (yield from self._small_outputs(plan, [i], runs))[0]
         if not self.return_decision:
             return answer
-        return self._result(decision or plan.decision(i), answer, runs.record_id(i), latency, handler)
+        return self._result(decision, answer, record_id, latency, handler)
+
+    def conclude_one(
+        self,
+        plan: AnyPlan,
+        value: Any,
+        answer: Any,
+        runs: Runs,
+        latency: Latency,
+        handler: LargeCallWatcher | None,
+    ) -> Steps[Any]:
+        """As `conclude`, for a call of one input, with its record handed over."""
+        log: list[FinishedCall] = []
+        output = yield from self.conclude(plan, 0, value, answer, runs, latency, handler, log)
+        yield from self._record(log)
+        return output
+
+    def _finished(
+        self,
+        decision: ShuntDecision,
+        value: Any,
+        answer: Any,
+        runs: Runs,
+        i: int,
+        record_id: str,
+        latency: Latency,
+        watcher: LargeCallWatcher | None,
+    ) -> FinishedCall:
+        subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
+        return FinishedCall(
+            self.recorder.task, record_id, value, decision, answer, watcher, latency, self.labels, subject,
+            self.input_key, now(),
+        )  # fmt: skip
+
+    def _record(self, log: list[FinishedCall]) -> Steps[None]:
+        """Hand records over to the recorder, which never fails the call."""
+        if self.recorder is not None and log:
+            yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
 
     def chunk(self, chunk: Any, plan: AnyPlan) -> Any:
         """A large model's chunk as the shunt yields it."""
@@ -268,7 +331,7 @@ class CallSteps:
         output: Any,
         record_id: str,
         latency: Latency,
-        handler: UsageMetadataCallbackHandler | None,
+        handler: LargeCallWatcher | None,
     ) -> Any:
         if isinstance(output, Exception):
             return output

@@ -12,6 +12,7 @@
     * BundleTooNewError        written by a newer format than this version reads
     * BundleMismatchError      its labels, its weights and its encoder disagree
   * ReplayError                recorded answers cannot be replayed
+  * StoreError                 the store of routed calls cannot be used
 
 * ShuntWarning
   * ThresholdWarning           a threshold that can never, or always, fire
@@ -100,6 +101,10 @@ class BundleMismatchError(BundleError):
 
 class ReplayError(ShuntError):
     """Recorded answers cannot be replayed."""
+
+
+class StoreError(ShuntError):
+    """The store of routed calls cannot be used."""
 
 
 class ShuntWarning(UserWarning):

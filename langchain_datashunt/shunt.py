@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import aclosing, closing
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -100,6 +101,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     threshold_id: str = "shunt_threshold"
     """The key of `config["configurable"]` that replaces the threshold for one call."""
 
+    recorder: Any = Field(default=None, exclude=True, repr=False)
+    """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
+
     _steps: CallSteps = PrivateAttr()
 
     @field_validator("small", "large", "learnable", "small_output", mode="before")
@@ -159,6 +163,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             return_decision=self.return_decision,
             input_key=self.input_key,
             threshold_id=self.threshold_id,
+            recorder=self.recorder,
         )
 
     @override
@@ -303,7 +308,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         try:
             plan, seconds = run(steps.plan(values, runs))
             kept, rows = np.flatnonzero(plan.kept).tolist(), plan.deferred.tolist()
-            for i, output in zip(kept, run(steps.conclude_kept(plan, kept, runs, seconds)), strict=True):
+            for i, output in zip(kept, run(steps.conclude_kept(plan, kept, values, runs, seconds)), strict=True):
                 run(runs.end({i: output}))
                 yield i, _raised(output, return_exceptions)
             limit = steps.caller.limiter.bound(runs.max_concurrency())
@@ -344,7 +349,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         try:
             plan, seconds = await arun(steps.plan(values, runs))
             kept, rows = np.flatnonzero(plan.kept).tolist(), plan.deferred.tolist()
-            for i, output in zip(kept, await arun(steps.conclude_kept(plan, kept, runs, seconds)), strict=True):
+            for i, output in zip(kept, await arun(steps.conclude_kept(plan, kept, values, runs, seconds)), strict=True):
                 await arun(runs.end({i: output}))
                 yield i, _raised(output, return_exceptions)
             gate = asyncio.Semaphore(steps.caller.limiter.bound(runs.max_concurrency()) or max(1, len(rows)))
@@ -372,12 +377,12 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
         """Decide first, then yield the small model's answer, or the large model's chunks as they come."""
-        runs, total = Runs(self, [input], config), _Total()
+        runs, total = Runs(self, [input], config), Total()
         run(runs.start())
         try:
             plan, seconds = run(self._steps.plan_one(input, runs))
             if plan.keeps(0):
-                yield total.add(_raised(run(self._steps.conclude_kept(plan, [0], runs, seconds))[0]))
+                yield total.add(_raised(run(self._steps.conclude_kept(plan, [0], [input], runs, seconds))[0]))
             else:
                 with closing(self._stream_large(input, plan, runs, seconds, kwargs)) as chunks:
                     for chunk in chunks:
@@ -399,26 +404,28 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
                 first, chunks = steps.caller.open(asked, config, kwargs)
             except Exception as error:
                 latency = Latency(seconds, time.perf_counter() - started)
-                yield _raised(run(steps.conclude(plan, 0, error, runs, latency, handler)))
+                yield _raised(run(steps.conclude_one(plan, value, error, runs, latency, handler)))
                 return
+            total = Total()
             with closing(chunks):
                 if first is not END:
-                    yield steps.chunk(first, plan)
+                    yield steps.chunk(total.add(first), plan)
                     for chunk in chunks:
-                        yield steps.chunk(chunk, plan)
-        if self.return_decision:
-            latency = Latency(seconds, time.perf_counter() - started)
-            yield run(steps.conclude(plan, 0, None, runs, latency, handler))
+                        yield steps.chunk(total.add(chunk), plan)
+        latency = Latency(seconds, time.perf_counter() - started)
+        last = run(steps.conclude_one(plan, value, total.value, runs, latency, handler))
+        if isinstance(last, ShuntResult):
+            yield replace(last, output=None, inner=None)
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         """Decide first, then yield the small model's answer, or the large model's chunks as they come."""
-        runs, total = Runs(self, [input], config, asynchronous=True), _Total()
+        runs, total = Runs(self, [input], config, asynchronous=True), Total()
         await arun(runs.start())
         try:
             plan, seconds = await arun(self._steps.plan_one(input, runs))
             if plan.keeps(0):
-                yield total.add(_raised((await arun(self._steps.conclude_kept(plan, [0], runs, seconds)))[0]))
+                yield total.add(_raised((await arun(self._steps.conclude_kept(plan, [0], [input], runs, seconds)))[0]))
             else:
                 async with aclosing(self._astream_large(input, plan, runs, seconds, kwargs)) as chunks:
                     async for chunk in chunks:
@@ -439,16 +446,18 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
                 first, chunks = await steps.caller.aopen(asked, config, kwargs)
             except Exception as error:
                 latency = Latency(seconds, time.perf_counter() - started)
-                yield _raised(await arun(steps.conclude(plan, 0, error, runs, latency, handler)))
+                yield _raised(await arun(steps.conclude_one(plan, value, error, runs, latency, handler)))
                 return
+            total = Total()
             async with aclosing(chunks):
                 if first is not END:
-                    yield steps.chunk(first, plan)
+                    yield steps.chunk(total.add(first), plan)
                     async for chunk in chunks:
-                        yield steps.chunk(chunk, plan)
-        if self.return_decision:
-            latency = Latency(seconds, time.perf_counter() - started)
-            yield await arun(steps.conclude(plan, 0, None, runs, latency, handler))
+                        yield steps.chunk(total.add(chunk), plan)
+        latency = Latency(seconds, time.perf_counter() - started)
+        last = await arun(steps.conclude_one(plan, value, total.value, runs, latency, handler))
+        if isinstance(last, ShuntResult):
+            yield replace(last, output=None, inner=None)
 
     # What a Runnable says of itself
 
@@ -488,7 +497,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         return shunt_graph(self, self._steps.stages, self.large, config)
 
 
-class _Total:
+class Total:
     """The sum of a stream's chunks, for the end of its run; the last chunk where they cannot be added."""
 
     def __init__(self) -> None:
@@ -496,6 +505,7 @@ class _Total:
         self._addable = True
 
     def add(self, chunk: Any) -> Any:
+        """Take one more chunk in, and give it back."""
         if self.value is None or not self._addable:
             self.value = chunk
         else:

@@ -1,0 +1,36 @@
+"""Distillation: the record of routed calls, its store and its writer, and what is trained from them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from langchain_datashunt.distillation.callbacks import RecordingCallbackHandler
+    from langchain_datashunt.distillation.record import RoutedCall
+    from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
+    from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+
+_WHERE = {
+    "CallFilter": "store",
+    "DistillationStore": "store",
+    "Recorder": "recorder",
+    "RecorderCounters": "recorder",
+    "RecordingCallbackHandler": "callbacks",
+    "RoutedCall": "record",
+}
+
+__all__ = [
+    "CallFilter",
+    "DistillationStore",
+    "Recorder",
+    "RecorderCounters",
+    "RecordingCallbackHandler",
+    "RoutedCall",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

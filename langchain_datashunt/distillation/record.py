@@ -1,0 +1,178 @@
+"""The record of one routed call: what the small model thought, what the large one said, what is known of the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+from uuid import UUID, uuid4, uuid5
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.predictions import FloatArray, Reason, Route
+
+SCHEMA = 1
+"""The version of the record that this code writes."""
+
+SUBJECT_HASH = "sha256:"
+"""What a subject begins with that is a hash already, as the store gives it back."""
+
+_NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
+
+
+class RoutedCall(BaseModel):
+    """One call, as it is stored. Probabilities are in the order of `labels`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    schema_version: int = SCHEMA
+    id: str = Field(default_factory=lambda: str(uuid4()))
+    """The LangChain run id."""
+
+    time: float = Field(default_factory=time.time)
+    """When the call ended, seconds since 1970 UTC."""
+
+    task: str = "default"
+    """Which task of the user's this call belongs to."""
+
+    input: str
+    """The text that was classified."""
+
+    subject: str | None = None
+    """Whose data this is, for deletion on request; stored as a hash."""
+
+    labels: tuple[str, ...] = ()
+    """The label set."""
+
+    small_model: str = ""
+    probabilities: tuple[float, ...] | None = None
+    """The small model's distribution; None where it failed or there was none."""
+
+    score: float | None = None
+    """The confidence score that the policy compared."""
+
+    threshold: float | None = None
+    policy: str = ""
+    route: Route = "large"
+    reason: Reason = "deferred"
+
+    large_model: str = ""
+    """Name of the large model that answered; empty where none was asked."""
+
+    raw_output: str | None = None
+    """The large model's answer as it came."""
+
+    label: str | None = None
+    """The large model's answer as a label; None where it was not asked or was unparsable."""
+
+    large_probabilities: tuple[float, ...] | None = None
+    """The large model's distribution over `labels`, where log-probabilities of the label's tokens were returned."""
+
+    large_confidence: float | None = Field(default=None, ge=0.0, le=1.0)
+    """How sure the large model was: from log-probabilities, or as it stated itself."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    small_seconds: float = 0.0
+    large_seconds: float = 0.0
+
+    audit: bool = False
+    """Whether the large model was asked only to check a confident answer."""
+
+    gold: str | None = None
+    """The true label, where somebody said it."""
+
+    gold_source: str | None = None
+    """Who said it."""
+
+    count: int = Field(default=1, ge=1)
+    """How many calls had this input, task and large model; the newest stands here."""
+
+    @model_validator(mode="after")
+    def _distributions_fit(self) -> Self:
+        for name in ("probabilities", "large_probabilities"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.labels):
+                raise DataError(f"A record has {len(values)} {name} for {len(self.labels)} labels; give one for each.")
+        return self
+
+    @property
+    def input_hash(self) -> str:
+        """SHA-256 of the input, case and outer blanks ignored; 32 hex digits of it."""
+        return hash_input(self.input).hex()
+
+    @property
+    def confidence(self) -> float | None:
+        """The small model's highest probability."""
+        return max(self.probabilities) if self.probabilities else None
+
+    @property
+    def small_label(self) -> str | None:
+        """The small model's answer."""
+        if not self.probabilities:
+            return None
+        return self.labels[self.probabilities.index(max(self.probabilities))]
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether both models say the same; None where one of them said nothing."""
+        return None if self.label is None or self.small_label is None else self.label == self.small_label
+
+
+def hash_input(text: str) -> bytes:
+    """16 bytes that stand for an input."""
+    return hashlib.sha256(text.strip().lower().encode()).digest()[:16]
+
+
+def hash_subject(subject: str) -> bytes:
+    """16 bytes that stand for a person; the name itself is never stored. A hash in words passes as it is."""
+    if subject.startswith(SUBJECT_HASH):
+        return bytes.fromhex(subject.removeprefix(SUBJECT_HASH))
+    return hashlib.sha256(b"subject\0" + subject.encode()).digest()[:16]
+
+
+def id_bytes(record_id: str) -> bytes:
+    """A run id as 16 bytes; anything that is no UUID gets a UUID of its own."""
+    try:
+        return UUID(record_id).bytes
+    except ValueError:
+        return uuid5(_NAMESPACE, record_id).bytes
+
+
+def label_distribution(
+    tokens: Sequence[Mapping[str, Any]], labels: Sequence[str], answer: str
+) -> tuple[FloatArray, float] | None:
+    """The large model's distribution over labels from the log-probabilities of its answer's tokens.
+
+    The answer's own probability is the product over its tokens. The first token's alternatives give the other
+    labels theirs: an alternative that begins exactly one label belongs to it, one that begins several is shared by
+    them; what fits no label is spread over all others.
+
+    Args:
+        tokens: `logprobs["content"]` as OpenAI-compatible APIs give it: token, logprob, top_logprobs.
+        labels: The label set, `k` names.
+        answer: The label that was answered.
+
+    Returns:
+        Probabilities `[k]` and the answer's own; None where the tokens say nothing of this answer.
+    """
+    named = [token for token in tokens if str(token.get("token", "")).strip()]
+    if not named or answer not in labels:
+        return None
+    own = float(np.exp(sum(float(token["logprob"]) for token in named)))
+    p, position = np.zeros(len(labels)), list(labels).index(answer)
+    for alternative in named[0].get("top_logprobs") or ():
+        text = str(alternative["token"]).strip().lower()
+        begun = [i for i, label in enumerate(labels) if text and i != position and label.lower().startswith(text)]
+        if begun and not answer.lower().startswith(text):
+            p[begun] += float(np.exp(alternative["logprob"])) / len(begun)
+    p[position] = own
+    rest = max(0.0, 1.0 - float(p.sum()))
+    others = np.arange(len(labels)) != position
+    if others.any():
+        p[others] += rest / int(others.sum())
+    return p / p.sum(), min(own, 1.0)

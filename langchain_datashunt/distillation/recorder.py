@@ -1,0 +1,367 @@
+"""Recorder: takes records off the call path and writes them in groups; what cannot be written is spooled."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import queue
+import random
+import signal
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Self
+
+from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.store import DistillationStore
+from langchain_datashunt.exceptions import ConfigurationError, ShuntError, StoreError
+from langchain_datashunt.predictions import Route
+
+logger = logging.getLogger(__name__)
+
+MakeRecord = Callable[[], RoutedCall]
+"""A record, or how to make it: the writer's thread does that, not the caller's."""
+
+
+@dataclass(frozen=True)
+class RecorderCounters:
+    """What became of records.
+
+    Attributes:
+        written: Stored in the database.
+        spooled: Written to the local spool; drained later.
+        drained: Moved from the spool to the database since.
+        failed: Neither could be written; reported in the log.
+        pending: Not dealt with yet.
+        sampled_out: Of the small route, not recorded because of the sampling rate.
+    """
+
+    written: int = 0
+    spooled: int = 0
+    drained: int = 0
+    failed: int = 0
+    pending: int = 0
+    sampled_out: int = 0
+
+
+class _Group:
+    """Records that one call handed over together, and the event that it may wait for."""
+
+    __slots__ = ("done", "makers")
+
+    def __init__(self, makers: Sequence[MakeRecord], done: threading.Event | None) -> None:
+        self.makers = makers
+        self.done = done
+
+
+class Recorder:
+    """Writes records of routed calls to a store, behind the caller's back.
+
+    ```python
+    recorder = Recorder("sqlite:///calls.db", task="support")
+    chain = ConfidenceRouterChain.from_models(small, model, recorder=recorder)
+    ```
+
+    The caller only enqueues. A writer thread commits groups of up to `group_size`. With the queue full a caller waits
+    at most `max_wait_ms`, then spools its record itself. With the database away groups go to the spool (a SQLite
+    file), and from there to the database when it is back. Pending records are written at exit and on SIGTERM.
+
+    Args:
+        store: A store, or its URL.
+        task: Name under which records are kept.
+        sample_small: Share of the calls that the small models answered which is recorded, in [0, 1].
+        durability: "group" returns at once, and a crash may lose what was not committed yet: at most `queue_size`
+            records, usually the last group. "record" returns when the record is safe on disk.
+        queue_size: Groups that may wait.
+        group_size: Records of one commit at the most.
+        max_wait_ms: How long a caller waits for a full queue, in milliseconds.
+        spool: File of the spool; None makes one beside a SQLite store, or in the temporary folder.
+        retry_seconds: Pause between attempts to reach a database that was away.
+        seed: Of the sampling.
+    """
+
+    def __init__(
+        self,
+        store: DistillationStore | str | Path,
+        *,
+        task: str = "default",
+        sample_small: float = 0.1,
+        durability: Literal["group", "record"] = "group",
+        queue_size: int = 10_000,
+        group_size: int = 512,
+        max_wait_ms: float = 50.0,
+        spool: str | Path | None = None,
+        retry_seconds: float = 5.0,
+        seed: int | None = None,
+    ) -> None:
+        if not 0.0 <= sample_small <= 1.0:
+            raise ConfigurationError(f"sample_small is {sample_small}; it is a share, give a number from 0 to 1.")
+        if durability not in ("group", "record"):
+            raise ConfigurationError(f"durability is {durability!r}; use 'group' or 'record'.")
+        self.task = task
+        self.sample_small = sample_small
+        self.durability = durability
+        self.queue_size = queue_size
+        self.group_size = group_size
+        self.max_wait_ms = max_wait_ms
+        self.retry_seconds = retry_seconds
+        self._random = random.Random(seed)
+        self._url = store.url if isinstance(store, DistillationStore) else store
+        self._store = store if isinstance(store, DistillationStore) else None
+        self._spool_file = Path(spool) if spool is not None else _default_spool(store)
+        self._spool: DistillationStore | None = None
+        self._lock = threading.Lock()
+        self._counters = RecorderCounters()
+        self._closed = False
+        self._away_until = 0.0
+        self._start()
+        if self._store is None:
+            self._try_open()
+        _at_exit(self)
+
+    def _start(self) -> None:
+        """A fresh queue and writer thread for this process."""
+        self._pid = os.getpid()
+        self._queue: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_all, name="datashunt-recorder", daemon=True)
+        self._thread.start()
+
+    # The caller's path
+
+    def wants(self, route: Route) -> bool:
+        """Whether a call of this route is to be recorded: large ones always, small ones by the sampling rate."""
+        if route == "large" or self._random.random() < self.sample_small:
+            return True
+        self._count(sampled_out=1)
+        return False
+
+    def record(self, makers: Sequence[MakeRecord]) -> None:
+        """Hand records over. Never raises for a record that cannot be written: that is counted and logged."""
+        if not makers:
+            return
+        group = _Group(makers, threading.Event() if self.durability == "record" else None)
+        if not self._enqueue(group):
+            self._write(self._made(group), spool=True)
+        elif group.done is not None:
+            group.done.wait()
+
+    async def arecord(self, makers: Sequence[MakeRecord]) -> None:
+        """As `record`, without blocking the event loop."""
+        if not makers:
+            return
+        if self.durability == "record" or self._queue.qsize() >= self.queue_size:
+            await asyncio.get_running_loop().run_in_executor(None, self.record, makers)
+        else:
+            self.record(makers)
+
+    def _enqueue(self, group: _Group) -> bool:
+        """Put a group into the queue; False where it stayed full for as long as a caller waits, or after closing."""
+        if self._closed:
+            return False
+        if os.getpid() != self._pid:
+            self._start()  # a child process has no writer thread yet
+        deadline = time.monotonic() + self.max_wait_ms / 1000.0
+        while self._queue.qsize() >= self.queue_size:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.001)
+        self._queue.put(group)
+        return True
+
+    # The writer's thread
+
+    def _write_all(self) -> None:
+        closing = False
+        while not closing:
+            groups: list[_Group] = []
+            try:
+                first = self._queue.get(timeout=self.retry_seconds)
+                closing = first is None
+                groups = [] if first is None else [first]
+                while not closing and sum(len(group.makers) for group in groups) < self.group_size:
+                    more = self._queue.get_nowait()
+                    closing = more is None
+                    groups += [] if more is None else [more]
+            except queue.Empty:
+                pass
+            records = [record for group in groups for record in self._made(group)]
+            self._write(records)
+            for group in groups:
+                if group.done is not None:
+                    group.done.set()
+            self._drain()
+
+    def _made(self, group: _Group) -> list[RoutedCall]:
+        """The records of a group; one that cannot be made is counted, and the others are kept."""
+        records = []
+        for make in group.makers:
+            try:
+                records.append(make())
+            except Exception:
+                logger.exception("A record of a routed call could not be made.")
+                self._count(failed=1)
+        return records
+
+    def _write(self, records: list[RoutedCall], *, spool: bool = False) -> None:
+        """Write to the database, else to the spool, else count and report."""
+        if not records:
+            return
+        if not spool and self._reachable() and self._store is not None:
+            try:
+                self._store.append(records)
+            except ShuntError as error:
+                self._went_away(error)
+            else:
+                self._count(written=len(records))
+                return
+        try:
+            self._spool_store().append(records)
+        except (ShuntError, OSError) as error:
+            logger.error("%d records could not be written anywhere: %s", len(records), error)
+            self._count(failed=len(records))
+        else:
+            self._count(spooled=len(records))
+
+    def _reachable(self) -> bool:
+        return time.monotonic() >= self._away_until and (self._store is not None or self._try_open())
+
+    def _try_open(self) -> bool:
+        try:
+            self._store = DistillationStore(self._url, durability=self.durability)  # type: ignore[arg-type]
+        except StoreError as error:
+            self._went_away(error)
+        return self._store is not None
+
+    def _went_away(self, error: Exception) -> None:
+        logger.warning("The store cannot be written, records are spooled to %s: %s", self._spool_file, error)
+        self._away_until = time.monotonic() + self.retry_seconds
+
+    def _spool_store(self) -> DistillationStore:
+        with self._lock:
+            if self._spool is None:
+                self._spool = DistillationStore(self._spool_file, durability="record")
+            return self._spool
+
+    def _drain(self) -> None:
+        """Move what was spooled, also by an earlier process, to the database once it can be reached."""
+        if not (self._spool is not None or self._spool_file.exists()) or not self._reachable() or self._store is None:
+            return
+        try:
+            if moved := self._spool_store().move_to(self._store):
+                self._count(drained=moved)
+        except (ShuntError, OSError) as error:
+            self._went_away(error)
+
+    # Life
+
+    @property
+    def counters(self) -> RecorderCounters:
+        """What became of records so far."""
+        with self._lock:
+            return replace(self._counters, pending=self._queue.qsize())
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            now = {name: getattr(self._counters, name) + n for name, n in more.items()}
+            self._counters = replace(self._counters, **now)
+
+    def flush(self, timeout: float | None = 30.0) -> bool:
+        """Wait until everything handed over so far is written or spooled; False where that took too long."""
+        if self._closed or not self._thread.is_alive():
+            return self._queue.empty()
+        marker = _Group((), threading.Event())
+        self._queue.put(marker)
+        assert marker.done is not None
+        return marker.done.wait(timeout)
+
+    def close(self, timeout: float | None = 30.0) -> None:
+        """Write what is pending and stop; records handed over later are spooled."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self.flush(timeout)
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join(timeout)
+        for store in (self._store, self._spool):
+            if store is not None:
+                store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Recorder({self._store or self._url!r}, task={self.task!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its settings: another process has a writer of its own."""
+        url = self._url if isinstance(self._url, (str, Path)) else self._url.render_as_string(hide_password=False)
+        return _restored, (
+            str(url),
+            {
+                name: getattr(self, name)
+                for name in (
+                    "task",
+                    "sample_small",
+                    "durability",
+                    "queue_size",
+                    "group_size",
+                    "max_wait_ms",
+                    "retry_seconds",
+                )  # fmt: skip
+            },
+        )
+
+
+def _restored(url: str, settings: dict[str, Any]) -> Recorder:
+    return Recorder(url, **settings)
+
+
+def _default_spool(store: DistillationStore | str | Path) -> Path:
+    url = str(store.url if isinstance(store, DistillationStore) else store)
+    if url.startswith("sqlite:///") or "://" not in url:
+        return Path(url.removeprefix("sqlite:///") + ".spool")
+    return Path(tempfile.gettempdir()) / f"datashunt-spool-{os.getuid() if hasattr(os, 'getuid') else 0}.db"
+
+
+_living: weakref.WeakSet[Recorder] = weakref.WeakSet()
+_installed = False
+
+
+def _at_exit(recorder: Recorder) -> None:
+    """Have a recorder closed at exit and flushed on SIGTERM, before whatever else is to happen then."""
+    global _installed
+    _living.add(recorder)
+    if _installed:
+        return
+    _installed = True
+    atexit.register(_close_all)
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.getsignal(signal.SIGTERM)
+
+        def flush_then(number: int, frame: FrameType | None) -> None:
+            for living in list(_living):
+                living.flush(timeout=10.0)
+            if callable(previous):
+                previous(number, frame)
+            elif previous != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, flush_then)
+
+
+def _close_all() -> None:
+    for recorder in list(_living):
+        recorder.close(timeout=10.0)

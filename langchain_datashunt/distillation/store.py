@@ -1,0 +1,513 @@
+"""DistillationStore: the records of routed calls in SQLite or PostgreSQL. It stores and finds; it does not train."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import numpy as np
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, hash_input, hash_subject, id_bytes
+from langchain_datashunt.exceptions import MissingExtraError, StoreError
+from langchain_datashunt.predictions import Reason, Route
+
+try:
+    from sqlalchemy import (
+        ColumnElement,
+        Connection,
+        Engine,
+        and_,
+        create_engine,
+        delete,
+        event,
+        func,
+        insert,
+        or_,
+        select,
+        tuple_,
+        update,
+    )
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
+except ImportError as error:  # pragma: no cover - tested without the extra
+    raise MissingExtraError("sqlalchemy", "store") from error
+
+ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
+REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error")
+_COMPRESSED, _PLAIN = b"z", b"p"
+_KEPT = ("gold", "gold_source", "subject")
+"""What a newer call without it does not overwrite."""
+
+
+@dataclass(frozen=True)
+class CallFilter:
+    """Which records are meant; what is None does not count.
+
+    Attributes:
+        task: Of this task.
+        since: Not before this time, seconds since 1970 UTC.
+        until: Before this time.
+        route: Answered by this side.
+        min_confidence: The small model's highest probability is at least this.
+        max_confidence: And at most this.
+        agrees: Both models say the same, or not.
+        labelled: A true label is known, or not.
+        asked: The large model was asked, or not.
+    """
+
+    task: str | None = None
+    since: float | None = None
+    until: float | None = None
+    route: Route | None = None
+    min_confidence: float | None = None
+    max_confidence: float | None = None
+    agrees: bool | None = None
+    labelled: bool | None = None
+    asked: bool | None = None
+
+    def where(self) -> ColumnElement[bool]:
+        """As an SQL condition over calls joined with contexts."""
+        c, large = calls.c, contexts.c.large_model
+        said_both = and_(c.small_label.isnot(None), c.label.isnot(None))
+        tests: dict[str, Callable[[Any], ColumnElement[bool]]] = {
+            "task": lambda task: contexts.c.task == task,
+            "since": lambda moment: c.time >= moment,
+            "until": lambda moment: c.time < moment,
+            "route": lambda route: c.route == ROUTES.index(route),
+            "min_confidence": lambda p: c.confidence >= p,
+            "max_confidence": lambda p: c.confidence <= p,
+            "agrees": lambda yes: and_(said_both, (c.small_label == c.label) if yes else (c.small_label != c.label)),
+            "labelled": lambda yes: c.gold.isnot(None) if yes else c.gold.is_(None),
+            "asked": lambda yes: (large != "") if yes else (large == ""),
+        }
+        given = {name: getattr(self, name) for name in tests}
+        return and_(
+            c.context == contexts.c.id, *(tests[name](value) for name, value in given.items() if value is not None)
+        )
+
+
+EVERYTHING = CallFilter()
+
+
+class DistillationStore:
+    """The log of routed calls that later distillation learns from.
+
+    ```python
+    store = DistillationStore("sqlite:///calls.db")  # or postgresql+psycopg://user@host/database
+    for batch in store.iterate(CallFilter(route="large")):
+        ...
+    ```
+
+    One row stands for each (task, input, large model): a repeated call replaces the row and is counted. Many
+    processes may write at once.
+
+    Args:
+        url: A SQLAlchemy URL, or the path of a SQLite file (made with mode 0600).
+        durability: "record" makes every commit survive a power cut (SQLite synchronous=FULL); "group" leaves
+            that to the operating system (NORMAL), where the last commits may be lost to a power cut, not to a kill.
+
+    Raises:
+        StoreError: The database cannot be opened or was written by newer code.
+    """
+
+    def __init__(self, url: str | Path, *, durability: str = "group") -> None:
+        self.url = make_url(_as_url(url))
+        self.durability = durability
+        self._contexts: dict[bytes, int] = {}
+        self._context_rows: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._engine = self._open()
+        try:
+            with self._engine.begin() as connection:
+                migrate(connection)
+        except SQLAlchemyError as error:
+            raise _in_words(self, error) from error
+
+    def _open(self) -> Engine:
+        if self.url.get_backend_name() != "sqlite":
+            return create_engine(self.url, pool_pre_ping=True)
+        if self.url.database and self.url.database != ":memory:":
+            path = Path(self.url.database)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        engine = create_engine(self.url, connect_args={"timeout": 30})
+        synchronous = "FULL" if self.durability == "record" else "NORMAL"
+
+        @event.listens_for(engine, "connect")
+        def prepare(connection: Any, _: Any) -> None:
+            connection.isolation_level = None
+            for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "busy_timeout=30000"):
+                connection.execute(f"PRAGMA {pragma}")
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        return engine
+
+    # Writing
+
+    def append(self, records: Sequence[RoutedCall]) -> None:
+        """Store records in one transaction, the newest of each (task, input, large model) winning.
+
+        Raises:
+            StoreError: The database is away or full; nothing of these records is stored.
+        """
+        if not records:
+            return
+        try:
+            with self._engine.begin() as connection:
+                rows = _merged([self._row(connection, record) for record in records])
+                connection.execute(self._upsert(), rows)
+        except SQLAlchemyError as error:
+            self._contexts.clear()
+            raise _in_words(self, error) from error
+
+    def _upsert(self) -> Any:
+        """Insert, or replace an older row of the same key, adding the counts and keeping what only the old one knew."""
+        statement: Any
+        if self.url.get_backend_name() == "sqlite":
+            from sqlalchemy.dialects.sqlite import insert as dialect_insert
+
+            statement = dialect_insert(calls)
+        else:
+            from sqlalchemy.dialects.postgresql import insert as postgres_insert
+
+            statement = postgres_insert(calls)
+        new = statement.excluded
+        newest = {
+            column.name: new[column.name]
+            for column in calls.c
+            if column.name not in ("key", "input_hash", "count", *_KEPT)
+        }
+        kept = {name: func.coalesce(new[name], calls.c[name]) for name in _KEPT}
+        return statement.on_conflict_do_update(
+            index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
+        )
+
+    def _row(self, connection: Connection, record: RoutedCall) -> dict[str, Any]:
+        labels = {label: i for i, label in enumerate(record.labels)}
+        small = None if record.small_label is None else labels[record.small_label]
+        return {
+            "key": _key(record),
+            "id": id_bytes(record.id),
+            "context": self._context(connection, record),
+            "time": record.time,
+            "input_hash": hash_input(record.input),
+            "content": _packed([record.input, record.raw_output, record.label if record.label not in labels else None]),
+            "probabilities": _halves(record.probabilities),
+            "confidence": record.confidence,
+            "score": record.score,
+            "threshold": record.threshold,
+            "route": ROUTES.index(record.route),
+            "reason": REASONS.index(record.reason),
+            "small_label": small,
+            "label": None if record.label is None else labels.get(record.label, -1),
+            "large_probabilities": _halves(record.large_probabilities),
+            "large_confidence": record.large_confidence,
+            "input_tokens": record.input_tokens,
+            "output_tokens": record.output_tokens,
+            "cost_usd": record.cost_usd,
+            "small_seconds": record.small_seconds,
+            "large_seconds": record.large_seconds,
+            "audit": record.audit,
+            "gold": record.gold,
+            "gold_source": record.gold_source,
+            "subject": None if record.subject is None else hash_subject(record.subject),
+            "count": record.count,
+        }
+
+    def _context(self, connection: Connection, record: RoutedCall) -> int:
+        """The row of what this call shares with others; made where it is new."""
+        shared = {
+            "task": record.task,
+            "small_model": record.small_model,
+            "large_model": record.large_model,
+            "policy": record.policy,
+            "labels": json.dumps(record.labels, ensure_ascii=False),
+        }
+        digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
+        with self._lock:
+            if (known := self._contexts.get(digest)) is not None:
+                return known
+        find = select(contexts.c.id).where(contexts.c.digest == digest)
+        found = connection.execute(find).scalar()
+        if found is None:
+            if self.url.get_backend_name() == "postgresql":
+                from sqlalchemy.dialects.postgresql import insert as postgres_insert
+
+                connection.execute(postgres_insert(contexts).values(digest=digest, **shared).on_conflict_do_nothing())
+            else:
+                connection.execute(insert(contexts).values(digest=digest, **shared))
+            found = connection.execute(find).scalar_one()
+        with self._lock:
+            self._contexts[digest] = int(found)
+        return int(found)
+
+    def label(self, record_id: str, label: str, source: str = "user") -> None:
+        """Note the true label of a call, also where a newer call with the same input has replaced it.
+
+        Raises:
+            StoreError: No call with this id is stored.
+        """
+        wanted = id_bytes(record_id)
+        with self._engine.begin() as connection:
+            older = select(replaced.c.key).where(replaced.c.id == wanted).scalar_subquery()
+            done = connection.execute(
+                update(calls)
+                .where(or_(calls.c.id == wanted, calls.c.key == older))
+                .values(gold=label, gold_source=source)
+            )
+        if not done.rowcount:
+            raise StoreError(
+                f"No call with the id {record_id!r} is stored. Ids are those of `ShuntResult.record_id`; records are "
+                f"written with a short delay (Recorder.flush()) and pruned by the store's retention."
+            )
+
+    # Reading
+
+    def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[RoutedCall]]:
+        """The records in batches, by key, in constant memory; records written meanwhile may or may not be seen."""
+        after: bytes | None = None
+        while True:
+            statement = select(calls, contexts.c.task, contexts.c.small_model, contexts.c.large_model)
+            statement = statement.add_columns(contexts.c.policy, contexts.c.labels).where(which.where())
+            if after is not None:
+                statement = statement.where(calls.c.key > after)
+            with self._engine.connect() as connection:
+                rows = connection.execute(statement.order_by(calls.c.key).limit(batch_size)).all()
+            if not rows:
+                return
+            yield [_record(row._mapping) for row in rows]
+            after = rows[-1].key
+
+    def get(self, record_id: str) -> RoutedCall | None:
+        """One record by the id of its newest call."""
+        statement = select(calls, contexts).where(calls.c.context == contexts.c.id, calls.c.id == id_bytes(record_id))
+        with self._engine.connect() as connection:
+            row = connection.execute(
+                statement.with_only_columns(*calls.c, *(c for c in contexts.c if c.name not in ("id", "digest")))
+            ).first()
+        return None if row is None else _record(row._mapping)
+
+    def count(self, which: CallFilter = EVERYTHING) -> int:
+        """How many records there are."""
+        with self._engine.connect() as connection:
+            statement = select(func.count()).select_from(calls, contexts).where(which.where())
+            return int(connection.execute(statement).scalar_one())
+
+    def stats(self, which: CallFilter = EVERYTHING) -> dict[str, Any]:
+        """Counts, shares, cost and agreement, computed by the database; JSON-ready."""
+        c = calls.c
+        both = and_(c.small_label.isnot(None), c.label.isnot(None))
+        routes = [func.count().filter(c.route == i).label(f"route_{name}") for i, name in enumerate(ROUTES)]
+        statement = select(
+            func.count().label("records"),
+            func.coalesce(func.sum(c.count), 0).label("calls"),
+            *routes,
+            func.count().filter(both).label("compared"),
+            func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
+            func.count().filter(c.gold.isnot(None)).label("labelled"),
+            func.count().filter(c.label == -1).label("outside_label_set"),
+            func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
+            func.coalesce(func.sum(c.input_tokens), 0).label("input_tokens"),
+            func.coalesce(func.sum(c.output_tokens), 0).label("output_tokens"),
+            func.min(c.time).label("oldest"),
+            func.max(c.time).label("newest"),
+        ).where(which.where())
+        with self._engine.connect() as connection:
+            row = connection.execute(statement).one()._mapping
+        return {
+            key: value if value is None or isinstance(value, (int, float)) else float(value)
+            for key, value in row.items()
+        }
+
+    def verify(self) -> list[str]:
+        """What is wrong with the store, in words; an empty list where nothing is."""
+        problems: list[str] = []
+        with self._engine.connect() as connection:
+            if self.url.get_backend_name() == "sqlite":
+                found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
+                problems += [f"SQLite: {line}" for line in found if line != "ok"]
+            known = set(connection.execute(select(contexts.c.id)).scalars())
+            used = set(connection.execute(select(calls.c.context).distinct()).scalars())
+        problems += [f"Calls refer to context {missing}, which is not there." for missing in sorted(used - known)]
+        after = b""
+        while not used - known:
+            with self._engine.connect() as connection:
+                statement = select(calls, contexts.c.task, contexts.c.small_model, contexts.c.large_model)
+                statement = statement.add_columns(contexts.c.policy, contexts.c.labels)
+                statement = statement.where(calls.c.context == contexts.c.id, calls.c.key > after)
+                rows = connection.execute(statement.order_by(calls.c.key).limit(1000)).all()
+            if not rows:
+                break
+            problems += [words for row in rows if (words := _complaint(row._mapping))]
+            after = rows[-1].key
+        return problems
+
+    # Removing
+
+    def delete(self, *, input_hash: str | None = None, subject: str | None = None) -> int:
+        """Delete all records of one input, or of one person; returns how many there were.
+
+        Raises:
+            StoreError: Neither was given.
+        """
+        if input_hash is None and subject is None:
+            raise StoreError("Give an input_hash or a subject; to delete by age or number use prune().")
+        tests = []
+        if input_hash is not None:
+            tests.append(calls.c.input_hash == bytes.fromhex(input_hash))
+        if subject is not None:
+            tests.append(calls.c.subject == hash_subject(subject))
+        return self._delete(and_(*tests))
+
+    def prune(self, *, max_age_seconds: float | None = None, max_records: int | None = None) -> int:
+        """Delete records that are too old or, the oldest first, too many; returns how many there were."""
+        gone = 0
+        if max_age_seconds is not None:
+            gone += self._delete(calls.c.time < time.time() - max_age_seconds)
+        if max_records is not None:
+            order = (calls.c.time.desc(), calls.c.key.desc())
+            edge = select(calls.c.time, calls.c.key).order_by(*order).offset(max_records).limit(1)
+            with self._engine.connect() as connection:
+                found = connection.execute(edge).first()
+            if found is not None:
+                gone += self._delete(tuple_(calls.c.time, calls.c.key) <= tuple_(found.time, found.key))
+        return gone
+
+    def move_to(self, other: DistillationStore, *, batch_size: int = 512) -> int:
+        """Move all records into another store, batch by batch, each deleted here only when it is safe there."""
+        moved = 0
+        for batch in self.iterate(batch_size=batch_size):
+            other.append(batch)
+            self._delete(calls.c.id.in_([id_bytes(record.id) for record in batch]))
+            moved += len(batch)
+        return moved
+
+    def _delete(self, where: ColumnElement[bool]) -> int:
+        with self._engine.begin() as connection:
+            connection.execute(delete(replaced).where(replaced.c.key.in_(select(calls.c.key).where(where))))
+            return int(connection.execute(delete(calls).where(where)).rowcount)
+
+    # Life
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"DistillationStore({self.url.render_as_string(hide_password=True)!r})"
+
+
+def _as_url(url: str | Path) -> str:
+    text = str(url)
+    return text if "://" in text else f"sqlite:///{text}"
+
+
+def _in_words(store: DistillationStore, error: SQLAlchemyError) -> StoreError:
+    return StoreError(f"{store!r} cannot be used: {type(error).__name__}: {getattr(error, 'orig', None) or error}")
+
+
+def _key(record: RoutedCall) -> bytes:
+    parts = (record.task.encode(), record.large_model.encode(), hash_input(record.input))
+    return hashlib.sha256(b"\0".join(parts)).digest()[:16]
+
+
+def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a key: PostgreSQL refuses to update a row twice in one statement."""
+    by_key: dict[bytes, dict[str, Any]] = {}
+    for row in rows:
+        older = by_key.get(row["key"])
+        if older is not None:
+            row = {**row, "count": row["count"] + older["count"]}
+            for name in _KEPT:
+                row[name] = older[name] if row[name] is None else row[name]
+        by_key[row["key"]] = row
+    return list(by_key.values())
+
+
+def _packed(parts: list[Any]) -> bytes:
+    raw = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(raw) < 64:
+        return _PLAIN + raw
+    compressed: bytes = require("zstandard", "store").ZstdCompressor(level=1).compress(raw)
+    return _COMPRESSED + compressed
+
+
+def _unpacked(data: bytes) -> list[Any]:
+    kind, body = data[:1], data[1:]
+    if kind == _COMPRESSED:
+        body = require("zstandard", "store").ZstdDecompressor().decompress(body)
+    parts: list[Any] = json.loads(body)
+    return parts
+
+
+def _halves(values: Sequence[float] | None) -> bytes | None:
+    return None if values is None else np.asarray(values, dtype=np.float16).tobytes()
+
+
+def _wholes(data: bytes | None) -> tuple[float, ...] | None:
+    """A distribution again: half-precision numbers no longer sum to 1, so they are scaled."""
+    if data is None:
+        return None
+    p = np.frombuffer(data, dtype=np.float16).astype(np.float64)
+    total = p.sum()
+    return tuple((p / total if total > 0 else p).tolist())
+
+
+def _record(row: Any) -> RoutedCall:
+    text, raw, strange = _unpacked(row["content"])
+    labels = tuple(json.loads(row["labels"]))
+    label = None if row["label"] is None else strange if row["label"] < 0 else labels[row["label"]]
+    same = (
+        "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens", "output_tokens",
+        "cost_usd", "small_seconds", "large_seconds", "gold", "gold_source", "count",
+    )  # fmt: skip
+    return RoutedCall(
+        **{name: row[name] for name in same},
+        id=str(UUID(bytes=bytes(row["id"]))),
+        input=text,
+        labels=labels,
+        probabilities=_wholes(row["probabilities"]),
+        route=ROUTES[row["route"]],
+        reason=REASONS[row["reason"]],
+        raw_output=raw,
+        label=label,
+        large_probabilities=_wholes(row["large_probabilities"]),
+        large_confidence=row["large_confidence"],
+        audit=bool(row["audit"]),
+        subject=None if row["subject"] is None else SUBJECT_HASH + bytes(row["subject"]).hex(),
+    )
+
+
+def _complaint(row: Any) -> str | None:
+    """What is wrong with a stored row; None where it reads back and its hashes fit."""
+    name = str(UUID(bytes=bytes(row["id"])))
+    try:
+        record = _record(row)
+    except Exception as error:
+        return f"Call {name} cannot be read: {type(error).__name__}: {error}"
+    if hash_input(record.input) != bytes(row["input_hash"]) or _key(record) != bytes(row["key"]):
+        return f"Call {name} does not fit its hash: its input or its task was changed."
+    return None

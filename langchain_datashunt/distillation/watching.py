@@ -1,0 +1,68 @@
+"""Watching large-model calls: what was said, by which model, and how surely; nothing is stored here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
+from typing_extensions import override
+
+from langchain_datashunt.distillation.record import label_distribution
+
+
+class LargeCallWatcher(UsageMetadataCallbackHandler):
+    """Sees the model calls below one run: token usage of all, text and log-probabilities of the last."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        super().__init__()
+        self.model = ""
+        self.text: str | None = None
+        self.tokens: list[dict[str, Any]] = []
+
+    @override
+    def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+        super().on_llm_end(response, **kwargs)
+        if (message := message_of(response)) is None:
+            return
+        self.model = str(message.response_metadata.get("model_name") or self.model)
+        self.text = said(message)
+        self.tokens = list((message.response_metadata.get("logprobs") or {}).get("content") or [])
+
+
+def message_of(response: LLMResult) -> AIMessage | None:
+    """The message of a chat model's reply, None for anything else."""
+    generation = response.generations[0][0] if response.generations and response.generations[0] else None
+    message = generation.message if isinstance(generation, ChatGeneration) else None
+    return message if isinstance(message, AIMessage) else None
+
+
+def said(message: AIMessage) -> str:
+    """What a message says: its text, or the arguments of its tool calls as JSON."""
+    text = str(message.text)
+    return text if text or not message.tool_calls else json.dumps([call["args"] for call in message.tool_calls])
+
+
+def stated_confidence(text: str | None) -> float | None:
+    """The number in [0, 1] that a JSON answer gives as its `confidence`, None where it gives none."""
+    try:
+        found = json.loads(text or "")
+    except ValueError:
+        return None
+    value = found.get("confidence") if isinstance(found, dict) else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+    return float(value) if number else None  # type: ignore[arg-type]
+
+
+def large_sureness(
+    watcher: LargeCallWatcher, labels: Sequence[str], label: str | None
+) -> tuple[tuple[float, ...] | None, float | None]:
+    """The large model's distribution and confidence: from log-probabilities, else as stated, else unknown."""
+    found = label_distribution(watcher.tokens, labels, label) if label is not None else None
+    if found is None:
+        return None, stated_confidence(watcher.text)
+    return tuple(found[0].tolist()), found[1]

@@ -1,0 +1,108 @@
+"""From a routed call to its record; made in the recorder's thread, from what the call left behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.watching import LargeCallWatcher, large_sureness
+from langchain_datashunt.exceptions import InputError, UnparsableAnswer
+from langchain_datashunt.inputs import text_of
+from langchain_datashunt.predictions import Latency, ShuntDecision, ShuntResult
+from langchain_datashunt.pricing import cost_usd
+
+
+class FinishedCall(NamedTuple):
+    """What one call left behind. Calling it makes the record.
+
+    Attributes:
+        task: The recorder's task.
+        record_id: Id of the run.
+        value: The caller's input.
+        decision: Where it went.
+        answer: The large model's output or error; None where it was not asked.
+        watcher: What was seen of the large model; None where it was not asked.
+        latency: Wall time of the parts.
+        labels: The task's labels.
+        subject: Whose data it is.
+        input_key: Where a mapping holds the text.
+        ended: When, seconds since 1970 UTC.
+    """
+
+    task: str
+    record_id: str
+    value: Any
+    decision: ShuntDecision
+    answer: Any
+    watcher: LargeCallWatcher | None
+    latency: Latency
+    labels: Sequence[str] | None
+    subject: str | None
+    input_key: str
+    ended: float
+
+    def __call__(self) -> RoutedCall:
+        """Make the record."""
+        prediction, watcher = self.decision.prediction, self.watcher
+        labels = prediction.labels if prediction is not None else tuple(self.labels or ())
+        said = _said(self.answer, watcher)
+        label = self._large_label()
+        distribution, confidence = (None, None) if watcher is None else large_sureness(watcher, labels, label)
+        usage = {} if watcher is None else watcher.usage_metadata
+        return RoutedCall(
+            id=self.record_id,
+            time=self.ended,
+            task=self.task,
+            input=_text(self.value, self.input_key),
+            subject=self.subject,
+            labels=labels,
+            small_model="" if prediction is None else prediction.model_id,
+            probabilities=None if prediction is None else tuple(prediction.probabilities.tolist()),
+            score=self.decision.score,
+            threshold=self.decision.threshold,
+            policy=self.decision.policy,
+            route=self.decision.route,
+            reason=self.decision.reason,
+            large_model="" if watcher is None else watcher.model or "unknown",
+            raw_output=said,
+            label=label,
+            large_probabilities=distribution,
+            large_confidence=confidence,
+            input_tokens=sum(counts["input_tokens"] for counts in usage.values()) if usage else None,
+            output_tokens=sum(counts["output_tokens"] for counts in usage.values()) if usage else None,
+            cost_usd=cost_usd(usage) if usage else None,
+            small_seconds=self.latency.small_s,
+            large_seconds=self.latency.large_s,
+        )
+
+    def _large_label(self) -> str | None:
+        answer = self.answer.output if isinstance(self.answer, ShuntResult) else self.answer
+        return answer if self.watcher is not None and isinstance(answer, str) and self._is_label(answer) else None
+
+    def _is_label(self, answer: str) -> bool:
+        return self.labels is None or answer in self.labels
+
+
+def now() -> float:
+    """The time as records have it."""
+    return time.time()
+
+
+def _said(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
+    if watcher is None:
+        return None
+    if watcher.text is not None:
+        return watcher.text
+    if isinstance(answer, UnparsableAnswer):
+        return answer.raw
+    return None if answer is None or isinstance(answer, Exception) else str(answer)
+
+
+def _text(value: Any, input_key: str) -> str:
+    try:
+        return text_of(value, input_key)
+    except InputError:
+        return json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,592 @@
+"""The store and its writer, the same tests on a real SQLite file and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.prompts import ChatPromptTemplate
+from sqlalchemy import create_engine, text
+
+from langchain_datashunt import ConfidenceRouterChain, ShuntRunnable
+from langchain_datashunt.distillation import (
+    CallFilter,
+    DistillationStore,
+    Recorder,
+    RecordingCallbackHandler,
+    RoutedCall,
+)
+from langchain_datashunt.distillation.record import hash_input, label_distribution
+from langchain_datashunt.distillation.watching import stated_confidence
+from langchain_datashunt.exceptions import ConfigurationError, DataError, StoreError
+from tests.support.faulty_server import FaultyServer
+from tests.support.models import LABELS, CountingLarge, HttpError, WordModel
+
+POSTGRES = os.environ.get("DATASHUNT_TEST_POSTGRES", "postgresql+psycopg://127.0.0.1:5432/test")
+
+
+def postgres_url() -> str:
+    """A fresh schema of the test database; skips where there is no server."""
+    engine = create_engine(POSTGRES)
+    try:
+        with engine.begin() as connection:
+            schema = f"datashunt_{uuid4().hex[:12]}"
+            connection.execute(text(f"CREATE SCHEMA {schema}"))
+    except Exception as error:
+        pytest.skip(f"no PostgreSQL at {POSTGRES} ({type(error).__name__}); set DATASHUNT_TEST_POSTGRES")
+    finally:
+        engine.dispose()
+    return f"{POSTGRES}?options=-csearch_path%3D{schema}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: Any, tmp_path: Path) -> Any:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'calls.db'}"
+        return
+    found = postgres_url()
+    yield found
+    schema = found.rpartition("%3D")[2]
+    engine = create_engine(POSTGRES)
+    with engine.begin() as connection:
+        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    engine.dispose()
+
+
+@pytest.fixture
+def store(url: str) -> Any:
+    with DistillationStore(url) as opened:
+        yield opened
+
+
+def call(i: int = 0, **changes: Any) -> RoutedCall:
+    defaults: dict[str, Any] = {
+        "id": str(uuid4()), "input": f"question {i}", "labels": LABELS, "small_model": "words", "time": 1000.0 + i,
+        "probabilities": (0.5, 0.25, 0.25), "score": 0.5, "threshold": 0.9, "policy": "Threshold(0.9)",
+        "large_model": "gpt-4", "raw_output": "Refund.", "label": "refund", "input_tokens": 100, "output_tokens": 2,
+        "cost_usd": 0.01, "large_seconds": 0.5,
+    }  # fmt: skip
+    return RoutedCall(**{**defaults, **changes})
+
+
+def everything(store: DistillationStore, which: CallFilter = CallFilter()) -> list[RoutedCall]:  # noqa: B008
+    return sorted((r for batch in store.iterate(which, batch_size=3) for r in batch), key=lambda r: r.time)
+
+
+def test_a_record_comes_back_as_it_went_in(store: DistillationStore) -> None:
+    record = call(
+        subject="jane", gold="status", gold_source="user", large_confidence=0.75, large_probabilities=(0.25, 0.5, 0.25),
+        audit=True, reason="deferred", input="äöü 日本 \n \"quoted\"" * 20,
+    )  # fmt: skip
+    store.append([record])
+    (back,) = everything(store)
+    assert back.subject is not None
+    assert "jane" not in back.subject
+    assert back.model_copy(update={"subject": "jane"}) == record
+    assert store.get(record.id) == back
+    assert store.get(str(uuid4())) is None
+    assert (back.small_label, back.confidence, back.agrees) == ("cancel", 0.5, False)
+
+
+def test_what_is_not_known_stays_unknown(store: DistillationStore) -> None:
+    bare = RoutedCall(input="x", route="small", reason="confident")
+    store.append([bare])
+    (back,) = everything(store)
+    assert back.model_dump() == bare.model_dump()
+    assert (back.agrees, back.small_label, back.confidence) == (None, None, None)
+
+
+def test_a_label_outside_the_label_set_is_kept_and_counted(store: DistillationStore) -> None:
+    store.append([call(label="brand new")])
+    assert everything(store)[0].label == "brand new"
+    assert store.stats()["outside_label_set"] == 1
+
+
+def test_repeats_replace_and_are_counted(store: DistillationStore) -> None:
+    first, second, third = (call(7, time=t, label=label) for t, label in ((1, "refund"), (2, "status"), (3, "cancel")))
+    store.append([first, second])
+    store.append([third.model_copy(update={"input": "  QUESTION 7 "})])
+    (back,) = everything(store)
+    assert (back.label, back.count, back.id) == ("cancel", 3, third.id)
+    store.append([call(7, large_model="other"), call(7, task="other"), call(8)])
+    assert store.count() == 4
+
+
+def test_feedback_finds_also_a_call_that_was_replaced(store: DistillationStore) -> None:
+    first, second = call(1, time=1), call(1, time=2)
+    store.append([first])
+    store.label(first.id, "status")
+    store.append([second])
+    assert everything(store)[0].gold == "status", "a repeat does not overwrite what is known"
+    store.label(first.id, "cancel", source="review")
+    (back,) = everything(store)
+    assert (back.gold, back.gold_source) == ("cancel", "review")
+    with pytest.raises(StoreError, match="No call with the id"):
+        store.label(str(uuid4()), "cancel")
+
+
+def test_filters_mean_what_they_say(store: DistillationStore) -> None:
+    store.append(
+        [
+            call(0, route="small", reason="confident", probabilities=(0.98, 0.01, 0.01), large_model="", label=None),
+            call(1, label="cancel"),
+            call(2, label="refund", gold="refund"),
+            call(3, task="other"),
+        ]
+    )
+    wanted = {
+        CallFilter(route="small"): [0],
+        CallFilter(asked=True): [1, 2, 3],
+        CallFilter(asked=False): [0],
+        CallFilter(agrees=True): [1],
+        CallFilter(agrees=False): [2, 3],
+        CallFilter(labelled=True): [2],
+        CallFilter(labelled=False): [0, 1, 3],
+        CallFilter(task="other"): [3],
+        CallFilter(since=1001.0, until=1003.0): [1, 2],
+        CallFilter(min_confidence=0.9): [0],
+        CallFilter(max_confidence=0.9, task="default"): [1, 2],
+    }
+    for which, expected in wanted.items():
+        assert [int(r.input.split()[1]) for r in everything(store, which)] == expected, which
+        assert store.count(which) == len(expected)
+
+
+def test_stats_are_sums_over_all(store: DistillationStore) -> None:
+    assert store.stats()["records"] == 0
+    store.append([call(i, label="cancel" if i % 2 else "refund") for i in range(10)])
+    stats = store.stats()
+    assert (stats["records"], stats["calls"], stats["route_large"]) == (10, 10, 10)
+    assert (stats["compared"], stats["agreeing"]) == (10, 5)
+    assert stats["cost_usd"] == pytest.approx(0.1)
+    assert (stats["oldest"], stats["newest"]) == (1000.0, 1009.0)
+
+
+def test_a_person_can_be_forgotten(store: DistillationStore) -> None:
+    store.append([call(1, subject="jane"), call(2, subject="joe"), call(3)])
+    store.append([call(1, subject="jane")])
+    assert store.delete(subject="jane") == 1
+    assert store.delete(input_hash=hash_input("question 3").hex()) == 1
+    assert [r.input for r in everything(store)] == ["question 2"]
+    with pytest.raises(StoreError, match="Give an input_hash or a subject"):
+        store.delete()
+
+
+def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
+    store.append([call(i, time=time.time() - (9 - i) * 100) for i in range(10)])
+    assert store.prune(max_age_seconds=550) == 4
+    assert store.prune(max_records=3) == 3
+    assert [r.input for r in everything(store)] == ["question 7", "question 8", "question 9"]
+    assert store.prune(max_records=3) == store.prune() == 0
+
+
+def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> None:
+    store.append([call(i) for i in range(5)])
+    assert store.verify() == []
+    with store._engine.begin() as connection:
+        connection.execute(text("UPDATE datashunt_calls SET content = :c WHERE time = 1001"), {"c": b"pnonsense"})
+        connection.execute(
+            text("UPDATE datashunt_calls SET content = :c WHERE time = 1002"), {"c": b'p["x",null,null]'}
+        )
+    problems = store.verify()
+    assert len(problems) == 2
+    assert any("cannot be read" in p for p in problems)
+    assert any("does not fit its hash" in p for p in problems)
+    with store._engine.begin() as connection:
+        connection.execute(text("DELETE FROM datashunt_contexts"))
+    assert "context" in store.verify()[0]
+
+
+def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str) -> None:
+    with DistillationStore(url):
+        pass
+    with store._engine.begin() as connection:
+        connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
+    with pytest.raises(StoreError, match="schema version 3"):
+        DistillationStore(url)
+
+
+def _append_many(url: str, start: int) -> None:
+    with DistillationStore(url) as mine:
+        for i in range(start, start + 40, 4):
+            mine.append([call(j) for j in range(i, i + 4)])
+
+
+def test_many_processes_write_at_once(store: DistillationStore, url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(url, start)) for start in (0, 20, 100)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert store.count() == 100
+    assert store.stats()["calls"] == 120, "repeats across processes are counted, none is lost"
+    assert store.verify() == []
+
+
+def test_a_store_that_cannot_be_opened_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "no.db").write_text("this is no database, it is a plain text file of some length")
+    with pytest.raises(StoreError, match="cannot be used"):
+        DistillationStore(tmp_path / "no.db")
+    with pytest.raises(StoreError) as caught:
+        DistillationStore("postgresql+psycopg://user:secret@127.0.0.1:9/none")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append([call()])
+    assert stat.S_IMODE((tmp_path / "calls.db").stat().st_mode) == 0o600
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=80), st.none() | st.text(max_size=80), st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
+def test_any_text_and_distribution_survive(tmp_path_factory: Any, value: str, raw: str | None, p: list[float]) -> None:
+    total = sum(p)
+    record = call(input=value, raw_output=raw, probabilities=tuple(x / total for x in p))
+    with DistillationStore(tmp_path_factory.mktemp("s") / "c.db") as store:
+        store.append([record])
+        (back,) = everything(store)
+    assert (back.input, back.raw_output) == (value, raw)
+    assert back.probabilities == pytest.approx(record.probabilities, abs=1e-3)
+    assert sum(back.probabilities or ()) == pytest.approx(1.0)
+
+
+def test_records_check_their_distributions() -> None:
+    with pytest.raises(DataError, match="2 probabilities for 3 labels"):
+        call(probabilities=(0.5, 0.5))
+
+
+def test_log_probabilities_become_a_distribution() -> None:
+    import math
+
+    def token(word: str, p: float, **others: float) -> dict[str, Any]:
+        top = [{"token": w, "logprob": math.log(q)} for w, q in {word: p, **others}.items()]
+        return {"token": word, "logprob": math.log(p), "top_logprobs": top}
+
+    tokens = [token("ref", 0.8, can=0.1, stat=0.05, zzz=0.01), token("und", 0.99)]
+    found = label_distribution(tokens, LABELS, "refund")
+    assert found is not None
+    p, confidence = found
+    assert confidence == pytest.approx(0.792)
+    assert p.sum() == pytest.approx(1.0)
+    assert p[LABELS.index("refund")] == pytest.approx(0.792, abs=1e-6)
+    assert p[LABELS.index("cancel")] > p[LABELS.index("status")] > 0
+    assert label_distribution([], LABELS, "refund") is None
+    assert label_distribution(tokens, LABELS, "strange") is None
+    assert stated_confidence('{"label": "x", "confidence": 0.7}') == 0.7
+    assert [stated_confidence(t) for t in (None, "x", "[]", '{"confidence": 2}', '{"confidence": true}')] == [None] * 5
+
+
+# The writer
+
+
+def shunt(recorder: Recorder, **changes: Any) -> ShuntRunnable:
+    return ShuntRunnable(**{"small": WordModel(), "large": CountingLarge(), "recorder": recorder, **changes})
+
+
+@pytest.mark.parametrize("durability", ["group", "record"])
+async def test_every_way_of_calling_is_recorded(url: str, durability: Any) -> None:
+    with Recorder(url, task="t", sample_small=1.0, durability=durability) as recorder:
+        router = shunt(recorder)
+        router.invoke("refund 1", {"configurable": {"shunt_subject": "jane"}})
+        await router.ainvoke("refund 2")
+        router.batch(["refund 3", "surely cancel 4"])
+        await router.abatch(["refund 5", "surely cancel 6"])
+        "".join(router.stream("refund 7"))
+        "".join([chunk async for chunk in router.astream("refund 8")])
+        list(router.batch_as_completed(["refund 9", "surely cancel 10"]))
+        [pair async for pair in router.abatch_as_completed(["refund 11", "surely cancel 12"])]
+        if durability == "group":
+            assert recorder.flush()
+        with DistillationStore(url) as store:
+            records = everything(store)
+            assert sorted(int(r.input.split()[-1]) for r in records) == list(range(1, 13))
+            assert {r.route for r in records} == {"small", "large"}
+            assert all(r.raw_output == f"L:{r.input}" for r in records if r.route == "large")
+            assert all(r.raw_output is None and r.large_model == "" for r in records if r.route == "small")
+            assert store.delete(subject="jane") == 1
+        assert recorder.counters.written == 12
+        assert recorder.counters.failed == recorder.counters.pending == 0
+
+
+def test_a_record_tells_the_whole_call(url: str) -> None:
+    with (
+        FaultyServer(lambda messages: "refund") as serving,
+        Recorder(url, task="support") as recorder,
+    ):
+        chain = ConfidenceRouterChain.from_models(
+            WordModel(), serving.chat_model(), recorder=recorder, answer_format="text", return_decision=True
+        )
+        result = chain.invoke("where is my refund")
+        recorder.flush()
+        with DistillationStore(url) as store:
+            (record,) = everything(store)
+            assert result.record_id is not None
+            store.label(result.record_id, "refund")
+    assert record.id == result.record_id
+    assert (record.task, record.label, record.raw_output, record.large_model) == (
+        "support",
+        "refund",
+        "refund",
+        "gpt-4",
+    )
+    assert record.labels == LABELS
+    assert record.probabilities == pytest.approx(result.prediction.probabilities, abs=1e-3)
+    assert (record.score, record.threshold) == (pytest.approx(result.decision.score), 0.9)
+    assert record.policy.startswith("Threshold")
+    assert record.cost_usd == pytest.approx(result.cost_usd)
+    assert record.large_seconds > 0
+
+
+def test_failures_and_unparsable_answers_are_recorded_too(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "c.db") as recorder:
+        large = CountingLarge({"x": [HttpError(400)], "y": [HttpError(400)]})
+        with pytest.raises(HttpError):
+            shunt(recorder, large=large).invoke("x")
+        assert shunt(recorder, large=large, on_large_error="small").invoke("y") == "cancel"
+        model = FakeListChatModel(responses=["no label at all"])
+        chain = ConfidenceRouterChain.from_models(WordModel(), model, recorder=recorder, max_reasks=0)
+        assert chain.batch(["z"], return_exceptions=True)
+        recorder.flush()
+        with DistillationStore(tmp_path / "c.db") as store:
+            found = {r.input: r for r in everything(store)}
+    assert {name: (r.reason, r.route) for name, r in found.items()} == {
+        "x": ("large_error", "large"), "y": ("large_error", "small"), "z": ("large_error", "large"),
+    }  # fmt: skip
+    assert (found["z"].raw_output, found["z"].label) == ("no label at all", None)
+
+
+def test_small_answers_are_sampled(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "c.db", sample_small=0.25, seed=0) as recorder:
+        shunt(recorder).batch([f"surely refund {i}" for i in range(400)])
+        recorder.flush()
+        counters = recorder.counters
+        assert 70 <= counters.written <= 130
+        assert counters.written + counters.sampled_out == 400
+    for wrong in ({"sample_small": 2.0}, {"durability": "maybe"}):
+        with pytest.raises(ConfigurationError):
+            Recorder(tmp_path / "d.db", **wrong)  # type: ignore[arg-type]
+
+
+def test_any_chain_can_be_recorded_by_a_handler(url: str) -> None:
+    with Recorder(url, task="collect") as recorder:
+        handler = RecordingCallbackHandler(recorder, labels=LABELS)
+        chain = ChatPromptTemplate.from_template("{q}") | FakeListChatModel(responses=["refund", "gibberish"])
+        chain.invoke({"q": "money back"}, {"callbacks": [handler]})
+        chain.invoke({"q": "who knows"}, {"callbacks": [handler]})
+        parsing = RecordingCallbackHandler(recorder, labels=LABELS, parse=lambda text: "status")
+        chain.invoke({"q": "where"}, {"callbacks": [parsing]})
+        recorder.flush()
+        with DistillationStore(url) as store:
+            labels = {r.input: (r.label, r.raw_output) for r in everything(store)}
+    assert labels == {
+        "money back": ("refund", "refund"), "who knows": (None, "gibberish"), "where": ("status", "refund"),
+    }  # fmt: skip
+
+
+class AwayStore(DistillationStore):
+    """A store whose database can be taken away."""
+
+    away = False
+    slow = 0.0
+
+    def append(self, records: Any) -> None:
+        time.sleep(self.slow)
+        if self.away:
+            raise StoreError("the database is away")
+        super().append(records)
+
+
+def test_with_the_database_away_nothing_is_lost(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    with Recorder(store, spool=tmp_path / "spool.db", retry_seconds=0.1) as recorder:
+        recorder.record([lambda: call(0)])
+        recorder.flush()
+        store.away = True
+        for i in range(1, 50):
+            recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+        recorder.flush()
+        assert store.count() == 1
+        assert recorder.counters.spooled == 49
+        store.away = False
+        deadline = time.monotonic() + 20
+        while store.count() < 50 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert store.count() == 50
+        assert recorder.counters.drained == 49
+        assert store.verify() == []
+
+
+def test_what_an_earlier_process_spooled_is_drained(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "c.db.spool") as spool:
+        spool.append([call(1), call(2, subject="jane")])
+    with Recorder(tmp_path / "c.db", retry_seconds=0.05) as recorder:
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with DistillationStore(tmp_path / "c.db") as store:
+            assert store.count() == 2
+            assert store.delete(subject="jane") == 1
+
+
+def test_a_full_queue_makes_callers_wait_a_little_then_spool(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.slow = 0.3
+    recorder = Recorder(store, queue_size=2, group_size=1, max_wait_ms=20, spool=tmp_path / "s.db", retry_seconds=0.2)
+    slowest = 0.0
+    for i in range(12):
+        started = time.perf_counter()
+        recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+        slowest = max(slowest, time.perf_counter() - started)
+    assert slowest < 0.29, "a caller waits its 20 ms and writes to the spool, not for the slow database"
+    assert recorder.counters.spooled > 0
+    store.slow = 0.0
+    deadline = time.monotonic() + 20
+    while store.count() < 12 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert store.count() == 12
+    recorder.close()
+    recorder.close()
+    recorder.record([lambda: call(99)])
+    with DistillationStore(tmp_path / "s.db") as spool:
+        assert spool.count() == 1, "what comes after closing is spooled"
+
+
+def test_what_cannot_be_written_anywhere_is_counted_and_the_call_goes_on(tmp_path: Path, caplog: Any) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.away = True
+    (tmp_path / "spool").mkdir()
+    with Recorder(store, spool=tmp_path / "spool", retry_seconds=0.1) as recorder:
+        assert shunt(recorder).invoke("refund") == "L:refund"
+        recorder.record([lambda: 1 / 0])  # type: ignore[list-item,return-value]
+        recorder.flush()
+        assert recorder.counters.failed == 2
+    assert "could not be written anywhere" in caplog.text
+    assert "could not be made" in caplog.text
+
+
+async def test_async_callers_are_not_held_up_by_a_full_queue(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.slow = 0.2
+    with Recorder(store, queue_size=1, group_size=1, max_wait_ms=100, spool=tmp_path / "s.db") as recorder:
+        router, ticks = shunt(recorder), 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.005)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        started = time.perf_counter()
+        await asyncio.gather(*(router.ainvoke(f"refund {i}") for i in range(6)))
+        expected = (time.perf_counter() - started) / 0.02
+        ticking.cancel()
+        assert ticks >= expected
+        store.slow = 0.0
+
+
+PROGRAM = """
+import sys, time
+from langchain_datashunt.distillation import Recorder, RoutedCall
+recorder = Recorder(sys.argv[1], durability=sys.argv[2])
+print("ready", flush=True)
+for i in range(int(sys.argv[3])):
+    recorder.record([lambda i=i: RoutedCall(input=f"question {i}", large_model="m")])
+    if sys.argv[2] == "record":
+        print(i, flush=True)
+print("done", flush=True)
+time.sleep(60 if sys.argv[4] == "wait" else 0)
+"""
+
+
+def run_program(*words: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, words)], stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+@pytest.mark.parametrize("end", ["exit", "SIGTERM"])
+def test_pending_records_are_written_at_exit_and_on_sigterm(tmp_path: Path, end: str) -> None:
+    program = run_program(tmp_path / "c.db", "group", 3000, "wait" if end == "SIGTERM" else "go")
+    assert program.stdout is not None
+    for line in program.stdout:
+        if line.strip() == "done":
+            break
+    if end == "SIGTERM":
+        program.send_signal(signal.SIGTERM)
+    assert program.wait(30) == (-signal.SIGTERM if end == "SIGTERM" else 0)
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 3000
+
+
+def test_after_sigkill_every_call_that_returned_has_its_record(tmp_path: Path) -> None:
+    program = run_program(tmp_path / "c.db", "record", 100_000, "wait")
+    assert program.stdout is not None
+    returned = -1
+    for line in program.stdout:
+        if line.strip().isdigit():
+            returned = int(line)
+        if returned >= 150:
+            program.kill()
+            break
+    returned = max([returned, *(int(line) for line in program.stdout if line.strip().isdigit())])
+    program.wait()
+    with DistillationStore(tmp_path / "c.db") as store:
+        stored = {int(r.input.split()[1]) for r in everything(store)}
+        assert set(range(returned + 1)) <= stored
+        assert store.verify() == []
+
+
+def test_a_child_process_gets_a_writer_of_its_own(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "c.db")
+    recorder.record([lambda: call(1)])
+    recorder.flush()
+    child = os.fork()
+    if child == 0:
+        recorder.record([lambda: call(2)])
+        os._exit(0 if recorder.flush(20) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 2
+    import pickle
+
+    again = pickle.loads(pickle.dumps(recorder))
+    again.record([lambda: call(3)])
+    again.close()
+    recorder.close()
+    with sqlite3.connect(tmp_path / "c.db") as plain:
+        assert plain.execute("SELECT count(*) FROM datashunt_calls").fetchone() == (3,)
+    assert "c.db" in repr(recorder)
+
+
+def test_threads_share_a_recorder(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "c.db", durability="record") as recorder:
+        router = shunt(recorder)
+        threads = [
+            threading.Thread(target=lambda t=t: [router.invoke(f"refund {t} {i}") for i in range(10)])  # type: ignore[misc]
+            for t in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with DistillationStore(tmp_path / "c.db") as store:
+            assert store.count() == 80
