@@ -13,6 +13,7 @@
     * BundleMismatchError      its labels, its weights and its encoder disagree
   * ReplayError                recorded answers cannot be replayed
   * StoreError                 the store of routed calls cannot be used
+  * RegistryError              a version of a model that is asked for is not there
 
 * ShuntWarning
   * ThresholdWarning           a threshold that can never, or always, fire
@@ -105,6 +106,10 @@ class ReplayError(ShuntError):
 
 class StoreError(ShuntError):
     """The store of routed calls cannot be used."""
+
+
+class RegistryError(ShuntError):
+    """A version of a model that is asked for is not there."""
 
 
 class ShuntWarning(UserWarning):

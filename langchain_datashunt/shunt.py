@@ -186,6 +186,12 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         super().__setstate__({**state, "__pydantic_private__": {}})
         self._lay_out()
 
+    def reload(self) -> None:
+        """Have small models that follow a registry look for a newly promoted version now."""
+        for part in self._steps.stages:
+            if callable(again := getattr(part, "reload", None)):
+                again()
+
     @property
     def task_labels(self) -> tuple[str, ...] | None:
         """All labels of the task, where they are known before the first call."""

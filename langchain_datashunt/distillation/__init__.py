@@ -7,11 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_datashunt.distillation.callbacks import RecordingCallbackHandler
+    from langchain_datashunt.distillation.distiller import (
+        DistillationReport,
+        DistillationSettings,
+        Distilled,
+        TwoStageDistiller,
+        cold_start,
+    )
+    from langchain_datashunt.distillation.gate import PromotionGate, Verdict
     from langchain_datashunt.distillation.record import RoutedCall
     from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
+    from langchain_datashunt.distillation.registry import ModelRegistry, ModelVersion, RegistryModel
     from langchain_datashunt.distillation.store import CallFilter, DistillationStore
 
 _WHERE = {
+    "Distilled": "distiller",
+    "DistillationReport": "distiller",
+    "DistillationSettings": "distiller",
+    "ModelRegistry": "registry",
+    "ModelVersion": "registry",
+    "PromotionGate": "gate",
+    "RegistryModel": "registry",
+    "TwoStageDistiller": "distiller",
+    "Verdict": "gate",
+    "cold_start": "distiller",
     "CallFilter": "store",
     "DistillationStore": "store",
     "Recorder": "recorder",
@@ -22,11 +41,21 @@ _WHERE = {
 
 __all__ = [
     "CallFilter",
+    "DistillationReport",
+    "DistillationSettings",
     "DistillationStore",
+    "Distilled",
+    "ModelRegistry",
+    "ModelVersion",
+    "PromotionGate",
     "Recorder",
     "RecorderCounters",
     "RecordingCallbackHandler",
+    "RegistryModel",
     "RoutedCall",
+    "TwoStageDistiller",
+    "Verdict",
+    "cold_start",
 ]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
@@ -25,6 +25,12 @@ from langchain_datashunt.exceptions import (
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput, text_of
 from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
+
+if TYPE_CHECKING:
+    from langchain_datashunt.small_models.training import Examples, TrainingSettings
+
+Loss: TypeAlias = Callable[[Any, Any], Any]
+"""From logits and targets, both torch tensors `[n, k]`, to a scalar tensor."""
 
 
 class Scores(NamedTuple):
@@ -213,6 +219,25 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     @override
     def OutputType(self) -> type[Prediction]:
         return Prediction
+
+    # Learning on
+
+    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+        """A copy of this model, trained on soft targets of several stages; this one is not changed.
+
+        Args:
+            stages: Texts with target distributions; a step on each is taken in turn.
+            held_out: Texts with targets that training stops on.
+            settings: How to train; what is None is filled with this kind's defaults.
+            loss: From logits and targets `[n, k]` to a number.
+
+        Raises:
+            ConfigurationError: This kind cannot learn on.
+        """
+        raise ConfigurationError(
+            f"A {type(self).__name__} cannot be distilled; use EmbeddingClassifier, TransformersClassifier, TextCNN or "
+            f"LSTMClassifier."
+        )
 
     # Saving and loading
 

@@ -17,7 +17,7 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
 from langchain_datashunt.predictions import FloatArray
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.encoder import (
     BUNDLED_ENCODER,
@@ -27,6 +27,7 @@ from langchain_datashunt.small_models.encoder import (
 )
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
+    Examples,
     Split,
     TrainingReport,
     TrainingSettings,
@@ -38,6 +39,9 @@ from langchain_datashunt.small_models.training import (
 
 REGULARISATION_PATH = (1.0, 5.0, 20.0, 80.0)
 """Inverse strengths C of the L2 penalty, from strong to weak, as scikit-learn counts them."""
+
+DEFAULT_STRENGTH = 20.0
+"""The inverse strength of a head that does not say which it was fitted with."""
 
 FOLDS = 5
 """Into how many parts a small training set is split for cross-validation."""
@@ -151,6 +155,38 @@ class EmbeddingClassifier(SmallModel):
             bias=bias,
             lineage=lineage_of(split, chosen, report, regularisation=strength, folds=len(folds)),
         )
+
+    @override
+    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+        """As for every kind; the head's loss is convex, so the stages' sum is minimised at once, by L-BFGS.
+
+        The temperature is fitted on cross-fitted logits: each example's from heads that did not see it.
+        """
+        chosen = settings.filled(epochs=200)
+        texts = [text for stage in (*stages, held_out) for text in stage.texts]
+        targets = np.concatenate([stage.targets for stage in (*stages, held_out)])
+        vectors = embed(self.embeddings, texts)[0]
+        strength = float(self.lineage.get("regularisation", DEFAULT_STRENGTH))
+
+        def fit(rows: NDArray[np.intp]) -> tuple[NDArray[Any], NDArray[Any]]:
+            return _fit_head(vectors[rows], targets[rows], strength, chosen, self.head, self.bias, loss=loss)
+
+        order = np.random.default_rng(chosen.seed).permutation(len(texts))
+        folds, everything = np.array_split(order, FOLDS), np.arange(len(texts))
+        logits = np.zeros(targets.shape)
+        for fold in folds:
+            head, bias = fit(np.setdiff1d(everything, fold))
+            logits[fold] = vectors[fold] @ head + bias
+        head, bias = fit(everything)
+        changed = {
+            "head": head,
+            "bias": bias,
+            "temperature": fit_temperature(logits, targets.argmax(axis=1)),
+            "lineage": {"parent": self.lineage, "regularisation": strength},
+        }
+        learner = self.model_copy(update=changed)
+        learner._bundle = None
+        return learner
 
     # Bundles
 
@@ -275,6 +311,7 @@ def _fit_head(
     settings: TrainingSettings,
     head: NDArray[Any] | None = None,
     bias: NDArray[Any] | None = None,
+    loss: Loss = soft_cross_entropy,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Minimise cross-entropy + |W|^2 / (2 C n) by L-BFGS, from the given start or from zero."""
     torch = require("torch", "torch")
@@ -288,11 +325,11 @@ def _fit_head(
         [w, b], max_iter=settings.epochs or 200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
-    def loss() -> Any:
+    def objective() -> Any:
         optimizer.zero_grad()
-        value = soft_cross_entropy(x @ w + b, wanted) + (w * w).sum() / (2.0 * strength * n)
+        value = loss(x @ w + b, wanted) + (w * w).sum() / (2.0 * strength * n)
         value.backward()
         return value
 
-    optimizer.step(loss)
+    optimizer.step(objective)
     return w.detach().numpy(), b.detach().numpy()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from langchain_datashunt._extras import require
+from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import FloatArray
@@ -205,9 +206,23 @@ def seed_everything(seed: int) -> None:
     require("torch", "torch").manual_seed(seed)
 
 
-def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -sum_y q(y) log p(y) over a batch; logits and targets `[n, k]`."""
-    return -(targets * logits.float().log_softmax(dim=-1)).sum(-1).mean()
+def soft_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, gce: float | None = None
+) -> torch.Tensor:
+    """Mean loss of a batch of distributions; logits and targets `[n, k]`.
+
+    Without `gce`, T^2 * -sum_y q(y) log p(y) with p = softmax(logits / T): up to a constant T^2 KL(q || p). With it,
+    the generalised cross-entropy sum_y q(y) (1 - p(y)^g) / g (Zhang & Sabuncu 2018), which wrong targets pull less.
+
+    Args:
+        logits: Of the student.
+        targets: The teacher's distributions, already at this temperature.
+        temperature: T.
+        gce: g in (0, 1], or None.
+    """
+    log_p = (logits.float() / temperature).log_softmax(dim=-1)
+    losses = -log_p if gce is None else (1.0 - (gce * log_p).exp()) / gce
+    return (targets * losses).sum(-1).mean() * temperature**2
 
 
 def progress_bar(total: int, what: str, settings: TrainingSettings) -> Any:
@@ -215,47 +230,65 @@ def progress_bar(total: int, what: str, settings: TrainingSettings) -> Any:
     return require("tqdm.auto", "torch").tqdm(total=total, desc=what, disable=not settings.progress, leave=False)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Examples of one stage of training, as features.
+
+    Attributes:
+        features: `n` of whatever the network's `logits_of` takes.
+        targets: Shape `[n, k]`.
+    """
+
+    features: list[Any]
+    targets: FloatArray
+
+
 def fit_network(
     network: torch.nn.Module,
     logits_of: Callable[[list[Any]], torch.Tensor],
-    features: tuple[list[Any], list[Any]],
-    targets: tuple[FloatArray, FloatArray],
+    stages: Sequence[Stage],
+    validation: Stage,
     settings: TrainingSettings,
     *,
     what: str,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = soft_cross_entropy,
 ) -> TrainingReport:
     """Fit a network with AdamW (linear warm-up and decay), keep the weights of the best validation loss.
+
+    With several stages a step on each is taken in turn, as 2CD does; an epoch is a pass over the longest.
 
     Args:
         network: Trained in place.
         logits_of: From a list of features to logits `[n, k]`, with gradients.
-        features: Of the training and of the validation examples.
-        targets: Distributions of both, `[n, k]` each.
+        stages: What is learnt from.
+        validation: What training stops on, by cross-entropy.
         settings: All fields filled.
         what: Title of the progress bar.
+        loss: From logits and targets `[n, k]` to a number.
     """
     torch = require("torch", "torch")
     assert settings.epochs and settings.batch_size and settings.learning_rate and settings.patience
     started, report = time.perf_counter(), TrainingReport()
     device = next(network.parameters()).device
-    wanted = torch.from_numpy(targets[0]).float().to(device)
+    wanted = [torch.from_numpy(stage.targets).float().to(device) for stage in stages]
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    steps = settings.epochs * -(-len(features[0]) // settings.batch_size)
+    rounds = max(-(-len(stage.features) // settings.batch_size) for stage in stages)
+    steps = settings.epochs * rounds * len(stages)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_decay(steps))
     rng, best = np.random.default_rng(settings.seed), copy.deepcopy(network.state_dict())
     with progress_bar(steps, what, settings) as bar:
         for _ in range(settings.epochs):
             network.train()
-            for rows in _shuffled(len(features[0]), settings.batch_size, rng):
-                loss = soft_cross_entropy(logits_of([features[0][i] for i in rows]), wanted[rows])
+            for stage, rows in _in_turn(stages, rounds, settings.batch_size, rng):
+                found = loss(logits_of([stages[stage].features[i] for i in rows]), wanted[stage][rows])
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                found.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 bar.update(1)
             network.eval()
-            if report.note(_mean_loss(logits_of, features[1], targets[1], settings.batch_size)):
+            if report.note(_mean_loss(logits_of, validation.features, validation.targets, settings.batch_size)):
                 best = copy.deepcopy(network.state_dict())
             bar.set_postfix(validation_nll=report.history[-1])
             if report.waited() >= settings.patience:
@@ -264,6 +297,16 @@ def fit_network(
     network.eval()
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _in_turn(
+    stages: Sequence[Stage], rounds: int, size: int, rng: np.random.Generator
+) -> Iterator[tuple[int, list[int]]]:
+    """Batches of all stages in turn; a shorter stage begins anew until the longest is through."""
+    batches = [list(_shuffled(len(stage.features), size, rng)) for stage in stages]
+    for i in range(rounds):
+        for stage, mine in enumerate(batches):
+            yield stage, mine[i % len(mine)]
 
 
 def _warm_up_then_decay(steps: int, warm_up: float = 0.06) -> Callable[[int], float]:
@@ -288,3 +331,39 @@ def _mean_loss(
             wanted = torch.from_numpy(targets[start : start + size]).float().to(logits.device)
             total += float(soft_cross_entropy(logits, wanted)) * len(wanted)
     return total / max(1, len(features))
+
+
+def relearn_network(
+    model: Any,
+    stages: Sequence[Examples],
+    held_out: Examples,
+    settings: TrainingSettings,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Any:
+    """A copy of a model with a torch network, trained on soft targets of several stages in turn.
+
+    Args:
+        model: Has `_network`, `_logits` and `features`; it is not changed.
+        stages: What is learnt from.
+        held_out: What training stops on, and the temperature is fitted on.
+        settings: All fields filled.
+        loss: From logits and targets to a number.
+    """
+    seed_everything(settings.seed)
+    learner = model.model_copy()
+    learner._network = copy.deepcopy(model._network)
+    learner._bundle = None
+    report = fit_network(
+        learner._network,
+        learner._logits,
+        [Stage(learner.features(stage.texts), stage.targets) for stage in stages],
+        Stage(learner.features(held_out.texts), held_out.targets),
+        settings,
+        what="distillation",
+        loss=loss,
+    )
+    if len(held_out) >= MIN_EXAMPLES_FOR_CALIBRATION:
+        logits = np.asarray(learner.predict_scores(held_out.texts).logits, dtype=np.float64)
+        learner.temperature = fit_temperature(logits, held_out.targets.argmax(axis=1))
+    learner.lineage = {"parent": model.lineage, "steps": len(report.history), "held_out_nll": report.best_loss}
+    return learner

@@ -14,7 +14,7 @@ from typing_extensions import override
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
@@ -26,9 +26,12 @@ from langchain_datashunt.small_models.tokenization import (
 )
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
+    Examples,
+    Stage,
     TrainingSettings,
     fit_network,
     lineage_of,
+    relearn_network,
     seed_everything,
     split_examples,
 )
@@ -94,6 +97,10 @@ class TransformersClassifier(SmallModel):
                 "TransformersClassifier.train(...) or load_small_model(folder)."
             )
         return self._tokenizer
+
+    def features(self, texts: Sequence[str]) -> list[Any]:
+        """Token ids of texts, as the network takes them."""
+        return self._ready()(texts)[0]
 
     def _logits(self, ids: list[list[int]]) -> Any:
         device = next(self._network.parameters()).device
@@ -169,8 +176,8 @@ class TransformersClassifier(SmallModel):
         report = fit_network(
             model._network,
             model._logits,
-            (model._ready()(split.train.texts)[0], model._ready()(split.validation.texts)[0]),
-            (split.train.targets, split.validation.targets),
+            [Stage(model.features(split.train.texts), split.train.targets)],
+            Stage(model.features(split.validation.texts), split.validation.targets),
             chosen,
             what="fine-tuning",
         )
@@ -181,6 +188,12 @@ class TransformersClassifier(SmallModel):
             model.temperature = fit_temperature(logits, split.validation.targets.argmax(axis=1))
         model.lineage = lineage_of(split, chosen, report, base=BUNDLED_ENCODER if base is None else base)
         return model
+
+    @override
+    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+        chosen = settings.filled(epochs=7, batch_size=16, learning_rate=2e-5, patience=2)
+        learner: Self = relearn_network(self, stages, held_out, chosen, loss)
+        return learner
 
     # Bundles
 

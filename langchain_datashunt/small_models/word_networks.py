@@ -18,15 +18,18 @@ from typing_extensions import override
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device
 from langchain_datashunt.small_models.tokenization import TOKEN_BUDGET, pad, token_budget_batches
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
+    Examples,
+    Stage,
     TrainingSettings,
     fit_network,
     lineage_of,
+    relearn_network,
     seed_everything,
     split_examples,
 )
@@ -79,6 +82,10 @@ class WordNetwork(SmallModel):
     def encode(self, text: str) -> list[int]:
         """Word ids of a text, not cut."""
         return [self._ids.get(word, _UNKNOWN) for word in _WORD.findall(text.lower())]
+
+    def features(self, texts: Sequence[str]) -> list[Any]:
+        """Word ids of texts, as the network takes them."""
+        return [self.encode(text) for text in texts]
 
     def _logits(self, ids: Sequence[Sequence[int]]) -> Any:
         fill = [[*one[: self.max_length], *[_PAD] * (self.shortest - len(one))] for one in ids]
@@ -140,8 +147,8 @@ class WordNetwork(SmallModel):
         report = fit_network(
             model._network,
             model._logits,
-            ([model.encode(t) for t in split.train.texts], [model.encode(t) for t in split.validation.texts]),
-            (split.train.targets, split.validation.targets),
+            [Stage(model.features(split.train.texts), split.train.targets)],
+            Stage(model.features(split.validation.texts), split.validation.targets),
             chosen,
             what=cls.__name__,
         )
@@ -150,6 +157,12 @@ class WordNetwork(SmallModel):
             model.temperature = fit_temperature(logits, split.validation.targets.argmax(axis=1))
         model.lineage = lineage_of(split, chosen, report)
         return model
+
+    @override
+    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+        chosen = settings.filled(epochs=20, batch_size=32, learning_rate=1e-3, patience=4)
+        learner: Self = relearn_network(self, stages, held_out, chosen, loss)
+        return learner
 
     # Bundles
 

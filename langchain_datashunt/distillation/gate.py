@@ -1,0 +1,124 @@
+"""The gate: whether a candidate may take over. It tests; it changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import numpy as np
+
+from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.predictions import BoolArray
+from langchain_datashunt.small_models.base import SmallModel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found.
+
+    Attributes:
+        passed: Whether the candidate may take over.
+        reason: Why, in words.
+        n: Held-out examples.
+        old_accuracy: Of the model in service.
+        new_accuracy: Of the candidate.
+        lower_bound: One-sided lower bound of new less old accuracy.
+        proficient_lower_bound: The same over the labels that the old model was proficient in; None without such.
+        forgotten: Proficient labels that lost more than they may, with their loss.
+    """
+
+    passed: bool
+    reason: str
+    n: int
+    old_accuracy: float
+    new_accuracy: float
+    lower_bound: float
+    proficient_lower_bound: float | None = None
+    forgotten: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromotionGate:
+    """Non-inferiority on held-out examples, overall and where the old model was good.
+
+    A candidate passes if the one-sided lower confidence bound of its accuracy less the old one's, from paired
+    answers, is above `-margin`: over all examples, and over those whose true label the old model was proficient in.
+    A single proficient label must not lose more than `label_margin`.
+
+    Attributes:
+        margin: Accuracy that may be lost, in [0, 1].
+        level: Confidence of the bounds.
+        proficiency: Share of a label's examples that the old model has right to be called proficient.
+        min_examples: With fewer held-out examples a label is not looked at alone.
+        label_margin: Share of one proficient label's examples that may be lost.
+    """
+
+    margin: float = 0.01
+    level: float = 0.95
+    proficiency: float = 0.9
+    min_examples: int = 10
+    label_margin: float = 0.15
+
+    def test(self, old: SmallModel, new: SmallModel, texts: Sequence[str], labels: Sequence[str]) -> Verdict:
+        """Compare two models on the same held-out examples.
+
+        Raises:
+            DataError: There are no examples.
+        """
+        if not texts or len(texts) != len(labels):
+            raise DataError(f"{len(texts)} texts and {len(labels)} labels: the gate needs held-out labelled examples.")
+        truth = np.array(labels, dtype=object)
+        before = np.array(old.predict_batch(texts).label_names(), dtype=object) == truth
+        after = np.array(new.predict_batch(texts).label_names(), dtype=object) == truth
+        proficient, forgotten = self._by_label(truth, before, after)
+        lower = self.lower_bound(before, after)
+        among = np.isin(truth, list(proficient))
+        lower_proficient = self.lower_bound(before[among], after[among]) if among.any() else None
+        reason = self._reason(lower, lower_proficient, forgotten)
+        return Verdict(
+            not reason,
+            reason or f"not inferior by more than {self.margin:.3f} at {100 * self.level:.0f}% confidence",
+            len(texts),
+            float(before.mean()),
+            float(after.mean()),
+            lower,
+            lower_proficient,
+            forgotten,
+        )
+
+    def lower_bound(self, before: BoolArray, after: BoolArray) -> float:
+        """One-sided lower bound of the paired difference in accuracy (Agresti & Min 2005: half a pair added each)."""
+        n = len(before) + 2.0
+        won, lost = float((after & ~before).sum()) + 0.5, float((before & ~after).sum()) + 0.5
+        difference = (won - lost) / n
+        spread = math.sqrt(max(0.0, won + lost - (won - lost) ** 2 / n)) / n
+        return difference - NormalDist().inv_cdf(self.level) * spread
+
+    def _by_label(
+        self, truth: np.ndarray[tuple[int, ...], np.dtype[np.object_]], before: BoolArray, after: BoolArray
+    ) -> tuple[set[str], dict[str, float]]:
+        proficient: set[str] = set()
+        forgotten: dict[str, float] = {}
+        for label in sorted(set(truth.tolist())):
+            mine = truth == label
+            if before[mine].mean() >= self.proficiency:
+                proficient.add(label)
+                loss = float(before[mine].mean() - after[mine].mean())
+                if mine.sum() >= self.min_examples and loss > self.label_margin:
+                    forgotten[label] = round(loss, 4)
+        return proficient, forgotten
+
+    def _reason(self, lower: float, lower_proficient: float | None, forgotten: dict[str, float]) -> str:
+        if lower <= -self.margin:
+            return f"overall accuracy may have fallen by {-lower:.3f}, and {self.margin:.3f} are allowed"
+        if lower_proficient is not None and lower_proficient <= -self.margin:
+            return (
+                f"accuracy on labels that the old model was good at may have fallen by {-lower_proficient:.3f}, "
+                f"and {self.margin:.3f} are allowed"
+            )
+        if forgotten:
+            worst = max(forgotten, key=lambda label: forgotten[label])
+            return f"the label {worst!r} lost {forgotten[worst]:.2f}, and {self.label_margin:.2f} are allowed"
+        return ""

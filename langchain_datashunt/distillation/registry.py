@@ -1,0 +1,302 @@
+"""ModelRegistry: versions of a small model in a folder, and which one is in service; promotion is atomic.
+
+    versions/0001/          a bundle
+    versions/0001.json      metrics, the gate's verdict, status
+    current.json            the version in service, and those that were before it
+
+A reader sees the old version or the new one, never half of either: `current.json` is replaced at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+from langchain_datashunt.exceptions import RegistryError
+from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.loading import load_small_model
+
+
+class ModelVersion(BaseModel):
+    """What is known of one version."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    version: int
+    status: Literal["candidate", "promoted", "rejected"]
+    reason: str = ""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    parent: int | None = None
+    created: float = Field(default_factory=time.time)
+
+
+class ModelRegistry:
+    """Versions of one small model.
+
+    ```python
+    registry = ModelRegistry("models/support")
+    registry.promote(registry.add(small))                      # the first one
+    version = registry.consider(candidate, texts, labels)      # passes the gate, or stays as rejected
+    shunt = ShuntRunnable(small=registry.model(), large=...)   # follows promotions between calls
+    ```
+
+    Args:
+        folder: Made where it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        (self.folder / "versions").mkdir(parents=True, exist_ok=True)
+
+    # Versions
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions, the oldest first."""
+        files = sorted((self.folder / "versions").glob("*.json"))
+        return [ModelVersion.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+
+    def version(self, number: int) -> ModelVersion:
+        """One version.
+
+        Raises:
+            RegistryError: There is no such version.
+        """
+        file = self._info(number)
+        if not file.is_file():
+            there = ", ".join(str(found.version) for found in self.versions()) or "none"
+            raise RegistryError(f"{self.folder} has no version {number}; it has: {there}.")
+        return ModelVersion.model_validate_json(file.read_text(encoding="utf-8"))
+
+    def add(self, model: SmallModel, metrics: dict[str, Any] | None = None) -> int:
+        """Save a model as a new candidate; returns its number."""
+        with self._locked():
+            number = max((found.version for found in self.versions()), default=0) + 1
+            model.save(self.bundle(number))
+            self._note(
+                ModelVersion(version=number, status="candidate", metrics=metrics or {}, parent=self.current_version())
+            )
+        return number
+
+    def bundle(self, number: int) -> Path:
+        """The folder of a version's bundle."""
+        return self.folder / "versions" / f"{number:04d}"
+
+    def load(self, number: int | None = None, **overrides: Any) -> SmallModel:
+        """A version's model; None for the one in service.
+
+        Raises:
+            RegistryError: There is none.
+        """
+        chosen = number if number is not None else self.current_version()
+        if chosen is None:
+            raise RegistryError(f"{self.folder} has no version in service. Promote one: registry.promote(number).")
+        return load_small_model(self.bundle(self.version(chosen).version), **overrides)
+
+    # Service
+
+    def current_version(self) -> int | None:
+        """The version in service."""
+        version: int | None = self._state()["version"]
+        return version
+
+    def promote(self, number: int, reason: str = "promoted by hand") -> None:
+        """Put a version into service, at once for all readers."""
+        with self._locked():
+            found = self.version(number)
+            state = self._state()
+            before = [*state["before"], *([state["version"]] if state["version"] is not None else [])]
+            self._note(found.model_copy(update={"status": "promoted", "reason": reason}))
+            self._set({"version": number, "before": before})
+
+    def rollback(self) -> int:
+        """Put the version that was in service before back; returns its number.
+
+        Raises:
+            RegistryError: There was none before.
+        """
+        with self._locked():
+            state = self._state()
+            if not state["before"]:
+                raise RegistryError(f"{self.folder} has no earlier version in service to go back to.")
+            *before, last = state["before"]
+            if state["version"] is not None:
+                undone = self.version(state["version"]).model_copy(
+                    update={"status": "rejected", "reason": f"rolled back to version {last}"}
+                )
+                self._note(undone)
+            self._set({"version": last, "before": before})
+            return int(last)
+
+    def consider(
+        self,
+        candidate: SmallModel,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        gate: PromotionGate | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> tuple[int, Verdict]:
+        """Add a candidate, test it against the version in service, and promote or reject it with the reason.
+
+        Raises:
+            RegistryError: Nothing is in service to compare with.
+            DataError: There are no held-out examples.
+        """
+        verdict = (gate or PromotionGate()).test(self.load(), candidate, texts, labels)
+        number = self.add(candidate, {**(metrics or {}), **_figures(verdict)})
+        if verdict.passed:
+            self.promote(number, verdict.reason)
+        else:
+            with self._locked():
+                rejected = {"status": "rejected", "reason": verdict.reason}
+                self._note(self.version(number).model_copy(update=rejected))
+        return number, verdict
+
+    def model(self, **overrides: Any) -> RegistryModel:
+        """A small model that follows the version in service; `overrides` as for `load_small_model`."""
+        return RegistryModel.following(self, **overrides)
+
+    # Files
+
+    def _info(self, number: int) -> Path:
+        return self.folder / "versions" / f"{number:04d}.json"
+
+    def _note(self, version: ModelVersion) -> None:
+        _replace(self._info(version.version), version.model_dump_json(indent=2))
+
+    def _state(self) -> dict[str, Any]:
+        file = self.folder / "current.json"
+        if not file.is_file():
+            return {"version": None, "before": []}
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return state
+
+    def _set(self, state: dict[str, Any]) -> None:
+        _replace(self.folder / "current.json", json.dumps(state))
+
+    def stamp(self) -> int:
+        """Changes whenever another version is put into service."""
+        file = self.folder / "current.json"
+        return file.stat().st_mtime_ns if file.is_file() else 0
+
+    @contextmanager
+    def _locked(self) -> Any:
+        """One writer at a time, also over processes; a lock left by a killed process is taken over after a minute."""
+        lock, deadline = self.folder / ".lock", time.monotonic() + 60.0
+        while True:
+            try:
+                os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+                break
+            except FileExistsError:
+                if time.monotonic() > deadline:
+                    lock.unlink(missing_ok=True)
+                time.sleep(0.02)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+class RegistryModel(SmallModel):
+    """The version in service of a registry as a small model: a promotion counts from the next call on.
+
+    A call that is under way ends with the version that it began with; none is lost.
+    """
+
+    folder: str
+    """The registry's folder."""
+
+    check_seconds: float = Field(default=1.0, ge=0.0)
+    """How often the folder is looked at."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to `load_small_model`."""
+
+    _model: SmallModel | None = PrivateAttr(default=None)
+    _stamp: int = PrivateAttr(default=-1)
+    _checked: float = PrivateAttr(default=0.0)
+    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+
+    @classmethod
+    def following(cls, registry: ModelRegistry, *, check_seconds: float = 1.0, **overrides: Any) -> Self:
+        """Follow a registry.
+
+        Raises:
+            RegistryError: It has no version in service.
+        """
+        first = registry.load(**overrides)
+        model = cls(
+            folder=str(registry.folder),
+            check_seconds=check_seconds,
+            overrides=overrides,
+            **{name: getattr(first, name) for name in ("labels", "model_id", "temperature", "threshold", "input_key")},
+        )
+        model._model, model._stamp = first, registry.stamp()
+        return model
+
+    def reload(self, *, now: bool = True) -> SmallModel:
+        """The version in service; looks at the folder where `now`, or where the last look was long enough ago."""
+        if not now and time.monotonic() - self._checked < self.check_seconds and self._model is not None:
+            return self._model
+        with self._lock:
+            registry = ModelRegistry(self.folder)
+            stamp = registry.stamp()
+            if self._model is None or stamp != self._stamp:
+                model = registry.load(**self.overrides)
+                self._stamp = stamp
+                self.labels, self.temperature = model.labels, model.temperature
+                self.model_id, self.threshold = model.model_id, model.threshold
+                self._model = model
+            self._checked = time.monotonic()
+            return self._model
+
+    @override
+    def try_predict(self, inputs: Sequence[Any]) -> Any:
+        return self.reload(now=False).try_predict(inputs)
+
+    @override
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        return self.reload(now=False).predict_scores(texts)
+
+    @override
+    def to_json(self) -> Any:
+        """As the registry's folder."""
+        names = ("folder", "check_seconds", "overrides", "labels")
+        kwargs = {name: getattr(self, name) for name in names}
+        return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": kwargs}
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        private = {**(state["__pydantic_private__"] or {}), "_model": None, "_stamp": -1, "_lock": None}
+        return {**state, "__pydantic_private__": private}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
+
+def _figures(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "n": verdict.n,
+        "old_accuracy": verdict.old_accuracy,
+        "new_accuracy": verdict.new_accuracy,
+        "lower_bound": verdict.lower_bound,
+        "proficient_lower_bound": verdict.proficient_lower_bound,
+        "forgotten": verdict.forgotten,
+    }
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, file)

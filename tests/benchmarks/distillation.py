@@ -1,0 +1,204 @@
+"""What distillation gains: S1 from three labels per class, one half of the test stream, S2, the other half.
+
+    python -m tests.benchmarks.distillation [--json F] [--seeds N]
+
+Banking77 with GPT-4's recorded answers. S1 is trained on 3 examples per label of train.csv. A random half of test.csv
+is routed; GPT-4's answer is recorded where S1 is not sure, and no true label is used. S2 is distilled from these records,
+and both are scored on the other half with the same rule (keep where the calibrated probability reaches 0.7).
+Compared: plain fine-tuning on GPT-4's answers, the paper's 2CD (bare answers, 7 epochs, 1e-4), ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
+from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.distillation import DistillationSettings, RoutedCall, TwoStageDistiller
+from langchain_datashunt.evaluation import mean_interval
+from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
+from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
+
+THRESHOLD = 0.7
+PER_LABEL = 3
+QUIET = TrainingSettings(progress=False)
+
+
+def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[RoutedCall]:
+    """What a shunt would have recorded: the large model's answer only where the small one was not sure."""
+    predictions = small.predict_batch(texts)
+    calls = []
+    for text, answer, prediction in zip(texts, answers, predictions, strict=True):
+        sure = prediction.confidence >= THRESHOLD
+        asked = {} if sure else {"large_model": "gpt-4", "label": answer, "raw_output": answer}
+        calls.append(
+            RoutedCall(
+                input=text,
+                labels=prediction.labels,
+                probabilities=tuple(prediction.probabilities.tolist()),
+                threshold=THRESHOLD,
+                route="small" if sure else "large",
+                reason="confident" if sure else "deferred",
+                **asked,
+            )
+        )
+    return calls
+
+
+def plain_fine_tuning(small: EmbeddingClassifier, records: list[RoutedCall]) -> SmallModel:
+    """The head trained on with Adam on GPT-4's answers alone: what many would try first."""
+    import torch
+
+    asked = [call for call in records if call.label is not None]
+    vectors = torch.tensor(np.array(small.embeddings.embed_documents([call.input for call in asked])))
+    truth = torch.tensor([small.labels.index(str(call.label)) for call in asked])
+    torch.manual_seed(0)
+    head = torch.tensor(small.head, requires_grad=True)
+    bias = torch.tensor(small.bias, requires_grad=True)
+    optimizer = torch.optim.Adam([head, bias], lr=0.02)
+    for _ in range(30):
+        for rows in torch.randperm(len(truth)).split(64):
+            loss = torch.nn.functional.cross_entropy(vectors[rows] @ head + bias, truth[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return small.model_copy(update={"head": head.detach().numpy(), "bias": bias.detach().numpy()})
+
+
+def paper_2cd(small: EmbeddingClassifier, records: list[RoutedCall]) -> SmallModel:
+    """The authors' recipe on the head: bare answers of both teachers, batches of 64 in turn, 7 epochs, Adam 1e-4."""
+    import torch
+
+    sure = [call for call in records if call.label is None]
+    asked = [call for call in records if call.label is not None]
+    stages = []
+    for calls in (asked, sure):
+        vectors = torch.tensor(np.array(small.embeddings.embed_documents([call.input for call in calls])))
+        names = [call.label if call.label is not None else call.small_label for call in calls]
+        stages.append((vectors, torch.tensor([small.labels.index(str(name)) for name in names])))
+    torch.manual_seed(0)
+    head = torch.tensor(small.head, requires_grad=True)
+    bias = torch.tensor(small.bias, requires_grad=True)
+    optimizer = torch.optim.Adam([head, bias], lr=1e-4)
+    for _ in range(7):
+        batches = [torch.randperm(len(truth)).split(64) for _, truth in stages]
+        for i in range(max(map(len, batches))):
+            for (vectors, truth), mine in zip(stages, batches, strict=True):
+                rows = mine[i % len(mine)]
+                loss = torch.nn.functional.cross_entropy(vectors[rows] @ head + bias, truth[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return small.model_copy(update={"head": head.detach().numpy(), "bias": bias.detach().numpy()})
+
+
+def scored(model: SmallModel, texts: list[str], labels: list[str], answers: list[str]) -> dict[str, Any]:
+    """Accuracy, share asked, the shunt's accuracy, and who was right on each text."""
+    predictions = model.predict_batch(texts)
+    right = np.array([a == b for a, b in zip(predictions.label_names(), labels, strict=True)])
+    large = np.array([a == b for a, b in zip(answers, labels, strict=True)])
+    keep = predictions.confidence >= THRESHOLD
+    return {"right": right, "asked": ~keep, "shunt": np.where(keep, right, large)}
+
+
+def one_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) -> dict[str, dict[str, Any]]:
+    texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
+    s1 = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
+    order = np.random.default_rng(seed).permutation(len(task.test))
+    first, second = order[: len(order) // 2].tolist(), order[len(order) // 2 :].tolist()
+    records = records_of(s1, [task.test.texts[i] for i in first], [task.test.large[i] for i in first])
+    ours = TwoStageDistiller(DistillationSettings(training=QUIET))
+    models: dict[str, SmallModel] = {
+        "S1": s1,
+        "plain fine-tuning on GPT-4's answers": plain_fine_tuning(s1, records),
+        "2CD as in the paper": paper_2cd(s1, records),
+        "our 2CD": ours.distill(s1, records).model,
+        "our 2CD, with S1's training examples": ours.distill(s1, records, labelled=(texts, labels)).model,
+    }
+    test = [[column[i] for i in second] for column in (task.test.texts, task.test.labels, task.test.large)]
+    found = {name: scored(model, *test) for name, model in models.items()}
+    truth = np.array(test[1])
+    good = [label for label in set(test[1]) if found["S1"]["right"][truth == label].mean() >= 0.9]
+    among = np.isin(truth, good)
+    for result in found.values():
+        result["proficient"] = result["right"][among]
+    return found
+
+
+def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds, and paired bootstrap intervals of the gains over S1, over all seeds' test texts."""
+    rows = {}
+    for name in runs[0]:
+        pooled = {key: np.concatenate([run[name][key] for run in runs]) for key in runs[0][name]}
+        base = {key: np.concatenate([run["S1"][key] for run in runs]) for key in runs[0]["S1"]}
+        gain = {key: mean_interval(pooled[key].astype(float) - base[key]) for key in ("right", "asked", "shunt")}
+        forgetting = mean_interval(base["proficient"].astype(float) - pooled["proficient"])
+        rows[name] = {
+            "accuracy": float(pooled["right"].mean()),
+            "query_share": float(pooled["asked"].mean()),
+            "shunt_accuracy": float(pooled["shunt"].mean()),
+            "accuracy_gain": list(gain["right"]),
+            "query_share_change": list(gain["asked"]),
+            "shunt_gain": list(gain["shunt"]),
+            "forgetting": list(forgetting),
+        }
+    s1, s2 = rows["S1"], rows["our 2CD, with S1's training examples"]
+    return {
+        "s1_accuracy": s1["accuracy"],
+        "s2_accuracy": s2["accuracy"],
+        "s1_query_share": s1["query_share"],
+        "s2_query_share": s2["query_share"],
+        "shunt_accuracy_before": s1["shunt_accuracy"],
+        "shunt_accuracy_after": s2["shunt_accuracy"],
+        "forgetting": s2["forgetting"][0],
+        "accuracy_gain_interval": s2["accuracy_gain"][1:],
+        "query_share_change_interval": s2["query_share_change"][1:],
+        "shunt_gain_interval": s2["shunt_gain"][1:],
+        "forgetting_interval": s2["forgetting"][1:],
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| model | accuracy alone | share asked | shunt | lost where S1 was good (points) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        low, high = row["forgetting"][1:]
+        lines.append(
+            f"| {name} | {100 * row['accuracy']:.1f}% | {100 * row['query_share']:.1f}% | "
+            f"{100 * row['shunt_accuracy']:.1f}% | "
+            f"{100 * row['forgetting'][0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    folder = banking77_folder()
+    if folder is None:
+        raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
+    task = load_banking77(folder)
+    samples = [
+        sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)[0] for seed in range(options.seeds)
+    ]
+    known = [*task.test.texts, *(text for sample in samples for text in sample)]
+    encoder = PrecomputedEmbeddings(shared_encoder(), known)
+    runs = [one_seed(task, encoder, seed) for seed in range(options.seeds)]
+    result = {"seeds": options.seeds, "data": task.source, **summary(runs)}
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from langchain_datashunt import (
+    EmbeddingClassifier,
+    LSTMClassifier,
+    PredictProbaClassifier,
+    ShuntRunnable,
+    SmallModel,
+    TextCNN,
+    Threshold,
+    TrainingSettings,
+    TransformersClassifier,
+)
+from langchain_datashunt.distillation import (
+    DistillationSettings,
+    ModelRegistry,
+    PromotionGate,
+    RegistryModel,
+    RoutedCall,
+    TwoStageDistiller,
+    cold_start,
+)
+from langchain_datashunt.exceptions import ConfigurationError, DataError, RegistryError
+from langchain_datashunt.small_models.training import one_hot, soft_cross_entropy
+from tests.unit_tests.test_small_models import Coin, LetterEmbeddings, tiny_transformer
+
+QUIET = TrainingSettings(progress=False)
+SHORT = TrainingSettings(progress=False, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def halves(shop_messages: Any) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Texts and labels to train S1 on, and texts and labels of the stream."""
+    texts, labels = shop_messages
+    order = np.random.default_rng(0).permutation(len(texts)).tolist()
+    few, many = order[:24], order[24:]
+    return ([texts[i] for i in few], [labels[i] for i in few], [texts[i] for i in many], [labels[i] for i in many])
+
+
+@pytest.fixture(scope="module")
+def s1(halves: Any) -> EmbeddingClassifier:
+    model = EmbeddingClassifier.train(halves[0], halves[1], settings=QUIET)
+    model.threshold = 0.8
+    return model
+
+
+def log_of(small: SmallModel, texts: list[str], answers: list[Any], **changes: Any) -> list[RoutedCall]:
+    """What a shunt with threshold 0.8 would have recorded."""
+    calls = []
+    for text, answer, prediction in zip(texts, answers, small.predict_batch(texts), strict=True):
+        sure = prediction.confidence >= 0.8
+        asked = {} if sure else {"large_model": "gpt-4", "label": answer, "raw_output": str(answer)}
+        route: Any = "small" if sure else "large"
+        calls.append(
+            RoutedCall(input=text, labels=prediction.labels, threshold=0.8, route=route, **{**asked, **changes})
+        )
+    return calls
+
+
+def accuracy(model: SmallModel, texts: list[str], labels: list[str]) -> float:
+    return float(np.mean([a == b for a, b in zip(model.predict_batch(texts).label_names(), labels, strict=True)]))
+
+
+def loss_on(model: SmallModel, texts: list[str], labels: list[str]) -> float:
+    p = model.model_copy(update={"temperature": 1.0}).predict_batch(texts).probabilities
+    return float(-np.log(p[np.arange(len(texts)), [model.labels.index(label) for label in labels]]).mean())
+
+
+def distiller(**settings: Any) -> TwoStageDistiller:
+    return TwoStageDistiller(DistillationSettings(training=settings.pop("training", QUIET), **settings))
+
+
+def test_what_the_large_model_answered_teaches_the_small_one(s1: EmbeddingClassifier, halves: Any) -> None:
+    _, _, texts, labels = halves
+    before = s1.predict_batch(texts).probabilities
+    distilled = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]))
+    assert accuracy(distilled.model, texts[80:], labels[80:]) > accuracy(s1, texts[80:], labels[80:])
+    report = distilled.report
+    assert (report.records, report.stage_a + report.stage_b) == (80, 80)
+    assert report.stage_a > 0
+    assert np.array_equal(s1.predict_batch(texts).probabilities, before), "S1 itself is never changed"
+    assert distilled.model.lineage["distillation"]["stage_a"] == report.stage_a
+    assert distilled.model.lineage["parent"] == s1.lineage
+    asked_before = (s1.predict_batch(texts[80:]).confidence < 0.8).mean()
+    assert (distilled.model.predict_batch(texts[80:]).confidence < 0.8).mean() < asked_before
+
+
+@pytest.mark.parametrize("kind", [TextCNN, LSTMClassifier, TransformersClassifier])
+@pytest.mark.parametrize("mode", ["posterior", "paper"])
+def test_every_trainable_kind_learns_on(kind: Any, mode: Any, halves: Any, tmp_path: Path) -> None:
+    few, few_labels, texts, labels = halves
+    more = {"base": tiny_transformer(tmp_path)} if kind is TransformersClassifier else {}
+    small = kind.train(few, few_labels, settings=SHORT, **more)
+    weights = {name: array.copy() for name, array in small.weights().items()}
+    training = TrainingSettings(progress=False, epochs=4, learning_rate=5e-3, patience=4)
+    learnt = distiller(mode=mode, training=training, threshold=0.9).distill(small, log_of(small, texts, labels)).model
+    assert all(np.array_equal(weights[name], array) for name, array in small.weights().items())
+    assert loss_on(learnt, texts, labels) < loss_on(small, texts, labels)
+    assert type(learnt).load(learnt.save(tmp_path / "s2")).predict_batch(texts[:3]).labels == small.labels
+
+
+def test_a_kind_that_cannot_learn_says_so(s1: EmbeddingClassifier, halves: Any) -> None:
+    with pytest.raises(ConfigurationError, match="PredictProbaClassifier cannot be distilled"):
+        coin = PredictProbaClassifier(estimator=Coin(), labels=("heads", "tails"))
+        calls = [RoutedCall(input=f"x{i}", large_model="m", label="heads") for i in range(30)]
+        distiller(threshold=0.9).distill(coin, calls)
+
+
+def test_the_same_log_and_seed_give_the_same_model(s1: EmbeddingClassifier, halves: Any) -> None:
+    log = log_of(s1, halves[2], halves[3])
+    one, two = (distiller().distill(s1, [log[:50], log[50:]]).model for _ in range(2))
+    assert np.array_equal(one.predict_batch(halves[2]).probabilities, two.predict_batch(halves[2]).probabilities)
+
+
+def test_gold_labels_count_more_than_answers(s1: EmbeddingClassifier, halves: Any) -> None:
+    _, _, texts, labels = halves
+    wrong = ["promo_code" if label != "promo_code" else "account_access" for label in labels]
+    log = [
+        call.model_copy(update={"gold": label}) for call, label in zip(log_of(s1, texts, wrong), labels, strict=True)
+    ]
+    distilled = distiller(min_pairs=2).distill
+    with pytest.raises(DataError, match="too little to learn from"):
+        distilled(s1, log)
+    some = [call if i % 2 else call.model_copy(update={"gold": None}) for i, call in enumerate(log)]
+    found = distilled(s1, some)
+    assert found.report.gold == len(texts) // 2
+    answered = {label: r for label, r in found.report.reliability.items()}
+    assert all(r < 0.5 for r in answered.values()), "wrong answers are found out by gold labels"
+    assert accuracy(found.model, texts, labels) > accuracy(s1, texts, labels)
+
+
+def test_labelled_examples_are_learnt_beside_the_log(s1: EmbeddingClassifier, halves: Any) -> None:
+    found = distiller().distill(s1, log_of(s1, halves[2], halves[3]), labelled=(halves[0], halves[1]))
+    assert found.report.gold == 24
+
+
+def test_new_labels_are_reported_and_not_dropped_in_silence(s1: EmbeddingClassifier, halves: Any) -> None:
+    _, _, texts, labels = halves
+    log = log_of(s1, texts, ["brand new" if i % 5 == 0 else label for i, label in enumerate(labels)])
+    log += [RoutedCall(input="odd", large_model="m", label=None), RoutedCall(input="odder", large_model="")]
+    report = distiller().distill(s1, log).report
+    assert report.new_labels == {"brand new": sum(call.label == "brand new" for call in log)}
+    assert report.unparsable == 1
+    assert report.unsure >= 1
+
+
+def test_the_large_models_own_doubt_is_heeded(s1: EmbeddingClassifier, halves: Any) -> None:
+    _, _, texts, labels = halves
+    unsure = log_of(s1, texts, labels, large_confidence=0.4)
+    with pytest.raises(DataError, match="0 where only the large model was sure"):
+        distiller().distill(s1, unsure)
+    assert distiller(large_threshold=0.3).distill(s1, unsure).report.stage_a > 0
+    k = len(s1.labels)
+    flat = [
+        call.model_copy(update={"large_probabilities": (1 / k,) * k}) if call.label else call
+        for call in log_of(s1, texts, labels)
+    ]
+    told = distiller(mode="teacher").distill(s1, log_of(s1, texts, labels)).model
+    doubtful = distiller(mode="teacher").distill(s1, flat).model
+    assert doubtful.predict_batch(texts).confidence.mean() < told.predict_batch(texts).confidence.mean()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 2.0}, {"gce": 0.7}, {"mode": "teacher"}])
+def test_losses_can_be_chosen(s1: EmbeddingClassifier, halves: Any, settings: Any) -> None:
+    _, _, texts, labels = halves
+    learnt = distiller(**settings).distill(s1, log_of(s1, texts, labels)).model
+    assert accuracy(learnt, texts, labels) > accuracy(s1, texts, labels)
+    with pytest.raises(ConfigurationError, match="temperature"):
+        DistillationSettings(temperature=0.0)
+
+
+def test_losses_are_what_their_formulas_say() -> None:
+    import torch
+
+    logits, q = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([[0.7, 0.2, 0.1]])
+    p = (logits / 2.0).softmax(-1)
+    kl = (q * (q / p).log()).sum() * 4.0
+    entropy = -(q * q.log()).sum() * 4.0
+    assert float(soft_cross_entropy(logits, q, temperature=2.0)) == pytest.approx(float(kl + entropy), rel=1e-5)
+    expected = (q * (1 - logits.softmax(-1) ** 0.5) / 0.5).sum()
+    assert float(soft_cross_entropy(logits, q, gce=0.5)) == pytest.approx(float(expected), rel=1e-5)
+    near_ce = soft_cross_entropy(logits, q, gce=1e-4)
+    assert float(near_ce) == pytest.approx(float(soft_cross_entropy(logits, q)), rel=1e-3)
+
+
+def test_a_first_model_comes_from_the_log_alone(halves: Any) -> None:
+    _, _, texts, labels = halves
+    log = [RoutedCall(input=text, large_model="m", label=label) for text, label in zip(texts, labels, strict=True)]
+    model = cold_start([log], settings=QUIET)
+    assert accuracy(model, texts, labels) > 0.8
+    assert cold_start(log, kind="textcnn", settings=SHORT).labels == model.labels
+    with pytest.raises(DataError, match="too few for a first small model"):
+        cold_start(log[:1])
+
+
+# The gate
+
+
+def test_a_better_model_passes_and_a_worse_one_does_not(s1: EmbeddingClassifier, halves: Any) -> None:
+    _, _, texts, labels = halves
+    gate, log = PromotionGate(margin=0.02), log_of(s1, texts[:80], labels[:80])
+    better = distiller().distill(s1, log, labelled=(halves[0], halves[1])).model
+    verdict = gate.test(s1, better, texts, labels)
+    assert verdict.passed, verdict.reason
+    assert verdict.new_accuracy > verdict.old_accuracy
+    back = gate.test(better, s1, texts, labels)
+    assert not back.passed
+    assert "may have fallen" in back.reason
+    with pytest.raises(DataError, match="held-out"):
+        gate.test(s1, better, [], [])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_model_taught_wrong_answers_is_rejected(s1: EmbeddingClassifier, halves: Any, share: float) -> None:
+    _, _, texts, labels = halves
+    good = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]), labelled=(halves[0], halves[1])).model
+    rng, names = np.random.default_rng(0), list(s1.labels)
+    flipped = [names[(names.index(label) + 1) % len(names)] if rng.random() < share else label for label in labels[:80]]
+    bad = distiller().distill(s1, log_of(s1, texts[:80], flipped)).model
+    verdict = PromotionGate().test(good, bad, texts, labels)
+    assert not verdict.passed
+
+
+def test_forgetting_one_label_is_enough_to_be_rejected() -> None:
+    class Fixed(SmallModel):
+        labels: tuple[str, ...] = ("a", "b", "c")
+        blind: bool = False
+
+        def predict_scores(self, texts: Any) -> Any:
+            from langchain_datashunt.small_models import Scores
+
+            names = ["b" if self.blind and text.startswith("a") else text[0] for text in texts]
+            return Scores(5.0 * one_hot(names, self.labels))
+
+    texts = [f"a{i}" for i in range(12)] + [f"b{i}" for i in range(2000)]
+    labels = [text[0] for text in texts]
+    verdict = PromotionGate().test(Fixed(), Fixed(blind=True), texts, labels)
+    assert verdict.forgotten == {"a": 1.0}
+    assert not verdict.passed
+    assert "the label 'a' lost 1.00" in verdict.reason
+    same = PromotionGate().test(Fixed(), Fixed(), texts, labels)
+    assert same.passed, same.reason
+    assert not PromotionGate().test(Fixed(), Fixed(), texts[:5], labels[:5]).passed, "too little to be sure"
+
+
+def test_the_bound_is_kept_in_the_long_run() -> None:
+    """Where the candidate is worse by exactly the margin, the gate lets it through at most 5% of the time."""
+    gate, rng, passed = PromotionGate(margin=0.03), np.random.default_rng(0), 0
+    for _ in range(2000):
+        draw = rng.random(400)
+        before, after = draw < 0.85, (draw < 0.79) | (draw > 0.97)
+        passed += gate.lower_bound(before, after) > -gate.margin
+    assert passed / 2000 <= 0.065
+
+
+# The registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> ModelRegistry:
+    return ModelRegistry(tmp_path / "models")
+
+
+def head(shift: float) -> EmbeddingClassifier:
+    weights = np.zeros((26, 2))
+    weights[0, 0] = shift
+    return EmbeddingClassifier(
+        labels=("a", "b"), embeddings=LetterEmbeddings(), head=weights, bias=np.zeros(2), model_id=f"shift {shift}"
+    )
+
+
+def test_versions_are_kept_promoted_and_rolled_back(registry: ModelRegistry) -> None:
+    with pytest.raises(RegistryError, match="no version in service"):
+        registry.load()
+    one, two = registry.add(head(1.0), {"note": "first"}), registry.add(head(-1.0))
+    assert (one, two, registry.current_version()) == (1, 2, None)
+    registry.promote(one)
+    registry.promote(two)
+    assert registry.load(embeddings=LetterEmbeddings()).model_id == "shift -1.0"
+    assert registry.rollback() == 1
+    assert registry.current_version() == 1
+    assert [(v.version, v.status) for v in registry.versions()] == [(1, "promoted"), (2, "rejected")]
+    assert registry.version(1).metrics == {"note": "first"}
+    assert "rolled back" in registry.version(2).reason
+    with pytest.raises(RegistryError, match="no earlier version"):
+        registry.rollback()
+    with pytest.raises(RegistryError, match="no version 9; it has: 1, 2"):
+        registry.promote(9)
+
+
+def test_candidates_pass_the_gate_or_stay_as_rejected(registry: ModelRegistry, s1: Any, halves: Any) -> None:
+    _, _, texts, labels = halves
+    registry.promote(registry.add(s1))
+    better = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]), labelled=(halves[0], halves[1])).model
+    number, verdict = registry.consider(better, texts, labels, metrics={"run": 7})
+    assert (number, registry.current_version()) == (2, 2)
+    assert registry.version(2).metrics["new_accuracy"] == verdict.new_accuracy
+    assert registry.version(2).metrics["run"] == 7
+    number, verdict = registry.consider(s1, texts, labels)
+    assert (registry.current_version(), registry.version(3).status) == (2, "rejected")
+    assert registry.version(3).reason == verdict.reason
+
+
+def test_a_running_shunt_follows_promotions_without_losing_a_call(registry: ModelRegistry) -> None:
+    registry.promote(registry.add(head(50.0)))
+    follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
+    shunt = ShuntRunnable(small=follower, large=lambda asked: "large", policy=Threshold(0.6))
+    assert shunt.invoke("aaa") == "a"
+    outputs: list[str] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            outputs.extend(shunt.batch(["aaa"] * 3))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for shift in (-50.0, 50.0, -50.0):
+        registry.promote(registry.add(head(shift)))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(outputs) <= {"a", "b"}
+    assert len(outputs) % 3 == 0
+    assert shunt.invoke("aaa") == "b"
+    lazy = registry.model(check_seconds=3600.0, embeddings=LetterEmbeddings())
+    slow = ShuntRunnable(small=lazy, large=lambda asked: "large", policy=Threshold(0.6))
+    assert slow.invoke("aaa") == "b"
+    registry.rollback()
+    assert slow.invoke("aaa") == "b"
+    slow.reload()
+    assert slow.invoke("aaa") == "a"
+
+
+def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) -> None:
+    from langchain_core.load import dumpd, load
+
+    registry.promote(registry.add(s1))
+    again = pickle.loads(pickle.dumps(registry.model()))
+    assert again.invoke("my lamp is broken").label == s1.invoke("my lamp is broken").label
+    back = load(dumpd(registry.model()), allowed_objects=[RegistryModel], valid_namespaces=["langchain_datashunt"])
+    assert back.invoke("my lamp is broken").label == s1.invoke("my lamp is broken").label
+    assert json.loads((registry.folder / "current.json").read_text()) == {"version": 1, "before": []}
