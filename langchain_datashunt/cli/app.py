@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from langchain_datashunt.cli.output import console, say_json
-from langchain_datashunt.exceptions import ShuntError
+from langchain_datashunt.cli.output import errors, report
+from langchain_datashunt.cli.store import distill_bundle, store_app
 
 app = typer.Typer(
     name="datashunt",
@@ -21,18 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(store_app, name="store")
+
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Errors of ours are for the user to read: one message, exit status 2."""
-    try:
-        yield
-    except ShuntError as error:
-        console.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 @app.callback(invoke_without_command=True)
@@ -64,13 +54,13 @@ def train(
     """Train a small model on labelled texts and save it as a bundle."""
     from langchain_datashunt.cli.train import train_bundle
 
-    with _errors():
+    with errors():
         summary = train_bundle(
             data, text, label, model, out,
             per_label=per_label, validation=validation, device=device,
             settings={"seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
         )  # fmt: skip
-        _report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
+        report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
 
 
 @app.command("run")
@@ -85,18 +75,20 @@ def run_command(
     on_large_error: Annotated[str, typer.Option(help="raise (the row gets an error) or small.")] = "raise",
     concurrency: Annotated[int, typer.Option(min=1, help="Large calls at once.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 512,
+    store: Annotated[str | None, typer.Option(help="Record calls here (URL or file), to distil from.")] = None,
+    task: Annotated[str, typer.Option(help="Name under which calls are recorded.")] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Answer every row of a file; exit status 1 where some rows could not be answered."""
     from langchain_datashunt.cli.run import run_file
 
-    with _errors():
+    with errors():
         summary = run_file(
             bundle, large, data, text, out,
             threshold=threshold, pruning=pruning, on_large_error=on_large_error,
-            concurrency=concurrency, chunk=chunk,
+            concurrency=concurrency, chunk=chunk, store=store, task=task,
         )  # fmt: skip
-        _report(summary, as_json, f"{summary['rows']} rows; answers: {out}")
+        report(summary, as_json, f"{summary['rows']} rows; answers: {out}")
     if summary["failed"]:
         raise typer.Exit(1)
 
@@ -115,7 +107,7 @@ def demo(
     from langchain_datashunt.cli.demo import run_demo
     from langchain_datashunt.cli.demo_table import print_figures
 
-    with _errors():
+    with errors():
         figures = run_demo(large=large, per_label=per_label, seed=seed, limit=limit, out=out, download=download)
         print_figures(figures)
         if json_file is not None:
@@ -123,10 +115,21 @@ def demo(
             json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def _report(summary: dict[str, Any], as_json: bool, line: str) -> None:
-    if as_json:
-        say_json(summary)
-        return
-    console.print(line, highlight=False)
-    for key, value in summary.items():
-        console.print(f"  {key}: {value}", highlight=False)
+@app.command()
+def distill(
+    bundle: Annotated[Path, typer.Option(help="Folder of the small model S1.")],
+    store: Annotated[str, typer.Option(help="URL or file of the store of routed calls.")],
+    holdout: Annotated[Path, typer.Option(help="Labelled file that nobody learns from: the gate's test.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model registry; made where it is not there.")],
+    text: TextColumn = "text",
+    label: Annotated[str, typer.Option(help="Column with the true label.")] = "label",
+    task: Annotated[str | None, typer.Option(help="Only records of this task.")] = None,
+    mode: Annotated[str, typer.Option(help="posterior, teacher or paper.")] = "posterior",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Distil a new small model from the store; it is promoted where it passes the gate (exit status 1 where not)."""
+    with errors():
+        summary = distill_bundle(bundle, store, holdout, out, text, label, task, mode)
+        report(summary, as_json, f"Version {summary['version']}: {'promoted' if summary['promoted'] else 'rejected'}")
+    if not summary["promoted"]:
+        raise typer.Exit(1)

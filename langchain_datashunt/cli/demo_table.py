@@ -14,6 +14,8 @@ def print_figures(figures: dict[str, Any]) -> None:
     console.print(_main_table(figures))
     if figures["prompt_tokens"]:
         console.print(_prompt_table(figures))
+    if figures["loop"]["distilled"]:
+        console.print(_loop_table(figures["loop"]))
     for line in _remarks(figures):
         console.print(line, highlight=False)
 
@@ -50,6 +52,16 @@ def _prompt_table(figures: dict[str, Any]) -> Table:
     return table
 
 
+def _loop_table(loop: dict[str, Any]) -> Table:
+    table = Table(title=f"The loop: learnt from one half's calls, scored on the other half ({loop['n']} texts)")
+    for column in ("", "small alone", "shunt", "share asked"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row, words in ((loop["before"], "before"), (loop["after"], "after distillation")):
+        names = ("small_accuracy", "shunt_accuracy", "query_share")
+        table.add_row(words, *(_share(row, name) for name in names))
+    return table
+
+
 def _remarks(figures: dict[str, Any]) -> list[str]:
     low, high = figures["shunt_minus_large_interval"]
     lines = [
@@ -58,6 +70,16 @@ def _remarks(figures: dict[str, Any]) -> list[str]:
         f"texts.",
         f"Data: {figures['data']}. Large model: {figures['large']}.",
     ]
+    loop = figures["loop"]
+    if loop["distilled"]:
+        learnt = loop["learnt_from"]
+        lines.append(
+            f"Distilled from {learnt['stage_a']} answers of the large model and {learnt['stage_b']} of the small one, "
+            f"no true label among them; the gate {'promoted' if loop['promoted'] else 'rejected'} it on "
+            f"{loop['gate_n']} development texts: {loop['reason']}."
+        )
+    else:
+        lines.append(f"Nothing was distilled: {loop['reason']}")
     if figures["tokens_estimated"]:
         lines.append(
             f"Tokens are estimated (characters / 4) and priced as {figures['price_model']} by genai-prices. The large "

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from langchain_datashunt.exceptions import ShuntError
+
 console = Console(stderr=True)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Errors of ours are for the user to read: one message, exit status 2."""
+    try:
+        yield
+    except ShuntError as error:
+        console.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def report(summary: dict[str, Any], as_json: bool, line: str) -> None:
+    """A summary: JSON on standard output, or a line and its figures for people."""
+    if as_json:
+        say_json(summary)
+        return
+    console.print(line, highlight=False)
+    for key, value in summary.items():
+        console.print(f"  {key}: {value}", highlight=False)
 
 
 def progress() -> Progress:

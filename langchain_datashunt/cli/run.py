@@ -61,6 +61,8 @@ def run_file(
     on_large_error: str,
     concurrency: int,
     chunk: int,
+    store: str | None = None,
+    task: str = "default",
 ) -> dict[str, Any]:
     """Answer what is not answered yet; returns the sums over the whole of OUT, JSON-ready.
 
@@ -74,7 +76,7 @@ def run_file(
     done = journal.resume(data, text)
     policy: Policy | None = None if threshold is None else Threshold(threshold)
     started = time.perf_counter()
-    with large_model(large) as chat_model, progress() as bar:
+    with large_model(large) as chat_model, _recorder(store, task) as recorder, progress() as bar:
         chain = ConfidenceRouterChain.from_models(
             load_small_model(bundle),
             chat_model,
@@ -84,12 +86,25 @@ def run_file(
             on_large_error=cast(Literal["raise", "small"], on_large_error),
             max_concurrency=concurrency,
             return_decision=True,
+            recorder=recorder,
         )
-        task = bar.add_task("rows", total=sum(1 for _ in read_rows(data)), completed=done)
+        rows_done = bar.add_task("rows", total=sum(1 for _ in read_rows(data)), completed=done)
         rows = itertools.islice(enumerate(read_rows(data)), done, None)
         texts = ((i, str(row[text])) for i, row in rows)
-        asyncio.run(_answer_all(chain, texts, chunk, journal, lambda: bar.advance(task)))
+        asyncio.run(_answer_all(chain, texts, chunk, journal, lambda: bar.advance(rows_done)))
     return {**journal.sums(), "resumed_at": done, "seconds": round(time.perf_counter() - started, 2)}
+
+
+@contextmanager
+def _recorder(store: str | None, task: str) -> Iterator[Any]:
+    """A recorder on the store that was given, or none."""
+    if store is None:
+        yield None
+        return
+    from langchain_datashunt.distillation import Recorder
+
+    with Recorder(store, task=task, sample_small=1.0) as recorder:
+        yield recorder
 
 
 async def _answer_all(

@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import TypeAlias
 
 import numpy as np
 
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.base import SmallModel
+
+Labels: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.object_]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class PromotionGate:
 
     A candidate passes if the one-sided lower confidence bound of its accuracy less the old one's, from paired
     answers, is above `-margin`: over all examples, and over those whose true label the old model was proficient in.
-    A single proficient label must not lose more than `label_margin`.
+    No proficient label may lose more than `label_margin` beyond chance.
 
     Attributes:
         margin: Accuracy that may be lost, in [0, 1].
@@ -72,9 +75,9 @@ class PromotionGate:
         truth = np.array(labels, dtype=object)
         before = np.array(old.predict_batch(texts).label_names(), dtype=object) == truth
         after = np.array(new.predict_batch(texts).label_names(), dtype=object) == truth
-        proficient, forgotten = self._by_label(truth, before, after)
+        forgotten = self._forgotten(truth, before, after)
         lower = self.lower_bound(before, after)
-        among = np.isin(truth, list(proficient))
+        among = self._among_proficient(truth, before)
         lower_proficient = self.lower_bound(before[among], after[among]) if among.any() else None
         reason = self._reason(lower, lower_proficient, forgotten)
         return Verdict(
@@ -96,19 +99,36 @@ class PromotionGate:
         spread = math.sqrt(max(0.0, won + lost - (won - lost) ** 2 / n)) / n
         return difference - NormalDist().inv_cdf(self.level) * spread
 
-    def _by_label(
-        self, truth: np.ndarray[tuple[int, ...], np.dtype[np.object_]], before: BoolArray, after: BoolArray
-    ) -> tuple[set[str], dict[str, float]]:
-        proficient: set[str] = set()
-        forgotten: dict[str, float] = {}
+    def _among_proficient(self, truth: Labels, before: BoolArray) -> BoolArray:
+        """Which examples have a label that the old model was good at, shape `[n]`.
+
+        Each half is judged by the other: were a label chosen and tested on the same examples, the old model's luck on
+        them would count against every candidate.
+        """
+        half = np.arange(len(truth)) % 2 == 0
+        among = np.zeros(len(truth), dtype=np.bool_)
+        for mine in (half, ~half):
+            for label in set(truth[mine].tolist()):
+                elsewhere = ~mine & (truth == label)
+                if elsewhere.any() and before[elsewhere].mean() >= self.proficiency:
+                    among |= mine & (truth == label)
+        return among
+
+    def _forgotten(self, truth: Labels, before: BoolArray, after: BoolArray) -> dict[str, float]:
+        """Labels that the old model was good at and that lost more than they may, beyond chance.
+
+        Chance: the one-sided sign test on the label's changed answers, with Bonferroni's correction for their number.
+        """
+        looked_at: dict[str, tuple[float, float]] = {}
         for label in sorted(set(truth.tolist())):
             mine = truth == label
-            if before[mine].mean() >= self.proficiency:
-                proficient.add(label)
-                loss = float(before[mine].mean() - after[mine].mean())
-                if mine.sum() >= self.min_examples and loss > self.label_margin:
-                    forgotten[label] = round(loss, 4)
-        return proficient, forgotten
+            if mine.sum() >= self.min_examples and before[mine].mean() >= self.proficiency:
+                lost, won = int((before & ~after & mine).sum()), int((after & ~before & mine).sum())
+                looked_at[label] = (lost - won) / int(mine.sum()), _sign_test(lost, won)
+        limit = (1.0 - self.level) / max(1, len(looked_at))
+        return {
+            label: round(loss, 4) for label, (loss, p) in looked_at.items() if loss > self.label_margin and p <= limit
+        }
 
     def _reason(self, lower: float, lower_proficient: float | None, forgotten: dict[str, float]) -> str:
         if lower <= -self.margin:
@@ -122,3 +142,9 @@ class PromotionGate:
             worst = max(forgotten, key=lambda label: forgotten[label])
             return f"the label {worst!r} lost {forgotten[worst]:.2f}, and {self.label_margin:.2f} are allowed"
         return ""
+
+
+def _sign_test(lost: int, won: int) -> float:
+    """Probability of so many losses or more among the changed answers, were losses and wins equally likely."""
+    n = lost + won
+    return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2.0**n

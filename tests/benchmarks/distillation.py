@@ -3,7 +3,7 @@
     python -m tests.benchmarks.distillation [--json F] [--seeds N]
 
 Banking77 with GPT-4's recorded answers. S1 is trained on 3 examples per label of train.csv. A random half of test.csv
-is routed; GPT-4's answer is recorded where S1 is not sure, and no true label is used. S2 is distilled from these records,
+is routed; GPT-4's answer is recorded where S1 is not sure, and no true label is used. S2 is distilled from that log,
 and both are scored on the other half with the same rule (keep where the calibrated probability reaches 0.7).
 Compared: plain fine-tuning on GPT-4's answers, the paper's 2CD (bare answers, 7 epochs, 1e-4), ours.
 """

@@ -214,3 +214,88 @@ def test_a_chain_over_a_trained_bundle_is_what_run_uses(work: Path) -> None:
     small = load_small_model(work / "bundle")
     chain = ConfidenceRouterChain.from_models(small, lambda prompt: small.labels[0], pruning=NoHint())
     assert chain.invoke("my lamp arrived broken") in small.labels
+
+
+def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messages: Any) -> None:
+    """The whole loop on the command line: run with a store, look, label, export, distil."""
+    import pyarrow.parquet as pq
+
+    url = tmp_path / "calls.db"
+    done = answer(work, tmp_path / "o.jsonl", "--threshold", "0.6", "--store", url, "--task", "shop")
+    assert done.exit_code == 0, done.output
+    asked = json.loads(done.stdout)["asked"]
+    stats = json.loads(command("store", "stats", "--store", url, "--json").stdout)
+    assert (stats["records"], stats["route_large"]) == (144, asked)
+    assert command("store", "verify", "--store", url).exit_code == 0
+
+    for name, kind, rows in (("a.jsonl", None, asked), ("b.parquet", None, asked), ("c.jsonl", "openai", asked)):
+        more = ["--format", kind] if kind else []
+        out = command("store", "export", "--store", url, "--out", tmp_path / name, "--route", "large", *more)
+        assert out.exit_code == 0, out.output
+        assert f"{rows} records written" in " ".join(out.output.split())
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
+    assert pq.read_table(tmp_path / "b.parquet").num_rows == len(lines) == asked
+    assert all(line["confidence"] < 0.6 and line["label"] for line in lines)
+    chat = json.loads((tmp_path / "c.jsonl").open().readline())["messages"]
+    assert [m["role"] for m in chat] == ["system", "user", "assistant"]
+    assert chat[2]["content"] in dict(zip(*shop_messages, strict=True)).values()
+    none = command("store", "export", "--store", url, "--out", tmp_path / "n.jsonl", "--until", "2001-01-01")
+    assert "0 records written" in none.output
+    folder = command("store", "export", "--store", url, "--out", tmp_path / "ds", "--format", "datasets", "--agreeing")
+    assert folder.exit_code == 0, folder.output
+    from datasets import load_from_disk
+
+    agreeing = load_from_disk(str(tmp_path / "ds"))
+    assert all(row["label"] == row["small_label"] for row in agreeing)
+
+    with (tmp_path / "feedback.csv").open("w") as stream:
+        stream.write("id,label\n" + "".join(f"{line['id']},{line['label']}\n" for line in lines[:3]) + "nobody,x\n")
+    noted = command("store", "label", "--store", url, "--from", tmp_path / "feedback.csv")
+    assert (noted.exit_code, "3 labels noted, 1 ids not found" in noted.output) == (1, True)
+    assert json.loads(command("store", "stats", "--store", url, "--json").stdout)["labelled"] == 3
+
+    words = ["distill", "--bundle", work / "bundle", "--store", url, "--holdout", work / "data.csv",
+             "--out", tmp_path / "models", "--json"]  # fmt: skip
+    distilled = command(*words)
+    assert distilled.exit_code == 0, distilled.output
+    summary = json.loads(distilled.stdout)
+    assert summary["promoted"]
+    assert summary["new_accuracy"] > summary["old_accuracy"]
+    assert summary["stage_a"] > 0
+    assert load_small_model(summary["bundle"]).lineage["distillation"]["mode"] == "posterior"
+    again = command(*words)
+    assert again.exit_code == 1, "S1 distilled once more is no better than the version in service by chance alone"
+
+    assert command("store", "prune", "--store", url, "--max-records", "10").exit_code == 0
+    assert json.loads(command("store", "stats", "--store", url, "--json").stdout)["records"] == 10
+    assert command("store", "prune", "--store", url, "--max-age-days", "0", "--subject", "jane").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune"], "Give --max-age-days"),
+        (["export", "--out", "x.xyz"], "cannot be exported as 'xyz'"),
+        (["export", "--out", "x.jsonl", "--since", "yesterday"], "is no date"),
+        (["export", "--out", "x.jsonl", "--route", "up"], "use one of small, learnable, large"),
+        (["label", "--from", "nothing.csv"], "There is no file"),
+    ],
+)
+def test_store_commands_explain_wrong_options(tmp_path: Path, words: list[str], message: str) -> None:
+    done = command("store", words[0], "--store", tmp_path / "c.db", *words[1:])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_verify_reports_damage(tmp_path: Path) -> None:
+    import sqlite3
+
+    from langchain_datashunt.distillation import DistillationStore, RoutedCall
+
+    with DistillationStore(tmp_path / "c.db") as store:
+        store.append([RoutedCall(input="x")])
+    with sqlite3.connect(tmp_path / "c.db") as plain:
+        plain.execute("UPDATE datashunt_calls SET content = x'70'")
+    done = command("store", "verify", "--store", tmp_path / "c.db", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["problems"]

@@ -42,6 +42,10 @@ def test_on_banking77_the_shunt_beats_both_its_parts(banking77: Path, tmp_path: 
     tokens = {name: row["tokens"] for name, row in figures["prompt_tokens"].items()}
     assert tokens["conformal, alpha 0.05"] < tokens["hard"] < tokens["all candidates"] < tokens["soft, top 5"]
     assert figures["prompt_tokens"]["conformal, alpha 0.05"]["true_label_kept"] >= 0.92
+    loop = figures["loop"]
+    assert loop["gate_n"] == 1001
+    assert loop["after"]["small_accuracy"] > loop["before"]["small_accuracy"] - 0.01
+    assert loop["after"]["query_share"] < loop["before"]["query_share"] - 0.02
     small = load_small_model(figures["bundle"])
     assert small.threshold == figures["threshold"]
     assert small.temperature != 1.0

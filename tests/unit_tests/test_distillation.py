@@ -101,7 +101,8 @@ def test_every_trainable_kind_learns_on(kind: Any, mode: Any, halves: Any, tmp_p
     more = {"base": tiny_transformer(tmp_path)} if kind is TransformersClassifier else {}
     small = kind.train(few, few_labels, settings=SHORT, **more)
     weights = {name: array.copy() for name, array in small.weights().items()}
-    training = TrainingSettings(progress=False, epochs=4, learning_rate=5e-3, patience=4)
+    rate, epochs = (1e-3, 15) if kind is TransformersClassifier else (5e-3, 4)
+    training = TrainingSettings(progress=False, epochs=epochs, learning_rate=rate, batch_size=16, patience=epochs)
     learnt = distiller(mode=mode, training=training, threshold=0.9).distill(small, log_of(small, texts, labels)).model
     assert all(np.array_equal(weights[name], array) for name, array in small.weights().items())
     assert loss_on(learnt, texts, labels) < loss_on(small, texts, labels)

@@ -1,0 +1,168 @@
+"""`datashunt store ...` and `datashunt distill`: options of what is done elsewhere."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from langchain_datashunt.cli.output import console, errors, report
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+
+store_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
+
+Url = Annotated[str, typer.Option("--store", help="SQLAlchemy URL, or the path of a SQLite file.")]
+Task = Annotated[str | None, typer.Option(help="Only this task.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+def _moment(text: str | None) -> float | None:
+    """An ISO date or time as seconds since 1970 UTC."""
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{text!r} is no date; write it like 2026-01-31 or 2026-01-31T12:00.") from error
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+@store_app.command()
+def stats(store: Url, task: Task = None, as_json: AsJson = False) -> None:
+    """Counts, cost, and how often both models agree."""
+    from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+
+    with errors(), DistillationStore(store) as opened:
+        report(opened.stats(CallFilter(task=task)), as_json, store)
+
+
+@store_app.command()
+def export(
+    store: Url,
+    out: Annotated[Path, typer.Option(help="File to write; for datasets a folder.")],
+    kind: Annotated[str | None, typer.Option("--format", help="jsonl, parquet, openai or datasets.")] = None,
+    task: Task = None,
+    since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
+    route: Annotated[str | None, typer.Option(help="small, learnable or large.")] = None,
+    min_confidence: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    max_confidence: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    agreeing: Annotated[bool | None, typer.Option("--agreeing/--disagreeing", help="Both models say the same.")] = None,
+) -> None:
+    """Write records to a file."""
+    from langchain_datashunt.distillation.export import export as write
+    from langchain_datashunt.distillation.store import ROUTES, CallFilter, DistillationStore
+
+    with errors():
+        if route is not None and route not in ROUTES:
+            raise ConfigurationError(f"--route {route!r} is not known; use one of {', '.join(ROUTES)}.")
+        which = CallFilter(
+            task=task, since=_moment(since), until=_moment(until), route=route,
+            min_confidence=min_confidence, max_confidence=max_confidence, agrees=agreeing,
+        )  # fmt: skip
+        with DistillationStore(store) as opened:
+            written = write(opened, out, kind=kind, which=which)
+        console.print(f"{written} records written to {out}", highlight=False)
+
+
+@store_app.command()
+def verify(store: Url, as_json: AsJson = False) -> None:
+    """Read everything back and compare hashes; exit status 1 where something is wrong."""
+    from langchain_datashunt.distillation.store import DistillationStore
+
+    with errors(), DistillationStore(store) as opened:
+        problems = opened.verify()
+        report({"records": opened.count(), "problems": problems}, as_json, store)
+    if problems:
+        raise typer.Exit(1)
+
+
+@store_app.command()
+def prune(
+    store: Url,
+    max_age_days: Annotated[float | None, typer.Option(min=0.0, help="Delete what is older.")] = None,
+    max_records: Annotated[int | None, typer.Option(min=0, help="Keep the newest so many.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Delete all of this person.")] = None,
+) -> None:
+    """Delete records by age, by number, or of one person."""
+    from langchain_datashunt.distillation.store import DistillationStore
+
+    with errors(), DistillationStore(store) as opened:
+        if max_age_days is None and max_records is None and subject is None:
+            raise ConfigurationError("Give --max-age-days, --max-records or --subject.")
+        age = None if max_age_days is None else max_age_days * 86400.0
+        gone = opened.prune(max_age_seconds=age, max_records=max_records)
+        gone += 0 if subject is None else opened.delete(subject=subject)
+        console.print(f"{gone} records deleted", highlight=False)
+
+
+@store_app.command()
+def label(
+    store: Url,
+    source_file: Annotated[Path, typer.Option("--from", help="File with columns id and label.")],
+    source: Annotated[str, typer.Option(help="Who says so.")] = "user",
+) -> None:
+    """Note true labels of recorded calls; exit status 1 where some ids are not stored."""
+    from langchain_datashunt.data.reading import labelled_texts
+    from langchain_datashunt.distillation.store import DistillationStore
+    from langchain_datashunt.exceptions import StoreError
+
+    missing = []
+    with errors(), DistillationStore(store) as opened:
+        ids, labels = labelled_texts(source_file, "id", "label")
+        for record_id, true_label in zip(ids, labels, strict=True):
+            try:
+                opened.label(record_id, true_label, source)
+            except StoreError:
+                missing.append(record_id)
+        console.print(f"{len(ids) - len(missing)} labels noted, {len(missing)} ids not found", highlight=False)
+    if missing:
+        raise typer.Exit(1)
+
+
+def distill_bundle(
+    bundle: Path, store: str, holdout: Path, out: Path, text: str, label_column: str, task: str | None, mode: str
+) -> dict[str, Any]:
+    """Distil, test and keep; returns what happened, JSON-ready.
+
+    OUT is a registry: the bundle becomes its first version in service where it is empty.
+
+    Raises:
+        ShuntError: The bundle, the store or the held-out file cannot be used, or there is too little to learn from.
+    """
+    from langchain_datashunt.data.reading import labelled_texts
+    from langchain_datashunt.distillation import (
+        CallFilter,
+        DistillationSettings,
+        DistillationStore,
+        ModelRegistry,
+        TwoStageDistiller,
+    )
+    from langchain_datashunt.small_models import load_small_model
+
+    started = time.perf_counter()
+    small, registry = load_small_model(bundle), ModelRegistry(out)
+    if registry.current_version() is None:
+        registry.promote(registry.add(small), "the model that distillation began with")
+    texts, labels = labelled_texts(holdout, text, label_column)
+    if strange := sorted(set(labels) - set(small.labels)):
+        raise DataError(f"{holdout} has labels that the small model does not know: {', '.join(strange[:5])}.")
+    with DistillationStore(store) as opened:
+        settings = DistillationSettings(mode=mode)
+        distilled = TwoStageDistiller(settings).distill(small, opened.iterate(CallFilter(task=task)))
+    metrics = {"distillation": vars(distilled.report)}
+    version, verdict = registry.consider(distilled.model, texts, labels, metrics=metrics)
+    return {
+        "version": version,
+        "promoted": verdict.passed,
+        "reason": verdict.reason,
+        "n": verdict.n,
+        "old_accuracy": round(verdict.old_accuracy, 6),
+        "new_accuracy": round(verdict.new_accuracy, 6),
+        **vars(distilled.report),
+        "bundle": str(registry.bundle(version)),
+        "seconds": round(time.perf_counter() - started, 2),
+    }

@@ -1,0 +1,128 @@
+"""Records as files: JSONL, Parquet, OpenAI fine-tuning chats, and a Hugging Face dataset; all in constant memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.store import EVERYTHING, CallFilter, DistillationStore
+from langchain_datashunt.exceptions import ConfigurationError
+
+DEFAULT_INSTRUCTION = "Sort the message into one of these labels and answer with the label only: {labels}"
+"""The system message of exported chats; `{labels}` is filled in."""
+
+
+def export(
+    store: DistillationStore,
+    out: str | Path,
+    *,
+    kind: str | None = None,
+    which: CallFilter = EVERYTHING,
+    instruction: str = DEFAULT_INSTRUCTION,
+) -> int:
+    """Write records to a file; returns how many.
+
+    Args:
+        store: Where they are.
+        out: The file (for `datasets`: a folder).
+        kind: jsonl, parquet, openai or datasets; None goes by the file's ending.
+        which: What is meant.
+        instruction: System message of `openai` chats.
+
+    Raises:
+        ConfigurationError: There is no such kind.
+        MissingExtraError: Parquet needs the extra `cli`, datasets the extra `distill`.
+    """
+    path = Path(out)
+    chosen = kind or path.suffix.removeprefix(".")
+    writers: dict[str, Callable[[], int]] = {
+        "jsonl": lambda: _lines(path, (plain(call) for call in _calls(store, which))),
+        "openai": lambda: _lines(path, chats(store, which, instruction)),
+        "parquet": lambda: _parquet(path, store, which),
+        "datasets": lambda: _dataset(path, store, which),
+    }
+    if chosen not in writers:
+        raise ConfigurationError(f"Records cannot be exported as {chosen!r}; use one of {', '.join(writers)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return writers[chosen]()
+
+
+def plain(call: RoutedCall) -> dict[str, Any]:
+    """A record as JSON-ready values, with what is computed from it; the subject's hash stays in the store."""
+    values = call.model_dump(mode="json", exclude={"subject"})
+    return {**values, "small_label": call.small_label, "confidence": call.confidence, "input_hash": call.input_hash}
+
+
+def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
+    """One chat for each record with a true label, or else with a large answer: what OpenAI's fine-tuning takes."""
+    for call in _calls(store, which):
+        answer = call.gold or call.label
+        if answer is not None:
+            system = instruction.format(labels=", ".join(call.labels))
+            yield {
+                "messages": [
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": call.input},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+
+
+def _calls(store: DistillationStore, which: CallFilter) -> Iterator[RoutedCall]:
+    for batch in store.iterate(which):
+        yield from batch
+
+
+def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    n = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            n += 1
+    return n
+
+
+def _schema(pa: Any) -> Any:
+    text, number = pa.string(), pa.float64()
+    return pa.schema(
+        [
+            *(
+                (name, text)
+                for name in ("id", "task", "input", "input_hash", "small_model", "policy", "route", "reason")
+            ),
+            *((name, text) for name in ("large_model", "raw_output", "label", "small_label", "gold", "gold_source")),
+            *((name, number) for name in ("time", "confidence", "score", "threshold", "large_confidence", "cost_usd")),
+            *((name, number) for name in ("small_seconds", "large_seconds")),
+            *((name, pa.int64()) for name in ("schema_version", "input_tokens", "output_tokens", "count")),
+            ("audit", pa.bool_()),
+            ("labels", pa.list_(text)),
+            ("probabilities", pa.list_(pa.float32())),
+            ("large_probabilities", pa.list_(pa.float32())),
+        ]
+    )
+
+
+def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
+    pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
+    n, schema = 0, _schema(pa)
+    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in store.iterate(which, batch_size=5000):
+            writer.write_table(pa.Table.from_pylist([plain(call) for call in batch], schema=schema))
+            n += len(batch)
+    return n
+
+
+def _dataset(folder: Path, store: DistillationStore, which: CallFilter) -> int:
+    """A `datasets.Dataset` saved to disk, by way of a Parquet file beside it."""
+    datasets = require("datasets", "distill")
+    partial = folder.with_name(f".{folder.name}.parquet")
+    try:
+        n = _parquet(partial, store, which)
+        datasets.Dataset.from_parquet(str(partial)).save_to_disk(str(folder))
+    finally:
+        partial.unlink(missing_ok=True)
+    return n
