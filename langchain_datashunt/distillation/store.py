@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -125,8 +126,7 @@ class DistillationStore:
     def __init__(self, url: str | Path, *, durability: str = "group") -> None:
         self.url = make_url(_as_url(url))
         self.durability = durability
-        self._contexts: dict[bytes, int] = {}
-        self._context_rows: dict[int, Any] = {}
+        self._contexts: dict[tuple[Any, ...], int] = {}
         self._lock = threading.Lock()
         self._engine = self._open()
         try:
@@ -198,7 +198,7 @@ class DistillationStore:
         )
 
     def _row(self, connection: Connection, record: RoutedCall) -> dict[str, Any]:
-        labels = {label: i for i, label in enumerate(record.labels)}
+        labels = _positions(record.labels)
         small = None if record.small_label is None else labels[record.small_label]
         return {
             "key": _key(record),
@@ -231,6 +231,10 @@ class DistillationStore:
 
     def _context(self, connection: Connection, record: RoutedCall) -> int:
         """The row of what this call shares with others; made where it is new."""
+        cached = (record.task, record.small_model, record.large_model, record.policy, record.labels)
+        with self._lock:
+            if (known := self._contexts.get(cached)) is not None:
+                return known
         shared = {
             "task": record.task,
             "small_model": record.small_model,
@@ -239,9 +243,6 @@ class DistillationStore:
             "labels": json.dumps(record.labels, ensure_ascii=False),
         }
         digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
-        with self._lock:
-            if (known := self._contexts.get(digest)) is not None:
-                return known
         find = select(contexts.c.id).where(contexts.c.digest == digest)
         found = connection.execute(find).scalar()
         if found is None:
@@ -253,7 +254,7 @@ class DistillationStore:
                 connection.execute(insert(contexts).values(digest=digest, **shared))
             found = connection.execute(find).scalar_one()
         with self._lock:
-            self._contexts[digest] = int(found)
+            self._contexts[cached] = int(found)
         return int(found)
 
     def label(self, record_id: str, label: str, source: str = "user") -> None:
@@ -429,6 +430,11 @@ def _in_words(store: DistillationStore, error: SQLAlchemyError) -> StoreError:
     return StoreError(f"{store!r} cannot be used: {type(error).__name__}: {getattr(error, 'orig', None) or error}")
 
 
+@lru_cache(maxsize=64)
+def _positions(labels: tuple[str, ...]) -> dict[str, int]:
+    return {label: i for i, label in enumerate(labels)}
+
+
 def _key(record: RoutedCall) -> bytes:
     parts = (record.task.encode(), record.large_model.encode(), hash_input(record.input))
     return hashlib.sha256(b"\0".join(parts)).digest()[:16]
@@ -447,11 +453,17 @@ def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(by_key.values())
 
 
+_local = threading.local()
+"""A compressor for each thread: they must not be shared, and making one costs more than using it."""
+
+
 def _packed(parts: list[Any]) -> bytes:
     raw = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
     if len(raw) < 64:
         return _PLAIN + raw
-    compressed: bytes = require("zstandard", "store").ZstdCompressor(level=1).compress(raw)
+    if (compressor := getattr(_local, "compressor", None)) is None:
+        compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
+    compressed: bytes = compressor.compress(raw)
     return _COMPRESSED + compressed
 
 
