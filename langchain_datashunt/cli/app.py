@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from langchain_datashunt.cli.output import errors, report
-from langchain_datashunt.cli.store import distill_bundle, store_app
+from langchain_datashunt.cli.store import distill_bundle, store_app, watch_store
 
 app = typer.Typer(
     name="datashunt",
@@ -125,9 +125,15 @@ def distill(
     label: Annotated[str, typer.Option(help="Column with the true label.")] = "label",
     task: Annotated[str | None, typer.Option(help="Only records of this task.")] = None,
     mode: Annotated[str, typer.Option(help="posterior, teacher or paper.")] = "posterior",
+    watch: Annotated[bool, typer.Option(help="Go on: distil whenever --every new answers are there.")] = False,
+    every: Annotated[int, typer.Option(min=1, help="New answers after which a round is due.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Distil a new small model from the store; it is promoted where it passes the gate (exit status 1 where not)."""
+    if watch:
+        with errors():
+            watch_store(bundle, store, holdout, out, text, label, task, mode, every)
+        return
     with errors():
         summary = distill_bundle(bundle, store, holdout, out, text, label, task, mode)
         report(summary, as_json, f"Version {summary['version']}: {'promoted' if summary['promoted'] else 'rejected'}")

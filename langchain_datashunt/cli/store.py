@@ -133,23 +133,15 @@ def distill_bundle(
     Raises:
         ShuntError: The bundle, the store or the held-out file cannot be used, or there is too little to learn from.
     """
-    from langchain_datashunt.data.reading import labelled_texts
     from langchain_datashunt.distillation import (
         CallFilter,
         DistillationSettings,
         DistillationStore,
-        ModelRegistry,
         TwoStageDistiller,
     )
-    from langchain_datashunt.small_models import load_small_model
 
     started = time.perf_counter()
-    small, registry = load_small_model(bundle), ModelRegistry(out)
-    if registry.current_version() is None:
-        registry.promote(registry.add(small), "the model that distillation began with")
-    texts, labels = labelled_texts(holdout, text, label_column)
-    if strange := sorted(set(labels) - set(small.labels)):
-        raise DataError(f"{holdout} has labels that the small model does not know: {', '.join(strange[:5])}.")
+    small, registry, (texts, labels) = _begin(bundle, holdout, out, text, label_column)
     with DistillationStore(store) as opened:
         settings = DistillationSettings(mode=mode)
         distilled = TwoStageDistiller(settings).distill(small, opened.iterate(CallFilter(task=task)))
@@ -166,3 +158,42 @@ def distill_bundle(
         "bundle": str(registry.bundle(version)),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def _begin(bundle: Path, holdout: Path, out: Path, text: str, label_column: str) -> tuple[Any, Any, Any]:
+    """The small model, its registry with a version in service, and the gate's examples."""
+    from langchain_datashunt.data.reading import labelled_texts
+    from langchain_datashunt.distillation import ModelRegistry
+    from langchain_datashunt.small_models import load_small_model
+
+    small, registry = load_small_model(bundle), ModelRegistry(out)
+    texts, labels = labelled_texts(holdout, text, label_column)
+    if strange := sorted(set(labels) - set(small.labels)):
+        raise DataError(f"{holdout} has labels that the small model does not know: {', '.join(strange[:5])}.")
+    if registry.current_version() is None:
+        registry.promote(registry.add(small), "the model that distillation began with")
+    return small, registry, (texts, labels)
+
+
+def watch_store(
+    bundle: Path,
+    store: str,
+    holdout: Path,
+    out: Path,
+    text: str,
+    label_column: str,
+    task: str | None,
+    mode: str,
+    every: int,
+) -> None:
+    """Distil in the background whenever enough new answers are there, until interrupted."""
+    from langchain_datashunt.distillation import ContinualDistiller, DistillationSettings
+
+    _, registry, examples = _begin(bundle, holdout, out, text, label_column)
+    settings = DistillationSettings(mode=mode)
+    watcher = ContinualDistiller(registry, store, every=every, holdout=examples, task=task, settings=settings)
+    console.print(f"Watching {store}; a round every {every} new answers. Stop with Ctrl-C.", highlight=False)
+    try:
+        watcher.run()
+    except KeyboardInterrupt:
+        watcher.stop()

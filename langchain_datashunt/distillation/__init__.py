@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_datashunt.distillation.callbacks import RecordingCallbackHandler
+    from langchain_datashunt.distillation.continual import ContinualDistiller
     from langchain_datashunt.distillation.distiller import (
         DistillationReport,
         DistillationSettings,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.distillation.store import CallFilter, DistillationStore
 
 _WHERE = {
+    "ContinualDistiller": "continual",
     "Distilled": "distiller",
     "DistillationReport": "distiller",
     "DistillationSettings": "distiller",
@@ -41,6 +43,7 @@ _WHERE = {
 
 __all__ = [
     "CallFilter",
+    "ContinualDistiller",
     "DistillationReport",
     "DistillationSettings",
     "DistillationStore",

@@ -109,6 +109,17 @@ class ModelRegistry:
         version: int | None = self._state()["version"]
         return version
 
+    def first_version(self) -> int:
+        """The version that was in service first: S1 of 2CD.
+
+        Raises:
+            RegistryError: None ever was.
+        """
+        state = self._state()
+        if state["version"] is None:
+            raise RegistryError(f"{self.folder} has no version in service. Promote one: registry.promote(number).")
+        return int((state["before"] or [state["version"]])[0])
+
     def promote(self, number: int, reason: str = "promoted by hand") -> None:
         """Put a version into service, at once for all readers."""
         with self._locked():

@@ -299,3 +299,22 @@ def test_verify_reports_damage(tmp_path: Path) -> None:
     done = command("store", "verify", "--store", tmp_path / "c.db", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["problems"]
+
+
+def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: Path) -> None:
+    from langchain_datashunt.distillation import ModelRegistry
+
+    url = tmp_path / "calls.db"
+    assert answer(work, tmp_path / "o.jsonl", "--threshold", "0.6", "--store", url).exit_code == 0
+    words = ["distill", "--bundle", work / "bundle", "--store", url, "--holdout", work / "data.csv",
+             "--out", tmp_path / "models", "--watch", "--every", "20"]  # fmt: skip
+    program = [sys.executable, "-m", "langchain_datashunt", *map(str, words)]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    registry, deadline = ModelRegistry(tmp_path / "models"), time.monotonic() + 120
+    while registry.current_version() != 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert registry.current_version() == 2, said
+    assert process.returncode == 0, said
+    assert "Watching" in said

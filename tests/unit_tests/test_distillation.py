@@ -352,3 +352,95 @@ def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) 
     back = load(dumpd(registry.model()), allowed_objects=[RegistryModel], valid_namespaces=["langchain_datashunt"])
     assert back.invoke("my lamp is broken").label == s1.invoke("my lamp is broken").label
     assert json.loads((registry.folder / "current.json").read_text()) == {"version": 1, "before": []}
+
+
+# Continual mode
+
+
+@pytest.fixture
+def logged(s1: EmbeddingClassifier, halves: Any, tmp_path: Path) -> Any:
+    """A registry with S1 in service, and a store with what a shunt recorded."""
+    from langchain_datashunt.distillation import DistillationStore
+
+    registry = ModelRegistry(tmp_path / "models")
+    registry.promote(registry.add(s1))
+    url = str(tmp_path / "calls.db")
+    with DistillationStore(url) as store:
+        store.append(log_of(s1, halves[2][:80], halves[3][:80]))
+    return registry, url, (halves[2][80:], halves[3][80:])
+
+
+def test_a_round_is_due_after_so_many_new_answers(logged: Any, s1: Any, halves: Any) -> None:
+    from langchain_datashunt.distillation import ContinualDistiller, DistillationStore
+
+    registry, url, holdout = logged
+    gate = PromotionGate(margin=0.2)
+    continual = ContinualDistiller(
+        registry, url, every=40, holdout=holdout, gate=gate, settings=DistillationSettings(training=QUIET),
+        labelled=(halves[0], halves[1]),
+    )  # fmt: skip
+    assert continual.due()
+    found = continual.step()
+    assert found is not None
+    version, verdict = found
+    assert verdict.passed, verdict.reason
+    assert (registry.current_version(), registry.first_version()) == (version, 1)
+    assert not continual.due(), "the same answers are not distilled twice"
+    with DistillationStore(url) as store:
+        store.append([RoutedCall(input=f"new {i}", large_model="m", label="promo_code") for i in range(40)])
+    assert continual.due()
+
+
+def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
+    from langchain_datashunt.distillation import ContinualDistiller, DistillationStore
+
+    registry, url, _ = logged
+    continual = ContinualDistiller(registry, url, every=1, settings=DistillationSettings(training=QUIET))
+    with DistillationStore(url) as store:
+        calls = [call for batch in store.iterate() for call in batch]
+    learn, texts, labels = continual._split(calls, set(registry.load().labels))
+    assert len(learn) + len(texts) == len(calls)
+    assert 0 < len(texts) < len(calls) / 2
+    assert not {call.input for call in learn} & set(texts)
+    assert len(labels) == len(texts)
+    found = continual.step()
+    assert found is not None
+    assert found[1].n == len(texts)
+
+
+def test_too_little_to_learn_is_no_failure(s1: Any, tmp_path: Path) -> None:
+    from langchain_datashunt.distillation import ContinualDistiller, DistillationStore
+
+    registry = ModelRegistry(tmp_path / "models")
+    with pytest.raises(RegistryError, match="no version in service"):
+        registry.first_version()
+    registry.promote(registry.add(s1))
+    with DistillationStore(tmp_path / "c.db") as store:
+        store.append([RoutedCall(input="x", large_model="m", label="promo_code")])
+    assert ContinualDistiller(registry, tmp_path / "c.db", every=1, holdout=(["x"], ["promo_code"])).step() is None
+    assert registry.current_version() == 1
+
+
+def test_rounds_run_in_the_background_while_a_shunt_answers(logged: Any, halves: Any) -> None:
+    import time
+
+    from langchain_datashunt.distillation import ContinualDistiller
+
+    registry, url, holdout = logged
+    shunt = ShuntRunnable(small=registry.model(check_seconds=0.05), large=lambda asked: "promo_code")
+    settings = DistillationSettings(training=QUIET)
+    options: dict[str, Any] = {"labelled": (halves[0], halves[1]), "gate": PromotionGate(margin=0.2)}
+    with ContinualDistiller(
+        registry, url, every=10, holdout=holdout, settings=settings, poll_seconds=0.1, **options
+    ) as continual:
+        deadline, answers = time.monotonic() + 90, 0
+        while registry.current_version() == 1 and time.monotonic() < deadline:
+            answers += len(shunt.batch(halves[2][:5]))
+            time.sleep(0.1)
+        while continual.rounds == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert (continual.rounds, continual.failures) == (1, 0)
+    assert registry.current_version() == 2
+    assert answers > 0
+    shunt.reload()
+    assert len(shunt.batch(halves[2][:20])) == 20

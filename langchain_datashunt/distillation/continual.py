@@ -1,0 +1,202 @@
+"""Continual mode: whenever enough new answers are recorded, distil in the background, test, and promote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller
+from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.registry import ModelRegistry
+from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+from langchain_datashunt.exceptions import DataError, ShuntError
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 5
+"""Without a labelled hold-out every fifth answered input, by its hash, is kept from learning and tests the gate."""
+
+_STATE = "continual.json"
+
+
+class ContinualDistiller:
+    """Distils every so many new records of large answers, and promotes what passes the gate.
+
+    ```python
+    with ContinualDistiller(registry, "sqlite:///calls.db", every=500, holdout=(texts, labels)):
+        ...  # a shunt whose small model is registry.model() picks promoted versions up by itself
+    ```
+
+    Every round starts from the registry's first version in service (S1), with the whole log: a bad round leaves no
+    trace in the next one.
+
+    Args:
+        registry: Where versions are; it has one in service.
+        store: URL of the store.
+        every: New records with a large answer after which a round is due.
+        holdout: Texts and true labels for the gate. None tests on held-out large answers: then the gate bounds
+            disagreement with the large model, not error.
+        task: Only records of this task.
+        settings: How S2 is taught.
+        gate: What a candidate must pass.
+        labelled: Texts and true labels to learn beside the log.
+        poll_seconds: How often the store is looked at.
+        nice: How much lower than normal the priority of the background process is.
+    """
+
+    def __init__(
+        self,
+        registry: ModelRegistry | str | Path,
+        store: str | Path,
+        *,
+        every: int = 500,
+        holdout: tuple[Sequence[str], Sequence[str]] | None = None,
+        task: str | None = None,
+        settings: DistillationSettings | None = None,
+        gate: PromotionGate | None = None,
+        labelled: tuple[Sequence[str], Sequence[str]] | None = None,
+        poll_seconds: float = 10.0,
+        nice: int = 10,
+    ) -> None:
+        self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
+        self.store = str(store)
+        self.every = every
+        self.holdout = holdout
+        self.task = task
+        self.settings = settings or DistillationSettings()
+        self.gate = gate or PromotionGate()
+        self.labelled = labelled
+        self.poll_seconds = poll_seconds
+        self.nice = nice
+        self.rounds = 0
+        self.failures = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # One round
+
+    def due(self) -> bool:
+        """Whether enough new answers are there."""
+        with DistillationStore(self.store) as store:
+            return self._answers(store) - int(self._state().get("answers", 0)) >= self.every
+
+    def _answers(self, store: DistillationStore) -> int:
+        return store.count(CallFilter(task=self.task, asked=True))
+
+    def step(self) -> tuple[int, Verdict] | None:
+        """Distil, test and keep, in this process; the version and the verdict, None where there is too little yet."""
+        small = self.registry.load(self.registry.first_version())
+        with DistillationStore(self.store) as store:
+            answers = self._answers(store)
+            calls = [call for batch in store.iterate(CallFilter(task=self.task)) for call in batch]
+        learn, texts, labels = self._split(calls, set(small.labels))
+        try:
+            distilled = TwoStageDistiller(self.settings).distill(small, learn, labelled=self.labelled)
+            metrics = {"distillation": vars(distilled.report), "answers": answers}
+            found = self.registry.consider(distilled.model, texts, labels, gate=self.gate, metrics=metrics)
+        except DataError as error:
+            logger.info("Nothing distilled yet: %s", error)
+            found = None
+        (self.registry.folder / _STATE).write_text(json.dumps({"answers": answers}), encoding="utf-8")
+        return found
+
+    def _split(self, calls: list[RoutedCall], known: set[str]) -> tuple[list[RoutedCall], list[str], list[str]]:
+        """What is learnt from, and what the gate tests on."""
+        if self.holdout is not None:
+            return calls, list(self.holdout[0]), list(self.holdout[1])
+        learn, texts, labels = [], [], []
+        for call in calls:
+            answer = call.gold or call.label
+            if answer in known and int(call.input_hash[:8], 16) % HELD_OUT_SHARE == 0:
+                texts.append(call.input)
+                labels.append(str(answer))
+            else:
+                learn.append(call)
+        return learn, texts, labels
+
+    def _state(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            state: dict[str, Any] = json.loads((self.registry.folder / _STATE).read_text(encoding="utf-8"))
+            return state
+        return {}
+
+    # In the background
+
+    def run_once(self) -> bool:
+        """Run a round in a process of its own at low priority, where one is due; whether it was run."""
+        if not self.due():
+            return False
+        process = multiprocessing.get_context("spawn").Process(target=_round, args=(self._arguments(),), daemon=True)
+        process.start()
+        while process.is_alive():
+            process.join(0.2)
+            if self._stop.is_set():
+                process.terminate()
+        self.rounds += 1
+        if process.exitcode:
+            self.failures += 1
+            logger.error("A round of distillation failed with exit status %s.", process.exitcode)
+        return True
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "registry": str(self.registry.folder),
+            "store": self.store,
+            "every": self.every,
+            "holdout": self.holdout,
+            "task": self.task,
+            "settings": self.settings.model_dump(),
+            "gate": asdict(self.gate),
+            "labelled": self.labelled,
+            "nice": self.nice,
+        }
+
+    def run(self) -> None:
+        """Look at the store again and again, until `stop`."""
+        while not self._stop.is_set():
+            try:
+                self.run_once()
+            except ShuntError as error:
+                self.failures += 1
+                logger.error("The store or the registry cannot be used: %s", error)
+            self._stop.wait(self.poll_seconds)
+
+    def start(self) -> Self:
+        """Run in a thread."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self.run, name="datashunt-continual", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop; a round that is under way is ended, and what is in service stays."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _round(arguments: dict[str, Any]) -> None:
+    """The background process: one round, at low priority and on one core."""
+    with suppress(OSError, AttributeError):
+        os.nice(arguments["nice"])
+    require("torch", "torch").set_num_threads(1)
+    settings = DistillationSettings(**arguments.pop("settings"))
+    gate = PromotionGate(**arguments.pop("gate"))
+    registry, store = arguments.pop("registry"), arguments.pop("store")
+    ContinualDistiller(registry, store, settings=settings, gate=gate, **arguments).step()
