@@ -12,7 +12,6 @@ from langchain_datashunt.distillation.watching import LargeCallWatcher, large_su
 from langchain_datashunt.exceptions import InputError, UnparsableAnswer
 from langchain_datashunt.inputs import text_of
 from langchain_datashunt.predictions import Latency, ShuntDecision, ShuntResult
-from langchain_datashunt.pricing import cost_usd
 
 
 class FinishedCall(NamedTuple):
@@ -51,7 +50,6 @@ class FinishedCall(NamedTuple):
         said = _said(self.answer, watcher)
         label = self._large_label()
         distribution, confidence = (None, None) if watcher is None else large_sureness(watcher, labels, label)
-        usage = {} if watcher is None else watcher.usage_metadata
         return RoutedCall(
             id=self.record_id,
             time=self.ended,
@@ -71,9 +69,7 @@ class FinishedCall(NamedTuple):
             label=label,
             large_probabilities=distribution,
             large_confidence=confidence,
-            input_tokens=sum(counts["input_tokens"] for counts in usage.values()) if usage else None,
-            output_tokens=sum(counts["output_tokens"] for counts in usage.values()) if usage else None,
-            cost_usd=cost_usd(usage) if usage else None,
+            **({} if watcher is None else watcher.fields()),
             small_seconds=self.latency.small_s,
             large_seconds=self.latency.large_s,
         )

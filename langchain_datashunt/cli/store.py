@@ -54,7 +54,8 @@ def export(
 ) -> None:
     """Write records to a file."""
     from langchain_datashunt.distillation.export import export as write
-    from langchain_datashunt.distillation.store import ROUTES, CallFilter, DistillationStore
+    from langchain_datashunt.distillation.rows import ROUTES
+    from langchain_datashunt.distillation.store import CallFilter, DistillationStore
 
     with errors():
         if route is not None and route not in ROUTES:

@@ -17,7 +17,6 @@ from langchain_datashunt.distillation.recorder import Recorder
 from langchain_datashunt.distillation.watching import LargeCallWatcher, large_sureness, message_of
 from langchain_datashunt.exceptions import InputError, ShuntError
 from langchain_datashunt.inputs import text_of
-from langchain_datashunt.pricing import cost_usd
 
 
 class RecordingCallbackHandler(BaseCallbackHandler):
@@ -69,7 +68,6 @@ class RecordingCallbackHandler(BaseCallbackHandler):
     def _record(self, run_id: str, text: str, seconds: float, watcher: LargeCallWatcher) -> RoutedCall:
         label = self._label(watcher.text or "")
         distribution, confidence = large_sureness(watcher, self.labels, label)
-        usage = watcher.usage_metadata
         return RoutedCall(
             id=run_id,
             task=self.recorder.task,
@@ -80,9 +78,7 @@ class RecordingCallbackHandler(BaseCallbackHandler):
             label=label,
             large_probabilities=distribution,
             large_confidence=confidence,
-            input_tokens=sum(counts["input_tokens"] for counts in usage.values()) if usage else None,
-            output_tokens=sum(counts["output_tokens"] for counts in usage.values()) if usage else None,
-            cost_usd=cost_usd(usage) if usage else None,
+            **watcher.fields(),
             large_seconds=seconds,
         )
 

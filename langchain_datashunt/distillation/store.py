@@ -9,18 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from uuid import UUID
 
-import numpy as np
-
-from langchain_datashunt._extras import require
-from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, hash_input, hash_subject, id_bytes
+from langchain_datashunt.distillation.record import RoutedCall, hash_subject, id_bytes
+from langchain_datashunt.distillation.rows import KEPT, ROUTES, complaint, merged, record_of, row_of
 from langchain_datashunt.exceptions import MissingExtraError, StoreError
-from langchain_datashunt.predictions import Reason, Route
+from langchain_datashunt.predictions import Route
 
 try:
     from sqlalchemy import (
@@ -44,12 +40,6 @@ try:
     from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
-
-ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
-REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error")
-_COMPRESSED, _PLAIN = b"z", b"p"
-_KEPT = ("gold", "gold_source", "subject")
-"""What a newer call without it does not overwrite."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,7 @@ class DistillationStore:
             return
         try:
             with self._engine.begin() as connection:
-                rows = _merged([self._row(connection, record) for record in records])
+                rows = merged([row_of(record, self._context(connection, record)) for record in records])
                 connection.execute(self._upsert(), rows)
         except SQLAlchemyError as error:
             self._contexts.clear()
@@ -190,44 +180,12 @@ class DistillationStore:
         newest = {
             column.name: new[column.name]
             for column in calls.c
-            if column.name not in ("key", "input_hash", "count", *_KEPT)
+            if column.name not in ("key", "input_hash", "count", *KEPT)
         }
-        kept = {name: func.coalesce(new[name], calls.c[name]) for name in _KEPT}
+        kept = {name: func.coalesce(new[name], calls.c[name]) for name in KEPT}
         return statement.on_conflict_do_update(
             index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
         )
-
-    def _row(self, connection: Connection, record: RoutedCall) -> dict[str, Any]:
-        labels = _positions(record.labels)
-        small = None if record.small_label is None else labels[record.small_label]
-        return {
-            "key": _key(record),
-            "id": id_bytes(record.id),
-            "context": self._context(connection, record),
-            "time": record.time,
-            "input_hash": hash_input(record.input),
-            "content": _packed([record.input, record.raw_output, record.label if record.label not in labels else None]),
-            "probabilities": _halves(record.probabilities),
-            "confidence": record.confidence,
-            "score": record.score,
-            "threshold": record.threshold,
-            "route": ROUTES.index(record.route),
-            "reason": REASONS.index(record.reason),
-            "small_label": small,
-            "label": None if record.label is None else labels.get(record.label, -1),
-            "large_probabilities": _halves(record.large_probabilities),
-            "large_confidence": record.large_confidence,
-            "input_tokens": record.input_tokens,
-            "output_tokens": record.output_tokens,
-            "cost_usd": record.cost_usd,
-            "small_seconds": record.small_seconds,
-            "large_seconds": record.large_seconds,
-            "audit": record.audit,
-            "gold": record.gold,
-            "gold_source": record.gold_source,
-            "subject": None if record.subject is None else hash_subject(record.subject),
-            "count": record.count,
-        }
 
     def _context(self, connection: Connection, record: RoutedCall) -> int:
         """The row of what this call shares with others; made where it is new."""
@@ -291,7 +249,7 @@ class DistillationStore:
                 rows = connection.execute(statement.order_by(calls.c.key).limit(batch_size)).all()
             if not rows:
                 return
-            yield [_record(row._mapping) for row in rows]
+            yield [record_of(row._mapping) for row in rows]
             after = rows[-1].key
 
     def get(self, record_id: str) -> RoutedCall | None:
@@ -301,7 +259,7 @@ class DistillationStore:
             row = connection.execute(
                 statement.with_only_columns(*calls.c, *(c for c in contexts.c if c.name not in ("id", "digest")))
             ).first()
-        return None if row is None else _record(row._mapping)
+        return None if row is None else record_of(row._mapping)
 
     def count(self, which: CallFilter = EVERYTHING) -> int:
         """How many records there are."""
@@ -354,7 +312,7 @@ class DistillationStore:
                 rows = connection.execute(statement.order_by(calls.c.key).limit(1000)).all()
             if not rows:
                 break
-            problems += [words for row in rows if (words := _complaint(row._mapping))]
+            problems += [words for row in rows if (words := complaint(row._mapping))]
             after = rows[-1].key
         return problems
 
@@ -428,98 +386,3 @@ def _as_url(url: str | Path) -> str:
 
 def _in_words(store: DistillationStore, error: SQLAlchemyError) -> StoreError:
     return StoreError(f"{store!r} cannot be used: {type(error).__name__}: {getattr(error, 'orig', None) or error}")
-
-
-@lru_cache(maxsize=64)
-def _positions(labels: tuple[str, ...]) -> dict[str, int]:
-    return {label: i for i, label in enumerate(labels)}
-
-
-def _key(record: RoutedCall) -> bytes:
-    parts = (record.task.encode(), record.large_model.encode(), hash_input(record.input))
-    return hashlib.sha256(b"\0".join(parts)).digest()[:16]
-
-
-def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a key: PostgreSQL refuses to update a row twice in one statement."""
-    by_key: dict[bytes, dict[str, Any]] = {}
-    for row in rows:
-        older = by_key.get(row["key"])
-        if older is not None:
-            row = {**row, "count": row["count"] + older["count"]}
-            for name in _KEPT:
-                row[name] = older[name] if row[name] is None else row[name]
-        by_key[row["key"]] = row
-    return list(by_key.values())
-
-
-_local = threading.local()
-"""A compressor for each thread: they must not be shared, and making one costs more than using it."""
-
-
-def _packed(parts: list[Any]) -> bytes:
-    raw = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(raw) < 64:
-        return _PLAIN + raw
-    if (compressor := getattr(_local, "compressor", None)) is None:
-        compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
-    compressed: bytes = compressor.compress(raw)
-    return _COMPRESSED + compressed
-
-
-def _unpacked(data: bytes) -> list[Any]:
-    kind, body = data[:1], data[1:]
-    if kind == _COMPRESSED:
-        body = require("zstandard", "store").ZstdDecompressor().decompress(body)
-    parts: list[Any] = json.loads(body)
-    return parts
-
-
-def _halves(values: Sequence[float] | None) -> bytes | None:
-    return None if values is None else np.asarray(values, dtype=np.float16).tobytes()
-
-
-def _wholes(data: bytes | None) -> tuple[float, ...] | None:
-    """A distribution again: half-precision numbers no longer sum to 1, so they are scaled."""
-    if data is None:
-        return None
-    p = np.frombuffer(data, dtype=np.float16).astype(np.float64)
-    total = p.sum()
-    return tuple((p / total if total > 0 else p).tolist())
-
-
-def _record(row: Any) -> RoutedCall:
-    text, raw, strange = _unpacked(row["content"])
-    labels = tuple(json.loads(row["labels"]))
-    label = None if row["label"] is None else strange if row["label"] < 0 else labels[row["label"]]
-    same = (
-        "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens", "output_tokens",
-        "cost_usd", "small_seconds", "large_seconds", "gold", "gold_source", "count",
-    )  # fmt: skip
-    return RoutedCall(
-        **{name: row[name] for name in same},
-        id=str(UUID(bytes=bytes(row["id"]))),
-        input=text,
-        labels=labels,
-        probabilities=_wholes(row["probabilities"]),
-        route=ROUTES[row["route"]],
-        reason=REASONS[row["reason"]],
-        raw_output=raw,
-        label=label,
-        large_probabilities=_wholes(row["large_probabilities"]),
-        large_confidence=row["large_confidence"],
-        audit=bool(row["audit"]),
-        subject=None if row["subject"] is None else SUBJECT_HASH + bytes(row["subject"]).hex(),
-    )
-
-
-def _complaint(row: Any) -> str | None:
-    """What is wrong with a stored row; None where it reads back and its hashes fit."""
-    name = str(UUID(bytes=bytes(row["id"])))
-    try:
-        record = _record(row)
-    except Exception as error:
-        return f"Call {name} cannot be read: {type(error).__name__}: {error}"
-    if hash_input(record.input) != bytes(row["input_hash"]) or _key(record) != bytes(row["key"]):
-        return f"Call {name} does not fit its hash: its input or its task was changed."
-    return None

@@ -12,6 +12,7 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from typing_extensions import override
 
 from langchain_datashunt.distillation.record import label_distribution
+from langchain_datashunt.pricing import cost_usd
 
 
 class LargeCallWatcher(UsageMetadataCallbackHandler):
@@ -32,6 +33,15 @@ class LargeCallWatcher(UsageMetadataCallbackHandler):
         self.model = str(message.response_metadata.get("model_name") or self.model)
         self.text = said(message)
         self.tokens = list((message.response_metadata.get("logprobs") or {}).get("content") or [])
+
+    def fields(self) -> dict[str, Any]:
+        """Tokens and cost of all calls that were seen, as a record has them."""
+        counts = self.usage_metadata
+        return {
+            "input_tokens": sum(each["input_tokens"] for each in counts.values()) if counts else None,
+            "output_tokens": sum(each["output_tokens"] for each in counts.values()) if counts else None,
+            "cost_usd": cost_usd(counts) if counts else None,
+        }
 
 
 def message_of(response: LLMResult) -> AIMessage | None:

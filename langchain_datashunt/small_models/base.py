@@ -243,8 +243,14 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
 
     @classmethod
     def kind(cls) -> str:
-        """The name of this kind of model in bundles."""
-        raise NotImplementedError
+        """The name of this kind of model in bundles.
+
+        Raises:
+            ConfigurationError: It has none, so it cannot be saved.
+        """
+        raise ConfigurationError(
+            f"A {cls.__name__} has no bundles: it does not say its kind(), settings(), weights() and from_weights()."
+        )
 
     def settings(self) -> dict[str, Any]:
         """What this kind needs beside its weights to be made again; JSON-ready."""
@@ -261,7 +267,9 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     @classmethod
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         """Make the model of what `weights`, `settings` and `write_files` saved."""
-        raise NotImplementedError
+        raise ConfigurationError(
+            f"A {cls.__name__} does not implement from_weights(), so no bundle of it can be loaded."
+        )
 
     def info(self) -> BundleInfo:
         """What a bundle's config.json says of this model."""
