@@ -3,7 +3,7 @@
     python -m tests.benchmarks.stream [--json F] [--orders N]
 
 Banking77's test.csv in random order. S1 is trained on few_shot.csv (3 examples per label). Where the model in service
-is not sure, GPT-4's recorded answer is taken and recorded; after every 150 answers S2 is distilled from S1 and the
+is not sure, GPT-4's recorded answer is taken and recorded; after every 75 answers S2 is distilled from S1 and the
 whole log and put into service (without a gate, since nothing labelled is held out). Accuracy is over the whole stream,
 the answers that were asked included. Each threshold gives one point of accuracy and share asked, the mean of the
 orders; accuracy at 15, 25 and 35% asked is read off the line between neighbouring points.
@@ -26,7 +26,7 @@ from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shar
 
 THRESHOLDS = (0.58, 0.75, 0.82, 0.9)
 SURE = 0.7
-EVERY = 150
+EVERY = 75
 BLOCK = 20
 QUIET = TrainingSettings(progress=False)
 
