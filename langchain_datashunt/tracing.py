@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import Runnable, RunnableConfig, patch_config
@@ -17,6 +17,7 @@ from langchain_core.runnables.config import (
     get_config_list,
 )
 from langchain_core.tracers.base import BaseTracer
+from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.predictions import ShuntDecision
@@ -76,7 +77,7 @@ class Runs:
         if self.traced:
             return str(self._managers[i].run_id)
         own = self.each[i] if self.each else self.config(i)
-        return str(own.get("run_id") or uuid4())
+        return str(own.get("run_id") or uuid7())
 
     def max_concurrency(self) -> int | None:
         """The caller's bound on parallel calls."""

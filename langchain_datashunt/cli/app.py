@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from langchain_datashunt.cli.output import errors, report
-from langchain_datashunt.cli.store import distill_bundle, store_app, watch_store
+from langchain_datashunt.cli.store import store_app
 
 app = typer.Typer(
     name="datashunt",
@@ -23,6 +23,10 @@ app.add_typer(store_app, name="store")
 
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
+Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
+Log = Annotated[Path | None, typer.Option(help="Folder for metrics.json and TensorBoard's events.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -49,6 +53,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen where not given.")] = None,
+    precision: Precision = None,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = 200,
+    log: Log = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Train a small model on labelled texts and save it as a bundle."""
@@ -58,7 +66,10 @@ def train(
         summary = train_bundle(
             data, text, label, model, out,
             per_label=per_label, validation=validation, device=device,
-            settings={"seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+            settings={
+                "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+                "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,
+            },
         )  # fmt: skip
         report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
 
@@ -127,15 +138,36 @@ def distill(
     mode: Annotated[str, typer.Option(help="posterior, teacher or paper.")] = "posterior",
     watch: Annotated[bool, typer.Option(help="Go on: distil whenever --every new answers are there.")] = False,
     every: Annotated[int, typer.Option(min=1, help="New answers after which a round is due.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of splits and the order of examples.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the records at the most.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
+    precision: Precision = None,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = 200,
+    log: Log = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Distil a new small model from the store; it is promoted where it passes the gate (exit status 1 where not)."""
+    """Distil a new small model from the store; it is promoted where it passes the gate (exit status 1 where not).
+
+    Run by `accelerate launch -m langchain_datashunt distill ...` or torchrun it trains on all their processes.
+    """
+    from langchain_datashunt.cli.distill import DistillTask, distill_bundle, watch_store
+    from langchain_datashunt.small_models.processes import processes
+
+    training = {
+        "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+        "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,
+    }  # fmt: skip
+    asked = DistillTask(bundle, store, holdout, out, text, label, task, mode, training)
     if watch:
         with errors():
-            watch_store(bundle, store, holdout, out, text, label, task, mode, every)
+            watch_store(asked, every)
         return
     with errors():
-        summary = distill_bundle(bundle, store, holdout, out, text, label, task, mode)
-        report(summary, as_json, f"Version {summary['version']}: {'promoted' if summary['promoted'] else 'rejected'}")
+        summary = distill_bundle(asked)
+        if processes().first:
+            promoted = "promoted" if summary["promoted"] else "rejected"
+            report(summary, as_json, f"Version {summary['version']}: {promoted}")
     if not summary["promoted"]:
         raise typer.Exit(1)

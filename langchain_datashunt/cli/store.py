@@ -1,16 +1,15 @@
-"""`datashunt store ...` and `datashunt distill`: options of what is done elsewhere."""
+"""`datashunt store ...`: options of what is done elsewhere."""
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from langchain_datashunt.cli.output import console, errors, report
-from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.exceptions import ConfigurationError
 
 store_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
 
@@ -122,79 +121,3 @@ def label(
         console.print(f"{len(ids) - len(missing)} labels noted, {len(missing)} ids not found", highlight=False)
     if missing:
         raise typer.Exit(1)
-
-
-def distill_bundle(
-    bundle: Path, store: str, holdout: Path, out: Path, text: str, label_column: str, task: str | None, mode: str
-) -> dict[str, Any]:
-    """Distil, test and keep; returns what happened, JSON-ready.
-
-    OUT is a registry: the bundle becomes its first version in service where it is empty.
-
-    Raises:
-        ShuntError: The bundle, the store or the held-out file cannot be used, or there is too little to learn from.
-    """
-    from langchain_datashunt.distillation import (
-        CallFilter,
-        DistillationSettings,
-        DistillationStore,
-        TwoStageDistiller,
-    )
-
-    started = time.perf_counter()
-    small, registry, (texts, labels) = _begin(bundle, holdout, out, text, label_column)
-    with DistillationStore(store) as opened:
-        settings = DistillationSettings(mode=mode)
-        distilled = TwoStageDistiller(settings).distill(small, opened.iterate(CallFilter(task=task)))
-    metrics = {"distillation": vars(distilled.report)}
-    version, verdict = registry.consider(distilled.model, texts, labels, metrics=metrics)
-    return {
-        "version": version,
-        "promoted": verdict.passed,
-        "reason": verdict.reason,
-        "n": verdict.n,
-        "old_accuracy": round(verdict.old_accuracy, 6),
-        "new_accuracy": round(verdict.new_accuracy, 6),
-        **vars(distilled.report),
-        "bundle": str(registry.bundle(version)),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-
-
-def _begin(bundle: Path, holdout: Path, out: Path, text: str, label_column: str) -> tuple[Any, Any, Any]:
-    """The small model, its registry with a version in service, and the gate's examples."""
-    from langchain_datashunt.data.reading import labelled_texts
-    from langchain_datashunt.distillation import ModelRegistry
-    from langchain_datashunt.small_models import load_small_model
-
-    small, registry = load_small_model(bundle), ModelRegistry(out)
-    texts, labels = labelled_texts(holdout, text, label_column)
-    if strange := sorted(set(labels) - set(small.labels)):
-        raise DataError(f"{holdout} has labels that the small model does not know: {', '.join(strange[:5])}.")
-    if registry.current_version() is None:
-        registry.promote(registry.add(small), "the model that distillation began with")
-    return small, registry, (texts, labels)
-
-
-def watch_store(
-    bundle: Path,
-    store: str,
-    holdout: Path,
-    out: Path,
-    text: str,
-    label_column: str,
-    task: str | None,
-    mode: str,
-    every: int,
-) -> None:
-    """Distil in the background whenever enough new answers are there, until interrupted."""
-    from langchain_datashunt.distillation import ContinualDistiller, DistillationSettings
-
-    _, registry, examples = _begin(bundle, holdout, out, text, label_column)
-    settings = DistillationSettings(mode=mode)
-    watcher = ContinualDistiller(registry, store, every=every, holdout=examples, task=task, settings=settings)
-    console.print(f"Watching {store}; a round every {every} new answers. Stop with Ctrl-C.", highlight=False)
-    try:
-        watcher.run()
-    except KeyboardInterrupt:
-        watcher.stop()

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from langchain_datashunt.distillation.callbacks import RecordingCallbackHandler
     from langchain_datashunt.distillation.continual import ContinualDistiller
     from langchain_datashunt.distillation.distiller import (
-        DistillationReport,
         DistillationSettings,
         Distilled,
         TwoStageDistiller,
         cold_start,
     )
     from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+    from langchain_datashunt.distillation.prepared import DistillationReport
     from langchain_datashunt.distillation.record import RoutedCall
     from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
     from langchain_datashunt.distillation.registry import ModelRegistry, ModelVersion, RegistryModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "ContinualDistiller": "continual",
     "Distilled": "distiller",
-    "DistillationReport": "distiller",
+    "DistillationReport": "prepared",
     "DistillationSettings": "distiller",
     "ModelRegistry": "registry",
     "ModelVersion": "registry",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -16,10 +16,12 @@ import numpy as np
 from pydantic import Field
 
 from langchain_datashunt.configured import Configured
+from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
 from langchain_datashunt.small_models.base import SmallModel
+from langchain_datashunt.small_models.processes import processes
 from langchain_datashunt.small_models.training import (
     Examples,
     TrainingSettings,
@@ -64,31 +66,6 @@ class DistillationSettings(Configured):
     """Epochs, steps, seed; what is None is the small model's own default."""
 
 
-@dataclass
-class DistillationReport:
-    """What was learnt from.
-
-    Attributes:
-        records: Records that were seen.
-        stage_a: Pairs that taught the large model's answer.
-        stage_b: Pairs that taught S1's own.
-        gold: Records with a true label, and labelled examples that were given.
-        unsure: Records where neither model was sure; not used.
-        unparsable: Records whose large answer was no label; not used.
-        new_labels: Answers that S1 does not know, with their counts; not used, but worth a look.
-        reliability: The large model's accuracy by answered label, where gold labels tell it.
-    """
-
-    records: int = 0
-    stage_a: int = 0
-    stage_b: int = 0
-    gold: int = 0
-    unsure: int = 0
-    unparsable: int = 0
-    new_labels: dict[str, int] = field(default_factory=dict)
-    reliability: dict[str, float] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Distilled:
     """The candidate S2, and what it learnt from."""
@@ -129,6 +106,41 @@ class TwoStageDistiller:
             DataError: There is too little to learn from; the message says what there was.
             ConfigurationError: This kind of small model cannot learn on.
         """
+        training = self._training()
+        prepared = processes().share(lambda: self._prepared(small, records, labelled, training))
+        loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
+        model = small.relearn(prepared.stages, prepared.held_out, training, loss)
+        model.lineage = {**model.lineage, "distillation": {**vars(prepared.report), "mode": self.settings.mode}}
+        if training.checkpoint is not None and processes().first:
+            Prepared.forget(training.checkpoint)
+        return Distilled(model, prepared.report)
+
+    def _prepared(
+        self,
+        small: SmallModel,
+        records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
+        labelled: tuple[Sequence[str], Sequence[str]] | None,
+        training: TrainingSettings,
+    ) -> Prepared:
+        """What is learnt; as it was at first, where a training goes on from its checkpoint."""
+        if training.checkpoint is None:
+            return self._fresh(small, records, labelled, training)
+        settings = {**self.settings.model_dump(exclude={"training"}), "training": training.what_matters()}
+        about = {"settings": settings, "small_model": small.model_id, "labels": list(small.labels)}
+        if (kept := Prepared.read(training.checkpoint, about)) is not None:
+            return kept
+        fresh = self._fresh(small, records, labelled, training)
+        fresh.write(training.checkpoint, about)
+        return fresh
+
+    def _fresh(
+        self,
+        small: SmallModel,
+        records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
+        labelled: tuple[Sequence[str], Sequence[str]] | None,
+        training: TrainingSettings,
+    ) -> Prepared:
+        """Stages and a held-out part, from the records as they are now."""
         calls, report = _flat(records), DistillationReport()
         report.records = len(calls)
         stages = self._stages(small, calls, labelled, report)
@@ -139,12 +151,7 @@ class TwoStageDistiller:
                 f"{report.unparsable} unparsable, {report.gold} with a true label; at least "
                 f"{self.settings.min_pairs} of the first two are needed. Record more, or lower `large_threshold`."
             )
-        training = self._training()
-        learn, held_out = _split(stages, training)
-        loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
-        model = small.relearn(learn, held_out, training, loss)
-        model.lineage = {**model.lineage, "distillation": {**vars(report), "mode": self.settings.mode}}
-        return Distilled(model, report)
+        return Prepared(*_split(stages, training), report)
 
     def _training(self) -> TrainingSettings:
         if self.settings.mode != "paper":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
-from uuid import UUID, uuid4, uuid5
+from uuid import UUID, uuid5
 
 import numpy as np
+from langchain_core.utils.uuid import uuid7
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from langchain_datashunt.exceptions import DataError
@@ -20,6 +22,7 @@ SCHEMA = 1
 SUBJECT_HASH = "sha256:"
 """What a subject begins with that is a hash already, as the store gives it back."""
 
+_WRITTEN_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
 
 
@@ -29,7 +32,7 @@ class RoutedCall(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     schema_version: int = SCHEMA
-    id: str = Field(default_factory=lambda: str(uuid4()))
+    id: str = Field(default_factory=lambda: str(uuid7()))
     """The LangChain run id."""
 
     time: float = Field(default_factory=time.time)
@@ -137,6 +140,8 @@ def hash_subject(subject: str) -> bytes:
 
 def id_bytes(record_id: str) -> bytes:
     """A run id as 16 bytes; anything that is no UUID gets a UUID of its own."""
+    if _WRITTEN_UUID.fullmatch(record_id):
+        return bytes.fromhex(record_id.replace("-", ""))
     try:
         return UUID(record_id).bytes
     except ValueError:

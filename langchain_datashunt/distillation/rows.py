@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -21,41 +22,75 @@ REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_er
 KEPT = ("gold", "gold_source", "subject")
 """What a newer call without it does not overwrite."""
 
+OUTSIDE = -1
+"""Stands for a label that is not in the label set; its name is in the content."""
+
 _COMPRESSED, _PLAIN = b"z", b"p"
+_LENGTHS, _NOTHING = struct.Struct("<II"), 2**32 - 1
 
 
-def row_of(record: RoutedCall, context: int) -> dict[str, Any]:
+class Row(NamedTuple):
+    """The values of a row of `calls`, in the order of its columns; the row's number is the database's own."""
+
+    key: bytes
+    id: bytes
+    context: int
+    time: float
+    content: bytes
+    probabilities: bytes | None
+    confidence: float | None
+    score: float | None
+    threshold: float | None
+    route: int
+    reason: int
+    small_label: int | None
+    label: int | None
+    large_probabilities: bytes | None
+    large_confidence: float | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cost_usd: float | None
+    small_seconds: float
+    large_seconds: float
+    audit: bool
+    gold: str | None
+    gold_source: str | None
+    subject: bytes | None
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed here
+
+
+def row_of(record: RoutedCall, context: int) -> Row:
     """A record as the values of a row; `context` is the id of what it shares with others."""
-    labels = _positions(record.labels)
-    small = None if record.small_label is None else labels[record.small_label]
-    return {
-        "key": key_of(record),
-        "id": id_bytes(record.id),
-        "context": context,
-        "time": record.time,
-        "input_hash": hash_input(record.input),
-        "content": _packed([record.input, record.raw_output, record.label if record.label not in labels else None]),
-        "probabilities": _halves(record.probabilities),
-        "confidence": record.confidence,
-        "score": record.score,
-        "threshold": record.threshold,
-        "route": ROUTES.index(record.route),
-        "reason": REASONS.index(record.reason),
-        "small_label": small,
-        "label": None if record.label is None else labels.get(record.label, -1),
-        "large_probabilities": _halves(record.large_probabilities),
-        "large_confidence": record.large_confidence,
-        "input_tokens": record.input_tokens,
-        "output_tokens": record.output_tokens,
-        "cost_usd": record.cost_usd,
-        "small_seconds": record.small_seconds,
-        "large_seconds": record.large_seconds,
-        "audit": record.audit,
-        "gold": record.gold,
-        "gold_source": record.gold_source,
-        "subject": None if record.subject is None else hash_subject(record.subject),
-        "count": record.count,
-    }
+    labels, p = _positions(record.labels), record.probabilities
+    highest = max(p) if p else None
+    strange = record.label is not None and record.label not in labels
+    return Row(
+        key_of(record.task, record.large_model, hash_input(record.input)),
+        id_bytes(record.id),
+        context,
+        record.time,
+        _packed(record.input, record.raw_output, record.label if strange else None),
+        _halves(p),
+        highest,
+        record.score,
+        record.threshold,
+        ROUTES.index(record.route),
+        REASONS.index(record.reason),
+        None if p is None or highest is None else p.index(highest),
+        None if record.label is None else labels.get(record.label, OUTSIDE),
+        _halves(record.large_probabilities),
+        record.large_confidence,
+        record.input_tokens,
+        record.output_tokens,
+        record.cost_usd,
+        record.small_seconds,
+        record.large_seconds,
+        record.audit,
+        record.gold,
+        record.gold_source,
+        None if record.subject is None else hash_subject(record.subject),
+        record.count,
+    )
 
 
 @lru_cache(maxsize=64)
@@ -63,22 +98,19 @@ def _positions(labels: tuple[str, ...]) -> dict[str, int]:
     return {label: i for i, label in enumerate(labels)}
 
 
-def key_of(record: RoutedCall) -> bytes:
+def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
     """16 bytes that stand for (task, input, large model)."""
-    parts = (record.task.encode(), record.large_model.encode(), hash_input(record.input))
-    return hashlib.sha256(b"\0".join(parts)).digest()[:16]
+    return hashlib.sha256(b"\0".join((task.encode(), large_model.encode(), input_hash))).digest()[:16]
 
 
-def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(rows: list[Row]) -> list[Row]:
     """One row a key: PostgreSQL refuses to update a row twice in one statement."""
-    by_key: dict[bytes, dict[str, Any]] = {}
+    by_key: dict[bytes, Row] = {}
     for row in rows:
-        older = by_key.get(row["key"])
-        if older is not None:
-            row = {**row, "count": row["count"] + older["count"]}
-            for name in KEPT:
-                row[name] = older[name] if row[name] is None else row[name]
-        by_key[row["key"]] = row
+        if (older := by_key.get(row.key)) is not None:
+            kept = {name: getattr(older, name) for name in KEPT if getattr(row, name) is None}
+            row = row._replace(count=row.count + older.count, **kept)
+        by_key[row.key] = row
     return list(by_key.values())
 
 
@@ -86,22 +118,32 @@ _local = threading.local()
 """A compressor for each thread: they must not be shared, and making one costs more than using it."""
 
 
-def _packed(parts: list[Any]) -> bytes:
-    raw = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(raw) < 64:
-        return _PLAIN + raw
+def _packed(text: str, raw: str | None, strange: str | None) -> bytes:
+    """Input, raw answer and a label outside the label set as one compressed value."""
+    parts = [b"" if part is None else part.encode(errors="surrogatepass") for part in (text, raw, strange)]
+    body = _LENGTHS.pack(len(parts[0]), _NOTHING if raw is None else len(parts[1])) + b"".join(parts)
+    if len(body) < 64:
+        return _PLAIN + body
     if (compressor := getattr(_local, "compressor", None)) is None:
         compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
-    compressed: bytes = compressor.compress(raw)
+    compressed: bytes = compressor.compress(body)
     return _COMPRESSED + compressed
 
 
-def _unpacked(data: bytes) -> list[Any]:
+def _unpacked(data: bytes) -> tuple[str, str | None, str]:
     kind, body = data[:1], data[1:]
     if kind == _COMPRESSED:
-        body = require("zstandard", "store").ZstdDecompressor().decompress(body)
-    parts: list[Any] = json.loads(body)
-    return parts
+        if (decompressor := getattr(_local, "decompressor", None)) is None:
+            decompressor = _local.decompressor = require("zstandard", "store").ZstdDecompressor()
+        body = decompressor.decompress(body)
+    first, second = _LENGTHS.unpack_from(body)
+    if _LENGTHS.size + first + (0 if second == _NOTHING else second) > len(body):
+        raise ValueError("its text is shorter than it says")
+    edges = (_LENGTHS.size, _LENGTHS.size + first, _LENGTHS.size + first + (0 if second == _NOTHING else second))
+    text, raw, strange = (
+        body[a:b].decode(errors="surrogatepass") for a, b in zip(edges, (*edges[1:], len(body)), strict=True)
+    )
+    return text, None if second == _NOTHING else raw, strange
 
 
 def _halves(values: Sequence[float] | None) -> bytes | None:
@@ -121,7 +163,7 @@ def record_of(row: Any) -> RoutedCall:
     """The record of a row with its context's columns."""
     text, raw, strange = _unpacked(row["content"])
     labels = tuple(json.loads(row["labels"]))
-    label = None if row["label"] is None else strange if row["label"] < 0 else labels[row["label"]]
+    label = None if row["label"] is None else strange if row["label"] == OUTSIDE else labels[row["label"]]
     same = (
         "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens", "output_tokens",
         "cost_usd", "small_seconds", "large_seconds", "gold", "gold_source", "count",
@@ -150,6 +192,6 @@ def complaint(row: Any) -> str | None:
         record = record_of(row)
     except Exception as error:
         return f"Call {name} cannot be read: {type(error).__name__}: {error}"
-    if hash_input(record.input) != bytes(row["input_hash"]) or key_of(record) != bytes(row["key"]):
+    if key_of(record.task, record.large_model, hash_input(record.input)) != bytes(row["key"]):
         return f"Call {name} does not fit its hash: its input or its task was changed."
     return None

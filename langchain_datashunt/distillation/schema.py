@@ -43,11 +43,11 @@ contexts = Table(
 calls = Table(
     "datashunt_calls",
     metadata,
-    Column("key", LargeBinary(16), primary_key=True),
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("key", LargeBinary(16), nullable=False, unique=True),
     Column("id", LargeBinary(16), nullable=False, unique=True),
     Column("context", Integer, nullable=False),
     Column("time", Float(53), nullable=False),
-    Column("input_hash", LargeBinary(16), nullable=False),
     Column("content", LargeBinary, nullable=False),
     Column("probabilities", LargeBinary),
     Column("confidence", Float(24)),
@@ -69,9 +69,11 @@ calls = Table(
     Column("gold_source", String),
     Column("subject", LargeBinary(16)),
     Column("count", BigInteger, nullable=False),
-    sqlite_with_rowid=False,
 )
-"""One row for each (task, input, large model): the newest call, and how many there were."""
+"""One row for each (task, input, large model): the newest call, and how many there were.
+
+Rows lie in the order in which they came, so that a million of them are written at the end of the table; the keys,
+which are hashes, are in an index."""
 
 by_time = Index("datashunt_calls_time", calls.c.time)
 by_subject = Index("datashunt_calls_subject", calls.c.subject, sqlite_where=calls.c.subject.isnot(None))

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from langchain_datashunt.distillation.record import RoutedCall, hash_subject, id_bytes
-from langchain_datashunt.distillation.rows import KEPT, ROUTES, complaint, merged, record_of, row_of
+from langchain_datashunt.distillation.rows import KEPT, ROUTES, Row, complaint, key_of, merged, record_of, row_of
 from langchain_datashunt.exceptions import MissingExtraError, StoreError
 from langchain_datashunt.predictions import Route
 
@@ -91,6 +91,10 @@ class CallFilter:
 
 EVERYTHING = CallFilter()
 
+PRAGMAS = ("journal_mode=WAL", "busy_timeout=30000", "cache_size=-65536", "wal_autocheckpoint=16384")
+"""Of every SQLite connection. Keys are hashes, so each record dirties a random page of their index: a cache of 64 MiB
+holds the index of a million records, and a log of 64 MiB lets many changes of one page be written at once."""
+
 
 class DistillationStore:
     """The log of routed calls that later distillation learns from.
@@ -119,6 +123,7 @@ class DistillationStore:
         self._contexts: dict[tuple[Any, ...], int] = {}
         self._lock = threading.Lock()
         self._engine = self._open()
+        self._upsert = self._upsert_statement()
         try:
             with self._engine.begin() as connection:
                 migrate(connection)
@@ -138,7 +143,7 @@ class DistillationStore:
         @event.listens_for(engine, "connect")
         def prepare(connection: Any, _: Any) -> None:
             connection.isolation_level = None
-            for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "busy_timeout=30000"):
+            for pragma in (*PRAGMAS, f"synchronous={synchronous}"):
                 connection.execute(f"PRAGMA {pragma}")
 
         @event.listens_for(engine, "begin")
@@ -160,13 +165,16 @@ class DistillationStore:
         try:
             with self._engine.begin() as connection:
                 rows = merged([row_of(record, self._context(connection, record)) for record in records])
-                connection.execute(self._upsert(), rows)
+                connection.exec_driver_sql(self._upsert, [tuple(row) for row in rows])
         except SQLAlchemyError as error:
             self._contexts.clear()
             raise _in_words(self, error) from error
 
-    def _upsert(self) -> Any:
-        """Insert, or replace an older row of the same key, adding the counts and keeping what only the old one knew."""
+    def _upsert_statement(self) -> str:
+        """Insert, or replace an older row of the same key, adding the counts and keeping what only the old one knew.
+
+        As the driver's own SQL with a parameter for each field of `Row`: rows are many, and all of one form.
+        """
         statement: Any
         if self.url.get_backend_name() == "sqlite":
             from sqlalchemy.dialects.sqlite import insert as dialect_insert
@@ -178,14 +186,17 @@ class DistillationStore:
             statement = postgres_insert(calls)
         new = statement.excluded
         newest = {
-            column.name: new[column.name]
-            for column in calls.c
-            if column.name not in ("key", "input_hash", "count", *KEPT)
+            column.name: new[column.name] for column in calls.c if column.name not in ("number", "key", "count", *KEPT)
         }
         kept = {name: func.coalesce(new[name], calls.c[name]) for name in KEPT}
-        return statement.on_conflict_do_update(
+        upsert = statement.on_conflict_do_update(
             index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
         )
+        style = "qmark" if self.url.get_backend_name() == "sqlite" else "format"
+        dialect = type(self._engine.dialect)(paramstyle=style)  # type: ignore[call-arg]
+        compiled = upsert.compile(dialect=dialect, column_keys=Row._fields)
+        assert tuple(compiled.positiontup or ()) == Row._fields
+        return str(compiled)
 
     def _context(self, connection: Connection, record: RoutedCall) -> int:
         """The row of what this call shares with others; made where it is new."""
@@ -238,19 +249,21 @@ class DistillationStore:
     # Reading
 
     def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[RoutedCall]]:
-        """The records in batches, by key, in constant memory; records written meanwhile may or may not be seen."""
-        after: bytes | None = None
+        """The records in batches, in constant memory, in the order in which their inputs were first seen.
+
+        Records written meanwhile may or may not be among them.
+        """
+        after = 0
         while True:
             statement = select(calls, contexts.c.task, contexts.c.small_model, contexts.c.large_model)
             statement = statement.add_columns(contexts.c.policy, contexts.c.labels).where(which.where())
-            if after is not None:
-                statement = statement.where(calls.c.key > after)
+            statement = statement.where(calls.c.number > after)
             with self._engine.connect() as connection:
-                rows = connection.execute(statement.order_by(calls.c.key).limit(batch_size)).all()
+                rows = connection.execute(statement.order_by(calls.c.number).limit(batch_size)).all()
             if not rows:
                 return
             yield [record_of(row._mapping) for row in rows]
-            after = rows[-1].key
+            after = rows[-1].number
 
     def get(self, record_id: str) -> RoutedCall | None:
         """One record by the id of its newest call."""
@@ -303,17 +316,17 @@ class DistillationStore:
             known = set(connection.execute(select(contexts.c.id)).scalars())
             used = set(connection.execute(select(calls.c.context).distinct()).scalars())
         problems += [f"Calls refer to context {missing}, which is not there." for missing in sorted(used - known)]
-        after = b""
+        after = 0
         while not used - known:
             with self._engine.connect() as connection:
                 statement = select(calls, contexts.c.task, contexts.c.small_model, contexts.c.large_model)
                 statement = statement.add_columns(contexts.c.policy, contexts.c.labels)
-                statement = statement.where(calls.c.context == contexts.c.id, calls.c.key > after)
-                rows = connection.execute(statement.order_by(calls.c.key).limit(1000)).all()
+                statement = statement.where(calls.c.context == contexts.c.id, calls.c.number > after)
+                rows = connection.execute(statement.order_by(calls.c.number).limit(1000)).all()
             if not rows:
                 break
             problems += [words for row in rows if (words := complaint(row._mapping))]
-            after = rows[-1].key
+            after = rows[-1].number
         return problems
 
     # Removing
@@ -326,12 +339,18 @@ class DistillationStore:
         """
         if input_hash is None and subject is None:
             raise StoreError("Give an input_hash or a subject; to delete by age or number use prune().")
-        tests = []
+        tests: list[ColumnElement[bool]] = []
         if input_hash is not None:
-            tests.append(calls.c.input_hash == bytes.fromhex(input_hash))
+            tests.append(calls.c.key.in_(self._keys(bytes.fromhex(input_hash))))
         if subject is not None:
             tests.append(calls.c.subject == hash_subject(subject))
         return self._delete(and_(*tests))
+
+    def _keys(self, input_hash: bytes) -> list[bytes]:
+        """The keys that an input has with all tasks and large models that were ever recorded."""
+        with self._engine.connect() as connection:
+            known = connection.execute(select(contexts.c.task, contexts.c.large_model).distinct()).all()
+        return [key_of(row.task, row.large_model, input_hash) for row in known]
 
     def prune(self, *, max_age_seconds: float | None = None, max_records: int | None = None) -> int:
         """Delete records that are too old or, the oldest first, too many; returns how many there were."""
@@ -339,12 +358,12 @@ class DistillationStore:
         if max_age_seconds is not None:
             gone += self._delete(calls.c.time < time.time() - max_age_seconds)
         if max_records is not None:
-            order = (calls.c.time.desc(), calls.c.key.desc())
-            edge = select(calls.c.time, calls.c.key).order_by(*order).offset(max_records).limit(1)
+            order = (calls.c.time.desc(), calls.c.number.desc())
+            edge = select(calls.c.time, calls.c.number).order_by(*order).offset(max_records).limit(1)
             with self._engine.connect() as connection:
                 found = connection.execute(edge).first()
             if found is not None:
-                gone += self._delete(tuple_(calls.c.time, calls.c.key) <= tuple_(found.time, found.key))
+                gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
         return gone
 
     def move_to(self, other: DistillationStore, *, batch_size: int = 512) -> int:

@@ -35,6 +35,7 @@ from langchain_datashunt.small_models.training import (
     progress_bar,
     soft_cross_entropy,
     split_examples,
+    write_metrics,
 )
 
 REGULARISATION_PATH = (1.0, 5.0, 20.0, 80.0)
@@ -145,6 +146,7 @@ class EmbeddingClassifier(SmallModel):
         if len(wanted) >= MIN_EXAMPLES_FOR_CALIBRATION:
             temperature = fit_temperature(logits, wanted)
         report.seconds = time.perf_counter() - started
+        write_metrics(chosen, report, "regularisation path")
         return cls(
             labels=split.labels,
             model_id=model_id,
@@ -178,11 +180,14 @@ class EmbeddingClassifier(SmallModel):
             head, bias = fit(np.setdiff1d(everything, fold))
             logits[fold] = vectors[fold] @ head + bias
         head, bias = fit(everything)
+        report, wanted = TrainingReport(), targets.argmax(axis=1)
+        report.note(_calibrated_loss(logits, wanted))
+        write_metrics(chosen, report, "distillation")
         changed = {
             "head": head,
             "bias": bias,
-            "temperature": fit_temperature(logits, targets.argmax(axis=1)),
-            "lineage": {"parent": self.lineage, "regularisation": strength},
+            "temperature": fit_temperature(logits, wanted),
+            "lineage": {"parent": self.lineage, "regularisation": strength, "held_out_nll": report.best_loss},
         }
         learner = self.model_copy(update=changed)
         learner._bundle = None

@@ -1,20 +1,19 @@
-"""What all trainers share: settings, splits, targets, and the loop that fits a torch network with early stopping."""
+"""What all trainers share: settings, splits, targets, the loss, and what is told of a training."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import FloatArray
@@ -53,9 +52,25 @@ class TrainingSettings(Configured):
     progress: bool = True
     """Whether a progress bar is shown."""
 
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Number format of a network's products in training; None for float32, or as `accelerate launch` was told."""
+
+    checkpoint: Path | None = None
+    """Folder where a network's training is saved, and from where it goes on after a kill, to the same result."""
+
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps from one checkpoint to the next."""
+
+    log: Path | None = None
+    """Folder for metrics.json, and TensorBoard's events where tensorboard is installed."""
+
     def filled(self, **defaults: Any) -> TrainingSettings:
         """A copy with a kind's defaults where nothing was set."""
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
+
+    def what_matters(self) -> dict[str, Any]:
+        """The settings on which the result depends, JSON-ready."""
+        return self.model_dump(exclude={"progress", "checkpoint", "checkpoint_every", "log"})
 
 
 @dataclass(frozen=True)
@@ -90,16 +105,21 @@ class Split:
 
 @dataclass
 class TrainingReport:
-    """What training did: validation loss by step, and the best of them."""
+    """What training did: validation loss by step, the best of them, and all metrics of each."""
 
     history: list[float] = field(default_factory=list)
     best_step: int = 0
     best_loss: float = float("inf")
     seconds: float = 0.0
+    points: list[dict[str, float]] = field(default_factory=list)
 
-    def note(self, loss: float) -> bool:
-        """Take a validation loss (mean negative log-likelihood in nats) in; True where it is the best so far."""
+    def note(self, loss: float, **more: float) -> bool:
+        """Take a validation loss (mean negative log-likelihood in nats) in; True where it is the best so far.
+
+        What else is known of this step goes into the metrics.
+        """
         self.history.append(round(loss, 6))
+        self.points.append({**more, "validation_nll": round(loss, 6)})
         if loss >= self.best_loss - 1e-6:
             return False
         self.best_loss, self.best_step = loss, len(self.history)
@@ -186,7 +206,7 @@ def text_hashes(texts: Sequence[str]) -> list[str]:
 def lineage_of(split: Split, settings: TrainingSettings, report: TrainingReport, **more: Any) -> dict[str, Any]:
     """What a bundle says of its training; JSON-ready."""
     return {
-        "training": settings.model_dump(exclude={"progress"}),
+        "training": settings.what_matters(),
         "examples": len(split.train),
         "validation_examples": len(split.validation),
         "validation_given": split.validation_given,
@@ -199,6 +219,17 @@ def lineage_of(split: Split, settings: TrainingSettings, report: TrainingReport,
         ),
         **more,
     }
+
+
+def write_metrics(settings: TrainingSettings, report: TrainingReport, what: str) -> None:
+    """Write the metrics so far to the log folder, where there is one: metrics.json, replaced at once."""
+    if settings.log is None:
+        return
+    settings.log.mkdir(parents=True, exist_ok=True)
+    told = {"what": what, "points": report.points, "best_step": report.best_step, "best_loss": report.best_loss}
+    partial = settings.log / "metrics.json.partial"
+    partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    partial.replace(settings.log / "metrics.json")
 
 
 def seed_everything(seed: int) -> None:
@@ -228,142 +259,3 @@ def soft_cross_entropy(
 def progress_bar(total: int, what: str, settings: TrainingSettings) -> Any:
     """A tqdm bar, or a silent one."""
     return require("tqdm.auto", "torch").tqdm(total=total, desc=what, disable=not settings.progress, leave=False)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Examples of one stage of training, as features.
-
-    Attributes:
-        features: `n` of whatever the network's `logits_of` takes.
-        targets: Shape `[n, k]`.
-    """
-
-    features: list[Any]
-    targets: FloatArray
-
-
-def fit_network(
-    network: torch.nn.Module,
-    logits_of: Callable[[list[Any]], torch.Tensor],
-    stages: Sequence[Stage],
-    validation: Stage,
-    settings: TrainingSettings,
-    *,
-    what: str,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = soft_cross_entropy,
-) -> TrainingReport:
-    """Fit a network with AdamW (linear warm-up and decay), keep the weights of the best validation loss.
-
-    With several stages a step on each is taken in turn, as 2CD does; an epoch is a pass over the longest.
-
-    Args:
-        network: Trained in place.
-        logits_of: From a list of features to logits `[n, k]`, with gradients.
-        stages: What is learnt from.
-        validation: What training stops on, by cross-entropy.
-        settings: All fields filled.
-        what: Title of the progress bar.
-        loss: From logits and targets `[n, k]` to a number.
-    """
-    torch = require("torch", "torch")
-    assert settings.epochs and settings.batch_size and settings.learning_rate and settings.patience
-    started, report = time.perf_counter(), TrainingReport()
-    device = next(network.parameters()).device
-    wanted = [torch.from_numpy(stage.targets).float().to(device) for stage in stages]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    rounds = max(-(-len(stage.features) // settings.batch_size) for stage in stages)
-    steps = settings.epochs * rounds * len(stages)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_decay(steps))
-    rng, best = np.random.default_rng(settings.seed), copy.deepcopy(network.state_dict())
-    with progress_bar(steps, what, settings) as bar:
-        for _ in range(settings.epochs):
-            network.train()
-            for stage, rows in _in_turn(stages, rounds, settings.batch_size, rng):
-                found = loss(logits_of([stages[stage].features[i] for i in rows]), wanted[stage][rows])
-                optimizer.zero_grad(set_to_none=True)
-                found.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                bar.update(1)
-            network.eval()
-            if report.note(_mean_loss(logits_of, validation.features, validation.targets, settings.batch_size)):
-                best = copy.deepcopy(network.state_dict())
-            bar.set_postfix(validation_nll=report.history[-1])
-            if report.waited() >= settings.patience:
-                break
-    network.load_state_dict(best)
-    network.eval()
-    report.seconds = time.perf_counter() - started
-    return report
-
-
-def _in_turn(
-    stages: Sequence[Stage], rounds: int, size: int, rng: np.random.Generator
-) -> Iterator[tuple[int, list[int]]]:
-    """Batches of all stages in turn; a shorter stage begins anew until the longest is through."""
-    batches = [list(_shuffled(len(stage.features), size, rng)) for stage in stages]
-    for i in range(rounds):
-        for stage, mine in enumerate(batches):
-            yield stage, mine[i % len(mine)]
-
-
-def _warm_up_then_decay(steps: int, warm_up: float = 0.06) -> Callable[[int], float]:
-    rising = max(1, int(steps * warm_up))
-    return lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
-
-
-def _shuffled(n: int, size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    order = rng.permutation(n).tolist()
-    for start in range(0, n, size):
-        yield order[start : start + size]
-
-
-def _mean_loss(
-    logits_of: Callable[[list[Any]], torch.Tensor], features: list[Any], targets: FloatArray, size: int
-) -> float:
-    torch = require("torch", "torch")
-    total = 0.0
-    with torch.inference_mode():
-        for start in range(0, len(features), size):
-            logits = logits_of(features[start : start + size])
-            wanted = torch.from_numpy(targets[start : start + size]).float().to(logits.device)
-            total += float(soft_cross_entropy(logits, wanted)) * len(wanted)
-    return total / max(1, len(features))
-
-
-def relearn_network(
-    model: Any,
-    stages: Sequence[Examples],
-    held_out: Examples,
-    settings: TrainingSettings,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Any:
-    """A copy of a model with a torch network, trained on soft targets of several stages in turn.
-
-    Args:
-        model: Has `_network`, `_logits` and `features`; it is not changed.
-        stages: What is learnt from.
-        held_out: What training stops on, and the temperature is fitted on.
-        settings: All fields filled.
-        loss: From logits and targets to a number.
-    """
-    seed_everything(settings.seed)
-    learner = model.model_copy()
-    learner._network = copy.deepcopy(model._network)
-    learner._bundle = None
-    report = fit_network(
-        learner._network,
-        learner._logits,
-        [Stage(learner.features(stage.texts), stage.targets) for stage in stages],
-        Stage(learner.features(held_out.texts), held_out.targets),
-        settings,
-        what="distillation",
-        loss=loss,
-    )
-    if len(held_out) >= MIN_EXAMPLES_FOR_CALIBRATION:
-        logits = np.asarray(learner.predict_scores(held_out.texts).logits, dtype=np.float64)
-        learner.temperature = fit_temperature(logits, held_out.targets.argmax(axis=1))
-    learner.lineage = {"parent": model.lineage, "steps": len(report.history), "held_out_nll": report.best_loss}
-    return learner

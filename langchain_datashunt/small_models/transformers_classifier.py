@@ -18,6 +18,7 @@ from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
+from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,
@@ -27,11 +28,8 @@ from langchain_datashunt.small_models.tokenization import (
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
-    Stage,
     TrainingSettings,
-    fit_network,
     lineage_of,
-    relearn_network,
     seed_everything,
     split_examples,
 )
@@ -102,10 +100,10 @@ class TransformersClassifier(SmallModel):
         """Token ids of texts, as the network takes them."""
         return self._ready()(texts)[0]
 
-    def _logits(self, ids: list[list[int]]) -> Any:
-        device = next(self._network.parameters()).device
-        tokens, mask = pad(ids, self._ready().pad_id, device)
-        return self._network(input_ids=tokens, attention_mask=mask).logits
+    def logits_of(self, network: Any, ids: list[list[int]]) -> Any:
+        """Logits `[n, k]` of token ids, by this model's network or one of its form."""
+        tokens, mask = pad(ids, self._ready().pad_id, next(network.parameters()).device)
+        return network(input_ids=tokens, attention_mask=mask).logits
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
@@ -114,7 +112,7 @@ class TransformersClassifier(SmallModel):
         logits = np.empty((len(ids), len(self.labels)), dtype=np.float32)
         with torch.inference_mode():
             for rows in token_budget_batches([len(one) for one in ids], TOKEN_BUDGET, self.batch_size):
-                logits[rows] = self._logits([ids[i] for i in rows]).float().cpu().numpy()
+                logits[rows] = self.logits_of(self._network, [ids[i] for i in rows]).float().cpu().numpy()
         return Scores(logits, cut)
 
     @classmethod
@@ -175,7 +173,7 @@ class TransformersClassifier(SmallModel):
         model._take(network, TextTokenizer.from_pretrained(path, limit))
         report = fit_network(
             model._network,
-            model._logits,
+            model.logits_of,
             [Stage(model.features(split.train.texts), split.train.targets)],
             Stage(model.features(split.validation.texts), split.validation.targets),
             chosen,

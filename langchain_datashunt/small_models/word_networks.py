@@ -21,15 +21,13 @@ from langchain_datashunt.exceptions import BundleMismatchError
 from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device
+from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.tokenization import TOKEN_BUDGET, pad, token_budget_batches
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
-    Stage,
     TrainingSettings,
-    fit_network,
     lineage_of,
-    relearn_network,
     seed_everything,
     split_examples,
 )
@@ -87,10 +85,10 @@ class WordNetwork(SmallModel):
         """Word ids of texts, as the network takes them."""
         return [self.encode(text) for text in texts]
 
-    def _logits(self, ids: Sequence[Sequence[int]]) -> Any:
+    def logits_of(self, network: Any, ids: Sequence[Sequence[int]]) -> Any:
+        """Logits `[n, k]` of word ids, by this model's network or one of its form."""
         fill = [[*one[: self.max_length], *[_PAD] * (self.shortest - len(one))] for one in ids]
-        device = next(self._network.parameters()).device
-        return self._network(*pad(fill, _PAD, device))
+        return network(*pad(fill, _PAD, next(network.parameters()).device))
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
@@ -100,7 +98,7 @@ class WordNetwork(SmallModel):
         logits = np.empty((len(ids), len(self.labels)), dtype=np.float32)
         with torch.inference_mode():
             for rows in token_budget_batches(lengths, 4 * TOKEN_BUDGET, self.batch_size):
-                logits[rows] = self._logits([ids[i] for i in rows]).float().cpu().numpy()
+                logits[rows] = self.logits_of(self._network, [ids[i] for i in rows]).float().cpu().numpy()
         return Scores(logits, np.array([len(one) > self.max_length for one in ids], dtype=np.bool_))
 
     @classmethod
@@ -146,7 +144,7 @@ class WordNetwork(SmallModel):
         )
         report = fit_network(
             model._network,
-            model._logits,
+            model.logits_of,
             [Stage(model.features(split.train.texts), split.train.targets)],
             Stage(model.features(split.validation.texts), split.validation.targets),
             chosen,

@@ -6,6 +6,9 @@ Banking77 with GPT-4's recorded answers. S1 is trained on 3 examples per label o
 is routed; GPT-4's answer is recorded where S1 is not sure, and no true label is used. S2 is distilled from that log,
 and both are scored on the other half with the same rule (keep where the calibrated probability reaches 0.7).
 Compared: plain fine-tuning on GPT-4's answers, the paper's 2CD (bare answers, 7 epochs, 1e-4), ours.
+
+Then the gate: S1 from 10 examples per label, and 0, 10 or 50% of GPT-4's answers replaced by a random label before
+they are learnt; each candidate is tested against S1 on dev.csv.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import numpy as np
 
 from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
 from langchain_datashunt.data.reading import sample_per_label
-from langchain_datashunt.distillation import DistillationSettings, RoutedCall, TwoStageDistiller
+from langchain_datashunt.distillation import DistillationSettings, PromotionGate, RoutedCall, TwoStageDistiller
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
 from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
 
 THRESHOLD = 0.7
 PER_LABEL = 3
+GATE_PER_LABEL = 10
 QUIET = TrainingSettings(progress=False)
 
 
@@ -164,6 +168,44 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
+FLIPPED = (0.0, 0.1, 0.5)
+
+
+def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) -> list[dict[str, Any]]:
+    """What the gate says of candidates that learnt from answers of which a part was replaced."""
+    texts, labels = sample_per_label(task.train.texts, task.train.labels, GATE_PER_LABEL, seed)
+    s1 = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
+    rng, found = np.random.default_rng(seed), []
+    rows = rng.permutation(len(task.test))[: len(task.test) // 2].tolist()
+    for share in FLIPPED:
+        answers = [str(rng.choice(s1.labels)) if rng.random() < share else task.test.large[i] for i in rows]
+        records = records_of(s1, [task.test.texts[i] for i in rows], answers)
+        ours = TwoStageDistiller(DistillationSettings(training=QUIET))
+        candidates: dict[str, SmallModel] = {
+            "our 2CD": ours.distill(s1, records, labelled=(texts, labels)).model,
+            "plain fine-tuning": plain_fine_tuning(s1, records),
+        }
+        for name, candidate in candidates.items():
+            verdict = PromotionGate().test(s1, candidate, task.dev.texts, task.dev.labels)
+            gain = verdict.new_accuracy - verdict.old_accuracy
+            found.append({"candidate": name, "flipped": share, "gain": gain, "promoted": verdict.passed})
+    return found
+
+
+def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean gain and number of promotions over the seeds."""
+    return [
+        {
+            "candidate": same[0]["candidate"],
+            "flipped": same[0]["flipped"],
+            "gain": float(np.mean([run["gain"] for run in same])),
+            "promoted": sum(run["promoted"] for run in same),
+            "seeds": len(same),
+        }
+        for same in zip(*runs, strict=True)
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         "| model | accuracy alone | share asked | shunt | lost where S1 was good (points) |",
@@ -175,6 +217,12 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {100 * row['accuracy']:.1f}% | {100 * row['query_share']:.1f}% | "
             f"{100 * row['shunt_accuracy']:.1f}% | "
             f"{100 * row['forgetting'][0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
+        )
+    lines += ["", "| candidate | answers replaced | less S1 (points) | promoted |", "|---|---|---|---|"]
+    for row in result["gate"]:
+        lines.append(
+            f"| {row['candidate']} | {100 * row['flipped']:.0f}% | {100 * row['gain']:+.1f} | "
+            f"{row['promoted']} of {row['seeds']} |"
         )
     return "\n".join(lines)
 
@@ -189,12 +237,15 @@ def main() -> None:
         raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
     task = load_banking77(folder)
     samples = [
-        sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)[0] for seed in range(options.seeds)
+        sample_per_label(task.train.texts, task.train.labels, count, seed)[0]
+        for seed in range(options.seeds)
+        for count in (PER_LABEL, GATE_PER_LABEL)
     ]
-    known = [*task.test.texts, *(text for sample in samples for text in sample)]
+    known = [*task.test.texts, *task.dev.texts, *(text for sample in samples for text in sample)]
     encoder = PrecomputedEmbeddings(shared_encoder(), known)
     runs = [one_seed(task, encoder, seed) for seed in range(options.seeds)]
-    result = {"seeds": options.seeds, "data": task.source, **summary(runs)}
+    gate = gate_summary([gate_seed(task, encoder, seed) for seed in range(options.seeds)])
+    result = {"seeds": options.seeds, "data": task.source, **summary(runs), "gate": gate}
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,9 +1,10 @@
-"""What recording costs: microseconds on the caller's path, records a second, bytes a record.
+"""What recording costs, and what a large store does to memory.
 
-    python -m tests.benchmarks.recording [--records N]
+    python -m tests.benchmarks.recording [--records N] [--large N] [--json F]
 
 Records have a 400-character input, a 200-character answer and 20 probabilities, all different; SQLite with
-synchronous=FULL, groups of 512.
+synchronous=FULL, groups of 512. With --large a store of so many records is written, and a fresh process reads its
+statistics and exports it: its resident memory before, and at its highest.
 """
 
 from __future__ import annotations
@@ -11,28 +12,41 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from langchain_datashunt.data.benchmark_task import load_messages
 from langchain_datashunt.distillation import DistillationStore, Recorder, RoutedCall
+from langchain_datashunt.distillation.export import export
 
 LABELS = tuple(f"label_{i}" for i in range(20))
+GROUP = 512
+ROUNDS = 5
 
 
-def made(n: int) -> list[RoutedCall]:
+def made(n: int, seed: int = 0) -> list[RoutedCall]:
     """Different records of natural text."""
-    task, rng = load_messages(), random.Random(0)
+    return list(stream(n, seed))
+
+
+def stream(n: int, seed: int = 0) -> Iterator[RoutedCall]:
+    """The same, one by one."""
+    task, rng = load_messages(), random.Random(seed)
     sentences = [*task.train.texts, *task.dev.texts, *task.test.texts]
 
     def text(length: int) -> str:
         return " ".join(rng.choices(sentences, k=12))[:length]
 
-    return [
-        RoutedCall(
-            input=f"{i} {text(395)}",
+    for i in range(n):
+        yield RoutedCall(
+            input=f"{seed} {i} {text(390)}",
             raw_output=text(200),
             labels=LABELS,
             probabilities=(0.05,) * 20,
@@ -41,40 +55,102 @@ def made(n: int) -> list[RoutedCall]:
             score=0.5,
             threshold=0.9,
             policy="Threshold(threshold=0.9, score=MaxProbability())",
+            label=LABELS[i % 20],
             input_tokens=100,
             output_tokens=50,
             cost_usd=0.01,
         )
-        for i in range(n)
-    ]
+
+
+def written(file: Path, records: list[RoutedCall]) -> tuple[float, float]:
+    """Records a second, and bytes a record."""
+    with DistillationStore(file, durability="record") as store:
+        started = time.perf_counter()
+        for start in range(0, len(records), GROUP):
+            store.append(records[start : start + GROUP])
+        seconds = time.perf_counter() - started
+    return len(records) / seconds, file.stat().st_size / len(records)
+
+
+def on_the_callers_path(file: Path, records: list[RoutedCall]) -> float:
+    """Seconds that `Recorder.record` takes of the caller."""
+    with Recorder(file) as recorder:
+        makers: list[Callable[[], RoutedCall]] = [lambda record=record: record for record in records]  # type: ignore[misc]
+        started = time.perf_counter()
+        for maker in makers:
+            recorder.record([maker])
+        return (time.perf_counter() - started) / len(makers)
+
+
+def peak_mib() -> float:
+    """The highest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def read_large(file: Path, out: Path) -> dict[str, Any]:
+    """Statistics and exports of a store, with the memory that they took; for a process of its own."""
+    figures: dict[str, Any] = {}
+    with DistillationStore(file) as store:
+        next(store.iterate(batch_size=10))
+        figures["mib_before"] = round(peak_mib(), 1)
+        steps: dict[str, Callable[[], Any]] = {
+            "stats": store.stats,
+            "jsonl": lambda: export(store, out / "calls.jsonl"),
+            "parquet": lambda: export(store, out / "calls.parquet"),
+        }
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            figures[f"{name}_seconds"] = round(time.perf_counter() - started, 2)
+            figures[f"mib_after_{name}"] = round(peak_mib(), 1)
+    return figures
+
+
+def large_store(n: int, folder: Path) -> dict[str, Any]:
+    """Write a large store here, read it in another process."""
+    file, seconds = folder / "large.db", 0.0
+    with DistillationStore(file, durability="record") as store:
+        group: list[RoutedCall] = []
+        for record in stream(n, seed=1):
+            group.append(record)
+            if len(group) == GROUP:
+                started = time.perf_counter()
+                store.append(group)
+                seconds += time.perf_counter() - started
+                group = []
+        store.append(group)
+    figures = {"records": n, "records_per_second": round(n / seconds), "bytes_per_record": file.stat().st_size / n}
+    command = [sys.executable, "-m", "tests.benchmarks.recording", "--read", str(file)]
+    return {**figures, **json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=60_000)
-    n = parser.parse_args().records
-    records = made(n)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "calls.db"
-        with DistillationStore(file, durability="record") as store:
-            started = time.perf_counter()
-            for start in range(0, n, 512):
-                store.append(records[start : start + 512])
-            seconds = time.perf_counter() - started
-        size = file.stat().st_size
-        with Recorder(Path(folder) / "caller.db") as recorder:
-            makers: list[Callable[[], RoutedCall]] = [lambda record=record: record for record in records[:2000]]  # type: ignore[misc]
-            started = time.perf_counter()
-            for maker in makers:
-                recorder.record([maker])
-            caller = (time.perf_counter() - started) / len(makers)
-    figures = {
-        "records": n,
-        "records_per_second": round(n / seconds),
-        "bytes_per_record": round(size / n, 1),
-        "caller_us": round(1e6 * caller, 2),
-    }
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--large", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.read is not None:
+        print(json.dumps(read_large(asked.read, asked.read.parent)))
+        return
+    records = made(asked.records)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rounds = [written(folder / f"{i}.db", records) for i in range(ROUNDS)]
+        caller = statistics.median(on_the_callers_path(folder / f"c{i}.db", records[:2000]) for i in range(ROUNDS))
+        figures: dict[str, Any] = {
+            "records": asked.records,
+            "records_per_second": round(statistics.median(rate for rate, _ in rounds)),
+            "records_per_second_best": round(max(rate for rate, _ in rounds)),
+            "bytes_per_record": round(rounds[0][1], 1),
+            "caller_us": round(1e6 * caller, 2),
+        }
+        if asked.large:
+            figures["large"] = large_store(asked.large, folder)
     print(json.dumps(figures, indent=2))
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -201,7 +202,8 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
     with store._engine.begin() as connection:
         connection.execute(text("UPDATE datashunt_calls SET content = :c WHERE time = 1001"), {"c": b"pnonsense"})
         connection.execute(
-            text("UPDATE datashunt_calls SET content = :c WHERE time = 1002"), {"c": b'p["x",null,null]'}
+            text("UPDATE datashunt_calls SET content = :c WHERE time = 1002"),
+            {"c": b"p" + struct.pack("<II", 1, 2**32 - 1) + b"x"},
         )
     problems = store.verify()
     assert len(problems) == 2

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from langchain_datashunt.distillation import DistillationSettings, DistillationStore, RoutedCall, TwoStageDistiller
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.small_models import LSTMClassifier, TextCNN, load_small_model
+from langchain_datashunt.small_models import fitting as fitting_module
+from langchain_datashunt.small_models.processes import Processes, launched_precision
+from langchain_datashunt.small_models.training import TrainingSettings
+
+LABELS = ("cancel", "refund", "status")
+TEXTS = [f"please {label} number {i} for {word}" for i, word in enumerate("abcdefghij") for label in LABELS]
+TRUTH = [label for _ in range(10) for label in LABELS]
+SMALL: dict[str, Any] = {"embedding_size": 16, "hidden_size": 8}
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def _dying_step(steps: int) -> Any:
+    """A step that dies after so many."""
+    real, left = fitting_module._Fit._step, [steps]
+
+    def step(self: Any, stage: int, rows: list[int]) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        real(self, stage, rows)
+
+    return step
+
+
+def same(one: Any, other: Any) -> bool:
+    mine, theirs = one.weights(), other.weights()
+    return all(np.array_equal(mine[name], theirs[name]) for name in mine) and one.temperature == other.temperature
+
+
+@pytest.mark.parametrize("cls", [TextCNN, LSTMClassifier])
+@pytest.mark.parametrize("steps", [1, 5, 14])
+def test_a_killed_training_goes_on_to_the_same_result(
+    cls: Any, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(folder: Path | None, **more: Any) -> Any:
+        settings = TrainingSettings(
+            epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2, seed=3, **more
+        )
+        return cls.train(TEXTS, TRUTH, settings=settings, **SMALL)
+
+    whole = train(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting_module._Fit, "_step", _dying_step(steps))
+        with pytest.raises(Killed):
+            train(tmp_path)
+    saved = tmp_path / "training.pt"
+    assert saved.exists() == (steps > 1)
+    if saved.exists():
+        with pytest.raises(DataError, match="belongs to another training"):
+            train(tmp_path, weight_decay=0.5)
+    resumed = train(tmp_path)
+    assert same(whole, resumed)
+    assert whole.lineage["training"] == resumed.lineage["training"]
+    assert not saved.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "training.pt").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="cannot be read .* Delete it"):
+        TextCNN.train(TEXTS, TRUTH, settings=TrainingSettings(checkpoint=tmp_path, progress=False), **SMALL)
+
+
+def test_metrics_are_written_as_json_and_for_tensorboard(tmp_path: Path) -> None:
+    settings = TrainingSettings(epochs=3, batch_size=8, progress=False, log=tmp_path)
+    model = TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL)
+    told = json.loads((tmp_path / "metrics.json").read_text())
+    assert told["best_loss"] == pytest.approx(model.lineage["validation_nll"])
+    assert [point["epoch"] for point in told["points"]] == [1, 2, 3]
+    assert told["points"][-1]["train_loss"] < told["points"][0]["train_loss"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = [event.value for event in events.Scalars("validation_nll")]
+    assert losses == pytest.approx([point["validation_nll"] for point in told["points"]], abs=1e-5)
+
+
+def test_metrics_need_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    settings = TrainingSettings(epochs=1, batch_size=8, progress=False, log=tmp_path)
+    TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_half_precision_trains_about_the_same() -> None:
+    def train(precision: Any) -> Any:
+        settings = TrainingSettings(epochs=6, batch_size=8, progress=False, precision=precision)
+        return TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL).predict_batch(TEXTS).probabilities
+
+    full, half = train("float32"), train("bfloat16")
+    assert 0 < np.abs(full - half).max() < 0.2
+
+
+def test_mixed_precision_of_the_launcher_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_precision() == "float32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launched_precision() == "bfloat16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ConfigurationError, match="'fp16' is not supported"):
+        launched_precision()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_the_parts_of_a_batch_weigh_as_the_whole(count: int, n: int) -> None:
+    values, total = np.arange(1.0, n + 1.0), 0.0
+    for rank in range(count):
+        here = Processes()
+        here.rank, here.count = rank, count
+        rows, weight = here.mine(list(range(n)))
+        assert rows
+        total += values[rows].mean() * weight / count
+    assert total == pytest.approx(values.mean())
+
+
+# Distillation, killed and spread
+
+
+def routed(i: int) -> RoutedCall:
+    text, label = TEXTS[i % len(TEXTS)] + f" again {i}", TRUTH[i % len(TRUTH)]
+    return RoutedCall(input=text, labels=LABELS, large_model="gpt", label=label, threshold=0.9)
+
+
+@pytest.fixture
+def log_of_calls(tmp_path: Path) -> Path:
+    """A store, a bundle of S1 without dropout, and a held-out file; their folder."""
+    settings = TrainingSettings(epochs=1, batch_size=8, progress=False)
+    small = TextCNN.train(TEXTS, TRUTH, settings=settings, dropout=0.0, **SMALL)
+    small.save(tmp_path / "s1")
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append([routed(i) for i in range(240)])
+    rows = "\n".join(f"{text},{label}" for text, label in zip(TEXTS, TRUTH, strict=True))
+    (tmp_path / "holdout.csv").write_text(f"text,label\n{rows}\n")
+    return tmp_path
+
+
+def distill(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [
+        sys.executable, *launcher, "-m", "langchain_datashunt", "distill", "--bundle", str(folder / "s1"),
+        "--store", str(folder / "calls.db"), "--holdout", str(folder / "holdout.csv"), "--out", str(folder / out),
+        "--json", "--batch-size", "16", *more,
+    ]  # fmt: skip
+
+
+def test_distillation_keeps_what_it_learns_from(log_of_calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
+    calls = [routed(i) for i in range(120)]
+
+    def settings(**more: Any) -> DistillationSettings:
+        training = TrainingSettings(epochs=3, progress=False, checkpoint=folder, checkpoint_every=2)
+        return DistillationSettings(training=training, **more)
+
+    whole = TwoStageDistiller(
+        DistillationSettings(training=settings().training.model_copy(update={"checkpoint": None}))
+    )
+    wanted = whole.distill(small, calls)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting_module._Fit, "_step", _dying_step(7))
+        with pytest.raises(Killed):
+            TwoStageDistiller(settings()).distill(small, calls)
+    with pytest.raises(DataError, match="other settings or another small model"):
+        TwoStageDistiller(settings(gce=0.5)).distill(small, calls)
+    more = [*calls, *(routed(i) for i in range(120, 200))]  # answers that came in since
+    resumed = TwoStageDistiller(settings()).distill(small, more)
+    assert same(wanted.model, resumed.model)
+    assert vars(wanted.report) == vars(resumed.report)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"PK\x03\x04nothing"])
+def test_damaged_examples_are_refused(damage: bytes, log_of_calls: Path) -> None:
+    small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
+    folder.mkdir()
+    (folder / "examples.npz").write_bytes(damage)
+    settings = DistillationSettings(training=TrainingSettings(progress=False, checkpoint=folder))
+    with pytest.raises(DataError, match=re.escape("examples.npz cannot be read")):
+        TwoStageDistiller(settings).distill(small, [routed(i) for i in range(60)])
+
+
+def test_distillation_killed_on_the_command_line_ends_the_same(log_of_calls: Path) -> None:
+    """SIGKILL once a checkpoint is there; the same command again gives the weights of an undisturbed run."""
+    more = ("--epochs", "60", "--checkpoint-every", "5")
+    whole = subprocess.run(distill(log_of_calls, "whole", *more), capture_output=True, text=True)
+    assert whole.returncode in (0, 1), whole.stderr
+    kept = log_of_calls / "kept"
+    command = distill(log_of_calls, "resumed", *more, "--checkpoint", str(kept), "--log", str(kept / "log"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (kept / "training.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == whole.returncode, again.stderr
+    told, wanted = json.loads(again.stdout), json.loads(whole.stdout)
+    assert same(load_small_model(wanted["bundle"]), load_small_model(told["bundle"]))
+    assert not (kept / "training.pt").exists()
+    points = json.loads((kept / "log" / "metrics.json").read_text())["points"]
+    assert [point["epoch"] for point in points] == list(range(1, len(points) + 1))
+
+
+def test_two_processes_train_as_one(log_of_calls: Path) -> None:
+    """`torchrun` with two processes: one candidate, and the weights of one process but for rounding."""
+    alone = subprocess.run(distill(log_of_calls, "alone", "--epochs", "4"), capture_output=True, text=True)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = subprocess.run(
+        distill(log_of_calls, "both", "--epochs", "4", launcher=launcher),
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert not {alone.returncode, both.returncode} - {0, 1}, alone.stderr + both.stderr
+    wanted, told = json.loads(alone.stdout), json.loads(both.stdout)  # one summary, not two
+    assert told["processes"] == 2
+    assert told["stage_a"] == wanted["stage_a"]
+    one, other = load_small_model(wanted["bundle"]).weights(), load_small_model(told["bundle"]).weights()
+    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-4
+
+
+def test_an_error_of_the_first_process_ends_all(log_of_calls: Path) -> None:
+    (log_of_calls / "holdout.csv").write_text("text,label\nhello,unheard-of\n")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        distill(log_of_calls, "both", launcher=launcher), capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode
+    assert "labels that the small model does not know: unheard-of" in done.stderr

@@ -1,0 +1,77 @@
+"""The gate's promises by simulation: what it lets through, and what it can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import PrivateAttr
+
+from langchain_datashunt.distillation import PromotionGate
+from langchain_datashunt.small_models import Scores, SmallModel
+
+
+class Recorded(SmallModel):
+    """Answers the texts "0", "1", ... with the labels it was given."""
+
+    _answers: NDArray[np.intp] = PrivateAttr()
+
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        return Scores(np.eye(len(self.labels))[self._answers[[int(text) for text in texts]]])
+
+
+def recorded(labels: tuple[str, ...], truth: NDArray[np.intp], right: NDArray[np.bool_]) -> Recorded:
+    model = Recorded(labels=labels)
+    model._answers = np.where(right, truth, (truth + 1) % len(labels))
+    return model
+
+
+def share_promoted(gains: NDArray[np.float64], n: int, tries: int, churn: float = 0.06, seed: int = 0) -> float:
+    """How often the gate passes a candidate whose accuracy differs by `gains[label]`.
+
+    The old model's accuracy goes from 0.70 to 0.95 over the labels; `churn` of the answers change between right and
+    wrong.
+    """
+    rng, k = np.random.default_rng(seed), len(gains)
+    labels, accuracy, passed = tuple(f"l{i}" for i in range(k)), np.linspace(0.70, 0.95, k), 0
+    texts = [str(i) for i in range(n)]
+    for _ in range(tries):
+        truth = rng.integers(k, size=n)
+        p, gain = accuracy[truth], gains[truth]
+        before = rng.random(n) < p
+        lost, won = (churn / 2 - np.minimum(gain, 0)) / p, (churn / 2 + np.maximum(gain, 0)) / (1 - p)
+        after = np.where(before, rng.random(n) >= lost, rng.random(n) < won)
+        verdict = PromotionGate().test(
+            recorded(labels, truth, before), recorded(labels, truth, after), texts, [labels[i] for i in truth]
+        )
+        passed += verdict.passed
+    return passed / tries
+
+
+@pytest.mark.parametrize("n", [100, 300, 1000, 3000])
+@pytest.mark.parametrize("churn", [0.02, 0.06, 0.2])
+@pytest.mark.parametrize("margin", [0.01, 0.03])
+def test_a_model_that_lost_the_margin_passes_in_one_of_twenty_at_the_most(n: int, churn: float, margin: float) -> None:
+    rng, tries, gate = np.random.default_rng(n), 2000, PromotionGate(margin=margin)
+    lost, won = max(margin, (churn + margin) / 2), max(0.0, (churn - margin) / 2)
+    drawn = rng.random((tries, n))
+    down, up = drawn < lost, (drawn >= lost) & (drawn < lost + won)
+    passed = sum(gate.lower_bound(d, u) > -margin for d, u in zip(down, up, strict=True)) / tries
+    noise = 3 * (0.05 * 0.95 / tries) ** 0.5
+    # With fewer than about ten changed answers the bound is an approximation: it may then err to 7%.
+    assert passed <= (0.05 if n * (lost + won) >= 10 else 0.07) + noise
+
+
+@pytest.mark.parametrize("k", [5, 50])
+def test_what_is_three_points_worse_is_rejected_and_two_points_better_promoted(k: int) -> None:
+    assert share_promoted(np.full(k, -0.03), 1000, 60) == 0.0
+    assert share_promoted(np.full(k, -0.01), 1000, 60) <= 0.12
+    assert share_promoted(np.full(k, 0.02), 3000, 40) >= 0.85
+
+
+def test_a_loss_where_the_old_model_was_good_is_not_made_good_elsewhere() -> None:
+    """Ten points lost on the labels with an accuracy of 0.9 and more, five won on the others."""
+    gains = np.where(np.linspace(0.70, 0.95, 10) > 0.9, -0.10, 0.05)
+    assert share_promoted(gains, 3000, 40) <= 0.1
