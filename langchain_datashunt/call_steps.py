@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ from langchain_core.runnables.config import run_in_executor
 
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
-from langchain_datashunt.exceptions import ConfigurationError, InputError
+from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
+from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import mapping_of
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.policies import Policy
@@ -53,6 +54,7 @@ class CallSteps:
     input_key: str
     threshold_id: str
     recorder: Any = None
+    fusion: AnswerFusion | None = None
 
     # Whole calls
 
@@ -254,13 +256,14 @@ class CallSteps:
 
         What is to be recorded of the call is added to `log`.
         """
+        heard, answer = answer, self._fused(plan, i, answer)
         failed = answer if isinstance(answer, Exception) else None
         fell_back = failed is not None and self.falls_back and plan.has_prediction(i)
         if failed is None and not self.return_decision and self.recorder is None:
             return answer
         decision, record_id = plan.decision(i, failed, fell_back=fell_back), runs.record_id(i)
         if self.recorder is not None:
-            log.append(self._finished(decision, value, answer, runs, i, record_id, latency, handler))
+            log.append(self._finished(decision, value, heard, runs, i, record_id, latency, handler))
         if failed is not None:
             yield from runs.note([i], lambda _: decision)
             if not fell_back:
@@ -268,7 +271,22 @@ class CallSteps:
             answer = (yield from self._small_outputs(plan, [i], runs))[0]
         if not self.return_decision:
             return answer
-        return self._result(decision, answer, record_id, latency, handler)
+        result = self._result(decision, answer, record_id, latency, handler)
+        if self.fusion is None or failed is not None:
+            return result
+        return replace(result, large_output=heard.raw if isinstance(heard, UnparsableAnswer) else heard)
+
+    def _fused(self, plan: AnyPlan, i: int, answer: Any) -> Any:
+        """What both models say together, where there is a fusion and both said something; else the answer itself."""
+        silent = isinstance(answer, UnparsableAnswer)
+        if self.fusion is None or not plan.has_prediction(i) or (isinstance(answer, Exception) and not silent):
+            return answer
+        if not silent and not isinstance(answer, str):
+            return ConfigurationError(
+                f"Fusion needs the large model's answer as a label, and it is a {type(answer).__name__}. Let `large` "
+                f"end in a parser that gives the label, as ConfidenceRouterChain.from_models does."
+            )
+        return self.fusion.fuse(plan.predictions([i])[0], None if silent else answer)
 
     def conclude_one(
         self,

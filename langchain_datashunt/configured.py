@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from langchain_core.load.serializable import Serializable
@@ -39,6 +40,37 @@ class Strategy(Configured):
 
     def __str__(self) -> str:
         return repr(self)
+
+
+def as_plain(value: Configured) -> dict[str, Any]:
+    """A configured object as JSON-ready values: its class's name and its settings, nested ones likewise."""
+
+    def plain(inner: Any) -> Any:
+        if isinstance(inner, Configured):
+            return as_plain(inner)
+        if isinstance(inner, dict):
+            return {key: plain(one) for key, one in inner.items()}
+        return [plain(one) for one in inner] if isinstance(inner, (list, tuple)) else inner
+
+    return {"is": type(value).__name__, **{name: plain(getattr(value, name)) for name in type(value).model_fields}}
+
+
+def from_plain(value: Any, classes: Mapping[str, type[Configured]]) -> Any:
+    """What `as_plain` wrote, made of the given classes only.
+
+    Raises:
+        ConfigurationError: It names another class, or its settings are wrong.
+    """
+    if isinstance(value, list):
+        return tuple(from_plain(one, classes) for one in value)
+    if not isinstance(value, dict):
+        return value
+    inner = {key: from_plain(one, classes) for key, one in value.items() if key != "is"}
+    if "is" not in value:
+        return inner
+    if value["is"] not in classes:
+        raise ConfigurationError(f"{value['is']!r} is none of what is known here: {', '.join(sorted(classes))}.")
+    return classes[value["is"]](**inner)
 
 
 def in_words(owner: str, error: ValidationError) -> str:

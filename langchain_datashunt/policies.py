@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from langchain_datashunt.confidence import ConfidenceScore, MaxProbability
-from langchain_datashunt.configured import Strategy
+from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, MaxProbability
+from langchain_datashunt.configured import Configured, Strategy
 from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
+from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.predictions import BoolArray, FloatArray, Prediction, PredictionBatch
 
 
@@ -161,6 +162,35 @@ class PerLabelThreshold(Policy):
             raise ConfigurationError(msg)
 
 
+class ValueOfAsking(Policy):
+    """Ask where the expected gain in accuracy from the fused answer exceeds its price.
+
+    The gain is `AnswerFusion.value_of_asking`; the score that is shown is its negative, and the threshold `-price`.
+    A threshold given with a call replaces `-price`.
+
+    Args:
+        fusion: What is known of the large model's answers.
+        price: Gain in accuracy, in [0, 1], that one call is worth.
+    """
+
+    fusion: AnswerFusion
+    price: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        """Keep where asking gains no more than it costs."""
+        score = -self.fusion.value_of_asking(self.fusion.aligned(batch).probabilities)
+        limit = _with_override(np.full(len(batch), -self.price), threshold)
+        return Verdict(score >= limit, score, limit)
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Refuse a fusion over other labels."""
+        if labels and set(labels) != set(self.fusion.labels):
+            raise ConfigurationError(
+                f"ValueOfAsking was fitted on {len(self.fusion.labels)} labels that are not the small model's "
+                f"{len(labels)}. Fit its fusion with the labels of this model."
+            )
+
+
 class AlwaysSmall(Policy):
     """Keep everything: the small model alone."""
 
@@ -251,3 +281,13 @@ def _warn_if_constant(threshold: float, low: float, high: float, where: str) -> 
     else:
         return
     warnings.warn(text, ThresholdWarning, stacklevel=4)
+
+
+PLAIN_CLASSES: dict[str, type[Configured]] = {
+    kind.__name__: kind
+    for kind in (
+        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, Margin, MaxProbability, PerLabelThreshold,
+        Threshold, ValueOfAsking,
+    )
+}  # fmt: skip
+"""What a bundle's policy and fusion may be made of."""

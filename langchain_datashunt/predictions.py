@@ -331,6 +331,7 @@ class ShuntResult:
         latency: Wall time of the parts.
         record_id: Id of the run, under which the call is recorded.
         inner: The result of the next tier, where the large side is a shunt itself.
+        large_output: What the large model itself answered, where `output` is fused of both models' answers.
     """
 
     output: Any
@@ -340,6 +341,7 @@ class ShuntResult:
     latency: Latency = field(default_factory=Latency)
     record_id: str | None = None
     inner: ShuntResult | None = None
+    large_output: Any = None
 
     @property
     def route(self) -> Route:

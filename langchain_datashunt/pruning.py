@@ -19,6 +19,9 @@ from langchain_datashunt.predictions import BoolArray, PredictionBatch
 PRUNING_VARIABLES = ("candidates", "candidate_probabilities", "small_label", "small_confidence")
 """The prompt variables that every strategy fills, beside the caller's own."""
 
+OPINION_VARIABLES = frozenset({"candidate_probabilities", "small_label", "small_confidence"})
+"""Those that tell what the small model thinks."""
+
 
 class Candidates(tuple[str, ...]):
     """The labels that the large model may choose from; formats as one line a label, with its description."""

@@ -11,7 +11,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.labelled_model import LabelAsker, default_prompt
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.pruning import Pruning, SoftPrompt
+from langchain_datashunt.pruning import NoHint, Pruning, SoftPrompt
 from langchain_datashunt.shunt import ShuntRunnable
 
 
@@ -49,7 +49,8 @@ class ConfidenceRouterChain(ShuntRunnable):
             aliases: Other wordings that are accepted, by label.
             prompt: A template that uses `input` and at least one variable of the pruning strategy; None for the
                 default prompt.
-            pruning: What the prompt gets of the small model's opinion; None for `SoftPrompt()`. To send nothing,
+            pruning: What the prompt gets of the small model's opinion; None for `SoftPrompt()`, with a `fusion` for
+                `NoHint()`. To send nothing,
                 say `NoHint()`.
             policy: When to keep; None for the small model's own threshold, or 0.9.
             answer_format: "structured" asks for structured output with the labels as an enumeration (which the
@@ -66,7 +67,8 @@ class ConfidenceRouterChain(ShuntRunnable):
                 f"The labels of {type(small).__name__} are not known before its first call; give labels=[...]."
             )
         descriptions = dict(labels) if isinstance(labels, Mapping) else {}
-        strategy = pruning if pruning is not None else SoftPrompt()
+        quiet = settings.get("fusion") is not None  # fusion counts the small model's opinion itself
+        strategy = pruning if pruning is not None else NoHint() if quiet else SoftPrompt()
         asker = LabelAsker(
             prompt=prompt
             if prompt is not None

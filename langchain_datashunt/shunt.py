@@ -25,11 +25,12 @@ from langchain_datashunt.call_steps import CallSteps
 from langchain_datashunt.configured import Configured, in_words
 from langchain_datashunt.effects import arun, run
 from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
 from langchain_datashunt.large_calls import END, LargeCaller
 from langchain_datashunt.policies import Policy, Threshold
 from langchain_datashunt.predictions import Latency, ShuntResult
-from langchain_datashunt.pruning import PRUNING_VARIABLES, Pruning, SoftPrompt
+from langchain_datashunt.pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPrompt
 from langchain_datashunt.retries import CallLimiter, Retry
 from langchain_datashunt.routing import AnyPlan
 from langchain_datashunt.shunt_graph import shunt_graph
@@ -69,7 +70,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     """The learnable small model (S2 of 2CD): asked where `small` is not sure, before `large`."""
 
     policy: Policy | None = None
-    """When to keep; None is `Threshold` at the small model's own threshold, or at 0.9."""
+    """When to keep; None is the small model's own policy, or `Threshold` at its own threshold, or at 0.9."""
 
     pruning: Pruning | None = SoftPrompt()
     """What the large prompt gets of the small model's opinion; None hands the caller's input on untouched."""
@@ -100,6 +101,10 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
 
     threshold_id: str = "shunt_threshold"
     """The key of `config["configurable"]` that replaces the threshold for one call."""
+
+    fusion: AnswerFusion | None = None
+    """Answers with what both models say together, where the large one was asked; its prompt must not carry the small
+    model's opinion then. A stream gives the answer in one piece."""
 
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
@@ -132,6 +137,26 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         if self.pruning is not None:
             self.pruning.check(self.task_labels)
             self._check_prompt(self.pruning)
+        if self.fusion is not None:
+            self._check_fusion(self.fusion)
+
+    def _check_fusion(self, fusion: AnswerFusion) -> None:
+        for part in self._steps.stages:
+            labels = getattr(part, "labels", None)
+            if labels and set(labels) != set(fusion.labels):
+                raise ConfigurationError(
+                    f"The fusion was fitted on {len(fusion.labels)} labels that are not the {len(labels)} of "
+                    f"{part.get_name()}. Fit it again with the labels of this model."
+                )
+        used = {name for prompt in self.large.get_prompts() for name in prompt.input_variables}
+        told = self.pruning.variables - {"candidates"} if self.pruning is not None else frozenset[str]()
+        if self.pruning is not None and self.pruning.variables:
+            told |= used & OPINION_VARIABLES
+        if told:
+            raise ConfigurationError(
+                f"The large prompt carries the small model's opinion ({', '.join(sorted(told))}), and fusion would "
+                f"count it a second time. Use pruning=NoHint() with fusion, or no fusion."
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Change a setting; the next call follows it."""
@@ -145,7 +170,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
 
     def _lay_out(self) -> None:
         own = getattr(self.small, "threshold", None)
-        policy = self.policy or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
+        chosen = getattr(self.small, "policy", None)
+        policy = self.policy or (chosen if isinstance(chosen, Policy) else None)
+        policy = policy or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
         large = self.large
         if self.return_decision and isinstance(large, ShuntRunnable):
             large = large.model_copy(update={"return_decision": True})
@@ -164,6 +191,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             input_key=self.input_key,
             threshold_id=self.threshold_id,
             recorder=self.recorder,
+            fusion=self.fusion,
         )
 
     @override
@@ -403,6 +431,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     ) -> Generator[Any]:
         """Large chunks; retried, or replaced by the small answer, only as long as nothing was shown."""
         steps = self._steps
+        if steps.fusion is not None:
+            yield _raised(run(steps.answer(value, 0, plan, runs, seconds, kwargs)))
+            return
         asked, config, handler = run(steps.prepare(value, 0, plan, runs))
         started = time.perf_counter()
         with steps.caller.limiter.slot():
@@ -445,6 +476,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         self, value: Any, plan: AnyPlan, runs: Runs, seconds: float, kwargs: dict[str, Any]
     ) -> AsyncGenerator[Any]:
         steps = self._steps
+        if steps.fusion is not None:
+            yield _raised(await arun(steps.answer(value, 0, plan, runs, seconds, kwargs)))
+            return
         asked, config, handler = await arun(steps.prepare(value, 0, plan, runs))
         started = time.perf_counter()
         async with steps.caller.limiter.aslot():

@@ -1,38 +1,25 @@
-"""Which threshold to use: the whole deferral curve from recorded answers, and objectives that pick a point of it."""
+"""Which threshold to use: one call for all objectives, and what is to be expected of the choice."""
 
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
+from langchain_datashunt.calibration.objectives import CalibrationData, MaxAccuracy, Objective, Pick
 from langchain_datashunt.confidence import ConfidenceScore, MaxProbability
-from langchain_datashunt.configured import Strategy
+from langchain_datashunt.evaluation.curves import SEND_ALL, DeferralCurve
+from langchain_datashunt.evaluation.intervals import Interval, joint_intervals
 from langchain_datashunt.exceptions import DataError, ThresholdWarning
-from langchain_datashunt.policies import Threshold
-from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
+from langchain_datashunt.fusion import AnswerFusion
+from langchain_datashunt.policies import AlwaysLarge, PerLabelThreshold, Policy, Threshold
+from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray, PredictionBatch
 
-SEND_ALL = float(np.nextafter(1.0, 2.0))
-"""The smallest threshold above certainty: everything is asked."""
-
-
-@dataclass(frozen=True)
-class DeferralCurve:
-    """What each threshold would have given on `n` labelled examples with recorded large answers.
-
-    Attributes:
-        thresholds: Shape `[m]`, from sending all (the strictest) to keeping all; one for each distinct score.
-        accuracy: Shape `[m]`: of the shunt, kept and asked together.
-        query_share: Shape `[m]`: share asked, falling from 1 to 0.
-    """
-
-    thresholds: FloatArray
-    accuracy: FloatArray
-    query_share: FloatArray
+OTHER = -1
+"""Stands for a label that the small model does not have."""
 
 
 @dataclass(frozen=True)
@@ -41,129 +28,248 @@ class ThresholdChoice:
 
     Attributes:
         policy: The policy to use.
-        accuracy: Of the shunt on the data it was chosen on; choosing on it makes this a little too good.
+        threshold: Its threshold; above 1 where everything is sent.
+        accuracy: Of the shunt on the data it was chosen on (NaN without recorded large answers); choosing on it makes
+            this a little too good.
         query_share: Share asked on that data.
+        kept_error: Error among what the small model keeps; NaN where it keeps nothing.
+        usd_per_1000: Cost of asking for 1,000 inputs; None where costs are not known.
         small_accuracy: Of the small model alone.
-        large_accuracy: Of the large model alone.
+        large_accuracy: Of the large model alone; NaN without recorded answers.
+        intervals: 95% bootstrap intervals of accuracy, query_share and kept_error at this threshold.
         fitted_on: How many examples it was chosen on.
+        objective: What was aimed for, in words.
         guarantee: What is promised, in words.
+        proven: Whether the objective's promise could be shown; False where everything is sent for want of data.
         curve: All points that were to be had.
     """
 
-    policy: Threshold
+    policy: Policy
+    threshold: float
     accuracy: float
     query_share: float
+    kept_error: float
+    usd_per_1000: float | None
     small_accuracy: float
     large_accuracy: float
     fitted_on: int
+    objective: str
     guarantee: str
+    proven: bool
     curve: DeferralCurve
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
-
-class Objective(Strategy):
-    """Picks one point of a deferral curve."""
-
-    @abstractmethod
-    def pick(self, curve: DeferralCurve, large_accuracy: float) -> int:
-        """Index of the chosen point."""
-
-
-class MaxAccuracy(Objective):
-    """The most accurate point; of several the one that asks least. `max_share` bounds the share asked."""
-
-    max_share: float = Field(default=1.0, ge=0.0, le=1.0)
-
-    def pick(self, curve: DeferralCurve, large_accuracy: float) -> int:
-        """Index of the chosen point."""
-        accuracy = np.where(curve.query_share <= self.max_share + 1e-12, curve.accuracy, -np.inf)
-        return int(np.flatnonzero(accuracy >= accuracy.max() - 1e-12)[-1])
-
-
-class MatchLarge(Objective):
-    """The point that asks least and is no less accurate than the large model, up to a margin."""
-
-    margin: float = Field(default=0.0, ge=0.0, le=1.0)
-
-    def pick(self, curve: DeferralCurve, large_accuracy: float) -> int:
-        """Index of the chosen point; asking everything always qualifies."""
-        return int(np.flatnonzero(curve.accuracy >= large_accuracy - self.margin - 1e-12)[-1])
-
-
-class QueryShare(Objective):
-    """The most accurate point that asks at most this share."""
-
-    share: float = Field(ge=0.0, le=1.0)
-
-    def pick(self, curve: DeferralCurve, large_accuracy: float) -> int:
-        """Index of the chosen point."""
-        return MaxAccuracy(max_share=self.share).pick(curve, large_accuracy)
-
-
-def deferral_curve(score: FloatArray, small_right: BoolArray, large_right: BoolArray) -> DeferralCurve:
-    """The shunt's accuracy and share asked at every distinct threshold, in one pass over the sorted scores.
-
-    Args:
-        score: Shape `[n]`: confidence of the small model.
-        small_right: Shape `[n]`: whether it was right.
-        large_right: Shape `[n]`: whether the large model was.
-    """
-    n = len(score)
-    order = np.argsort(-score, kind="stable")
-    ranked = score[order]
-    gained = np.cumsum(small_right[order].astype(np.float64) - large_right[order])
-    last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-    base = float(large_right.mean())
-    return DeferralCurve(
-        np.concatenate([[max(SEND_ALL, float(np.nextafter(ranked[0], np.inf)))], ranked[last]]),
-        np.concatenate([[base], base + gained[last] / n]),
-        np.concatenate([[1.0], 1.0 - (last + 1.0) / n]),
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the curve."""
+        names = (
+            "accuracy", "query_share", "kept_error", "usd_per_1000", "small_accuracy", "large_accuracy", "fitted_on",
+            "objective", "guarantee", "proven",
+        )  # fmt: skip
+        plain = {name: _finite(getattr(self, name)) for name in names}
+        intervals = {name: [_finite(found.low), _finite(found.high)] for name, found in self.intervals.items()}
+        return {"policy": str(self.policy), "threshold": self.threshold, **plain, "intervals": intervals}
 
 
 def select_threshold(
     predictions: PredictionBatch,
     labels: Sequence[str],
     *,
-    large: Sequence[str | None],
+    large: Sequence[str | None] | None = None,
     objective: Objective | None = None,
     score: ConfidenceScore | None = None,
+    fusion: AnswerFusion | None = None,
+    large_cost: float | Sequence[float] | None = None,
+    labels_are: Literal["true", "large"] = "true",
+    unseen: Literal["raise", "wrong"] = "raise",
 ) -> ThresholdChoice:
-    """Choose the shunt threshold on held-out examples with recorded large answers.
+    """Choose the shunt threshold on held-out labelled examples.
 
     Args:
         predictions: Of the small model, for `n` examples that it was not trained on.
         labels: Their true labels, `n` names.
-        large: The large model's answers, `n` names; None for an unparsable one, which counts as wrong.
+        large: The large model's answers, `n` names; None for an unparsable one, which counts as wrong. Needed by
+            objectives that compare with the large model.
         objective: What to aim for; None for `MaxAccuracy()`.
         score: How sureness is measured; None for `MaxProbability()`.
+        fusion: Fitted on these very examples: asked answers count as fused, each without its own example's count.
+        large_cost: USD of asking, one number or `n`.
+        labels_are: "large" where the labels are the large model's own answers: the guarantee says so.
+        unseen: What to make of true labels that the small model does not have: an error, or wrong answers.
 
     Raises:
-        DataError: Nothing to choose on, or unequal lengths.
+        DataError: The data cannot be used, or cannot show what is asked for; the message says what to do.
     """
-    if not len(predictions) or not len(predictions) == len(labels) == len(large):
+    aim = objective or MaxAccuracy()
+    measure = score or MaxProbability()
+    data = calibration_data(
+        predictions, labels, large=large, score=measure, fusion=fusion, large_cost=large_cost, unseen=unseen
+    )
+    if data.large_right is None and aim.needs_large:
         raise DataError(
-            f"{len(predictions)} predictions, {len(labels)} labels and {len(large)} large answers: "
-            f"give one of each for every example, and at least one example."
+            f"{type(aim).__name__} compares with the large model's answers, and none are given. Pass `large`, or use "
+            f"RiskControl or QueryShare."
         )
-    measure, aim = score or MaxProbability(), objective or MaxAccuracy()
-    small_right = np.array([a == b for a, b in zip(predictions.label_names(), labels, strict=True)])
-    large_right = np.array([a == b for a, b in zip(large, labels, strict=True)])
-    curve = deferral_curve(measure(predictions), small_right, large_right)
-    chosen = aim.pick(curve, float(large_right.mean()))
-    return ThresholdChoice(
-        policy=_threshold(float(curve.thresholds[chosen]), measure),
-        accuracy=float(curve.accuracy[chosen]),
-        query_share=float(curve.query_share[chosen]),
-        small_accuracy=float(small_right.mean()),
-        large_accuracy=float(large_right.mean()),
-        fitted_on=len(labels),
-        guarantee="None: the best point of the data it was chosen on.",
-        curve=curve,
+    pick = aim.choose(data)
+    guarantee = pick.guarantee
+    if labels_are == "large" and not guarantee.startswith("None"):
+        guarantee += " The labels are the large model's answers, so this bounds disagreement with it, not error."
+    return _described(data, pick, measure, str(aim), guarantee)
+
+
+def calibration_data(
+    predictions: PredictionBatch,
+    labels: Sequence[str],
+    *,
+    large: Sequence[str | None] | None = None,
+    score: ConfidenceScore | None = None,
+    fusion: AnswerFusion | None = None,
+    large_cost: float | Sequence[float] | None = None,
+    unseen: Literal["raise", "wrong"] = "raise",
+) -> CalibrationData:
+    """Check labelled examples, and say of each who was right; arguments as for `select_threshold`.
+
+    Raises:
+        DataError: The examples cannot be used; the message says why, and what to do.
+    """
+    measure, n = score or MaxProbability(), len(predictions)
+    _check(predictions, labels, large, large_cost)
+    truth = positions(predictions.labels, labels)
+    if unseen == "raise" and (truth == OTHER).any():
+        strange = sorted({label for label, at in zip(labels, truth.tolist(), strict=True) if at == OTHER})
+        raise DataError(
+            f"{int((truth == OTHER).sum())} examples have labels that the small model does not know: "
+            f"{', '.join(strange[:5])}. Train it with them, remove these rows, or count them as wrong "
+            f"(unseen='wrong')."
+        )
+    alone = after = None
+    if large is not None:
+        answers = positions(predictions.labels, large)
+        alone = after = (answers == truth) & (truth != OTHER)
+        if fusion is not None:
+            after = fused_right(fusion, predictions, truth, answers)
+    values = measure(predictions)
+    return CalibrationData(
+        score=values,
+        bounds=measure.bounds(len(predictions.labels)),
+        predicted=predictions.best,
+        labels=predictions.labels,
+        small_right=predictions.best == truth,
+        large_right=after,
+        alone_right=alone,
+        large_cost=None if large_cost is None else np.broadcast_to(np.asarray(large_cost, np.float64), n).copy(),
     )
 
 
-def _threshold(value: float, score: ConfidenceScore) -> Threshold:
-    """A threshold that was chosen, not typed in: one that sends everything is a result, not a mistake to warn of."""
+def fused_right(fusion: AnswerFusion, predictions: PredictionBatch, truth: IntArray, answers: IntArray) -> BoolArray:
+    """Whether the fused answer is right, on the examples that the fusion was fitted on, each without its own count.
+
+    Args:
+        fusion: Fitted on these examples.
+        predictions: `n` of them.
+        truth: Shape `[n]`, index in the predictions' labels, `OTHER` for none.
+        answers: Shape `[n]`, likewise.
+    """
+    own = np.array([predictions.labels.index(label) for label in fusion.labels])
+    back = np.full(len(own) + 1, len(own))
+    back[own] = np.arange(len(own))
+    p = fusion.aligned(predictions).probabilities
+    known = truth != OTHER
+    right = np.zeros(len(truth), dtype=np.bool_)
+    t, a = back[truth[known]], back[answers[known]]
+    right[known] = fusion.cross_fitted(p[known], t, a) == t
+    return right
+
+
+def positions(labels: tuple[str, ...], names: Sequence[str | None]) -> IntArray:
+    """Index of each name, `OTHER` for one that is not among the labels; shape `[n]`."""
+    where: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
+    return np.array([where.get(name, OTHER) for name in names], dtype=np.intp)
+
+
+def _check(
+    predictions: PredictionBatch,
+    labels: Sequence[str],
+    large: Sequence[str | None] | None,
+    large_cost: float | Sequence[float] | None,
+) -> None:
+    n = len(predictions)
+    if not n or n != len(labels) or (large is not None and n != len(large)):
+        answers = "" if large is None else f" and {len(large)} large answers"
+        raise DataError(
+            f"{n} predictions, {len(labels)} labels{answers}: "
+            f"give one of each for every example, and at least one example."
+        )
+    if not predictions.sound.all():
+        bad = np.flatnonzero(~predictions.sound)
+        raise DataError(
+            f"{bad.size} predictions to calibrate on are no distributions. {predictions.complaint(int(bad[0]))}"
+        )
+    if len(set(labels)) < 2:
+        raise DataError(
+            f"All {n} examples have the label {labels[0]!r}: nothing can be learnt about when to ask. Give examples of "
+            f"two labels at least, as they come in your traffic."
+        )
+    if large is not None and len(set(large)) == 1:
+        raise DataError(
+            f"The large model's answer is {large[0]!r} for all {n} examples. That is the wrong column, or a model that "
+            f"does not read its input; check the column of large answers."
+        )
+    if large_cost is not None:
+        cost = np.asarray(large_cost, dtype=np.float64)
+        if cost.shape not in ((), (n,)) or not np.isfinite(cost).all() or (cost < 0).any():
+            raise DataError("`large_cost` is USD of asking: one number, or one for each example, none negative or NaN.")
+
+
+def _described(
+    data: CalibrationData, pick: Pick, measure: ConfidenceScore, objective: str, guarantee: str
+) -> ThresholdChoice:
+    """The choice with its figures on the data, and their intervals."""
+    policy = _policy(pick, measure)
+    limit: FloatArray | float = pick.threshold
+    if pick.by_label is not None:
+        own = np.array([pick.by_label.get(label, pick.threshold) for label in data.labels])
+        limit = own[data.predicted]
+    keep = data.score >= limit
+    columns = {"keep": keep, "kept_wrong": keep & ~data.small_right}
+    statistics: dict[str, Any] = {
+        "query_share": lambda mean: 1.0 - mean["keep"],
+        "kept_error": lambda mean: (
+            np.where(mean["keep"] > 0, mean["kept_wrong"], np.nan) / np.where(mean["keep"] > 0, mean["keep"], 1.0)
+        ),
+    }
+    if data.large_right is not None:
+        columns["right"] = np.where(keep, data.small_right, data.large_right)
+        statistics["accuracy"] = lambda mean: mean["right"]
+    found = joint_intervals(columns, statistics)
+    cost = None if data.large_cost is None else float(1000.0 * np.where(keep, 0.0, data.large_cost).mean())
+    return ThresholdChoice(
+        policy=policy,
+        threshold=float(pick.threshold),
+        accuracy=found["accuracy"].value if "accuracy" in found else float("nan"),
+        query_share=found["query_share"].value,
+        kept_error=found["kept_error"].value,
+        usd_per_1000=cost,
+        small_accuracy=float(data.small_right.mean()),
+        large_accuracy=float("nan") if data.alone_right is None else data.large_accuracy,
+        fitted_on=len(data),
+        objective=objective,
+        guarantee=guarantee,
+        proven=pick.proven,
+        curve=data.curve,
+        intervals=found,
+    )
+
+
+def _policy(pick: Pick, measure: ConfidenceScore) -> Policy:
+    """The policy of a choice: one that sends everything is a result here, not a mistake to warn of."""
+    if not pick.proven:
+        return AlwaysLarge()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThresholdWarning)
-        return Threshold(value, score=score)
+        if pick.by_label is not None:
+            return PerLabelThreshold(pick.by_label, SEND_ALL, score=measure)
+        return Threshold(pick.threshold, score=measure)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value

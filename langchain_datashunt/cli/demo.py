@@ -191,7 +191,7 @@ def _calibrate(small: SmallModel, dev: Labelled) -> tuple[PredictionBatch, Thres
     small.temperature = fit_temperature(logits, truth)
     calibrated = PredictionBatch(small.labels, softmax(logits, small.temperature), logits, small.model_id)
     choice = select_threshold(calibrated, dev.labels, large=dev.large)
-    small.threshold = choice.policy.threshold
+    small.threshold = choice.threshold
     return calibrated, choice
 
 
@@ -273,7 +273,7 @@ def _loop(setup: Setup, small: SmallModel, choice: ThresholdChoice, task: str, o
     rest = [i for i in rest if texts[i] not in stream]
     with DistillationStore(out / "calls.db") as store:
         records = [call for batch in store.iterate(CallFilter(task=task)) for call in batch if call.input in stream]
-    settings = DistillationSettings(threshold=choice.policy.threshold, training=TrainingSettings(progress=False))
+    settings = DistillationSettings(threshold=choice.threshold, training=TrainingSettings(progress=False))
     labelled = (setup.train.texts, setup.train.labels)
     try:
         distilled = TwoStageDistiller(settings).distill(small, records, labelled=labelled)

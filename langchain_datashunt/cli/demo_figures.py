@@ -60,7 +60,7 @@ def figures_of(setup: Setup, results: list[ShuntResult], choice: ThresholdChoice
         "cost_shunt_usd": cost_shunt,
         "price_model": setup.price_model,
         "prompt_tokens_per_call_alone": prompt_tokens,
-        "threshold": choice.policy.threshold,
+        "threshold": choice.threshold,
         "threshold_chosen_on": choice.fitted_on,
         "large_errors": sum(r.reason == "large_error" for r in results),
         "data": setup.task.source,

@@ -1,7 +1,29 @@
-"""Evaluation: figures with their uncertainty."""
+"""Evaluation: metrics with their sources, curves, and figures with their uncertainty."""
 
 from __future__ import annotations
 
-from langchain_datashunt.evaluation.intervals import Interval, mean_interval
+from langchain_datashunt.evaluation.betting import ConfidenceSequence, betting_p_value
+from langchain_datashunt.evaluation.curves import (
+    DeferralCurve,
+    Reliability,
+    RiskCoverage,
+    deferral_curve,
+    reliability,
+    risk_coverage,
+)
+from langchain_datashunt.evaluation.intervals import Interval, joint_intervals, mean_interval, resampled_interval
 
-__all__ = ["Interval", "mean_interval"]
+__all__ = [
+    "ConfidenceSequence",
+    "DeferralCurve",
+    "Interval",
+    "Reliability",
+    "RiskCoverage",
+    "betting_p_value",
+    "deferral_curve",
+    "joint_intervals",
+    "mean_interval",
+    "reliability",
+    "resampled_interval",
+    "risk_coverage",
+]

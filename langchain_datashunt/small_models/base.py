@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
-from langchain_datashunt.configured import Configured
+from langchain_datashunt.configured import Configured, as_plain
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,
     ShuntError,
     TruncationWarning,
 )
+from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput, text_of
+from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
 
@@ -79,6 +81,12 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
 
     threshold: float | None = None
     """The shunt threshold that was chosen for this model, where one was."""
+
+    policy: Policy | None = None
+    """The policy that was chosen for this model, where it is more than a threshold."""
+
+    fusion: AnswerFusion | None = None
+    """What is known of a large model's answers to this task, where it was calibrated on some."""
 
     input_key: str = DEFAULT_INPUT_KEY
     """Where mappings hold the text."""
@@ -279,6 +287,8 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             model_id=self.model_id,
             temperature=self.temperature,
             threshold=self.threshold,
+            policy=None if self.policy is None else as_plain(self.policy),
+            fusion=None if self.fusion is None else as_plain(self.fusion),
             input_key=self.input_key,
             lineage=self.lineage,
             settings=self.settings(),

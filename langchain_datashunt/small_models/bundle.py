@@ -57,6 +57,8 @@ class BundleInfo(BaseModel):
     model_id: str = ""
     temperature: float = Field(default=1.0, gt=0.0)
     threshold: float | None = None
+    policy: dict[str, Any] | None = None
+    fusion: dict[str, Any] | None = None
     input_key: str = "input"
     settings: dict[str, Any] = Field(default_factory=dict)
     lineage: dict[str, Any] = Field(default_factory=dict)

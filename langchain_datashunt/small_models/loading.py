@@ -10,9 +10,12 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from langchain_datashunt.exceptions import BundleError
+from langchain_datashunt.configured import from_plain
+from langchain_datashunt.exceptions import BundleError, ConfigurationError
+from langchain_datashunt.fusion import AnswerFusion
+from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import Scores, SmallModel
-from langchain_datashunt.small_models.bundle import read_bundle, read_info
+from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
 
 KINDS: dict[str, tuple[str, str]] = {
     "embedding": ("langchain_datashunt.small_models.embedding", "EmbeddingClassifier"),
@@ -51,11 +54,25 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
     path = Path(folder).absolute()
     info, weights = read_bundle(path)
     model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
+    model.policy, model.fusion = chosen_for(info)
     model._bundle = str(path)
     return model
 
 
-_CHANGEABLE = ("model_id", "temperature", "threshold", "input_key")
+def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
+    """The policy and the fusion that were chosen for a bundle's model.
+
+    Raises:
+        BundleError: They cannot be made of what the bundle says.
+    """
+    try:
+        policy, fusion = (from_plain(part, PLAIN_CLASSES) for part in (info.policy, info.fusion))
+    except ConfigurationError as error:
+        raise BundleError(f"The bundle's policy or fusion cannot be read: {error}") from error
+    return policy, fusion
+
+
+_CHANGEABLE = ("model_id", "temperature", "threshold", "policy", "fusion", "input_key")
 """What a loaded model may set otherwise than its bundle."""
 
 
@@ -85,7 +102,8 @@ class BundledSmallModel(SmallModel):
             return values
         info = read_info(Path(values["path"]))
         known = info.model_dump(include={"labels", "model_id", "temperature", "threshold", "input_key", "lineage"})
-        return {**known, **values}
+        policy, fusion = chosen_for(info)
+        return {**known, "policy": policy, "fusion": fusion, **values}
 
     @property
     def loaded(self) -> SmallModel:

@@ -104,17 +104,15 @@ def test_objectives_follow_their_words() -> None:
 
 
 def test_a_hopeless_small_model_is_never_asked_and_nobody_is_warned() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[1.0, 0.0], [0.8, 0.2]])
-    choice = select_threshold(batch, ["b", "b"], large=["b", "b"])
+    batch = PredictionBatch.of(("a", "b"), [[1.0, 0.0], [0.1, 0.9]])
+    choice = select_threshold(batch, ["b", "a"], large=["b", "a"])
     assert choice.query_share == 1.0
     assert not choice.policy.evaluate(batch).keep.any()
 
 
 def test_a_missing_large_answer_counts_as_wrong() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[0.9, 0.1]])
-    assert select_threshold(batch, ["a"], large=[None]).large_accuracy == 0.0
-    with pytest.raises(DataError, match="1 predictions, 1 labels and 0 large answers"):
-        select_threshold(batch, ["a"], large=[])
+    batch = PredictionBatch.of(("a", "b"), [[0.9, 0.1], [0.9, 0.1]])
+    assert select_threshold(batch, ["a", "b"], large=[None, "b"]).large_accuracy == 0.5
 
 
 def test_bootstrap_intervals_cover_and_shrink() -> None:

@@ -429,7 +429,10 @@ def test_rounds_run_in_the_background_while_a_shunt_answers(logged: Any, halves:
     registry, url, holdout = logged
     shunt = ShuntRunnable(small=registry.model(check_seconds=0.05), large=lambda asked: "promo_code")
     settings = DistillationSettings(training=QUIET)
-    options: dict[str, Any] = {"labelled": (halves[0], halves[1]), "gate": PromotionGate(margin=0.2, proficient_margin=0.4)}
+    options: dict[str, Any] = {
+        "labelled": (halves[0], halves[1]),
+        "gate": PromotionGate(margin=0.2, proficient_margin=0.4),
+    }
     with ContinualDistiller(
         registry, url, every=10, holdout=holdout, settings=settings, poll_seconds=0.1, **options
     ) as continual:

@@ -1,0 +1,70 @@
+"""Vector scaling (Guo et al. 2017): one factor and one shift for each label, for tasks with many examples a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.calibration.temperature import fit_temperature
+from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.predictions import FloatArray
+
+EXAMPLES_A_LABEL = 10
+"""With fewer examples a label the fit is noise, and a temperature is better."""
+
+
+@dataclass(frozen=True)
+class VectorScaling:
+    """Probabilities are softmax(logits * scale + shift).
+
+    Attributes:
+        scale: Shape `[k]`.
+        shift: Shape `[k]`.
+    """
+
+    scale: FloatArray
+    shift: FloatArray
+
+    def __call__(self, logits: FloatArray) -> FloatArray:
+        """Calibrated probabilities, shape `[n, k]`."""
+        scores = logits * self.scale + self.shift
+        raised = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return np.asarray(raised / raised.sum(axis=1, keepdims=True))
+
+
+def fit_vector_scaling(logits: FloatArray, truth: NDArray[np.intp], *, penalty: float = 0.01) -> VectorScaling:
+    """The scaling with the least mean NLL plus `penalty` times its squared distance from plain temperature scaling.
+
+    Args:
+        logits: Shape `[n, k]`, of examples that the model was not trained on.
+        truth: Shape `[n]`, index of the true label.
+        penalty: How strongly labels are held together.
+
+    Raises:
+        DataError: Too few examples for so many labels, or logits that are not finite.
+    """
+    n, k = logits.shape
+    if n < EXAMPLES_A_LABEL * k:
+        raise DataError(
+            f"Vector scaling of {k} labels needs {EXAMPLES_A_LABEL * k} examples, and there are {n}. Use temperature "
+            f"scaling (fit_temperature), or give more examples."
+        )
+    start = 1.0 / fit_temperature(logits, truth)
+    optimize, hot = require("scipy.optimize", "calibration"), np.eye(k)[truth]
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        scale, shift = parameters[:k], parameters[k:]
+        scores = logits * scale + shift
+        scores = scores - scores.max(axis=1, keepdims=True)
+        log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+        error = (np.exp(log_p) - hot) / n
+        value = -(log_p * hot).sum() / n + penalty * (((scale / start - 1.0) ** 2).sum() + (shift**2).sum()) / k
+        slope = (error * logits).sum(axis=0) + 2 * penalty * (scale / start - 1.0) / start / k
+        return float(value), np.concatenate([slope, error.sum(axis=0) + 2 * penalty * shift / k])
+
+    begin = np.concatenate([np.full(k, start), np.zeros(k)])
+    found = optimize.minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x
+    return VectorScaling(found[:k], found[k:])
