@@ -13,12 +13,15 @@ from langchain_datashunt._version import __version__
 if TYPE_CHECKING:
     from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, MaxProbability
     from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
+    from langchain_datashunt.fusion import AnswerFusion
+    from langchain_datashunt.learned_deferral import LearnedDeferral
     from langchain_datashunt.policies import (
         AlwaysLarge,
         AlwaysSmall,
         PerLabelThreshold,
         Policy,
         Threshold,
+        ValueOfAsking,
     )
     from langchain_datashunt.predictions import (
         Latency,
@@ -42,7 +45,9 @@ if TYPE_CHECKING:
     from langchain_datashunt.small_models import (
         BundledSmallModel,
         EmbeddingClassifier,
+        EnsembleClassifier,
         LSTMClassifier,
+        NeighbourClassifier,
         PredictProbaClassifier,
         SmallModel,
         TextCNN,
@@ -54,7 +59,9 @@ if TYPE_CHECKING:
 _WHERE = {
     "confidence": ("ConfidenceScore", "Entropy", "Margin", "MaxProbability"),
     "exceptions": ("ShuntError", "UnparsableAnswer"),
-    "policies": ("AlwaysLarge", "AlwaysSmall", "PerLabelThreshold", "Policy", "Threshold"),
+    "policies": ("AlwaysLarge", "AlwaysSmall", "PerLabelThreshold", "Policy", "Threshold", "ValueOfAsking"),
+    "fusion": ("AnswerFusion",),
+    "learned_deferral": ("LearnedDeferral",),
     "predictions": ("Latency", "Prediction", "PredictionBatch", "ShuntDecision", "ShuntResult"),
     "pruning": (
         "ConformalPrompt",
@@ -71,7 +78,9 @@ _WHERE = {
     "small_models": (
         "BundledSmallModel",
         "EmbeddingClassifier",
+        "EnsembleClassifier",
         "LSTMClassifier",
+        "NeighbourClassifier",
         "PredictProbaClassifier",
         "SmallModel",
         "TextCNN",
@@ -85,17 +94,21 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "AlwaysLarge",
     "AlwaysSmall",
+    "AnswerFusion",
     "BundledSmallModel",
     "ConfidenceRouterChain",
     "ConfidenceScore",
     "ConformalPrompt",
     "EmbeddingClassifier",
+    "EnsembleClassifier",
     "Entropy",
     "HardPrompt",
     "LSTMClassifier",
     "Latency",
+    "LearnedDeferral",
     "Margin",
     "MaxProbability",
+    "NeighbourClassifier",
     "NoHint",
     "PerLabelThreshold",
     "Policy",
@@ -116,6 +129,7 @@ __all__ = [
     "TrainingSettings",
     "TransformersClassifier",
     "UnparsableAnswer",
+    "ValueOfAsking",
     "__version__",
     "load_small_model",
     "measure_proficiency",

@@ -14,6 +14,7 @@ from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, Max
 from langchain_datashunt.configured import Configured, Strategy
 from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
 from langchain_datashunt.fusion import AnswerFusion
+from langchain_datashunt.learned_deferral import LearnedDeferral
 from langchain_datashunt.predictions import BoolArray, FloatArray, Prediction, PredictionBatch
 
 
@@ -286,8 +287,8 @@ def _warn_if_constant(threshold: float, low: float, high: float, where: str) -> 
 PLAIN_CLASSES: dict[str, type[Configured]] = {
     kind.__name__: kind
     for kind in (
-        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, Margin, MaxProbability, PerLabelThreshold,
-        Threshold, ValueOfAsking,
+        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, LearnedDeferral, Margin, MaxProbability,
+        PerLabelThreshold, Threshold, ValueOfAsking,
     )
 }  # fmt: skip
 """What a bundle's policy and fusion may be made of."""

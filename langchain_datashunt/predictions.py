@@ -40,6 +40,7 @@ class Prediction:
         logits: Scores before the softmax, shape `[k]`, where the model has them.
         model_id: Name of the model that predicted.
         truncated: Whether the input was cut to the model's maximal length.
+        features: What the model saw of the input, shape `[d]`, where it keeps that.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Prediction:
     logits: FloatArray | None = None
     model_id: str = ""
     truncated: bool = False
+    features: FloatArray | None = None
 
     @classmethod
     def of(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
@@ -72,7 +74,8 @@ class Prediction:
         """This prediction as a batch of one, without copying."""
         logits = None if self.logits is None else self.logits[None]
         truncated = np.array([True]) if self.truncated else None
-        return PredictionBatch(self.labels, self.probabilities[None], logits, self.model_id, truncated)
+        features = None if self.features is None else self.features[None]
+        return PredictionBatch(self.labels, self.probabilities[None], logits, self.model_id, truncated, features)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form: label, confidence, probabilities by label, model id, truncated."""
@@ -130,6 +133,7 @@ class PredictionBatch(Sequence[Prediction]):
         logits: Shape `[n, k]`, where the model has them.
         model_id: Name of the model that predicted.
         truncated: Shape `[n]`, which inputs were cut; None for none.
+        features: Shape `[n, d]`: what the model saw of each input, where it keeps that.
     """
 
     labels: tuple[str, ...]
@@ -137,6 +141,7 @@ class PredictionBatch(Sequence[Prediction]):
     logits: FloatArray | None = None
     model_id: str = ""
     truncated: BoolArray | None = None
+    features: FloatArray | None = None
 
     @classmethod
     def of(
@@ -185,6 +190,7 @@ class PredictionBatch(Sequence[Prediction]):
             )
         probabilities = np.stack([item.probabilities for item in items]).astype(np.float64, copy=False)
         logits = [item.logits for item in items if item.logits is not None]
+        features = [item.features for item in items if item.features is not None]
         truncated = np.array([item.truncated for item in items], dtype=np.bool_)
         return cls(
             first.labels,
@@ -192,6 +198,7 @@ class PredictionBatch(Sequence[Prediction]):
             np.stack(logits) if len(logits) == len(items) else None,
             first.model_id,
             truncated if truncated.any() else None,
+            np.stack(features) if len(features) == len(items) else None,
         )
 
     def check_shape(self) -> None:
@@ -243,6 +250,7 @@ class PredictionBatch(Sequence[Prediction]):
             None if self.logits is None else self.logits[rows],
             self.model_id,
             None if self.truncated is None else self.truncated[rows],
+            None if self.features is None else self.features[rows],
         )
 
     def __len__(self) -> int:
@@ -263,6 +271,7 @@ class PredictionBatch(Sequence[Prediction]):
             None if self.logits is None else self.logits[index],
             self.model_id,
             False if self.truncated is None else bool(self.truncated[index]),
+            None if self.features is None else self.features[index],
         )
 
     def __iter__(self) -> Iterator[Prediction]:

@@ -18,6 +18,7 @@ from langchain_datashunt.calibration.risk import (
     last_of_several_walks,
     risk_p_values,
 )
+from langchain_datashunt.calibration.smoothing import SMOOTH_FROM, smoothed_right
 from langchain_datashunt.configured import Strategy
 from langchain_datashunt.evaluation.betting import betting_p_value
 from langchain_datashunt.evaluation.curves import SEND_ALL, DeferralCurve, deferral_curve
@@ -60,6 +61,15 @@ class CalibrationData:
         asked = np.zeros(len(self), dtype=np.bool_) if self.large_right is None else self.large_right
         return deferral_curve(self.score, self.small_right, asked, self.large_cost)
 
+    @cached_property
+    def expected_curve(self) -> DeferralCurve:
+        """The same with P(right | score) in place of who was right, from `SMOOTH_FROM` examples on."""
+        if self.large_right is None or len(self) < SMOOTH_FROM or self.score.min() == self.score.max():
+            return self.curve
+        small = smoothed_right(self.score, self.bounds, self.small_right)
+        asked = smoothed_right(self.score, self.bounds, self.large_right)
+        return deferral_curve(self.score, small, asked, self.large_cost)
+
     @property
     def large_accuracy(self) -> float:
         """Of the large model alone."""
@@ -84,7 +94,7 @@ class Pick:
     proven: bool = True
 
 
-NO_GUARANTEE = "None: the best point of the data it was chosen on."
+NO_GUARANTEE = "None: the best point to be expected from the data it was chosen on."
 
 
 class Objective(Strategy):
@@ -103,13 +113,16 @@ class Objective(Strategy):
 
 
 class MaxAccuracy(Objective):
-    """The most accurate point; of several the one that asks least. `max_share` bounds the share asked."""
+    """The most accurate point; of several the one that asks least. `max_share` bounds the share asked.
+
+    From 100 examples on, accuracy is what a logistic curve of each side's P(right | score) expects.
+    """
 
     max_share: float = Field(default=1.0, ge=0.0, le=1.0)
 
     def choose(self, data: CalibrationData) -> Pick:
         """The point with the highest accuracy within the bound."""
-        curve = data.curve
+        curve = data.expected_curve
         accuracy = np.where(curve.query_share <= self.max_share + _HALF_UP, curve.accuracy, -np.inf)
         best = np.flatnonzero(accuracy >= accuracy.max() - _HALF_UP)[-1]
         return Pick(float(curve.thresholds[best]), NO_GUARANTEE)
@@ -175,7 +188,7 @@ class MaxCost(Objective):
 
     def choose(self, data: CalibrationData) -> Pick:
         """The point within the cost."""
-        curve = data.curve
+        curve = data.expected_curve
         if curve.cost is None:
             raise DataError("A bound on cost needs the cost of asking each example; give `large_cost` in USD.")
         accuracy = np.where(1000.0 * curve.cost <= self.usd_per_1000 + _HALF_UP, curve.accuracy, -np.inf)

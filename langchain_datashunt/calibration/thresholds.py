@@ -13,13 +13,11 @@ from langchain_datashunt.calibration.objectives import CalibrationData, MaxAccur
 from langchain_datashunt.confidence import ConfidenceScore, MaxProbability
 from langchain_datashunt.evaluation.curves import SEND_ALL, DeferralCurve
 from langchain_datashunt.evaluation.intervals import Interval, joint_intervals
+from langchain_datashunt.evaluation.offline import OTHER, positions
 from langchain_datashunt.exceptions import DataError, ThresholdWarning
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.policies import AlwaysLarge, PerLabelThreshold, Policy, Threshold
+from langchain_datashunt.policies import AlwaysLarge, AlwaysSmall, PerLabelThreshold, Policy, Threshold
 from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray, PredictionBatch
-
-OTHER = -1
-"""Stands for a label that the small model does not have."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +178,6 @@ def fused_right(fusion: AnswerFusion, predictions: PredictionBatch, truth: IntAr
     return right
 
 
-def positions(labels: tuple[str, ...], names: Sequence[str | None]) -> IntArray:
-    """Index of each name, `OTHER` for one that is not among the labels; shape `[n]`."""
-    where: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
-    return np.array([where.get(name, OTHER) for name in names], dtype=np.intp)
-
-
 def _check(
     predictions: PredictionBatch,
     labels: Sequence[str],
@@ -224,7 +216,7 @@ def _described(
     data: CalibrationData, pick: Pick, measure: ConfidenceScore, objective: str, guarantee: str
 ) -> ThresholdChoice:
     """The choice with its figures on the data, and their intervals."""
-    policy = _policy(pick, measure)
+    policy = _policy(pick, measure, data.bounds[0])
     limit: FloatArray | float = pick.threshold
     if pick.by_label is not None:
         own = np.array([pick.by_label.get(label, pick.threshold) for label in data.labels])
@@ -260,10 +252,12 @@ def _described(
     )
 
 
-def _policy(pick: Pick, measure: ConfidenceScore) -> Policy:
-    """The policy of a choice: one that sends everything is a result here, not a mistake to warn of."""
+def _policy(pick: Pick, measure: ConfidenceScore, lowest: float) -> Policy:
+    """The policy of a choice: one that sends or keeps everything is a result here, not a mistake to warn of."""
     if not pick.proven:
         return AlwaysLarge()
+    if pick.by_label is None and pick.threshold <= lowest + 1e-9:
+        return AlwaysSmall()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThresholdWarning)
         if pick.by_label is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from langchain_datashunt.cli.output import errors, report
+from langchain_datashunt.cli.output import errors, report, write_json
 from langchain_datashunt.cli.store import store_app
 
 app = typer.Typer(
@@ -23,6 +22,8 @@ app.add_typer(store_app, name="store")
 
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
+OBJECTIVES = "max-accuracy, match-large[=MARGIN], budget=SHARE, cost=USD_PER_1000 or risk=ALPHA."
+MODELS = "embedding, neighbours, ensemble, textcnn, lstm, or transformers[:PATH_OR_ID]."
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
 CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
@@ -44,7 +45,9 @@ def train(
     data: DataFile,
     text: TextColumn,
     label: Annotated[str, typer.Option(help="Column with the label; labels are strings.")],
-    model: Annotated[str, typer.Option(help="embedding, textcnn, lstm, or transformers[:PATH_OR_ID].")],
+    model: Annotated[
+        str, typer.Option(help="embedding, neighbours, ensemble, textcnn, lstm, or transformers[:PATH_OR_ID].")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     per_label: Annotated[int | None, typer.Option(min=2, help="Use so many examples a label at the most.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling, splits and initial weights.")] = 0,
@@ -53,6 +56,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen where not given.")] = None,
+    name_labels: Annotated[bool, typer.Option("--name-labels", help="Learn each label's own name, too.")] = False,
     precision: Precision = None,
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = 200,
@@ -65,13 +69,73 @@ def train(
     with errors():
         summary = train_bundle(
             data, text, label, model, out,
-            per_label=per_label, validation=validation, device=device,
+            per_label=per_label, validation=validation, device=device, name_labels=name_labels,
             settings={
                 "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
                 "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,
             },
         )  # fmt: skip
         report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
+
+
+LargeLabel = Annotated[str | None, typer.Option("--large-label", help="Column with the large model's answer.")]
+LargeCost = Annotated[str | None, typer.Option("--large-cost", help="Column with USD of asking, or a number.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+@app.command()
+def calibrate(
+    bundle: Annotated[Path, typer.Option(help="Folder of the small model; calibration is written into it.")],
+    data: DataFile,
+    text: TextColumn,
+    label: Annotated[str, typer.Option(help="Column with the true label.")],
+    objective: Annotated[str, typer.Option(help=OBJECTIVES)],
+    large_label: LargeLabel = None,
+    large_cost: LargeCost = None,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of a guarantee.")] = 0.95,
+    fusion: Annotated[bool, typer.Option("--fusion", help="Answer with what both models say together.")] = False,
+    unseen: Annotated[str, typer.Option(help="True labels that the model lacks: raise, or count as wrong.")] = "raise",
+    json_file: JsonFile = None,
+) -> None:
+    """Choose temperature and policy on labelled examples; exit status 1 where a guarantee cannot be shown."""
+    from langchain_datashunt.cli.calibrate import LabelledFile, calibrate_bundle
+
+    with errors():
+        file = LabelledFile(data, text, label, large_label, large_cost)
+        summary = calibrate_bundle(bundle, file, objective, confidence=confidence, fusion=fusion, unseen=unseen)
+        write_json(json_file, summary)
+        report(summary, False, f"{summary['policy']} asks {100 * summary['query_share']:.1f}%. {summary['guarantee']}")
+    if not summary["proven"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="Folder of the small model.")],
+    data: DataFile,
+    text: TextColumn,
+    label: Annotated[str, typer.Option(help="Column with the true label.")],
+    large_label: LargeLabel = None,
+    large_cost: LargeCost = None,
+    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own policy.")] = None,
+    small_cost: Annotated[float, typer.Option(min=0.0, help="USD of one input on the small model.")] = 0.0,
+    json_file: JsonFile = None,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write an HTML report to this file.")] = None,
+    texts: Annotated[bool, typer.Option(help="Show example texts in the report.")] = True,
+) -> None:
+    """Score a bundle's policy on recorded answers, without a call."""
+    from langchain_datashunt.cli.calibrate import LabelledFile, evaluate_bundle
+
+    with errors():
+        file = LabelledFile(data, text, label, large_label, large_cost)
+        found, read = evaluate_bundle(bundle, file, threshold=threshold, small_cost=small_cost)
+        figures = found.to_dict()
+        write_json(json_file, figures)
+        if report_file is not None:
+            from langchain_datashunt.evaluation.report import write_report
+
+            write_report(report_file, found, title=f"{bundle.name} on {data.name}", texts=read if texts else None)
+        report(figures, False, f"{found.n} examples, policy {found.policy}")
 
 
 @app.command("run")
@@ -121,9 +185,7 @@ def demo(
     with errors():
         figures = run_demo(large=large, per_label=per_label, seed=seed, limit=limit, out=out, download=download)
         print_figures(figures)
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, figures)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from langchain_datashunt.small_models.training import (
     TrainingSettings,
     one_hot,
     soft_cross_entropy,
+    text_hashes,
 )
 
 PRIOR_STRENGTH = 5.0
@@ -110,7 +111,12 @@ class TwoStageDistiller:
         prepared = processes().share(lambda: self._prepared(small, records, labelled, training))
         loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
         model = small.relearn(prepared.stages, prepared.held_out, training, loss)
-        model.lineage = {**model.lineage, "distillation": {**vars(prepared.report), "mode": self.settings.mode}}
+        texts = [text for stage in (*prepared.stages, prepared.held_out) for text in stage.texts]
+        model.lineage = {
+            **model.lineage,
+            "distillation": {**vars(prepared.report), "mode": self.settings.mode},
+            "training_text_hashes": text_hashes(texts),
+        }
         if training.checkpoint is not None and processes().first:
             Prepared.forget(training.checkpoint)
         return Distilled(model, prepared.report)

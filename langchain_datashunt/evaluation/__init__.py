@@ -12,15 +12,18 @@ from langchain_datashunt.evaluation.curves import (
     risk_coverage,
 )
 from langchain_datashunt.evaluation.intervals import Interval, joint_intervals, mean_interval, resampled_interval
+from langchain_datashunt.evaluation.offline import Evaluation, evaluate
 
 __all__ = [
     "ConfidenceSequence",
     "DeferralCurve",
+    "Evaluation",
     "Interval",
     "Reliability",
     "RiskCoverage",
     "betting_p_value",
     "deferral_curve",
+    "evaluate",
     "joint_intervals",
     "mean_interval",
     "reliability",

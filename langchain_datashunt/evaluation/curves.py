@@ -38,14 +38,17 @@ class DeferralCurve:
 
 
 def deferral_curve(
-    score: FloatArray, small_right: BoolArray, large_right: BoolArray, large_cost: FloatArray | None = None
+    score: FloatArray,
+    small_right: BoolArray | FloatArray,
+    large_right: BoolArray | FloatArray,
+    large_cost: FloatArray | None = None,
 ) -> DeferralCurve:
     """The shunt's accuracy and share asked at every distinct threshold, in one pass over the sorted scores.
 
     Args:
         score: Shape `[n]`: confidence of the small model.
-        small_right: Shape `[n]`: whether it was right.
-        large_right: Shape `[n]`: whether the answer after asking was.
+        small_right: Shape `[n]`: whether it was right, or with what probability.
+        large_right: Shape `[n]`: whether the answer after asking was, or with what probability.
         large_cost: Shape `[n]`: USD of asking; None where it is not known.
     """
     n = len(score)

@@ -16,6 +16,8 @@ from langchain_datashunt.small_models.loading import (
 if TYPE_CHECKING:
     from langchain_datashunt.small_models.embedding import EmbeddingClassifier
     from langchain_datashunt.small_models.encoder import SentenceEncoder
+    from langchain_datashunt.small_models.ensemble import EnsembleClassifier
+    from langchain_datashunt.small_models.neighbours import NeighbourClassifier
     from langchain_datashunt.small_models.predict_proba import PredictProbaClassifier
     from langchain_datashunt.small_models.training import TrainingSettings
     from langchain_datashunt.small_models.transformers_classifier import TransformersClassifier
@@ -29,7 +31,9 @@ _LAZY = {name: module for module, name in KINDS.values()} | {
 __all__ = [
     "BundledSmallModel",
     "EmbeddingClassifier",
+    "EnsembleClassifier",
     "LSTMClassifier",
+    "NeighbourClassifier",
     "PredictProbaClassifier",
     "Scores",
     "SentenceEncoder",

@@ -41,10 +41,12 @@ class Scores(NamedTuple):
     Attributes:
         logits: Shape `[n, k]`, before temperature and softmax.
         truncated: Shape `[n]`: which inputs were cut; None for none.
+        features: Shape `[n, d]`: what the model saw of each input, where that is to be kept.
     """
 
     logits: NDArray[Any]
     truncated: BoolArray | None = None
+    features: NDArray[Any] | None = None
 
 
 class Outcome(NamedTuple):
@@ -161,7 +163,8 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
                 TruncationWarning,
                 stacklevel=2,
             )
-        return PredictionBatch(self.labels, softmax(logits, self.temperature), logits, self.model_id, scores.truncated)
+        p = softmax(logits, self.temperature)
+        return PredictionBatch(self.labels, p, logits, self.model_id, scores.truncated, scores.features)
 
     def _empty(self) -> PredictionBatch:
         return PredictionBatch(self.labels, np.zeros((0, len(self.labels))), None, self.model_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,16 +15,12 @@ from typing_extensions import override
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
-from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
+from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import FloatArray
-from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
-from langchain_datashunt.small_models.encoder import (
-    BUNDLED_ENCODER,
-    SentenceEncoder,
-    embed,
-    shared_encoder,
-)
+from langchain_datashunt.small_models.encoder import embed, shared_encoder
+from langchain_datashunt.small_models.on_embeddings import OnEmbeddings, encoder_of
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -50,9 +46,6 @@ FOLDS = 5
 CROSS_VALIDATE_UP_TO = 5_000
 """Training examples up to which every one is held out once; more are split once."""
 
-PROBE = "The quick brown fox jumps over the lazy dog."
-_PROBE_COSINE = 0.99
-
 
 class Fold(NamedTuple):
     """Rows to train on and rows to hold out."""
@@ -61,15 +54,8 @@ class Fold(NamedTuple):
     held_out: NDArray[np.intp]
 
 
-class EmbeddingClassifier(SmallModel):
-    """Multinomial logistic regression on embeddings of any LangChain `Embeddings`.
-
-    Trained by `train`; the encoder itself is never changed. A bundle keeps the head and the encoder's name; a custom
-    encoder is handed to `load(folder, embeddings=...)` again, and one that embeds differently is refused.
-    """
-
-    embeddings: Any = Field(exclude=True, repr=False)
-    """The encoder: any LangChain `Embeddings`."""
+class EmbeddingClassifier(OnEmbeddings):
+    """Multinomial logistic regression on embeddings of any LangChain `Embeddings`; trained by `train`."""
 
     head: NDArray[Any] = Field(repr=False)
     """Weights of the linear head, shape `[d, k]`."""
@@ -79,9 +65,6 @@ class EmbeddingClassifier(SmallModel):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
-        if not isinstance(self.embeddings, Embeddings):
-            msg = f"`embeddings` must be a LangChain Embeddings; {type(self.embeddings).__name__} is not."
-            raise ConfigurationError(msg)
         if self.head.ndim != 2 or self.head.shape[1] != len(self.labels) or self.bias.shape != (len(self.labels),):
             raise ConfigurationError(
                 f"{len(self.labels)} labels need a head of shape [d, {len(self.labels)}] and a bias of "
@@ -89,15 +72,14 @@ class EmbeddingClassifier(SmallModel):
             )
         return self
 
+    @property
     @override
-    def predict_scores(self, texts: Sequence[str]) -> Scores:
-        vectors, cut = embed(self.embeddings, texts)
-        if vectors.shape[1] != len(self.head):
-            raise ConfigurationError(
-                f"The encoder gives {vectors.shape[1]} dimensions and the head of {self.model_id!r} was trained "
-                f"on {len(self.head)}: it is not the encoder that this classifier was trained with."
-            )
-        return Scores(vectors @ self.head + self.bias, cut)
+    def dimensions(self) -> int:
+        return len(self.head)
+
+    @override
+    def scores_of(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(vectors @ self.head + self.bias)
 
     @classmethod
     def train(
@@ -111,6 +93,7 @@ class EmbeddingClassifier(SmallModel):
         embeddings: Embeddings | None = None,
         model_id: str = "embedding",
         input_key: str = "input",
+        label_texts: Mapping[str, str] | None = None,
     ) -> Self:
         """Train a head.
 
@@ -128,11 +111,13 @@ class EmbeddingClassifier(SmallModel):
             embeddings: The encoder; None for the bundled package.
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
+            label_texts: What labels mean, in words: each is learnt as one more example of its label.
 
         Raises:
             DataError: The training set cannot be used; the message says why.
         """
         chosen = (settings or TrainingSettings()).filled(epochs=200, patience=1)
+        texts, labels = [*texts, *(label_texts or {}).values()], [*labels, *(label_texts or {})]
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
         encoder = embeddings if embeddings is not None else shared_encoder()
         started, report = time.perf_counter(), TrainingReport()
@@ -201,24 +186,14 @@ class EmbeddingClassifier(SmallModel):
         return "embedding"
 
     @override
-    def settings(self) -> dict[str, Any]:
-        encoder = self.embeddings
-        if isinstance(encoder, SentenceEncoder):
-            return {"encoder": encoder.name, "dtype": encoder.dtype}
-        return {"encoder": f"custom:{type(encoder).__module__}.{type(encoder).__qualname__}"}
-
-    @override
     def weights(self) -> dict[str, NDArray[Any]]:
-        probe, _ = embed(self.embeddings, [PROBE])
-        return {"head": self.head, "bias": self.bias, "probe": probe[0]}
+        return {"head": self.head, "bias": self.bias, "probe": self.probe()}
 
     @classmethod
     @override
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         k = len(info.labels)
         check_weights(info, weights, {"head": (None, k), "bias": (k,), "probe": (len(weights.get("head", ())),)})
-        encoder = overrides.get("embeddings") or _encoder_of(info, overrides)
-        _check_probe(encoder, weights["probe"], info)
         return cls(
             labels=info.labels,
             model_id=info.model_id,
@@ -226,33 +201,10 @@ class EmbeddingClassifier(SmallModel):
             threshold=info.threshold,
             input_key=info.input_key,
             lineage=info.lineage,
-            embeddings=encoder,
+            embeddings=encoder_of(info, weights["probe"], overrides),
+            keep_features=bool(info.settings.get("keep_features", False)),
             head=weights["head"],
             bias=weights["bias"],
-        )
-
-
-def _encoder_of(info: BundleInfo, overrides: dict[str, Any]) -> Embeddings:
-    name = str(info.settings.get("encoder", BUNDLED_ENCODER))
-    if name.startswith("custom:"):
-        raise ConfigurationError(
-            f"This bundle was trained with the embeddings {name.removeprefix('custom:')}, which a bundle cannot "
-            f"hold. Pass the same ones: load_small_model(folder, embeddings=...)."
-        )
-    dtype = str(overrides.get("dtype") or info.settings.get("dtype", "float32"))
-    return shared_encoder(None if name == BUNDLED_ENCODER else name, overrides.get("device"), dtype)
-
-
-def _check_probe(encoder: Embeddings, probe: NDArray[Any], info: BundleInfo) -> None:
-    """Refuse an encoder that does not embed one known sentence as the training's encoder did."""
-    seen = embed(encoder, [PROBE])[0][0]
-    fits = seen.shape == probe.shape
-    cosine = float(seen @ probe / (np.linalg.norm(seen) * np.linalg.norm(probe) + 1e-12)) if fits else 0.0
-    if cosine < _PROBE_COSINE:
-        raise BundleMismatchError(
-            f"The encoder embeds a known sentence differently from the one this bundle was trained with "
-            f"({info.settings.get('encoder')}): {seen.shape[0]} against {probe.shape[0]} dimensions, "
-            f"cosine {cosine:.3f}. Pass the encoder that was used, or train again."
         )
 
 

@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "textcnn": ("langchain_datashunt.small_models.word_networks", "TextCNN"),
     "lstm": ("langchain_datashunt.small_models.word_networks", "LSTMClassifier"),
     "transformers": ("langchain_datashunt.small_models.transformers_classifier", "TransformersClassifier"),
+    "neighbours": ("langchain_datashunt.small_models.neighbours", "NeighbourClassifier"),
+    "ensemble": ("langchain_datashunt.small_models.ensemble", "EnsembleClassifier"),
     "predict_proba": ("langchain_datashunt.small_models.predict_proba", "PredictProbaClassifier"),
 }
 """Kind -> module and class; a new kind of small model is one line here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -201,6 +201,21 @@ def one_hot(labels: Sequence[str], names: Sequence[str]) -> FloatArray:
 def text_hashes(texts: Sequence[str]) -> list[str]:
     """Short hashes by which later calibration data can be checked for overlap, without keeping the texts."""
     return sorted({hashlib.sha256(text.strip().lower().encode()).hexdigest()[:16] for text in texts})
+
+
+def seen_in_training(lineage: Mapping[str, Any], texts: Sequence[str]) -> list[int]:
+    """Which texts a model, or one that it was made from, was trained on; positions in `texts`.
+
+    Args:
+        lineage: The model's, with the hashes of its training texts.
+        texts: To look for.
+    """
+    hashes: set[str] = set()
+    part: Any = lineage
+    while isinstance(part, Mapping):
+        hashes.update(part.get("training_text_hashes", ()))
+        part = part.get("parent")
+    return [i for i, text in enumerate(texts) if text_hashes([text])[0] in hashes] if hashes else []
 
 
 def lineage_of(split: Split, settings: TrainingSettings, report: TrainingReport, **more: Any) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from langchain_core.messages import HumanMessage
 from langchain_datashunt import (
     BundledSmallModel,
     EmbeddingClassifier,
+    EnsembleClassifier,
     LSTMClassifier,
+    NeighbourClassifier,
     PredictProbaClassifier,
     SmallModel,
     TextCNN,
@@ -36,6 +38,7 @@ from langchain_datashunt.exceptions import (
     TruncationWarning,
 )
 from langchain_datashunt.small_models import Scores, SentenceEncoder, small_model_class
+from langchain_datashunt.small_models.base import softmax
 from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
 from tests.support.handlers import RunBook
 from tests.support.models import WordModel
@@ -90,10 +93,14 @@ def trained(shop_messages: Any, tmp_path_factory: Any) -> dict[str, SmallModel]:
         "lstm": LSTMClassifier.train(texts, labels, settings=SHORT),
         "transformers": TransformersClassifier.train(texts, labels, settings=SHORT, base=base),
         "predict_proba": PredictProbaClassifier.train(texts, labels, estimator=pipeline, settings=QUIET),
+        "neighbours": NeighbourClassifier.train(texts, labels, settings=QUIET),
+        "ensemble": EnsembleClassifier.train(
+            texts, labels, kinds=("neighbours", "textcnn"), settings=TrainingSettings(epochs=4, progress=False)
+        ),
     }
 
 
-KINDS = ["embedding", "textcnn", "lstm", "transformers", "predict_proba"]
+KINDS = ["embedding", "textcnn", "lstm", "transformers", "predict_proba", "neighbours", "ensemble"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +152,7 @@ def test_the_company_in_a_batch_changes_nothing(kind: str, trained: Any, shop_me
     assert np.allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "textcnn", "lstm", "transformers"])
+@pytest.mark.parametrize("kind", ["embedding", "textcnn", "lstm", "transformers", "neighbours"])
 def test_the_same_seed_gives_the_same_model(kind: str, shop_messages: Any, tmp_path: Path) -> None:
     texts, labels = shop_messages
     more = {"base": tiny_transformer(tmp_path)} if kind == "transformers" else {}
@@ -316,7 +323,7 @@ def test_an_embedding_classifier_checks_its_parts() -> None:
         EmbeddingClassifier(**{**good, "head": np.zeros((26, 3))})
     with pytest.raises(ConfigurationError, match="must be a LangChain Embeddings"):
         EmbeddingClassifier(**{**good, "embeddings": str})
-    with pytest.raises(ConfigurationError, match="26 dimensions and the head"):
+    with pytest.raises(ConfigurationError, match="26 dimensions and '' was trained on 10"):
         EmbeddingClassifier(**{**good, "head": np.zeros((10, 2))}).invoke("x")
 
     class Broken(LetterEmbeddings):
@@ -437,7 +444,7 @@ def test_labels_and_weights_must_agree(bundle: Path) -> None:
         load_small_model(bundle)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "transformers", "predict_proba", "lstm"])
+@pytest.mark.parametrize("kind", ["embedding", "transformers", "predict_proba", "lstm", "neighbours"])
 def test_labels_and_weights_must_agree_in_every_kind(kind: str, trained: Any, tmp_path: Path) -> None:
     folder = trained[kind].save(tmp_path / "bundle")
     edit(folder, labels=["a", "b"])
@@ -524,3 +531,54 @@ def test_loading_runs_no_code_from_the_bundle(bundle: Path) -> None:
     edit(bundle, files=config["files"])
     with pytest.raises(BundleError):
         load_small_model(bundle)
+
+
+# Ensembles and neighbours
+
+
+def test_an_ensemble_pools_its_members_and_embeds_once(shop_messages: Any) -> None:
+    class Counting(LetterEmbeddings):
+        calls = 0
+
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            Counting.calls += 1
+            return super().embed_documents(texts)
+
+    texts, labels = shop_messages
+    ensemble = EnsembleClassifier.train(texts, labels, settings=QUIET, embeddings=Counting())
+    Counting.calls = 0
+    pooled = ensemble.predict_batch(texts[:7])
+    assert Counting.calls == 1, "two members, one encoder"
+    assert pooled.sound.all()
+    assert sum(ensemble.shares) == pytest.approx(1.0)
+    by_hand = sum(
+        weight * np.log(member.predict_batch(texts[:7]).probabilities)
+        for weight, member in zip(ensemble.shares, ensemble.members, strict=True)
+    )
+    assert np.allclose(softmax(by_hand, ensemble.temperature), pooled.probabilities, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="as many weights"):
+        ensemble.model_copy(update={}).__class__(labels=ensemble.labels, members=ensemble.members, shares=(1.0,))
+    other = NeighbourClassifier.train(["x", "y"] * 2, ["no", "yes"] * 2, settings=QUIET, embeddings=LetterEmbeddings())
+    with pytest.raises(ConfigurationError, match="one label set"):
+        EnsembleClassifier(labels=ensemble.labels, members=(ensemble.members[0], other))
+
+
+def test_the_meaning_of_labels_is_learnt_as_one_more_example() -> None:
+    texts, labels = ["aa bb", "aa bc", "zz yy", "zz yx"], ["first", "first", "last", "last"]
+    more = {"first": "the letters q and p", "last": "the letters w and v"}
+    for cls in (EmbeddingClassifier, NeighbourClassifier):
+        model = cls.train(texts, labels, settings=QUIET, embeddings=LetterEmbeddings(), label_texts=more)
+        assert model.labels == ("first", "last")
+        assert model.predict_batch(["qqpp", "wwvv"]).label_names() == ["first", "last"]
+
+
+def test_neighbours_learn_by_remembering(shop_messages: Any) -> None:
+    from langchain_datashunt.small_models.training import Examples, one_hot, soft_cross_entropy
+
+    texts, labels = shop_messages
+    model = NeighbourClassifier.train(texts, labels, settings=QUIET)
+    strange = "my hovercraft is full of eels"
+    told = Examples([strange], one_hot(["promo_code"], model.labels))
+    learner = model.relearn([told], told, QUIET, soft_cross_entropy)
+    assert learner.invoke(strange).label == "promo_code"
+    assert len(learner.vectors) == len(model.vectors) + 2

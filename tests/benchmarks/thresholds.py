@@ -1,0 +1,192 @@
+"""What thresholds, fusion and guarantees give on recorded answers of real large models.
+
+    python -m tests.benchmarks.thresholds [--json F] [--seeds N] [--risk-seeds N]
+
+Banking77 with GPT-4's answers: 10 examples per label of train.csv, an ensemble of a linear head and kernel neighbours
+on frozen MiniLM embeddings that also learns each label's name; temperature, fusion and threshold from dev.csv alone;
+scored once on test.csv. Risk: 20 training samples, at most 5% wrong among the kept with 95% confidence, shown on
+dev.csv and checked on test.csv. MMLU and GSM8K of RouteLLM (Mixtral-8x7B, GPT-4): who is right is learnt from the
+question's embedding, 5-fold cross-validated, and read as APGR and CPT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from langchain_datashunt import LearnedDeferral
+from langchain_datashunt.calibration import (
+    MatchLarge,
+    MaxAccuracy,
+    RiskControl,
+    deferral_curve,
+    fit_temperature,
+    select_threshold,
+)
+from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
+from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.evaluation import mean_interval
+from langchain_datashunt.evaluation.metrics import apgr, call_performance_threshold
+from langchain_datashunt.fusion import AnswerFusion
+from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
+from langchain_datashunt.small_models import EmbeddingClassifier, EnsembleClassifier, SmallModel, TrainingSettings
+from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, embed, shared_encoder
+
+PER_LABEL = 10
+QUIET = TrainingSettings(progress=False)
+ALPHA, CONFIDENCE = 0.05, 0.95
+FOLDS = 5
+
+
+def calibrated(small: SmallModel, texts: list[str], labels: list[str]) -> SmallModel:
+    """The model with its temperature fitted on these examples."""
+    logits = small.predict_scores(texts).logits
+    truth = np.array([small.labels.index(label) for label in labels])
+    return small.model_copy(update={"temperature": fit_temperature(np.asarray(logits, np.float64), truth)})
+
+
+def right(names: list[Any], labels: list[str]) -> BoolArray:
+    return np.array([a == b for a, b in zip(names, labels, strict=True)])
+
+
+def one_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) -> dict[str, Any]:
+    """Everything chosen on dev.csv, scored on test.csv."""
+    texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
+    names = {label: label.replace("_", " ") for label in set(labels)}
+    small = EnsembleClassifier.train(texts, labels, settings=QUIET, embeddings=encoder, label_texts=names)
+    small = calibrated(small, task.dev.texts, task.dev.labels)
+    dev, test = small.predict_batch(task.dev.texts), small.predict_batch(task.test.texts)
+    fusion = AnswerFusion.fit(small.labels, task.dev.labels, task.dev.large)
+    fused_names = [fusion.labels[i] for i in fused(fusion, test, task.test.large)]
+    answered = {
+        "small": right(test.label_names(), task.test.labels),
+        "large": right(task.test.large, task.test.labels),
+        "fused": right(fused_names, task.test.labels),
+    }
+    given: dict[str, Any] = {"large": task.dev.large}
+    choices = {
+        "plain": (select_threshold(dev, task.dev.labels, **given, objective=MaxAccuracy(max_share=0.25)), "large"),
+        "fused": (
+            select_threshold(dev, task.dev.labels, **given, objective=MaxAccuracy(max_share=0.3), fusion=fusion),
+            "fused",
+        ),
+        "match_large": (select_threshold(dev, task.dev.labels, **given, objective=MatchLarge()), "large"),
+    }
+    found: dict[str, Any] = {"small": answered["small"], "large": answered["large"]}
+    for name, (choice, asked) in choices.items():
+        keep = choice.policy.evaluate(test).keep
+        found[name] = np.where(keep, answered["small"], answered[asked])
+        found[f"{name}_asked"] = ~keep
+    return found
+
+
+def fused(fusion: AnswerFusion, batch: PredictionBatch, answers: list[Any]) -> list[int]:
+    p = fusion.aligned(batch).probabilities
+    best: list[int] = fusion.posterior(p, fusion.columns(answers)).argmax(axis=1).tolist()
+    return best
+
+
+def banking(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dict[str, Any]:
+    runs = []
+    for seed in range(seeds):
+        runs.append(one_seed(task, encoder, seed))
+        told = {name: round(float(values.mean()), 4) for name, values in runs[-1].items()}
+        print(f"seed {seed}: {told}", file=sys.stderr, flush=True)
+    mean = {name: float(np.mean([run[name].mean() for run in runs])) for name in runs[0]}
+    gain = mean_interval(np.concatenate([run["fused"].astype(float) - run["plain"] for run in runs]))
+    return {
+        "small_accuracy": mean["small"],
+        "large_accuracy": mean["large"],
+        "plain_accuracy": mean["plain"],
+        "plain_share": mean["plain_asked"],
+        "fused_accuracy": mean["fused"],
+        "fused_share": mean["fused_asked"],
+        "fused_less_plain": list(gain),
+        "match_large_accuracy": mean["match_large"],
+        "match_large_share": mean["match_large_asked"],
+        "random_mix_at_plain_share": (1 - mean["plain_asked"]) * mean["small"] + mean["plain_asked"] * mean["large"],
+        "seeds": seeds,
+    }
+
+
+def risk(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dict[str, Any]:
+    """How often the promise about the kept answers holds on test.csv."""
+    kept_errors, shares = [], []
+    for seed in range(seeds):
+        texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
+        small = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
+        dev, test = small.predict_batch(task.dev.texts), small.predict_batch(task.test.texts)
+        aim = RiskControl(alpha=ALPHA, confidence=CONFIDENCE)
+        keep = select_threshold(dev, task.dev.labels, objective=aim).policy.evaluate(test).keep
+        wrong = ~right(test.label_names(), task.test.labels)
+        kept_errors.append(float(wrong[keep].mean()) if keep.any() else 0.0)
+        shares.append(1.0 - float(keep.mean()))
+    return {
+        "risk_seeds_kept": int(sum(error <= ALPHA for error in kept_errors)),
+        "risk_seeds": seeds,
+        "risk_mean_kept_error": float(np.mean(kept_errors)),
+        "risk_worst_kept_error": float(np.max(kept_errors)),
+        "risk_mean_share": float(np.mean(shares)),
+    }
+
+
+def routing(files: list[Path]) -> dict[str, float]:
+    """APGR and CPT of a learned score: who is right, from the question's embedding."""
+    csv.field_size_limit(10**8)
+    rows = [row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))]
+    weak = np.array([row["mistralai/Mixtral-8x7B-Instruct-v0.1"] == "True" for row in rows])
+    strong = np.array([row["gpt-4-1106-preview"] == "True" for row in rows])
+    vectors = np.asarray(embed(shared_encoder(), [row["prompt"] for row in rows])[0], dtype=np.float64)
+    score = cross_fitted(vectors, weak, strong)
+    curve = deferral_curve(score, weak, strong)
+    return {
+        "n": float(len(rows)),
+        "weak": float(weak.mean()),
+        "strong": float(strong.mean()),
+        "apgr": apgr(curve),
+        "cpt50": call_performance_threshold(curve, 0.5),
+        "cpt80": call_performance_threshold(curve, 0.8),
+    }
+
+
+def cross_fitted(columns: FloatArray, weak: BoolArray, strong: BoolArray) -> FloatArray:
+    score = np.zeros(len(columns))
+    for rows in np.array_split(np.random.default_rng(0).permutation(len(columns)), FOLDS):
+        rest = np.setdiff1d(np.arange(len(columns)), rows)
+        learnt = LearnedDeferral.fit_columns(columns[rest], weak[rest], strong[rest])
+        score[rows] = learnt.of_columns(columns[rows])
+    return score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--risk-seeds", type=int, default=20)
+    options = parser.parse_args()
+    folder = banking77_folder()
+    if folder is None:
+        raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
+    task = load_banking77(folder)
+    names = {label.replace("_", " ") for label in task.train.labels}
+    encoder = PrecomputedEmbeddings(
+        shared_encoder(), [*task.train.texts, *task.dev.texts, *task.test.texts, *sorted(names)]
+    )
+    result = banking(task, encoder, options.seeds) | risk(task, encoder, options.risk_seeds)
+    llm = folder.parent / "routellm"
+    if llm.is_dir():
+        for name, files in (("mmlu", sorted((llm / "mmlu").glob("*.csv"))), ("gsm8k", [llm / "gsm8k_responses.csv"])):
+            result |= {f"{key}_{name}": value for key, value in routing(files).items()}
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
