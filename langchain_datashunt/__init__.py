@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
     from langchain_datashunt.fusion import AnswerFusion
     from langchain_datashunt.learned_deferral import LearnedDeferral
+    from langchain_datashunt.monitoring import Alarm, Monitor
+    from langchain_datashunt.online_control import CostBudget, QueryBudget
     from langchain_datashunt.policies import (
         AlwaysLarge,
         AlwaysSmall,
@@ -61,6 +63,8 @@ _WHERE = {
     "exceptions": ("ShuntError", "UnparsableAnswer"),
     "policies": ("AlwaysLarge", "AlwaysSmall", "PerLabelThreshold", "Policy", "Threshold", "ValueOfAsking"),
     "fusion": ("AnswerFusion",),
+    "monitoring": ("Alarm", "Monitor"),
+    "online_control": ("CostBudget", "QueryBudget"),
     "learned_deferral": ("LearnedDeferral",),
     "predictions": ("Latency", "Prediction", "PredictionBatch", "ShuntDecision", "ShuntResult"),
     "pruning": (
@@ -92,6 +96,7 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "Alarm",
     "AlwaysLarge",
     "AlwaysSmall",
     "AnswerFusion",
@@ -99,6 +104,7 @@ __all__ = [
     "ConfidenceRouterChain",
     "ConfidenceScore",
     "ConformalPrompt",
+    "CostBudget",
     "EmbeddingClassifier",
     "EnsembleClassifier",
     "Entropy",
@@ -108,6 +114,7 @@ __all__ = [
     "LearnedDeferral",
     "Margin",
     "MaxProbability",
+    "Monitor",
     "NeighbourClassifier",
     "NoHint",
     "PerLabelThreshold",
@@ -116,6 +123,7 @@ __all__ = [
     "Prediction",
     "PredictionBatch",
     "Pruning",
+    "QueryBudget",
     "Retry",
     "ShuntDecision",
     "ShuntError",

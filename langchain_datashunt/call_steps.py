@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import run_in_executor
+from langchain_core.utils.uuid import uuid7
 
+from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import mapping_of
 from langchain_datashunt.large_calls import LargeCaller
+from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import FloatArray, Latency, ShuntDecision, ShuntResult
+from langchain_datashunt.predictions import FloatArray, Latency, Prediction, ShuntDecision, ShuntResult
 from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.recording import FinishedCall, now
@@ -55,6 +58,8 @@ class CallSteps:
     threshold_id: str
     recorder: Any = None
     fusion: AnswerFusion | None = None
+    auditor: Auditor | None = None
+    monitor: Monitor | None = None
 
     # Whole calls
 
@@ -117,6 +122,8 @@ class CallSteps:
                 raise_control_flow(error)
                 outcome = failed_outcome(len(rows), error)
             plan.absorb(outcome, rows, self.policy, thresholds)
+            if stage == 0 and self.monitor is not None and outcome.batch is not None:
+                self.monitor.saw(outcome.batch.confidence)
             rows = plan.deferred
             if not rows.size:
                 break
@@ -134,7 +141,10 @@ class CallSteps:
             except Exception as error:
                 raise_control_flow(error)
                 answer = error
-            plan.absorb(stage, checked_prediction(answer, self.allowed), self.policy, threshold)
+            checked = checked_prediction(answer, self.allowed)
+            plan.absorb(stage, checked, self.policy, threshold)
+            if stage == 0 and self.monitor is not None and isinstance(checked, Prediction):
+                self.monitor.saw([checked.confidence])
             if plan.keeps(0):
                 break
         return plan, time.perf_counter() - started
@@ -227,6 +237,8 @@ class CallSteps:
             return []
         yield from runs.note(rows, plan.decision)
         outputs = yield from self._small_outputs(plan, rows, runs)
+        if self.auditor is not None:
+            self._audit(self.auditor, plan, rows, values, runs, seconds)
         if not self.return_decision and self.recorder is None:
             return outputs
         latency, ids = Latency(seconds), [runs.record_id(i) for i in rows]
@@ -240,6 +252,20 @@ class CallSteps:
             self._result(plan.decision(i), output, record_id, latency, None)
             for i, output, record_id in zip(rows, outputs, ids, strict=True)
         ]
+
+    def _audit(
+        self, auditor: Auditor, plan: AnyPlan, rows: list[int], values: Sequence[Any], runs: Runs, seconds: float
+    ) -> None:
+        """Have a random part of the kept rows asked in the background, without the small model's opinion."""
+        for i in auditor.chosen(rows):
+            asked, finished = values[i], None
+            if self.pruning is not None:
+                blank = self.pruning.without_prediction(self.labels, self.descriptions)
+                asked = {**mapping_of(values[i], self.input_key), **blank}
+            if self.recorder is not None:
+                latency, own_id = Latency(seconds), str(uuid7())
+                finished = self._finished(plan.decision(i), values[i], None, runs, i, own_id, latency, None)
+            auditor.submit(asked, finished, plan.labels_of_kept([i])[0], {})
 
     def conclude(
         self,

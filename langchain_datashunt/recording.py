@@ -29,6 +29,7 @@ class FinishedCall(NamedTuple):
         subject: Whose data it is.
         input_key: Where a mapping holds the text.
         ended: When, seconds since 1970 UTC.
+        audit: Whether the large model was asked only to check a confident answer.
     """
 
     task: str
@@ -42,6 +43,7 @@ class FinishedCall(NamedTuple):
     subject: str | None
     input_key: str
     ended: float
+    audit: bool = False
 
     def __call__(self) -> RoutedCall:
         """Make the record."""
@@ -72,6 +74,7 @@ class FinishedCall(NamedTuple):
             **({} if watcher is None else watcher.fields()),
             small_seconds=self.latency.small_s,
             large_seconds=self.latency.large_s,
+            audit=self.audit,
         )
 
     def _large_label(self) -> str | None:

@@ -21,6 +21,7 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec, coro_with_cont
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from typing_extensions import override
 
+from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.call_steps import CallSteps
 from langchain_datashunt.configured import Configured, in_words
 from langchain_datashunt.effects import arun, run
@@ -28,6 +29,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
 from langchain_datashunt.large_calls import END, LargeCaller
+from langchain_datashunt.online_control import FailSafe, ShadowOf
 from langchain_datashunt.policies import Policy, Threshold
 from langchain_datashunt.predictions import Latency, ShuntResult
 from langchain_datashunt.pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPrompt
@@ -106,6 +108,20 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     """Answers with what both models say together, where the large one was asked; its prompt must not carry the small
     model's opinion then. A stream gives the answer in one piece."""
 
+    audit_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of what the small model answers that is asked of the large one too, in the background, without the small
+    model's opinion in the prompt: `monitor` learns from it, `recorder` keeps it."""
+
+    monitor: Any = Field(default=None, exclude=True, repr=False)
+    """A `monitoring.Monitor` that watches error and drift; None watches nothing."""
+
+    fail_safe: Literal["none", "large"] = "none"
+    """"large" sends everything to the large model once the monitor has given an alarm."""
+
+    shadow: bool = False
+    """Whether everything goes to the large model, and what the policy would have done is only noted: the decision has
+    its score and threshold."""
+
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
 
@@ -173,14 +189,23 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         chosen = getattr(self.small, "policy", None)
         policy = self.policy or (chosen if isinstance(chosen, Policy) else None)
         policy = policy or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
+        words = str(policy)
+        if self.fail_safe == "large":
+            if self.monitor is None:
+                raise ConfigurationError(
+                    "fail_safe='large' needs a monitor that can give alarm; give monitor=Monitor()."
+                )
+            policy = FailSafe(policy=policy, monitor=self.monitor)
+        if self.shadow:
+            policy, words = ShadowOf(policy=policy), f"shadow of {words}"
         large = self.large
         if self.return_decision and isinstance(large, ShuntRunnable):
             large = large.model_copy(update={"return_decision": True})
         self._steps = CallSteps(
             stages=(self.small,) if self.learnable is None else (self.small, self.learnable),
-            caller=LargeCaller(large, self.retry, CallLimiter(self.max_concurrency)),
+            caller=(caller := LargeCaller(large, self.retry, CallLimiter(self.max_concurrency))),
             policy=policy,
-            policy_in_words=str(policy),
+            policy_in_words=words,
             pruning=self.pruning,
             labels=self.task_labels,
             allowed=None if self.labels is None else frozenset(self.labels),
@@ -192,7 +217,14 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             threshold_id=self.threshold_id,
             recorder=self.recorder,
             fusion=self.fusion,
+            auditor=Auditor(self.audit_rate, caller, self.monitor, self.recorder) if self.audit_rate > 0 else None,
+            monitor=self.monitor,
         )
+
+    @property
+    def auditor(self) -> Auditor | None:
+        """What asks in the background, with its counters and `flush()`; None without audits."""
+        return self._steps.auditor
 
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:

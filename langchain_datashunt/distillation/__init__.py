@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from langchain_datashunt.distillation.callbacks import RecordingCallbackHandler
     from langchain_datashunt.distillation.continual import ContinualDistiller
+    from langchain_datashunt.distillation.controls import SharedControl
     from langchain_datashunt.distillation.distiller import (
         DistillationSettings,
         Distilled,
@@ -33,6 +34,7 @@ _WHERE = {
     "TwoStageDistiller": "distiller",
     "Verdict": "gate",
     "cold_start": "distiller",
+    "SharedControl": "controls",
     "CallFilter": "store",
     "DistillationStore": "store",
     "Recorder": "recorder",
@@ -56,6 +58,7 @@ __all__ = [
     "RecordingCallbackHandler",
     "RegistryModel",
     "RoutedCall",
+    "SharedControl",
     "TwoStageDistiller",
     "Verdict",
     "cold_start",

@@ -86,6 +86,14 @@ replaced = Table(
 )
 """Ids of calls that a newer one with the same input replaced, so that feedback on them still finds its row."""
 
+controls = Table(
+    "datashunt_controls",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("value", Float(53), nullable=False),
+)
+"""Numbers that several processes share, such as the threshold of a budget."""
+
 versions = Table("datashunt_schema", metadata, Column("version", Integer, primary_key=True))
 
 
@@ -120,7 +128,11 @@ def _replaced_ids(connection: Connection) -> None:
         )
 
 
-STEPS: tuple[Callable[[Connection], None], ...] = (_first_tables, _replaced_ids)
+def _controls(connection: Connection) -> None:
+    controls.create(connection)
+
+
+STEPS: tuple[Callable[[Connection], None], ...] = (_first_tables, _replaced_ids, _controls)
 """Step i brings version i to version i + 1. Never change one that was released; add another."""
 
 

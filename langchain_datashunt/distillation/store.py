@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -281,8 +282,13 @@ class DistillationStore:
             return int(connection.execute(statement).scalar_one())
 
     def stats(self, which: CallFilter = EVERYTHING) -> dict[str, Any]:
-        """Counts, shares, cost and agreement, computed by the database; JSON-ready."""
+        """Counts, shares, cost and agreement, computed by the database; JSON-ready.
+
+        `would_be_*`: calls that the large model answered though the small model was sure, as in shadow mode; how many
+        of them agree, and what they cost.
+        """
         c = calls.c
+        spared = and_(c.route == ROUTES.index("large"), c.score >= c.threshold)
         both = and_(c.small_label.isnot(None), c.label.isnot(None))
         routes = [func.count().filter(c.route == i).label(f"route_{name}") for i, name in enumerate(ROUTES)]
         statement = select(
@@ -292,6 +298,9 @@ class DistillationStore:
             func.count().filter(both).label("compared"),
             func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
             func.count().filter(c.gold.isnot(None)).label("labelled"),
+            func.count().filter(spared).label("would_be_kept"),
+            func.count().filter(and_(spared, c.small_label == c.label)).label("would_be_kept_agreeing"),
+            func.coalesce(func.sum(c.cost_usd).filter(spared), 0.0).label("would_be_saved_usd"),
             func.count().filter(c.label == -1).label("outside_label_set"),
             func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
             func.coalesce(func.sum(c.input_tokens), 0).label("input_tokens"),
@@ -381,6 +390,10 @@ class DistillationStore:
             return int(connection.execute(delete(calls).where(where)).rowcount)
 
     # Life
+
+    def connection(self) -> AbstractContextManager[Connection]:
+        """A connection inside a transaction, for what is kept beside the records."""
+        return self._engine.begin()
 
     def close(self) -> None:
         """Close all connections."""

@@ -1,0 +1,176 @@
+"""Policies that follow traffic: budgets kept by moving the threshold, shadow mode, and the fail-safe of a monitor."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import Field, PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt.confidence import ConfidenceScore, MaxProbability
+from langchain_datashunt.policies import Policy, Verdict
+from langchain_datashunt.predictions import FloatArray, PredictionBatch
+
+STEP_ROWS = 32
+"""Rows that are decided with one threshold before it moves."""
+
+
+class Control(Protocol):
+    """A number that several callers read and move; `distillation.SharedControl` shares it between processes."""
+
+    def get(self, start: float) -> float:
+        """Its value; `start` where it has none yet."""
+
+    def add(self, start: float, change: float) -> float:
+        """Move it, at once for all; its new value."""
+
+
+class LocalControl:
+    """A number shared by the threads of one process."""
+
+    def __init__(self) -> None:
+        self._lock, self._value = threading.Lock(), math.nan
+
+    def get(self, start: float) -> float:
+        """Its value; `start` where it has none yet."""
+        with self._lock:
+            return start if math.isnan(self._value) else self._value
+
+    def add(self, start: float, change: float) -> float:
+        """Move it, at once for all threads; its new value."""
+        with self._lock:
+            self._value = (start if math.isnan(self._value) else self._value) + change
+            return self._value
+
+
+class _Controlled(Policy):
+    """Keep where the score reaches a threshold that moves with what was asked."""
+
+    start: float = 0.9
+    """The threshold to begin with."""
+
+    gain: float = Field(default=0.02, gt=0.0, le=1.0)
+    """How far one decision moves the threshold, as a part of the score's range: small is steady, large is quick."""
+
+    score: ConfidenceScore = Field(default_factory=MaxProbability)
+    """How sureness is measured."""
+
+    control: Any = Field(default=None, exclude=True, repr=False)
+    """Where the threshold lives; None for this process alone."""
+
+    _control: Any = PrivateAttr()
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Take a control of its own where none is given."""
+        super().model_post_init(context)
+        self._control = self.control if self.control is not None else LocalControl()
+
+    @abstractmethod
+    def _allowed(self, rows: int) -> float:
+        """How many of so many inputs may be asked, on average."""
+
+    @override
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        """Decide `STEP_ROWS` rows at a time, moving the threshold in between; a call's own threshold stays its own."""
+        score, n = self.score(batch), len(batch)
+        low, high = self.score.bounds(len(batch.labels))
+        width, limits = high - low, np.empty(n)
+        for start in range(0, n, STEP_ROWS):
+            rows = slice(start, min(n, start + STEP_ROWS))
+            limit = self._control.get(self.start)
+            limits[rows] = limit
+            count = rows.stop - start
+            surplus = float((score[rows] < limit).sum()) - self._allowed(count)
+            moved = -self.gain * width * surplus
+            if surplus > 0 and limit <= low or surplus < 0 and limit > high:
+                moved = 0.0  # nothing or everything is asked already: winding it up further only delays the way back
+            self._control.add(self.start, moved)
+        if threshold is not None:
+            limits = np.where(np.isnan(threshold), limits, threshold)
+        return Verdict(score >= limits, score, limits)
+
+    @property
+    def current(self) -> float:
+        """The threshold now."""
+        return float(self._control.get(self.start))
+
+
+class QueryBudget(_Controlled):
+    """Ask a given share of the inputs in the long run, however traffic drifts.
+
+    After each decision the threshold moves by gain * (share - asked), as in adaptive conformal inference (Gibbs &
+    Candes 2021): over T decisions the share asked is off by at most about 1 / (gain * T), whatever the inputs are.
+
+    Attributes:
+        share: In [0, 1].
+    """
+
+    share: float = Field(ge=0.0, le=1.0)
+
+    def _allowed(self, rows: int) -> float:
+        return self.share * rows
+
+
+class CostBudget(_Controlled):
+    """Spend so many USD an hour on the large model in the long run.
+
+    What may be asked grows with time; unused budget is saved up for `burst_seconds` at the most.
+
+    Attributes:
+        usd_per_hour: The budget.
+        usd_per_call: What one call costs, on average.
+        burst_seconds: How long unused budget is kept.
+        clock: Seconds that never go back; for tests.
+    """
+
+    usd_per_hour: float = Field(gt=0.0)
+    usd_per_call: float = Field(gt=0.0)
+    burst_seconds: float = Field(default=60.0, gt=0.0)
+    clock: Callable[[], float] = Field(default=time.monotonic, exclude=True, repr=False)
+
+    _last: float | None = PrivateAttr(default=None)
+    _guard: Any = PrivateAttr(default_factory=threading.Lock)
+
+    def _allowed(self, rows: int) -> float:
+        with self._guard:
+            now = self.clock()
+            passed = min(self.burst_seconds, max(0.0, now - self._last)) if self._last is not None else 0.0
+            self._last = now
+        return passed * self.usd_per_hour / 3600.0 / self.usd_per_call
+
+
+class ShadowOf(Policy):
+    """Defer everything, but note what another policy would have done: its score and threshold are in the decision."""
+
+    policy: Policy
+
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        """Keep none."""
+        verdict = self.policy.evaluate(batch, threshold)
+        return verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Check the policy itself."""
+        self.policy.check(labels)
+
+
+class FailSafe(Policy):
+    """Another policy as long as a monitor is content; everything deferred once it has given an alarm."""
+
+    policy: Policy
+    monitor: Any = Field(exclude=True, repr=False)
+
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        """As the policy, or keep none."""
+        verdict = self.policy.evaluate(batch, threshold)
+        return verdict if not self.monitor.alarmed else verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Check the policy itself."""
+        self.policy.check(labels)

@@ -1,0 +1,284 @@
+"""Budgets that hold under drift, audits, monitors, shadow mode."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from langchain_datashunt import (
+    Alarm,
+    AlwaysSmall,
+    CostBudget,
+    Monitor,
+    PredictionBatch,
+    QueryBudget,
+    ShuntRunnable,
+    SoftPrompt,
+    Threshold,
+)
+from langchain_datashunt.distillation import CallFilter, DistillationStore, Recorder, SharedControl
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.online_control import LocalControl
+from tests.support.models import WordModel
+
+NAMES = ("a", "b")
+
+
+def traffic(n: int, seed: int, easy: float) -> PredictionBatch:
+    """Confidences in [0.5, 1], the higher the easier the traffic."""
+    rng = np.random.default_rng(seed)
+    p = 0.5 + 0.5 * rng.beta(easy, 1.0, n)
+    return PredictionBatch.of(NAMES, np.column_stack([p, 1 - p]))
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.9, 1.0])
+def test_a_share_is_kept_while_traffic_drifts(share: float) -> None:
+    policy = QueryBudget(share=share)
+    asked = [~policy.evaluate(traffic(50, day, easy)).keep for day, easy in enumerate(np.linspace(0.3, 8.0, 120))]
+    assert np.concatenate(asked).mean() == pytest.approx(share, abs=0.02)
+    assert np.concatenate(asked[-20:]).mean() == pytest.approx(share, abs=0.06)
+
+
+def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
+    policy = QueryBudget(share=0.2, gain=0.05)
+    asked = []
+    for day, easy in enumerate((6.0, 0.2, 6.0)):
+        for prediction in traffic(800, day, easy):
+            asked.append(not policy.evaluate_one(prediction)[0])
+    assert np.mean(asked) == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_threshold_of_a_call_does_not_stop_the_budget() -> None:
+    policy, batch = QueryBudget(share=0.5), traffic(64, 0, 1.0)
+    verdict = policy.evaluate(batch, np.where(np.arange(64) < 2, 0.0, np.nan))
+    assert verdict.keep[:2].all()
+    assert (verdict.threshold[:2] == 0.0).all()
+
+
+def test_spending_follows_the_clock() -> None:
+    now = [0.0]
+    policy = CostBudget(usd_per_hour=3.6, usd_per_call=0.01, clock=lambda: now[0])  # one call in ten seconds
+    asked = 0
+    for i in range(2000):
+        now[0] += 1.0
+        asked += int((~policy.evaluate(traffic(1, i, 0.5 if i < 1000 else 3.0)).keep).sum())
+    assert asked == pytest.approx(200, rel=0.15)
+    now[0] += 1e6
+    burst = sum(int((~policy.evaluate(traffic(1, i, 0.5)).keep).sum()) for i in range(300))
+    assert burst < 120, "a long pause does not pay for a flood"
+
+
+def test_threads_share_one_threshold() -> None:
+    policy, asked = QueryBudget(share=0.25), []
+
+    def work(seed: int) -> None:
+        for i in range(60):
+            asked.append((~policy.evaluate(traffic(20, 100 * seed + i, 1.0)).keep).mean())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.mean(asked) == pytest.approx(0.25, abs=0.03)
+
+
+def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
+    url = tmp_path / "calls.db"
+    one, two = (QueryBudget(share=0.3, control=SharedControl(url, "support")) for _ in range(2))
+    for i in range(150):
+        for policy in (one, two):
+            policy.evaluate(traffic(10, i, 1.0))
+    assert one.current == two.current != 0.9
+    copied = pickle.loads(pickle.dumps(SharedControl(url, "support")))
+    assert copied.get(0.9) == one.current
+    assert SharedControl(url, "other").get(0.4) == 0.4
+    before = one.current
+    threads = [
+        threading.Thread(target=lambda: [SharedControl(url, "support").add(0.9, 0.001) for _ in range(20)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert one.current == pytest.approx(before + 0.08), "no change is lost"
+
+
+def test_a_local_control_begins_where_it_is_told() -> None:
+    control = LocalControl()
+    assert control.get(0.7) == 0.7
+    assert control.add(0.7, 0.1) == pytest.approx(0.8)
+    assert control.get(0.1) == pytest.approx(0.8)
+
+
+# Monitor
+
+
+def test_an_error_above_the_bound_gives_one_alarm() -> None:
+    alarms: list[Alarm] = []
+    monitor, rng = Monitor(max_error=0.05, on_alarm=alarms.append), np.random.default_rng(0)
+    for wrong in rng.random(600) < 0.25:
+        monitor.audited("a", "b" if wrong else "a")
+    assert [alarm.kind for alarm in alarms] == ["error"]
+    assert "5% are acceptable" in alarms[0].message
+    assert monitor.alarmed
+    low, high = monitor.disagreement.interval
+    assert low <= 0.25 <= high
+    assert monitor.report()["disagreement"]["n"] == 600
+    monitor.reset()
+    assert not monitor.alarmed
+    assert monitor.report()["disagreement"]["mean"] is None
+
+
+def test_false_alarms_are_as_rare_as_promised() -> None:
+    rng, alarmed = np.random.default_rng(1), 0
+    for _ in range(100):
+        monitor = Monitor(max_error=0.1, level=0.9)
+        for wrong in (rng.random(200) < 0.1).tolist():
+            monitor.labelled("a", "b" if wrong else "a")
+        alarmed += monitor.alarmed
+    assert alarmed <= 10 + 9, "1 in 10 at the most, and three standard errors"
+
+
+def test_drift_is_found_and_steadiness_is_not() -> None:
+    rng = np.random.default_rng(0)
+    steady = Monitor(reference=rng.beta(5, 1, 2000), window=200)
+    steady.saw(rng.beta(5, 1, 20_000))
+    assert not steady.alarmed
+    drifting = Monitor(window=200)
+    drifting.saw(rng.beta(5, 1, 400))
+    assert not drifting.alarmed
+    drifting.saw(rng.beta(2, 1, 200))
+    assert [alarm.kind for alarm in drifting.alarms] == ["drift"]
+    drifting.saw(rng.beta(2, 1, 200))
+    assert len(drifting.alarms) == 1
+
+
+def test_a_monitor_survives_a_bad_callback_and_pickling(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(alarm: Alarm) -> None:
+        raise RuntimeError("pager is off")
+
+    monitor = Monitor(max_error=0.01, on_alarm=fails)
+    for _ in range(100):
+        monitor.audited("a", "b")
+    assert monitor.alarmed
+    assert "on_alarm failed" in caplog.text
+    monitor.on_alarm = None
+    assert pickle.loads(pickle.dumps(monitor)).report() == monitor.report()
+
+
+@pytest.mark.parametrize("settings", [{"max_error": 0.0}, {"max_error": 2.0}, {"window": 5}])
+def test_a_senseless_monitor_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        Monitor(**settings)
+
+
+# Audits
+
+
+class Asked:
+    """A large model that answers "refund" and remembers what it was given."""
+
+    def __init__(self, error: Exception | None = None, seconds: float = 0.0) -> None:
+        self.seen: list[Any] = []
+        self.error, self.seconds = error, seconds
+
+    def __call__(self, value: Any) -> str:
+        self.seen.append(value)
+        time.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return "refund"
+
+
+def audited(large: Any, **settings: Any) -> ShuntRunnable:
+    given = {"policy": AlwaysSmall(), "audit_rate": 1.0, "pruning": SoftPrompt(), **settings}
+    return ShuntRunnable(small=WordModel(), large=large, **given)
+
+
+def test_confident_answers_are_audited_behind_the_callers_back(tmp_path: Path) -> None:
+    large, monitor = Asked(seconds=0.2), Monitor()
+    with Recorder(tmp_path / "calls.db", sample_small=1.0) as recorder:
+        shunt = audited(large, monitor=monitor, recorder=recorder)
+        started = time.perf_counter()
+        assert shunt.batch(["surely cancel it", "surely refund it"]) == ["cancel", "refund"]
+        assert shunt.invoke("surely refund me") == "refund"
+        assert time.perf_counter() - started < 0.2, "the caller does not wait"
+        assert shunt.auditor is not None and shunt.auditor.flush()
+    assert len(large.seen) == 3
+    assert all(not value["candidate_probabilities"] for value in large.seen), "the small model's opinion is kept back"
+    assert monitor.report()["disagreement"]["n"] == 3
+    assert monitor.disagreement.mean == pytest.approx(1 / 3)
+    with DistillationStore(tmp_path / "calls.db") as store:
+        calls = [call for batch in store.iterate(CallFilter(route="small")) for call in batch]
+    assert sorted(call.audit for call in calls) == [False] * 3 + [True] * 3
+    assert all(call.label == "refund" for call in calls if call.audit)
+
+
+async def test_audits_do_not_block_an_event_loop() -> None:
+    large = Asked(seconds=0.2)
+    shunt = audited(large)
+    started = time.perf_counter()
+    assert await shunt.ainvoke("surely cancel it") == "cancel"
+    assert time.perf_counter() - started < 0.15
+    assert shunt.auditor is not None and shunt.auditor.flush()
+    assert len(large.seen) == 1
+
+
+def test_the_rate_is_kept_and_a_failed_audit_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    large = Asked(ValueError("down"))
+    shunt = audited(large, audit_rate=0.2, monitor=(monitor := Monitor()))
+    assert shunt.batch(["surely cancel it"] * 500) == ["cancel"] * 500
+    assert shunt.auditor is not None and shunt.auditor.flush()
+    counters = shunt.auditor.counters
+    assert 60 <= counters.failed + counters.left_out <= 140
+    assert "An audit failed: down" in caplog.text
+    assert monitor.report()["disagreement"]["n"] == 0
+    assert ShuntRunnable(small=WordModel(), large=large, pruning=None).auditor is None
+
+
+def test_after_an_alarm_everything_can_go_to_the_large_model() -> None:
+    monitor = Monitor(max_error=0.05)
+    shunt = audited(Asked(), monitor=monitor, fail_safe="large", audit_rate=0.0, return_decision=True)
+    assert shunt.invoke("surely cancel it").route == "small"
+    for _ in range(200):
+        monitor.audited("a", "b")
+    assert monitor.alarmed
+    assert shunt.invoke("surely cancel it").route == "large"
+    assert {result.route for result in shunt.batch(["surely cancel it"] * 3)} == {"large"}
+    monitor.reset()
+    assert shunt.invoke("surely cancel it").route == "small"
+    with pytest.raises(ConfigurationError, match="needs a monitor"):
+        audited(Asked(), fail_safe="large")
+
+
+# Shadow mode
+
+
+def test_in_shadow_mode_nothing_changes_and_everything_is_noted(tmp_path: Path) -> None:
+    large = Asked()
+    with Recorder(tmp_path / "calls.db") as recorder:
+        shunt = ShuntRunnable(
+            small=WordModel(), large=large, policy=Threshold(0.8), shadow=True, return_decision=True, recorder=recorder
+        )
+        results = shunt.batch(["surely cancel it", "surely refund it", "status perhaps"])
+    assert [result.output for result in results] == ["refund"] * 3
+    assert len(large.seen) == 3
+    would_keep = [result.decision.score >= result.decision.threshold for result in results]
+    assert would_keep == [True, True, False]
+    assert results[0].decision.policy.startswith("shadow of Threshold")
+    with DistillationStore(tmp_path / "calls.db") as store:
+        stats = store.stats()
+    assert stats["would_be_kept"] == 2
+    assert stats["would_be_kept_agreeing"] == 1
+    assert stats["would_be_saved_usd"] == 0.0
