@@ -23,7 +23,7 @@ app.add_typer(store_app, name="store")
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
 OBJECTIVES = "max-accuracy, match-large[=MARGIN], budget=SHARE, cost=USD_PER_1000 or risk=ALPHA."
-MODELS = "embedding, neighbours, ensemble, textcnn, lstm, or transformers[:PATH_OR_ID]."
+MODELS = "auto, embedding, neighbours, ensemble, textcnn, lstm, or transformers[:PATH_OR_ID]."
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
 CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
@@ -56,6 +56,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen where not given.")] = None,
+    time_budget: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for --model auto, which tries all kinds.")
+    ] = 300.0,
     name_labels: Annotated[bool, typer.Option("--name-labels", help="Learn each label's own name, too.")] = False,
     precision: Precision = None,
     checkpoint: Checkpoint = None,
@@ -70,6 +73,7 @@ def train(
         summary = train_bundle(
             data, text, label, model, out,
             per_label=per_label, validation=validation, device=device, name_labels=name_labels,
+            time_budget=time_budget,
             settings={
                 "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
                 "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from langchain_datashunt.cli.output import console
 from langchain_datashunt.data.reading import labelled_texts, sample_per_label
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.small_models import small_model_class
+from langchain_datashunt.small_models import SmallModel, small_model_class
+from langchain_datashunt.small_models.selection import Candidate, train_best
 from langchain_datashunt.small_models.training import TrainingSettings
 
 TRAINABLE = ("embedding", "neighbours", "ensemble", "textcnn", "lstm", "transformers")
+
+AUTO = "auto"
 
 ON_EMBEDDINGS = ("embedding", "neighbours", "ensemble")
 """Kinds that take an encoder, and can learn what labels mean."""
@@ -27,6 +31,7 @@ def train_bundle(
     validation: Path | None,
     device: str | None,
     name_labels: bool = False,
+    time_budget: float = 300.0,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Train and save; returns what was done, JSON-ready.
@@ -36,10 +41,10 @@ def train_bundle(
         ConfigurationError: There is no such model.
     """
     kind, _, base = model.partition(":")
-    if kind not in TRAINABLE or (base and kind != "transformers"):
+    if kind not in (*TRAINABLE, AUTO) or (base and kind != "transformers"):
         raise ConfigurationError(
-            f"--model {model!r} is not known; use embedding, neighbours, ensemble, textcnn, lstm, "
-            f"transformers or transformers:PATH_OR_ID."
+            f"--model {model!r} is not known; use auto, embedding, neighbours, ensemble, textcnn, "
+            f"lstm, transformers or transformers:PATH_OR_ID."
         )
     texts, labels = labelled_texts(data, text, label)
     if per_label is not None:
@@ -47,20 +52,23 @@ def train_bundle(
     held_out = None if validation is None else labelled_texts(validation, text, label)
     if held_out is not None and (unknown := sorted(set(held_out[1]) - set(labels))):
         raise DataError(f"{validation} has labels without a training example: {', '.join(unknown[:5])}.")
-    more: dict[str, Any] = {"base": base} if base else {}
-    if device is not None and kind not in ON_EMBEDDINGS:
-        more["device"] = device
-    elif device is not None:
-        from langchain_datashunt.small_models.encoder import shared_encoder
-
-        more["embeddings"] = shared_encoder(None, device)
-    if name_labels:
-        if kind not in ON_EMBEDDINGS:
-            raise ConfigurationError(f"--name-labels is for {', '.join(ON_EMBEDDINGS)}; {kind} does not read names.")
-        more["label_texts"] = {name: name.replace("_", " ") for name in sorted(set(labels))}
+    names = {name: name.replace("_", " ") for name in sorted(set(labels))} if name_labels else None
+    if name_labels and kind not in (*ON_EMBEDDINGS, AUTO):
+        raise ConfigurationError(f"--name-labels is for {', '.join(ON_EMBEDDINGS)}; {kind} does not read names.")
     chosen = TrainingSettings(**{key: value for key, value in settings.items() if value is not None})
-    kind_class: Any = small_model_class(kind)
-    trained = kind_class.train(texts, labels, validation=held_out, settings=chosen, **more)
+    table: list[Candidate] = []
+    trained: SmallModel
+    if kind == AUTO:
+        options = {one: _options(one, device, names) for one in TRAINABLE}
+        trained, table = train_best(
+            texts, labels, validation=held_out, settings=chosen, time_budget=time_budget, options=options,
+            on_candidate=lambda found: console.print(_line(found), highlight=False),
+        )  # fmt: skip
+        kind = type(trained).kind()
+    else:
+        more = _options(kind, device, names) | ({"base": base} if base else {})
+        kind_class: Any = small_model_class(kind)
+        trained = kind_class.train(texts, labels, validation=held_out, settings=chosen, **more)
     trained.save(out)
     lineage = trained.lineage
     return {
@@ -72,4 +80,22 @@ def train_bundle(
         "temperature": round(trained.temperature, 4),
         "seconds": lineage["seconds"],
         "out": str(out),
+        **({"tried": [candidate.to_dict() for candidate in table]} if table else {}),
     }
+
+
+def _options(kind: str, device: str | None, names: dict[str, str] | None) -> dict[str, Any]:
+    """What a kind's `train` takes of the command line."""
+    if kind not in ON_EMBEDDINGS:
+        return {} if device is None else {"device": device}
+    from langchain_datashunt.small_models.encoder import shared_encoder
+
+    options: dict[str, Any] = {} if device is None else {"embeddings": shared_encoder(None, device)}
+    return options if names is None else {**options, "label_texts": names}
+
+
+def _line(found: Candidate) -> str:
+    if found.nll != found.nll:
+        return f"  {found.kind}: {found.note}"
+    figures = f"NLL {found.nll:.3f}, AURC {found.aurc:.4f}, accuracy {100 * found.accuracy:.1f}%, {found.seconds:.1f} s"
+    return f"  {found.kind}: {figures}{'; ' + found.note if found.note else ''}"

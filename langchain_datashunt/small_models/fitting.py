@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,6 +137,9 @@ class _Fit:
                 self._epoch(bar)
                 self._validate(events)
                 bar.set_postfix(validation_nll=self.report.history[-1])
+                late = time.perf_counter() - started > (self.settings.max_seconds or math.inf)
+                if self.processes.total([float(late)])[0]:  # all processes stop together
+                    break
         self.network.load_state_dict(self.best)
         self.network.to(self.home).eval()
         self._forget()

@@ -46,6 +46,9 @@ class TrainingSettings(Configured):
     patience: int | None = Field(default=None, ge=1)
     """Epochs without a better validation loss after which training stops."""
 
+    max_seconds: float | None = Field(default=None, gt=0.0)
+    """A network's training ends with the epoch in which so much time has passed; None for no limit."""
+
     seed: int = 0
     """Of splits, initial weights and the order of examples."""
 
@@ -70,7 +73,7 @@ class TrainingSettings(Configured):
 
     def what_matters(self) -> dict[str, Any]:
         """The settings on which the result depends, JSON-ready."""
-        return self.model_dump(exclude={"progress", "checkpoint", "checkpoint_every", "log"})
+        return self.model_dump(exclude={"progress", "checkpoint", "checkpoint_every", "log", "max_seconds"})
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,15 @@ def bundle(folder: Path, tmp_path: Path) -> str:
     return str(tmp_path / "bundle")
 
 
+def test_the_best_kind_can_be_chosen_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "best")
+    said = run("train", folder, "train.csv", "--model", "auto", "--out", out, "--time-budget", "3", "--epochs", "2")
+    assert "embedding: NLL" in said
+    assert load_small_model(out).labels == LABELS
+    words = run("train", folder, "train.csv", "--model", "textcnn", "--out", out, "--name-labels", code=2)
+    assert "--name-labels is for embedding, neighbours, ensemble" in words
+
+
 @pytest.mark.parametrize(
     ("objective", "more"),
     [

@@ -582,3 +582,36 @@ def test_neighbours_learn_by_remembering(shop_messages: Any) -> None:
     learner = model.relearn([told], told, QUIET, soft_cross_entropy)
     assert learner.invoke(strange).label == "promo_code"
     assert len(learner.vectors) == len(model.vectors) + 2
+
+
+# Choosing a kind
+
+
+def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
+    from langchain_datashunt.small_models.selection import train_best
+
+    texts, labels = shop_messages
+    seen: list[Any] = []
+    model, table = train_best(
+        texts, labels, settings=QUIET, kinds=("textcnn", "neighbours", "embedding"), time_budget=60,
+        on_candidate=seen.append,
+    )  # fmt: skip
+    assert seen == table
+    assert [candidate.kind for candidate in table] == ["textcnn", "neighbours", "embedding"]
+    least = min(candidate.nll for candidate in table)
+    winner = next(candidate for candidate in table if candidate.kind == type(model).kind())
+    assert winner.nll <= least + 0.01
+    assert model.labels == tuple(sorted(set(labels)))
+    assert model.lineage["examples"] + model.lineage["validation_examples"] == len(texts), "trained on all in the end"
+    held = (texts[::4], labels[::4])
+    model, table = train_best(
+        texts, labels, validation=held, settings=QUIET, kinds=("embedding", "lstm"), time_budget=0.5
+    )
+    assert type(model).kind() == "embedding"
+    assert table[1].note
+
+
+def test_a_network_stops_when_its_time_is_up(shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    hasty = TextCNN.train(texts, labels, settings=TrainingSettings(progress=False, max_seconds=1e-6))
+    assert hasty.lineage["steps"] == 1
