@@ -115,16 +115,18 @@ class Objective(Strategy):
 class MaxAccuracy(Objective):
     """The most accurate point; of several the one that asks least. `max_share` bounds the share asked.
 
-    From 100 examples on, accuracy is what a logistic curve of each side's P(right | score) expects.
+    From 200 examples on, accuracy is what a logistic curve of each side's P(right | score) expects. `tolerance` is
+    what may be given up of it to ask less.
     """
 
     max_share: float = Field(default=1.0, ge=0.0, le=1.0)
+    tolerance: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def choose(self, data: CalibrationData) -> Pick:
         """The point with the highest accuracy within the bound."""
         curve = data.expected_curve
         accuracy = np.where(curve.query_share <= self.max_share + _HALF_UP, curve.accuracy, -np.inf)
-        best = np.flatnonzero(accuracy >= accuracy.max() - _HALF_UP)[-1]
+        best = np.flatnonzero(accuracy >= accuracy.max() - self.tolerance - _HALF_UP)[-1]
         return Pick(float(curve.thresholds[best]), NO_GUARANTEE)
 
 

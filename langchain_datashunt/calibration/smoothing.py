@@ -6,7 +6,7 @@ import numpy as np
 
 from langchain_datashunt.predictions import BoolArray, FloatArray
 
-SMOOTH_FROM = 100
+SMOOTH_FROM = 200
 """Examples from which a curve is smoothed; fewer are taken as they are."""
 
 _RIDGE = 0.1
