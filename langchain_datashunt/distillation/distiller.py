@@ -146,8 +146,8 @@ class TwoStageDistiller:
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
     ) -> Prepared:
-        """Stages and a held-out part, from the records as they are now."""
-        calls, report = _flat(records), DistillationReport()
+        """Stages and a held-out part, from the records as they are now; in whatever order they came."""
+        calls, report = sorted(_flat(records), key=lambda call: (call.input_hash, call.id)), DistillationReport()
         report.records = len(calls)
         stages = self._stages(small, calls, labelled, report)
         if report.stage_a + report.gold == 0 or report.stage_a + report.stage_b < self.settings.min_pairs:

@@ -64,6 +64,11 @@ class BundleInfo(BaseModel):
     lineage: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, FileStamp] = Field(default_factory=dict)
 
+    def shared(self) -> dict[str, Any]:
+        """The fields that every kind of small model is made with."""
+        names = ("labels", "model_id", "temperature", "threshold", "input_key", "lineage")
+        return {name: getattr(self, name) for name in names}
+
 
 def write_bundle(
     folder: Path,

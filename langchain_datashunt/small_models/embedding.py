@@ -195,12 +195,7 @@ class EmbeddingClassifier(OnEmbeddings):
         k = len(info.labels)
         check_weights(info, weights, {"head": (None, k), "bias": (k,), "probe": (len(weights.get("head", ())),)})
         return cls(
-            labels=info.labels,
-            model_id=info.model_id,
-            temperature=info.temperature,
-            threshold=info.threshold,
-            input_key=info.input_key,
-            lineage=info.lineage,
+            **info.shared(),
             embeddings=encoder_of(info, weights["probe"], overrides),
             keep_features=bool(info.settings.get("keep_features", False)),
             head=weights["head"],

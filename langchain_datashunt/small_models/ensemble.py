@@ -174,12 +174,7 @@ class EnsembleClassifier(SmallModel):
         if missing := [part.name for part in folders if not part.is_dir()]:
             raise BundleMismatchError(f"The bundle {folder} of kind 'ensemble' has no {', '.join(missing)}.")
         return cls(
-            labels=info.labels,
-            model_id=info.model_id,
-            temperature=info.temperature,
-            threshold=info.threshold,
-            input_key=info.input_key,
-            lineage=info.lineage,
+            **info.shared(),
             members=tuple(load_small_model(part, **overrides) for part in folders),
             shares=tuple(info.settings["shares"]),
         )

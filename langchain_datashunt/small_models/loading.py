@@ -71,6 +71,11 @@ def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
         policy, fusion = (from_plain(part, PLAIN_CLASSES) for part in (info.policy, info.fusion))
     except ConfigurationError as error:
         raise BundleError(f"The bundle's policy or fusion cannot be read: {error}") from error
+    if not isinstance(policy, Policy | None) or not isinstance(fusion, AnswerFusion | None):
+        raise BundleError(
+            f"The bundle's policy is a {type(policy).__name__} and its fusion a {type(fusion).__name__}; a Policy and "
+            f"an AnswerFusion are needed. Calibrate the bundle again."
+        )
     return policy, fusion
 
 
@@ -103,9 +108,8 @@ class BundledSmallModel(SmallModel):
         if "labels" in values or "path" not in values:
             return values
         info = read_info(Path(values["path"]))
-        known = info.model_dump(include={"labels", "model_id", "temperature", "threshold", "input_key", "lineage"})
         policy, fusion = chosen_for(info)
-        return {**known, "policy": policy, "fusion": fusion, **values}
+        return {**info.shared(), "policy": policy, "fusion": fusion, **values}
 
     @property
     def loaded(self) -> SmallModel:

@@ -160,12 +160,7 @@ class NeighbourClassifier(OnEmbeddings):
         m, d = weights["vectors"].shape if weights.get("vectors", np.zeros(0)).ndim == 2 else (None, None)
         check_weights(info, weights, {"vectors": (m, d), "targets": (m, len(info.labels)), "probe": (d,)})
         return cls(
-            labels=info.labels,
-            model_id=info.model_id,
-            temperature=info.temperature,
-            threshold=info.threshold,
-            input_key=info.input_key,
-            lineage=info.lineage,
+            **info.shared(),
             embeddings=encoder_of(info, weights["probe"], overrides),
             keep_features=bool(info.settings.get("keep_features", False)),
             vectors=weights["vectors"],

@@ -162,12 +162,7 @@ class PredictProbaClassifier(SmallModel):
                 f"{len(estimator.classes_)} classes."
             )
         return cls(
-            labels=info.labels,
-            model_id=info.model_id,
-            temperature=info.temperature,
-            threshold=info.threshold,
-            input_key=info.input_key,
-            lineage=info.lineage,
+            **info.shared(),
             estimator=estimator,
         )
 

@@ -236,12 +236,7 @@ class TransformersClassifier(SmallModel):
             )
         network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
         model = cls(
-            labels=info.labels,
-            model_id=info.model_id,
-            temperature=info.temperature,
-            threshold=info.threshold,
-            input_key=info.input_key,
-            lineage=info.lineage,
+            **info.shared(),
             device=overrides.get("device"),
             dtype=overrides.get("dtype") or info.settings["dtype"],
             batch_size=overrides.get("batch_size") or info.settings["batch_size"],

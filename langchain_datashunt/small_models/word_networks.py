@@ -186,12 +186,7 @@ class WordNetwork(SmallModel):
         words = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
         known = {name: overrides[name] for name in ("device", "batch_size") if overrides.get(name)}
         model = cls(
-            labels=info.labels,
-            model_id=info.model_id,
-            temperature=info.temperature,
-            threshold=info.threshold,
-            input_key=info.input_key,
-            lineage=info.lineage,
+            **info.shared(),
             vocabulary=tuple(words),
             **{**info.settings, **known},
         )
