@@ -309,7 +309,10 @@ def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: P
     words = ["distill", "--bundle", work / "bundle", "--store", url, "--holdout", work / "data.csv",
              "--out", tmp_path / "models", "--watch", "--every", "20"]  # fmt: skip
     program = [sys.executable, "-m", "langchain_datashunt", *map(str, words)]
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     registry, deadline = ModelRegistry(tmp_path / "models"), time.monotonic() + 120
     while registry.current_version() != 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)
