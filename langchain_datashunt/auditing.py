@@ -17,7 +17,7 @@ from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.exceptions import UnparsableAnswer
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.monitoring import Monitor
-from langchain_datashunt.predictions import Latency
+from langchain_datashunt.predictions import Latency, ShuntResult
 from langchain_datashunt.recording import FinishedCall, now
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ class Auditor:
         config = RunnableConfig(tags=[AUDIT_TAG], callbacks=[watcher])
         effect = self.caller.one(asked, config, kwargs)
         answer = asked if isinstance(asked, Exception) else _carried_out(effect.sync)
+        answer = answer.output if isinstance(answer, ShuntResult) else answer
         silent = isinstance(answer, UnparsableAnswer)
-        failed = isinstance(answer, Exception) and not silent
+        failed = not silent and not isinstance(answer, str)
         with self._lock:
             self.counters.failed += failed
             self.counters.done += not failed
@@ -97,7 +98,7 @@ class Auditor:
             record = finished._replace(answer=answer, watcher=watcher, latency=latency, ended=now(), audit=True)
             self.recorder.record([record])
         if self.monitor is not None:
-            self.monitor.audited(small_label, None if silent else str(answer))
+            self.monitor.audited(small_label, answer if isinstance(answer, str) else None)
 
     def flush(self, timeout: float | None = 30.0) -> bool:
         """Wait until all audits so far are done; False where that took too long."""

@@ -127,6 +127,7 @@ class CallSteps:
             rows = plan.deferred
             if not rows.size:
                 break
+        self.policy.observe(int(plan.deferred.size), plan.n)
         return plan, time.perf_counter() - started
 
     def plan_one(self, value: Any, runs: Runs) -> Steps[tuple[PlanOfOne, float]]:
@@ -147,6 +148,7 @@ class CallSteps:
                 self.monitor.saw([checked.confidence])
             if plan.keeps(0):
                 break
+        self.policy.observe(int(not plan.keeps(0)), 1)
         return plan, time.perf_counter() - started
 
     def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Effect:
@@ -259,13 +261,17 @@ class CallSteps:
         """Have a random part of the kept rows asked in the background, without the small model's opinion."""
         for i in auditor.chosen(rows):
             asked, finished = values[i], None
+            (prediction,) = plan.predictions([i])
             if self.pruning is not None:
-                blank = self.pruning.without_prediction(self.labels, self.descriptions)
-                asked = {**mapping_of(values[i], self.input_key), **blank}
+                blank = self.pruning.without_prediction(self.labels or prediction.labels, self.descriptions)
+                try:
+                    asked = {**mapping_of(values[i], self.input_key), **blank}
+                except InputError as error:
+                    asked = error
             if self.recorder is not None:
                 latency, own_id = Latency(seconds), str(uuid7())
                 finished = self._finished(plan.decision(i), values[i], None, runs, i, own_id, latency, None)
-            auditor.submit(asked, finished, plan.labels_of_kept([i])[0], {})
+            auditor.submit(asked, finished, prediction.label, {})
 
     def conclude(
         self,
@@ -307,6 +313,7 @@ class CallSteps:
         silent = isinstance(answer, UnparsableAnswer)
         if self.fusion is None or not plan.has_prediction(i) or (isinstance(answer, Exception) and not silent):
             return answer
+        answer = answer.output if isinstance(answer, ShuntResult) else answer
         if not silent and not isinstance(answer, str):
             return ConfigurationError(
                 f"Fusion needs the large model's answer as a label, and it is a {type(answer).__name__}. Let `large` "

@@ -212,4 +212,4 @@ class AnswerFusion(Strategy):
             for column in self._likelihood.T:  # one answer at a time: [step, k] is enough memory
                 after += (p * column).max(axis=1)
             gain[start : start + step] = after - p.max(axis=1)
-        return np.maximum(gain, 0.0)
+        return np.where(gain > 1e-12, gain, 0.0)  # where no answer changes the decision there is rounding only

@@ -63,7 +63,9 @@ class Monitor:
         if window < 20:
             raise ConfigurationError(f"A window of {window} confidences shows no drift; give 20 or more.")
         self.max_error, self.level, self.window, self.on_alarm = max_error, level, window, on_alarm
-        self.reference = None if reference is None else np.asarray(reference, dtype=np.float64)
+        self._stats = require("scipy.stats", "calibration")
+        self._given = None if reference is None else np.asarray(reference, dtype=np.float64)
+        self.reference = self._given
         self.disagreement, self.error = ConfidenceSequence(level), ConfidenceSequence(level)
         self.alarms: list[Alarm] = []
         self._seen: list[float] = []
@@ -79,7 +81,7 @@ class Monitor:
         """Begin anew, after the cause of an alarm is mended."""
         with self._lock:
             self.disagreement, self.error = ConfidenceSequence(self.level), ConfidenceSequence(self.level)
-            self.alarms, self._seen, self._tests = [], [], 0
+            self.alarms, self._seen, self._tests, self.reference = [], [], 0, self._given
 
     def audited(self, small_label: str, large_label: str | None) -> None:
         """Take in what the large model said of an input that the small model had answered."""
@@ -122,7 +124,7 @@ class Monitor:
     def _drift(self, now: FloatArray) -> Alarm | None:
         """Kolmogorov and Smirnov's two-sample test; the j-th test has the level a / (j (j + 1)), a in all."""
         self._tests += 1
-        found = require("scipy.stats", "calibration").ks_2samp(self.reference, now)
+        found = self._stats.ks_2samp(self.reference, now)
         p = float(found.pvalue)
         if p > (1.0 - self.level) / (self._tests * (self._tests + 1)) or any(a.kind == "drift" for a in self.alarms):
             return None
@@ -160,7 +162,7 @@ class Monitor:
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "_stats": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "_lock": threading.Lock()})
+        self.__dict__.update({**state, "_lock": threading.Lock(), "_stats": require("scipy.stats", "calibration")})

@@ -32,10 +32,30 @@ class Control(Protocol):
 
 
 class LocalControl:
-    """A number shared by the threads of one process."""
+    """A number shared by the threads of one process; a copy goes its own way."""
 
     def __init__(self) -> None:
         self._lock, self._value = threading.Lock(), math.nan
+
+    def __getstate__(self) -> float:
+        with self._lock:
+            return self._value
+
+    def __setstate__(self, value: float) -> None:
+        self._lock, self._value = threading.Lock(), value
+
+    def __eq__(self, other: object) -> bool:
+        """Policies are compared by their settings; where a threshold happens to stand is none."""
+        return isinstance(other, LocalControl)
+
+    def __hash__(self) -> int:
+        return hash(LocalControl)
+
+    def swap(self, value: float) -> float:
+        """Set it; what it was before, NaN for nothing."""
+        with self._lock:
+            before, self._value = self._value, value
+            return before
 
     def get(self, start: float) -> float:
         """Its value; `start` where it has none yet."""
@@ -73,27 +93,39 @@ class _Controlled(Policy):
 
     @abstractmethod
     def _allowed(self, rows: int) -> float:
-        """How many of so many inputs may be asked, on average."""
+        """How many of so many inputs may be asked now; takes note that they came."""
+
+    def _expected(self, rows: int) -> float:
+        """The same, for the rows of one batch, of which nothing is noted yet."""
+        return 0.0
 
     @override
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
-        """Decide `STEP_ROWS` rows at a time, moving the threshold in between; a call's own threshold stays its own."""
+        """Decide by the threshold now; in a long batch it moves every `STEP_ROWS` rows as it will be moved.
+
+        Nothing is noted: that is `observe`'s, which a shunt calls when it knows what was asked in the end.
+        """
         score, n = self.score(batch), len(batch)
-        low, high = self.score.bounds(len(batch.labels))
-        width, limits = high - low, np.empty(n)
+        limit, limits = self._control.get(self.start), np.empty(n)
         for start in range(0, n, STEP_ROWS):
             rows = slice(start, min(n, start + STEP_ROWS))
-            limit = self._control.get(self.start)
             limits[rows] = limit
-            count = rows.stop - start
-            surplus = float((score[rows] < limit).sum()) - self._allowed(count)
-            moved = -self.gain * width * surplus
-            if surplus > 0 and limit <= low or surplus < 0 and limit > high:
-                moved = 0.0  # nothing or everything is asked already: winding it up further only delays the way back
-            self._control.add(self.start, moved)
+            asked = float((score[rows] < limit).sum())
+            limit += self._move(limit, asked - self._expected(rows.stop - start))
         if threshold is not None:
             limits = np.where(np.isnan(threshold), limits, threshold)
         return Verdict(score >= limits, score, limits)
+
+    @override
+    def observe(self, asked: int, total: int) -> None:
+        """Move the threshold by what was asked; by a long batch no further than by `STEP_ROWS` inputs like it."""
+        limit, part = self._control.get(self.start), min(1.0, STEP_ROWS / max(1, total))
+        self._control.add(self.start, self._move(limit, part * (asked - self._allowed(total))))
+
+    def _move(self, limit: float, surplus: float) -> float:
+        """How far the threshold moves for so many asked too many."""
+        low, high = self.score.bounds(None)
+        return -self.gain * (high - low) * surplus
 
     @property
     def current(self) -> float:
@@ -113,7 +145,12 @@ class QueryBudget(_Controlled):
 
     share: float = Field(ge=0.0, le=1.0)
 
+    @override
     def _allowed(self, rows: int) -> float:
+        return self.share * rows
+
+    @override
+    def _expected(self, rows: int) -> float:
         return self.share * rows
 
 
@@ -125,24 +162,30 @@ class CostBudget(_Controlled):
     Attributes:
         usd_per_hour: The budget.
         usd_per_call: What one call costs, on average.
+        processes: How many processes spend it together; each allows itself its part, also with a shared `control`.
         burst_seconds: How long unused budget is kept.
         clock: Seconds that never go back; for tests.
     """
 
     usd_per_hour: float = Field(gt=0.0)
     usd_per_call: float = Field(gt=0.0)
+    processes: int = Field(default=1, ge=1)
     burst_seconds: float = Field(default=60.0, gt=0.0)
     clock: Callable[[], float] = Field(default=time.monotonic, exclude=True, repr=False)
 
-    _last: float | None = PrivateAttr(default=None)
-    _guard: Any = PrivateAttr(default_factory=threading.Lock)
+    _last: LocalControl = PrivateAttr(default_factory=LocalControl)
 
+    @override
+    def _move(self, limit: float, surplus: float) -> float:
+        """Not further up where everything is asked already: too little traffic to spend it all is no debt."""
+        return 0.0 if surplus < 0 and limit > self.score.bounds(None)[1] else super()._move(limit, surplus)
+
+    @override
     def _allowed(self, rows: int) -> float:
-        with self._guard:
-            now = self.clock()
-            passed = min(self.burst_seconds, max(0.0, now - self._last)) if self._last is not None else 0.0
-            self._last = now
-        return passed * self.usd_per_hour / 3600.0 / self.usd_per_call
+        now = self.clock()
+        before = self._last.swap(now)
+        passed = 0.0 if math.isnan(before) else min(self.burst_seconds, max(0.0, now - before))
+        return passed * self.usd_per_hour / 3600.0 / self.usd_per_call / self.processes
 
 
 class ShadowOf(Policy):
@@ -153,6 +196,7 @@ class ShadowOf(Policy):
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
         """Keep none."""
         verdict = self.policy.evaluate(batch, threshold)
+        self.policy.observe(int((~verdict.keep).sum()), len(batch))
         return verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
 
     def check(self, labels: tuple[str, ...] | None) -> None:
@@ -170,6 +214,10 @@ class FailSafe(Policy):
         """As the policy, or keep none."""
         verdict = self.policy.evaluate(batch, threshold)
         return verdict if not self.monitor.alarmed else verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
+
+    def observe(self, asked: int, total: int) -> None:
+        """Tell the policy itself."""
+        self.policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Check the policy itself."""

@@ -54,6 +54,9 @@ class Policy(Strategy):
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Warn or raise where the policy cannot make sense for these labels (None: unknown)."""
 
+    def observe(self, asked: int, total: int) -> None:
+        """Learn how many of so many inputs were asked in the end; called once for each call of a shunt."""
+
     def __and__(self, other: Policy) -> Policy:
         return AllOf(policies=(*_parts(AllOf, self), *_parts(AllOf, other)))
 
@@ -217,6 +220,11 @@ class AllOf(Policy):
         """Keep where all keep."""
         return _combine([policy.evaluate(batch, threshold) for policy in self.policies], settles=False)
 
+    def observe(self, asked: int, total: int) -> None:
+        """Tell every part."""
+        for policy in self.policies:
+            policy.observe(asked, total)
+
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Check every part."""
         for policy in self.policies:
@@ -231,6 +239,11 @@ class AnyOf(Policy):
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
         """Keep where any keeps."""
         return _combine([policy.evaluate(batch, threshold) for policy in self.policies], settles=True)
+
+    def observe(self, asked: int, total: int) -> None:
+        """Tell every part."""
+        for policy in self.policies:
+            policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Check every part."""

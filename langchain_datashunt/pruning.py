@@ -60,6 +60,9 @@ class Pruning(Strategy):
     limits, and `NoHint` discloses nothing.
     """
 
+    narrows: ClassVar[bool] = False
+    """Whether the candidates themselves follow from what the small model thinks of the input."""
+
     variables: ClassVar[frozenset[str]]
     """The variables that carry what this strategy has to say; a template must use one of them."""
 
@@ -226,6 +229,7 @@ class ConformalPrompt(Pruning):
         n_calibration: How many deferred examples `fit` saw; 0 before.
     """
 
+    narrows: ClassVar[bool] = True
     variables: ClassVar[frozenset[str]] = frozenset({"candidates"})
     paragraph: ClassVar[str] = ""
 

@@ -164,8 +164,11 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
                     f"The fusion was fitted on {len(fusion.labels)} labels that are not the {len(labels)} of "
                     f"{part.get_name()}. Fit it again with the labels of this model."
                 )
-        used = {name for prompt in self.large.get_prompts() for name in prompt.input_variables}
-        told = self.pruning.variables - {"candidates"} if self.pruning is not None else frozenset[str]()
+        prompts = self.large.get_prompts()
+        used = {name for prompt in prompts for name in (*prompt.input_variables, *prompt.optional_variables)}
+        told = frozenset[str]()
+        if self.pruning is not None:
+            told = self.pruning.variables if self.pruning.narrows else self.pruning.variables - {"candidates"}
         if self.pruning is not None and self.pruning.variables:
             told |= used & OPINION_VARIABLES
         if told:

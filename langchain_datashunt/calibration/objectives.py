@@ -142,11 +142,17 @@ class MatchLarge(Objective):
     confidence: float | None = Field(default=None, gt=0.0, lt=1.0)
 
     def choose(self, data: CalibrationData) -> Pick:
-        """The loosest threshold that qualifies; asking everything always does."""
+        """The loosest threshold that qualifies; without fusion asking everything always does."""
         assert data.large_right is not None and data.alone_right is not None
         if self.confidence is None:
             curve = data.curve
             good = np.flatnonzero(curve.accuracy >= data.large_accuracy - self.margin - _HALF_UP)
+            if not good.size:  # fused answers may be worse than the large model's own
+                words = (
+                    "None: with fusion no threshold is as accurate as the large model alone on this data; everything "
+                    "is sent. Calibrate without fusion, or on more examples."
+                )
+                return Pick(SEND_ALL, words, None, False)
             return Pick(float(curve.thresholds[good[-1]]), NO_GUARANTEE)
         grid = grid_of(data.bounds)
         order = np.random.default_rng(0).permutation(len(data))

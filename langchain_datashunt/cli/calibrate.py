@@ -18,6 +18,7 @@ from langchain_datashunt.calibration import (
     fit_temperature,
     select_threshold,
 )
+from langchain_datashunt.confidence import MaxProbability
 from langchain_datashunt.data.reading import labelled_texts, read_rows, require_columns
 from langchain_datashunt.evaluation import Evaluation, evaluate
 from langchain_datashunt.evaluation.metrics import expected_calibration_error
@@ -133,7 +134,8 @@ def calibrate_bundle(
         unseen="wrong" if unseen == "wrong" else "raise",
     )  # fmt: skip
     small.policy, small.fusion = choice.policy, fitted
-    small.threshold = choice.threshold if isinstance(choice.policy, Threshold) else None
+    plain = isinstance(choice.policy, Threshold) and isinstance(choice.policy.score, MaxProbability)
+    small.threshold = choice.threshold if plain else None
     told = choice.to_dict()
     ece_after = _ece(small, predictions.take(known), [labels[i] for i in known])
     summary = {

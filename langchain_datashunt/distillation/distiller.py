@@ -6,6 +6,7 @@ S2 learns S1, so that it does not forget. S2 starts as a copy of S1; S1 itself i
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,11 @@ class TwoStageDistiller:
         if training.checkpoint is None:
             return self._fresh(small, records, labelled, training)
         settings = {**self.settings.model_dump(exclude={"training"}), "training": training.what_matters()}
-        about = {"settings": settings, "small_model": small.model_id, "labels": list(small.labels)}
+        about = {
+            "settings": settings,
+            "small_model": _fingerprint(small),
+            "labelled": None if labelled is None else hashlib.sha256(repr(labelled).encode()).hexdigest(),
+        }
         if (kept := Prepared.read(training.checkpoint, about)) is not None:
             return kept
         fresh = self._fresh(small, records, labelled, training)
@@ -185,7 +190,7 @@ class TwoStageDistiller:
             texts = [call.input for call in silent]
             predictions = small.predict_batch(texts)
             reliability = self._reliability(calls, report)
-            sure = predictions.confidence >= self._threshold(small, silent)
+            sure = self._sure(small, predictions, silent)
             stages += self._teachers(silent, predictions, sure, reliability, report)
         report.gold = len(gold_texts)
         if gold_texts:
@@ -250,12 +255,19 @@ class TwoStageDistiller:
             Examples([texts[i] for i in kept.tolist()], self._tempered(stage_b)),
         ]
 
+    def _sure(self, small: SmallModel, predictions: PredictionBatch, calls: list[RoutedCall]) -> BoolArray:
+        """Where S1 is sure: by the threshold that was set, else its own policy, else as records had it."""
+        if self.settings.threshold is None and small.policy is not None:
+            return small.policy.evaluate(predictions).keep
+        return np.asarray(predictions.confidence >= self._threshold(small, calls))
+
     def _threshold(self, small: SmallModel, calls: list[RoutedCall]) -> float:
         """Where S1 counts as sure: as set, else S1's own threshold, else as the newest record had it, else 0.9."""
         for threshold in (self.settings.threshold, small.threshold):
             if threshold is not None:
                 return threshold
-        given = [call for call in calls if call.threshold is not None]
+        by_probability = [call for call in calls if not call.policy or "MaxProbability" in call.policy]
+        given = [call for call in by_probability if call.threshold is not None]
         newest = max(given, key=lambda call: call.time).threshold if given else None
         return 0.9 if newest is None else newest
 
@@ -282,6 +294,15 @@ class TwoStageDistiller:
             return targets
         raised = np.asarray(targets ** (1.0 / self.settings.temperature), dtype=np.float64)
         return np.asarray(raised / raised.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def _fingerprint(small: SmallModel) -> str:
+    """Stands for a small model: its labels, temperature and weights."""
+    seen = hashlib.sha256(repr((small.labels, small.temperature, small.threshold, small.policy)).encode())
+    for name, array in sorted(small.weights().items()):
+        seen.update(name.encode())
+        seen.update(np.ascontiguousarray(array).tobytes())
+    return seen.hexdigest()
 
 
 def cold_start(

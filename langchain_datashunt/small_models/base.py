@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
-from langchain_datashunt.configured import Configured, as_plain
+from langchain_datashunt.configured import Configured, as_plain, from_plain
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,
@@ -24,7 +24,7 @@ from langchain_datashunt.exceptions import (
 )
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput, text_of
-from langchain_datashunt.policies import Policy
+from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
 
@@ -290,12 +290,21 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             model_id=self.model_id,
             temperature=self.temperature,
             threshold=self.threshold,
-            policy=None if self.policy is None else as_plain(self.policy),
-            fusion=None if self.fusion is None else as_plain(self.fusion),
+            policy=self._plain(self.policy),
+            fusion=self._plain(self.fusion),
             input_key=self.input_key,
             lineage=self.lineage,
             settings=self.settings(),
         )
+
+    @staticmethod
+    def _plain(part: Configured | None) -> dict[str, Any] | None:
+        """A policy or a fusion as a bundle keeps it; refused here where it could not be read back."""
+        if part is None:
+            return None
+        plain = as_plain(part)
+        from_plain(plain, PLAIN_CLASSES)
+        return plain
 
     def save(self, folder: str | Path) -> Path:
         """Save as a bundle: config.json, safetensors weights, nothing pickled. Replaces a bundle there at once.

@@ -105,8 +105,9 @@ def train_best(
     if validation is not None:
         return models[best.kind], table
     cls: Any = small_model_class(best.kind)
+    bounded = chosen.model_copy(update={"max_seconds": time_budget})
     final: SmallModel = cls.train(
-        list(texts), list(labels), settings=chosen, label_set=split.labels, **dict((options or {}).get(best.kind, {}))
+        list(texts), list(labels), settings=bounded, label_set=split.labels, **dict((options or {}).get(best.kind, {}))
     )
     return final, table
 
@@ -130,7 +131,7 @@ def _tried(
     started = time.perf_counter()
     try:
         model: SmallModel = cls.train(*learn, settings=given, label_set=labels, **options)
-    except (MissingExtraError, DataError) as error:
+    except (MissingExtraError, DataError, MemoryError) as error:
         return Candidate(kind, seconds=time.perf_counter() - started, note=f"not trained: {error}"), None
     took = time.perf_counter() - started
     batch = model.predict_batch(judged[0])

@@ -219,7 +219,7 @@ def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str)
         pass
     with store._engine.begin() as connection:
         connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
-    with pytest.raises(StoreError, match="schema version 3"):
+    with pytest.raises(StoreError, match="schema version 4"):
         DistillationStore(url)
 
 

@@ -10,6 +10,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_datashunt import (
     AlwaysLarge,
     ConfidenceRouterChain,
+    ConformalPrompt,
     NoHint,
     Prediction,
     PredictionBatch,
@@ -173,6 +174,17 @@ def test_a_prompt_that_carries_the_opinion_cannot_be_fused() -> None:
             pruning=HardPrompt(proficient=("cancel",)),
         )  # fmt: skip
     assert isinstance(chain("refund").pruning, NoHint), "the default with fusion"
+    narrowed = ConformalPrompt(alpha=0.1, quantile=0.5, n_calibration=100)
+    with pytest.raises(ConfigurationError, match=r"opinion \(candidates\)"):
+        chain("refund", pruning=narrowed)
+
+
+def test_asking_is_worth_nothing_where_no_answer_changes_the_decision() -> None:
+    fusion = AnswerFusion.uniform(tuple("abcdefghij"), 0.8)
+    p = np.full((200, 10), 0.0005)
+    p[:, 0] = np.linspace(0.9955, 0.99999, 200)
+    p /= p.sum(axis=1, keepdims=True)
+    assert (fusion.value_of_asking(p) == 0.0).all()
 
 
 def test_a_fusion_over_other_labels_is_refused() -> None:

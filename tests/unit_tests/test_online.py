@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 import time
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from langchain_core.messages import AIMessage
 
 from langchain_datashunt import (
     Alarm,
     AlwaysSmall,
     CostBudget,
     Monitor,
+    Prediction,
     PredictionBatch,
     QueryBudget,
     ShuntRunnable,
@@ -37,13 +40,20 @@ def traffic(n: int, seed: int, easy: float) -> PredictionBatch:
     return PredictionBatch.of(NAMES, np.column_stack([p, 1 - p]))
 
 
+def decided(policy: Any, batch: PredictionBatch) -> Any:
+    """Which are kept, with the policy told what came of it, as a shunt does."""
+    verdict = policy.evaluate(batch)
+    policy.observe(int((~verdict.keep).sum()), len(batch))
+    return verdict.keep
+
+
 # Budgets
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.9, 1.0])
 def test_a_share_is_kept_while_traffic_drifts(share: float) -> None:
     policy = QueryBudget(share=share)
-    asked = [~policy.evaluate(traffic(50, day, easy)).keep for day, easy in enumerate(np.linspace(0.3, 8.0, 120))]
+    asked = [~decided(policy, traffic(50, day, easy)) for day, easy in enumerate(np.linspace(0.3, 8.0, 120))]
     assert np.concatenate(asked).mean() == pytest.approx(share, abs=0.02)
     assert np.concatenate(asked[-20:]).mean() == pytest.approx(share, abs=0.06)
 
@@ -54,6 +64,7 @@ def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
     for day, easy in enumerate((6.0, 0.2, 6.0)):
         for prediction in traffic(800, day, easy):
             asked.append(not policy.evaluate_one(prediction)[0])
+            policy.observe(asked[-1], 1)
     assert np.mean(asked) == pytest.approx(0.2, abs=0.03)
 
 
@@ -70,10 +81,10 @@ def test_spending_follows_the_clock() -> None:
     asked = 0
     for i in range(2000):
         now[0] += 1.0
-        asked += int((~policy.evaluate(traffic(1, i, 0.5 if i < 1000 else 3.0)).keep).sum())
+        asked += int((~decided(policy, traffic(1, i, 0.5 if i < 1000 else 3.0))).sum())
     assert asked == pytest.approx(200, rel=0.15)
     now[0] += 1e6
-    burst = sum(int((~policy.evaluate(traffic(1, i, 0.5)).keep).sum()) for i in range(300))
+    burst = sum(int((~decided(policy, traffic(1, i, 0.5))).sum()) for i in range(300))
     assert burst < 120, "a long pause does not pay for a flood"
 
 
@@ -82,7 +93,7 @@ def test_threads_share_one_threshold() -> None:
 
     def work(seed: int) -> None:
         for i in range(60):
-            asked.append((~policy.evaluate(traffic(20, 100 * seed + i, 1.0)).keep).mean())
+            asked.append((~decided(policy, traffic(20, 100 * seed + i, 1.0))).mean())
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -97,7 +108,7 @@ def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
     one, two = (QueryBudget(share=0.3, control=SharedControl(url, "support")) for _ in range(2))
     for i in range(150):
         for policy in (one, two):
-            policy.evaluate(traffic(10, i, 1.0))
+            decided(policy, traffic(10, i, 1.0))
     assert one.current == two.current != 0.9
     copied = pickle.loads(pickle.dumps(SharedControl(url, "support")))
     assert copied.get(0.9) == one.current
@@ -112,6 +123,72 @@ def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert one.current == pytest.approx(before + 0.08), "no change is lost"
+
+
+def test_looking_at_predictions_does_not_move_a_budget() -> None:
+    policy = QueryBudget(share=0.1)
+    policy.evaluate(traffic(500, 0, 0.5))
+    assert policy.current == 0.9
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_shunt_keeps_the_budget_also_with_a_second_small_model(learnable: bool) -> None:
+    def guess(text: str) -> Prediction:
+        p = 0.5 + 0.5 * np.random.default_rng(int(text)).beta(2.0, 1.0)
+        return Prediction.of({"a": p, "b": 1 - p})
+
+    policy = QueryBudget(share=0.2)
+    shunt = ShuntRunnable(
+        small=guess, learnable=guess if learnable else None, large=lambda _: "b", pruning=None, policy=policy,
+        return_decision=True,
+    )  # fmt: skip
+    routes = [result.route for i in range(0, 1500, 30) for result in shunt.batch([str(j) for j in range(i, i + 30)])]
+    routes += [shunt.invoke(str(i)).route for i in range(200)]
+    assert np.mean([route == "large" for route in routes]) == pytest.approx(0.2, abs=0.04)
+
+
+def test_budgets_are_copied_and_pickled_with_their_threshold() -> None:
+    for policy in (QueryBudget(share=0.2), CostBudget(usd_per_hour=1.0, usd_per_call=0.01)):
+        decided(policy, traffic(300, 0, 1.0))
+        for again in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
+            assert again.current == policy.current
+            decided(again, traffic(300, 1, 0.2))
+    shunt = ShuntRunnable(small=WordModel(), large=lambda _: "x", pruning=None, policy=QueryBudget(share=0.2))
+    assert copy.deepcopy(shunt).policy == shunt.policy
+
+
+def test_a_bundle_refuses_a_policy_that_it_could_not_give_back(tmp_path: Path) -> None:
+    from langchain_datashunt import TextCNN, TrainingSettings
+
+    small = TextCNN.train(["a b", "c d"] * 4, ["x", "y"] * 4, settings=TrainingSettings(epochs=1, progress=False))
+    small.policy = QueryBudget(share=0.2)
+    with pytest.raises(ConfigurationError, match="'QueryBudget' is none of what is known here"):
+        small.save(tmp_path / "bundle")
+
+
+def test_an_audit_reads_the_answer_of_a_nested_shunt() -> None:
+    monitor = Monitor()
+    inner = ShuntRunnable(small=WordModel(), large=lambda _: "refund", pruning=None, policy=AlwaysSmall())
+    shunt = ShuntRunnable(
+        small=WordModel(), large=inner, pruning=None, policy=AlwaysSmall(), audit_rate=1.0, monitor=monitor,
+        return_decision=True,
+    )  # fmt: skip
+    shunt.batch(["surely cancel it"] * 5)
+    assert shunt.auditor is not None and shunt.auditor.flush()
+    assert monitor.report()["disagreement"]["mean"] == 0.0
+
+
+def test_an_audit_lists_the_labels_and_never_fails_the_call() -> None:
+    def known(text: Any) -> Prediction:
+        return Prediction.of({"refund": 0.9, "status": 0.1})
+
+    large = Asked()
+    shunt = ShuntRunnable(small=known, large=large, policy=AlwaysSmall(), audit_rate=1.0)
+    assert shunt.invoke("hello") == "refund"
+    assert shunt.invoke([AIMessage("no human said this")]) == "refund"
+    assert shunt.auditor is not None and shunt.auditor.flush()
+    assert [tuple(value["candidates"]) for value in large.seen] == [("refund", "status")]
+    assert shunt.auditor.counters.failed == 1
 
 
 def test_a_local_control_begins_where_it_is_told() -> None:

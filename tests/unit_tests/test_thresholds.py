@@ -238,6 +238,17 @@ def test_smoothing_survives_what_is_always_right_or_always_wrong() -> None:
     assert never.max() < 0.1
 
 
+def test_fusion_that_is_worse_than_the_large_model_sends_everything() -> None:
+    rng = np.random.default_rng(0)
+    batch = PredictionBatch.of(LABELS, softmax(rng.normal(0, 6, (150, 4))))
+    truth = [str(name) for name in rng.choice(LABELS, 150)]
+    large = answers(truth, 0.97, 1)
+    fusion = AnswerFusion.uniform(LABELS, 0.3)
+    choice = select_threshold(batch, truth, large=large, fusion=fusion, objective=MatchLarge())
+    assert not choice.proven
+    assert "Calibrate without fusion" in choice.guarantee
+
+
 # Asks that cannot be met
 
 
