@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from langchain_datashunt import ConfidenceRouterChain, load_small_model
 from langchain_datashunt.cli.app import app
-from langchain_datashunt.policies import AlwaysLarge, Threshold
+from langchain_datashunt.policies import AlwaysLarge, AlwaysSmall, Threshold
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LABELS = ("cancel", "refund", "status")
@@ -95,8 +95,11 @@ def test_every_objective_is_written_into_the_bundle(
     out = tmp_path / "choice.json"
     run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", objective, "--json", str(out), *more)
     told, small = json.loads(out.read_text()), load_small_model(bundle)
-    assert isinstance(small.policy, Threshold)
-    assert small.policy.threshold == told["threshold"] == small.threshold
+    if objective.startswith("risk"):  # 13% are wrong of all that it answers, so everything may be kept
+        assert isinstance(small.policy, AlwaysSmall)
+    else:
+        assert isinstance(small.policy, Threshold)
+        assert small.policy.threshold == told["threshold"] == small.threshold
     assert (small.fusion is not None) == ("--fusion" in more)
     if objective.startswith("budget"):
         assert told["query_share"] <= 0.2 + 1e-9
