@@ -154,8 +154,8 @@ def test_an_evaluation_says_what_the_rule_gives() -> None:
     assert told["fused_accuracy"] == pytest.approx(np.mean(one_by_one))
     for name in ("small_accuracy", "shunt_accuracy", "aurc", "ece_before", "ece_after", "savings_usd_per_1000"):
         low, high = told[f"{name}_interval"]
-        assert low <= told[name] * (1 if name.startswith("ece") else 1) + 0.02
-        assert high >= told[name] - 0.02
+        assert low < high
+        assert low - 0.02 <= told[name] <= high + 0.02, "a calibration error's resamples lie a little above it"
     assert sum(row.n for row in found.labels) == 400
     assert found.labels[0].small_accuracy <= found.labels[-1].small_accuracy
     assert all(not small[e.row] and keep[e.row] for e in found.kept_wrongly)
