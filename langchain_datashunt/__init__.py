@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from langchain_datashunt._version import __version__
 
 if TYPE_CHECKING:
+    from langchain_datashunt.answers import ToolAnswer
+    from langchain_datashunt.chat_model import ShuntChatModel
     from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, MaxProbability
     from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
     from langchain_datashunt.fusion import AnswerFusion
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.policies import (
         AlwaysLarge,
         AlwaysSmall,
+        OnlyLabels,
         PerLabelThreshold,
         Policy,
         Threshold,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.shunt import ShuntRunnable
     from langchain_datashunt.small_models import (
         BundledSmallModel,
+        ContrastiveClassifier,
         EmbeddingClassifier,
         EnsembleClassifier,
         LSTMClassifier,
@@ -61,7 +65,17 @@ if TYPE_CHECKING:
 _WHERE = {
     "confidence": ("ConfidenceScore", "Entropy", "Margin", "MaxProbability"),
     "exceptions": ("ShuntError", "UnparsableAnswer"),
-    "policies": ("AlwaysLarge", "AlwaysSmall", "PerLabelThreshold", "Policy", "Threshold", "ValueOfAsking"),
+    "answers": ("ToolAnswer",),
+    "chat_model": ("ShuntChatModel",),
+    "policies": (
+        "AlwaysLarge",
+        "AlwaysSmall",
+        "OnlyLabels",
+        "PerLabelThreshold",
+        "Policy",
+        "Threshold",
+        "ValueOfAsking",
+    ),
     "fusion": ("AnswerFusion",),
     "monitoring": ("Alarm", "Monitor"),
     "online_control": ("CostBudget", "QueryBudget"),
@@ -81,6 +95,7 @@ _WHERE = {
     "shunt": ("ShuntRunnable",),
     "small_models": (
         "BundledSmallModel",
+        "ContrastiveClassifier",
         "EmbeddingClassifier",
         "EnsembleClassifier",
         "LSTMClassifier",
@@ -104,6 +119,7 @@ __all__ = [
     "ConfidenceRouterChain",
     "ConfidenceScore",
     "ConformalPrompt",
+    "ContrastiveClassifier",
     "CostBudget",
     "EmbeddingClassifier",
     "EnsembleClassifier",
@@ -117,6 +133,7 @@ __all__ = [
     "Monitor",
     "NeighbourClassifier",
     "NoHint",
+    "OnlyLabels",
     "PerLabelThreshold",
     "Policy",
     "PredictProbaClassifier",
@@ -125,6 +142,7 @@ __all__ = [
     "Pruning",
     "QueryBudget",
     "Retry",
+    "ShuntChatModel",
     "ShuntDecision",
     "ShuntError",
     "ShuntResult",
@@ -133,6 +151,7 @@ __all__ = [
     "SoftPrompt",
     "TextCNN",
     "Threshold",
+    "ToolAnswer",
     "TopHint",
     "TrainingSettings",
     "TransformersClassifier",

@@ -211,6 +211,24 @@ class AlwaysLarge(Policy):
         return _constant(batch, keep=False)
 
 
+class OnlyLabels(Policy):
+    """Keep only predictions of some labels; combine it with a threshold: `Threshold(0.9) & OnlyLabels(labels=...)`."""
+
+    labels: frozenset[str]
+
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        """Keep where the most probable label is one of them."""
+        among = np.array([label in self.labels for label in batch.labels], dtype=np.bool_)
+        return _constant(batch, keep=True)._replace(keep=among[batch.best])
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Refuse labels that the small model does not have."""
+        if labels and (unknown := sorted(self.labels - set(labels))):
+            raise ConfigurationError(
+                f"OnlyLabels names labels that the small model does not have: {', '.join(unknown[:5])}."
+            )
+
+
 class AllOf(Policy):
     """Keep where every policy keeps; the first that refuses gives score and threshold. Written `a & b`."""
 
@@ -301,7 +319,7 @@ PLAIN_CLASSES: dict[str, type[Configured]] = {
     kind.__name__: kind
     for kind in (
         AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, LearnedDeferral, Margin, MaxProbability,
-        PerLabelThreshold, Threshold, ValueOfAsking,
+        OnlyLabels, PerLabelThreshold, Threshold, ValueOfAsking,
     )
 }  # fmt: skip
 """What a bundle's policy and fusion may be made of."""

@@ -42,6 +42,13 @@ DEFAULT_THRESHOLD = 0.9
 """The threshold where neither the caller nor the small model's bundle gives one."""
 
 
+def policy_for(small: Runnable[Any, Any], policy: Policy | None = None) -> Policy:
+    """The policy in service: the given one, else the small model's own, else `Threshold` at its own or at 0.9."""
+    own, chosen = getattr(small, "threshold", None), getattr(small, "policy", None)
+    found = policy or (chosen if isinstance(chosen, Policy) else None)
+    return found or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
+
+
 class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     """A small model answers what it is sure of; the rest goes to a large one that is told what the small one thinks.
 
@@ -188,10 +195,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             self._check()
 
     def _lay_out(self) -> None:
-        own = getattr(self.small, "threshold", None)
-        chosen = getattr(self.small, "policy", None)
-        policy = self.policy or (chosen if isinstance(chosen, Policy) else None)
-        policy = policy or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
+        policy = policy_for(self.small, self.policy)
         words = str(policy)
         if self.fail_safe == "large":
             if self.monitor is None:

@@ -23,7 +23,7 @@ app.add_typer(store_app, name="store")
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
 OBJECTIVES = "max-accuracy, match-large[=MARGIN], budget=SHARE, cost=USD_PER_1000 or risk=ALPHA."
-MODELS = "auto, embedding, neighbours, ensemble, textcnn, lstm, or transformers[:PATH_OR_ID]."
+MODELS = "auto, embedding, neighbours, ensemble, contrastive[:PATH_OR_ID], textcnn, lstm, or transformers[:PATH_OR_ID]."
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
 CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
@@ -45,9 +45,7 @@ def train(
     data: DataFile,
     text: TextColumn,
     label: Annotated[str, typer.Option(help="Column with the label; labels are strings.")],
-    model: Annotated[
-        str, typer.Option(help="embedding, neighbours, ensemble, textcnn, lstm, or transformers[:PATH_OR_ID].")
-    ],
+    model: Annotated[str, typer.Option(help=MODELS)],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     per_label: Annotated[int | None, typer.Option(min=2, help="Use so many examples a label at the most.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling, splits and initial weights.")] = 0,

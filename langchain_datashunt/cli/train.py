@@ -12,12 +12,18 @@ from langchain_datashunt.small_models import SmallModel, small_model_class
 from langchain_datashunt.small_models.selection import Candidate, train_best
 from langchain_datashunt.small_models.training import TrainingSettings
 
-TRAINABLE = ("embedding", "neighbours", "ensemble", "textcnn", "lstm", "transformers")
+TRAINABLE = ("embedding", "neighbours", "ensemble", "contrastive", "textcnn", "lstm", "transformers")
 
 AUTO = "auto"
 
 ON_EMBEDDINGS = ("embedding", "neighbours", "ensemble")
-"""Kinds that take an encoder, and can learn what labels mean."""
+"""Kinds that take an encoder."""
+
+READ_NAMES = (*ON_EMBEDDINGS, "contrastive")
+"""Kinds that can learn what labels mean."""
+
+WITH_BASE = ("contrastive", "transformers")
+"""Kinds that fine-tune an encoder, which may be named after a colon."""
 
 
 def train_bundle(
@@ -41,10 +47,10 @@ def train_bundle(
         ConfigurationError: There is no such model.
     """
     kind, _, base = model.partition(":")
-    if kind not in (*TRAINABLE, AUTO) or (base and kind != "transformers"):
+    if kind not in (*TRAINABLE, AUTO) or (base and kind not in WITH_BASE):
         raise ConfigurationError(
-            f"--model {model!r} is not known; use auto, embedding, neighbours, ensemble, textcnn, "
-            f"lstm, transformers or transformers:PATH_OR_ID."
+            f"--model {model!r} is not known; use auto, {', '.join(TRAINABLE)}, "
+            f"{' or '.join(f'{one}:PATH_OR_ID' for one in WITH_BASE)}."
         )
     texts, labels = labelled_texts(data, text, label)
     if per_label is not None:
@@ -53,8 +59,8 @@ def train_bundle(
     if held_out is not None and (unknown := sorted(set(held_out[1]) - set(labels))):
         raise DataError(f"{validation} has labels without a training example: {', '.join(unknown[:5])}.")
     names = {name: name.replace("_", " ") for name in sorted(set(labels))} if name_labels else None
-    if name_labels and kind not in (*ON_EMBEDDINGS, AUTO):
-        raise ConfigurationError(f"--name-labels is for {', '.join(ON_EMBEDDINGS)}; {kind} does not read names.")
+    if name_labels and kind not in (*READ_NAMES, AUTO):
+        raise ConfigurationError(f"--name-labels is for {', '.join(READ_NAMES)}; {kind} does not read names.")
     chosen = TrainingSettings(**{key: value for key, value in settings.items() if value is not None})
     table: list[Candidate] = []
     trained: SmallModel
@@ -86,12 +92,16 @@ def train_bundle(
 
 def _options(kind: str, device: str | None, names: dict[str, str] | None) -> dict[str, Any]:
     """What a kind's `train` takes of the command line."""
-    if kind not in ON_EMBEDDINGS:
-        return {} if device is None else {"device": device}
-    from langchain_datashunt.small_models.encoder import shared_encoder
+    options: dict[str, Any] = {}
+    if device is not None and kind in ON_EMBEDDINGS:
+        from langchain_datashunt.small_models.encoder import shared_encoder
 
-    options: dict[str, Any] = {} if device is None else {"embeddings": shared_encoder(None, device)}
-    return options if names is None else {**options, "label_texts": names}
+        options["embeddings"] = shared_encoder(None, device)
+    elif device is not None:
+        options["device"] = device
+    if names is not None and kind in READ_NAMES:
+        options["label_texts"] = names
+    return options
 
 
 def _line(found: Candidate) -> str:

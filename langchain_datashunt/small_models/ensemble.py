@@ -119,7 +119,7 @@ class EnsembleClassifier(SmallModel):
             more["embeddings"] = PrecomputedEmbeddings(options["embeddings"], known)
         members = [_train(kind, texts, labels, {**more, "validation": validation}) for kind in kinds]
         if validation is not None:
-            logits = [_log_p(member, split.validation.texts) for member in members]
+            logits = [log_probabilities(member, split.validation.texts) for member in members]
             truth = split.validation.targets.argmax(axis=1)
         else:
             logits, truth = _cross_fitted(kinds, texts, labels, split.labels, more, chosen.seed)
@@ -173,11 +173,17 @@ class EnsembleClassifier(SmallModel):
         folders = [folder / f"member{i}" for i in range(int(info.settings["members"]))]
         if missing := [part.name for part in folders if not part.is_dir()]:
             raise BundleMismatchError(f"The bundle {folder} of kind 'ensemble' has no {', '.join(missing)}.")
+        each = cls.member_overrides(info, folder, overrides)
         return cls(
             **info.shared(),
-            members=tuple(load_small_model(part, **overrides) for part in folders),
+            members=tuple(load_small_model(part, **more) for part, more in zip(folders, each, strict=True)),
             shares=tuple(info.settings["shares"]),
         )
+
+    @classmethod
+    def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each member is loaded with: the same as this model."""
+        return [overrides] * int(info.settings["members"])
 
 
 def _train(kind: str, texts: Sequence[str], labels: Sequence[str], options: Mapping[str, Any]) -> SmallModel:
@@ -189,7 +195,8 @@ def _train(kind: str, texts: Sequence[str], labels: Sequence[str], options: Mapp
     return trained
 
 
-def _log_p(member: SmallModel, texts: Sequence[str]) -> FloatArray:
+def log_probabilities(member: SmallModel, texts: Sequence[str]) -> FloatArray:
+    """A member's calibrated log-probabilities `[n, k]`."""
     scores = np.asarray(member.predict_scores(texts).logits, dtype=np.float64)
     return np.asarray(np.log(softmax(scores, member.temperature) + _TINY))
 
@@ -212,7 +219,7 @@ def _cross_fitted(
         for rows in held:
             rest = np.setdiff1d(np.arange(len(truth)), rows).tolist()
             member = _train(kind, [texts[i] for i in rest], [labels[i] for i in rest], options)
-            parts.append(_log_p(member, [texts[i] for i in rows.tolist()]))
+            parts.append(log_probabilities(member, [texts[i] for i in rows.tolist()]))
         logits.append(np.concatenate(parts))
     return logits, truth[np.concatenate(held)]
 

@@ -66,6 +66,7 @@ def fit_network(
     *,
     what: str,
     loss: TensorLoss = soft_cross_entropy,
+    validation_loss: TensorLoss = soft_cross_entropy,
 ) -> TrainingReport:
     """Fit a network with AdamW (linear warm-up and decay), keep the weights of the best validation loss.
 
@@ -76,15 +77,16 @@ def fit_network(
         network: Trained in place.
         logits_of: From the network and features to logits `[n, k]`.
         stages: What is learnt from.
-        validation: What training stops on, by cross-entropy.
+        validation: What training stops on.
         settings: All fields filled.
         what: Title of the progress bar.
         loss: From logits and targets `[n, k]` to a number.
+        validation_loss: The same, for the validation examples.
 
     Raises:
         DataError: The checkpoint folder holds another training.
     """
-    return _Fit(network, logits_of, stages, validation, settings, what, loss).run()
+    return _Fit(network, logits_of, stages, validation, settings, what, loss, validation_loss).run()
 
 
 class _Fit:
@@ -103,10 +105,11 @@ class _Fit:
         settings: TrainingSettings,
         what: str,
         loss: TensorLoss,
+        validation_loss: TensorLoss,
     ) -> None:
         assert settings.epochs and settings.batch_size and settings.learning_rate and settings.patience
         self.torch = require("torch", "torch")
-        self.network, self.logits_of, self.loss = network, logits_of, loss
+        self.network, self.logits_of, self.loss, self.validation_loss = network, logits_of, loss, validation_loss
         self.stages, self.validation, self.settings, self.what = stages, validation, settings, what
         self.epochs, self.patience, self.batch_size = settings.epochs, settings.patience, settings.batch_size
         self.rounds = max(-(-len(stage.features) // self.batch_size) for stage in stages)
@@ -207,7 +210,7 @@ class _Fit:
                 rows = mine[start : start + self.batch_size]
                 logits = self.logits_of(self.network, [self.validation.features[i] for i in rows])
                 wanted = self.torch.from_numpy(self.validation.targets[rows]).float().to(logits.device)
-                total += float(soft_cross_entropy(logits, wanted)) * len(rows)
+                total += float(self.validation_loss(logits, wanted)) * len(rows)
         return total, len(mine)
 
     # Checkpoints

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "transformers": ("langchain_datashunt.small_models.transformers_classifier", "TransformersClassifier"),
     "neighbours": ("langchain_datashunt.small_models.neighbours", "NeighbourClassifier"),
     "ensemble": ("langchain_datashunt.small_models.ensemble", "EnsembleClassifier"),
+    "contrastive": ("langchain_datashunt.small_models.contrastive", "ContrastiveClassifier"),
     "predict_proba": ("langchain_datashunt.small_models.predict_proba", "PredictProbaClassifier"),
 }
 """Kind -> module and class; a new kind of small model is one line here."""

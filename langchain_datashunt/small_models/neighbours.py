@@ -82,6 +82,7 @@ class NeighbourClassifier(OnEmbeddings):
         model_id: str = "neighbours",
         input_key: str = "input",
         label_texts: Mapping[str, str] | None = None,
+        widths: Sequence[float] = WIDTHS,
     ) -> Self:
         """Remember the training texts; width and temperature are those with the least held-out loss.
 
@@ -97,6 +98,7 @@ class NeighbourClassifier(OnEmbeddings):
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is remembered as one more example of its label.
+            widths: Kernel widths that are tried, in cosine distance.
 
         Raises:
             DataError: The training set cannot be used; the message says why.
@@ -114,7 +116,7 @@ class NeighbourClassifier(OnEmbeddings):
             rows = np.random.default_rng(chosen.seed).permutation(len(vectors))[:JUDGES]
             likeness, wanted = vectors[rows] @ vectors.T, own.targets[rows]
             likeness[np.arange(len(rows)), rows] = -np.inf
-        width, temperature = _best_width(likeness, own.targets, wanted, report)
+        width, temperature = _best_width(likeness, own.targets, wanted, widths, report)
         report.seconds = time.perf_counter() - started
         write_metrics(chosen, report, "kernel widths")
         return cls(
@@ -186,11 +188,11 @@ def _log_shares(likeness: NDArray[Any], targets: NDArray[Any], width: float) -> 
 
 
 def _best_width(
-    likeness: NDArray[Any], targets: FloatArray, wanted: FloatArray, report: TrainingReport
+    likeness: NDArray[Any], targets: FloatArray, wanted: FloatArray, widths: Sequence[float], report: TrainingReport
 ) -> tuple[float, float]:
     """Width and temperature with the least loss on what is held out."""
-    truth, best = wanted.argmax(axis=1), (WIDTHS[2], 1.0)
-    for width in WIDTHS:
+    truth, best = wanted.argmax(axis=1), (widths[0], 1.0)
+    for width in widths:
         scores = _log_shares(likeness, targets, width)
         temperature = fit_temperature(scores, truth) if len(truth) >= MIN_EXAMPLES_FOR_CALIBRATION else 1.0
         scaled = scores / temperature

@@ -17,7 +17,7 @@ from langchain_datashunt.small_models.loading import small_model_class
 from langchain_datashunt.small_models.on_embeddings import OnEmbeddings
 from langchain_datashunt.small_models.training import TrainingSettings, split_examples
 
-CANDIDATES = ("embedding", "neighbours", "ensemble", "textcnn", "lstm", "transformers")
+CANDIDATES = ("embedding", "neighbours", "ensemble", "textcnn", "lstm", "contrastive", "transformers")
 """In the order in which they are tried: the cheap ones first."""
 
 HELD_OUT = 0.2

@@ -114,7 +114,7 @@ def test_train_explains_what_it_cannot_use(work: Path, tmp_path: Path) -> None:
     base = ["train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--out", tmp_path / "b"]
     done = command(*base, "--model", "crystal-ball")
     assert done.exit_code == 2
-    assert "is not known; use auto, embedding, neighbours, ensemble" in " ".join(done.output.split())
+    assert "is not known; use auto, embedding, neighbours, ensemble, contrastive" in " ".join(done.output.split())
     (work / "val.csv").write_text("text,label\nx,strange\n")
     done = command(*base, "--model", "lstm", "--validation", work / "val.csv")
     assert "labels without a training example: strange" in " ".join(done.output.split())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import PrivateAttr
 
@@ -40,6 +41,20 @@ def failing_word_model(error: Exception) -> WordModel:
     model = WordModel()
     model._fail = error
     return model
+
+
+class LetterEmbeddings(Embeddings):
+    """Counts letters: a custom encoder that needs no weights."""
+
+    def __init__(self, shift: int = 0) -> None:
+        self.shift = shift
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], dtype=float)
+        return np.roll(counts / (1 + counts.sum(axis=1, keepdims=True)), self.shift, axis=1).tolist()  # type: ignore[no-any-return]
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.embed_documents([text])[0]
 
 
 class CountingLarge(Runnable[Any, Any]):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from langchain_core.documents import Document
-from langchain_core.embeddings import Embeddings
 from langchain_core.messages import HumanMessage
 
 from langchain_datashunt import (
     BundledSmallModel,
+    ContrastiveClassifier,
     EmbeddingClassifier,
     EnsembleClassifier,
     LSTMClassifier,
@@ -40,25 +40,13 @@ from langchain_datashunt.exceptions import (
 from langchain_datashunt.small_models import Scores, SentenceEncoder, small_model_class
 from langchain_datashunt.small_models.base import softmax
 from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
+from langchain_datashunt.small_models.contrastive import contrastive_loss
+from langchain_datashunt.small_models.encoder import shared_encoder
 from tests.support.handlers import RunBook
-from tests.support.models import WordModel
+from tests.support.models import LetterEmbeddings, WordModel
 
 QUIET = TrainingSettings(progress=False)
 SHORT = TrainingSettings(progress=False, epochs=2)
-
-
-class LetterEmbeddings(Embeddings):
-    """Counts letters: a custom encoder that needs no weights."""
-
-    def __init__(self, shift: int = 0) -> None:
-        self.shift = shift
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], dtype=float)
-        return np.roll(counts / (1 + counts.sum(axis=1, keepdims=True)), self.shift, axis=1).tolist()  # type: ignore[no-any-return]
-
-    def embed_query(self, text: str) -> list[float]:
-        return self.embed_documents([text])[0]
 
 
 def tiny_transformer(folder: Path) -> str:
@@ -97,10 +85,11 @@ def trained(shop_messages: Any, tmp_path_factory: Any) -> dict[str, SmallModel]:
         "ensemble": EnsembleClassifier.train(
             texts, labels, kinds=("neighbours", "textcnn"), settings=TrainingSettings(epochs=4, progress=False)
         ),
+        "contrastive": ContrastiveClassifier.train(texts, labels, settings=SHORT, base=base),
     }
 
 
-KINDS = ["embedding", "textcnn", "lstm", "transformers", "predict_proba", "neighbours", "ensemble"]
+KINDS = ["embedding", "textcnn", "lstm", "transformers", "predict_proba", "neighbours", "ensemble", "contrastive"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,10 +141,10 @@ def test_the_company_in_a_batch_changes_nothing(kind: str, trained: Any, shop_me
     assert np.allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "textcnn", "lstm", "transformers", "neighbours"])
+@pytest.mark.parametrize("kind", ["embedding", "textcnn", "lstm", "transformers", "neighbours", "contrastive"])
 def test_the_same_seed_gives_the_same_model(kind: str, shop_messages: Any, tmp_path: Path) -> None:
     texts, labels = shop_messages
-    more = {"base": tiny_transformer(tmp_path)} if kind == "transformers" else {}
+    more = {"base": tiny_transformer(tmp_path)} if kind in ("transformers", "contrastive") else {}
     cls: Any = small_model_class(kind)
     one, two = (cls.train(texts[:60], labels[:60], settings=SHORT, **more) for _ in range(2))
     assert np.array_equal(one.predict_batch(texts).probabilities, two.predict_batch(texts).probabilities)
@@ -582,6 +571,61 @@ def test_neighbours_learn_by_remembering(shop_messages: Any) -> None:
     learner = model.relearn([told], told, QUIET, soft_cross_entropy)
     assert learner.invoke(strange).label == "promo_code"
     assert len(learner.vectors) == len(model.vectors) + 2
+
+
+# Contrastive fine-tuning
+
+
+def test_the_contrastive_loss_is_as_published() -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3, 2, 4))
+    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+    labels = np.array([0, 1, 0])
+    found = contrastive_loss(torch.from_numpy(vectors), torch.eye(2)[torch.from_numpy(labels)])
+    z, y, losses = vectors.reshape(6, 4), labels.repeat(2), []
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        total = sum(np.exp(z[i] @ z[j] / 0.1) for j in others)
+        same = [j for j in others if y[j] == y[i]]
+        losses.append(-np.mean([np.log(np.exp(z[i] @ z[j] / 0.1) / total) for j in same]))
+    assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alone(
+    shop_messages: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("langchain_datashunt.small_models.contrastive.PAIRS_AN_EPOCH", 1)
+    texts, labels = shop_messages
+    before = shared_encoder().encode(texts)[0].copy()
+    settings = TrainingSettings(progress=False, epochs=1, batch_size=16)
+    model = ContrastiveClassifier.train(
+        texts, labels, validation=(texts[:40], labels[:40]), settings=settings, label_texts={labels[0]: "what it means"}
+    )
+    same = np.array(labels)[:, None] == np.array(labels)
+
+    def gap(vectors: Any) -> float:
+        cosine = vectors @ vectors.T
+        return float(cosine[same].mean() - cosine[~same].mean())
+
+    assert gap(model.encoder.encode(texts)[0]) > gap(before) + 0.1
+    assert np.array_equal(shared_encoder().encode(texts)[0], before)
+    assert [member.embeddings is model.encoder for member in model.members] == [False, False, True, True]
+    with pytest.raises(DataError, match="outside the label set"):
+        ContrastiveClassifier.train(texts, labels, settings=settings, label_texts={"no such label": "?"})
+
+
+def test_a_contrastive_bundle_without_its_encoder_is_refused(trained: Any, tmp_path: Path) -> None:
+    folder = trained["contrastive"].save(tmp_path / "bundle")
+    config = json.loads((folder / "config.json").read_text())
+    assert "encoder/model.safetensors" in config["files"]
+    for name in [name for name in config["files"] if name.startswith("encoder/")]:
+        (folder / name).unlink()
+        del config["files"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleMismatchError, match="no encoder/config.json"):
+        load_small_model(folder)
 
 
 # Choosing a kind

@@ -1,0 +1,199 @@
+"""What a small model's label becomes in a conversation: text, a tool call, or a structured object."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from langchain_core.messages import AIMessage, ToolCall
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.uuid import uuid7
+from pydantic import BaseModel, Field, ValidationError
+
+from langchain_datashunt.configured import Configured
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.predictions import Prediction
+
+
+class ToolAnswer(Configured):
+    """A call of one tool, as an answer."""
+
+    tool: str
+    """The tool's name; the answer is given only where that tool is bound."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments."""
+
+    def __init__(self, tool: str, args: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        """Take tool and arguments by position or by name."""
+        super().__init__(tool=tool, args=dict(args or {}), **settings)
+
+
+Answer: TypeAlias = str | AIMessage | ToolAnswer | BaseModel | dict[str, Any]
+"""Text, a whole message, a tool call, or for structured output an object or its fields."""
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What one call may be answered with.
+
+    Attributes:
+        tools: Names of the tools that are bound.
+        must_call: Whether one of them has to be called.
+        only: The one that has to be, None for any.
+        schema: What structured output must fit: a pydantic class, a TypedDict or a JSON schema; None for messages.
+        closed: Whether only the large model can answer so.
+    """
+
+    tools: frozenset[str] = frozenset()
+    must_call: bool = False
+    only: str | None = None
+    schema: Any = None
+    closed: bool = False
+
+    @classmethod
+    def of_tools(cls, tools: Sequence[Any], tool_choice: Any, settings: Mapping[str, Any]) -> AnswerForm:
+        """What a call with bound tools may be answered with.
+
+        Args:
+            tools: As `bind_tools` takes them.
+            tool_choice: As `bind_tools` takes it.
+            settings: What else is bound; a response format asks for more than labels can give.
+        """
+        names = frozenset(tool_name(tool) for tool in tools)
+        if isinstance(tool_choice, Mapping):
+            tool_choice = tool_choice.get("function", tool_choice).get("name")
+        elif tool_choice is True:
+            tool_choice = next(iter(names)) if len(names) == 1 else "any"
+        if tool_choice in (None, False, "auto"):
+            must_call, only = False, None
+        else:
+            must_call, only = tool_choice != "none", tool_choice if tool_choice in names else None
+        return cls(
+            names if tool_choice != "none" else frozenset(), must_call, only, closed="response_format" in settings
+        )
+
+
+class SmallAnswers(Configured):
+    """The answers of the small side, by label."""
+
+    answers: dict[str, Any] | None = None
+    """Label -> an `Answer`, or a list of them of which the first that fits the call is given. A label without an
+    answer is left to the large model. None answers with the label itself."""
+
+    model_id: str = ""
+    """Name of the small model, for the messages' metadata."""
+
+    def answerable(self, labels: Sequence[str], form: AnswerForm) -> frozenset[str]:
+        """The labels that can be answered in this form."""
+        return frozenset(label for label in labels if self._find(label, form) is not None)
+
+    def give(self, label: str, form: AnswerForm) -> Any:
+        """The answer for a label: a message, or where the form has a schema an object that fits it.
+
+        Raises:
+            ConfigurationError: There is none in this form.
+        """
+        found = self._find(label, form)
+        if found is None:
+            raise ConfigurationError(
+                f"There is no small answer for the label {label!r} in the form that was asked for."
+            )
+        return found
+
+    def _find(self, label: str, form: AnswerForm) -> Any:
+        if form.closed:
+            return None
+        given = label if self.answers is None else self.answers.get(label)
+        for one in given if isinstance(given, list) else [given]:
+            if one is not None and (found := self._fit(one, label, form)) is not None:
+                return found
+        return None
+
+    def _fit(self, answer: Any, label: str, form: AnswerForm) -> Any:
+        if form.schema is not None:
+            fields = {self._one_field(form.schema): label} if isinstance(answer, str) else answer
+            return None if None in fields else fitted(form.schema, fields)
+        if isinstance(answer, ToolAnswer):
+            call = ToolCall(
+                name=answer.tool, args=copy.deepcopy(answer.args), id=f"call_{uuid7().hex}", type="tool_call"
+            )
+            answer = AIMessage("", tool_calls=[call])
+        elif isinstance(answer, str):
+            answer = AIMessage(answer)
+        if not isinstance(answer, AIMessage):
+            return None
+        called = {call["name"] for call in answer.tool_calls}
+        fits = called <= ({form.only} if form.only else form.tools) and bool(called or not form.must_call)
+        return self._told(answer) if fits else None
+
+    def _told(self, answer: AIMessage) -> AIMessage:
+        """A copy with an id of its own, that says which model it is of and that it used no token of a large one."""
+        none = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
+        metadata = {**answer.response_metadata, "model_name": self.model_id, "finish_reason": "stop"}
+        changed = {"id": f"shunt-{uuid7()}", "usage_metadata": none, "response_metadata": metadata}
+        return answer.model_copy(update=changed, deep=True)
+
+    @staticmethod
+    def _one_field(schema: Any) -> str | None:
+        """The field of a schema that has only this one, so that a label can fill it."""
+        fields = json_schema(schema).get("properties", {})
+        return next(iter(fields)) if len(fields) == 1 else None
+
+
+class Answering:
+    """From a prediction to the answer of its label."""
+
+    def __init__(self, answers: SmallAnswers, form: AnswerForm, raw: bool) -> None:
+        self.answers, self.form, self.raw = answers, form, raw
+
+    def __call__(self, prediction: Prediction) -> Any:
+        """The answer; with `raw` as structured output with its raw message."""
+        found = self.answers.give(prediction.label, self.form)
+        if not self.raw:
+            return found
+        return {"raw": AIMessage(prediction.label), "parsed": found, "parsing_error": None}
+
+
+def fitted(schema: Any, fields: Any) -> Any:
+    """Fields as what a schema asks for, None where they do not fit it."""
+    if isinstance(fields, BaseModel):
+        if isinstance(schema, type) and isinstance(fields, schema):
+            return fields
+        fields = fields.model_dump()
+    if not isinstance(fields, dict):
+        return None
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        try:
+            return schema.model_validate(fields)
+        except ValidationError:
+            return None
+    wanted = json_schema(schema)
+    known, needed = wanted.get("properties", {}), wanted.get("required", [])
+    if not set(needed) <= set(fields) <= set(known):
+        return None
+    fits = all("enum" not in known[name] or value in known[name]["enum"] for name, value in fields.items())
+    return dict(fields) if fits else None
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    """The parameters of a schema as `with_structured_output` takes it."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema()
+    found: dict[str, Any] = convert_to_openai_tool(schema)["function"].get("parameters", {})
+    return found
+
+
+def tool_name(tool: Any) -> str:
+    """The name of a tool as `bind_tools` takes it."""
+    own = getattr(tool, "name", None)
+    if isinstance(own, str):
+        return own
+    if isinstance(tool, Mapping):
+        named = tool.get("function", tool)
+        return str(named.get("name") or named.get("title") or named.get("type") or json.dumps(dict(tool), default=str))
+    return str(convert_to_openai_tool(tool)["function"]["name"])

@@ -1,0 +1,466 @@
+"""ShuntChatModel: a shunt wherever a chat model goes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, closing
+from typing import Any, Literal
+from uuid import UUID
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.config import get_config_list, merge_configs
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from typing_extensions import override
+
+from langchain_datashunt.answers import AnswerForm, Answering, SmallAnswers
+from langchain_datashunt.chat_messages import answered, as_chunk, legacy_config, llm_result, marked, model_name
+from langchain_datashunt.configured import Configured
+from langchain_datashunt.drafting import DraftConfidence, DraftingModel, draft_answer, mean_token_probability
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.hinted_model import HintedModel
+from langchain_datashunt.policies import OnlyLabels, Policy
+from langchain_datashunt.predictions import ShuntDecision
+from langchain_datashunt.pruning import Pruning, SoftPrompt
+from langchain_datashunt.retries import Retry
+from langchain_datashunt.shunt import ShuntRunnable, policy_for
+
+NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a human message")
+"""The decision where a classifier has nothing to read, as after a tool's result."""
+
+_SETTINGS = (
+    "on_large_error", "max_concurrency", "retry", "threshold_id", "audit_rate", "monitor", "fail_safe", "shadow",
+    "recorder",
+)  # fmt: skip
+"""Fields that are handed on to the shunt as they are."""
+
+_STANDARD = ("temperature", "max_tokens", "stop")
+"""Fields that are handed on with each large call, where they are set."""
+
+
+class ShuntChatModel(Configured, BaseChatModel):
+    """A chat model that answers by itself what its small side is sure of, and asks a large chat model for the rest.
+
+    The small side is a small model whose labels have answers, or a small local chat model that gives
+    log-probabilities.
+
+    ```python
+    model = ShuntChatModel(
+        small=load_small_model("bundle"),
+        large=ChatOpenAI(model="gpt-4o"),
+        answers={"opening_hours": "We are open from 9 to 17.", "balance": ToolAnswer("get_balance")},
+    )
+    ```
+
+    Messages carry the decision under `response_metadata["shunt"]`, and in `usage_metadata` what the large model
+    counted. Runs: a chain run with one run of the small model and, where it was asked, one of the large model, whose
+    own cache, rate limiter and callbacks work as ever. A call inside an outer chat-model run (`generate` of another
+    wrapper, `stream_events(version="v3")`) has that one run alone, so that tokens are counted once.
+
+    A classifier reads the last human message. Where the conversation ends with something else, a tool's result for
+    example, the large model is asked at once.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=False)
+
+    small: Runnable[Any, Any]
+    """A small model (`Runnable` to a `Prediction`), or a chat model that drafts."""
+
+    large: BaseChatModel
+    """The large chat model."""
+
+    answers: dict[str, Any] | None = None
+    """By label what the small side says: text, `AIMessage`, `ToolAnswer`, an object or its fields for structured
+    output, or a list of them of which the first is taken that fits the call. A label without an answer is left to the
+    large model. None answers with the label itself. Of no use with a chat model as small side."""
+
+    confidence: DraftConfidence = Field(default=mean_token_probability, exclude=True, repr=False)
+    """How sure a chat model as small side is of its message."""
+
+    policy: Policy | None = None
+    """When to keep; see `ShuntRunnable.policy`."""
+
+    pruning: Pruning | None = SoftPrompt()
+    """What the large model is told of a small model's opinion, in the system message; None tells it nothing."""
+
+    hint: str | None = None
+    """A template of what it is told, over the variables of `pruning`; None for the strategy's own words."""
+
+    on_large_error: Literal["raise", "small"] = "raise"
+    """See `ShuntRunnable.on_large_error`."""
+
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Large calls at once at the most."""
+
+    retry: Retry = Retry(attempts=1)
+    """Around each large call; once by default, since chat models retry by themselves."""
+
+    threshold_id: str = "shunt_threshold"
+    """The key of `config["configurable"]` that replaces the threshold for one call."""
+
+    audit_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    """See `ShuntRunnable.audit_rate`."""
+
+    monitor: Any = Field(default=None, exclude=True, repr=False)
+    """See `ShuntRunnable.monitor`."""
+
+    fail_safe: Literal["none", "large"] = "none"
+    """See `ShuntRunnable.fail_safe`."""
+
+    shadow: bool = False
+    """See `ShuntRunnable.shadow`."""
+
+    recorder: Any = Field(default=None, exclude=True, repr=False)
+    """See `ShuntRunnable.recorder`."""
+
+    temperature: float | None = None
+    """Handed on with each large call; None leaves it to the large model."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Likewise."""
+
+    stop: list[str] | None = None
+    """Likewise."""
+
+    streaming: bool | None = None
+    """False has `stream` give whole answers."""
+
+    _form: AnswerForm = PrivateAttr(default=AnswerForm())
+    _asked: Runnable[Any, Any] = PrivateAttr()
+    _drafter: Runnable[Any, Any] = PrivateAttr()
+    _shunt: ShuntRunnable = PrivateAttr()
+
+    @field_validator("rate_limiter", "cache", check_fields=False)
+    @classmethod
+    def _of_the_large(cls, value: Any) -> Any:
+        if value not in (None, False):
+            raise ConfigurationError(
+                "Give `cache` and `rate_limiter` to the large model: only its calls cost something."
+            )
+        return value
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Lay the shunt out."""
+        super().model_post_init(context)
+        self._lay_out(self.large, self.small, AnswerForm())
+
+    # The shunt underneath
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the small side is a chat model."""
+        return isinstance(self.small, BaseChatModel)
+
+    def _lay_out(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
+        self._form, self._asked, self._drafter = form, large, drafter
+        self._shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel")
+
+    def _shunt_over(
+        self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm, *, name: str, raw: bool = False
+    ) -> ShuntRunnable:
+        """A shunt whose both sides answer in one form."""
+        settings = {field: getattr(self, field) for field in _SETTINGS}
+        if self.drafts:
+            told = model_name(self.small)
+            small: Runnable[Any, Any] = DraftingModel(
+                drafter, self.confidence, told, raw_too=form.schema is not None, give_raw=raw
+            )
+            return ShuntRunnable(
+                name=name, small=small, large=large, pruning=None, return_decision=True,
+                policy=policy_for(self.small, self.policy) & OnlyLabels(labels=frozenset({"draft"})),
+                small_output=RunnableLambda(draft_answer, name="draft"), **settings,
+            )  # fmt: skip
+        answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
+        policy = policy_for(self.small, self.policy)
+        labels = getattr(self.small, "labels", None) or tuple(self.answers or ())
+        if self.answers is not None or form != AnswerForm():
+            policy = policy & OnlyLabels(labels=answers.answerable(labels, form))
+        asked = large if self.pruning is None else HintedModel(large, self.pruning, self.hint)
+        return ShuntRunnable(
+            name=name, small=self.small, large=asked, policy=policy, pruning=self.pruning, return_decision=True,
+            small_output=RunnableLambda(Answering(answers, form, raw), name="small answer"), **settings,
+        )  # fmt: skip
+
+    def _has_question(self, messages: Sequence[BaseMessage]) -> bool:
+        return self.drafts or (bool(messages) and isinstance(messages[-1], HumanMessage))
+
+    def _config(self, config: RunnableConfig | None) -> RunnableConfig:
+        own = RunnableConfig(tags=self.tags or [], metadata=self.metadata or {})
+        if self.callbacks is not None:
+            own["callbacks"] = self.callbacks
+        return merge_configs(own, config)
+
+    def _settings(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        standard = {name: getattr(self, name) for name in _STANDARD if getattr(self, name) is not None}
+        return {**standard, **({} if stop is None else {"stop": stop}), **kwargs}
+
+    # One conversation
+
+    @override
+    def invoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:  # fmt: skip
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            return _unasked(self._asked.invoke(messages, config, **settings))
+        return answered(self._shunt.invoke(messages, config, **settings))
+
+    @override
+    async def ainvoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:  # fmt: skip
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            return _unasked(await self._asked.ainvoke(messages, config, **settings))
+        return answered(await self._shunt.ainvoke(messages, config, **settings))
+
+    @override
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:  # fmt: skip
+        if self._streaming_disabled(**kwargs):
+            yield as_chunk(self.invoke(input, config, stop=stop, **kwargs))
+            return
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            first: ShuntDecision | None = NO_QUESTION
+            with closing(self._asked.stream(messages, config, **settings)) as chunks:  # type: ignore[type-var]
+                for chunk in chunks:
+                    yield marked(chunk, first)
+                    first = None
+            return
+        told = False
+        with closing(self._shunt.stream(messages, config, **settings)) as results:  # type: ignore[type-var]
+            for result in results:
+                if result.output is not None:
+                    yield as_chunk(result.output if told else answered(result))
+                    told = True
+
+    @override
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:  # fmt: skip
+        if self._streaming_disabled(**kwargs):
+            yield as_chunk(await self.ainvoke(input, config, stop=stop, **kwargs))
+            return
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            first: ShuntDecision | None = NO_QUESTION
+            async with aclosing(self._asked.astream(messages, config, **settings)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    yield marked(chunk, first)
+                    first = None
+            return
+        told = False
+        async with aclosing(self._shunt.astream(messages, config, **settings)) as results:  # type: ignore[type-var]
+            async for result in results:
+                if result.output is not None:
+                    yield as_chunk(result.output if told else answered(result))
+                    told = True
+
+    # Many conversations
+
+    @override
+    def batch(
+        self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
+        return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
+        conversations = [self._convert_input(one).to_messages() for one in inputs]
+        if self.drafts or not all(map(self._has_question, conversations)):
+            more = {**kwargs, **({} if stop is None else {"stop": stop})}
+            return super().batch(list(inputs), config, return_exceptions=return_exceptions, **more)
+        configs = [self._config(one) for one in get_config_list(config, len(inputs))]
+        settings = self._settings(stop, kwargs)
+        results = self._shunt.batch(conversations, configs, return_exceptions=return_exceptions, **settings)
+        return [one if isinstance(one, Exception) else answered(one) for one in results]
+
+    @override
+    async def abatch(
+        self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
+        return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
+        conversations = [self._convert_input(one).to_messages() for one in inputs]
+        if self.drafts or not all(map(self._has_question, conversations)):
+            more = {**kwargs, **({} if stop is None else {"stop": stop})}
+            return await super().abatch(list(inputs), config, return_exceptions=return_exceptions, **more)
+        configs = [self._config(one) for one in get_config_list(config, len(inputs))]
+        settings = self._settings(stop, kwargs)
+        results = await self._shunt.abatch(conversations, configs, return_exceptions=return_exceptions, **settings)
+        return [one if isinstance(one, Exception) else answered(one) for one in results]
+
+    @override
+    def generate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, *,
+        tags: list[str] | None = None, metadata: dict[str, Any] | None = None, run_name: str | None = None,
+        run_id: UUID | None = None, **kwargs: Any,
+    ) -> LLMResult:  # fmt: skip
+        config = legacy_config(callbacks, tags, metadata, run_name, run_id)
+        return llm_result(self.batch(list(messages), config, stop=stop, **kwargs))
+
+    @override
+    async def agenerate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, *,
+        tags: list[str] | None = None, metadata: dict[str, Any] | None = None, run_name: str | None = None,
+        run_id: UUID | None = None, **kwargs: Any,
+    ) -> LLMResult:  # fmt: skip
+        config = legacy_config(callbacks, tags, metadata, run_name, run_id)
+        return llm_result(await self.abatch(list(messages), config, stop=stop, **kwargs))
+
+    # Inside another chat-model run: that one counts the tokens, so nothing is reported below it
+
+    @override
+    def _generate(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> ChatResult:  # fmt: skip
+        message = self._alone().invoke(messages, {"callbacks": []}, stop=stop, **kwargs)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    @override
+    async def _agenerate(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> ChatResult:  # fmt: skip
+        message = await self._alone().ainvoke(messages, {"callbacks": []}, stop=stop, **kwargs)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    @override
+    def _stream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
+        for chunk in self._alone().stream(messages, {"callbacks": []}, stop=stop, **kwargs):
+            yield ChatGenerationChunk(message=chunk)
+
+    @override
+    async def _astream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
+        async for chunk in self._alone().astream(messages, {"callbacks": []}, stop=stop, **kwargs):
+            yield ChatGenerationChunk(message=chunk)
+
+    def _alone(self) -> ShuntChatModel:
+        return self.model_copy(update={"callbacks": None})
+
+    # Tools and structured output
+
+    @override
+    def bind_tools(
+        self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Bind tools to both sides; the small side answers only what is allowed then."""
+        given = {**kwargs, **({} if tool_choice is None else {"tool_choice": tool_choice})}
+        large = self.large.bind_tools(tools, **given)
+        drafter = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
+        bound = self.model_copy()
+        bound._lay_out(large, drafter, AnswerForm.of_tools(tools, tool_choice, kwargs))
+        return bound.bind()
+
+    @override
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Structured answers of both sides.
+
+        The small side answers where an answer of its label fits the schema: an object, fields, or where the schema has
+        one field only a label's text. A chat model as small side needs log-probabilities beside its structured output.
+        """
+        large = self.large.with_structured_output(schema, include_raw=include_raw, **kwargs)
+        drafter = self.small
+        if isinstance(drafter, BaseChatModel):
+            drafter = drafter.with_structured_output(schema, include_raw=True, **kwargs)
+        form = AnswerForm(schema=schema)
+        shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel structured", raw=include_raw)
+        return _Structured(shunt.model_copy(update={"return_decision": False}), self, large)
+
+    # What a chat model says of itself
+
+    @property
+    @override
+    def _llm_type(self) -> str:
+        return "datashunt"
+
+    @property
+    @override
+    def _identifying_params(self) -> dict[str, Any]:
+        return {"large": model_name(self.large), "small": model_name(self.small), "policy": str(self._shunt.policy)}
+
+    @override
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        own = {name: kwargs.get(name, getattr(self, name)) for name in ("temperature", "max_tokens")}
+        given = {name: value for name, value in own.items() if value is not None}
+        params = self.large._get_ls_params(stop=stop or self.stop, **{**kwargs, **given})
+        return LangSmithParams(**{**params, "ls_provider": "datashunt"})
+
+    @override
+    def _resolve_model_profile(self) -> Any:
+        return self.large.profile
+
+    @override
+    def get_token_ids(self, text: str) -> list[int]:
+        return self.large.get_token_ids(text)
+
+    @override
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Any = None) -> int:
+        return self.large.get_num_tokens_from_messages(messages, tools)
+
+
+class _Structured(Runnable[Any, Any]):
+    """Structured answers: a shunt that takes what chat models take.
+
+    Args:
+        shunt: From messages to objects.
+        owner: Reads inputs and adds its settings.
+        large: Asked where there is no question to classify.
+    """
+
+    def __init__(self, shunt: ShuntRunnable, owner: ShuntChatModel, large: Runnable[Any, Any]) -> None:
+        self.shunt, self.owner, self.large = shunt, owner, large
+
+    def _call(self, value: Any, config: Any, kwargs: dict[str, Any]) -> tuple[Runnable[Any, Any], Any, Any, Any]:
+        messages = self.owner._convert_input(value).to_messages()
+        side: Runnable[Any, Any] = self.shunt if self.owner._has_question(messages) else self.large
+        return side, messages, self.owner._config(config), self.owner._settings(None, kwargs)
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        side, messages, config, settings = self._call(input, config, kwargs)
+        return side.invoke(messages, config, **settings)
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        side, messages, config, settings = self._call(input, config, kwargs)
+        return await side.ainvoke(messages, config, **settings)
+
+    @override
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        side, messages, config, settings = self._call(input, config, kwargs)
+        yield from side.stream(messages, config, **settings)
+
+    @override
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        side, messages, config, settings = self._call(input, config, kwargs)
+        async with aclosing(side.astream(messages, config, **settings)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
+
+
+def _unasked(message: Any) -> AIMessage:
+    """A large model's answer where there was no question for the small side."""
+    answer: AIMessage = marked(message, NO_QUESTION)
+    return answer
