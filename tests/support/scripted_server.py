@@ -121,6 +121,12 @@ def _logprobs(message: Mapping[str, Any], body: Mapping[str, Any]) -> Any:
     return {"content": [{"token": word, "logprob": message["logprob"], "top_logprobs": []} for word in words]}
 
 
+def _next(told: Any, delta: Mapping[str, Any]) -> Any:
+    """The log-probability of one streamed word."""
+    token = next(told, None) if delta.get("content") else None
+    return None if token is None else {"content": [token]}
+
+
 def _completion(
     number: int, model: str, message: Mapping[str, Any], usage: Mapping[str, int], body: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -145,8 +151,10 @@ def _events(
         whole = call["function"]["arguments"]
         deltas.append({"tool_calls": [{**call, "function": {**call["function"], "arguments": whole[:5]}}]})
         deltas.append({"tool_calls": [{"index": call["index"], "function": {"arguments": whole[5:]}}]})
+    told = iter((_logprobs(message, body) or {"content": []})["content"])
     chunks: list[dict[str, Any]] = [
-        {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+        {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None, "logprobs": _next(told, delta)}]}
+        for delta in deltas
     ]
     end = "tool_calls" if calls else "stop"
     chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": end}]})

@@ -1,0 +1,116 @@
+"""ShuntModelRouterMiddleware: a small chat model takes the turns of an agent that it is sure of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from langchain.agents.middleware.types import AgentMiddleware, ModelRequest, ModelResponse
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from typing_extensions import override
+
+from langchain_datashunt.chat_messages import marked, model_name
+from langchain_datashunt.drafting import DRAFT_LABELS, SILENT_TAGS, DraftConfidence, mean_token_probability
+from langchain_datashunt.exceptions import PredictionError
+from langchain_datashunt.policies import Policy, Threshold
+from langchain_datashunt.predictions import Prediction, PredictionBatch, ShuntDecision
+from langchain_datashunt.retries import raise_control_flow
+
+
+@dataclass
+class ModelRouterStats:
+    """Turns by who took them; `small_errors` are those of `large` in which the small model failed."""
+
+    small: int = 0
+    large: int = 0
+    small_errors: int = 0
+
+
+class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
+    """Asks a small chat model first; its turn is kept where it is sure, else the agent's own model is asked.
+
+    Messages carry the decision under `response_metadata["shunt"]`. What the small model drafted and was not kept is not
+    shown in streams of messages.
+
+    Args:
+        small: The small chat model, with log-probabilities switched on.
+        policy: When its turn is kept, by its confidence.
+        confidence: How sure it is of a message. Log-probabilities do not cover tool calls: a turn of calls alone goes
+            to the agent's own model unless this says otherwise.
+        name: Name of this middleware; several in one agent need different ones.
+    """
+
+    def __init__(
+        self,
+        small: BaseChatModel,
+        *,
+        policy: Policy | None = None,
+        confidence: DraftConfidence = mean_token_probability,
+        name: str = "ShuntModelRouterMiddleware",
+    ) -> None:
+        super().__init__()
+        self.policy, self.confidence = policy or Threshold(0.9), confidence
+        self.small = small.model_copy(update={"tags": [*(small.tags or []), *SILENT_TAGS]})
+        self.stats = ModelRouterStats()
+        self._name, self._lock = name, threading.Lock()
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._name
+
+    @override
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any]:
+        try:
+            draft = handler(request.override(model=self.small))
+            kept, decision = self._judged(draft)
+        except Exception as error:
+            kept, decision = self._failed(error)
+        if kept:
+            return self._taken(draft, decision)
+        return self._taken(handler(request), decision)
+
+    @override
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> ModelResponse[Any]:
+        try:
+            draft = await handler(request.override(model=self.small))
+            kept, decision = self._judged(draft)
+        except Exception as error:
+            kept, decision = self._failed(error)
+        if kept:
+            return self._taken(draft, decision)
+        return self._taken(await handler(request), decision)
+
+    def _judged(self, draft: ModelResponse[Any]) -> tuple[bool, ShuntDecision]:
+        message = next((one for one in draft.result if isinstance(one, AIMessage)), None)
+        sure = None if message is None else self.confidence(message)
+        if sure is None:
+            raise PredictionError(
+                f"{model_name(self.small)} gave no log-probabilities with its turn, so nobody knows how sure it is."
+            )
+        batch = PredictionBatch.of(DRAFT_LABELS, [[sure, 1.0 - sure]], model_id=model_name(self.small))
+        prediction: Prediction = batch[0]
+        keep, score, limit = self.policy.evaluate_one(prediction)
+        keep = keep and prediction.label == DRAFT_LABELS[0]
+        route, reason = ("small", "confident") if keep else ("large", "deferred")
+        return keep, ShuntDecision(route, reason, prediction, score, limit, str(self.policy))  # type: ignore[arg-type]
+
+    def _failed(self, error: Exception) -> tuple[bool, ShuntDecision]:
+        raise_control_flow(error)
+        with self._lock:
+            self.stats.small_errors += 1
+        told = f"{type(error).__name__}: {error}"
+        return False, ShuntDecision("large", "small_error", policy=str(self.policy), error=told)
+
+    def _taken(self, response: ModelResponse[Any], decision: ShuntDecision) -> ModelResponse[Any]:
+        with self._lock:
+            setattr(self.stats, decision.route, getattr(self.stats, decision.route) + 1)
+        result = [marked(one, decision) if isinstance(one, AIMessage) else one for one in response.result]
+        return replace(response, result=result)

@@ -1,0 +1,373 @@
+"""ShuntToolRouterMiddleware: the large model sees the tools that a small model thinks may be right."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from langchain.agents.middleware.types import AgentMiddleware, ModelRequest, ModelResponse
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolCall, ToolMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.uuid import uuid7
+from langgraph.prebuilt.tool_node import ToolCallRequest
+from langgraph.types import Command
+from typing_extensions import override
+
+from langchain_datashunt.agents.arguments import ArgumentExtractor, NoArguments, extracted
+from langchain_datashunt.agents.tool_router import Mode, ToolRanking, ToolRouter
+from langchain_datashunt.distillation.watching import LargeCallWatcher
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.inputs import text_of
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import Latency, ShuntDecision
+from langchain_datashunt.pruning import ConformalPrompt
+from langchain_datashunt.recording import FinishedCall, now
+from langchain_datashunt.retries import raise_control_flow
+
+METADATA_KEY = "shunt_tools"
+"""Where messages carry what a middleware decided, by the middleware's name."""
+
+REFUSED_KEY = "shunt_refused"
+"""Where the message that refuses a tool names it."""
+
+_CHARACTERS_A_TOKEN = 4
+
+
+@dataclass
+class ToolRouterStats:
+    """What a middleware has done so far.
+
+    Attributes:
+        model_calls: Turns of the large model that it prepared.
+        direct_calls: Tool calls that were made without the large model.
+        refused: Calls of tools that were not offered.
+        tools_pruned: Tools that were left out of requests, summed.
+        tokens_saved: Estimated tokens of their descriptions, summed.
+        router_errors: Turns in which the small model failed, so that all tools were offered.
+    """
+
+    model_calls: int = 0
+    direct_calls: int = 0
+    refused: int = 0
+    tools_pruned: int = 0
+    tokens_saved: int = 0
+    router_errors: int = 0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One turn: what is offered, and what is told of it."""
+
+    request: ModelRequest[Any]
+    ranking: ToolRanking | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+    direct: AIMessage | None = None
+
+
+class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
+    """Shortlists an agent's tools by a small model, before each turn of the large one.
+
+    ```python
+    agent = create_agent(
+        ChatOpenAI(model="gpt-4o"), tools,
+        middleware=[ShuntToolRouterMiddleware(router, always_include=["search"])],
+    )
+    ```
+
+    The classifier reads the last human message. Tools that it does not know are always offered, and so are tools given
+    as dicts, which the provider runs. A tool that was left out and is called anyway is refused, with a message by which
+    the agent can go on, and is offered from then on. Where the small model fails, all tools are offered.
+
+    Args:
+        classifier: A small model whose labels are names of tools, or a `ToolRouter`.
+        mode: "conformal" offers a conformal set (the router must be calibrated), "hard" the `keep` likeliest, "soft"
+            offers all and tells their probabilities in the system message; None takes the router's.
+        keep: Tools that are offered in "hard" mode, and told in "soft" mode; None takes the router's.
+        conformal: A fitted `ConformalPrompt`, instead of a calibrated router.
+        always_include: Names of tools that are always offered.
+        direct: When the likeliest tool is called without asking the large model; None never does. Only in answer to
+            the user's message, and only where `arguments` finds arguments that fit the tool.
+        arguments: How arguments are found in the text.
+        recorder: A `distillation.Recorder` that keeps which tool the large model chose, for the classifier to learn.
+        name: Name of this middleware; several in one agent need different ones.
+        count_tokens: From a tool's description, as JSON, to tokens; None for a quarter of its characters.
+    """
+
+    def __init__(
+        self,
+        classifier: Runnable[Any, Any],
+        *,
+        mode: Mode | None = None,
+        keep: int | None = None,
+        conformal: ConformalPrompt | None = None,
+        always_include: Sequence[str] = (),
+        direct: Policy | None = None,
+        arguments: ArgumentExtractor | None = None,
+        recorder: Any = None,
+        name: str = "ShuntToolRouterMiddleware",
+        count_tokens: Callable[[str], int] | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"mode": mode, "keep": keep, "conformal": conformal}
+        changed = {key: value for key, value in given.items() if value is not None}
+        if isinstance(classifier, ToolRouter):
+            self.router = ToolRouter(**{**_fields(classifier), **changed})
+        else:
+            self.router = ToolRouter(classifier=classifier, **changed)
+        if self.router.mode == "conformal" and self.router.conformal is None:
+            raise ConfigurationError(
+                "mode='conformal' needs calibration: pass ToolRouter(classifier=...).calibrate(queries, tools), or use "
+                "mode='hard' or 'soft'."
+            )
+        self.always_include = frozenset(always_include)
+        self.direct, self.arguments, self.recorder = direct, arguments or NoArguments(), recorder
+        self.stats = ToolRouterStats()
+        self._name, self._count, self._lock = name, count_tokens or _estimate, threading.Lock()
+        self._tokens: dict[tuple[str, str], int] = {}
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._name
+
+    # Turns of the model
+
+    @override
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any] | AIMessage:
+        text = self._question(request)
+        if text is None:
+            return handler(request)
+        try:
+            turn = self._prepared(request, text, self.router.invoke(text))
+        except Exception as error:
+            turn = self._unrouted(request, error)
+        if turn.direct is not None:
+            return turn.direct
+        response = self._finished(turn, handler(turn.request))
+        if log := self._log(turn, response, text):
+            self.recorder.record(log)
+        return response
+
+    @override
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> ModelResponse[Any] | AIMessage:
+        text = self._question(request)
+        if text is None:
+            return await handler(request)
+        try:
+            turn = self._prepared(request, text, await self.router.ainvoke(text))
+        except Exception as error:
+            turn = self._unrouted(request, error)
+        if turn.direct is not None:
+            return turn.direct
+        response = self._finished(turn, await handler(turn.request))
+        if log := self._log(turn, response, text):
+            await self.recorder.arecord(log)
+        return response
+
+    def _question(self, request: ModelRequest[Any]) -> str | None:
+        """What the classifier reads; None where there is nothing to route."""
+        if missing := sorted(self.always_include - {_name(tool) for tool in request.tools}):
+            raise ConfigurationError(
+                f"always_include names tools that the agent does not have: {', '.join(missing)}. It has: "
+                f"{', '.join(sorted(_name(tool) for tool in request.tools)[:10])}."
+            )
+        if not any(isinstance(tool, BaseTool) for tool in request.tools):
+            return None
+        if not any(isinstance(message, HumanMessage) for message in request.messages):
+            return None
+        return text_of(request.messages)
+
+    def _unrouted(self, request: ModelRequest[Any], error: Exception) -> _Turn:
+        """All tools, where the small model failed."""
+        raise_control_flow(error)
+        if isinstance(error, ConfigurationError):
+            raise error
+        self._add(model_calls=1, router_errors=1)
+        return _Turn(request, told={"error": f"{type(error).__name__}: {error}"})
+
+    def _prepared(self, request: ModelRequest[Any], text: str, ranking: ToolRanking) -> _Turn:
+        told = {"label": ranking.best, "confidence": round(ranking.confidence, 4), "mode": self.router.mode}
+        if (direct := self._direct(request, text, ranking)) is not None:
+            self._add(direct_calls=1)
+            return _Turn(request, ranking, told, _noted(direct, self.name, {**told, "route": "small"}))
+        told["route"] = "large"
+        if self.router.mode == "soft":
+            self._add(model_calls=1)
+            return _Turn(request.override(system_message=self._with_hint(request, ranking)), ranking, told)
+        offered, pruned = self._split(request, ranking)
+        saved = sum(self._tokens_of(tool) for tool in pruned)
+        self._add(model_calls=1, tools_pruned=len(pruned), tokens_saved=saved)
+        told |= {"offered": [_name(tool) for tool in offered], "of": len(request.tools), "tokens_saved": saved}
+        return _Turn(request.override(tools=offered), ranking, told)
+
+    def _split(self, request: ModelRequest[Any], ranking: ToolRanking) -> tuple[list[Any], list[Any]]:
+        """The tools that are offered, the likeliest first, and those that are left out."""
+        known, shortlist = frozenset(ranking.tools), frozenset(ranking.shortlist)
+        wanted = {message.additional_kwargs.get(REFUSED_KEY) for message in request.messages}
+        forced = _forced(request.tool_choice)
+        place = {tool: i for i, tool in enumerate(ranking.tools)}
+        offered: list[Any] = []
+        pruned: list[Any] = []
+        for tool in request.tools:
+            name = _name(tool)
+            stays = (
+                isinstance(tool, dict)
+                or name not in known
+                or name in shortlist
+                or name in self.always_include
+                or name in wanted
+                or name == forced
+            )
+            (offered if stays else pruned).append(tool)
+        if not any(isinstance(tool, BaseTool) for tool in offered) and pruned:  # none that is shortlisted is there
+            best = min(pruned, key=lambda tool: place[_name(tool)])
+            offered, pruned = [*offered, best], [tool for tool in pruned if tool is not best]
+        offered.sort(key=lambda tool: place.get(_name(tool), -1))
+        return offered, pruned
+
+    def _direct(self, request: ModelRequest[Any], text: str, ranking: ToolRanking) -> AIMessage | None:
+        """A call of the likeliest tool, where the policy is sure and the arguments are found."""
+        last = request.messages[-1] if request.messages else None
+        if self.direct is None or not isinstance(last, HumanMessage) or request.response_format is not None:
+            return None
+        keep, _, _ = self.direct.evaluate_one(ranking.prediction)
+        tool = next((t for t in request.tools if isinstance(t, BaseTool) and t.name == ranking.best), None)
+        forced = _forced(request.tool_choice)
+        if not keep or tool is None or request.tool_choice == "none" or forced not in (None, tool.name):
+            return None
+        args = extracted(self.arguments, tool, text)
+        if args is None:
+            return None
+        call = ToolCall(name=tool.name, args=args, id=f"call_{uuid7().hex}", type="tool_call")
+        usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+        return AIMessage("", tool_calls=[call], id=f"shunt-{uuid7()}", usage_metadata=usage)
+
+    def _with_hint(self, request: ModelRequest[Any], ranking: ToolRanking) -> SystemMessage:
+        there = {_name(tool) for tool in request.tools}
+        likely = [(name, p) for name, p in ranking.top(len(ranking.tools)) if name in there][: self.router.keep]
+        lines = "\n".join(f"- {name} with probability {p:.2f}" for name, p in likely)
+        hint = (
+            f"A small classifier thinks that these tools fit the user's last message:\n{lines}\n"
+            f"Use this as a hint; it may be wrong."
+        )
+        own = request.system_message
+        return SystemMessage(hint if own is None else f"{own.text}\n\n{hint}")
+
+    def _finished(self, turn: _Turn, response: ModelResponse[Any]) -> ModelResponse[Any]:
+        """The response, whose message tells what was offered."""
+        result = [
+            _noted(message, self.name, turn.told) if isinstance(message, AIMessage) else message
+            for message in response.result
+        ]
+        return replace(response, result=result)
+
+    def _log(self, turn: _Turn, response: ModelResponse[Any], text: str) -> list[Any]:
+        """The record of a first choice of one tool that the classifier knows, where there is a recorder."""
+        answer = next((message for message in response.result if isinstance(message, AIMessage)), None)
+        if self.recorder is None or turn.ranking is None or answer is None or len(answer.tool_calls) != 1:
+            return []
+        if not isinstance(turn.request.messages[-1], HumanMessage):
+            return []
+        prediction, watcher = turn.ranking.prediction, LargeCallWatcher()
+        watcher.on_llm_end(LLMResult(generations=[[ChatGeneration(message=answer)]]))
+        decision = ShuntDecision("large", "deferred", prediction, policy=f"tools: {self.router.mode}")
+        return [
+            FinishedCall(
+                self.recorder.task, str(uuid7()), text, decision, answer.tool_calls[0]["name"], watcher, Latency(),
+                prediction.labels, None, "input", now(),
+            )
+        ]  # fmt: skip
+
+    # Calls of tools
+
+    @override
+    def wrap_tool_call(
+        self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], ToolMessage | Command[Any]]
+    ) -> ToolMessage | Command[Any]:
+        return self._refusal(request) or handler(request)
+
+    @override
+    async def awrap_tool_call(
+        self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
+    ) -> ToolMessage | Command[Any]:
+        return self._refusal(request) or await handler(request)
+
+    def _refusal(self, request: ToolCallRequest) -> ToolMessage | None:
+        """Why a tool is not called that was not offered; None where it was."""
+        name, call_id = request.tool_call["name"], request.tool_call["id"]
+        told = _told_with(_messages(request.state), call_id).get(self.name, {})
+        if request.tool is None or "offered" not in told or name in told["offered"]:
+            return None
+        self._add(refused=1)
+        return ToolMessage(
+            f"The tool {name} was not among those offered for this message ({', '.join(told['offered'])}), so it was "
+            f"not called. Use one of these, or call {name} once more if nothing else fits: it is offered now.",
+            name=name,
+            tool_call_id=str(call_id),
+            status="error",
+            additional_kwargs={REFUSED_KEY: name},
+        )
+
+    # Counting
+
+    def _add(self, **counts: int) -> None:
+        with self._lock:
+            for name, n in counts.items():
+                setattr(self.stats, name, getattr(self.stats, name) + n)
+
+    def _tokens_of(self, tool: BaseTool) -> int:
+        key = (tool.name, tool.description)
+        if key not in self._tokens:
+            self._tokens[key] = self._count(json.dumps(convert_to_openai_tool(tool), ensure_ascii=False))
+        return self._tokens[key]
+
+
+def _fields(router: ToolRouter) -> dict[str, Any]:
+    return {name: getattr(router, name) for name in ("classifier", "mode", "keep", "conformal")}
+
+
+def _estimate(text: str) -> int:
+    return -(-len(text) // _CHARACTERS_A_TOKEN)
+
+
+def _name(tool: Any) -> str:
+    if isinstance(tool, BaseTool):
+        return tool.name
+    return str(tool.get("name") or tool.get("function", {}).get("name") or tool.get("type", "")) if tool else ""
+
+
+def _forced(choice: Any) -> str | None:
+    """The one tool that has to be called."""
+    if isinstance(choice, Mapping):
+        return str(choice.get("function", choice).get("name"))
+    return choice if isinstance(choice, str) and choice not in ("auto", "any", "required", "none") else None
+
+
+def _noted(message: AIMessage, name: str, told: Mapping[str, Any]) -> AIMessage:
+    """The message with what a middleware decided, beside what others did."""
+    all_told = {**message.response_metadata.get(METADATA_KEY, {}), name: dict(told)}
+    return message.model_copy(update={"response_metadata": {**message.response_metadata, METADATA_KEY: all_told}})
+
+
+def _messages(state: Any) -> Sequence[BaseMessage]:
+    found = state.get("messages", []) if isinstance(state, Mapping) else getattr(state, "messages", [])
+    return list(found)
+
+
+def _told_with(messages: Sequence[BaseMessage], call_id: str | None) -> Mapping[str, Any]:
+    """What middlewares told with the message that made a tool call."""
+    for message in reversed(messages):
+        if isinstance(message, AIMessage) and any(call["id"] == call_id for call in message.tool_calls):
+            told: Mapping[str, Any] = message.response_metadata.get(METADATA_KEY, {})
+            return told
+    return {}
