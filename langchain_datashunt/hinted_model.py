@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,39 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from typing_extensions import override
 
 from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.predictions import Prediction
 from langchain_datashunt.pruning import PRUNING_VARIABLES, Pruning
 
 _ABOUT = "About the user's last message:"
+
+
+class Hint:
+    """What a large model is told of a small model's opinion.
+
+    Args:
+        pruning: What is told.
+        template: A template over the variables of `pruning`; None for the strategy's own words.
+    """
+
+    def __init__(self, pruning: Pruning, template: str | None = None) -> None:
+        words = pruning.paragraph or ("Possible meanings:\n{candidates}" if "candidates" in pruning.variables else "")
+        self.pruning = pruning
+        self.template = PromptTemplate.from_template(
+            template if template is not None else words and f"{_ABOUT}\n{words}"
+        )
+        if strange := sorted(set(self.template.input_variables) - set(PRUNING_VARIABLES)):
+            raise ConfigurationError(f"The hint uses {', '.join(strange)}; there are: {', '.join(PRUNING_VARIABLES)}.")
+
+    def text(self, variables: Mapping[str, Any]) -> str:
+        """The hint of one question; empty where there is none, or the small model failed."""
+        failed = not variables["candidate_probabilities"] and variables["small_label"] == "unknown"
+        if failed or not self.template.template:
+            return ""
+        return self.template.format(**{name: variables[name] for name in self.template.input_variables})
+
+    def of(self, prediction: Prediction | None) -> str:
+        """The hint for a prediction."""
+        return "" if prediction is None else self.text(self.pruning.prepare(prediction.as_batch())[0])
 
 
 class HintedModel(Runnable[Any, Any]):
@@ -27,18 +57,13 @@ class HintedModel(Runnable[Any, Any]):
     """
 
     def __init__(self, model: Runnable[Any, Any], pruning: Pruning, hint: str | None = None) -> None:
-        self.model = model
-        words = pruning.paragraph or ("Possible meanings:\n{candidates}" if "candidates" in pruning.variables else "")
-        self.hint = PromptTemplate.from_template(hint if hint is not None else words and f"{_ABOUT}\n{words}")
-        if strange := sorted(set(self.hint.input_variables) - set(PRUNING_VARIABLES)):
-            raise ConfigurationError(f"The hint uses {', '.join(strange)}; there are: {', '.join(PRUNING_VARIABLES)}.")
+        self.model, self.hint = model, Hint(pruning, hint)
 
     def messages(self, asked: dict[str, Any]) -> list[BaseMessage]:
         """The conversation with the hint in its system message; as it is where the small model failed."""
         messages: list[BaseMessage] = list(asked["messages"])
-        if not self.hint.template or (not asked["candidate_probabilities"] and asked["small_label"] == "unknown"):
+        if not (told := self.hint.text(asked)):
             return messages
-        told = self.hint.format(**{name: asked[name] for name in self.hint.input_variables})
         first = messages[0] if messages else None
         if isinstance(first, SystemMessage):
             blocks = [first.content] if isinstance(first.content, str) else list(first.content)

@@ -25,6 +25,7 @@ from langchain_datashunt.small_models.training import (
     TrainingReport,
     TrainingSettings,
     lineage_of,
+    one_hot,
     split_examples,
     write_metrics,
 )
@@ -138,6 +139,40 @@ class EnsembleClassifier(SmallModel):
             lineage=lineage_of(split, chosen, report, kinds=list(kinds), shares=list(shares)),
         )
 
+    @classmethod
+    def of(
+        cls,
+        members: Sequence[SmallModel],
+        validation: tuple[Sequence[str], Sequence[str]],
+        *,
+        model_id: str = "ensemble",
+    ) -> Self:
+        """Pool models that are trained already, weighed by their loss together on examples that none of them saw.
+
+        Args:
+            members: Two models or more over one label set.
+            validation: Texts and labels.
+            model_id: Name of the model in predictions and records.
+
+        Raises:
+            ConfigurationError: The members do not fit together.
+            DataError: The validation set cannot be used.
+        """
+        labels, report = members[0].labels, TrainingReport()
+        held = Examples(list(validation[0]), one_hot(validation[1], labels))
+        logits = [log_probabilities(member, held.texts) for member in members]
+        shares, temperature = _weigh(logits, held.targets.argmax(axis=1), report)
+        lineage = {"members": [member.lineage for member in members], "shares": list(shares)}
+        return cls(
+            labels=labels,
+            model_id=model_id,
+            input_key=members[0].input_key,
+            temperature=temperature,
+            members=tuple(members),
+            shares=shares,
+            lineage={**lineage, "training_text_hashes": _hashes(members), "validation_nll": report.best_loss},
+        )
+
     @override
     def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
         members = tuple(member.relearn(stages, held_out, settings, loss) for member in self.members)
@@ -184,6 +219,11 @@ class EnsembleClassifier(SmallModel):
     def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
         """What each member is loaded with: the same as this model."""
         return [overrides] * int(info.settings["members"])
+
+
+def _hashes(members: Sequence[SmallModel]) -> list[str]:
+    """Of all texts that a member was trained on."""
+    return sorted({one for member in members for one in member.lineage.get("training_text_hashes", ())})
 
 
 def _train(kind: str, texts: Sequence[str], labels: Sequence[str], options: Mapping[str, Any]) -> SmallModel:

@@ -1,0 +1,50 @@
+"""A local sentence encoder as LlamaIndex embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.embeddings import Embeddings
+from langchain_core.runnables.config import run_in_executor
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import PrivateAttr
+
+from langchain_datashunt.small_models.encoder import shared_encoder
+
+
+class EncoderEmbedding(BaseEmbedding):
+    """Any LangChain `Embeddings` for an index; None for the bundled encoder, which then serves classifiers as well.
+
+    Args:
+        embeddings: The encoder.
+    """
+
+    _embeddings: Embeddings = PrivateAttr()
+
+    def __init__(self, embeddings: Embeddings | None = None, **settings: Any) -> None:
+        chosen = embeddings if embeddings is not None else shared_encoder()
+        super().__init__(**{"model_name": getattr(chosen, "name", type(chosen).__name__), **settings})
+        self._embeddings = chosen
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Its name in LlamaIndex."""
+        return "EncoderEmbedding"
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return self._embeddings.embed_query(query)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await run_in_executor(None, self._get_query_embedding, query)
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._embeddings.embed_documents([text])[0]
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await run_in_executor(None, self._get_text_embedding, text)
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return self._embeddings.embed_documents(texts)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await run_in_executor(None, self._get_text_embeddings, texts)

@@ -1,0 +1,360 @@
+"""ShuntLLM: a LlamaIndex LLM that answers by itself what its small model is sure of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any, Self
+
+from langchain_core.utils.uuid import uuid7
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+    ToolCallBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import LLM, ToolSelection
+from llama_index.core.tools.types import BaseTool
+from typing_extensions import override
+
+from langchain_datashunt.answers import ToolAnswer
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.hinted_model import Hint
+from langchain_datashunt.llama_index.deciding import Decider
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import ShuntDecision
+from langchain_datashunt.pruning import Pruning, SoftPrompt
+
+_NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a user's message")
+
+
+class ShuntLLM(LLM):
+    """Wherever an LLM goes; over a function-calling LLM it is one itself (`ShuntFunctionCallingLLM`).
+
+    ```python
+    llm = ShuntLLM(small=small, large=OpenAI(model="gpt-4o"), answers={"opening_hours": "From 9 to 17."})
+    ```
+
+    The classifier reads the user's last message, or the prompt. Responses carry the decision under
+    `additional_kwargs["shunt"]`; only the large model's calls are LLM events, so token counters count them once.
+    """
+
+    small: Any = Field(description="The small model.", exclude=True)
+    large: LLM = Field(description="The large LLM.")
+    answers: dict[str, Any] | None = Field(
+        default=None,
+        description="By label a text, a ToolAnswer, or a list of both; a label without one is left to the large LLM. "
+        "None answers with the label itself.",
+    )
+    policy: Any = Field(default=None, description="When to keep; a datashunt Policy.", exclude=True)
+    pruning: Any = Field(
+        default_factory=SoftPrompt, description="What the large LLM is told of the small model.", exclude=True
+    )
+    hint: str | None = Field(default=None, description="A template of what it is told.")
+    question_of: Callable[[str], str] | None = Field(
+        default=None, description="Takes the question out of a longer prompt.", exclude=True
+    )
+    recorder: Any = Field(default=None, description="A datashunt Recorder.", exclude=True)
+
+    _decider: Decider = PrivateAttr()
+    _hint: Hint | None = PrivateAttr(default=None)
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """A `ShuntFunctionCallingLLM` where the large LLM calls functions."""
+        if cls is ShuntLLM and isinstance(settings.get("large"), FunctionCallingLLM):
+            return super().__new__(ShuntFunctionCallingLLM)  # type: ignore[return-value]
+        return super().__new__(cls)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            raise ConfigurationError(f"`policy` is a {type(self.policy).__name__}; give a datashunt Policy.")
+        if self.pruning is not None and not isinstance(self.pruning, Pruning):
+            raise ConfigurationError(
+                f"`pruning` is a {type(self.pruning).__name__}; give a datashunt Pruning, or None."
+            )
+        self._decider = Decider(self.small, self.policy, self.recorder)
+        self._hint = None if self.pruning is None else Hint(self.pruning, self.hint)
+
+    @classmethod
+    @override
+    def class_name(cls) -> str:
+        return "ShuntLLM"
+
+    @property
+    @override
+    def metadata(self) -> LLMMetadata:
+        return self.large.metadata
+
+    # Deciding
+
+    def _question(self, messages: Sequence[ChatMessage]) -> str | None:
+        """What the classifier reads; None where the conversation does not end with the user's words."""
+        last = messages[-1] if messages else None
+        if last is None or last.role != MessageRole.USER or not last.content:
+            return None
+        return self.question_of(last.content) if self.question_of else last.content
+
+    def _small_message(self, decision: ShuntDecision, given: dict[str, Any]) -> ChatMessage | None:
+        """The small side's answer, None where it has none for this call."""
+        if decision.route != "small" or decision.prediction is None:
+            return None
+        label = decision.prediction.label
+        answer = label if self.answers is None else self.answers.get(label)
+        offered, forced = _offered(given), given.get("tool_choice") not in (None, "auto", "none")
+        for one in answer if isinstance(answer, list) else [answer]:
+            if isinstance(one, str) and not forced and "response_format" not in given:
+                return ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=one)])
+            if isinstance(one, ToolAnswer) and one.tool in offered:
+                call = ToolCallBlock(tool_call_id=f"call_{uuid7().hex}", tool_name=one.tool, tool_kwargs=dict(one.args))
+                return ChatMessage(role=MessageRole.ASSISTANT, blocks=[call])
+        return None
+
+    def _hinted(self, messages: Sequence[ChatMessage], decision: ShuntDecision) -> list[ChatMessage]:
+        told = "" if self._hint is None else self._hint.of(decision.prediction)
+        if not told:
+            return list(messages)
+        if messages[0].role == MessageRole.SYSTEM:
+            first = messages[0].model_copy(update={"blocks": [*messages[0].blocks, TextBlock(text=f"\n\n{told}")]})
+            return [first, *messages[1:]]
+        return [ChatMessage(role=MessageRole.SYSTEM, content=told), *messages]
+
+    def _hinted_prompt(self, prompt: str, decision: ShuntDecision) -> str:
+        told = "" if self._hint is None else self._hint.of(decision.prediction)
+        return f"{told}\n\n{prompt}" if told else prompt
+
+    def _kept(self, text: str, decision: ShuntDecision, seconds: float) -> tuple[dict[str, Any], list[Any]]:
+        return self._decider.tell(decision), self._decider.finished(text, decision, None, "", (seconds, 0.0))
+
+    def _asked(self, text: str, decision: ShuntDecision, said: str, seconds: tuple[float, float]) -> list[Any]:
+        return self._decider.finished(text, decision, said, self.large.metadata.model_name, seconds)
+
+    # Chat
+
+    @override
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        text = self._question(messages)
+        if text is None:
+            return _told(self.large.chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
+        decision, seconds = self._decider.decide(text)
+        if (message := self._small_message(decision, kwargs)) is not None:
+            told, log = self._kept(text, decision, seconds)
+            self._decider.record(log)
+            return _told(ChatResponse(message=message), told)
+        decision, started = self._decider.deferred(decision), time.perf_counter()
+        response = self.large.chat(self._hinted(messages, decision), **kwargs)
+        self._decider.record(self._asked(text, decision, _said(response), (seconds, time.perf_counter() - started)))
+        return _told(response, self._decider.tell(decision))
+
+    @override
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        text = self._question(messages)
+        if text is None:
+            return _told(await self.large.achat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
+        decision, seconds = await self._decider.adecide(text)
+        if (message := self._small_message(decision, kwargs)) is not None:
+            told, log = self._kept(text, decision, seconds)
+            await self._decider.arecord(log)
+            return _told(ChatResponse(message=message), told)
+        decision, started = self._decider.deferred(decision), time.perf_counter()
+        response = await self.large.achat(self._hinted(messages, decision), **kwargs)
+        took = (seconds, time.perf_counter() - started)
+        await self._decider.arecord(self._asked(text, decision, _said(response), took))
+        return _told(response, self._decider.tell(decision))
+
+    @override
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse]:
+        def chunks() -> Generator[ChatResponse]:
+            text = self._question(messages)
+            if text is None:
+                yield from _each(self.large.stream_chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
+                return
+            decision, seconds = self._decider.decide(text)
+            if (message := self._small_message(decision, kwargs)) is not None:
+                told, log = self._kept(text, decision, seconds)
+                self._decider.record(log)
+                yield _told(ChatResponse(message=message, delta=message.content or ""), told)
+                return
+            decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
+            told = self._decider.tell(decision)
+            for last in _each(self.large.stream_chat(self._hinted(messages, decision), **kwargs), told):
+                yield last
+            if last is not None:
+                took = (seconds, time.perf_counter() - started)
+                self._decider.record(self._asked(text, decision, _said(last), took))
+
+        return chunks()
+
+    @override
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> AsyncGenerator[ChatResponse]:
+        async def chunks() -> AsyncGenerator[ChatResponse]:
+            text = self._question(messages)
+            if text is None:
+                told = self._decider.tell(_NO_QUESTION)
+                async for one in await self.large.astream_chat(messages, **kwargs):
+                    yield _told(one, told)
+                return
+            decision, seconds = await self._decider.adecide(text)
+            if (message := self._small_message(decision, kwargs)) is not None:
+                told, log = self._kept(text, decision, seconds)
+                await self._decider.arecord(log)
+                yield _told(ChatResponse(message=message, delta=message.content or ""), told)
+                return
+            decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
+            told = self._decider.tell(decision)
+            async for last in await self.large.astream_chat(self._hinted(messages, decision), **kwargs):
+                yield _told(last, told)
+            if last is not None:
+                took = (seconds, time.perf_counter() - started)
+                await self._decider.arecord(self._asked(text, decision, _said(last), took))
+
+        return chunks()
+
+    # Completion
+
+    @override
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        text = self.question_of(prompt) if self.question_of else prompt
+        decision, seconds = self._decider.decide(text)
+        if (message := self._small_message(decision, kwargs)) is not None:
+            told, log = self._kept(text, decision, seconds)
+            self._decider.record(log)
+            return _told_completion(CompletionResponse(text=message.content or ""), told)
+        decision, started = self._decider.deferred(decision), time.perf_counter()
+        response = self.large.complete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
+        self._decider.record(self._asked(text, decision, response.text, (seconds, time.perf_counter() - started)))
+        return _told_completion(response, self._decider.tell(decision))
+
+    @override
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        text = self.question_of(prompt) if self.question_of else prompt
+        decision, seconds = await self._decider.adecide(text)
+        if (message := self._small_message(decision, kwargs)) is not None:
+            told, log = self._kept(text, decision, seconds)
+            await self._decider.arecord(log)
+            return _told_completion(CompletionResponse(text=message.content or ""), told)
+        decision, started = self._decider.deferred(decision), time.perf_counter()
+        response = await self.large.acomplete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
+        took = (seconds, time.perf_counter() - started)
+        await self._decider.arecord(self._asked(text, decision, response.text, took))
+        return _told_completion(response, self._decider.tell(decision))
+
+    @override
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Generator[CompletionResponse]:
+        def chunks() -> Generator[CompletionResponse]:
+            text = self.question_of(prompt) if self.question_of else prompt
+            decision, seconds = self._decider.decide(text)
+            if (message := self._small_message(decision, kwargs)) is not None:
+                told, log = self._kept(text, decision, seconds)
+                self._decider.record(log)
+                said = message.content or ""
+                yield _told_completion(CompletionResponse(text=said, delta=said), told)
+                return
+            decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
+            told = self._decider.tell(decision)
+            for last in self.large.stream_complete(self._hinted_prompt(prompt, decision), formatted, **kwargs):
+                yield _told_completion(last, told)
+            if last is not None:
+                self._decider.record(self._asked(text, decision, last.text, (seconds, time.perf_counter() - started)))
+
+        return chunks()
+
+    @override
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> AsyncGenerator[CompletionResponse]:
+        async def chunks() -> AsyncGenerator[CompletionResponse]:
+            text = self.question_of(prompt) if self.question_of else prompt
+            decision, seconds = await self._decider.adecide(text)
+            if (message := self._small_message(decision, kwargs)) is not None:
+                told, log = self._kept(text, decision, seconds)
+                await self._decider.arecord(log)
+                said = message.content or ""
+                yield _told_completion(CompletionResponse(text=said, delta=said), told)
+                return
+            decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
+            told = self._decider.tell(decision)
+            asked = self._hinted_prompt(prompt, decision)
+            async for last in await self.large.astream_complete(asked, formatted, **kwargs):
+                yield _told_completion(last, told)
+            if last is not None:
+                took = (seconds, time.perf_counter() - started)
+                await self._decider.arecord(self._asked(text, decision, last.text, took))
+
+        return chunks()
+
+
+class ShuntFunctionCallingLLM(ShuntLLM, FunctionCallingLLM):
+    """A `ShuntLLM` over an LLM that calls functions; made by `ShuntLLM(...)`."""
+
+    large: FunctionCallingLLM = Field(description="The large LLM.")
+
+    @override
+    def _prepare_chat_with_tools(
+        self, tools: Sequence[BaseTool], user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None, verbose: bool = False, allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        return self.large._prepare_chat_with_tools_compat(
+            tools, user_msg=user_msg, chat_history=chat_history, verbose=verbose,
+            allow_parallel_tool_calls=allow_parallel_tool_calls, tool_required=tool_required, **kwargs,
+        )  # fmt: skip
+
+    @override
+    def _validate_chat_with_tools_response(
+        self, response: ChatResponse, tools: Sequence[BaseTool], allow_parallel_tool_calls: bool = False, **kwargs: Any
+    ) -> ChatResponse:
+        if response.additional_kwargs.get("shunt", {}).get("route") == "small":
+            return response
+        return self.large._validate_chat_with_tools_response(response, tools, allow_parallel_tool_calls, **kwargs)
+
+    @override
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        if response.additional_kwargs.get("shunt", {}).get("route") != "small":
+            return self.large.get_tool_calls_from_response(response, error_on_no_tool_call, **kwargs)
+        calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"Expected at least one tool call, but got {len(calls)} tool calls.")
+        return [
+            ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=_args(call))
+            for call in calls
+        ]
+
+
+def _args(call: ToolCallBlock) -> dict[str, Any]:
+    return call.tool_kwargs if isinstance(call.tool_kwargs, dict) else {}
+
+
+def _offered(given: dict[str, Any]) -> frozenset[str]:
+    """Names of the tools of a call, in whatever form the large LLM's own preparation gave them."""
+    names = set()
+    for tool in given.get("tools") or ():
+        if isinstance(tool, dict):
+            names.add(str(tool.get("function", tool).get("name", "")))
+        else:
+            names.add(str(getattr(getattr(tool, "metadata", tool), "name", "")))
+    return frozenset(names)
+
+
+def _said(response: ChatResponse) -> str:
+    return response.message.content or ""
+
+
+def _told(response: ChatResponse, told: dict[str, Any]) -> ChatResponse:
+    return response.model_copy(update={"additional_kwargs": {**response.additional_kwargs, "shunt": told}})
+
+
+def _told_completion(response: CompletionResponse, told: dict[str, Any]) -> CompletionResponse:
+    return response.model_copy(update={"additional_kwargs": {**(response.additional_kwargs or {}), "shunt": told}})
+
+
+def _each(responses: Generator[ChatResponse], told: dict[str, Any]) -> Generator[ChatResponse]:
+    for response in responses:
+        yield _told(response, told)

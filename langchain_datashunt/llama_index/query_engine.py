@@ -1,0 +1,160 @@
+"""ShuntQueryEngine: a local answerer in front of any query engine."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
+
+from langchain_core.runnables.config import run_in_executor
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.response.schema import RESPONSE_TYPE, Response
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.prompts.mixin import PromptMixinType
+from llama_index.core.schema import NodeWithScore, QueryBundle
+
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.llama_index.deciding import Decider
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import Prediction
+
+LocalAnswer: TypeAlias = str | Response | BaseQueryEngine
+"""What stands for a label: a text, a whole response, or an engine of its own that answers the question."""
+
+LocalAnswerer: TypeAlias = Callable[[str, Prediction], str | Response | None | Awaitable[str | Response | None]]
+"""From the question and the prediction to the answer; None leaves the question to the large engine."""
+
+
+class ShuntQueryEngine(BaseQueryEngine):
+    """Answers locally what the small model is sure of, and asks another query engine for the rest.
+
+    ```python
+    engine = ShuntQueryEngine(small, {"opening_hours": "From 9 to 17."}, index.as_query_engine(llm=llm))
+    ```
+
+    Responses carry the decision under `metadata["shunt"]`.
+
+    Args:
+        small: The small model.
+        local: Answers by label, or a function that makes them (sync, or async for `aquery`). A label without an answer
+            is left to the large engine.
+        large: Any query engine.
+        policy: When a local answer is given; None for the small model's own, or a threshold of 0.9.
+        recorder: A `distillation.Recorder` that keeps what the large engine answered.
+    """
+
+    def __init__(
+        self,
+        small: Any,
+        local: Mapping[str, LocalAnswer] | LocalAnswerer,
+        large: BaseQueryEngine,
+        *,
+        policy: Policy | None = None,
+        recorder: Any = None,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        self._decider, self._local, self._large = Decider(small, policy, recorder), local, large
+        labels = self._decider.labels
+        if isinstance(local, Mapping) and labels and (unknown := sorted(set(local) - set(labels))):
+            raise ConfigurationError(
+                f"There are answers for labels that the small model does not have: {', '.join(unknown[:5])}. "
+                f"Its labels are: {', '.join(labels[:10])}."
+            )
+        super().__init__(callback_manager or large.callback_manager)
+
+    def _get_prompt_modules(self) -> PromptMixinType:
+        return {"large": self._large}
+
+    def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
+        text = query_bundle.query_str
+        decision, seconds = self._decider.decide(text)
+        if decision.route == "small" and decision.prediction is not None:
+            found = self._find(text, decision.prediction)
+            if inspect.isawaitable(found):
+                _close(found)
+                raise ConfigurationError(
+                    "The local answerer is a coroutine function: use `aquery`, or give a function."
+                )
+            if isinstance(found, BaseQueryEngine):
+                found = found.query(query_bundle)
+            if found is not None:
+                self._decider.record(self._decider.finished(text, decision, None, "", (seconds, 0.0)))
+                return _told(found, self._decider.tell(decision))
+            decision = self._decider.deferred(decision)
+        started = time.perf_counter()
+        response = self._large.query(query_bundle)
+        took = (seconds, time.perf_counter() - started)
+        self._decider.record(self._decider.finished(text, decision, _text(response), _name(self._large), took))
+        return _told(response, self._decider.tell(decision))
+
+    async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
+        text = query_bundle.query_str
+        decision, seconds = await self._decider.adecide(text)
+        if decision.route == "small" and decision.prediction is not None:
+            found = await self._afind(text, decision.prediction)
+            if isinstance(found, BaseQueryEngine):
+                found = await found.aquery(query_bundle)
+            if found is not None:
+                await self._decider.arecord(self._decider.finished(text, decision, None, "", (seconds, 0.0)))
+                return _told(found, self._decider.tell(decision))
+            decision = self._decider.deferred(decision)
+        started = time.perf_counter()
+        response = await self._large.aquery(query_bundle)
+        took = (seconds, time.perf_counter() - started)
+        await self._decider.arecord(self._decider.finished(text, decision, _text(response), _name(self._large), took))
+        return _told(response, self._decider.tell(decision))
+
+    def _find(self, text: str, prediction: Prediction) -> Any:
+        if isinstance(self._local, Mapping):
+            return self._local.get(prediction.label)
+        return self._local(text, prediction)
+
+    async def _afind(self, text: str, prediction: Prediction) -> Any:
+        """As `_find`; a plain function runs in a thread, so that the loop is not blocked."""
+        if isinstance(self._local, Mapping) or inspect.iscoroutinefunction(self._local):
+            found = self._find(text, prediction)
+        else:
+            found = await run_in_executor(None, self._find, text, prediction)
+        return await found if inspect.isawaitable(found) else found
+
+    # What only the large engine can do
+
+    def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """The large engine's nodes."""
+        return self._large.retrieve(query_bundle)
+
+    def synthesize(self, query_bundle: QueryBundle, nodes: Any, additional_source_nodes: Any = None) -> RESPONSE_TYPE:
+        """The large engine's answer from nodes."""
+        return self._large.synthesize(query_bundle, nodes, additional_source_nodes)
+
+    async def asynthesize(
+        self, query_bundle: QueryBundle, nodes: Any, additional_source_nodes: Any = None
+    ) -> RESPONSE_TYPE:
+        """As `synthesize`."""
+        return await self._large.asynthesize(query_bundle, nodes, additional_source_nodes)
+
+
+def _told(found: Any, told: dict[str, Any]) -> RESPONSE_TYPE:
+    """The answer as a response with its decision; a response that belongs to somebody is copied."""
+    if isinstance(found, str):
+        return Response(response=found, metadata={"shunt": told})
+    if isinstance(found, Response):
+        return Response(found.response, found.source_nodes, {**(found.metadata or {}), "shunt": told})
+    response: RESPONSE_TYPE = found
+    response.metadata = {**(response.metadata or {}), "shunt": told}
+    return response
+
+
+def _text(response: Any) -> str:
+    """What a response says; empty for one that is still streamed."""
+    return str(response.response) if isinstance(response, Response) else ""
+
+
+def _name(engine: Any) -> str:
+    return type(engine).__name__
+
+
+def _close(found: Any) -> None:
+    if inspect.iscoroutine(found):
+        found.close()
