@@ -15,7 +15,7 @@ from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.distillation.watching import LargeCallWatcher
-from langchain_datashunt.effects import Effect, Steps
+from langchain_datashunt.effects import Effect, Steps, to_the_end
 from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import mapping_of
@@ -153,6 +153,8 @@ class CallSteps:
 
     def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Effect:
         config = runs.child(0, tag)
+        if isinstance(model, SmallModel):  # its run, once begun, also ends
+            return Effect(partial(model.invoke, value, config), lambda: to_the_end(model.ainvoke(value, config)))
         return Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config))
 
     def _predict(
@@ -167,7 +169,8 @@ class CallSteps:
             return outcome_of(answers, self.allowed)
 
         async def abatch() -> Outcome:
-            answers = await model.abatch(list(values), runs.children(rows, tag), return_exceptions=True)
+            asked = model.abatch(list(values), runs.children(rows, tag), return_exceptions=True)
+            answers = await (to_the_end(asked) if isinstance(model, SmallModel) else asked)
             return outcome_of(answers, self.allowed)
 
         return Effect(batch, abatch)

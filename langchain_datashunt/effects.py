@@ -5,7 +5,9 @@ Logic that only decides stays free of `await`; each thing that touches the world
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -52,3 +54,17 @@ async def arun(steps: Steps[T]) -> T:
     except StopIteration as finished:
         value: T = finished.value
         return value
+
+
+async def to_the_end(work: Awaitable[T]) -> T:
+    """Await short work that must not be left half done: a cancellation is raised when it is through."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # taken note of; the cancellation is what counts
+        raise

@@ -36,7 +36,10 @@ from langchain_datashunt.pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pr
 from langchain_datashunt.retries import CallLimiter, Retry
 from langchain_datashunt.routing import AnyPlan
 from langchain_datashunt.shunt_graph import shunt_graph
+from langchain_datashunt.telemetry import instrument_if_asked
 from langchain_datashunt.tracing import Runs
+
+instrument_if_asked()
 
 DEFAULT_THRESHOLD = 0.9
 """The threshold where neither the caller nor the small model's bundle gives one."""

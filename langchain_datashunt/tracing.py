@@ -19,7 +19,7 @@ from langchain_core.runnables.config import (
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.utils.uuid import uuid7
 
-from langchain_datashunt.effects import Effect, Steps
+from langchain_datashunt.effects import Effect, Steps, to_the_end
 from langchain_datashunt.predictions import ShuntDecision
 
 DECISION_EVENT = "shunt_decision"
@@ -157,7 +157,7 @@ class Runs:
         async def begin(i: int) -> None:
             self._started(i, await self._begin(i))
 
-        await asyncio.gather(*map(begin, range(self.n)))
+        await to_the_end(asyncio.gather(*map(begin, range(self.n))))
 
     def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
         """Put decisions on runs: metadata and tags for tracers, a custom event for every handler."""
@@ -205,7 +205,7 @@ def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
             raise first
 
     async def gathered() -> None:
-        for found in await asyncio.gather(*map(act, rows), return_exceptions=True):
+        for found in await to_the_end(asyncio.gather(*map(act, rows), return_exceptions=True)):
             if isinstance(found, BaseException):
                 raise found
 
