@@ -11,7 +11,7 @@ export DATASHUNT_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test test-slow test-gpu lint format typecheck bench clean
+.PHONY: install demo test test-slow test-gpu test-lowest test-newest lint format typecheck bench clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,25 @@ test-slow: install
 test-gpu: install
 	$(BIN)/pytest -m gpu $(ARGS)
 
+# The oldest versions that the package admits, and the newest there are; each in an environment of its own.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --upgrade 'pip>=25.1' uv
+	.venv-lowest/bin/pip install --quiet $(TORCH)
+	echo '$(TORCH)' > .venv-lowest/overrides.txt
+	.venv-lowest/bin/uv pip compile --quiet pyproject.toml --extra all --group dev --resolution lowest-direct \
+		--override .venv-lowest/overrides.txt --python .venv-lowest/bin/python -o .venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --quiet --requirement .venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --quiet --no-deps --editable .
+	.venv-lowest/bin/pytest -m "not slow and not gpu" $(ARGS)
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-newest/bin/pip install --quiet $(TORCH)
+	.venv-newest/bin/pip install --quiet --upgrade --group dev --editable '.[all]'
+	.venv-newest/bin/pytest -m "not slow and not gpu" $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +70,4 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.overhead $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist build .coverage .mypy_cache .ruff_cache .pytest_cache demo-output
+	rm -rf $(VENV) .venv-lowest .venv-newest dist build .coverage .mypy_cache .ruff_cache .pytest_cache demo-output

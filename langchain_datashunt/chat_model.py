@@ -13,6 +13,7 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.base import coerce_to_runnable
 from langchain_core.runnables.config import get_config_list, merge_configs
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
@@ -133,6 +134,14 @@ class ShuntChatModel(Configured, BaseChatModel):
     _asked: Runnable[Any, Any] = PrivateAttr()
     _drafter: Runnable[Any, Any] = PrivateAttr()
     _shunt: ShuntRunnable = PrivateAttr()
+
+    @field_validator("small", mode="before")
+    @classmethod
+    def _runnable(cls, value: Any) -> Any:
+        try:
+            return coerce_to_runnable(value)
+        except TypeError as error:
+            raise ConfigurationError(f"A {type(value).__name__} is no small model: give a Runnable.") from error
 
     @field_validator("rate_limiter", "cache", check_fields=False)
     @classmethod

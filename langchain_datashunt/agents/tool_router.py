@@ -80,7 +80,10 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
     @field_validator("classifier", mode="before")
     @classmethod
     def _runnable(cls, value: Any) -> Any:
-        return coerce_to_runnable(value)
+        try:
+            return coerce_to_runnable(value)
+        except TypeError as error:
+            raise ConfigurationError(f"A {type(value).__name__} is no small model: give a Runnable.") from error
 
     @model_validator(mode="after")
     def _is_calibrated(self) -> Self:

@@ -25,7 +25,7 @@ def test_code_in_the_docs_runs(block: str, tmp_path: Path, monkeypatch: Any, cap
     with ChatServer(lambda messages: "status", model="gpt-4o") as serving:
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         monkeypatch.setenv("OPENAI_BASE_URL", serving.base_url)
-        exec(compile(block, "docs", "exec"), {"__name__": "docs"})  # our own files
+        exec(compile(block, "docs", "exec", dont_inherit=True), {"__name__": "docs"})  # our own files
 
 
 def test_links_between_pages_lead_somewhere() -> None:
