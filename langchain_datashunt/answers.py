@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from langchain_core.messages import AIMessage, ToolCall
@@ -47,6 +47,7 @@ class AnswerForm:
         only: The one that has to be, None for any.
         schema: What structured output must fit: a pydantic class, a TypedDict or a JSON schema; None for messages.
         closed: Whether only the large model can answer so.
+        structured: Whether an object is wanted instead of a message.
     """
 
     tools: frozenset[str] = frozenset()
@@ -54,6 +55,18 @@ class AnswerForm:
     only: str | None = None
     schema: Any = None
     closed: bool = False
+    structured: bool = False
+
+    def with_call(self, settings: Mapping[str, Any]) -> AnswerForm:
+        """The same with what one call binds itself."""
+        if self.structured or "response_format" in settings:
+            return replace(self, closed=True)
+        return AnswerForm.of_tools(settings.get("tools") or (), settings.get("tool_choice"), settings)
+
+    def allows(self, message: AIMessage) -> bool:
+        """Whether a message calls what it must, and nothing that is not there."""
+        called = {call["name"] for call in message.tool_calls}
+        return called <= ({self.only} if self.only else self.tools) and bool(called or not self.must_call)
 
     @classmethod
     def of_tools(cls, tools: Sequence[Any], tool_choice: Any, settings: Mapping[str, Any]) -> AnswerForm:
@@ -66,7 +79,7 @@ class AnswerForm:
         """
         names = frozenset(tool_name(tool) for tool in tools)
         if isinstance(tool_choice, Mapping):
-            tool_choice = tool_choice.get("function", tool_choice).get("name")
+            tool_choice = tool_choice.get("function", tool_choice).get("name") or tool_choice.get("type")
         elif tool_choice is True:
             tool_choice = next(iter(names)) if len(names) == 1 else "any"
         if tool_choice in (None, False, "auto"):
@@ -115,7 +128,7 @@ class SmallAnswers(Configured):
         return None
 
     def _fit(self, answer: Any, label: str, form: AnswerForm) -> Any:
-        if form.schema is not None:
+        if form.structured:
             fields = {self._one_field(form.schema): label} if isinstance(answer, str) else answer
             return None if None in fields else fitted(form.schema, fields)
         if isinstance(answer, ToolAnswer):
@@ -127,11 +140,9 @@ class SmallAnswers(Configured):
             answer = AIMessage(answer)
         if not isinstance(answer, AIMessage):
             return None
-        called = {call["name"] for call in answer.tool_calls}
-        fits = called <= ({form.only} if form.only else form.tools) and bool(called or not form.must_call)
-        return self._told(answer) if fits else None
+        return self.told(answer) if form.allows(answer) else None
 
-    def _told(self, answer: AIMessage) -> AIMessage:
+    def told(self, answer: AIMessage) -> AIMessage:
         """A copy with an id of its own, that says which model it is of and that it used no token of a large one."""
         none = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
         metadata = {**answer.response_metadata, "model_name": self.model_id, "finish_reason": "stop"}
@@ -156,28 +167,45 @@ class Answering:
         found = self.answers.give(prediction.label, self.form)
         if not self.raw:
             return found
-        return {"raw": AIMessage(prediction.label), "parsed": found, "parsing_error": None}
+        return {"raw": self.answers.told(AIMessage(prediction.label)), "parsed": found, "parsing_error": None}
 
 
 def fitted(schema: Any, fields: Any) -> Any:
-    """Fields as what a schema asks for, None where they do not fit it."""
+    """A new object of fields, as a schema asks for it; None where they do not fit it."""
     if isinstance(fields, BaseModel):
-        if isinstance(schema, type) and isinstance(fields, schema):
-            return fields
         fields = fields.model_dump()
     if not isinstance(fields, dict):
         return None
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        try:
+    fields = copy.deepcopy(fields)
+    try:
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
             return schema.model_validate(fields)
-        except ValidationError:
-            return None
-    wanted = json_schema(schema)
+        wanted = json_schema(schema)
+    except (ValidationError, ValueError, TypeError):
+        return None
     known, needed = wanted.get("properties", {}), wanted.get("required", [])
     if not set(needed) <= set(fields) <= set(known):
         return None
-    fits = all("enum" not in known[name] or value in known[name]["enum"] for name, value in fields.items())
-    return dict(fields) if fits else None
+    return fields if all(_is_of(known[name], value) for name, value in fields.items()) else None
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
+    "object": (dict,), "null": (type(None),),
+}  # fmt: skip
+
+
+def _is_of(part: Mapping[str, Any], value: Any) -> bool:
+    """Whether a value is of a JSON schema's type and among its values, at the top."""
+    if "anyOf" in part:
+        return any(_is_of(one, value) for one in part["anyOf"])
+    kinds = part.get("type")
+    named = [kinds] if isinstance(kinds, str) else list(kinds or ())
+    allowed = [_JSON_TYPES[kind] for kind in named if kind in _JSON_TYPES]
+    fits = not allowed or any(isinstance(value, kind) for kind in allowed)
+    if isinstance(value, bool) and kinds in ("integer", "number"):
+        fits = False
+    return fits and ("enum" not in part or value in part["enum"])
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class Auditor:
             self.counters.failed += failed
             self.counters.done += not failed
         if failed:
-            logger.warning("An audit failed: %s", answer)
+            why = answer if isinstance(answer, Exception) else f"the answer is a {type(answer).__name__}, and no label"
+            logger.warning("An audit failed: %s", why)
             return
         if finished is not None and self.recorder is not None:
             latency = Latency(finished.latency.small_s, time.perf_counter() - started)

@@ -304,6 +304,9 @@ class CallSteps:
             if not fell_back:
                 return failed
             answer = (yield from self._small_outputs(plan, [i], runs))[0]
+            if isinstance(answer, Exception):  # there is no small answer either: what failed is the large model
+                failed.__context__ = answer
+                return failed
         if not self.return_decision:
             return answer
         result = self._result(decision, answer, record_id, latency, handler)

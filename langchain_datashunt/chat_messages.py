@@ -29,6 +29,13 @@ def marked(message: Any, decision: ShuntDecision | None) -> Any:
     return message.model_copy(update={"response_metadata": {**message.response_metadata, "shunt": told}})
 
 
+def text_alone(message: BaseMessage) -> bool:
+    """Whether a message is text and nothing else, so that a classifier of text has seen all of it."""
+    if isinstance(message.content, str):
+        return True
+    return all(isinstance(part, str) or part.get("type") == "text" for part in message.content)
+
+
 def as_chunk(message: Any) -> Any:
     """A message as the last chunk of a stream; chunks stay what they are."""
     if isinstance(message, AIMessageChunk) or not isinstance(message, AIMessage):
@@ -43,7 +50,12 @@ def as_chunk(message: Any) -> Any:
         }
         for i, call in enumerate(message.tool_calls)
     ]
-    kept = {name: getattr(message, name) for name in ("content", "id", "response_metadata", "usage_metadata", "name")}
+    calls += [
+        {"name": call["name"], "args": call["args"], "id": call["id"], "index": i, "type": "tool_call_chunk"}
+        for i, call in enumerate(message.invalid_tool_calls, start=len(calls))
+    ]
+    names = ("content", "id", "response_metadata", "additional_kwargs", "usage_metadata", "name")
+    kept = {name: getattr(message, name) for name in names}
     return AIMessageChunk(**kept, tool_call_chunks=calls, chunk_position="last")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -12,30 +12,38 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
 from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.config import get_config_list, merge_configs
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from langchain_core.runnables.config import ensure_config, get_config_list, merge_configs
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import override
 
 from langchain_datashunt.answers import AnswerForm, Answering, SmallAnswers
-from langchain_datashunt.chat_messages import answered, as_chunk, legacy_config, llm_result, marked, model_name
+from langchain_datashunt.chat_messages import (
+    answered,
+    as_chunk,
+    legacy_config,
+    llm_result,
+    marked,
+    model_name,
+    text_alone,
+)
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.drafting import DraftConfidence, DraftingModel, draft_answer, mean_token_probability
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.hinted_model import HintedModel
+from langchain_datashunt.large_calls import END, LargeCaller
 from langchain_datashunt.policies import OnlyLabels, Policy
-from langchain_datashunt.predictions import ShuntDecision
+from langchain_datashunt.predictions import ShuntDecision, ShuntResult
 from langchain_datashunt.pruning import Pruning, SoftPrompt
-from langchain_datashunt.retries import Retry
+from langchain_datashunt.retries import CallLimiter, Retry
 from langchain_datashunt.shunt import ShuntRunnable, policy_for
 
 NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a human message")
 """The decision where a classifier has nothing to read, as after a tool's result."""
 
 _SETTINGS = (
-    "on_large_error", "max_concurrency", "retry", "threshold_id", "audit_rate", "monitor", "fail_safe", "shadow",
-    "recorder",
+    "on_large_error", "max_concurrency", "retry", "threshold_id", "monitor", "fail_safe", "shadow", "recorder",
 )  # fmt: skip
 """Fields that are handed on to the shunt as they are."""
 
@@ -103,9 +111,6 @@ class ShuntChatModel(Configured, BaseChatModel):
     threshold_id: str = "shunt_threshold"
     """The key of `config["configurable"]` that replaces the threshold for one call."""
 
-    audit_rate: float = Field(default=0.0, ge=0.0, le=1.0)
-    """See `ShuntRunnable.audit_rate`."""
-
     monitor: Any = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.monitor`."""
 
@@ -134,6 +139,9 @@ class ShuntChatModel(Configured, BaseChatModel):
     _asked: Runnable[Any, Any] = PrivateAttr()
     _drafter: Runnable[Any, Any] = PrivateAttr()
     _shunt: ShuntRunnable = PrivateAttr()
+    _direct: LargeCaller = PrivateAttr()
+    _limiter: CallLimiter = PrivateAttr()
+    _carried: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("small", mode="before")
     @classmethod
@@ -155,7 +163,45 @@ class ShuntChatModel(Configured, BaseChatModel):
     def model_post_init(self, context: Any, /) -> None:
         """Lay the shunt out."""
         super().model_post_init(context)
+        self._limiter = CallLimiter(self.max_concurrency)
         self._lay_out(self.large, self.small, AnswerForm())
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if isinstance(self.small, RunnableBinding) and isinstance(self.small.bound, BaseChatModel):
+            raise ConfigurationError(
+                "`small` is a chat model with bound settings, whose tools could not be bound; give the chat model "
+                "itself with these settings, for example ChatOpenAI(..., logprobs=True)."
+            )
+        labels = getattr(self.small, "labels", None)
+        if labels and (unknown := sorted(set(self.answers or ()) - set(labels))):
+            raise ConfigurationError(
+                f"There are answers for labels that the small model does not have: {', '.join(unknown[:5])}. Its "
+                f"labels are: {', '.join(labels[:10])}."
+            )
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; the next call follows it."""
+        super().__setattr__(name, value)
+        if name in type(self).model_fields and "_shunt" in (self.__pydantic_private__ or {}):
+            self._again({name})
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        if update:
+            copied._again(set(update))
+        return copied
+
+    def _again(self, changed: set[str]) -> None:
+        """Lay out anew after settings have changed."""
+        if "max_concurrency" in changed:
+            self._limiter = CallLimiter(self.max_concurrency)
+        if changed & {"small", "large"}:
+            self._lay_out(self.large, self.small, AnswerForm())
+        else:
+            self._lay_out(self._asked, self._drafter, self._form)
 
     # The shunt underneath
 
@@ -167,6 +213,7 @@ class ShuntChatModel(Configured, BaseChatModel):
     def _lay_out(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
         self._form, self._asked, self._drafter = form, large, drafter
         self._shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel")
+        self._direct = LargeCaller(large, self.retry, self._limiter)
 
     def _shunt_over(
         self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm, *, name: str, raw: bool = False
@@ -175,14 +222,12 @@ class ShuntChatModel(Configured, BaseChatModel):
         settings = {field: getattr(self, field) for field in _SETTINGS}
         if self.drafts:
             told = model_name(self.small)
-            small: Runnable[Any, Any] = DraftingModel(
-                drafter, self.confidence, told, raw_too=form.schema is not None, give_raw=raw
-            )
+            small: Runnable[Any, Any] = DraftingModel(drafter, self.confidence, told, form=form, give_raw=raw)
             return ShuntRunnable(
                 name=name, small=small, large=large, pruning=None, return_decision=True,
                 policy=policy_for(self.small, self.policy) & OnlyLabels(labels=frozenset({"draft"})),
                 small_output=RunnableLambda(draft_answer, name="draft"), **settings,
-            )  # fmt: skip
+            ).sharing(self._limiter)  # fmt: skip
         answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
         policy = policy_for(self.small, self.policy)
         labels = getattr(self.small, "labels", None) or tuple(self.answers or ())
@@ -192,16 +237,28 @@ class ShuntChatModel(Configured, BaseChatModel):
         return ShuntRunnable(
             name=name, small=self.small, large=asked, policy=policy, pruning=self.pruning, return_decision=True,
             small_output=RunnableLambda(Answering(answers, form, raw), name="small answer"), **settings,
-        )  # fmt: skip
+        ).sharing(self._limiter)  # fmt: skip
+
+    def _shunt_for(self, settings: dict[str, Any]) -> ShuntRunnable:
+        """The shunt of one call: another one where the call itself binds tools or a format, or there is a drafter."""
+        form = self._form
+        if settings.keys() & {"tools", "tool_choice", "response_format"}:
+            form = form.with_call(settings)
+        if self.drafts and settings:
+            return self._shunt_over(self._asked, self._drafter.bind(**settings), form, name="ShuntChatModel")
+        if form != self._form:
+            return self._shunt_over(self._asked, self._drafter, form, name="ShuntChatModel")
+        return self._shunt
 
     def _has_question(self, messages: Sequence[BaseMessage]) -> bool:
-        return self.drafts or (bool(messages) and isinstance(messages[-1], HumanMessage))
+        """Whether the small side can read what is asked: a classifier reads a human message of text alone."""
+        return self.drafts or (bool(messages) and isinstance(messages[-1], HumanMessage) and text_alone(messages[-1]))
 
     def _config(self, config: RunnableConfig | None) -> RunnableConfig:
         own = RunnableConfig(tags=self.tags or [], metadata=self.metadata or {})
         if self.callbacks is not None:
             own["callbacks"] = self.callbacks
-        return merge_configs(own, config)
+        return merge_configs(ensure_config(config), own)
 
     def _settings(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         standard = {name: getattr(self, name) for name in _STANDARD if getattr(self, name) is not None}
@@ -217,8 +274,9 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            return _unasked(self._asked.invoke(messages, config, **settings))
-        return answered(self._shunt.invoke(messages, config, **settings))
+            message: AIMessage = _unasked(self._direct.one(messages, config, settings).sync())
+            return message
+        return answered(self._shunt_for(settings).invoke(messages, config, **settings))
 
     @override
     async def ainvoke(
@@ -228,8 +286,9 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            return _unasked(await self._asked.ainvoke(messages, config, **settings))
-        return answered(await self._shunt.ainvoke(messages, config, **settings))
+            message: AIMessage = _unasked(await self._direct.one(messages, config, settings).asynchronous())
+            return message
+        return answered(await self._shunt_for(settings).ainvoke(messages, config, **settings))
 
     @override
     def stream(
@@ -242,18 +301,20 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            first: ShuntDecision | None = NO_QUESTION
-            with closing(self._asked.stream(messages, config, **settings)) as chunks:  # type: ignore[type-var]
-                for chunk in chunks:
-                    yield marked(chunk, first)
-                    first = None
+            with self._limiter.slot():
+                chunk, chunks = self._direct.open(messages, config, settings)
+                with closing(chunks):
+                    told: ShuntDecision | None = NO_QUESTION
+                    while chunk is not END:
+                        yield marked(chunk, told)
+                        chunk, told = next(chunks, END), None
             return
-        told = False
-        with closing(self._shunt.stream(messages, config, **settings)) as results:  # type: ignore[type-var]
+        begun = False
+        with closing(self._shunt_for(settings).stream(messages, config, **settings)) as results:  # type: ignore[type-var]
             for result in results:
                 if result.output is not None:
-                    yield as_chunk(result.output if told else answered(result))
-                    told = True
+                    yield as_chunk(result.output if begun else answered(result))
+                    begun = True
 
     @override
     async def astream(
@@ -266,20 +327,30 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            first: ShuntDecision | None = NO_QUESTION
-            async with aclosing(self._asked.astream(messages, config, **settings)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    yield marked(chunk, first)
-                    first = None
+            async with self._limiter.aslot():
+                chunk, chunks = await self._direct.aopen(messages, config, settings)
+                async with aclosing(chunks):
+                    told: ShuntDecision | None = NO_QUESTION
+                    while chunk is not END:
+                        yield marked(chunk, told)
+                        chunk, told = await anext(chunks, END), None
             return
-        told = False
-        async with aclosing(self._shunt.astream(messages, config, **settings)) as results:  # type: ignore[type-var]
+        begun = False
+        async with aclosing(self._shunt_for(settings).astream(messages, config, **settings)) as results:  # type: ignore[type-var]
             async for result in results:
                 if result.output is not None:
-                    yield as_chunk(result.output if told else answered(result))
-                    told = True
+                    yield as_chunk(result.output if begun else answered(result))
+                    begun = True
 
     # Many conversations
+
+    def _conversations(self, inputs: Sequence[LanguageModelInput]) -> list[list[BaseMessage]] | None:
+        """The messages of inputs that can be one grouped call, None where each must be a call of its own."""
+        try:
+            found = [self._convert_input(one).to_messages() for one in inputs]
+        except (TypeError, ValueError, NotImplementedError):
+            return None
+        return found if not self.drafts and all(map(self._has_question, found)) else None
 
     @override
     def batch(
@@ -287,13 +358,14 @@ class ShuntChatModel(Configured, BaseChatModel):
         return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
     ) -> list[Any]:  # fmt: skip
         """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
-        conversations = [self._convert_input(one).to_messages() for one in inputs]
-        if self.drafts or not all(map(self._has_question, conversations)):
+        conversations = self._conversations(inputs)
+        if conversations is None:
             more = {**kwargs, **({} if stop is None else {"stop": stop})}
             return super().batch(list(inputs), config, return_exceptions=return_exceptions, **more)
         configs = [self._config(one) for one in get_config_list(config, len(inputs))]
         settings = self._settings(stop, kwargs)
-        results = self._shunt.batch(conversations, configs, return_exceptions=return_exceptions, **settings)
+        shunt = self._shunt_for(settings)
+        results = shunt.batch(conversations, configs, return_exceptions=return_exceptions, **settings)
         return [one if isinstance(one, Exception) else answered(one) for one in results]
 
     @override
@@ -302,13 +374,14 @@ class ShuntChatModel(Configured, BaseChatModel):
         return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
     ) -> list[Any]:  # fmt: skip
         """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
-        conversations = [self._convert_input(one).to_messages() for one in inputs]
-        if self.drafts or not all(map(self._has_question, conversations)):
+        conversations = self._conversations(inputs)
+        if conversations is None:
             more = {**kwargs, **({} if stop is None else {"stop": stop})}
             return await super().abatch(list(inputs), config, return_exceptions=return_exceptions, **more)
         configs = [self._config(one) for one in get_config_list(config, len(inputs))]
         settings = self._settings(stop, kwargs)
-        results = await self._shunt.abatch(conversations, configs, return_exceptions=return_exceptions, **settings)
+        shunt = self._shunt_for(settings)
+        results = await shunt.abatch(conversations, configs, return_exceptions=return_exceptions, **settings)
         return [one if isinstance(one, Exception) else answered(one) for one in results]
 
     @override
@@ -336,7 +409,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> ChatResult:  # fmt: skip
-        message = self._alone().invoke(messages, {"callbacks": []}, stop=stop, **kwargs)
+        message = self._alone().invoke(messages, self._inner(), stop=stop, **kwargs)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     @override
@@ -344,7 +417,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> ChatResult:  # fmt: skip
-        message = await self._alone().ainvoke(messages, {"callbacks": []}, stop=stop, **kwargs)
+        message = await self._alone().ainvoke(messages, self._inner(), stop=stop, **kwargs)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     @override
@@ -352,7 +425,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
-        for chunk in self._alone().stream(messages, {"callbacks": []}, stop=stop, **kwargs):
+        for chunk in self._alone().stream(messages, self._inner(), stop=stop, **kwargs):
             yield ChatGenerationChunk(message=chunk)
 
     @override
@@ -360,11 +433,28 @@ class ShuntChatModel(Configured, BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
-        async for chunk in self._alone().astream(messages, {"callbacks": []}, stop=stop, **kwargs):
+        async for chunk in self._alone().astream(messages, self._inner(), stop=stop, **kwargs):
             yield ChatGenerationChunk(message=chunk)
 
     def _alone(self) -> ShuntChatModel:
-        return self.model_copy(update={"callbacks": None})
+        return self.model_copy(update={"callbacks": None}) if self.callbacks is not None else self
+
+    def _inner(self) -> RunnableConfig:
+        return RunnableConfig(callbacks=[], configurable=self._carried)
+
+    def _carrying(self, config: RunnableConfig | None) -> ShuntChatModel:
+        """A copy that knows what is configured for one call, where the base class hands only callbacks on."""
+        copied = self.model_copy()
+        copied._carried = dict(ensure_config(config).get("configurable", {}))
+        return copied
+
+    @override
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return BaseChatModel.stream_events(self._carrying(config), input, config, **kwargs)
+
+    @override
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return BaseChatModel.astream_events(self._carrying(config), input, config, **kwargs)
 
     # Tools and structured output
 
@@ -389,13 +479,18 @@ class ShuntChatModel(Configured, BaseChatModel):
         The small side answers where an answer of its label fits the schema: an object, fields, or where the schema has
         one field only a label's text. A chat model as small side needs log-probabilities beside its structured output.
         """
-        large = self.large.with_structured_output(schema, include_raw=include_raw, **kwargs)
+        large = self._with_settings(self.large).with_structured_output(schema, include_raw=include_raw, **kwargs)
         drafter = self.small
         if isinstance(drafter, BaseChatModel):
-            drafter = drafter.with_structured_output(schema, include_raw=True, **kwargs)
-        form = AnswerForm(schema=schema)
+            drafter = self._with_settings(drafter).with_structured_output(schema, include_raw=True, **kwargs)
+        form = AnswerForm(schema=schema, structured=True, closed=schema is None and not self.drafts)
         shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel structured", raw=include_raw)
-        return _Structured(shunt.model_copy(update={"return_decision": False}), self, large)
+        return _Structured(shunt, self, large)
+
+    def _with_settings(self, model: BaseChatModel) -> BaseChatModel:
+        """A chat model with this one's settings where it has such fields: a parser after it passes no keywords on."""
+        own = {name: getattr(self, name) for name in _STANDARD if getattr(self, name) is not None}
+        return model.model_copy(update={name: value for name, value in own.items() if name in type(model).model_fields})
 
     # What a chat model says of itself
 
@@ -433,43 +528,66 @@ class _Structured(Runnable[Any, Any]):
     """Structured answers: a shunt that takes what chat models take.
 
     Args:
-        shunt: From messages to objects.
-        owner: Reads inputs and adds its settings.
+        shunt: From messages to results with objects, or with mappings that hold the raw message too.
+        owner: Reads inputs, and knows whether there is a question.
         large: Asked where there is no question to classify.
     """
 
     def __init__(self, shunt: ShuntRunnable, owner: ShuntChatModel, large: Runnable[Any, Any]) -> None:
-        self.shunt, self.owner, self.large = shunt, owner, large
+        self.shunt, self.owner = shunt, owner
+        self.direct = LargeCaller(large, owner.retry, owner._limiter)
 
-    def _call(self, value: Any, config: Any, kwargs: dict[str, Any]) -> tuple[Runnable[Any, Any], Any, Any, Any]:
+    def _read(self, value: Any, config: RunnableConfig | None) -> tuple[list[BaseMessage], RunnableConfig, bool]:
         messages = self.owner._convert_input(value).to_messages()
-        side: Runnable[Any, Any] = self.shunt if self.owner._has_question(messages) else self.large
-        return side, messages, self.owner._config(config), self.owner._settings(None, kwargs)
+        return messages, self.owner._config(config), self.owner._has_question(messages)
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        side, messages, config, settings = self._call(input, config, kwargs)
-        return side.invoke(messages, config, **settings)
+        messages, config, question = self._read(input, config)
+        if not question:
+            return _unasked(self.direct.one(messages, config, kwargs).sync())
+        return _parsed(self.shunt.invoke(messages, config, **kwargs))
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        side, messages, config, settings = self._call(input, config, kwargs)
-        return await side.ainvoke(messages, config, **settings)
+        messages, config, question = self._read(input, config)
+        if not question:
+            return _unasked(await self.direct.one(messages, config, kwargs).asynchronous())
+        return _parsed(await self.shunt.ainvoke(messages, config, **kwargs))
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        side, messages, config, settings = self._call(input, config, kwargs)
-        yield from side.stream(messages, config, **settings)
+        messages, config, question = self._read(input, config)
+        if not question:
+            yield from self.direct.large.stream(messages, config, **kwargs)
+            return
+        with closing(self.shunt.stream(messages, config, **kwargs)) as results:  # type: ignore[type-var]
+            for result in results:
+                if result.output is not None:
+                    yield _parsed(result)
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        side, messages, config, settings = self._call(input, config, kwargs)
-        async with aclosing(side.astream(messages, config, **settings)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                yield chunk
+        messages, config, question = self._read(input, config)
+        side: Any = self.shunt if question else self.direct.large
+        async with aclosing(side.astream(messages, config, **kwargs)) as results:
+            async for result in results:
+                if not question:
+                    yield result
+                elif result.output is not None:
+                    yield _parsed(result)
 
 
-def _unasked(message: Any) -> AIMessage:
-    """A large model's answer where there was no question for the small side."""
-    answer: AIMessage = marked(message, NO_QUESTION)
-    return answer
+def _parsed(result: ShuntResult) -> Any:
+    """The object, or the mapping whose raw message carries the decision."""
+    output = result.output
+    if isinstance(output, dict) and isinstance(output.get("raw"), BaseMessage) and "parsing_error" in output:
+        return {**output, "raw": marked(output["raw"], result.decision)}
+    return output
+
+
+def _unasked(message: Any) -> Any:
+    """A large model's answer, or its error, where there was no question for the small side."""
+    if isinstance(message, Exception):
+        raise message
+    return marked(message, NO_QUESTION)

@@ -13,6 +13,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import merge_configs
 from typing_extensions import override
 
+from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.predictions import Prediction
 
@@ -29,9 +30,11 @@ DraftConfidence: TypeAlias = Callable[[AIMessage], float | None]
 def mean_token_probability(message: AIMessage) -> float | None:
     """Geometric mean of the probabilities of the message's tokens, `exp(mean log p)`; None without log-probabilities.
 
-    The length-normalised likelihood that Data Shunt uses for generated text (eq. 8). Tool calls that came without
-    log-probabilities of their own cannot be judged.
+    The length-normalised likelihood that Data Shunt uses for generated text (eq. 8). Log-probabilities do not cover
+    tool calls, so a message with some cannot be judged: None.
     """
+    if message.tool_calls:
+        return None
     tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
     logs = [float(token["logprob"]) for token in tokens]
     return math.exp(sum(logs) / len(logs)) if logs else None
@@ -40,6 +43,8 @@ def mean_token_probability(message: AIMessage) -> float | None:
 def least_token_probability(message: AIMessage) -> float | None:
     """The smallest of the probabilities of the message's tokens; None without log-probabilities."""
     tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
+    if message.tool_calls:
+        return None
     return math.exp(min(float(token["logprob"]) for token in tokens)) if tokens else None
 
 
@@ -61,7 +66,8 @@ class DraftingModel(Runnable[Any, Prediction]):
         chat: A small chat model, or one with structured output and `include_raw=True`.
         confidence: How sure it is of a message.
         model_id: Name of the model in decisions and records.
-        raw_too: Whether `chat` gives a mapping with `raw` and `parsed`; the draft is then what was parsed.
+        form: What the call may be answered with; where it is structured, `chat` gives a mapping with `raw` and
+            `parsed`, and the draft is what was parsed.
         give_raw: Whether the draft is the whole mapping, as `include_raw=True` promises.
     """
 
@@ -73,11 +79,11 @@ class DraftingModel(Runnable[Any, Prediction]):
         confidence: DraftConfidence,
         model_id: str,
         *,
-        raw_too: bool = False,
+        form: AnswerForm,
         give_raw: bool = False,
     ) -> None:
         self.chat, self.confidence, self.model_id = chat, confidence, model_id
-        self.raw_too, self.give_raw = raw_too, give_raw
+        self.form, self.give_raw = form, give_raw
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
@@ -88,9 +94,12 @@ class DraftingModel(Runnable[Any, Prediction]):
         return self._draft(await self.chat.ainvoke(input, merge_configs(config, {"tags": SILENT_TAGS}), **kwargs))
 
     def _draft(self, said: Any) -> Draft:
-        message, answer = (said["raw"], said["parsed"]) if self.raw_too else (said, said)
-        if self.raw_too and said["parsing_error"] is not None:
+        structured = self.form.structured
+        message, answer = (said["raw"], said["parsed"]) if structured else (said, said)
+        if structured and answer is None:
             raise PredictionError(f"The draft of {self.model_id} fits no schema: {said['parsing_error']}")
+        if not structured and not self.form.allows(message):
+            raise PredictionError(f"The draft of {self.model_id} is not of the form that was asked for.")
         sure = self.confidence(message)
         if sure is None or not 0.0 <= sure <= 1.0:
             raise PredictionError(

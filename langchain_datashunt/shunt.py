@@ -136,6 +136,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
 
     _steps: CallSteps = PrivateAttr()
+    _limiter: CallLimiter | None = PrivateAttr(default=None)
 
     @field_validator("small", "large", "learnable", "small_output", mode="before")
     @classmethod
@@ -213,7 +214,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             large = large.model_copy(update={"return_decision": True})
         self._steps = CallSteps(
             stages=(self.small,) if self.learnable is None else (self.small, self.learnable),
-            caller=(caller := LargeCaller(large, self.retry, CallLimiter(self.max_concurrency))),
+            caller=(caller := LargeCaller(large, self.retry, self._limiter or CallLimiter(self.max_concurrency))),
             policy=policy,
             policy_in_words=words,
             pruning=self.pruning,
@@ -230,6 +231,12 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             auditor=Auditor(self.audit_rate, caller, self.monitor, self.recorder) if self.audit_rate > 0 else None,
             monitor=self.monitor,
         )
+
+    def sharing(self, limiter: CallLimiter) -> Self:
+        """This shunt, whose large calls share a bound with others'."""
+        self._limiter = limiter
+        self._lay_out()
+        return self
 
     @property
     def auditor(self) -> Auditor | None:

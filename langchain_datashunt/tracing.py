@@ -157,7 +157,9 @@ class Runs:
         async def begin(i: int) -> None:
             self._started(i, await self._begin(i))
 
-        await to_the_end(asyncio.gather(*map(begin, range(self.n))))
+        for found in await to_the_end(asyncio.gather(*map(begin, range(self.n)), return_exceptions=True)):
+            if isinstance(found, BaseException):  # all have begun by now, so that those which could also end
+                raise found
 
     def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
         """Put decisions on runs: metadata and tags for tracers, a custom event for every handler."""

@@ -115,7 +115,7 @@ class ContrastiveClassifier(EnsembleClassifier):
             everything = Examples(list(texts), one_hot(labels, split.labels))
             second = _Trial(everything, None, split.labels, first.label_texts)
             epochs = max(1, report.best_step)
-            again = chosen.model_copy(update={"epochs": epochs, "patience": epochs, "log": None})
+            again = chosen.model_copy(update={"epochs": epochs, "log": None})
             tuned, _ = second.tune(SentenceEncoder(base, device=device), again, "all")
             members = second.members(original, tuned, like=members)
         report.seconds = time.perf_counter() - started
@@ -178,7 +178,8 @@ class _Trial:
         pairs = _pairs(truth, max(1, PAIRS_AN_EPOCH // len(own)), rng)
         stage = Stage([(ids[i], ids[j]) for i, j in pairs], np.eye(len(self.labels))[truth[[i for i, _ in pairs]]])
         if self.validation is None:
-            judged = Stage(stage.features[:SAMPLE], stage.targets[:SAMPLE])
+            some = rng.permutation(len(pairs))[:SAMPLE]
+            judged = Stage([stage.features[i] for i in some.tolist()], stage.targets[some])
         else:
             wanted = self.validation.targets.argmax(axis=1)
             order = rng.permutation(len(wanted))
@@ -198,6 +199,7 @@ class _Trial:
             what=f"contrastive fine-tuning ({what})",
             loss=contrastive_loss,
             validation_loss=contrastive_loss,
+            keep="last" if self.validation is None else "best",
         )
         encoder.name = f"fine-tuned {encoder.name}"
         return encoder, report

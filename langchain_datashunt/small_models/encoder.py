@@ -16,6 +16,7 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
+from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,
@@ -48,6 +49,7 @@ class SentenceEncoder(Embeddings):
         dtype: float32, bfloat16 or float16.
         batch_size: Texts computed at once at the most.
         max_length: Tokens of a text at the most; None for what the model's own settings say.
+        engine: What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class SentenceEncoder(Embeddings):
         dtype: str = "float32",
         batch_size: int = 64,
         max_length: int | None = None,
+        engine: Engine = "auto",
     ) -> None:
+        self.packing = Packing(engine)
         self.name = BUNDLED_ENCODER if model is None else model
         self.path = bundled_encoder_path() if model is None else model
         self.device = choose_device(device)
@@ -70,7 +74,8 @@ class SentenceEncoder(Embeddings):
             network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype))
         self.network = network.to(self.device).eval()
         limit = max_length or _max_length(self.path) or self.network.config.max_position_embeddings
-        self.tokenizer = TextTokenizer.from_pretrained(self.path, limit)
+        self.auto_tokenizer = require("transformers", "torch").AutoTokenizer.from_pretrained(self.path)
+        self.tokenizer = TextTokenizer.of(self.auto_tokenizer, limit)
 
     @property
     def dimension(self) -> int:
@@ -86,8 +91,14 @@ class SentenceEncoder(Embeddings):
         return out, cut
 
     def _forward(self, ids: list[list[int]]) -> NDArray[np.float32]:
-        with require("torch", "torch").inference_mode():
-            unit: NDArray[np.float32] = self.embed_ids(self.network, ids).cpu().numpy()
+        torch = require("torch", "torch")
+        with torch.inference_mode():
+            if (packed := self.packing.of(self.network)) is None:
+                unit: NDArray[np.float32] = self.embed_ids(self.network, ids).cpu().numpy()
+                return unit
+            states = packed(ids)
+            pooled = states.first().float() if self.pooling == "cls" else states.mean()
+            unit = torch.nn.functional.normalize(pooled, dim=-1).numpy()
             return unit
 
     def embed_ids(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:
@@ -105,8 +116,7 @@ class SentenceEncoder(Embeddings):
     def save(self, folder: Path) -> None:
         """Write weights, tokenizer and pooling, as `SentenceEncoder(folder)` and sentence-transformers read them."""
         self.network.save_pretrained(folder)
-        with quiet_transformers():
-            require("transformers", "torch").AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
+        self.auto_tokenizer.save_pretrained(folder)
         pooling = {f"pooling_mode_{kind}": kind.startswith(self.pooling) for kind in ("cls_token", "mean_tokens")}
         (folder / "1_Pooling").mkdir()
         for name, content in (

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from langchain_datashunt.calibration.temperature import fit_temperature
-from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
+from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError, DataError
 from langchain_datashunt.predictions import FloatArray
 from langchain_datashunt.small_models.base import Loss, Scores, SmallModel, softmax
 from langchain_datashunt.small_models.bundle import BundleInfo
@@ -26,6 +26,7 @@ from langchain_datashunt.small_models.training import (
     TrainingSettings,
     lineage_of,
     one_hot,
+    seen_in_training,
     split_examples,
     write_metrics,
 )
@@ -159,6 +160,14 @@ class EnsembleClassifier(SmallModel):
             DataError: The validation set cannot be used.
         """
         labels, report = members[0].labels, TrainingReport()
+        if any(member.labels != labels for member in members):
+            raise ConfigurationError("The members of an ensemble need one label set, in one order.")
+        for member in members:
+            if seen := seen_in_training(member.lineage, validation[0]):
+                raise DataError(
+                    f"{len(seen)} of {len(validation[0])} validation texts were used to train {member.model_id}, so "
+                    f"they would flatter it; give texts that no member was trained on."
+                )
         held = Examples(list(validation[0]), one_hot(validation[1], labels))
         logits = [log_probabilities(member, held.texts) for member in members]
         shares, temperature = _weigh(logits, held.targets.argmax(axis=1), report)
@@ -170,7 +179,7 @@ class EnsembleClassifier(SmallModel):
             temperature=temperature,
             members=tuple(members),
             shares=shares,
-            lineage={**lineage, "training_text_hashes": _hashes(members), "validation_nll": report.best_loss},
+            lineage={**lineage, "training_text_hashes": _hashes(members), **_judged(report)},
         )
 
     @override
@@ -219,6 +228,10 @@ class EnsembleClassifier(SmallModel):
     def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
         """What each member is loaded with: the same as this model."""
         return [overrides] * int(info.settings["members"])
+
+
+def _judged(report: TrainingReport) -> dict[str, float]:
+    return {"validation_nll": report.best_loss} if report.history else {}
 
 
 def _hashes(members: Sequence[SmallModel]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -67,6 +67,7 @@ def fit_network(
     what: str,
     loss: TensorLoss = soft_cross_entropy,
     validation_loss: TensorLoss = soft_cross_entropy,
+    keep: Literal["best", "last"] = "best",
 ) -> TrainingReport:
     """Fit a network with AdamW (linear warm-up and decay), keep the weights of the best validation loss.
 
@@ -82,11 +83,12 @@ def fit_network(
         what: Title of the progress bar.
         loss: From logits and targets `[n, k]` to a number.
         validation_loss: The same, for the validation examples.
+        keep: "last" takes all epochs and keeps the last weights: nothing is held out that could tell which are best.
 
     Raises:
         DataError: The checkpoint folder holds another training.
     """
-    return _Fit(network, logits_of, stages, validation, settings, what, loss, validation_loss).run()
+    return _Fit(network, logits_of, stages, validation, settings, what, loss, validation_loss, keep).run()
 
 
 class _Fit:
@@ -106,12 +108,16 @@ class _Fit:
         what: str,
         loss: TensorLoss,
         validation_loss: TensorLoss,
+        keep: Literal["best", "last"],
     ) -> None:
         assert settings.epochs and settings.batch_size and settings.learning_rate and settings.patience
         self.torch = require("torch", "torch")
         self.network, self.logits_of, self.loss, self.validation_loss = network, logits_of, loss, validation_loss
         self.stages, self.validation, self.settings, self.what = stages, validation, settings, what
         self.epochs, self.patience, self.batch_size = settings.epochs, settings.patience, settings.batch_size
+        self.keep = keep
+        if keep == "last":
+            self.patience = self.epochs + 1
         self.rounds = max(-(-len(stage.features) // self.batch_size) for stage in stages)
         self.steps_an_epoch = self.rounds * len(stages)
         self.steps = self.epochs * self.steps_an_epoch
@@ -192,7 +198,7 @@ class _Fit:
             "train_loss": round(learnt / self.steps_an_epoch, 6),
             "learning_rate": self.schedule.get_last_lr()[0],
         }
-        if self.report.note(total / max(1.0, n), **told):
+        if self.report.note(total / max(1.0, n), **told) or self.keep == "last":
             self.best = copy.deepcopy(self.network.state_dict())
         self.learnt = 0.0
         if self.processes.first:

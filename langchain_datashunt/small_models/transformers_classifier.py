@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
+from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,
@@ -35,6 +36,16 @@ from langchain_datashunt.small_models.training import (
 )
 
 _ARCHITECTURE = "architecture"
+
+HEADS: dict[str, Callable[[Any, Any], Any]] = {
+    "BertForSequenceClassification": lambda network, first: network.classifier(network.bert.pooler(first[:, None])),
+    "RobertaForSequenceClassification": lambda network, first: network.classifier(first[:, None]),
+    "XLMRobertaForSequenceClassification": lambda network, first: network.classifier(first[:, None]),
+    "DistilBertForSequenceClassification": lambda network, first: network.classifier(
+        network.pre_classifier(first).relu()
+    ),
+}
+"""From the first tokens' states `[n, d]` to logits `[n, k]`, by the class of the network."""
 
 
 class TransformersClassifier(SmallModel):
@@ -62,12 +73,17 @@ class TransformersClassifier(SmallModel):
     max_length: int | None = Field(default=None, ge=4)
     """Tokens of a text at the most; None for the model's own limit."""
 
+    engine: Engine = "auto"
+    """What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses."""
+
     _network: Any = PrivateAttr(default=None)
+    _packing: Packing = PrivateAttr()
     _tokenizer: TextTokenizer | None = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
         """Load the model, where a folder or id was given, and take its labels."""
         super().model_post_init(context)
+        self._packing = Packing(self.engine)
         if self.model is None:
             return
         auto = require("transformers", "torch").AutoModelForSequenceClassification
@@ -112,8 +128,16 @@ class TransformersClassifier(SmallModel):
         logits = np.empty((len(ids), len(self.labels)), dtype=np.float32)
         with torch.inference_mode():
             for rows in token_budget_batches([len(one) for one in ids], TOKEN_BUDGET, self.batch_size):
-                logits[rows] = self.logits_of(self._network, [ids[i] for i in rows]).float().cpu().numpy()
+                logits[rows] = self._logits([ids[i] for i in rows]).float().cpu().numpy()
         return Scores(logits, cut)
+
+    def _logits(self, ids: list[list[int]]) -> Any:
+        """Logits `[n, k]` of token ids, by the packed encoder where there is one."""
+        head = HEADS.get(type(self._network).__name__)
+        packed = None if head is None else self._packing.of(self._network.base_model)
+        if head is None or packed is None:
+            return self.logits_of(self._network, ids)
+        return head(self._network, packed(ids).first())
 
     @classmethod
     def train(
@@ -240,6 +264,7 @@ class TransformersClassifier(SmallModel):
             device=overrides.get("device"),
             dtype=overrides.get("dtype") or info.settings["dtype"],
             batch_size=overrides.get("batch_size") or info.settings["batch_size"],
+            engine=overrides.get("engine") or "auto",
         )
         backend = require("tokenizers", "torch").Tokenizer.from_file(str(folder / "tokenizer.json"))
         model._take(network, TextTokenizer(backend, info.settings["pad_id"], info.settings["max_length"]))
