@@ -186,7 +186,7 @@ def fitted(schema: Any, fields: Any) -> Any:
     known, needed = wanted.get("properties", {}), wanted.get("required", [])
     if not set(needed) <= set(fields) <= set(known):
         return None
-    return fields if all(_is_of(known[name], value) for name, value in fields.items()) else None
+    return fields if all(of_json_type(known[name], value) for name, value in fields.items()) else None
 
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -195,10 +195,10 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _is_of(part: Mapping[str, Any], value: Any) -> bool:
+def of_json_type(part: Mapping[str, Any], value: Any) -> bool:
     """Whether a value is of a JSON schema's type and among its values, at the top."""
     if "anyOf" in part:
-        return any(_is_of(one, value) for one in part["anyOf"])
+        return any(of_json_type(one, value) for one in part["anyOf"])
     kinds = part.get("type")
     named = [kinds] if isinstance(kinds, str) else list(kinds or ())
     allowed = [_JSON_TYPES[kind] for kind in named if kind in _JSON_TYPES]

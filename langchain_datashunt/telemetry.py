@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -48,6 +49,7 @@ class _Run:
     decision: dict[str, Any] | None = None
     cost: float = 0.0
     priced: bool = False
+    children: list[UUID] = field(default_factory=list)
     attributes: dict[str, Any] | None = None
 
 
@@ -99,11 +101,17 @@ class ShuntTelemetry(BaseCallbackHandler):
         run = _Run(name, parent_run_id, time.time_ns(), self._context.get_current())
         with self._lock:
             self._runs[run_id] = run
+            if parent_run_id is not None and (above := self._runs.get(parent_run_id)) is not None:
+                above.children.append(run_id)
         return run
 
     def _end(self, run_id: UUID) -> _Run | None:
         with self._lock:
-            return self._runs.pop(run_id, None)
+            run = self._runs.pop(run_id, None)
+        for child in () if run is None else run.children:  # whoever was cancelled does not always say so
+            if (left := self._end(child)) is not None:
+                self._close(left, asyncio.CancelledError())
+        return run
 
     def _open(self, run: _Run, kind: Any = None) -> Span:
         """The run's span, opened with the time at which the run began."""
@@ -156,7 +164,9 @@ class ShuntTelemetry(BaseCallbackHandler):
         if name != DECISION_EVENT or run is None:
             return
         run.decision = {key.removeprefix("shunt_"): value for key, value in data.items() if value is not None}
-        told = {f"datashunt.{key}": value for key, value in run.decision.items()}
+        told = {f"datashunt.{key}": value for key, value in run.decision.items() if key != "error"}
+        if "error" in run.decision:  # its words may tell of the input
+            told["datashunt.error"] = str(run.decision["error"]).partition(":")[0]
         self._open(run).set_attributes(told)
 
     @override
@@ -187,6 +197,36 @@ class ShuntTelemetry(BaseCallbackHandler):
             mean = self._spent / self._asked if self._asked else 0.0
         if decision["route"] != "large" and not run.priced and mean > 0.0:
             self._saved.add(mean)
+
+    # Tools and retrievers have no spans; they only lead from what is below them to what is above
+
+    @override
+    def on_tool_start(
+        self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+    ) -> None:
+        self._begin(run_id, parent_run_id, "tool")
+
+    @override
+    def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        self._end(run_id)
+
+    @override
+    def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        self._end(run_id)
+
+    @override
+    def on_retriever_start(
+        self, serialized: Any, query: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+    ) -> None:
+        self._begin(run_id, parent_run_id, "retriever")
+
+    @override
+    def on_retriever_end(self, documents: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        self._end(run_id)
+
+    @override
+    def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        self._end(run_id)
 
     # Chat models below shunted calls
 
@@ -219,10 +259,12 @@ class ShuntTelemetry(BaseCallbackHandler):
         generation = response.generations[0][0] if response.generations and response.generations[0] else None
         message = generation.message if isinstance(generation, ChatGeneration) else None
         shared = self._shared(run)
-        if message is not None:
-            self._describe(run, message, shared)
-        self._operation.record((time.time_ns() - run.started_ns) / 1e9, shared)
-        self._close(run)
+        try:
+            if message is not None:
+                self._describe(run, message, shared)
+            self._operation.record((time.time_ns() - run.started_ns) / 1e9, shared)
+        finally:
+            self._close(run)
 
     def _describe(self, run: _Run, message: Any, shared: dict[str, Any]) -> None:
         """What the reply tells of itself, on the span, in the token metrics, and on the shunted calls above."""
@@ -233,7 +275,8 @@ class ShuntTelemetry(BaseCallbackHandler):
             "gen_ai.response.id": told.get("id"),
             "gen_ai.response.finish_reasons": [told["finish_reason"]] if told.get("finish_reason") else None,
         }
-        if usage:
+        cached = usage is not None and usage.get("total_cost") == 0  # LangChain's word for an answer of its cache
+        if usage and not cached and "input_tokens" in usage:
             for kind in ("input", "output"):
                 attributes[f"gen_ai.usage.{kind}_tokens"] = usage[f"{kind}_tokens"]
                 self._tokens.record(usage[f"{kind}_tokens"], {**shared, "gen_ai.token.type": kind})

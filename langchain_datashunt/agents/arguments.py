@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ValidationError
 
+from langchain_datashunt.answers import of_json_type
 from langchain_datashunt.exceptions import ConfigurationError
 
 
@@ -32,8 +33,9 @@ class WholeText:
 
     def __call__(self, tool: BaseTool, text: str) -> dict[str, Any] | None:
         """The text under the tool's one parameter, None for tools with more."""
-        names = list(tool.args)
-        return {names[0]: text} if len(names) == 1 and tool.args[names[0]].get("type") == "string" else None
+        known = _parameters(tool).get("properties", {})
+        names = list(known)
+        return {names[0]: text} if len(names) == 1 and known[names[0]].get("type") == "string" else None
 
 
 class PatternArguments:
@@ -63,11 +65,23 @@ def extracted(extractor: ArgumentExtractor, tool: BaseTool, text: str) -> dict[s
     args = extractor(tool, text)
     if args is None:
         return None
-    schema = tool.get_input_schema()
-    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
-        return None
-    try:
-        schema.model_validate(args)
-    except ValidationError:
-        return None
-    return args
+    schema = tool.tool_call_schema  # without what the agent injects
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        try:
+            schema.model_validate(args)
+        except ValidationError:
+            return None
+        return args
+    wanted = _parameters(tool)
+    known, needed = wanted.get("properties", {}), wanted.get("required", [])
+    fits = set(needed) <= set(args) <= set(known) and all(of_json_type(known[k], v) for k, v in args.items())
+    return args if fits else None
+
+
+def _parameters(tool: BaseTool) -> dict[str, Any]:
+    """The JSON schema of what a caller gives, also of tools that have nothing else."""
+    schema = tool.tool_call_schema
+    if isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = schema.model_json_schema() if issubclass(schema, BaseModel) else {}
+    return found

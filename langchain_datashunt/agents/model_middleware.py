@@ -12,6 +12,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from typing_extensions import override
 
+from langchain_datashunt.agents.turns import called_directly, drafting
 from langchain_datashunt.chat_messages import marked, model_name
 from langchain_datashunt.drafting import DRAFT_LABELS, SILENT_TAGS, DraftConfidence, mean_token_probability
 from langchain_datashunt.exceptions import PredictionError
@@ -38,8 +39,8 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     Args:
         small: The small chat model, with log-probabilities switched on.
         policy: When its turn is kept, by its confidence.
-        confidence: How sure it is of a message. Log-probabilities do not cover tool calls: a turn of calls alone goes
-            to the agent's own model unless this says otherwise.
+        confidence: How sure it is of a message. Log-probabilities do not cover tool calls: a turn with calls goes to
+            the agent's own model unless this says otherwise.
         name: Name of this middleware; several in one agent need different ones.
     """
 
@@ -67,7 +68,8 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
         try:
-            draft = handler(request.override(model=self.small))
+            with drafting():
+                draft = handler(request.override(model=self.small))
             kept, decision = self._judged(draft)
         except Exception as error:
             kept, decision = self._failed(error)
@@ -80,7 +82,8 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
         try:
-            draft = await handler(request.override(model=self.small))
+            with drafting():
+                draft = await handler(request.override(model=self.small))
             kept, decision = self._judged(draft)
         except Exception as error:
             kept, decision = self._failed(error)
@@ -90,6 +93,8 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _judged(self, draft: ModelResponse[Any]) -> tuple[bool, ShuntDecision]:
         message = next((one for one in draft.result if isinstance(one, AIMessage)), None)
+        if message is not None and called_directly(message):
+            return True, ShuntDecision("small", "confident", policy="a tool router called the tool")
         sure = None if message is None else self.confidence(message)
         if sure is None:
             raise PredictionError(

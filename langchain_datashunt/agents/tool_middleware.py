@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,17 +22,16 @@ from typing_extensions import override
 
 from langchain_datashunt.agents.arguments import ArgumentExtractor, NoArguments, extracted
 from langchain_datashunt.agents.tool_router import Mode, ToolRanking, ToolRouter
+from langchain_datashunt.agents.turns import METADATA_KEY, is_draft
+from langchain_datashunt.chat_messages import text_alone
 from langchain_datashunt.distillation.watching import LargeCallWatcher
-from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.inputs import text_of
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import Latency, ShuntDecision
 from langchain_datashunt.pruning import ConformalPrompt
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
-
-METADATA_KEY = "shunt_tools"
-"""Where messages carry what a middleware decided, by the middleware's name."""
 
 REFUSED_KEY = "shunt_refused"
 """Where the message that refuses a tool names it."""
@@ -130,6 +130,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         self.stats = ToolRouterStats()
         self._name, self._count, self._lock = name, count_tokens or _estimate, threading.Lock()
         self._tokens: dict[tuple[str, str], int] = {}
+        self._warned = False
 
     @property
     @override
@@ -176,10 +177,14 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _question(self, request: ModelRequest[Any]) -> str | None:
         """What the classifier reads; None where there is nothing to route."""
-        if missing := sorted(self.always_include - {_name(tool) for tool in request.tools}):
-            raise ConfigurationError(
-                f"always_include names tools that the agent does not have: {', '.join(missing)}. It has: "
-                f"{', '.join(sorted(_name(tool) for tool in request.tools)[:10])}."
+        missing = sorted(self.always_include - {_name(tool) for tool in request.tools})
+        if missing and not self._warned:  # another middleware may have taken them out of this turn
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: always_include names tools that this turn does not have: {', '.join(missing)}. It has: "
+                f"{', '.join(sorted(_name(tool) for tool in request.tools)[:10])}.",
+                ShuntWarning,
+                stacklevel=2,
             )
         if not any(isinstance(tool, BaseTool) for tool in request.tools):
             return None
@@ -240,6 +245,8 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         last = request.messages[-1] if request.messages else None
         if self.direct is None or not isinstance(last, HumanMessage) or request.response_format is not None:
             return None
+        if not text_alone(last):  # the classifier has not seen it all
+            return None
         keep, _, _ = self.direct.evaluate_one(ranking.prediction)
         tool = next((t for t in request.tools if isinstance(t, BaseTool) and t.name == ranking.best), None)
         forced = _forced(request.tool_choice)
@@ -261,7 +268,11 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             f"Use this as a hint; it may be wrong."
         )
         own = request.system_message
-        return SystemMessage(hint if own is None else f"{own.text}\n\n{hint}")
+        if own is None:
+            return SystemMessage(hint)
+        if isinstance(own.content, str):
+            return own.model_copy(update={"content": f"{own.content}\n\n{hint}"})
+        return own.model_copy(update={"content": [*own.content, {"type": "text", "text": hint}]})
 
     def _finished(self, turn: _Turn, response: ModelResponse[Any]) -> ModelResponse[Any]:
         """The response, whose message tells what was offered."""
@@ -275,6 +286,8 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         """The record of a first choice of one tool that the classifier knows, where there is a recorder."""
         answer = next((message for message in response.result if isinstance(message, AIMessage)), None)
         if self.recorder is None or turn.ranking is None or answer is None or len(answer.tool_calls) != 1:
+            return []
+        if is_draft() or answer.tool_calls[0]["name"] not in turn.ranking.tools:
             return []
         if not isinstance(turn.request.messages[-1], HumanMessage):
             return []
@@ -321,6 +334,8 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     # Counting
 
     def _add(self, **counts: int) -> None:
+        if is_draft() and "direct_calls" not in counts:
+            return
         with self._lock:
             for name, n in counts.items():
                 setattr(self.stats, name, getattr(self.stats, name) + n)

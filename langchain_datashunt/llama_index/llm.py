@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from copy import deepcopy
 from typing import Any, Self
 
 from langchain_core.utils.uuid import uuid7
@@ -29,6 +30,9 @@ from langchain_datashunt.llama_index.deciding import Decider
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import ShuntDecision
 from langchain_datashunt.pruning import Pruning, SoftPrompt
+
+_REQUIRED = "_shunt_tool_required"
+"""Where a prepared call says that a tool has to be called; each LLM has another word for it."""
 
 _NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a user's message")
 
@@ -78,8 +82,27 @@ class ShuntLLM(LLM):
             raise ConfigurationError(
                 f"`pruning` is a {type(self.pruning).__name__}; give a datashunt Pruning, or None."
             )
+        self._lay_out()
+        self._share_callbacks()
+
+    def _lay_out(self) -> None:
         self._decider = Decider(self.small, self.policy, self.recorder)
         self._hint = None if self.pruning is None else Hint(self.pruning, self.hint)
+
+    def _share_callbacks(self) -> None:
+        """Have the large LLM, which alone makes events, tell this one's callback manager too."""
+        mine, its = self.callback_manager, self.large.callback_manager
+        if mine is not its and mine.handlers and not its.handlers:
+            self.large.callback_manager = mine
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; the next call follows it."""
+        super().__setattr__(name, value)
+        if "_decider" in (self.__pydantic_private__ or {}):
+            if name in ("small", "policy", "pruning", "hint", "recorder"):
+                self._lay_out()
+            elif name in ("callback_manager", "large"):
+                self._share_callbacks()
 
     @classmethod
     @override
@@ -98,20 +121,26 @@ class ShuntLLM(LLM):
         last = messages[-1] if messages else None
         if last is None or last.role != MessageRole.USER or not last.content:
             return None
+        if not all(isinstance(block, TextBlock) for block in last.blocks):  # a classifier of text has not seen it all
+            return None
         return self.question_of(last.content) if self.question_of else last.content
 
-    def _small_message(self, decision: ShuntDecision, given: dict[str, Any]) -> ChatMessage | None:
+    def _small_message(
+        self, decision: ShuntDecision, given: dict[str, Any], required: bool = False
+    ) -> ChatMessage | None:
         """The small side's answer, None where it has none for this call."""
         if decision.route != "small" or decision.prediction is None:
             return None
         label = decision.prediction.label
         answer = label if self.answers is None else self.answers.get(label)
-        offered, forced = _offered(given), given.get("tool_choice") not in (None, "auto", "none")
+        offered, forced = _offered(given), required or given.get("tool_choice") not in (None, "auto", "none")
         for one in answer if isinstance(answer, list) else [answer]:
             if isinstance(one, str) and not forced and "response_format" not in given:
                 return ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=one)])
             if isinstance(one, ToolAnswer) and one.tool in offered:
-                call = ToolCallBlock(tool_call_id=f"call_{uuid7().hex}", tool_name=one.tool, tool_kwargs=dict(one.args))
+                call = ToolCallBlock(
+                    tool_call_id=f"call_{uuid7().hex}", tool_name=one.tool, tool_kwargs=deepcopy(one.args)
+                )
                 return ChatMessage(role=MessageRole.ASSISTANT, blocks=[call])
         return None
 
@@ -138,44 +167,46 @@ class ShuntLLM(LLM):
 
     @override
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        text = self._question(messages)
+        text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
         if text is None:
             return _told(self.large.chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
         decision, seconds = self._decider.decide(text)
-        if (message := self._small_message(decision, kwargs)) is not None:
+        if (message := self._small_message(decision, kwargs, required)) is not None:
             told, log = self._kept(text, decision, seconds)
             self._decider.record(log)
             return _told(ChatResponse(message=message), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
+        told = self._decider.tell(decision)
         response = self.large.chat(self._hinted(messages, decision), **kwargs)
         self._decider.record(self._asked(text, decision, _said(response), (seconds, time.perf_counter() - started)))
-        return _told(response, self._decider.tell(decision))
+        return _told(response, told)
 
     @override
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        text = self._question(messages)
+        text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
         if text is None:
             return _told(await self.large.achat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
         decision, seconds = await self._decider.adecide(text)
-        if (message := self._small_message(decision, kwargs)) is not None:
+        if (message := self._small_message(decision, kwargs, required)) is not None:
             told, log = self._kept(text, decision, seconds)
             await self._decider.arecord(log)
             return _told(ChatResponse(message=message), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
+        told = self._decider.tell(decision)
         response = await self.large.achat(self._hinted(messages, decision), **kwargs)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._asked(text, decision, _said(response), took))
-        return _told(response, self._decider.tell(decision))
+        return _told(response, told)
 
     @override
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse]:
         def chunks() -> Generator[ChatResponse]:
-            text = self._question(messages)
+            text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
             if text is None:
                 yield from _each(self.large.stream_chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
                 return
             decision, seconds = self._decider.decide(text)
-            if (message := self._small_message(decision, kwargs)) is not None:
+            if (message := self._small_message(decision, kwargs, required)) is not None:
                 told, log = self._kept(text, decision, seconds)
                 self._decider.record(log)
                 yield _told(ChatResponse(message=message, delta=message.content or ""), told)
@@ -193,14 +224,14 @@ class ShuntLLM(LLM):
     @override
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> AsyncGenerator[ChatResponse]:
         async def chunks() -> AsyncGenerator[ChatResponse]:
-            text = self._question(messages)
+            text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
             if text is None:
                 told = self._decider.tell(_NO_QUESTION)
                 async for one in await self.large.astream_chat(messages, **kwargs):
                     yield _told(one, told)
                 return
             decision, seconds = await self._decider.adecide(text)
-            if (message := self._small_message(decision, kwargs)) is not None:
+            if (message := self._small_message(decision, kwargs, required)) is not None:
                 told, log = self._kept(text, decision, seconds)
                 await self._decider.arecord(log)
                 yield _told(ChatResponse(message=message, delta=message.content or ""), told)
@@ -215,6 +246,28 @@ class ShuntLLM(LLM):
 
         return chunks()
 
+    # Structured output is the large LLM's: labels fit no schema of somebody else's program
+
+    @override
+    def structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.large.structured_predict(*args, **kwargs)
+
+    @override
+    async def astructured_predict(self, *args: Any, **kwargs: Any) -> Any:
+        return await self.large.astructured_predict(*args, **kwargs)
+
+    @override
+    def stream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.large.stream_structured_predict(*args, **kwargs)
+
+    @override
+    async def astream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+        return await self.large.astream_structured_predict(*args, **kwargs)
+
+    @override
+    def as_structured_llm(self, *args: Any, **kwargs: Any) -> Any:
+        return self.large.as_structured_llm(*args, **kwargs)
+
     # Completion
 
     @override
@@ -226,9 +279,10 @@ class ShuntLLM(LLM):
             self._decider.record(log)
             return _told_completion(CompletionResponse(text=message.content or ""), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
+        told = self._decider.tell(decision)
         response = self.large.complete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
         self._decider.record(self._asked(text, decision, response.text, (seconds, time.perf_counter() - started)))
-        return _told_completion(response, self._decider.tell(decision))
+        return _told_completion(response, told)
 
     @override
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -239,10 +293,11 @@ class ShuntLLM(LLM):
             await self._decider.arecord(log)
             return _told_completion(CompletionResponse(text=message.content or ""), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
+        told = self._decider.tell(decision)
         response = await self.large.acomplete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._asked(text, decision, response.text, took))
-        return _told_completion(response, self._decider.tell(decision))
+        return _told_completion(response, told)
 
     @override
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Generator[CompletionResponse]:
@@ -300,10 +355,11 @@ class ShuntFunctionCallingLLM(ShuntLLM, FunctionCallingLLM):
         chat_history: list[ChatMessage] | None = None, verbose: bool = False, allow_parallel_tool_calls: bool = False,
         tool_required: bool = False, **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        return self.large._prepare_chat_with_tools_compat(
+        prepared = self.large._prepare_chat_with_tools_compat(
             tools, user_msg=user_msg, chat_history=chat_history, verbose=verbose,
             allow_parallel_tool_calls=allow_parallel_tool_calls, tool_required=tool_required, **kwargs,
         )  # fmt: skip
+        return {**prepared, _REQUIRED: tool_required}
 
     @override
     def _validate_chat_with_tools_response(

@@ -82,11 +82,11 @@ class ShuntQueryEngine(BaseQueryEngine):
                 self._decider.record(self._decider.finished(text, decision, None, "", (seconds, 0.0)))
                 return _told(found, self._decider.tell(decision))
             decision = self._decider.deferred(decision)
-        started = time.perf_counter()
+        told, started = self._decider.tell(decision), time.perf_counter()
         response = self._large.query(query_bundle)
         took = (seconds, time.perf_counter() - started)
         self._decider.record(self._decider.finished(text, decision, _text(response), _name(self._large), took))
-        return _told(response, self._decider.tell(decision))
+        return _told(response, told)
 
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         text = query_bundle.query_str
@@ -99,11 +99,11 @@ class ShuntQueryEngine(BaseQueryEngine):
                 await self._decider.arecord(self._decider.finished(text, decision, None, "", (seconds, 0.0)))
                 return _told(found, self._decider.tell(decision))
             decision = self._decider.deferred(decision)
-        started = time.perf_counter()
+        told, started = self._decider.tell(decision), time.perf_counter()
         response = await self._large.aquery(query_bundle)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._decider.finished(text, decision, _text(response), _name(self._large), took))
-        return _told(response, self._decider.tell(decision))
+        return _told(response, told)
 
     def _find(self, text: str, prediction: Prediction) -> Any:
         if isinstance(self._local, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama_index.core.base.base_selector import BaseSelector, SelectorResult, SingleSelection
@@ -42,7 +43,8 @@ class ShuntSelector(BaseSelector):
     ```
 
     A choice belongs to the label that is its name. Choices that the small model does not know are shown to the LLM
-    always. Where only one candidate is left, it is chosen without asking.
+    always, and all of them where its label is no choice. Where its own is the only candidate left, it is chosen
+    without asking.
 
     Args:
         small: The small model; its labels are names of choices.
@@ -83,7 +85,7 @@ class ShuntSelector(BaseSelector):
 
     def _select(self, choices: Sequence[ToolMetadata], query: QueryBundle) -> SelectorResult:
         decision, seconds = self._decider.decide(query.query_str)
-        kept, candidates = self._narrowed(choices, decision)
+        kept, candidates, decision = self._narrowed(choices, decision)
         if kept is not None:
             self._decider.record(self._decider.finished(query.query_str, decision, None, "", (seconds, 0.0)))
             return kept
@@ -96,7 +98,7 @@ class ShuntSelector(BaseSelector):
 
     async def _aselect(self, choices: Sequence[ToolMetadata], query: QueryBundle) -> SelectorResult:
         decision, seconds = await self._decider.adecide(query.query_str)
-        kept, candidates = self._narrowed(choices, decision)
+        kept, candidates, decision = self._narrowed(choices, decision)
         if kept is not None:
             log = self._decider.finished(query.query_str, decision, None, "", (seconds, 0.0))
             await self._decider.arecord(log)
@@ -110,24 +112,26 @@ class ShuntSelector(BaseSelector):
 
     def _narrowed(
         self, choices: Sequence[ToolMetadata], decision: ShuntDecision
-    ) -> tuple[ShuntSelection | None, list[int]]:
-        """The small model's selection where it stands, else the choices that the LLM is shown, by position."""
+    ) -> tuple[ShuntSelection | None, list[int], ShuntDecision]:
+        """The small model's selection where it stands, else the choices that the LLM is shown; the decision so far."""
         if not choices:
             raise ConfigurationError("There is nothing to choose from: the selector was given no choices.")
-        place = self._places(choices)
-        prediction = decision.prediction
-        if prediction is None:
-            return None, list(range(len(choices)))
-        best = place.get(prediction.label)
+        prediction, everything = decision.prediction, list(range(len(choices)))
+        place = self._places(choices, prediction)
+        best = None if prediction is None else place.get(prediction.label)
+        if prediction is None or best is None:  # it failed, or means something that cannot be chosen here
+            return None, everything, self._decider.deferred(decision)
         candidates = self._candidates(prediction, place, len(choices))
-        if decision.route == "small" and best is not None:
-            return self._selection(prediction, place, len(choices), best, self._decider.tell(decision)), []
-        if len(candidates) == 1:
-            return self._selection(prediction, place, len(choices), candidates[0], self._decider.tell(decision)), []
-        return None, candidates
+        if decision.route != "small" and candidates == [best]:
+            words = f"{decision.policy}; no other candidate was left"
+            decision = replace(decision, route="small", reason="confident", policy=words)
+        if decision.route != "small":
+            return None, candidates, decision
+        told = self._decider.tell(decision)
+        return self._selection(prediction, place, len(choices), best, told), [], decision
 
-    def _places(self, choices: Sequence[ToolMetadata]) -> dict[str, int]:
-        """Position of each label's choice.
+    def _places(self, choices: Sequence[ToolMetadata], prediction: Prediction | None) -> dict[str, int]:
+        """Position of each label's choice, for the labels that the small model is known to have.
 
         Raises:
             ConfigurationError: No label is the name of a choice.
@@ -139,13 +143,13 @@ class ShuntSelector(BaseSelector):
                 f"Several choices have one name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); give "
                 f"each its own, for example QueryEngineTool.from_defaults(engine, name=...)."
             )
-        labels = self._decider.labels or tuple(names)
+        labels = self._decider.labels or (() if prediction is None else prediction.labels)
         found = {
             label: by_name[self._names.get(label, label)]
             for label in labels
             if self._names.get(label, label) in by_name
         }
-        if not found:
+        if labels and not found:
             raise ConfigurationError(
                 f"No label of the small model ({', '.join(labels[:5])}) is the name of a choice "
                 f"({', '.join(names[:5])}). Name the choices after the labels, or give `names`."
@@ -168,7 +172,7 @@ class ShuntSelector(BaseSelector):
             return []
         scores = [0.0] * n
         for label, position in place.items():
-            scores[position] = prediction.probability(label)
+            scores[position] += prediction.probability(label)
         return scores
 
     def _selection(
@@ -186,13 +190,11 @@ class ShuntSelector(BaseSelector):
         if not known or not all(known):
             names = tuple(choices[i].name or choices[i].description for i in candidates)
             raise UnparsableAnswer(str([one.index + 1 for one in found.selections]), names)
-        place = self._places(choices)
+        place = self._places(choices, decision.prediction)
         return ShuntSelection(
             selections=[SingleSelection(index=candidates[one.index], reason=one.reason) for one in found.selections],
             scores=self._scores(decision.prediction, place, len(choices)),
-            decision=self._decider.tell(
-                decision if decision.route == "large" else ShuntDecision("large", "deferred", decision.prediction)
-            ),
+            decision=self._decider.tell(decision),
             candidates=candidates,
         )
 
@@ -202,7 +204,7 @@ class ShuntSelector(BaseSelector):
     ) -> list[Any]:  # fmt: skip
         if len(result.selections) != 1:
             return []
-        label_of = {position: label for label, position in self._places(choices).items()}
+        label_of = {position: label for label, position in self._places(choices, decision.prediction).items()}
         said = label_of.get(result.selections[0].index)
         model = type(self._large).__name__
         return [] if said is None else self._decider.finished(query.query_str, decision, said, model, seconds)

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
 from langchain.agents import create_agent
-from langchain_core.messages import HumanMessage
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.tools import BaseTool, StructuredTool, tool
+from langgraph.prebuilt import InjectedState
 
 from langchain_datashunt import AlwaysSmall, ConformalPrompt, Threshold
 from langchain_datashunt.agents import (
@@ -24,8 +25,9 @@ from langchain_datashunt.agents import (
     ToolRouter,
     WholeText,
 )
+from langchain_datashunt.agents.arguments import extracted
 from langchain_datashunt.distillation import DistillationStore, Recorder
-from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError
+from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, ShuntWarning
 from tests.support.handlers import RunBook
 from tests.support.models import WordModel, failing_word_model, predict_words
 from tests.support.scripted_server import ScriptedServer
@@ -195,8 +197,6 @@ def test_arguments_are_found_or_not() -> None:
     cancel, refund, status, _ = TOOLS
     assert (NoArguments()(refund, "x"), WholeText()(status, "how is it?")) == ({}, {"text": "how is it?"})
     assert WholeText()(refund, "x") is None
-    from langchain_datashunt.agents.arguments import extracted
-
     assert extracted(NoArguments(), cancel, "x") is None, "cancel needs an order"
     assert extracted(NoArguments(), refund, "x") == {}
     assert extracted(PatternArguments({}), cancel, "x") is None
@@ -212,7 +212,7 @@ async def test_where_the_small_model_fails_all_tools_are_offered(server: Scripte
     assert "broken" in messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]["error"]
     await agent.ainvoke({"messages": [HumanMessage(UNSURE)]})
     assert middleware.stats.router_errors == 4
-    with pytest.raises(ConfigurationError, match="always_include names tools that the agent does not have: nothing"):
+    with pytest.warns(ShuntWarning, match="always_include names tools that this turn does not have: nothing"):
         ask(
             create_agent(
                 chat(server),
@@ -261,6 +261,62 @@ def test_the_large_models_choice_is_recorded_to_learn_from(server: ScriptedServe
     assert (record.input, record.label, record.large_model) == (UNSURE, "cancel", "scripted")
     assert record.probabilities is not None
     assert record.input_tokens is not None
+
+
+def test_tools_of_other_servers_and_injected_state_are_called_with_care() -> None:
+    """MCP tools come with a JSON schema alone; what the agent injects is none of the caller's arguments."""
+    mcp = StructuredTool(
+        name="cancel", description="Cancels.", func=lambda **given: str(given),
+        args_schema={"type": "object", "properties": {"order": {"type": "string"}}, "required": ["order"]},
+    )  # fmt: skip
+    bare = StructuredTool(name="ping", description="Pings.", func=lambda: "pong", args_schema={"type": "object"})
+    assert extracted(NoArguments(), mcp, "x") is None
+    assert extracted(WholeText(), mcp, "7") == {"order": "7"}
+    assert extracted(lambda tool, text: {"order": 7}, mcp, "7") is None
+    assert (extracted(WholeText(), bare, "x"), extracted(NoArguments(), bare, "x")) == (None, {})
+
+    @tool
+    def note(text: str, state: Annotated[dict, InjectedState]) -> str:  # type: ignore[type-arg]
+        """Notes a text."""
+        return text
+
+    assert extracted(WholeText(), note, "hello") == {"text": "hello"}
+
+
+def test_both_middlewares_in_one_agent(tmp_path: Path) -> None:
+    """A draft that is not kept is neither counted nor recorded; a direct call is nobody's draft."""
+
+    def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return {"content": "Hm.", "tool_calls": [("refund", {})], "logprob": -0.01} if body["model"] == "tiny" else None
+
+    with ScriptedServer(reply) as server, Recorder(tmp_path / "calls.db", task="tools") as recorder:
+        tools = ShuntToolRouterMiddleware(
+            WordModel(), mode="hard", keep=2, recorder=recorder, direct=Threshold(0.9),
+            arguments=PatternArguments({"cancel": r"order (?P<order>\d+)"}),
+        )  # fmt: skip
+        turns = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True))
+        agent = create_agent(chat(server), TOOLS, middleware=[turns, tools])
+        messages = ask(agent)
+        assert messages[1].tool_calls[0]["name"] == "cancel", "a call beside sure words is not judged by the words"
+        assert (tools.stats.model_calls, turns.stats.small_errors) == (2, 2)
+        messages = ask(agent, SURE)
+        assert messages[1].response_metadata["shunt"]["policy"] == "a tool router called the tool"
+        assert (tools.stats.direct_calls, turns.stats.small) == (1, 1)
+        recorder.flush()
+        with DistillationStore(tmp_path / "calls.db") as store:
+            labels = [record.label for batch in store.iterate() for record in batch]
+        assert labels == ["cancel"], "the large model's choice, and not the draft's"
+
+
+def test_blocks_of_messages_stay(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=1, direct=AlwaysSmall())
+    system = SystemMessage([{"type": "text", "text": "Long."}, {"type": "text", "text": "Longer."}])
+    agent = create_agent(chat(server), [TOOLS[1]], middleware=[middleware], system_prompt=system)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    agent.invoke({"messages": [HumanMessage([{"type": "text", "text": "surely refund"}, picture])]})
+    content = server.bodies[0]["messages"][0]["content"]
+    assert [part["text"][:9] for part in content] == ["Long.", "Longer.", "A small c"]
+    assert middleware.stats.direct_calls == 0, "the classifier has not seen the image"
 
 
 # Turns of an agent

@@ -4,7 +4,9 @@ import asyncio
 import json
 import math
 import pickle
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import httpx
@@ -12,16 +14,20 @@ import pytest
 from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from langchain_datashunt import AlwaysSmall, HardPrompt, NoHint, ShuntChatModel, Threshold, ToolAnswer
+from langchain_datashunt import AlwaysSmall, HardPrompt, NoHint, Retry, ShuntChatModel, Threshold, ToolAnswer
+from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.drafting import least_token_probability
 from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
+from tests.support.faulty_server import FaultyServer
 from tests.support.handlers import RunBook
 from tests.support.models import WordModel, failing_word_model
 from tests.support.scripted_server import ScriptedServer
@@ -289,3 +295,146 @@ def test_it_can_be_copied_and_pickled(server: ScriptedServer) -> None:
         assert shunt(server, policy=Threshold(1.5)).invoke(SURE).content == server.text
     assert shunt(server, policy=AlwaysSmall()).invoke(UNSURE).content == "cancel"
     assert pickle.loads(pickle.dumps(WordModel())).labels == WordModel().labels
+
+
+def test_own_callbacks_join_those_of_the_run_around_it(server: ScriptedServer) -> None:
+    own, around = RunBook(), RunBook()
+    model = shunt(server, callbacks=[own])
+    RunnableLambda(lambda text: model.invoke(text)).invoke(UNSURE, {"callbacks": [around]})
+    assert {"ShuntChatModel", "WordModel", "ChatOpenAI"} <= {run["name"] for run in around.started.values()}
+    assert "ShuntChatModel" in {run["name"] for run in own.started.values()}
+
+
+def draft_of(content: str | None, calls: Any = (), seen: list[Any] | None = None) -> Any:
+    """A small chat model that is sure of one thing, whatever it is asked."""
+
+    def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if body["model"] != "tiny":
+            return None
+        if seen is not None:
+            seen.append(body)
+        return {"content": content, "tool_calls": list(calls), "logprob": -0.01}
+
+    return reply
+
+
+def test_a_draft_must_be_of_the_form_that_was_asked_for() -> None:
+    seen: list[Any] = []
+    with ScriptedServer(draft_of("Sure thing.", seen=seen)) as server:
+        model = shunt(server, small=server.chat_model(model="tiny", logprobs=True), temperature=0.3)
+        assert model.invoke(UNSURE, stop=["x"]).content == "Sure thing."
+        assert (seen[-1]["stop"], seen[-1]["temperature"]) == (["x"], 0.3), "it is asked as the large one would be"
+        forced = model.bind_tools([cancel_order], tool_choice="any").invoke(UNSURE)
+        assert forced.tool_calls, "text is no call"
+        parsed = model.with_structured_output(Intent, method="function_calling").invoke(UNSURE)
+        assert isinstance(parsed, Intent), "a draft that parses to nothing is not kept"
+    with ScriptedServer(draft_of("Ok.", [("cancel_order", {"order": "ALL"})])) as server:
+        model = shunt(server, small=server.chat_model(model="tiny", logprobs=True))
+        told = model.bind_tools([cancel_order]).invoke(UNSURE).response_metadata["shunt"]
+        assert told["route"] == "large", "the words' probabilities say nothing of the call"
+
+
+def test_what_a_call_binds_itself_counts_too(server: ScriptedServer) -> None:
+    model = shunt(server, answers={"cancel": ["It is cancelled.", ToolAnswer("cancel_order")]})
+    described = convert_to_openai_tool(cancel_order)
+    assert model.bind(tools=[described], tool_choice="required").invoke(SURE).tool_calls
+    assert server.bodies == []
+    model.bind(response_format={"type": "json_object"}).invoke(SURE)
+    assert len(server.bodies) == 1
+    assert AnswerForm.of_tools([cancel_order], {"type": "any"}, {}).must_call
+    assert AnswerForm.of_tools([cancel_order], {"type": "none"}, {}).tools == frozenset()
+
+
+def test_the_bound_and_the_retries_hold_for_every_call() -> None:
+    def plan(number: int, body: Mapping[str, Any]) -> str | None:
+        return "500" if number == 1 else None
+
+    call = AIMessage("", tool_calls=[{"name": "cancel_order", "args": {}, "id": "1", "type": "tool_call"}])
+    talk = [HumanMessage(SURE), call, ToolMessage("cancelled", tool_call_id="1")]
+    with FaultyServer(lambda messages: "fine", plan) as server:
+        model = ShuntChatModel(small=WordModel(), large=server.chat_model(), retry=Retry(attempts=2, max_wait=0.01))
+        assert model.invoke(talk).content == "fine"
+    bound = shunt_over_busy(1)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda i: bound.bind_tools([cancel_order]).invoke(UNSURE if i % 2 else talk), range(6)))
+    assert bound.large.most == 1  # type: ignore[attr-defined]
+
+
+class Busy(FakeListChatModel):
+    """Counts how many calls run at once."""
+
+    responses: list[str] = ["done"]
+    most: int = 0
+    running: int = 0
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self.bind()
+
+    def _call(self, *args: Any, **kwargs: Any) -> str:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        time.sleep(0.02)
+        self.running -= 1
+        return "done"
+
+
+def shunt_over_busy(limit: int) -> ShuntChatModel:
+    return ShuntChatModel(small=WordModel(), large=Busy(), max_concurrency=limit)
+
+
+def test_answers_are_copies_and_errors_are_the_real_ones(server: ScriptedServer) -> None:
+    class Two(BaseModel):
+        """Two fields."""
+
+        intent: str
+        n: list[int]
+
+    given = Two(intent="cancel", n=[1])
+    structured = shunt(server, answers={"cancel": given}).with_structured_output(Two)
+    structured.invoke(SURE).n.append(2)  # type: ignore[union-attr]
+    assert structured.invoke(SURE) == given
+
+    class Count(TypedDict):
+        """A number."""
+
+        count: int
+
+    shunt(server).with_structured_output(Count).invoke(SURE)
+    assert len(server.bodies) == 1, "a label is no number"
+    raw = shunt(server, temperature=0.3).with_structured_output(Intent, include_raw=True).invoke(UNSURE)
+    assert raw["raw"].response_metadata["shunt"]["route"] == "large"
+    assert server.bodies[-1]["temperature"] == 0.3
+    small = shunt(server).with_structured_output(Intent, include_raw=True).invoke(SURE)
+    assert small["raw"].response_metadata["shunt"]["route"] == "small"
+    with FaultyServer(lambda messages: "x", lambda number, body: "500") as broken:
+        failing = ShuntChatModel(
+            small=WordModel(), large=broken.chat_model(), answers={"refund": "x"}, on_large_error="small"
+        )
+        with pytest.raises(Exception, match="oops"):
+            failing.invoke(UNSURE)
+
+
+def test_chunks_keep_what_messages_have_and_one_call_may_be_configured(server: ScriptedServer) -> None:
+    model = shunt(server, answers={"cancel": AIMessage("ok", additional_kwargs={"cites": [1]})})
+    (chunk,) = model.stream(SURE)
+    assert chunk.additional_kwargs == {"cites": [1]}
+    eager: Any = {"configurable": {"shunt_threshold": 0.1}}
+    assert model.stream_events(UNSURE, eager, version="v3").output.text == "ok"
+    assert server.bodies == []
+
+
+def test_settings_that_change_are_followed_and_wrong_ones_refused(server: ScriptedServer) -> None:
+    model = shunt(server, answers={"cancel": "A"})
+    assert model.model_copy(update={"answers": {"cancel": "B"}}).invoke(SURE).content == "B"
+    assert model.invoke(SURE).content == "A"
+    model.policy = AlwaysSmall()
+    assert model.invoke(UNSURE).content == "A"
+    with pytest.raises(ConfigurationError, match="labels that the small model does not have: cancle"):
+        shunt(server, answers={"cancle": "?"})
+    with pytest.raises(ConfigurationError, match="give the chat model itself"):
+        shunt(server, small=server.chat_model().bind(logprobs=True))
+    good, bad = shunt(server).batch([SURE, 42], return_exceptions=True)  # type: ignore[list-item]
+    assert (good.content, type(bad)) == ("cancel", ValueError)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    seen = shunt(server).invoke([HumanMessage([{"type": "text", "text": SURE}, picture])])
+    assert seen.response_metadata["shunt"]["route"] == "large", "the classifier has not seen the image"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core import QueryBundle, Settings, VectorStoreIndex
+from llama_index.core import PromptTemplate, QueryBundle, Settings, VectorStoreIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.base_selector import SelectorResult, SingleSelection
-from llama_index.core.base.llms.types import ToolCallBlock
+from llama_index.core.base.llms.types import ImageBlock, TextBlock, ToolCallBlock
 from llama_index.core.base.response.schema import Response
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms import ChatMessage, MockLLM
@@ -25,8 +25,17 @@ from llama_index.core.tools import FunctionTool, QueryEngineTool, RetrieverTool,
 from llama_index.core.workflow import StartEvent, StopEvent, Workflow, step
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
+from pydantic import BaseModel
 
-from langchain_datashunt import ConformalPrompt, EmbeddingClassifier, NoHint, Threshold, ToolAnswer, TrainingSettings
+from langchain_datashunt import (
+    AlwaysLarge,
+    ConformalPrompt,
+    EmbeddingClassifier,
+    NoHint,
+    Threshold,
+    ToolAnswer,
+    TrainingSettings,
+)
 from langchain_datashunt.distillation import DistillationStore, Recorder
 from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
 from langchain_datashunt.llama_index import (
@@ -38,7 +47,7 @@ from langchain_datashunt.llama_index import (
     ShuntSelection,
     ShuntSelector,
 )
-from tests.support.models import WordModel, failing_word_model
+from tests.support.models import WordModel, failing_word_model, predict_words
 
 SURE, UNSURE = "surely cancel it", "maybe cancel it"
 
@@ -171,6 +180,36 @@ def test_tokens_are_counted_once() -> None:
     assert once == counter.total_llm_token_count > 0
 
 
+async def test_objects_and_required_calls_are_the_large_ones(listener: Listener) -> None:
+    class Intent(BaseModel):
+        """What is wanted."""
+
+        intent: str
+
+    call = ToolCallBlock(tool_call_id="1", tool_name="Intent", tool_kwargs={"intent": "x"})
+    llm: Any = ShuntLLM(small=WordModel(), large=large(calls=[call]), answers={"cancel": "It is cancelled."})
+    prompt = PromptTemplate(SURE)
+    assert llm.structured_predict(Intent, prompt) == Intent(intent="x")
+    assert await llm.astructured_predict(Intent, prompt) == Intent(intent="x")
+    assert llm.as_structured_llm(Intent).chat(user(SURE)).raw == Intent(intent="x")
+    tool = FunctionTool.from_defaults(cancel_order)
+    required = llm.chat_with_tools([tool], user_msg=SURE, tool_required=True)
+    assert required.additional_kwargs["shunt"]["route"] == "large", "text is no call"
+    assert llm.chat_with_tools([tool], user_msg=SURE).message.content == "It is cancelled."
+    picture = ChatMessage(role="user", blocks=[TextBlock(text=SURE), ImageBlock(url="http://127.0.0.1/x.png")])
+    assert llm.chat([picture]).additional_kwargs["shunt"]["route"] == "large", "the classifier has not seen the image"
+    llm.policy = AlwaysLarge()
+    assert llm.chat(user(SURE)).additional_kwargs["shunt"]["route"] == "large"
+    broken: Any = ShuntLLM(small=WordModel(), large=MockFunctionCallingLLM(response_generator=lambda *a, **k: 1 / 0))
+    listener.seen.clear()
+    with pytest.raises(ZeroDivisionError):
+        broken.chat(user(UNSURE))
+    assert listener.decisions() == ["large"], "told before it is asked"
+    counter = TokenCountingHandler(tokenizer=str.split)
+    ShuntLLM(small=WordModel(), large=MockLLM(), callback_manager=CallbackManager([counter])).complete(UNSURE)
+    assert counter.total_llm_token_count > 0
+
+
 def cancel_order(order: str = "the last") -> str:
     """Cancel an order."""
     return f"cancelled {order}"
@@ -269,7 +308,11 @@ async def test_a_selector_asks_with_fewer_choices_where_it_is_not_sure(listener:
     assert asked.shown == [["other", "cancel"]] * 2, "the likeliest, and what the small model does not know"
     assert listener.decisions() == ["small", "small", "large", "large"]
     only = selector.select(metadata("status", "cancel", "refund"), UNSURE)
+    assert isinstance(only, ShuntSelection)
     assert (only.ind, len(asked.shown)) == (1, 2), "one candidate needs no asking"
+    assert (only.decision["route"], only.decision["policy"][-27:]) == ("small", "no other candidate was left")
+    selector.select(metadata("status", "refund", "other"), SURE)
+    assert asked.shown[-1] == ["status", "refund", "other"], "what it means cannot be chosen: the LLM sees all"
     fitted = ConformalPrompt(alpha=0.5, quantile=0.6, n_calibration=9)
     ShuntSelector(WordModel(), asked, pruning=fitted).select(choices, UNSURE)
     assert asked.shown[-1] == ["other", "cancel"]
@@ -296,6 +339,12 @@ def test_a_selector_says_what_is_wrong() -> None:
         ShuntSelector(WordModel(), First(position=2), keep=2).select(metadata("cancel", "refund", "status"), UNSURE)
     named = ShuntSelector(WordModel(), First(), names={"cancel": "cancellations"})
     assert named.select(metadata("refund", "cancellations"), SURE).ind == 1
+    function = ShuntSelector(predict_words, First(position=1), names={"refund": "orders", "status": "orders"})
+    merged = function.select(metadata("orders", "new"), "surely refund")
+    assert isinstance(merged, ShuntSelection)
+    assert merged.ind == 0
+    assert merged.scores == [pytest.approx(0.98), 0.0], "two labels of one choice add up"
+    assert function.select(metadata("orders", "new"), "maybe").ind == 1, "a choice that it does not know is shown"
 
 
 TOPICS = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import tool
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -126,6 +129,42 @@ def test_failures_are_on_their_spans(desk: Desk) -> None:
     broken: ShuntRunnable = ShuntRunnable(small=RunnableLambda(lambda text: 1 / 0), large=lambda x: "L", pruning=None)
     assert broken.invoke("x", {"callbacks": [telemetry]}) == "L"
     assert desk.spans()["ShuntRunnable"].attributes["datashunt.reason"] == "small_error"
+    assert desk.spans()["ShuntRunnable"].attributes["datashunt.error"] == "ZeroDivisionError", "its words may tell"
+
+
+async def test_a_cancelled_call_leaves_no_span_open(desk: Desk) -> None:
+    telemetry = ShuntTelemetry(desk.tracers, desk.meters)
+    with FaultyServer(lambda messages: "refund", lambda number, body: "timeout", hang=0.3) as server:
+        chat = server.chat_model(http_async_client=httpx.AsyncClient())
+        shunt: ShuntRunnable = ShuntRunnable(small=WordModel(), large=chat, pruning=None)
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(shunt.ainvoke("maybe", {"callbacks": [telemetry]}), 0.1)
+    assert telemetry._runs == {}
+    names = [span.name for span in desk.exporter.get_finished_spans()]
+    assert names.count("ShuntRunnable") == names.count("chat gpt-4") == 5
+
+
+def test_cached_answers_cost_nothing_and_tools_lead_through(desk: Desk, server: ScriptedServer) -> None:
+    telemetry = ShuntTelemetry(desk.tracers, desk.meters)
+    large = server.chat_model(cache=InMemoryCache())
+    shunt: ShuntRunnable = ShuntRunnable(small=WordModel(), large=large, pruning=None, policy=AlwaysLarge())
+    for _ in range(3):
+        shunt.invoke("maybe", {"callbacks": [telemetry]})
+    (asked,) = [p for p in desk.points("gen_ai.client.token.usage") if p.attributes["gen_ai.token.type"] == "input"]
+    assert asked.count == 1
+    desk.exporter.clear()
+
+    @tool
+    def ask(text: str) -> str:
+        """Asks."""
+        return str(shunt.invoke(text).content)
+
+    outer: ShuntRunnable = ShuntRunnable(small=WordModel(), large=ask, pruning=None, policy=AlwaysLarge(), name="outer")
+    outer.invoke("hello", {"callbacks": [telemetry]})
+    spans = desk.spans()
+    assert spans["ShuntRunnable"].parent.span_id == spans["outer"].context.span_id
+    assert telemetry._runs == {}
 
 
 def test_nothing_else_is_traced(desk: Desk, server: ScriptedServer) -> None:
