@@ -171,7 +171,7 @@ class Packing:
         """
         if self.engine == "plain":
             return None
-        stamp = (id(network), *(one._version for one in network.parameters() if not one.is_inference()))
+        stamp = (id(network), *(part for one in network.parameters() for part in (one.data_ptr(), _version(one))))
         if stamp != self._stamp:
             with self._lock:
                 if stamp != self._stamp:
@@ -219,6 +219,11 @@ def _difference(network: torch.nn.Module, made: PackedEncoder) -> float:
         own = torch.cat([states[i, : len(one)] for i, one in enumerate(ids)])
         found = (made(ids).states.float() - own).abs().max() / own.abs().max()
     return float(found)
+
+
+def _version(parameter: torch.Tensor) -> int:
+    """How often a parameter was written to; those made in inference mode do not count."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _runs(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[int, int, int]]:
