@@ -4,7 +4,7 @@
 
 Questions of MetaTool's ToolE (one right tool each), split by seed: 68% to train, 6% to stop and weigh on, 6% to fit
 the conformal set, 20% to test on; questions of the same words are in one part. The small model pools a fine-tuned
-MiniLM with a linear head and neighbours on frozen MiniLM embeddings. The prompt's tool list is counted in WordPiece
+MiniLM, a linear head and neighbours on frozen MiniLM embeddings, and logistic regression on n-grams. The prompt's tool list is counted in WordPiece
 tokens of the tools' OpenAI schemas. At the end a real agent (`create_agent`, `ChatOpenAI` on a local server) is asked
 some of the test's questions, and what it was sent is counted.
 """
@@ -25,11 +25,15 @@ from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline, make_union
 
 from langchain_datashunt import (
     EmbeddingClassifier,
     EnsembleClassifier,
     NeighbourClassifier,
+    PredictProbaClassifier,
     SmallModel,
     TrainingSettings,
     TransformersClassifier,
@@ -81,6 +85,10 @@ def train(parts: dict[str, Labelled], epochs: int) -> SmallModel:
         NeighbourClassifier.train(learn.texts, learn.labels, settings=quiet, embeddings=encoder, **given),
     ]
     members = [member.model_copy(update={"embeddings": shared_encoder()}) for member in members]
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3)
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), sublinear_tf=True, min_df=5)
+    pipeline = make_pipeline(make_union(words, letters), LogisticRegression(C=30, max_iter=60))
+    members.append(PredictProbaClassifier.train(learn.texts, learn.labels, estimator=pipeline, settings=quiet, **given))
     members.append(TransformersClassifier.train(learn.texts, learn.labels, settings=tuning, max_length=64, **given))
     for member in members:
         batch = member.predict_batch(stop[0])

@@ -1,0 +1,96 @@
+"""How fast texts are embedded: without padding, as transformers computes sorted batches, and one by one.
+
+    python -m tests.benchmarks.encoder [--json F] [--texts N] [--rounds N] [--threads N]
+
+MiniLM; short texts (gold-price headlines, or the shipped messages where DATASHUNT_DATA_DIR names none) and long ones
+(these joined, up to 256 tokens). Rounds are interleaved; medians and ratios of them are told, with the largest
+difference of a component against transformers in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from langchain_datashunt.data.benchmark_task import DATA_DIR_VARIABLE, load_messages
+from langchain_datashunt.small_models.encoder import SentenceEncoder
+
+
+def short_texts(n: int) -> list[str]:
+    file = Path(os.environ.get(DATA_DIR_VARIABLE, "")) / "headlines" / "test.csv"
+    if file.is_file():
+        with file.open(encoding="utf-8", newline="") as stream:
+            return [row[0].removeprefix("Q:").removesuffix("A:").strip() for row in csv.reader(stream)][:n]
+    texts = list(load_messages().train.texts)
+    return (texts * (n // len(texts) + 1))[:n]
+
+
+def long_texts(short: list[str], n: int) -> list[str]:
+    """Log-normal lengths, mean about 90 tokens."""
+    rng = np.random.default_rng(0)
+    words = " ".join(short).split()
+    lengths = np.clip(rng.lognormal(4.1, 0.6, n), 8, 180).astype(int)
+    starts = rng.integers(0, max(1, len(words) - 200), n)
+    return [" ".join(words[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
+
+
+def compare(texts: list[str], rounds: int) -> dict[str, Any]:
+    plain, packed = SentenceEncoder(engine="plain"), SentenceEncoder(engine="packed")
+    half_plain, half = (SentenceEncoder(engine=engine, dtype="bfloat16") for engine in ("plain", "packed"))  # type: ignore[arg-type]
+    few = texts[: max(1, len(texts) // 8)]
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        "one_by_one": (lambda: [plain.encode([text]) for text in few], len(few)),
+        "plain": (lambda: plain.encode(texts), len(texts)),
+        "packed": (lambda: packed.encode(texts), len(texts)),
+        "plain_bf16": (lambda: half_plain.encode(texts), len(texts)),
+        "packed_bf16": (lambda: half.encode(texts), len(texts)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(rounds + 1):
+        for name, (work, n) in ways.items():
+            started = time.perf_counter()
+            work()
+            if run:  # the first round warms up
+                rates[name].append(n / (time.perf_counter() - started))
+    found: dict[str, Any] = {name: float(np.median(each)) for name, each in rates.items()}
+    for name in ("plain", "packed", "packed_bf16"):
+        found[f"{name}_over_one_by_one"] = found[name] / found["one_by_one"]
+    found["packed_over_plain"] = float(np.median(np.array(rates["packed"]) / np.array(rates["plain"])))
+    found["packed_bf16_over_plain_bf16"] = float(np.median(np.array(rates["packed_bf16"]) / rates["plain_bf16"]))
+    own = plain.encode(texts)[0]
+    found["largest_difference"] = float(np.abs(packed.encode(texts)[0] - own).max())
+    found["largest_difference_bf16"] = float(np.abs(half.encode(texts)[0] - own).max())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--texts", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    short = short_texts(options.texts)
+    result = {
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "short": compare(short, options.rounds),
+        "long": compare(long_texts(short, options.texts // 4), options.rounds),
+    }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
