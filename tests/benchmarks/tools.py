@@ -4,9 +4,9 @@
 
 Questions of MetaTool's ToolE (one right tool each), split by seed: 68% to train, 6% to stop and weigh on, 6% to fit
 the conformal set, 20% to test on; questions of the same words are in one part. The small model pools a fine-tuned
-MiniLM, a linear head and neighbours on frozen MiniLM embeddings, and logistic regression on n-grams. The prompt's tool list is counted in WordPiece
-tokens of the tools' OpenAI schemas. At the end a real agent (`create_agent`, `ChatOpenAI` on a local server) is asked
-some of the test's questions, and what it was sent is counted.
+MiniLM, a linear head and neighbours on frozen MiniLM embeddings, and logistic regression on n-grams. The prompt's tool
+list is counted in WordPiece tokens of the tools' OpenAI schemas. At the end a real agent (`create_agent`, `ChatOpenAI`
+on a local server) is asked some of the test's questions, and what it was sent is counted.
 """
 
 from __future__ import annotations
