@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Any, Literal, Self
@@ -193,6 +194,23 @@ class ShuntChatModel(Configured, BaseChatModel):
         if update:
             copied._again(set(update))
         return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy with answers of its own; models hold connections and are shared."""
+        return self.model_copy(update={"answers": copy.deepcopy(self.answers, memo)})
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what holds locks; it is laid out again where the model is unpickled."""
+        state = super().__getstate__()
+        kept = {
+            name: (state["__pydantic_private__"] or {})[name] for name in ("_form", "_asked", "_drafter", "_carried")
+        }
+        return {**state, "__pydantic_private__": kept}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._limiter = CallLimiter(self.max_concurrency)
+        self._lay_out(self._asked, self._drafter, self._form)
 
     def _again(self, changed: set[str]) -> None:
         """Lay out anew after settings have changed."""

@@ -260,7 +260,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         return {**super().__getstate__(), "__pydantic_private__": None}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__({**state, "__pydantic_private__": {}})
+        super().__setstate__({**state, "__pydantic_private__": {"_limiter": None}})
         self._lay_out()
 
     def reload(self) -> None:

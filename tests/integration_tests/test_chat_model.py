@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import pickle
@@ -294,7 +295,10 @@ def test_it_can_be_copied_and_pickled(server: ScriptedServer) -> None:
     with pytest.warns(ThresholdWarning):
         assert shunt(server, policy=Threshold(1.5)).invoke(SURE).content == server.text
     assert shunt(server, policy=AlwaysSmall()).invoke(UNSURE).content == "cancel"
-    assert pickle.loads(pickle.dumps(WordModel())).labels == WordModel().labels
+    bound = ShuntChatModel(small=WordModel(), large=Busy(), answers={"cancel": "Done."}, max_concurrency=2)
+    for again in (pickle.loads(pickle.dumps(bound)), copy.deepcopy(bound)):
+        assert (again.invoke(SURE).content, again.invoke(UNSURE).content) == ("Done.", "done")
+        assert again.answers is not bound.answers
 
 
 def test_own_callbacks_join_those_of_the_run_around_it(server: ScriptedServer) -> None:
