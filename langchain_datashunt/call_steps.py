@@ -152,6 +152,8 @@ class CallSteps:
         return plan, time.perf_counter() - started
 
     def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Effect:
+        if isinstance(model, SmallModel) and not runs.traced:
+            return Effect(partial(model.predict, value), partial(model.apredict, value))
         config = runs.child(0, tag)
         if isinstance(model, SmallModel):  # its run, once begun, also ends
             return Effect(partial(model.invoke, value, config), lambda: to_the_end(model.ainvoke(value, config)))

@@ -5,6 +5,7 @@
     * MissingExtraError        an optional dependency is not installed (also an ImportError)
   * InputError                 one input of a call cannot be read as what the model needs
   * PredictionError            a small model gave something that is no prediction
+  * QueueFullError             more requests wait for a small model than may
   * UnparsableAnswer           a large model's answer is none of the labels
   * DataError                  a data file, a column or a training set is not usable
   * BundleError                a saved small model cannot be loaded
@@ -52,6 +53,10 @@ class InputError(ShuntError):
 
 class PredictionError(ShuntError):
     """A small model gave something that is no prediction (NaN, wrong shape, not a distribution)."""
+
+
+class QueueFullError(ShuntError):
+    """More requests wait for a small model than its settings allow."""
 
 
 class UnparsableAnswer(ShuntError):  # noqa: N818

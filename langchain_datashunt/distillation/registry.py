@@ -272,6 +272,10 @@ class RegistryModel(SmallModel):
             return self._model
 
     @override
+    def workers(self) -> int:
+        return self.reload(now=False).workers()
+
+    @override
     def try_predict(self, inputs: Sequence[Any]) -> Any:
         return self.reload(now=False).try_predict(inputs)
 

@@ -12,11 +12,12 @@ from langchain_datashunt.small_models.loading import (
     load_small_model,
     small_model_class,
 )
+from langchain_datashunt.small_models.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
     from langchain_datashunt.small_models.contrastive import ContrastiveClassifier
     from langchain_datashunt.small_models.embedding import EmbeddingClassifier
-    from langchain_datashunt.small_models.encoder import SentenceEncoder
+    from langchain_datashunt.small_models.encoder import CachedEmbeddings, SentenceEncoder
     from langchain_datashunt.small_models.ensemble import EnsembleClassifier
     from langchain_datashunt.small_models.neighbours import NeighbourClassifier
     from langchain_datashunt.small_models.predict_proba import PredictProbaClassifier
@@ -25,16 +26,19 @@ if TYPE_CHECKING:
     from langchain_datashunt.small_models.word_networks import LSTMClassifier, TextCNN
 
 _LAZY = {name: module for module, name in KINDS.values()} | {
+    "CachedEmbeddings": "langchain_datashunt.small_models.encoder",
     "SentenceEncoder": "langchain_datashunt.small_models.encoder",
     "TrainingSettings": "langchain_datashunt.small_models.training",
 }
 
 __all__ = [
     "BundledSmallModel",
+    "CachedEmbeddings",
     "ContrastiveClassifier",
     "EmbeddingClassifier",
     "EnsembleClassifier",
     "LSTMClassifier",
+    "MicroBatching",
     "NeighbourClassifier",
     "PredictProbaClassifier",
     "Scores",

@@ -27,6 +27,9 @@ from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput, text_of
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
+from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.serving import Serving
 
 if TYPE_CHECKING:
     from langchain_datashunt.small_models.training import Examples, TrainingSettings
@@ -47,6 +50,14 @@ class Scores(NamedTuple):
     logits: NDArray[Any]
     truncated: BoolArray | None = None
     features: NDArray[Any] | None = None
+
+
+class _Remembered(NamedTuple):
+    """One text's part of `Scores`."""
+
+    logits: NDArray[Any]
+    truncated: bool
+    features: NDArray[Any] | None
 
 
 class Outcome(NamedTuple):
@@ -96,7 +107,14 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     lineage: dict[str, Any] = Field(default_factory=dict)
     """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
 
+    micro_batching: MicroBatching | None = Field(default=MicroBatching(), exclude=True, repr=False)
+    """How single requests that arrive while the model is busy are computed together; None computes each alone."""
+
+    cache_size: int = Field(default=0, ge=0, exclude=True, repr=False)
+    """Texts whose scores are remembered, so that an exact repeat costs a hash; 0 remembers none."""
+
     _bundle: str | None = PrivateAttr(default=None)
+    _serving: Serving = PrivateAttr(default_factory=Serving)
 
     # What a kind implements
 
@@ -127,7 +145,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         texts, rows, errors = self._read(inputs)
         if not texts:
             return Outcome(None, np.array(rows, dtype=np.intp), errors)
-        batch = self._finish(self.predict_scores(texts), len(texts))
+        batch = self._finish(self._remembered_scores(texts), len(texts))
         where = np.array(rows, dtype=np.intp)
         if batch.sound.all():
             return Outcome(batch, where, errors)
@@ -135,6 +153,74 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             errors[rows[i]] = PredictionError(batch.complaint(i))
         sound = np.flatnonzero(batch.sound)
         return Outcome(batch.take(sound) if sound.size else None, where[sound], errors)
+
+    def predict(self, input: Any) -> Prediction:
+        """Predict one input; together with others' where the model is busy.
+
+        Raises:
+            InputError: The input cannot be read.
+            PredictionError: The model gave NaN, or scores of a wrong shape.
+            QueueFullError: More requests wait than `micro_batching` allows.
+        """
+        if self.micro_batching is None:
+            return self._predict_one(input)
+        prediction: Prediction = self.batcher.call(input)
+        return prediction
+
+    async def apredict(self, input: Any) -> Prediction:
+        """As `predict`; the event loop goes on meanwhile, and a cancelled request is not computed."""
+        if self.micro_batching is None:
+            return await run_in_executor(None, self._predict_one, input)
+        prediction: Prediction = await self.batcher.acall(input)
+        return prediction
+
+    @property
+    def batcher(self) -> MicroBatcher:
+        """The line in front of this model, with its counters.
+
+        Raises:
+            ConfigurationError: `micro_batching` is None.
+        """
+        return self._served().batcher_of(self)
+
+    @property
+    def cache(self) -> TextCache[Any] | None:
+        """What is remembered, with its counters; None with `cache_size=0`."""
+        return self._served().cache_of(self)
+
+    def _served(self) -> Serving:
+        if self._serving.owner() is not self:  # this model is a copy of the one that it was made for
+            self._serving = Serving(self)
+        return self._serving
+
+    def workers(self) -> int:
+        """Batches that are best computed at once on this machine; 1 where a kind does not say otherwise."""
+        return 1
+
+    def _remembered_scores(self, texts: list[str]) -> Scores:
+        cache = self.cache if self.cache_size else None
+        if cache is None or not texts:
+            return self.predict_scores(texts)
+
+        def compute(new: list[str]) -> list[_Remembered]:
+            scores = self.predict_scores(new)
+            logits = np.asarray(scores.logits)
+            if logits.ndim != 2 or len(logits) != len(new):
+                raise PredictionError(self._misshapen(logits, len(new)))
+            cut = np.zeros(len(new), dtype=np.bool_) if scores.truncated is None else scores.truncated
+            seen = scores.features
+            return [
+                _Remembered(logits[i].copy(), bool(cut[i]), None if seen is None else seen[i].copy())
+                for i in range(len(new))
+            ]
+
+        rows = cache.of(texts, compute, keep=lambda row: bool(np.isfinite(row.logits).all()))
+        features = [row.features for row in rows if row.features is not None]
+        return Scores(
+            np.stack([row.logits for row in rows]),
+            np.array([row.truncated for row in rows]),
+            np.stack(features) if features else None,
+        )
 
     def _read(self, inputs: Sequence[Any]) -> tuple[list[str], list[int], dict[int, Exception]]:
         texts: list[str] = []
@@ -151,11 +237,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     def _finish(self, scores: Scores, n: int) -> PredictionBatch:
         logits = np.asarray(scores.logits, dtype=np.float64)
         if logits.shape != (n, len(self.labels)):
-            msg = (
-                f"The small model {self.model_id!r} gave scores of shape {list(logits.shape)} for {n} inputs "
-                f"and {len(self.labels)} labels. Check that its label list belongs to its weights."
-            )
-            raise PredictionError(msg)
+            raise PredictionError(self._misshapen(logits, n))
         if scores.truncated is not None and scores.truncated.any():
             warnings.warn(
                 f"{int(scores.truncated.sum())} of {n} inputs were cut to the maximal length of "
@@ -166,6 +248,12 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         p = softmax(logits, self.temperature)
         return PredictionBatch(self.labels, p, logits, self.model_id, scores.truncated, scores.features)
 
+    def _misshapen(self, logits: NDArray[Any], n: int) -> str:
+        return (
+            f"The small model {self.model_id!r} gave scores of shape {list(logits.shape)} for {n} inputs "
+            f"and {len(self.labels)} labels. Check that its label list belongs to its weights."
+        )
+
     def _empty(self) -> PredictionBatch:
         return PredictionBatch(self.labels, np.zeros((0, len(self.labels))), None, self.model_id)
 
@@ -173,14 +261,11 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
-        return self._call_with_config(self._predict_one, input, config, run_type="small_model")
+        return self._call_with_config(self.predict, input, config, run_type="small_model")
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
-        async def predict(value: Any) -> Prediction:
-            return await run_in_executor(None, self._predict_one, value)
-
-        return await self._acall_with_config(predict, input, config, run_type="small_model")
+        return await self._acall_with_config(self.apredict, input, config, run_type="small_model")
 
     @override
     def batch(

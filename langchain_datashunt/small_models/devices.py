@@ -46,6 +46,17 @@ def choose_dtype(dtype: str) -> torch.dtype:
     return chosen
 
 
+MAX_WORKERS = 4
+"""Batches of one model computed at once on a CPU at the most."""
+
+
+def cpu_workers(device: torch.device | str) -> int:
+    """How many batches are best computed at once: short ones leave threads idle, so as many as there are threads."""
+    if getattr(device, "type", device) != "cpu":
+        return 1
+    return max(1, min(MAX_WORKERS, int(require("torch", "torch").get_num_threads())))
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the transformers library's own progress bars and reports; its settings are put back afterwards."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import BoolArray
+from langchain_datashunt.small_models.caching import TextCache
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.tokenization import (
@@ -135,6 +136,51 @@ class SentenceEncoder(Embeddings):
         return self.embed_documents([text])[0]
 
 
+class CachedEmbeddings(Embeddings):
+    """Embeddings that remembers those of the texts asked for last, so that an exact repeat costs a hash.
+
+    What shares it, shares what it remembers: several classifiers, and a vector store. Texts themselves are not kept.
+
+    Args:
+        encoder: Computes what is not remembered.
+        size: Texts remembered at the most.
+    """
+
+    def __init__(self, encoder: Embeddings, size: int = 10_000) -> None:
+        if size < 1:
+            raise ConfigurationError(f"CachedEmbeddings of size {size} remembers nothing; give a size of 1 or more.")
+        self.encoder = encoder
+        self.cache: TextCache[tuple[NDArray[np.float32], bool]] = TextCache(size)
+        self._queries: TextCache[list[float]] = TextCache(size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what is remembered, and without its lock."""
+        return CachedEmbeddings, (self.encoder, self.cache.size)
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray | None]:
+        """Embeddings of shape `[n, d]`, and which texts were cut where that is known, shape `[n]`."""
+
+        def compute(new: list[str]) -> list[tuple[NDArray[np.float32], bool]]:
+            vectors, cut = embed(self.encoder, new)
+            return [(vectors[i].copy(), cut is not None and bool(cut[i])) for i in range(len(new))]
+
+        if not texts:
+            return embed(self.encoder, texts)
+        found = self.cache.of(texts, compute)
+        return np.stack([vector for vector, _ in found]), np.array([cut for _, cut in found])
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed texts."""
+        embedded: list[list[float]] = self.encode(texts)[0].tolist()
+        return embedded
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embed one question, as the encoder embeds those."""
+        if isinstance(self.encoder, SentenceEncoder):
+            return self.embed_documents([text])[0]
+        return list(self._queries.of([text], lambda new: [self.encoder.embed_query(one) for one in new])[0])
+
+
 class PrecomputedEmbeddings(Embeddings):
     """Embeddings of known texts, computed once: for training several heads on the same texts.
 
@@ -172,7 +218,7 @@ def embed(embeddings: Embeddings, texts: Sequence[str]) -> tuple[NDArray[np.floa
     Raises:
         ConfigurationError: The encoder gave something that is no `[n, d]` array.
     """
-    if isinstance(embeddings, SentenceEncoder):
+    if isinstance(embeddings, SentenceEncoder | CachedEmbeddings):
         return embeddings.encode(texts)
     vectors = np.asarray(embeddings.embed_documents(list(texts)), dtype=np.float32)
     if vectors.ndim != 2 or len(vectors) != len(texts):

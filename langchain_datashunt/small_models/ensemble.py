@@ -60,6 +60,10 @@ class EnsembleClassifier(SmallModel):
         return self
 
     @override
+    def workers(self) -> int:
+        return min(member.workers() for member in self.members)
+
+    @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
         weights = self.shares or (1.0 / len(self.members),) * len(self.members)
         total, cut = np.zeros((len(texts), len(self.labels))), np.zeros(len(texts), dtype=np.bool_)

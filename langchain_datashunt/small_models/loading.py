@@ -49,14 +49,17 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
     Args:
         folder: Where `SmallModel.save` or `datashunt train` wrote it.
         **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
-            `embeddings`.
+            `embeddings`, `engine`, `micro_batching`, `cache_size`.
 
     Raises:
         BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
     """
     path = Path(folder).absolute()
     info, weights = read_bundle(path)
+    serving = {name: overrides.pop(name) for name in _SERVING if name in overrides}
     model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
+    if serving:
+        model = model.model_copy(update=serving)
     model.policy, model.fusion = chosen_for(info)
     model._bundle = str(path)
     return model
@@ -79,6 +82,9 @@ def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
         )
     return policy, fusion
 
+
+_SERVING = ("micro_batching", "cache_size")
+"""Settings of every kind that no bundle holds."""
 
 _CHANGEABLE = ("model_id", "temperature", "threshold", "policy", "fusion", "input_key")
 """What a loaded model may set otherwise than its bundle."""
@@ -118,6 +124,10 @@ class BundledSmallModel(SmallModel):
         if self._model is None:
             self._model = load_small_model(self.path, **self.overrides)
         return self._model
+
+    @override
+    def workers(self) -> int:
+        return self.loaded.workers()
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:

@@ -15,7 +15,14 @@ from typing_extensions import override
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo
-from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, SentenceEncoder, embed, shared_encoder
+from langchain_datashunt.small_models.devices import MAX_WORKERS, cpu_workers
+from langchain_datashunt.small_models.encoder import (
+    BUNDLED_ENCODER,
+    CachedEmbeddings,
+    SentenceEncoder,
+    embed,
+    shared_encoder,
+)
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 _PROBE_COSINE = 0.99
@@ -51,6 +58,11 @@ class OnEmbeddings(SmallModel):
         """Logits `[n, k]` of vectors `[n, d]`."""
 
     @override
+    def workers(self) -> int:
+        encoder = _bare(self.embeddings)
+        return cpu_workers(encoder.device) if isinstance(encoder, SentenceEncoder) else MAX_WORKERS
+
+    @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
         vectors, cut = embed(self.embeddings, texts)
         if vectors.shape[1] != self.dimensions:
@@ -66,11 +78,16 @@ class OnEmbeddings(SmallModel):
 
     @override
     def settings(self) -> dict[str, Any]:
-        encoder = self.embeddings
+        encoder = _bare(self.embeddings)
         if isinstance(encoder, SentenceEncoder):
             return {"encoder": encoder.name, "dtype": encoder.dtype, "keep_features": self.keep_features}
         name = f"custom:{type(encoder).__module__}.{type(encoder).__qualname__}"
         return {"encoder": name, "keep_features": self.keep_features}
+
+
+def _bare(encoder: Embeddings) -> Embeddings:
+    """The encoder itself, where one that remembers was put before it."""
+    return encoder.encoder if isinstance(encoder, CachedEmbeddings) else encoder
 
 
 def encoder_of(info: BundleInfo, probe: NDArray[Any], overrides: dict[str, Any]) -> Embeddings:

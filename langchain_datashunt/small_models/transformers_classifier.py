@@ -16,7 +16,7 @@ from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
 from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
-from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.packed import Engine, Packing
@@ -120,6 +120,10 @@ class TransformersClassifier(SmallModel):
         """Logits `[n, k]` of token ids, by this model's network or one of its form."""
         tokens, mask = pad(ids, self._ready().pad_id, next(network.parameters()).device)
         return network(input_ids=tokens, attention_mask=mask).logits
+
+    @override
+    def workers(self) -> int:
+        return cpu_workers(choose_device(self.device))
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:

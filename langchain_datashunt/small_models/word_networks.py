@@ -20,7 +20,7 @@ from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError
 from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
-from langchain_datashunt.small_models.devices import choose_device
+from langchain_datashunt.small_models.devices import choose_device, cpu_workers
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.tokenization import TOKEN_BUDGET, pad, token_budget_batches
 from langchain_datashunt.small_models.training import (
@@ -89,6 +89,10 @@ class WordNetwork(SmallModel):
         """Logits `[n, k]` of word ids, by this model's network or one of its form."""
         fill = [[*one[: self.max_length], *[_PAD] * (self.shortest - len(one))] for one in ids]
         return network(*pad(fill, _PAD, next(network.parameters()).device))
+
+    @override
+    def workers(self) -> int:
+        return cpu_workers(choose_device(self.device))
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:

@@ -1,0 +1,65 @@
+"""A bounded memory of what was computed for a text, so that an exact repeat costs a hash; texts are not kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+def text_key(text: str) -> bytes:
+    """16 bytes that stand for a text."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class TextCache(Generic[V]):
+    """What was computed for the texts that were asked for last, up to `size` of them; for any number of threads.
+
+    Args:
+        size: Texts remembered at the most; the one not asked for the longest goes first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.hits = 0
+        """Texts that were found."""
+        self.misses = 0
+        """Texts that had to be computed."""
+        self._found: OrderedDict[bytes, V] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def of(
+        self, texts: Sequence[str], compute: Callable[[list[str]], Sequence[V]], keep: Callable[[V], bool] | None = None
+    ) -> list[V]:
+        """The value of each text; those not known are computed in one call, each once.
+
+        Args:
+            texts: `n` texts.
+            compute: From unknown texts to their values.
+            keep: Which of these are remembered; None for all.
+        """
+        keys = [text_key(text) for text in texts]
+        values: dict[bytes, V] = {}
+        with self._mutex:
+            for key in keys:
+                if (known := self._found.get(key)) is not None:
+                    self._found.move_to_end(key)
+                    values[key] = known
+            new = {key: text for key, text in zip(keys, texts, strict=True) if key not in values}
+            self.hits += len(texts) - len(new)
+            self.misses += len(new)
+        if new:
+            computed = dict(zip(new, compute(list(new.values())), strict=True))
+            values.update(computed)
+            with self._mutex:
+                self._found.update({key: one for key, one in computed.items() if keep is None or keep(one)})
+                while len(self._found) > self.size:
+                    self._found.popitem(last=False)
+        return [values[key] for key in keys]

@@ -1,0 +1,68 @@
+"""What serves one small model in this process: the line in front of it, and its memory of exact repeats."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
+
+if TYPE_CHECKING:
+    from langchain_datashunt.predictions import Prediction
+    from langchain_datashunt.small_models.base import SmallModel
+
+
+class Serving:
+    """What serves one model in this process: its line and its memory. Copies and pickles of a model make their own."""
+
+    def __init__(self, owner: SmallModel | None = None) -> None:
+        self.owner: Callable[[], SmallModel | None] = (lambda: None) if owner is None else weakref.ref(owner)
+        self._batcher: MicroBatcher | None = None
+        self._settings: MicroBatching | None = None
+        self._cache: TextCache[Any] | None = None
+        self._mutex = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Serving, ()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Serving:
+        return Serving()
+
+    def batcher_of(self, model: SmallModel) -> MicroBatcher:
+        """The line in front of the model, by the settings that it has now."""
+        settings = model.micro_batching
+        if settings is None:
+            raise ConfigurationError("This small model computes each request alone: its micro_batching is None.")
+        if self._batcher is None or self._settings is not settings:
+            with self._mutex:
+                if self._batcher is None or self._settings is not settings:
+                    self._batcher = self._made(model, settings)
+                    self._settings = settings
+        return self._batcher
+
+    @staticmethod
+    def _made(model: SmallModel, settings: MicroBatching) -> MicroBatcher:
+        owner = weakref.ref(model)  # whoever waits for an answer holds the model
+
+        def compute(values: list[Any]) -> list[Prediction | Exception]:
+            served = owner()
+            assert served is not None
+            return served._predict_many(values)
+
+        workers = settings.workers or model.workers()
+        return MicroBatcher(compute, settings, workers, partial(share_of_threads, workers))
+
+    def cache_of(self, model: SmallModel) -> TextCache[Any] | None:
+        """The memory of the model, of the size that it has now; None where it remembers nothing."""
+        if not model.cache_size:
+            return None
+        if self._cache is None or self._cache.size != model.cache_size:
+            with self._mutex:
+                if self._cache is None or self._cache.size != model.cache_size:
+                    self._cache = TextCache(model.cache_size)
+        return self._cache

@@ -1,0 +1,503 @@
+"""Micro-batching and the memory of exact repeats: who is computed with whom, and that nobody is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.runnables import RunnableLambda
+
+from langchain_datashunt import (
+    AlwaysSmall,
+    EmbeddingClassifier,
+    Prediction,
+    ShuntRunnable,
+    Threshold,
+    TrainingSettings,
+    load_small_model,
+)
+from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, QueueFullError
+from langchain_datashunt.small_models import CachedEmbeddings, Scores
+from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
+from tests.support.handlers import RunBook
+from tests.support.models import LABELS, LetterEmbeddings, WordModel
+
+
+class Gated:
+    """Doubles numbers; a batch that holds `stop` waits until the gate is opened."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.batches: list[list[Any]] = []
+        self.threads: list[int] = []
+
+    def __call__(self, values: list[Any]) -> Sequence[Any]:
+        self.batches.append(values)
+        self.threads.append(threading.get_ident())
+        if "stop" in values:
+            self.entered.set()
+            assert self.gate.wait(20)
+        return [value * 2 for value in values]
+
+
+def batcher_of(compute: Callable[[list[Any]], Sequence[Any]], workers: int = 1, **settings: Any) -> MicroBatcher:
+    return MicroBatcher(compute, MicroBatching(**settings), workers)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.001)
+
+
+class TestWhoIsComputedWithWhom:
+    def test_an_idle_model_computes_a_request_at_once_in_the_callers_thread(self) -> None:
+        gated = Gated()
+        assert batcher_of(gated).call(3) == 6
+        assert gated.threads == [threading.get_ident()]
+
+    def test_those_who_wait_are_computed_together_first_come_first_served(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated, max_batch=4)
+        with ThreadPoolExecutor(20) as pool:
+            first = pool.submit(batcher.call, "stop")
+            assert gated.entered.wait(20)
+            rest = []
+            for number in range(10):
+                rest.append(pool.submit(batcher.call, number))
+                until(lambda n=number: batcher.waiting == n + 1)  # type: ignore[misc]
+            gated.gate.set()
+            assert first.result(20) == "stopstop"
+            assert [each.result(20) for each in rest] == [2 * number for number in range(10)]
+        assert gated.batches == [["stop"], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        assert (batcher.batches, batcher.requests, batcher.waiting) == (4, 11, 0)
+
+    async def test_coroutines_are_computed_together_off_the_loop(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated, max_batch=100)
+        first = asyncio.create_task(batcher.acall("stop"))
+        await asyncio.to_thread(gated.entered.wait, 20)
+        rest = [asyncio.create_task(batcher.acall(number)) for number in range(50)]
+        await asyncio.sleep(0)
+        gated.gate.set()
+        assert await asyncio.gather(*rest) == [2 * number for number in range(50)]
+        assert await first == "stopstop"
+        assert gated.batches == [["stop"], list(range(50))]
+        assert threading.get_ident() not in gated.threads
+
+    def test_several_workers_compute_several_batches_at_once(self) -> None:
+        barrier = threading.Barrier(3)
+
+        def compute(values: list[Any]) -> list[Any]:
+            barrier.wait(20)  # broken unless three are here at once
+            return values
+
+        batcher = batcher_of(compute, workers=3, max_batch=1)
+        with ThreadPoolExecutor(6) as pool:
+            assert sorted(pool.map(batcher.call, range(6))) == list(range(6))
+
+    def test_threads_and_several_event_loops_at_once(self) -> None:
+        batcher = batcher_of(lambda values: [value * 2 for value in values], workers=2, max_batch=8)
+
+        async def many(start: int) -> list[int]:
+            return await asyncio.gather(*(batcher.acall(start + i) for i in range(200)))
+
+        with ThreadPoolExecutor(8) as pool:
+            loops = [pool.submit(lambda start=1000 * i: asyncio.run(many(start))) for i in range(4)]  # type: ignore[misc]
+            threads = [pool.submit(lambda start=i: [batcher.call(start + j) for j in range(200)]) for i in range(4)]  # type: ignore[misc]
+            for i, loop in enumerate(loops):
+                assert loop.result(30) == [2 * (1000 * i + j) for j in range(200)]
+            for i, thread in enumerate(threads):
+                assert thread.result(30) == [2 * (i + j) for j in range(200)]
+        assert batcher.requests == 1600
+        assert batcher.waiting == 0
+
+
+class TestFailures:
+    @staticmethod
+    def odd_fail(values: list[Any]) -> list[Any]:
+        if any(value % 7 == 3 for value in values):
+            raise ValueError(f"cannot do {values}")
+        return [value * 2 for value in values]
+
+    def test_what_fails_a_whole_batch_fails_alone(self) -> None:
+        gated = Gated()
+
+        def compute(values: list[Any]) -> Sequence[Any]:
+            return gated(values) if values == ["stop"] else self.odd_fail(values)
+
+        batcher = batcher_of(compute)
+        with ThreadPoolExecutor(30) as pool:
+            first = pool.submit(batcher.call, "stop")
+            assert gated.entered.wait(20)
+            rest = {number: pool.submit(batcher.call, number) for number in range(20)}
+            until(lambda: batcher.waiting == 20)
+            gated.gate.set()
+            first.result(20)
+            for number, each in rest.items():
+                if number % 7 == 3:
+                    with pytest.raises(ValueError, match=rf"cannot do \[{number}\]"):
+                        each.result(20)
+                else:
+                    assert each.result(20) == 2 * number
+
+    async def test_an_exception_that_is_no_exception_class_of_programs_is_told_and_the_next_is_served(self) -> None:
+        def compute(values: list[Any]) -> list[Any]:
+            if values == ["leave"]:
+                raise SystemExit(3)
+            return values
+
+        batcher = batcher_of(compute)
+        with pytest.raises(SystemExit):
+            batcher.call("leave")
+        assert batcher.call("stay") == "stay"
+        assert await batcher.acall("stay") == "stay"
+
+    async def test_a_stop_iteration_reaches_a_coroutine_as_an_error(self) -> None:
+        def compute(values: list[Any]) -> list[Any]:
+            raise StopIteration
+
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await batcher_of(compute).acall(1)
+
+    def test_a_full_line_refuses_and_says_what_to_do(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated, max_waiting=2)
+        with ThreadPoolExecutor(4) as pool:
+            first = pool.submit(batcher.call, "stop")
+            assert gated.entered.wait(20)
+            two = [pool.submit(batcher.call, number) for number in range(2)]
+            until(lambda: batcher.waiting == 2)
+            with pytest.raises(QueueFullError, match=r"2 requests stand in line.*max_waiting"):
+                batcher.call(9)
+            gated.gate.set()
+            assert [each.result(20) for each in (first, *two)] == ["stopstop", 0, 2]
+        assert batcher.call(9) == 18
+
+    def test_a_loop_that_was_closed_keeps_nobody_from_an_answer(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated)
+        loop = asyncio.new_event_loop()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(batcher.call, "stop")
+            assert gated.entered.wait(20)
+            gone = loop.create_task(batcher.acall(1))
+            loop.run_until_complete(asyncio.sleep(0))
+            other = pool.submit(batcher.call, 2)
+            until(lambda: batcher.waiting == 2)
+            loop.close()
+            gated.gate.set()
+            assert (first.result(20), other.result(20)) == ("stopstop", 4)
+        assert not gone.done()
+        with pytest.raises(RuntimeError):
+            gone.get_coro().throw(RuntimeError)  # type: ignore[union-attr]  # ends it, so that nothing warns
+
+
+class TestCancellation:
+    async def test_a_cancelled_request_is_not_computed(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated)
+        first = asyncio.create_task(batcher.acall("stop"))
+        await asyncio.to_thread(gated.entered.wait, 20)
+        rest = [asyncio.create_task(batcher.acall(number)) for number in range(6)]
+        await asyncio.sleep(0)
+        for task in rest[::2]:
+            task.cancel()
+        await asyncio.sleep(0)
+        assert batcher.waiting == 3
+        gated.gate.set()
+        answers = await asyncio.gather(first, *rest, return_exceptions=True)
+        assert [answer for answer in answers if not isinstance(answer, BaseException)] == ["stopstop", 2, 6, 10]
+        assert gated.batches == [["stop"], [1, 3, 5]]
+
+    async def test_one_cancelled_while_it_is_computed_disturbs_nobody(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated)
+        first = asyncio.create_task(batcher.acall("stop"))
+        await asyncio.to_thread(gated.entered.wait, 20)
+        first.cancel()
+        second = asyncio.create_task(batcher.acall(4))
+        await asyncio.sleep(0)
+        gated.gate.set()
+        assert await second == 8
+        assert first.cancelled()
+
+    async def test_a_time_out_of_a_shunt_leaves_the_line(self) -> None:
+        class Slow(WordModel):
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                time.sleep(0.2)
+                return super().predict_scores(texts)
+
+        model = Slow(micro_batching=MicroBatching(workers=1, max_batch=1))
+        shunt = ShuntRunnable(small=model, large=RunnableLambda(lambda x: "L"), policy=AlwaysSmall(), pruning=None)
+        assert await shunt.ainvoke("status") == "status"
+        first = asyncio.create_task(shunt.ainvoke("cancel"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(shunt.ainvoke("refund"), 0.02)
+        assert await first == "cancel"
+        await asyncio.sleep(0.3)
+        assert model._calls == [1, 1]
+
+
+class TestTheEnd:
+    def test_close_answers_all_and_later_requests_are_computed_where_they_are_made(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated)
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(batcher.call, "stop")]
+            assert gated.entered.wait(20)
+            calls += [pool.submit(batcher.call, number) for number in range(3)]
+            until(lambda: batcher.waiting == 3)
+            closing = pool.submit(batcher.close)
+            gated.gate.set()
+            assert [each.result(20) for each in calls] == ["stopstop", 0, 2, 4]
+            closing.result(20)
+        assert batcher.call(5) == 10
+        assert asyncio.run(batcher.acall(6)) == 12
+        assert gated.threads[-2:] == [threading.get_ident()] * 2
+
+    def test_a_process_with_idle_workers_ends_and_answers_in_its_exit_handlers(self) -> None:
+        program = """
+import asyncio, atexit
+from tests.support.models import WordModel
+model = WordModel()
+async def many():
+    return [p.label for p in await asyncio.gather(*(model.ainvoke("surely refund") for _ in range(50)))]
+atexit.register(lambda: print("at exit:", set(asyncio.run(many())), model.invoke("surely cancel").label))
+print(set(asyncio.run(many())))
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.splitlines() == ["{'refund'}", "at exit: {'refund'} cancel"]
+        assert done.stderr == ""
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_forked_child_begins_with_an_empty_line(self) -> None:
+        gated = Gated()
+        batcher = batcher_of(gated, workers=2)
+        asyncio.run(batcher.acall(1))  # there is a thread now, which the child will not have
+        with ThreadPoolExecutor(4) as pool:
+            first = pool.submit(batcher.call, "stop")
+            second = pool.submit(batcher.call, "stop")
+            third = pool.submit(batcher.call, 7)
+            until(lambda: batcher.waiting == 1)
+            context = multiprocessing.get_context("fork")
+            answers = context.Queue()
+
+            def child() -> None:
+                answers.put((batcher.waiting, batcher.call(4), asyncio.run(batcher.acall(5))))
+
+            process = context.Process(target=child)
+            process.start()
+            assert answers.get(timeout=20) == (0, 8, 10)
+            process.join(20)
+            gated.gate.set()
+            assert [each.result(20) for each in (first, second, third)] == ["stopstop", "stopstop", 14]
+
+
+class TestSmallModels:
+    async def test_concurrent_calls_of_a_shunt_share_small_model_calls(self) -> None:
+        class Slow(WordModel):
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                time.sleep(0.005)
+                return super().predict_scores(texts)
+
+        model, book = Slow(), RunBook()
+        shunt = ShuntRunnable(small=model, large=RunnableLambda(lambda x: "L"), policy=Threshold(0.9), pruning=None)
+        texts = [f"surely {LABELS[i % 3]} {i}" if i % 2 else f"maybe {i}" for i in range(200)]
+        wanted = [LABELS[i % 3] if i % 2 else "L" for i in range(200)]
+        assert await asyncio.gather(*(shunt.ainvoke(text) for text in texts)) == wanted
+        assert sum(model._calls) == 200
+        assert len(model._calls) <= 20
+        traced = await asyncio.gather(*(shunt.ainvoke(text, {"callbacks": [book]}) for text in texts))
+        assert traced == wanted
+        book.assert_balanced()
+        assert len(model._calls) <= 60
+
+    async def test_one_that_cannot_be_read_or_scored_fails_alone(self) -> None:
+        model = WordModel()
+        given: list[Any] = ["surely refund", 7, "nan", "surely cancel"] * 20
+        found = await asyncio.gather(*(model.ainvoke(value) for value in given), return_exceptions=True)
+        kinds = [type(one) for one in found]
+        assert kinds == [Prediction, InputError, PredictionError, Prediction] * 20
+        assert [one.label for one in found if isinstance(one, Prediction)] == ["refund", "cancel"] * 20
+
+    def test_copies_pickles_and_new_settings_make_a_line_of_their_own(self) -> None:
+        model = WordModel(micro_batching=MicroBatching(max_batch=5), cache_size=10)
+        model.predict("surely refund")
+        hot = model.model_copy(update={"temperature": 50.0})
+        assert hot.predict("surely refund").confidence < 0.5 < model.predict("surely refund").confidence
+        for other in (hot, copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other.predict("surely cancel").label == "cancel"
+            assert other.batcher is not model.batcher
+            assert other.cache is not model.cache
+            assert other.micro_batching == MicroBatching(max_batch=5)
+        before = model.batcher
+        model.micro_batching = MicroBatching(max_batch=6)
+        assert model.batcher is not before
+        model.micro_batching = None
+        assert model.predict("surely cancel").label == "cancel"
+        with pytest.raises(ConfigurationError, match="micro_batching is None"):
+            _ = model.batcher
+
+    async def test_without_micro_batching_each_is_computed_alone(self) -> None:
+        model = WordModel(micro_batching=None)
+        await asyncio.gather(*(model.ainvoke("surely refund") for _ in range(20)))
+        assert model._calls == [1] * 20
+
+    def test_a_model_that_is_dropped_is_freed(self) -> None:
+        model = WordModel(cache_size=5)
+        asyncio.run(model.apredict("surely refund"))
+        seen = weakref.ref(model)
+        gc.disable()
+        try:
+            del model
+            until(lambda: seen() is None)
+        finally:
+            gc.enable()
+
+    @pytest.mark.parametrize("setting", [{"max_batch": 0}, {"workers": 0}, {"max_waiting": -1}, {"wait_ms": 2}])
+    def test_settings_are_checked(self, setting: dict[str, int]) -> None:
+        with pytest.raises(ConfigurationError, match=next(iter(setting))):
+            MicroBatching(**setting)
+
+    def test_each_worker_has_its_share_of_the_threads_and_others_keep_theirs(self) -> None:
+        torch = pytest.importorskip("torch")
+        before, found = torch.get_num_threads(), []
+
+        def work() -> None:
+            share_of_threads(max(2, before))
+            found.append(torch.get_num_threads())
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(20)
+        assert found == [1]
+        assert torch.get_num_threads() == before
+
+
+class TestMemory:
+    def test_an_exact_repeat_is_not_computed(self) -> None:
+        model = WordModel(cache_size=100)
+        own = WordModel().predict_batch(["surely refund", "cancel", "surely refund"])
+        first = model.predict_batch(["surely refund", "cancel", "surely refund"])
+        again = model.predict_batch(["cancel", "surely refund", "status"])
+        assert model._calls == [2, 1]
+        np.testing.assert_array_equal(first.probabilities, own.probabilities)
+        np.testing.assert_array_equal(again.probabilities[:2], own.probabilities[[1, 0]])
+        assert model.cache is not None
+        assert (model.cache.hits, model.cache.misses, len(model.cache)) == (3, 3, 3)
+
+    def test_what_is_remembered_is_from_before_the_temperature(self) -> None:
+        model = WordModel(cache_size=100)
+        warm = model.predict("surely refund").confidence
+        model.temperature = 10.0
+        assert model.predict("surely refund").confidence < warm
+        assert model._calls == [1]
+
+    def test_truncation_and_features_are_remembered(self) -> None:
+        class Cut(WordModel):
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                scores = super().predict_scores(texts)
+                lengths = np.array([[len(text)] for text in texts], dtype=float)
+                return scores._replace(truncated=lengths[:, 0] > 10, features=lengths)
+
+        model = Cut(cache_size=100)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="were cut"):
+                batch = model.predict_batch(["cancel", "surely refund"])
+            assert [one.truncated for one in batch] == [False, True]
+            assert batch.features is not None
+            assert batch.features.tolist() == [[6.0], [13.0]]
+        assert model._calls == [2]
+
+    def test_what_is_no_number_is_not_remembered(self) -> None:
+        model = WordModel(cache_size=100)
+        for _ in range(2):
+            outcome = model.try_predict(["nan", "refund"])
+            assert list(outcome.errors) == [0]
+        assert model._calls == [2, 1]
+
+    def test_the_one_not_asked_for_the_longest_is_forgotten(self) -> None:
+        cache: TextCache[str] = TextCache(2)
+
+        def shout(texts: list[str]) -> list[str]:
+            return [text.upper() for text in texts]
+
+        for text in ("a", "b", "a", "c"):
+            assert cache.of([text], shout) == [text.upper()]
+        assert cache.of(["a", "b", "c"], shout) == ["A", "B", "C"]
+        assert (cache.hits, cache.misses, len(cache)) == (3, 4, 2)
+
+    def test_embeddings_are_shared_and_remembered(self) -> None:
+        class Counted(LetterEmbeddings):
+            def __init__(self) -> None:
+                super().__init__()
+                self.asked: list[list[str]] = []
+
+            def embed_documents(self, texts: list[str]) -> list[list[float]]:
+                self.asked.append(list(texts))
+                return super().embed_documents(texts)
+
+        inner = Counted()
+        cached = CachedEmbeddings(inner, size=3)
+        own = LetterEmbeddings().embed_documents(["a", "bb", "a"])
+        np.testing.assert_allclose(cached.embed_documents(["a", "bb", "a"]), own, rtol=1e-6)
+        np.testing.assert_allclose(cached.embed_documents(["c", "bb"]), LetterEmbeddings().embed_documents(["c", "bb"]))
+        assert inner.asked == [["a", "bb"], ["c"]]
+        np.testing.assert_allclose(cached.embed_query("zz"), LetterEmbeddings().embed_query("zz"))
+        assert cached.embed_query("zz") == cached.embed_query("zz")
+        assert inner.asked == [["a", "bb"], ["c"], ["zz"]]
+        again = pickle.loads(pickle.dumps(CachedEmbeddings(LetterEmbeddings())))
+        np.testing.assert_allclose(again.embed_documents(["a"]), own[:1], rtol=1e-6)
+        with pytest.raises(ConfigurationError, match="size of 1 or more"):
+            CachedEmbeddings(inner, size=0)
+
+    def test_a_classifier_on_remembered_embeddings_is_saved_with_the_encoders_own_name(self, tmp_path: Path) -> None:
+        pytest.importorskip("torch")
+        texts, labels = ["aaa", "aab", "zzz", "zzy"] * 5, ["a", "a", "z", "z"] * 5
+        encoder = CachedEmbeddings(LetterEmbeddings())
+        model = EmbeddingClassifier.train(texts, labels, embeddings=encoder, settings=TrainingSettings(progress=False))
+        model.save(tmp_path / "bundle")
+        again = load_small_model(tmp_path / "bundle", embeddings=LetterEmbeddings(), cache_size=7)
+        assert "LetterEmbeddings" in str(model.settings()["encoder"])
+        assert again.cache_size == 7
+        np.testing.assert_allclose(
+            again.predict_batch(["aaz"]).probabilities, model.predict_batch(["aaz"]).probabilities, rtol=1e-5
+        )
+
+    def test_many_threads_get_what_belongs_to_their_texts(self) -> None:
+        cache: TextCache[int] = TextCache(50)
+
+        def lengths(texts: list[str]) -> list[int]:
+            return [int(text) for text in texts]
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            for _ in range(300):
+                texts = [str(number) for number in rng.integers(0, 100, 5)]
+                assert cache.of(texts, lengths) == [int(text) for text in texts]
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        assert len(cache) <= 50
+        assert cache.hits + cache.misses == 8 * 300 * 5
