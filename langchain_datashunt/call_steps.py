@@ -15,7 +15,7 @@ from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.distillation.watching import LargeCallWatcher
-from langchain_datashunt.effects import Effect, Steps, to_the_end
+from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import mapping_of
@@ -29,8 +29,9 @@ from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, checked_prediction, failed_outcome, outcome_of
 from langchain_datashunt.small_models.base import Outcome, SmallModel
-from langchain_datashunt.tracing import Runs
+from langchain_datashunt.tracing import ChildRuns, Runs
 
+_SMALL_RUN = "small_model"
 _TAGS = ("shunt:small", "shunt:learnable")
 _LARGE = "shunt:large"
 _SMALL_OUTPUT = "shunt:small_output"
@@ -117,7 +118,7 @@ class CallSteps:
         for stage, model in enumerate(self.stages):
             given = values if len(rows) == len(values) else [values[i] for i in rows.tolist()]
             try:
-                outcome = yield self._predict(model, given, rows.tolist(), _TAGS[stage], runs)
+                outcome = yield from self._predict(model, given, rows.tolist(), _TAGS[stage], runs)
             except Exception as error:
                 raise_control_flow(error)
                 outcome = failed_outcome(len(rows), error)
@@ -138,7 +139,7 @@ class CallSteps:
         plan = PlanOfOne(self.policy_in_words)
         for stage, model in enumerate(self.stages):
             try:
-                answer = yield self._predict_one(model, value, _TAGS[stage], runs)
+                answer = yield from self._predict_one(model, value, _TAGS[stage], runs)
             except Exception as error:
                 raise_control_flow(error)
                 answer = error
@@ -151,31 +152,46 @@ class CallSteps:
         self.policy.observe(int(not plan.keeps(0)), 1)
         return plan, time.perf_counter() - started
 
-    def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Effect:
-        if isinstance(model, SmallModel) and not runs.traced:
-            return Effect(partial(model.predict, value), partial(model.apredict, value))
-        config = runs.child(0, tag)
-        if isinstance(model, SmallModel):  # its run, once begun, also ends
-            return Effect(partial(model.invoke, value, config), lambda: to_the_end(model.ainvoke(value, config)))
-        return Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config))
+    def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[Any]:
+        if not isinstance(model, SmallModel):
+            config = runs.child(0, tag)
+            return (yield Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config)))
+        asked = Effect(partial(model.predict, value), partial(model.apredict, value))
+        if not runs.traced:
+            return (yield asked)
+        below = ChildRuns(runs, model, [value], [0], tag, _SMALL_RUN)
+        yield from below.start()
+        try:
+            prediction = yield asked
+        except BaseException as error:
+            yield from below.fail_rest(error)
+            raise
+        yield from below.end({0: prediction})
+        return prediction
 
     def _predict(
         self, model: Runnable[Any, Any], values: Sequence[Any], rows: list[int], tag: str, runs: Runs
-    ) -> Effect:
-        """One small-model call: vectorised without objects where no run is to be seen, as a Runnable otherwise."""
-        if isinstance(model, SmallModel) and not runs.traced:
-            return Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
-
-        def batch() -> Outcome:
-            answers = model.batch(list(values), runs.children(rows, tag), return_exceptions=True)
-            return outcome_of(answers, self.allowed)
-
-        async def abatch() -> Outcome:
-            asked = model.abatch(list(values), runs.children(rows, tag), return_exceptions=True)
-            answers = await (to_the_end(asked) if isinstance(model, SmallModel) else asked)
-            return outcome_of(answers, self.allowed)
-
-        return Effect(batch, abatch)
+    ) -> Steps[Outcome]:
+        """One small-model call, vectorised; objects are made only for runs that are to be seen."""
+        if not isinstance(model, SmallModel):
+            given, configs = list(values), runs.children(rows, tag)
+            batch = partial(model.batch, given, configs, return_exceptions=True)
+            abatch = partial(model.abatch, given, configs, return_exceptions=True)
+            return outcome_of((yield Effect(batch, abatch)), self.allowed)
+        asked = Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
+        if not runs.traced:
+            outcome: Outcome = yield asked
+            return outcome
+        below = ChildRuns(runs, model, values, rows, tag, _SMALL_RUN)
+        yield from below.start()
+        try:
+            outcome = yield asked
+        except BaseException as error:
+            yield from below.fail_rest(error)
+            raise
+        predicted = zip(outcome.rows.tolist(), outcome.batch or (), strict=True)
+        yield from below.end({**outcome.errors, **dict(predicted)})
+        return outcome
 
     def _thresholds(self, runs: Runs) -> FloatArray | None:
         """The thresholds given with the calls, shape `[n]`, NaN for none; None where no call gives one."""

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables import Runnable, RunnableConfig, patch_config
 from langchain_core.runnables.config import (
     ensure_config,
@@ -18,6 +19,7 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.utils.uuid import uuid7
+from typing_extensions import override
 
 from langchain_datashunt.effects import Effect, Steps, to_the_end
 from langchain_datashunt.predictions import ShuntDecision
@@ -46,10 +48,12 @@ class Runs:
         self.each: list[RunnableConfig] = []
         self._owner = owner
         self._inputs = inputs
+        self._asynchronous = asynchronous
         self._manager_for: Callable[[RunnableConfig], Any] = (
             get_async_callback_manager_for_config if asynchronous else get_callback_manager_for_config
         )
         self._managers: list[Any] = []
+        self._one_manager: Any = None
         self._pending: set[int] = set()
         self.traced = self._take(config)
 
@@ -58,7 +62,8 @@ class Runs:
         one_for_all = config is None or isinstance(config, dict)
         if one_for_all:
             self.shared = ensure_config(config)
-            traced = bool(self._manager_for(self.shared).handlers)
+            self._one_manager = self._manager_for(self.shared)
+            traced = bool(self._one_manager.handlers)
             if not traced and (self.n == 1 or self.shared.get("run_id") is None):
                 return False
         self.each = get_config_list(config, self.n)
@@ -143,7 +148,8 @@ class Runs:
         config = self.each[i]
         run_id: UUID | None = config.pop("run_id", None)
         name = config.get("run_name") or self._owner.get_name()
-        return self._manager_for(config).on_chain_start(None, self._inputs[i], name=name, run_id=run_id)
+        manager = self._one_manager or self._manager_for(config)
+        return manager.on_chain_start(None, self._inputs[i], name=name, run_id=run_id)
 
     def _started(self, i: int, manager: Any) -> None:
         self._managers[i] = manager
@@ -167,10 +173,11 @@ class Runs:
             return
 
         def send(i: int) -> Any:
-            decision = decision_of(i)
-            _mark(self._managers[i], decision)
-            own = self._managers[i]
-            return own.get_child().on_custom_event(DECISION_EVENT, decision.to_metadata(), run_id=own.run_id)
+            metadata, own = (decision := decision_of(i)).to_metadata(), self._managers[i]
+            _mark(own, decision, metadata)
+            told = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
+            tell = ahandle_event if self._asynchronous else handle_event
+            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, metadata, **told)
 
         yield _for_all(send, rows)
 
@@ -214,9 +221,47 @@ def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
     return Effect(each, partial(gathered))
 
 
-def _mark(manager: Any, decision: ShuntDecision) -> None:
+class ChildRuns(Runs):
+    """Runs of one part of several calls, each below its call's run; what the part itself makes of its config is spared.
+
+    Args:
+        parents: The calls, which are traced.
+        owner: The part.
+        inputs: What it is given, `n` inputs.
+        rows: Shape `[n]`: on behalf of which call.
+        tag: What it is to them.
+        run_type: The kind of run in traces.
+    """
+
+    def __init__(
+        self,
+        parents: Runs,
+        owner: Runnable[Any, Any],
+        inputs: Sequence[Any],
+        rows: Sequence[int],
+        tag: str,
+        run_type: str,
+    ) -> None:
+        self.n = len(inputs)
+        self.shared, self.each = None, []
+        self.traced = True
+        self._owner, self._inputs = owner, inputs
+        self._asynchronous = parents._asynchronous
+        self._managers: list[Any] = []
+        self._pending: set[int] = set()
+        self._above, self._rows = parents, rows
+        self._told: dict[str, Any] = {"name": owner.get_name(), "run_type": run_type}
+        self._tag = tag
+
+    @override
+    def _begin(self, i: int) -> Any:
+        child = self._above._managers[self._rows[i]].get_child(self._tag)
+        return child.on_chain_start(None, self._inputs[i], **self._told)
+
+
+def _mark(manager: Any, decision: ShuntDecision, metadata: dict[str, Any]) -> None:
     """Add metadata and tags to a run that has already started, in every tracer that keeps its runs."""
-    metadata = {key: value for key, value in decision.to_metadata().items() if value is not None}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     tags = [f"shunt_route:{decision.route}", f"shunt_reason:{decision.reason}"]
     manager.tags = [*_undecided(manager.tags), *tags]
     manager.metadata = {**manager.metadata, **metadata}
