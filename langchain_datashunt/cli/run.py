@@ -1,6 +1,6 @@
 """`datashunt run`: answer every row of a file, in constant memory, and go on after a kill where it stopped.
 
-Finished rows stand in OUT in the order of the data. Rows of the step that is under way are written to OUT.part as
+Finished rows stand in OUT in the order of the data. Rows of the steps that are under way are written to OUT.part as
 they are answered, so that a kill loses only calls that had not returned; a finished step is appended to OUT.
 """
 
@@ -11,11 +11,14 @@ import csv
 import io
 import itertools
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TextIO, cast
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.cli.output import progress
@@ -29,6 +32,9 @@ from langchain_datashunt.router_chain import ConfidenceRouterChain
 from langchain_datashunt.small_models import load_small_model
 
 FIELDS = ("row", "text", "answer", "route", "reason", "confidence", "cost_usd", "error")
+STEPS_AT_ONCE = 3
+"""One whose small model computes, and two whose large calls are waited for."""
+
 PRUNINGS: dict[str, type[Pruning]] = {"soft": SoftPrompt, "top": TopHint, "none": NoHint}
 
 
@@ -74,6 +80,7 @@ def run_file(
     require_columns(data, text)
     journal = Journal(out)
     done = journal.resume(data, text)
+    answered = done + len(journal.part)
     policy: Policy | None = None if threshold is None else Threshold(threshold)
     started = time.perf_counter()
     with large_model(large) as chat_model, _recorder(store, task) as recorder, progress() as bar:
@@ -91,8 +98,8 @@ def run_file(
         rows_done = bar.add_task("rows", total=sum(1 for _ in read_rows(data)), completed=done)
         rows = itertools.islice(enumerate(read_rows(data)), done, None)
         texts = ((i, str(row[text])) for i, row in rows)
-        asyncio.run(_answer_all(chain, texts, chunk, journal, lambda: bar.advance(rows_done)))
-    return {**journal.sums(), "resumed_at": done, "seconds": round(time.perf_counter() - started, 2)}
+        asyncio.run(_answer_all(chain, texts, chunk, journal, partial(bar.advance, rows_done)))
+    return {**journal.sums(), "resumed_at": answered, "seconds": round(time.perf_counter() - started, 2)}
 
 
 @contextmanager
@@ -108,18 +115,40 @@ def _recorder(store: str | None, task: str) -> Iterator[Any]:
 
 
 async def _answer_all(
-    chain: ConfidenceRouterChain, texts: Iterator[tuple[int, str]], chunk: int, journal: Journal, advance: Any
+    chain: ConfidenceRouterChain,
+    texts: Iterator[tuple[int, str]],
+    chunk: int,
+    journal: Journal,
+    advance: Callable[[int], None],
 ) -> None:
-    """Step by step: answer the rows that the journal has not, noting each as soon as it is there."""
-    while step := dict(itertools.islice(texts, chunk)):
+    """Answer the rows that the journal has not, noting each as soon as it is there.
+
+    Steps overlap: while large calls of one are waited for, the small model computes the next.
+    """
+
+    async def answer(step: dict[int, str]) -> None:
         todo = [i for i in step if i not in journal.part]
-        for _ in range(len(step) - len(todo)):
-            advance()
+        advance(len(step) - len(todo))
         inputs = [step[i] for i in todo]
         async for position, result in chain.abatch_as_completed(inputs, return_exceptions=True):
             journal.note(_record(todo[position], inputs[position], result))
-            advance()
-        journal.finish(list(step))
+            advance(1)
+
+    under_way: deque[tuple[list[int], asyncio.Task[None]]] = deque()
+    try:
+        while True:
+            while len(under_way) < STEPS_AT_ONCE and (step := dict(itertools.islice(texts, chunk))):
+                under_way.append((list(step), asyncio.create_task(answer(step))))
+            if not under_way:
+                return
+            await under_way[0][1]
+            journal.finish(under_way.popleft()[0])
+    finally:
+        tasks = [task for _, task in under_way]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        journal.close()
 
 
 def _record(row: int, text: str, result: Any) -> dict[str, Any]:
@@ -149,6 +178,7 @@ class Journal:
         self.out = out
         self.part_file = out.with_name(out.name + ".part")
         self.part: dict[int, dict[str, Any]] = {}
+        self._stream: TextIO | None = None
 
     def resume(self, data: Path, text: str) -> int:
         """How many rows are finished. Whatever a kill left half written is put right.
@@ -188,25 +218,40 @@ class Journal:
         self._rewrite()
 
     def _rewrite(self) -> None:
+        """Begin OUT.part anew with what is under way; at no time is there a half-written one."""
+        self.close()
         size = self.out.stat().st_size if self.out.exists() else 0
         lines = [json.dumps({"out_size": size}), *map(json.dumps, self.part.values())]
-        self.part_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        fresh = self.part_file.with_name(self.part_file.name + ".new")
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(fresh, self.part_file)
+
+    def close(self) -> None:
+        """Let go of OUT.part; it is opened again when it is needed."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def note(self, record: dict[str, Any]) -> None:
         """Keep one answer, on disk before the next is waited for."""
         if not self.part:
             self._rewrite()
         self.part[record["row"]] = record
-        with self.part_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        if self._stream is None:
+            self._stream = self.part_file.open("a", encoding="utf-8")
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
 
     def finish(self, rows: list[int]) -> None:
-        """Move a finished step from OUT.part to OUT, in order."""
+        """Move a finished step, the first of those under way, from OUT.part to OUT, in order."""
         new = not self.out.exists() or not self.out.stat().st_size
         with self.out.open("a", encoding="utf-8", newline="") as stream:
-            stream.write(_lines([self.part[i] for i in rows], self.out.suffix.lower(), header=new))
-        self.part_file.unlink()
-        self.part = {}
+            stream.write(_lines([self.part.pop(i) for i in rows], self.out.suffix.lower(), header=new))
+        if self.part:
+            self._rewrite()
+        else:
+            self.close()
+            self.part_file.unlink()
 
     def sums(self) -> dict[str, Any]:
         """Counts, shares and cost over the whole of OUT."""

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from langchain_datashunt import ConfidenceRouterChain, NoHint, load_small_model
+from langchain_datashunt import ConfidenceRouterChain, NoHint, ShuntRunnable, Threshold, load_small_model
 from langchain_datashunt.cli.app import app
-from langchain_datashunt.cli.run import Journal
+from langchain_datashunt.cli.run import Journal, _answer_all
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
+from langchain_datashunt.small_models import Scores
+from tests.support.models import WordModel
 
 RUN = CliRunner()
 
@@ -208,6 +213,58 @@ def test_a_step_that_was_cut_anywhere_is_put_right(tmp_path: Path) -> None:
         assert again.resume(tmp_path / "data.csv", "text") == 2
         assert set(again.part) == ({2} if cut == len(part) else set())
         assert len(out.read_text().splitlines()) == 2
+
+
+def test_a_kill_while_a_step_is_moved_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text\na\nb\nc\nd\n")
+    journal = Journal(tmp_path / "out.jsonl")
+    assert journal.resume(tmp_path / "data.csv", "text") == 0
+    for row in (2, 0, 1):  # the second step answers before the first
+        journal.note({"row": row, "text": "abcd"[row], "answer": "x"})
+    before = journal.part_file.read_bytes()
+    journal.finish([0, 1])
+    whole = journal.out.read_bytes()
+    for cut in range(len(whole) + 1):
+        journal.out.write_bytes(whole[:cut])
+        journal.part_file.write_bytes(before)
+        again = Journal(journal.out)
+        assert again.resume(tmp_path / "data.csv", "text") == 0
+        assert set(again.part) == {0, 1, 2}
+        again.finish([0, 1])
+        assert again.out.read_bytes() == whole
+        assert set(again.part) == {2}
+        again.close()
+    assert Journal(journal.out).resume(tmp_path / "data.csv", "text") == 2
+
+
+def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path) -> None:
+    second_step = threading.Event()
+
+    class Small(WordModel):
+        def predict_scores(self, texts: Sequence[str]) -> Scores:
+            if "d" in texts:
+                second_step.set()
+            return super().predict_scores(texts)
+
+    def large(value: Any) -> str:
+        assert second_step.wait(20), "the second step was not begun while the first one's calls were open"
+        return "L"
+
+    chain = ShuntRunnable(small=Small(), large=large, policy=Threshold(0.9), pruning=None, return_decision=True)
+    (tmp_path / "data.csv").write_text("text\na\nb\nsurely refund\nd\ne\n")
+    journal, advanced = Journal(tmp_path / "out.jsonl"), [0]
+    journal.resume(tmp_path / "data.csv", "text")
+    rows = iter(enumerate(["a", "b", "surely refund", "d", "e"]))
+
+    def advance(n: int) -> None:
+        advanced[0] += n
+
+    asyncio.run(_answer_all(chain, rows, 3, journal, advance))  # type: ignore[arg-type]
+    answers = [json.loads(line) for line in journal.out.read_text().splitlines()]
+    assert [one["row"] for one in answers] == list(range(5))
+    assert [one["answer"] for one in answers] == ["L", "L", "refund", "L", "L"]
+    assert advanced == [5]
+    assert not journal.part_file.exists()
 
 
 def test_a_chain_over_a_trained_bundle_is_what_run_uses(work: Path) -> None:
