@@ -1,0 +1,365 @@
+"""Bulk routing on Ray Data, over many machines: small models in one pool of actors, large calls in another.
+
+The small models see whole batches, on GPUs where there are some; a bounded number of large calls is under way at once;
+budgets and records are shared through a database. This room spreads work, and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from langchain_core.messages import BaseMessage
+from pydantic import PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.exceptions import ConfigurationError, PredictionError
+from langchain_datashunt.predictions import PredictionBatch, ShuntResult
+from langchain_datashunt.routing import failed_outcome, outcome_of
+from langchain_datashunt.shunt import ShuntRunnable, policy_for
+from langchain_datashunt.small_models.base import Outcome, Scores, SmallModel
+
+if TYPE_CHECKING:
+    import ray.data
+
+Table: TypeAlias = Any
+"""A `pyarrow.Table`: a batch as Ray Data hands it on."""
+
+ANSWER_COLUMNS = {
+    "answer": "string",
+    "route": "string",
+    "reason": "string",
+    "label": "string",
+    "confidence": "double",
+    "cost_usd": "double",
+    "record_id": "string",
+    "error": "string",
+}
+"""What `shunt_dataset` adds to each row, with its type in Arrow."""
+
+_STAGES = ("small", "learnable")
+_OURS = "datashunt_"
+"""What columns begin with that only go from one stage to the next."""
+
+
+def shunt_dataset(
+    dataset: ray.data.Dataset,
+    chain: ShuntRunnable | Callable[[], ShuntRunnable],
+    *,
+    column: str = "text",
+    batch_size: int = 256,
+    small_actors: int | tuple[int, int] = 1,
+    small_cpus: float = 1.0,
+    small_gpus: float = 0.0,
+    large_actors: int | tuple[int, int] = 1,
+    large_cpus: float = 0.25,
+    large_concurrency: int = 32,
+) -> ray.data.Dataset:
+    """Answer every row of a dataset; lazy, as all of Ray Data: consume it to have it done.
+
+    Rows go on while others are waited for: small models compute the next batches during large calls. An actor that
+    dies is started again, and the batch it had is computed again.
+
+    ```python
+    answered = shunt_dataset(ray.data.read_parquet("questions"), make_chain, column="question", small_gpus=0.5)
+    answered.write_parquet("answers")
+    ```
+
+    Args:
+        dataset: Rows with a column of texts.
+        chain: A shunt, or a function without arguments that makes one in each actor. A function is needed where the
+            chain holds what cannot be pickled, as clients of chat models do. A chain with a `recorder` writes its
+            records before its batch is handed on; a budget that all actors keep together has a `SharedControl`.
+        column: The column of texts.
+        batch_size: Rows of one small-model call.
+        small_actors: Copies of the small model, or their least and greatest number.
+        small_cpus: CPUs of each copy.
+        small_gpus: GPUs of each copy; 0.25 lets four share one.
+        large_actors: Actors that ask the large model, or their least and greatest number.
+        large_cpus: CPUs of each; they mostly wait.
+        large_concurrency: Large calls at once at the most, all actors together.
+
+    Returns:
+        The rows with `ANSWER_COLUMNS` added. A row that could not be answered has its `error`, and no `answer`.
+
+    Raises:
+        ConfigurationError: A setting is out of range; the chain cannot be pickled, or knows no labels.
+        MissingExtraError: Ray is not installed.
+    """
+    data = require("ray.data", "ray")
+    most = large_actors if isinstance(large_actors, int) else large_actors[1]
+    if batch_size < 1 or large_concurrency < most:
+        raise ConfigurationError(
+            f"batch_size is {batch_size} and large_concurrency {large_concurrency} for {most} large actors; give a "
+            f"batch of 1 or more, and a large call or more to each actor."
+        )
+    make = _maker(chain)
+    small = dataset.map_batches(
+        SmallStage,
+        fn_constructor_args=(make, column),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=_pool(data, small_actors),
+        num_cpus=small_cpus,
+        num_gpus=small_gpus or None,
+    )
+    answered: ray.data.Dataset = small.map_batches(
+        LargeStage,
+        fn_constructor_args=(make, column, large_concurrency // most),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=_pool(data, large_actors),
+        num_cpus=large_cpus,
+    )
+    return answered
+
+
+def _pool(data: Any, actors: int | tuple[int, int]) -> Any:
+    least, most = (actors, actors) if isinstance(actors, int) else actors
+    if not 1 <= least <= most:
+        raise ConfigurationError(f"A pool of {actors} actors cannot be; give a number, or the least and the greatest.")
+    return data.ActorPoolStrategy(min_size=least, max_size=most)
+
+
+def _maker(chain: ShuntRunnable | Callable[[], ShuntRunnable]) -> Callable[[], ShuntRunnable]:
+    """A function that makes the chain, and that can be sent to other processes."""
+    cloudpickle = require("ray.cloudpickle", "ray")
+    make: Callable[[], ShuntRunnable] = chain if not isinstance(chain, ShuntRunnable) else lambda: chain
+    if isinstance(chain, ShuntRunnable):
+        _made(make)
+    try:
+        cloudpickle.dumps(make)
+    except Exception as error:
+        raise ConfigurationError(
+            f"The chain cannot be sent to other processes ({type(error).__name__}: {error}). Give a function without "
+            f"arguments that makes it there: shunt_dataset(dataset, make_chain)."
+        ) from error
+    return make
+
+
+def _made(make: Callable[[], ShuntRunnable]) -> ShuntRunnable:
+    found = make()
+    if not isinstance(found, ShuntRunnable):
+        raise ConfigurationError(f"The function that makes the chain gave a {type(found).__name__}, no ShuntRunnable.")
+    if not found.task_labels:
+        raise ConfigurationError("The chain knows no labels before its first call; give it labels=(...).")
+    return found
+
+
+class Stage:
+    """An actor with a chain of its own.
+
+    Where the chain cannot be made, that is told with the first batch: Ray starts an actor that fails while it is made
+    again and again.
+
+    Args:
+        make: Makes the chain.
+        column: The column of texts.
+    """
+
+    def __init__(self, make: Callable[[], ShuntRunnable], column: str) -> None:
+        self._column = column
+        self._failed: Exception | None = None
+        try:
+            self._begin(_made(make))
+        except Exception as error:
+            self._failed = error
+
+    def _begin(self, chain: ShuntRunnable) -> None:
+        raise NotImplementedError
+
+    def _done(self, batch: Table) -> Table:
+        raise NotImplementedError
+
+    def __call__(self, batch: Table) -> Table:
+        """The rows of a batch with what this stage adds."""
+        if self._failed is not None:
+            raise self._failed
+        return self._done(batch)
+
+
+class SmallStage(Stage):
+    """Has the chain's small models predict, and adds what they think to the rows."""
+
+    @override
+    def _begin(self, chain: ShuntRunnable) -> None:
+        self._models = _stages_of(chain)
+
+    @override
+    def _done(self, batch: Table) -> Table:
+        texts = _texts(batch, self._column)
+        for stage, (model, labels) in self._models.items():
+            for name, (values, kind) in _cells_of(_predicted(model, texts, labels), len(texts)).items():
+                batch = batch.append_column(f"{_OURS}{stage}_{name}", _array(values, kind))
+        return batch
+
+
+class LargeStage(Stage):
+    """Routes what was predicted, asks the large model, and adds the answers to the rows.
+
+    A batch's records are written when it is handed on.
+
+    Args:
+        make: Makes the chain.
+        column: The column of texts.
+        concurrency: Its large calls at once at the most.
+    """
+
+    def __init__(self, make: Callable[[], ShuntRunnable], column: str, concurrency: int) -> None:
+        self._concurrency = concurrency
+        super().__init__(make, column)
+
+    @override
+    def _begin(self, chain: ShuntRunnable) -> None:
+        self._given = {
+            stage: GivenPredictions(labels=labels, model_id=getattr(model, "model_id", ""))
+            for stage, (model, labels) in _stages_of(chain).items()
+        }
+        settings = {
+            "policy": policy_for(chain.small, chain.policy),
+            "max_concurrency": min(self._concurrency, chain.max_concurrency or self._concurrency),
+            "return_decision": True,
+        }
+        self._chain = chain.model_copy(update={**self._given, **settings})
+        self._loop = asyncio.new_event_loop()  # one for all batches: clients keep connections that belong to it
+        threading.Thread(target=self._loop.run_forever, name="datashunt-large", daemon=True).start()
+
+    @override
+    def _done(self, batch: Table) -> Table:
+        texts = [_Numbered(text, i) for i, text in enumerate(_texts(batch, self._column))]
+        for stage, given in self._given.items():
+            given.take({name: batch[f"{_OURS}{stage}_{name}"].to_pylist() for name in _CELLS})
+        answering = self._chain.abatch(texts, return_exceptions=True)
+        results = asyncio.run_coroutine_threadsafe(answering, self._loop).result()
+        if self._chain.recorder is not None:
+            self._chain.recorder.flush()
+        batch = batch.drop_columns([name for name in batch.column_names if name.startswith(_OURS)])
+        rows = [_answered(result) for result in results]
+        for i, (name, kind) in enumerate(ANSWER_COLUMNS.items()):
+            batch = batch.append_column(name, _array([row[i] for row in rows], kind))
+        return batch
+
+
+class GivenPredictions(SmallModel):
+    """A small model that has predicted elsewhere: it gives what it was told of the rows it is asked about."""
+
+    _cells: dict[str, list[Any]] = PrivateAttr(default_factory=dict)
+
+    def take(self, cells: dict[str, list[Any]]) -> None:
+        """Have the predictions of a batch's rows ready."""
+        self._cells = cells
+
+    @override
+    def try_predict(self, inputs: Sequence[Any]) -> Outcome:
+        rows, errors = [value.row for value in inputs], self._cells["error"]
+        failed: dict[int, Exception] = {
+            j: PredictionError(errors[row]) for j, row in enumerate(rows) if errors[row] is not None
+        }
+        good = [j for j in range(len(rows)) if j not in failed]
+        where = np.array(good, dtype=np.intp)
+        if not good:
+            return Outcome(None, where, failed)
+
+        def matrix(name: str) -> Any:
+            cells = [self._cells[name][rows[j]] for j in good]
+            return np.stack([np.frombuffer(cell) for cell in cells]) if all(cells) else None
+
+        truncated = np.array([self._cells["truncated"][rows[j]] for j in good], dtype=np.bool_)
+        batch = PredictionBatch(
+            self.labels, matrix("probabilities"), matrix("logits"), self.model_id, truncated, matrix("features")
+        )
+        return Outcome(batch, where, failed)
+
+    @override
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        raise ConfigurationError("Predictions were made elsewhere; there is nothing to compute here.")
+
+
+class _Numbered(str):
+    """A text that knows which row of its batch it is."""
+
+    row: int
+
+    def __new__(cls, text: str, row: int) -> _Numbered:
+        made = super().__new__(cls, text)
+        made.row = row
+        return made
+
+
+def _stages_of(chain: ShuntRunnable) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """The small models there are, each with its labels."""
+    found = {stage: getattr(chain, stage) for stage in _STAGES}
+    return {
+        stage: (model, tuple(getattr(model, "labels", None) or chain.task_labels or ()))
+        for stage, model in found.items()
+        if model is not None
+    }
+
+
+def _predicted(model: Any, texts: list[str], labels: tuple[str, ...]) -> Outcome:
+    """What a small model thinks of a batch, over its labels; where it fails as a whole, each row has its error."""
+    try:
+        if isinstance(model, SmallModel):
+            return model.try_predict(texts)
+        outcome = outcome_of(model.batch(texts, return_exceptions=True), frozenset(labels))
+    except Exception as error:
+        return failed_outcome(len(texts), error)
+    if outcome.batch is None or outcome.batch.labels == labels:
+        return outcome
+    p = np.array([[one.probability(label) for label in labels] for one in outcome.batch])
+    return outcome._replace(batch=PredictionBatch(labels, p, None, outcome.batch.model_id))
+
+
+def _cells_of(outcome: Outcome, n: int) -> dict[str, tuple[list[Any], str]]:
+    """An outcome as columns of `n` cells: the numbers of a row as bytes, its error in words."""
+    cells: dict[str, list[Any]] = {name: [None] * n for name in _CELLS}
+    for i, error in outcome.errors.items():
+        cells["error"][i] = f"{type(error).__name__}: {error}"
+    if (batch := outcome.batch) is not None:
+        arrays = {"probabilities": batch.probabilities, "logits": batch.logits, "features": batch.features}
+        for j, row in enumerate(outcome.rows.tolist()):
+            cells["truncated"][row] = batch.truncated is not None and bool(batch.truncated[j])
+            for name, array in arrays.items():
+                cells[name][row] = None if array is None else np.asarray(array[j], dtype=np.float64).tobytes()
+    return {name: (cells[name], kind) for name, kind in _CELLS.items()}
+
+
+_CELLS = {"probabilities": "binary", "logits": "binary", "features": "binary", "truncated": "bool", "error": "string"}
+"""What goes from the small stage to the large one of each small model, with its type in Arrow."""
+
+
+def _answered(result: Any) -> tuple[Any, ...]:
+    """A row's values of `ANSWER_COLUMNS`."""
+    if not isinstance(result, ShuntResult):
+        return (None, "large", "large_error", None, None, None, None, f"{type(result).__name__}: {result}")
+    label, confidence = (None, None) if (p := result.prediction) is None else (p.label, p.confidence)
+    output = _as_text(result.output)
+    told = (result.route, result.reason, label, confidence, result.cost_usd, result.record_id, result.decision.error)
+    return (output, *told)
+
+
+def _as_text(output: Any) -> str:
+    if isinstance(output, BaseMessage):
+        return str(output.text)
+    return str(output) if isinstance(output, str) else json.dumps(output, default=str, ensure_ascii=False)
+
+
+def _array(values: list[Any], kind: str) -> Any:
+    """A column of a type by its name in Arrow, also where all of it is missing."""
+    arrow = require("pyarrow", "ray")
+    return arrow.array(values, arrow.type_for_alias(kind))
+
+
+def _texts(batch: Table, column: str) -> list[str]:
+    if column not in batch.column_names:
+        raise ConfigurationError(f"The dataset has no column {column!r}; it has: {', '.join(batch.column_names)}.")
+    if taken := sorted({*ANSWER_COLUMNS} & {*batch.column_names}):
+        raise ConfigurationError(
+            f"The dataset has columns that answers would overwrite: {', '.join(taken)}. Rename them."
+        )
+    return ["" if text is None else str(text) for text in batch[column].to_pylist()]
