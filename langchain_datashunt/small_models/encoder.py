@@ -99,7 +99,7 @@ class SentenceEncoder(Embeddings):
                 return unit
             states = packed(ids)
             pooled = states.first().float() if self.pooling == "cls" else states.mean()
-            unit = torch.nn.functional.normalize(pooled, dim=-1).numpy()
+            unit = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
             return unit
 
     def embed_ids(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
-from langchain_datashunt.small_models.packed import Engine, Packing
+from langchain_datashunt.small_models.packed import Engine, PackedStates, Packing
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,
@@ -37,15 +37,24 @@ from langchain_datashunt.small_models.training import (
 
 _ARCHITECTURE = "architecture"
 
-HEADS: dict[str, Callable[[Any, Any], Any]] = {
-    "BertForSequenceClassification": lambda network, first: network.classifier(network.bert.pooler(first[:, None])),
-    "RobertaForSequenceClassification": lambda network, first: network.classifier(first[:, None]),
-    "XLMRobertaForSequenceClassification": lambda network, first: network.classifier(first[:, None]),
-    "DistilBertForSequenceClassification": lambda network, first: network.classifier(
-        network.pre_classifier(first).relu()
+
+def _modernbert_head(network: Any, states: PackedStates) -> Any:
+    """The mean or the first state, by the network's own settings."""
+    first = network.config.classifier_pooling == "cls"
+    pooled = states.first() if first else states.mean().to(states.states.dtype)
+    return network.classifier(network.head(pooled))
+
+
+HEADS: dict[str, Callable[[Any, PackedStates], Any]] = {
+    "BertForSequenceClassification": lambda own, states: own.classifier(own.bert.pooler(states.first()[:, None])),
+    "RobertaForSequenceClassification": lambda own, states: own.classifier(states.first()[:, None]),
+    "XLMRobertaForSequenceClassification": lambda own, states: own.classifier(states.first()[:, None]),
+    "DistilBertForSequenceClassification": lambda own, states: own.classifier(
+        own.pre_classifier(states.first()).relu()
     ),
+    "ModernBertForSequenceClassification": _modernbert_head,
 }
-"""From the first tokens' states `[n, d]` to logits `[n, k]`, by the class of the network."""
+"""From a network and its last states to logits `[n, k]`, by the class of the network."""
 
 
 class TransformersClassifier(SmallModel):
@@ -141,7 +150,7 @@ class TransformersClassifier(SmallModel):
         packed = None if head is None else self._packing.of(self._network.base_model)
         if head is None or packed is None:
             return self.logits_of(self._network, ids)
-        return head(self._network, packed(ids).first())
+        return head(self._network, packed(ids))
 
     @classmethod
     def train(

@@ -18,6 +18,10 @@ from langchain_datashunt.small_models.packed import Packing, packed
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 SMALL = {**SIZES, "vocab_size": 30522, "num_labels": 4, "max_position_embeddings": 130}
+MODERN = {
+    "local_attention": 24, "global_attn_every_n_layers": 2, "num_hidden_layers": 4, "pad_token_id": 0,
+    "cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102, "classifier_pooling": "cls",
+}  # fmt: skip
 
 
 def network(kind: str) -> Any:
@@ -36,10 +40,16 @@ def network(kind: str) -> Any:
             t.XLMRobertaConfig,
             {"pad_token_id": 0, "type_vocab_size": 1},
         ),
+        "modernbert": (t.ModernBertForSequenceClassification, t.ModernBertConfig, MODERN),
+        "modernbert mean": (
+            t.ModernBertForSequenceClassification,
+            t.ModernBertConfig,
+            {**MODERN, "classifier_pooling": "mean"},
+        ),
         "electra": (t.ElectraForSequenceClassification, t.ElectraConfig, {"embedding_size": 48}),
     }
     cls, config, more = classes[kind]
-    return cls(config(**SMALL, **more)).eval()
+    return cls(config(**{**SMALL, **more})).eval()
 
 
 def saved(kind: str, folder: Path) -> str:
@@ -56,7 +66,9 @@ def texts(shop_messages: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["bert", "bert with relu", "roberta", "xlm-roberta", "distilbert"])
+@pytest.mark.parametrize(
+    "kind", ["bert", "bert with relu", "roberta", "xlm-roberta", "distilbert", "modernbert", "modernbert mean"]
+)
 def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)
     plain = TransformersClassifier(model=folder, engine="plain", dtype=dtype, max_length=100)
@@ -85,7 +97,7 @@ def test_results_that_differ_are_not_used(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_difference", lambda network, made: float("nan"))
     with pytest.warns(ShuntWarning, match="differs from transformers"):
         assert packed(base) is None
-    monkeypatch.setitem(packed_module._ARCHITECTURES, "bert", lambda network, config: network.nothing)
+    monkeypatch.setitem(packed_module.ARCHITECTURES, "bert", lambda network, config: network.nothing)
     with pytest.warns(ShuntWarning, match="cannot be made"):
         assert packed(base) is None
 
@@ -98,7 +110,7 @@ def test_without_onednn_torchs_own_product_is_used(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", Nothing(), raising=False)
     made = packed(network("bert").base_model)
     assert made is not None
-    assert made.layers[0].qkv.packed is None
+    assert made.parts.layers[0].qkv.packed is None
 
 
 def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
