@@ -207,9 +207,11 @@ class PrecomputedEmbeddings(Embeddings):
 
 
 @lru_cache(maxsize=4)
-def shared_encoder(model: str | None = None, device: str | None = None, dtype: str = "float32") -> SentenceEncoder:
+def shared_encoder(
+    model: str | None = None, device: str | None = None, dtype: str = "float32", engine: Engine = "auto"
+) -> SentenceEncoder:
     """One encoder for all classifiers of a process that use the same weights in the same way."""
-    return SentenceEncoder(model, device=device, dtype=dtype)
+    return SentenceEncoder(model, device=device, dtype=dtype, engine=engine)
 
 
 def embed(embeddings: Embeddings, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray | None]:

@@ -110,7 +110,8 @@ def _encoder_by_name(info: BundleInfo, overrides: dict[str, Any]) -> Embeddings:
             f"hold. Pass the same ones: load_small_model(folder, embeddings=...)."
         )
     dtype = str(overrides.get("dtype") or info.settings.get("dtype", "float32"))
-    return shared_encoder(None if name == BUNDLED_ENCODER else name, overrides.get("device"), dtype)
+    given = (None if name == BUNDLED_ENCODER else name, overrides.get("device"), dtype)
+    return shared_encoder(*given, overrides["engine"]) if overrides.get("engine") else shared_encoder(*given)
 
 
 def _check_probe(encoder: Embeddings, probe: NDArray[Any], info: BundleInfo) -> None:

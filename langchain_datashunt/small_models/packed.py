@@ -9,53 +9,36 @@ computed by transformers as ever.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
-from langchain_datashunt.small_models.packed_layers import ARCHITECTURES, Parts, Tokens
+from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
+from langchain_datashunt.small_models.packed_layers import ARCHITECTURES, PackedStates, Parts, Tokens
 from langchain_datashunt.small_models.tokenization import pad
 
 if TYPE_CHECKING:
     import torch
 
-Engine: TypeAlias = Literal["auto", "packed", "plain"]
+Engine: TypeAlias = Literal["auto", "packed", "plain", "onnx", "onnx-int8"]
 """What computes an encoder."""
+
+AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], PackedStates]
+"""From token ids of `n` texts to their last states."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """How far a state of the packed encoder may be from the library's own, relative to the largest, by number format."""
 
 _PROBE_LENGTHS = (3, 7, 7, 12)
-
-
-@dataclass(frozen=True)
-class PackedStates:
-    """Last hidden states of `n` texts.
-
-    Attributes:
-        states: Shape `[tokens, d]`, the texts' one after the other.
-        lengths: Tokens of each text, shape `[n]`.
-    """
-
-    states: torch.Tensor
-    lengths: torch.Tensor
-
-    def first(self) -> torch.Tensor:
-        """The first token's state of each text, shape `[n, d]`."""
-        return self.states[self.lengths.cumsum(0) - self.lengths]
-
-    def mean(self) -> torch.Tensor:
-        """The mean state of each text, shape `[n, d]`."""
-        torch = require("torch", "torch")
-        n, device = len(self.lengths), self.states.device
-        owner = torch.repeat_interleave(torch.arange(n, device=device), self.lengths)
-        total = torch.zeros(n, self.states.shape[1], device=device).index_add_(0, owner, self.states.float())
-        return total / self.lengths[:, None]  # type: ignore[no-any-return]
+_TRIAL_LENGTHS = (8, 10, 10, 12, 14, 16, 18, 20)
+_TRIAL_ROUNDS = 3
+_MUCH_SLOWER = 1.2
+"""By how much the packed form must lose the trial to be left: so a busy moment does not decide."""
 
 
 class PackedEncoder:
@@ -75,17 +58,23 @@ class PackedEncoder:
 
 
 class Packing:
-    """The packed form of one network, made when it is first needed, and anew when the network's weights have changed.
+    """The engine of one network, made when it is first needed, and anew when the network's weights have changed.
 
     Args:
-        engine: "plain" never packs, "packed" insists, "auto" packs where it can be had.
+        engine: "plain" is transformers, "packed" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime; "auto"
+            packs where it can be had and is quicker, which a few texts at the first use tell.
     """
 
     def __init__(self, engine: Engine = "auto") -> None:
-        if engine not in ("auto", "packed", "plain"):
-            raise ConfigurationError(f"There is no engine {engine!r}; use 'auto', 'packed' or 'plain'.")
+        if engine not in get_args(Engine):
+            raise ConfigurationError(f"There is no engine {engine!r}; use one of {', '.join(get_args(Engine))}.")
         self.engine: Engine = engine
-        self._made: PackedEncoder | None = None
+        self.seconds: dict[str, float] = {}
+        """What each engine took for the texts of the trial, where "auto" had a choice."""
+        self._made: AnyEncoder | None = None
+        self._network: torch.nn.Module | None = None
+        self._first: Any = None
+        self._watched: list[Any] = []
         self._stamp: tuple[int, ...] | None = None
         self._lock = threading.Lock()
 
@@ -96,26 +85,77 @@ class Packing:
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Packing:
         return Packing(self.engine)
 
-    def of(self, network: torch.nn.Module) -> PackedEncoder | None:
-        """The packed form, None where transformers is to compute.
+    def of(self, network: torch.nn.Module) -> AnyEncoder | None:
+        """The engine, None where transformers is to compute.
 
         Raises:
-            ConfigurationError: The engine is "packed", and this network has no packed form.
+            ConfigurationError: The engine that was asked for cannot compute this network.
+            MissingExtraError: It is not installed.
         """
         if self.engine == "plain":
             return None
-        stamp = (id(network), *(part for one in network.parameters() for part in (one.data_ptr(), _version(one))))
-        if stamp != self._stamp:
+        if self._network is not network or self._stamp_now() != self._stamp:
             with self._lock:
-                if stamp != self._stamp:
-                    self._made = packed(network)
-                    self._stamp = stamp
+                if self._network is not network or self._stamp_now() != self._stamp:
+                    self._watched = [one for one in network.parameters() if not one.is_inference()]
+                    self._first = next(network.parameters())
+                    stamp = self._stamp_now()
+                    self._made = self._engine_of(network)
+                    self._network, self._stamp = network, stamp
         if self._made is None and self.engine == "packed":
             raise ConfigurationError(
                 f"The architecture {getattr(network.config, 'model_type', '?')!r} has no packed form here, or runs on "
                 f"neither CPU nor CUDA; use engine='auto'. There are: {', '.join(ARCHITECTURES)}."
             )
         return self._made
+
+    def difference(self, network: torch.nn.Module, ids: Sequence[Sequence[int]]) -> float:
+        """How far this engine's states of texts are from transformers' own, relative to the largest state.
+
+        What that does to answers is for labelled texts to tell: see how often labels agree before a format of lower
+        precision is used, and choose the threshold under it.
+        """
+        encoder = self.of(network)
+        own = _plain(network)(ids).states.float()
+        return 0.0 if encoder is None else float((encoder(ids).states.float() - own).abs().max() / own.abs().max())
+
+    def _stamp_now(self) -> tuple[int, ...]:
+        """Changes when a weight is written to, or all are moved; those made in inference mode cannot be watched."""
+        return (self._first.data_ptr(), sum(one._version for one in self._watched))
+
+    def _engine_of(self, network: torch.nn.Module) -> AnyEncoder | None:
+        if self.engine.startswith("onnx"):
+            return OnnxEncoder(network, int8=self.engine == "onnx-int8")
+        made = packed(network)
+        if made is None or self.engine == "packed":
+            return made
+        self.seconds = trial({"packed": made, "plain": _plain(network)}, int(getattr(network.config, "vocab_size", 2)))
+        return made if self.seconds["packed"] <= _MUCH_SLOWER * self.seconds["plain"] else None
+
+
+def trial(encoders: dict[str, AnyEncoder], vocabulary: int) -> dict[str, float]:
+    """Seconds that each takes for a few texts of made-up tokens: the least of some rounds, taken in turn."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, vocabulary, length).tolist() for length in _TRIAL_LENGTHS]
+    found = dict.fromkeys(encoders, float("inf"))
+    for _ in range(_TRIAL_ROUNDS):
+        for name, encoder in encoders.items():
+            started = time.perf_counter()
+            encoder(ids)
+            found[name] = min(found[name], time.perf_counter() - started)
+    return found
+
+
+def _plain(network: torch.nn.Module) -> AnyEncoder:
+    """Transformers itself, as the others are called."""
+
+    def encode(ids: Sequence[Sequence[int]]) -> PackedStates:
+        with require("torch", "torch").inference_mode():
+            tokens, mask = pad(ids, 0, next(network.parameters()).device)
+            states = network(input_ids=tokens, attention_mask=mask).last_hidden_state
+            return PackedStates(states[mask.bool()], mask.sum(1))
+
+    return encode
 
 
 def packed(network: torch.nn.Module) -> PackedEncoder | None:
@@ -143,18 +183,8 @@ def packed(network: torch.nn.Module) -> PackedEncoder | None:
 
 def _difference(network: torch.nn.Module, made: PackedEncoder) -> float:
     """The largest difference of a state on made-up tokens, relative to the largest state."""
-    torch, config = require("torch", "torch"), network.config
-    rng, size = np.random.default_rng(0), int(getattr(config, "vocab_size", 2))
+    rng, size = np.random.default_rng(0), int(getattr(network.config, "vocab_size", 2))
     lengths = (*_PROBE_LENGTHS, made.parts.window + 9) if made.parts.window else _PROBE_LENGTHS
     ids = [rng.integers(0, size, length).tolist() for length in lengths]
-    with torch.inference_mode():
-        tokens, mask = pad(ids, 0, made.device)
-        states = network(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
-        own = torch.cat([states[i, : len(one)] for i, one in enumerate(ids)])
-        found = (made(ids).states.float() - own).abs().max() / own.abs().max()
-    return float(found)
-
-
-def _version(parameter: torch.Tensor) -> int:
-    """How often a parameter was written to; those made in inference mode do not count."""
-    return 0 if parameter.is_inference() else parameter._version
+    own = _plain(network)(ids).states.float()
+    return float((made(ids).states.float() - own).abs().max() / own.abs().max())

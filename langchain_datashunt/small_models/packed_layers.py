@@ -19,6 +19,31 @@ if TYPE_CHECKING:
 _PACKING_ROWS = 1024
 
 
+@dataclass(frozen=True)
+class PackedStates:
+    """Last hidden states of `n` texts.
+
+    Attributes:
+        states: Shape `[tokens, d]`, the texts' one after the other.
+        lengths: Tokens of each text, shape `[n]`.
+    """
+
+    states: torch.Tensor
+    lengths: torch.Tensor
+
+    def first(self) -> torch.Tensor:
+        """The first token's state of each text, shape `[n, d]`."""
+        return self.states[self.lengths.cumsum(0) - self.lengths]
+
+    def mean(self) -> torch.Tensor:
+        """The mean state of each text, shape `[n, d]`."""
+        torch_ = require("torch", "torch")
+        n, device = len(self.lengths), self.states.device
+        owner = torch_.repeat_interleave(torch_.arange(n, device=device), self.lengths)
+        total = torch_.zeros(n, self.states.shape[1], device=device).index_add_(0, owner, self.states.float())
+        return total / self.lengths[:, None]  # type: ignore[no-any-return]
+
+
 class Run(NamedTuple):
     """Texts of one length that stand together."""
 

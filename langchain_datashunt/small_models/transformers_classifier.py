@@ -19,7 +19,8 @@ from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
-from langchain_datashunt.small_models.packed import Engine, PackedStates, Packing
+from langchain_datashunt.small_models.packed import Engine, Packing
+from langchain_datashunt.small_models.packed_layers import PackedStates
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,

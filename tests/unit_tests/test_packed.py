@@ -151,3 +151,63 @@ def test_routes_and_labels_are_the_same_with_either_engine(shop_messages: Any) -
     one, two = small.predict_batch(texts), other.predict_batch(texts)
     assert one.label_names() == two.label_names()
     assert np.array_equal(one.confidence >= 0.5, two.confidence >= 0.5)
+
+
+class TestOnnx:
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip(
+            "onnxruntime", reason="onnxruntime is not installed: pip install 'langchain-datashunt[onnx]'"
+        )
+        pytest.importorskip("onnx")
+
+    @pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
+    def test_it_agrees_with_transformers(self, kind: str, texts: list[str], tmp_path: Path) -> None:
+        folder = saved(kind, tmp_path)
+        plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
+        quick = TransformersClassifier(model=folder, engine="onnx", max_length=100)
+        one, two = plain.predict_batch(texts), quick.predict_batch(texts)
+        assert np.abs(one.probabilities - two.probabilities).max() <= 1e-4
+        assert (one.best == two.best).all()
+
+    def test_eight_bits_are_asked_for_by_name_and_their_agreement_is_told(self, texts: list[str]) -> None:
+        plain, quick = SentenceEncoder(engine="plain"), SentenceEncoder(engine="onnx-int8")
+        own, other = plain.encode(texts)[0], quick.encode(texts)[0]
+        cosine = (own * other).sum(axis=1)
+        assert 0.8 < cosine.min() < 0.99999, "8 bits are not the same, and not far"
+        found = quick.packing.difference(quick.network, [quick.tokenizer([text])[0][0] for text in texts[:5]])
+        assert 0.001 < found < 0.5
+        assert plain.packing.difference(plain.network, [[5, 6, 7]]) == 0.0
+
+    def test_what_it_cannot_compute_is_said(self, tmp_path: Path) -> None:
+        half = SentenceEncoder(engine="onnx", dtype="bfloat16")
+        with pytest.raises(ConfigurationError, match=r"float32 on the CPU here.*bfloat16"):
+            half.encode(["a"])
+
+
+def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
+    base = network("bert").base_model
+    taken = Packing("auto")
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 1.0, "plain": 0.5})
+    assert taken.of(base) is None
+    assert taken.seconds == {"packed": 1.0, "plain": 0.5}
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 1.0, "plain": 0.9})
+    assert Packing("auto").of(base) is not None, "a little slower may be a busy moment"
+    assert Packing("packed").of(base) is not None
+    monkeypatch.undo()
+    own = Packing("auto")
+    own.of(base)
+    assert set(own.seconds) == {"packed", "plain"}
+    assert all(0 < seconds < 60 for seconds in own.seconds.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
+def test_packed_classifiers_agree_on_a_gpu(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
+    folder = saved(kind, tmp_path)
+    given: dict[str, Any] = {"model": folder, "dtype": dtype, "max_length": 100, "device": "cuda"}
+    plain, quick = (TransformersClassifier(engine=engine, **given) for engine in ("plain", "packed"))  # type: ignore[arg-type]
+    one, two = plain.predict_batch(texts), quick.predict_batch(texts)
+    assert np.abs(one.probabilities - two.probabilities).max() <= (1e-4 if dtype == "float32" else 1e-2)
+    assert (one.best == two.best).mean() >= 0.995
