@@ -154,16 +154,23 @@ def run_command(
     chunk: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 512,
     store: Annotated[str | None, typer.Option(help="Record calls here (URL or file), to distil from.")] = None,
     task: Annotated[str, typer.Option(help="Name under which calls are recorded.")] = "default",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, mps or cpu for the small model; the first there is.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the bundle's own.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, packed, plain, onnx or onnx-int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Answer every row of a file; exit status 1 where some rows could not be answered."""
     from langchain_datashunt.cli.run import run_file
 
+    given = {"device": device, "dtype": dtype, "engine": engine}
     with errors():
         summary = run_file(
             bundle, large, data, text, out,
             threshold=threshold, pruning=pruning, on_large_error=on_large_error,
             concurrency=concurrency, chunk=chunk, store=store, task=task,
+            computed={name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
         report(summary, as_json, f"{summary['rows']} rows; answers: {out}")
     if summary["failed"]:

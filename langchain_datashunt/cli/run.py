@@ -69,6 +69,7 @@ def run_file(
     chunk: int,
     store: str | None = None,
     task: str = "default",
+    computed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answer what is not answered yet; returns the sums over the whole of OUT, JSON-ready.
 
@@ -85,7 +86,7 @@ def run_file(
     started = time.perf_counter()
     with large_model(large) as chat_model, _recorder(store, task) as recorder, progress() as bar:
         chain = ConfidenceRouterChain.from_models(
-            load_small_model(bundle),
+            load_small_model(bundle, **(computed or {})),
             chat_model,
             pruning=PRUNINGS[pruning](),
             policy=policy,

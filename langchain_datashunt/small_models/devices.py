@@ -33,15 +33,21 @@ def choose_device(device: str | None = None) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a name: float32, bfloat16 or float16.
+def choose_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """The torch dtype of a name: float32, bfloat16, float16, or auto.
+
+    "auto" is bfloat16 on a GPU that computes it, and float32 elsewhere.
 
     Raises:
         ConfigurationError: Any other name.
     """
     names = ("float32", "bfloat16", "float16")
+    if dtype == "auto":
+        on_gpu = getattr(device, "type", device) == "cuda"
+        half = on_gpu and require("torch", "torch").cuda.is_bf16_supported()
+        dtype = "bfloat16" if half else "float32"
     if dtype not in names:
-        raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}.")
+        raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}, auto.")
     chosen: torch.dtype = getattr(require("torch", "torch"), dtype)
     return chosen
 

@@ -47,7 +47,7 @@ class SentenceEncoder(Embeddings):
     Args:
         model: A folder or hub id; None for the bundled package.
         device: cuda, mps or cpu; None chooses.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere.
         batch_size: Texts computed at once at the most.
         max_length: Tokens of a text at the most; None for what the model's own settings say.
         engine: What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses.
@@ -72,7 +72,7 @@ class SentenceEncoder(Embeddings):
         self.pooling = _pooling(self.path)
         auto = require("transformers", "torch").AutoModel
         with quiet_transformers():
-            network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype))
+            network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype, self.device))
         self.network = network.to(self.device).eval()
         limit = max_length or _max_length(self.path) or self.network.config.max_position_embeddings
         self.auto_tokenizer = require("transformers", "torch").AutoTokenizer.from_pretrained(self.path)

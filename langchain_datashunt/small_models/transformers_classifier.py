@@ -75,7 +75,8 @@ class TransformersClassifier(SmallModel):
     """cuda, mps or cpu; None chooses the first there is."""
 
     dtype: str = "float32"
-    """float32, bfloat16 or float16. A threshold used under one format is best calibrated under it."""
+    """float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. A threshold used
+    under one format is best calibrated under it."""
 
     batch_size: int = Field(default=32, ge=1)
     """Texts computed at once at the most."""
@@ -98,7 +99,7 @@ class TransformersClassifier(SmallModel):
             return
         auto = require("transformers", "torch").AutoModelForSequenceClassification
         with quiet_transformers():
-            network = auto.from_pretrained(self.model, dtype=choose_dtype(self.dtype))
+            network = auto.from_pretrained(self.model)
         own = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
@@ -111,7 +112,8 @@ class TransformersClassifier(SmallModel):
         self._take(network, TextTokenizer.from_pretrained(self.model, limit))
 
     def _take(self, network: Any, tokenizer: TextTokenizer) -> None:
-        self._network = network.to(choose_device(self.device), choose_dtype(self.dtype)).eval()
+        device = choose_device(self.device)
+        self._network = network.to(device, choose_dtype(self.dtype, device)).eval()
         self._tokenizer = tokenizer
 
     def _ready(self) -> TextTokenizer:

@@ -13,6 +13,7 @@ import torch
 from langchain_datashunt import EmbeddingClassifier, TrainingSettings, TransformersClassifier
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models import packed as packed_module
+from langchain_datashunt.small_models.devices import choose_dtype, cpu_workers
 from langchain_datashunt.small_models.encoder import SentenceEncoder, bundled_encoder_path, shared_encoder
 from langchain_datashunt.small_models.packed import Packing, packed
 
@@ -183,6 +184,17 @@ class TestOnnx:
         half = SentenceEncoder(engine="onnx", dtype="bfloat16")
         with pytest.raises(ConfigurationError, match=r"float32 on the CPU here.*bfloat16"):
             half.encode(["a"])
+
+
+def test_auto_is_half_precision_on_a_gpu_alone(monkeypatch: Any) -> None:
+    assert choose_dtype("auto") is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) is torch.float32
+    assert cpu_workers(torch.device("cuda")) == 1
+    assert 1 <= cpu_workers("cpu") <= 4
+    with pytest.raises(ConfigurationError, match="'int4' is no number format"):
+        choose_dtype("int4")
 
 
 def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
