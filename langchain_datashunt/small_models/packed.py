@@ -129,8 +129,24 @@ class Packing:
         made = packed(network)
         if made is None or self.engine == "packed":
             return made
-        self.seconds = trial({"packed": made, "plain": _plain(network)}, int(getattr(network.config, "vocab_size", 2)))
+        self.seconds = _tried(network, made)
         return made if self.seconds["packed"] <= _MUCH_SLOWER * self.seconds["plain"] else None
+
+
+_TRIALS: dict[tuple[Any, ...], dict[str, float]] = {}
+_TRIALS_LOCK = threading.Lock()
+
+
+def _tried(network: torch.nn.Module, made: PackedEncoder) -> dict[str, float]:
+    """What both take, tried once in a process for networks of one form, so that equal ones are computed alike."""
+    one, torch_ = next(network.parameters()), require("torch", "torch")
+    sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
+    form = (*(getattr(network.config, name, None) for name in sizes), one.dtype, one.device, torch_.get_num_threads())
+    with _TRIALS_LOCK:
+        if form not in _TRIALS:
+            vocabulary = int(getattr(network.config, "vocab_size", 2))
+            _TRIALS[form] = trial({"packed": made, "plain": _plain(network)}, vocabulary)
+        return _TRIALS[form]
 
 
 def trial(encoders: dict[str, AnyEncoder], vocabulary: int) -> dict[str, float]:

@@ -200,13 +200,18 @@ def test_auto_is_half_precision_on_a_gpu_alone(monkeypatch: Any) -> None:
 def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
     base = network("bert").base_model
     taken = Packing("auto")
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
     monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 1.0, "plain": 0.5})
     assert taken.of(base) is None
     assert taken.seconds == {"packed": 1.0, "plain": 0.5}
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 0.1, "plain": 0.9})
+    assert Packing("auto").of(network("bert").base_model) is None, "networks of one form are computed alike"
+    packed_module._TRIALS.clear()
     monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 1.0, "plain": 0.9})
     assert Packing("auto").of(base) is not None, "a little slower may be a busy moment"
     assert Packing("packed").of(base) is not None
     monkeypatch.undo()
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
     own = Packing("auto")
     own.of(base)
     assert set(own.seconds) == {"packed", "plain"}
