@@ -67,7 +67,9 @@ typecheck: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m tests.benchmarks.overhead $(ARGS)
+	mkdir -p benchmark-output
+	$(BIN)/python -m tests.benchmarks.speed --json benchmark-output/speed.json --markdown benchmark-output/speed.md $(ARGS)
+	$(BIN)/python -m tests.benchmarks.overhead --json benchmark-output/overhead.json
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest dist build .coverage .mypy_cache .ruff_cache .pytest_cache demo-output
+	rm -rf $(VENV) .venv-lowest .venv-newest dist build .coverage .mypy_cache .ruff_cache .pytest_cache demo-output benchmark-output
