@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import run_in_executor, set_config_context
+from langchain_core.runnables.utils import coro_with_context
 from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.auditing import Auditor
@@ -153,7 +154,7 @@ class CallSteps:
         return plan, time.perf_counter() - started
 
     def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[Any]:
-        if not isinstance(model, SmallModel):
+        if not _is_our_own(model, "invoke", "ainvoke"):
             config = runs.child(0, tag)
             return (yield Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config)))
         asked = Effect(partial(model.predict, value), partial(model.apredict, value))
@@ -162,7 +163,7 @@ class CallSteps:
         below = ChildRuns(runs, model, [value], [0], tag, _SMALL_RUN)
         yield from below.start()
         try:
-            prediction = yield asked
+            prediction = yield _within(below, asked)
         except BaseException as error:
             yield from below.fail_rest(error)
             raise
@@ -173,7 +174,7 @@ class CallSteps:
         self, model: Runnable[Any, Any], values: Sequence[Any], rows: list[int], tag: str, runs: Runs
     ) -> Steps[Outcome]:
         """One small-model call, vectorised; objects are made only for runs that are to be seen."""
-        if not isinstance(model, SmallModel):
+        if not _is_our_own(model, "batch", "abatch"):
             given, configs = list(values), runs.children(rows, tag)
             batch = partial(model.batch, given, configs, return_exceptions=True)
             abatch = partial(model.abatch, given, configs, return_exceptions=True)
@@ -186,11 +187,14 @@ class CallSteps:
         yield from below.start()
         try:
             outcome = yield asked
+            found: dict[int, Any] = {
+                **outcome.errors,
+                **dict(zip(outcome.rows.tolist(), outcome.batch or (), strict=True)),
+            }
         except BaseException as error:
             yield from below.fail_rest(error)
             raise
-        predicted = zip(outcome.rows.tolist(), outcome.batch or (), strict=True)
-        yield from below.end({**outcome.errors, **dict(predicted)})
+        yield from below.end(found)
         return outcome
 
     def _thresholds(self, runs: Runs) -> FloatArray | None:
@@ -416,3 +420,22 @@ class CallSteps:
         if handler is not None:
             cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
         return ShuntResult(output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner)
+
+
+def _is_our_own(model: Runnable[Any, Any], *names: str) -> TypeGuard[SmallModel]:
+    """Whether it is a small model whose calls are as `SmallModel` has them, so that they can be spared."""
+    return isinstance(model, SmallModel) and all(getattr(type(model), n) is getattr(SmallModel, n) for n in names)
+
+
+def _within(below: ChildRuns, asked: Effect) -> Effect:
+    """The same inside the first run: what is called there is below it."""
+
+    def call() -> Any:
+        with set_config_context(below.within(0)) as context:
+            return context.run(asked.sync)
+
+    async def acall() -> Any:
+        with set_config_context(below.within(0)) as context:
+            return await coro_with_context(asked.asynchronous(), context)
+
+    return Effect(call, acall)

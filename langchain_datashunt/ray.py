@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,9 +19,9 @@ from pydantic import PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.exceptions import ConfigurationError, PredictionError
-from langchain_datashunt.predictions import PredictionBatch, ShuntResult
-from langchain_datashunt.routing import failed_outcome, outcome_of
+from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
+from langchain_datashunt.predictions import Prediction, ShuntResult
+from langchain_datashunt.routing import checked_prediction, outcome_of
 from langchain_datashunt.shunt import ShuntRunnable, policy_for
 from langchain_datashunt.small_models.base import Outcome, Scores, SmallModel
 
@@ -193,9 +194,13 @@ class SmallStage(Stage):
     @override
     def _done(self, batch: Table) -> Table:
         texts = _texts(batch, self._column)
-        for stage, (model, labels) in self._models.items():
-            for name, (values, kind) in _cells_of(_predicted(model, texts, labels), len(texts)).items():
-                batch = batch.append_column(f"{_OURS}{stage}_{name}", _array(values, kind))
+        if taken := sorted(name for name in batch.column_names if name.startswith(_OURS)):
+            raise ConfigurationError(
+                f"Columns that begin with {_OURS!r} are this package's: {', '.join(taken)}. Rename."
+            )
+        for stage, model in self._models.items():
+            for name, values in _cells_of(_predictions(model, texts)).items():
+                batch = batch.append_column(f"{_OURS}{stage}_{name}", _array(values, _CELLS[name]))
         return batch
 
 
@@ -217,8 +222,8 @@ class LargeStage(Stage):
     @override
     def _begin(self, chain: ShuntRunnable) -> None:
         self._given = {
-            stage: GivenPredictions(labels=labels, model_id=getattr(model, "model_id", ""))
-            for stage, (model, labels) in _stages_of(chain).items()
+            stage: GivenPredictions(labels=tuple(getattr(model, "labels", None) or chain.task_labels or ()))
+            for stage, model in _stages_of(chain).items()
         }
         settings = {
             "policy": policy_for(chain.small, chain.policy),
@@ -236,13 +241,23 @@ class LargeStage(Stage):
             given.take({name: batch[f"{_OURS}{stage}_{name}"].to_pylist() for name in _CELLS})
         answering = self._chain.abatch(texts, return_exceptions=True)
         results = asyncio.run_coroutine_threadsafe(answering, self._loop).result()
-        if self._chain.recorder is not None:
-            self._chain.recorder.flush()
-        batch = batch.drop_columns([name for name in batch.column_names if name.startswith(_OURS)])
+        self._write_down()
+        batch = batch.drop_columns([f"{_OURS}{stage}_{name}" for stage in self._given for name in _CELLS])
         rows = [_answered(result) for result in results]
         for i, (name, kind) in enumerate(ANSWER_COLUMNS.items()):
             batch = batch.append_column(name, _array([row[i] for row in rows], kind))
         return batch
+
+    def _write_down(self) -> None:
+        """Wait for what is still asked and written in the background."""
+        parts = (self._chain.auditor, self._chain.recorder)
+        if not all(part is None or part.flush() is not False for part in parts):
+            warnings.warn(
+                "Some records of this batch are not in the database yet: it was away, or slow. They are in this "
+                "machine's spool, and are written when it is back.",
+                ShuntWarning,
+                stacklevel=2,
+            )
 
 
 class GivenPredictions(SmallModel):
@@ -256,24 +271,19 @@ class GivenPredictions(SmallModel):
 
     @override
     def try_predict(self, inputs: Sequence[Any]) -> Outcome:
-        rows, errors = [value.row for value in inputs], self._cells["error"]
-        failed: dict[int, Exception] = {
-            j: PredictionError(errors[row]) for j, row in enumerate(rows) if errors[row] is not None
-        }
-        good = [j for j in range(len(rows)) if j not in failed]
-        where = np.array(good, dtype=np.intp)
-        if not good:
-            return Outcome(None, where, failed)
+        return outcome_of([self._given(value.row) for value in inputs])
 
-        def matrix(name: str) -> Any:
-            cells = [self._cells[name][rows[j]] for j in good]
-            return np.stack([np.frombuffer(cell) for cell in cells]) if all(cells) else None
-
-        truncated = np.array([self._cells["truncated"][rows[j]] for j in good], dtype=np.bool_)
-        batch = PredictionBatch(
-            self.labels, matrix("probabilities"), matrix("logits"), self.model_id, truncated, matrix("features")
+    def _given(self, row: int) -> Prediction | Exception:
+        own = {name: values[row] for name, values in self._cells.items()}
+        if own["error"] is not None:
+            return PredictionError(own["error"])
+        arrays = {name: None if own[name] is None else np.frombuffer(own[name]) for name in _ARRAYS}
+        p = arrays.pop("probabilities")
+        assert p is not None
+        labels, best = tuple(json.loads(own["labels"])), int(p.argmax())
+        return Prediction(
+            labels[best], float(p[best]), p, labels, model_id=own["model"], truncated=own["truncated"], **arrays
         )
-        return Outcome(batch, where, failed)
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
@@ -290,46 +300,59 @@ class _Numbered(str):
         made.row = row
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a plain text, wherever it is sent or copied to."""
+        return str, (str(self),)
 
-def _stages_of(chain: ShuntRunnable) -> dict[str, tuple[Any, tuple[str, ...]]]:
-    """The small models there are, each with its labels."""
+
+def _stages_of(chain: ShuntRunnable) -> dict[str, Any]:
+    """The small models there are."""
     found = {stage: getattr(chain, stage) for stage in _STAGES}
-    return {
-        stage: (model, tuple(getattr(model, "labels", None) or chain.task_labels or ()))
-        for stage, model in found.items()
-        if model is not None
-    }
+    return {stage: model for stage, model in found.items() if model is not None}
 
 
-def _predicted(model: Any, texts: list[str], labels: tuple[str, ...]) -> Outcome:
-    """What a small model thinks of a batch, over its labels; where it fails as a whole, each row has its error."""
+def _predictions(model: Any, texts: list[str]) -> list[Prediction | Exception]:
+    """What a small model thinks of each text; where it fails as a whole, each has its error."""
     try:
-        if isinstance(model, SmallModel):
-            return model.try_predict(texts)
-        outcome = outcome_of(model.batch(texts, return_exceptions=True), frozenset(labels))
+        if not isinstance(model, SmallModel):
+            return [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
+        outcome = model.try_predict(texts)
     except Exception as error:
-        return failed_outcome(len(texts), error)
-    if outcome.batch is None or outcome.batch.labels == labels:
-        return outcome
-    p = np.array([[one.probability(label) for label in labels] for one in outcome.batch])
-    return outcome._replace(batch=PredictionBatch(labels, p, None, outcome.batch.model_id))
+        return [error] * len(texts)
+    found: list[Prediction | Exception] = [outcome.errors.get(i, _LOST) for i in range(len(texts))]
+    for row, prediction in zip(outcome.rows.tolist(), outcome.batch or (), strict=True):
+        found[row] = prediction
+    return found
 
 
-def _cells_of(outcome: Outcome, n: int) -> dict[str, tuple[list[Any], str]]:
-    """An outcome as columns of `n` cells: the numbers of a row as bytes, its error in words."""
-    cells: dict[str, list[Any]] = {name: [None] * n for name in _CELLS}
-    for i, error in outcome.errors.items():
-        cells["error"][i] = f"{type(error).__name__}: {error}"
-    if (batch := outcome.batch) is not None:
-        arrays = {"probabilities": batch.probabilities, "logits": batch.logits, "features": batch.features}
-        for j, row in enumerate(outcome.rows.tolist()):
-            cells["truncated"][row] = batch.truncated is not None and bool(batch.truncated[j])
-            for name, array in arrays.items():
-                cells[name][row] = None if array is None else np.asarray(array[j], dtype=np.float64).tobytes()
-    return {name: (cells[name], kind) for name, kind in _CELLS.items()}
+_LOST = PredictionError("The small model gave neither a prediction nor an error for this input.")
 
 
-_CELLS = {"probabilities": "binary", "logits": "binary", "features": "binary", "truncated": "bool", "error": "string"}
+def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]:
+    """Predictions as columns: numbers as bytes, errors in words."""
+    cells: dict[str, list[Any]] = {name: [None] * len(predictions) for name in _CELLS}
+    written: dict[tuple[str, ...], str] = {}
+    for row, one in enumerate(predictions):
+        if isinstance(one, Exception):
+            cells["error"][row] = f"{type(one).__name__}: {one}"
+            continue
+        if one.labels not in written:
+            written[one.labels] = json.dumps(one.labels, ensure_ascii=False)
+        cells["labels"][row], cells["model"][row] = written[one.labels], one.model_id
+        cells["truncated"][row] = one.truncated
+        for name in _ARRAYS:
+            array = getattr(one, name)
+            cells[name][row] = None if array is None else np.asarray(array, dtype=np.float64).tobytes()
+    return cells
+
+
+_ARRAYS = ("probabilities", "logits", "features")
+_CELLS = dict.fromkeys(_ARRAYS, "binary") | {
+    "truncated": "bool",
+    "labels": "names",
+    "model": "names",
+    "error": "string",
+}
 """What goes from the small stage to the large one of each small model, with its type in Arrow."""
 
 
@@ -352,6 +375,8 @@ def _as_text(output: Any) -> str:
 def _array(values: list[Any], kind: str) -> Any:
     """A column of a type by its name in Arrow, also where all of it is missing."""
     arrow = require("pyarrow", "ray")
+    if kind == "names":  # few, and repeated in every row
+        return arrow.array(values, "string").dictionary_encode()
     return arrow.array(values, arrow.type_for_alias(kind))
 
 

@@ -148,7 +148,8 @@ class Runs:
         config = self.each[i]
         run_id: UUID | None = config.pop("run_id", None)
         name = config.get("run_name") or self._owner.get_name()
-        manager = self._one_manager or self._manager_for(config)
+        one = self._one_manager
+        manager = self._manager_for(config) if one is None else one.copy()  # tags and metadata are each run's own
         return manager.on_chain_start(None, self._inputs[i], name=name, run_id=run_id)
 
     def _started(self, i: int, manager: Any) -> None:
@@ -250,13 +251,23 @@ class ChildRuns(Runs):
         self._managers: list[Any] = []
         self._pending: set[int] = set()
         self._above, self._rows = parents, rows
+        self._hooked: list[BaseCallbackHandler] | None = None
         self._told: dict[str, Any] = {"name": owner.get_name(), "run_type": run_type}
         self._tag = tag
 
     @override
     def _begin(self, i: int) -> Any:
         child = self._above._managers[self._rows[i]].get_child(self._tag)
+        if self._hooked is None:  # handlers that `configure` adds to every run, such as a collector of runs
+            configured = type(child).configure(child)
+            self._hooked = [one for one in configured.handlers if one not in child.handlers]
+        for handler in self._hooked:
+            child.add_handler(handler, inherit=False)
         return child.on_chain_start(None, self._inputs[i], **self._told)
+
+    def within(self, i: int) -> RunnableConfig:
+        """The config of what is called inside run `i`."""
+        return patch_config(self._above.config(self._rows[i]), callbacks=self._managers[i].get_child())
 
 
 def _mark(manager: Any, decision: ShuntDecision, metadata: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ async def _answer_all(
     """
 
     async def answer(step: dict[int, str]) -> None:
-        todo = [i for i in step if i not in journal.part]
+        todo = [i for i, text in step.items() if not journal.has(i, text)]
         advance(len(step) - len(todo))
         inputs = [step[i] for i in todo]
         async for position, result in chain.abatch_as_completed(inputs, return_exceptions=True):
@@ -167,7 +167,13 @@ def _record(row: int, text: str, result: Any) -> dict[str, Any]:
         )
     else:
         values = (row, text, None, "large", "large_error", None, None, f"{type(result).__name__}: {result}")
-    return dict(zip(FIELDS, values, strict=True))
+    written = (_writable(value) if isinstance(value, str) else value for value in values)
+    return dict(zip(FIELDS, written, strict=True))
+
+
+def _writable(text: str) -> str:
+    """The same without halves of characters that no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Journal:
@@ -195,7 +201,7 @@ class Journal:
             done, last = done + 1, row
         if last is not None:
             mine = next(itertools.islice(read_rows(data), done - 1, None), None)
-            if mine is None or str(mine[text]) != str(last.get("text")):
+            if mine is None or _writable(str(mine[text])) != str(last.get("text")):
                 raise DataError(
                     f"{self.out} has {done} answers that do not belong to {data.name} (row {done} has another text). "
                     f"Give another --out, or remove the file."
@@ -232,6 +238,21 @@ class Journal:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    def has(self, row: int, text: str) -> bool:
+        """Whether a row is answered.
+
+        Raises:
+            DataError: What is kept of it is an answer to another text.
+        """
+        if (kept := self.part.get(row)) is None:
+            return False
+        if kept["text"] != _writable(text):
+            raise DataError(
+                f"{self.part_file} has answers that do not belong to the data (row {row + 1} has another text). Give "
+                f"another --out, or remove the file."
+            )
+        return True
 
     def note(self, record: dict[str, Any]) -> None:
         """Keep one answer, on disk before the next is waited for."""
@@ -279,7 +300,7 @@ def _lines(records: list[dict[str, Any]], suffix: str, *, header: bool) -> str:
     if suffix == ".jsonl":
         return "".join(json.dumps(record) + "\n" for record in records)
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     if header:
         writer.writeheader()
     writer.writerows(records)

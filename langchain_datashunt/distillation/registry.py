@@ -245,8 +245,10 @@ class RegistryModel(SmallModel):
         Raises:
             RegistryError: It has no version in service.
         """
+        serving = {name: overrides.pop(name) for name in ("micro_batching",) if name in overrides}
         first = registry.load(**overrides)
         model = cls(
+            **serving,
             folder=str(registry.folder),
             check_seconds=check_seconds,
             overrides=overrides,

@@ -52,6 +52,12 @@ class Scores(NamedTuple):
     features: NDArray[Any] | None = None
 
 
+_NOT_OF_SCORES = frozenset(
+    {"temperature", "threshold", "policy", "fusion", "model_id", "lineage", "micro_batching", "cache_size", "labels"}
+)
+"""Settings that can change without changing what is computed for a text."""
+
+
 class _Remembered(NamedTuple):
     """One text's part of `Scores`."""
 
@@ -108,7 +114,10 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
 
     micro_batching: MicroBatching | None = Field(default=MicroBatching(), exclude=True, repr=False)
-    """How single requests that arrive while the model is busy are computed together; None computes each alone."""
+    """How single requests that arrive while the model is busy are computed together; None computes each alone.
+
+    A batch has many callers, so it is computed without their context variables: a kind that reads these, or calls
+    other Runnables, sets None."""
 
     cache_size: int = Field(default=0, ge=0, exclude=True, repr=False)
     """Texts whose scores are remembered, so that an exact repeat costs a hash; 0 remembers none."""
@@ -193,6 +202,12 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             self._serving = Serving(self)
         return self._serving
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; what was remembered under another is forgotten."""
+        super().__setattr__(name, value)
+        if name not in _NOT_OF_SCORES and (not name.startswith("_") or name == "_network"):
+            self._serving.forget()
+
     def workers(self) -> int:
         """Batches that are best computed at once on this machine; 1 where a kind does not say otherwise."""
         return 1
@@ -219,7 +234,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         return Scores(
             np.stack([row.logits for row in rows]),
             np.array([row.truncated for row in rows]),
-            np.stack(features) if features else None,
+            np.stack(features) if len(features) == len(rows) else None,
         )
 
     def _read(self, inputs: Sequence[Any]) -> tuple[list[str], list[int], dict[int, Exception]]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Generic, TypeVar
 
+from langchain_datashunt.small_models.forking import AFTER_FORK
+
 V = TypeVar("V")
 
 
@@ -29,6 +31,11 @@ class TextCache(Generic[V]):
         """Texts that were found."""
         self.misses = 0
         """Texts that had to be computed."""
+        self.after_fork()
+        AFTER_FORK.add(self)
+
+    def after_fork(self) -> None:
+        """Forget all: another thread of the parent may have been about to change it."""
         self._found: OrderedDict[bytes, V] = OrderedDict()
         self._mutex = threading.Lock()
 

@@ -44,7 +44,7 @@ def choose_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
     names = ("float32", "bfloat16", "float16")
     if dtype == "auto":
         on_gpu = getattr(device, "type", device) == "cuda"
-        half = on_gpu and require("torch", "torch").cuda.is_bf16_supported()
+        half = on_gpu and require("torch", "torch").cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if half else "float32"
     if dtype not in names:
         raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}, auto.")

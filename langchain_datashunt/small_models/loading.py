@@ -10,12 +10,13 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from langchain_datashunt.configured import from_plain
+from langchain_datashunt.configured import Configured, from_plain
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
+from langchain_datashunt.small_models.micro_batching import MicroBatching
 
 KINDS: dict[str, tuple[str, str]] = {
     "embedding": ("langchain_datashunt.small_models.embedding", "EmbeddingClassifier"),
@@ -56,7 +57,7 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
     """
     path = Path(folder).absolute()
     info, weights = read_bundle(path)
-    serving = {name: overrides.pop(name) for name in _SERVING if name in overrides}
+    serving = _serving_of(overrides)
     model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
     if serving:
         model = model.model_copy(update=serving)
@@ -83,8 +84,19 @@ def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
     return policy, fusion
 
 
-_SERVING = ("micro_batching", "cache_size")
-"""Settings of every kind that no bundle holds."""
+class _Serving(Configured):
+    """Settings of every kind that no bundle holds."""
+
+    micro_batching: MicroBatching | None = MicroBatching()
+    cache_size: int = Field(default=0, ge=0)
+
+
+def _serving_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """These of the overrides, checked; they are taken out."""
+    given = {name: overrides.pop(name) for name in _Serving.model_fields if name in overrides}
+    checked = _Serving(**given)
+    return {name: getattr(checked, name) for name in given}
+
 
 _CHANGEABLE = ("model_id", "temperature", "threshold", "policy", "fusion", "input_key")
 """What a loaded model may set otherwise than its bundle."""
@@ -107,7 +119,8 @@ class BundledSmallModel(SmallModel):
     @classmethod
     def at(cls, folder: str | Path, **overrides: Any) -> Self:
         """The model in a folder; `overrides` as for `load_small_model`."""
-        return cls.model_validate({"path": str(Path(folder).absolute()), "overrides": overrides})
+        serving = _serving_of(overrides)
+        return cls.model_validate({"path": str(Path(folder).absolute()), "overrides": overrides, **serving})
 
     @model_validator(mode="before")
     @classmethod

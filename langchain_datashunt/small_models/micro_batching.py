@@ -7,9 +7,8 @@ line, and whoever is free next takes all that stand there, first come first serv
 from __future__ import annotations
 
 import asyncio
-import os
+import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,14 @@ from pydantic import Field
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.configured import Strategy
-from langchain_datashunt.exceptions import MissingExtraError, QueueFullError
+from langchain_datashunt.exceptions import MissingExtraError, PredictionError, QueueFullError
+from langchain_datashunt.small_models.forking import AFTER_FORK
 
 Compute = Callable[[list[Any]], Sequence[Any]]
 """From `n` inputs to `n` answers, an exception in the place of an answer that failed."""
+
+
+_MOST_THREADS = 64
 
 
 class MicroBatching(Strategy):
@@ -42,43 +45,58 @@ class MicroBatching(Strategy):
     A shunt sends what its small model refuses to the large one, so give a bound only where that is wanted."""
 
 
+class _Shift:
+    """One turn of a thread at serving; revoked where it could not be begun, though it may stand in the pool's queue."""
+
+    __slots__ = ("revoked",)
+
+    def __init__(self) -> None:
+        self.revoked = False
+
+
 class MicroBatcher:
     """The line in front of one model, and the threads that serve it; made by `SmallModel`.
 
     May be used by any number of threads and event loops at once. Threads are made when they are first needed, and end
-    with the process or with `close`; a forked child begins with an empty line.
+    with the process or with `close`; a forked child begins with an empty line. What is computed in these threads does
+    not see the callers' context variables, for a batch has many callers.
 
     Args:
         compute: What is done with a batch.
         settings: How requests are joined.
-        workers: Batches at once.
-        prepare_worker: Called once in each new thread.
+        workers: Batches at once; a function is asked in the first thread that serves, for it may take long.
+        prepare_worker: Called with the number of workers once in each new thread; where it fails, nothing is lost.
     """
 
     def __init__(
         self,
         compute: Compute,
         settings: MicroBatching,
-        workers: int = 1,
-        prepare_worker: Callable[[], None] | None = None,
+        workers: int | Callable[[], int] = 1,
+        prepare_worker: Callable[[int], None] | None = None,
     ) -> None:
         self._compute = compute
         self._settings = settings
-        self._workers = workers
+        self._workers = workers if isinstance(workers, int) else 1
+        self._count_workers = None if isinstance(workers, int) else workers
         self._prepare_worker = prepare_worker
         self.batches = 0
-        """Batches computed so far."""
+        """Batches computed so far, those of one too."""
         self.requests = 0
-        """Requests answered so far, failed ones too."""
+        """Requests computed so far, failed ones too."""
         self._begin()
-        _BATCHERS.add(self)
+        AFTER_FORK.add(self)
 
     def _begin(self) -> None:
         self._mutex = threading.Lock()
         self._line: deque[_Request] = deque()
+        self._again: deque[list[_Request]] = deque()
         self._waiting = 0
         self._busy = 0
         self._threads: ThreadPoolExecutor | None = None
+        self._here = threading.local()
+
+    after_fork = _begin
 
     @property
     def waiting(self) -> int:
@@ -88,35 +106,38 @@ class MicroBatcher:
     # Asking
 
     def call(self, value: Any) -> Any:
-        """The answer to one input; computed in this thread where the model is idle.
+        """The answer to one input; computed in this thread where the model is idle, or where it asks itself.
 
         Raises:
             Exception: What the model raised for this input.
             QueueFullError: The line is full.
         """
+        if getattr(self._here, "computing", False):
+            return _told(self._compute([value])[0])
         request: _ThreadRequest | None = None
+        alone: _Shift | None = None
         with self._mutex:
             if not (self._busy or self._waiting):
                 self._busy += 1
             else:
                 request = _ThreadRequest(value)
                 self._admit(request)
-            alone = request is not None and self._staff()
-        if request is not None:
-            if alone:
-                self._serve()
+                alone = self._staff()
+        if request is None:
             try:
-                return request.wait()
-            except BaseException:
-                self._leave(request)
-                raise
+                answers = self._computed([value])
+            finally:
+                self._freed()
+            return _told(answers.pop())
+        if alone is not None:
+            self._serve(alone)
         try:
-            (answer,) = self._answers([value])
+            return request.wait()
+        except BaseException:
+            self._leave(request)
+            raise
         finally:
-            self._freed()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+            del request  # its answer may be an error whose traceback holds this frame
 
     async def acall(self, value: Any) -> Any:
         """The answer to one input, computed in a thread of this batcher; a cancelled request leaves the line.
@@ -125,18 +146,21 @@ class MicroBatcher:
             Exception: What the model raised for this input.
             QueueFullError: The line is full.
         """
-        loop = asyncio.get_running_loop()
-        request = _LoopRequest(value, loop)
+        if getattr(self._here, "computing", False):
+            return self.call(value)
+        request = _LoopRequest(value, asyncio.get_running_loop())
         with self._mutex:
             self._admit(request)
             alone = self._staff()
-        if alone:
-            self._serve()
+        if alone is not None:
+            self._serve(alone)
         try:
             return await request.future
         except asyncio.CancelledError:
             self._leave(request)
             raise
+        finally:
+            del request
 
     def _admit(self, request: _Request) -> None:
         bound = self._settings.max_waiting
@@ -156,39 +180,57 @@ class MicroBatcher:
 
     # Serving
 
-    def _staff(self) -> bool:
+    def _staff(self) -> _Shift | None:
         """Put one more thread to work, where there is work and may be one; the mutex is held.
 
         Returns:
-            Whether the caller is to serve, because no thread can be had any more.
+            A turn that the caller is to take itself, because no thread can be had; None for none.
         """
-        if not self._waiting or self._busy >= self._workers:
-            return False
+        if not (self._waiting or self._again) or self._busy >= self._workers:
+            return None
         self._busy += 1
+        shift = _Shift()
         try:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(self._workers, "datashunt", initializer=self._prepare_worker)
-            self._threads.submit(self._serve)
-        except RuntimeError:  # closed, or the process is ending
-            return True
-        return False
+                self._threads = ThreadPoolExecutor(_MOST_THREADS, "datashunt")
+            self._threads.submit(self._serve, shift)
+        except RuntimeError:  # closed, or the process is ending, or no thread can be started
+            shift.revoked = True
+            return _Shift()
+        return None
 
     def _freed(self) -> None:
         with self._mutex:
             self._busy -= 1
             alone = self._staff()
-        if alone:
-            self._serve()
+        if alone is not None:
+            self._serve(alone)
 
-    def _serve(self) -> None:
+    def _serve(self, shift: _Shift) -> None:
         """Compute batch after batch until nobody is in line."""
+        if shift.revoked:
+            return
+        self._prepare()
         while batch := self._next_batch():
-            _settle(batch, self._answers([request.value for request in batch]))
+            self._work(batch)
+            del batch
+
+    def _prepare(self) -> None:
+        """Make this thread ready, once; what fails here costs speed only."""
+        with suppress(Exception):
+            if (count := self._count_workers) is not None:
+                self._workers, self._count_workers = max(1, count()), None
+            if not getattr(self._here, "prepared", False) and self._prepare_worker is not None:
+                self._here.prepared = True
+                if threading.current_thread().name.startswith("datashunt"):
+                    self._prepare_worker(self._workers)
 
     def _next_batch(self) -> list[_Request]:
         """Who is next; empty, and this thread no longer busy, where nobody is."""
         batch: list[_Request] = []
         with self._mutex:
+            if self._again:
+                return self._again.popleft()
             while self._line and len(batch) < self._settings.max_batch:
                 request = self._line.popleft()
                 if not request.left:
@@ -199,22 +241,45 @@ class MicroBatcher:
                 self._busy -= 1
         return batch
 
-    def _answers(self, values: list[Any]) -> Sequence[Any]:
-        """One answer each; a batch that fails as a whole is halved until what fails, fails alone."""
-        self.batches += 1
-        self.requests += len(values)
-        return self._computed(values)
-
-    def _computed(self, values: list[Any]) -> Sequence[Any]:
+    def _work(self, batch: list[_Request]) -> None:
+        """Answer a batch. One that fails as a whole is halved until what fails, fails alone; others may help."""
         try:
-            return self._compute(values)
+            answers: Sequence[Any] = self._computed([request.value for request in batch], count=batch[0].new)
         except Exception as error:
-            if len(values) == 1:
-                return [error]
+            if len(batch) > 1:
+                for request in batch:
+                    request.new = False
+                middle = len(batch) // 2
+                with self._mutex:
+                    self._again.extend((batch[:middle], batch[middle:]))
+                    alone = self._staff()
+                if alone is not None:
+                    self._serve(alone)
+                return
+            answers = [error]
         except BaseException as error:
-            return [error] * len(values)
-        middle = len(values) // 2
-        return [*self._computed(values[:middle]), *self._computed(values[middle:])]
+            answers = [_wrapped(error) for _ in batch]
+        try:
+            _settle(batch, answers)
+        finally:
+            del answers
+
+    def _computed(self, values: list[Any], *, count: bool = True) -> list[Any]:
+        """An answer for each.
+
+        Raises:
+            PredictionError: The model gave another number of answers.
+        """
+        self.batches += 1
+        self.requests += len(values) if count else 0
+        outer, self._here.computing = getattr(self._here, "computing", False), True
+        try:
+            answers = list(self._compute(values))
+        finally:
+            self._here.computing = outer
+        if len(answers) != len(values):
+            raise PredictionError(f"The small model gave {len(answers)} answers for {len(values)} inputs.")
+        return answers
 
     # The end
 
@@ -227,6 +292,23 @@ class MicroBatcher:
         threads.shutdown(wait=True)
 
 
+def _wrapped(error: BaseException) -> PredictionError:
+    """What ends a thread is no affair of those who wait for its answers: an error of its own for each."""
+    told = PredictionError(f"The small model raised {type(error).__name__}: {error}.")
+    told.__cause__ = error
+    return told
+
+
+def _told(answer: Any) -> Any:
+    """An answer, raised where it is an error; the error is not held by the frame that its traceback holds."""
+    if not isinstance(answer, BaseException):
+        return answer
+    try:
+        raise answer
+    finally:
+        del answer
+
+
 class _Request:
     """One input in line.
 
@@ -234,13 +316,15 @@ class _Request:
         value: The input.
         taken: Whether it is being computed, or has been.
         left: Whether its caller has gone.
+        new: Whether it was not yet part of a batch that failed.
     """
 
-    __slots__ = ("left", "taken", "value")
+    __slots__ = ("left", "new", "taken", "value")
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self.taken = self.left = False
+        self.new = True
 
 
 class _ThreadRequest(_Request):
@@ -256,9 +340,11 @@ class _ThreadRequest(_Request):
 
     def wait(self) -> Any:
         self._ready.acquire()
-        if isinstance(self._answer, BaseException):
-            raise self._answer
-        return self._answer
+        answer, self._answer = self._answer, None
+        try:
+            return _told(answer)
+        finally:
+            del answer
 
     def settle(self, answer: Any) -> None:
         self._answer = answer
@@ -303,19 +389,9 @@ def _resolve(settled: list[tuple[asyncio.Future[Any], Any]]) -> None:
 
 def share_of_threads(workers: int) -> None:
     """Have this thread's torch and BLAS products use its share of the process's threads, where several work."""
-    each = max(1, int(require("torch", "torch").get_num_threads()) // workers)
+    torch = sys.modules.get("torch")
+    if workers == 1 or torch is None:
+        return
     with suppress(MissingExtraError):  # without it, threads compete
+        each = max(1, int(torch.get_num_threads()) // workers)
         require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")
-
-
-_BATCHERS: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """A forked child has none of the parent's threads, nor anybody in line."""
-    for batcher in list(_BATCHERS):
-        batcher._begin()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

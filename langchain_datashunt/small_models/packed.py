@@ -72,9 +72,9 @@ class Packing:
         self.seconds: dict[str, float] = {}
         """What each engine took for the texts of the trial, where "auto" had a choice."""
         self._made: AnyEncoder | None = None
-        self._network: torch.nn.Module | None = None
-        self._first: Any = None
-        self._watched: list[Any] = []
+        self.network: torch.nn.Module | None = None
+        """Whose engine it is; None before the first use."""
+        self._watched: tuple[list[tuple[dict[str, Any], str, Any]], list[Any]] = ([], [])
         self._stamp: tuple[int, ...] | None = None
         self._lock = threading.Lock()
 
@@ -92,16 +92,15 @@ class Packing:
             ConfigurationError: The engine that was asked for cannot compute this network.
             MissingExtraError: It is not installed.
         """
-        if self.engine == "plain":
+        if self.engine == "plain" or network.training:
             return None
-        if self._network is not network or self._stamp_now() != self._stamp:
+        if self.network is not network or self._stamp_now() != self._stamp:
             with self._lock:
-                if self._network is not network or self._stamp_now() != self._stamp:
-                    self._watched = [one for one in network.parameters() if not one.is_inference()]
-                    self._first = next(network.parameters())
+                if self.network is not network or self._stamp_now() != self._stamp:
+                    self._watched = _parts_of(network)
                     stamp = self._stamp_now()
                     self._made = self._engine_of(network)
-                    self._network, self._stamp = network, stamp
+                    self.network, self._stamp = network, stamp
         if self._made is None and self.engine == "packed":
             raise ConfigurationError(
                 f"The architecture {getattr(network.config, 'model_type', '?')!r} has no packed form here, or runs on "
@@ -119,9 +118,19 @@ class Packing:
         own = _plain(network)(ids).states.float()
         return 0.0 if encoder is None else float((encoder(ids).states.float() - own).abs().max() / own.abs().max())
 
-    def _stamp_now(self) -> tuple[int, ...]:
-        """Changes when a weight is written to, or all are moved; those made in inference mode cannot be watched."""
-        return (self._first.data_ptr(), sum(one._version for one in self._watched))
+    def forget(self) -> None:
+        """Make the engine anew at the next call.
+
+        Weights that an optimizer or `load_state_dict` writes, moves or replaces are noticed; what writes behind
+        torch's back (a fused optimizer, `weight.data`) is not.
+        """
+        self.network = None
+
+    def _stamp_now(self) -> tuple[Any, ...]:
+        """Changes when a part of the network is replaced, or a weight is written to or moved."""
+        holds, parameters = self._watched
+        same = all(where.get(name) is one for where, name, one in holds)
+        return (same, *(one.data_ptr() for one in parameters), *map(_version, parameters))
 
     def _engine_of(self, network: torch.nn.Module) -> AnyEncoder | None:
         if self.engine.startswith("onnx"):
@@ -184,9 +193,13 @@ def packed(network: torch.nn.Module) -> PackedEncoder | None:
     if kind not in ARCHITECTURES or one.device.type not in ("cpu", "cuda") or network.training:
         return None
     dtype = one.dtype
+    if str(dtype).removeprefix("torch.") not in TOLERANCE or any(part._forward_hooks for part in network.modules()):
+        return None  # hooks want to see every layer's call
     try:
         made = PackedEncoder(ARCHITECTURES[kind](network, network.config), one.device)
         far = _difference(network, made)
+    except NotImplementedError:
+        return None
     except (AttributeError, RuntimeError, TypeError) as error:
         warnings.warn(f"The packed form of {kind} cannot be made ({error}); transformers computes it.", ShuntWarning, 2)
         return None
@@ -195,6 +208,20 @@ def packed(network: torch.nn.Module) -> PackedEncoder | None:
         warnings.warn(told, ShuntWarning, 2)
         return None
     return made
+
+
+def _parts_of(network: torch.nn.Module) -> tuple[list[tuple[dict[str, Any], str, Any]], list[Any]]:
+    """Where each part and each parameter of a network is held, and the parameters."""
+    holds: list[tuple[dict[str, Any], str, Any]] = []
+    for part in network.modules():
+        for where in (part._modules, part._parameters):
+            holds += [(where, name, one) for name, one in where.items()]
+    return holds, list(network.parameters())
+
+
+def _version(parameter: torch.Tensor) -> int:
+    """How often a parameter was written to; those made in inference mode do not count."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _difference(network: torch.nn.Module, made: PackedEncoder) -> float:

@@ -269,15 +269,29 @@ class Parts:
     window: int = 0
 
 
-def _embedder(words: torch.Tensor, places: torch.Tensor, first_place: int, norm: Any) -> Any:
+def _embedder(words: torch.Tensor, places: torch.Tensor, norm: Any, padding: int | None = None) -> Any:
+    """The sum of a token's own and its place's embedding; with a padding id, places are counted from after it."""
     functional = require("torch.nn.functional", "torch")
     words, places = words.detach(), places.detach()
 
     def embed(tokens: Tokens) -> Any:
         x = functional.embedding(tokens.ids, words)
-        return norm(x + functional.embedding(tokens.places + first_place, places))
+        where = tokens.places if padding is None else _places_after(tokens, padding)
+        return norm(x + functional.embedding(where, places))
 
     return embed
+
+
+def _places_after(tokens: Tokens, padding: int) -> torch.Tensor:
+    """Places as RoBERTa counts them: from `padding` + 1; a padding token inside a text has the place `padding`."""
+    real = tokens.ids != padding
+    if bool(real.all()):
+        return tokens.places + padding + 1
+    torch_ = require("torch", "torch")
+    counted = real.cumsum(0)
+    before = torch_.repeat_interleave((counted - real.long())[tokens.bounds()[:-1].long()], tokens.lengths)
+    found: torch.Tensor = torch_.where(real, counted - before + padding, padding)
+    return found
 
 
 def _bert(network: Any, config: Any) -> Parts:
@@ -302,8 +316,8 @@ def _bert(network: Any, config: Any) -> Parts:
             )
         )
     places = own.position_embeddings.weight + own.token_type_embeddings.weight[0]
-    first_place = 0 if padding is None else int(padding) + 1
-    return Parts(_embedder(own.word_embeddings.weight, places, first_place, own.LayerNorm), layers)
+    after = None if padding is None else int(padding)
+    return Parts(_embedder(own.word_embeddings.weight, places, own.LayerNorm, after), layers)
 
 
 def _distilbert(network: Any, config: Any) -> Parts:
@@ -320,11 +334,13 @@ def _distilbert(network: Any, config: Any) -> Parts:
         )
         for layer in network.transformer.layer
     ]
-    return Parts(_embedder(own.word_embeddings.weight, own.position_embeddings.weight, 0, own.LayerNorm), layers)
+    return Parts(_embedder(own.word_embeddings.weight, own.position_embeddings.weight, own.LayerNorm), layers)
 
 
 def _modernbert(network: Any, config: Any) -> Parts:
     """ModernBERT: rotated queries and keys, and a window in most layers."""
+    if not hasattr(config, "layer_types") or not hasattr(config, "sliding_window"):
+        raise NotImplementedError("this version of transformers lays ModernBERT out otherwise")
     own, functional = network.embeddings, require("torch.nn.functional", "torch")
     words = own.tok_embeddings.weight.detach()
     heads, far = int(config.num_attention_heads), int(config.sliding_window)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ class Serving:
         self._batcher: MicroBatcher | None = None
         self._settings: MicroBatching | None = None
         self._cache: TextCache[Any] | None = None
+        self.after_fork()
+        AFTER_FORK.add(self)
+
+    def after_fork(self) -> None:
+        """Begin with a lock that nobody holds."""
         self._mutex = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,8 +59,15 @@ class Serving:
             assert served is not None
             return served._predict_many(values)
 
-        workers = settings.workers or model.workers()
-        return MicroBatcher(compute, settings, workers, partial(share_of_threads, workers))
+        def workers() -> int:
+            served = owner()
+            return 1 if served is None else served.workers()
+
+        return MicroBatcher(compute, settings, settings.workers or workers, share_of_threads)
+
+    def forget(self) -> None:
+        """Remember nothing: the model computes other scores now."""
+        self._cache = None
 
     def cache_of(self, model: SmallModel) -> TextCache[Any] | None:
         """The memory of the model, of the size that it has now; None where it remembers nothing."""

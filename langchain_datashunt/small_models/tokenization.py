@@ -50,7 +50,7 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], BoolArray]:
         """Ids of each text, and which texts were cut, shape `[n]`; the closing special token is kept."""
         encodings = self.backend.encode_batch(list(texts))
-        ids = [encoding.ids for encoding in encodings]
+        ids = [encoding.ids or [self.pad_id] for encoding in encodings]  # no text is without a token
         cut = np.array([len(one) > self.max_length for one in ids], dtype=np.bool_)
         for i in np.flatnonzero(cut).tolist():
             ids[i] = self._cut(ids[i])

@@ -150,10 +150,22 @@ class TransformersClassifier(SmallModel):
     def _logits(self, ids: list[list[int]]) -> Any:
         """Logits `[n, k]` of token ids, by the packed encoder where there is one."""
         head = HEADS.get(type(self._network).__name__)
-        packed = None if head is None else self._packing.of(self._network.base_model)
-        if head is None or packed is None:
+        if head is None:
+            if self.engine not in ("auto", "plain"):
+                raise ConfigurationError(
+                    f"A {type(self._network).__name__} is not computed by engine={self.engine!r} here; use 'auto' or "
+                    f"'plain'. Known are: {', '.join(HEADS)}."
+                )
             return self.logits_of(self._network, ids)
-        return head(self._network, packed(ids))
+        encoder = self._own_packing().of(self._network.base_model)
+        return self.logits_of(self._network, ids) if encoder is None else head(self._network, encoder(ids))
+
+    def _own_packing(self) -> Packing:
+        """The engine of this model's network; a copy with another network, or another engine, has another."""
+        packing = self._packing
+        if packing.engine != self.engine or packing.network not in (None, self._network.base_model):
+            packing = self._packing = Packing(self.engine)
+        return packing
 
     @classmethod
     def train(

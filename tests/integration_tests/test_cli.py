@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from langchain_datashunt import ConfidenceRouterChain, NoHint, ShuntRunnable, Threshold, load_small_model
 from langchain_datashunt.cli.app import app
 from langchain_datashunt.cli.run import Journal, _answer_all
+from langchain_datashunt.data.reading import read_rows
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.small_models import Scores
@@ -235,6 +236,33 @@ def test_a_kill_while_a_step_is_moved_loses_and_doubles_nothing(tmp_path: Path) 
         assert set(again.part) == {2}
         again.close()
     assert Journal(journal.out).resume(tmp_path / "data.csv", "text") == 2
+
+
+def test_answers_to_other_data_are_not_taken_over(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    journal = Journal(out)
+    journal.resume(work / "data.csv", "text")
+    journal.note({"row": 0, "text": "another text", "answer": "x"})
+    journal.close()
+    done = answer(work, out)
+    assert done.exit_code == 2
+    assert "do not belong to the data (row 1 has another text)" in done.output.replace("\n", " ")
+
+
+def test_odd_characters_are_written_so_that_they_can_be_read_back(work: Path, tmp_path: Path) -> None:
+    texts = ["where\ris it", 'a "quoted", one\nwith lines', "half a \ud83d character"]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name in ("o.csv", "o.jsonl"):
+        given = ("--threshold", "0.26", "--on-large-error", "small", "--chunk", "1")
+        for _ in range(2):
+            done = command(
+                "run", "--bundle", work / "bundle", "--large", f"replay:{work / 'answers.jsonl'}", "--data",
+                tmp_path / "odd.jsonl", "--text", "text", "--out", tmp_path / name, "--json", *given,
+            )  # fmt: skip
+            assert done.exit_code == 0, done.output
+            assert json.loads(done.stdout)["rows"] == 3
+        found = [row["text"] for row in read_rows(tmp_path / name)]
+        assert found == [*texts[:2], "half a \\ud83d character"]
 
 
 def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
@@ -19,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 
 from langchain_datashunt import (
     ConfidenceRouterChain,
+    Margin,
     NoHint,
     Prediction,
     PredictProbaClassifier,
@@ -192,6 +195,23 @@ def test_two_small_models_and_what_fails(bundle: Path) -> None:
     assert found[2]["label"] in labels
 
 
+def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle: Path) -> None:
+    """The rows say which labels they are over; an input is a plain text wherever it is sent."""
+    sets = [{"b": 0.9, "a": 0.1}, {"a": 0.95, "b": 0.05}]
+
+    def chain(which: int) -> Any:
+        return ShuntRunnable(
+            small=lambda text: Prediction.of(sets[which] if text != "unsure" else {"a": 0.5, "b": 0.5}, model_id="m"),
+            large=lambda text: f"L:{pickle.loads(pickle.dumps(copy.deepcopy(text)))}", pruning=None,
+            policy=Threshold(0.5, score=Margin()), labels=("a", "b"),
+        )  # fmt: skip
+
+    tables = [SmallStage(lambda i=i: chain(i), "text")(arrow.table({"text": ["x", "unsure"]})) for i in range(2)]  # type: ignore[misc]
+    both = arrow.concat_tables(tables)
+    found = LargeStage(lambda: chain(0), "text", 2)(both).to_pylist()
+    assert [row["answer"] for row in found] == ["b", "L:unsure", "a", "L:unsure"]
+
+
 def test_settings_that_cannot_be_are_refused(local_ray: Any, bundle: Path) -> None:
     data = local_ray.from_items([{"text": "a"}])
     chain = ShuntRunnable(small=BundledSmallModel.at(bundle), large=lambda _: "L", pruning=None)
@@ -219,6 +239,8 @@ def test_what_only_the_actors_see_is_told_with_the_first_batch(bundle: Path) -> 
         SmallStage(make, "question")(arrow.table({"text": ["a"]}))
     with pytest.raises(ConfigurationError, match="would overwrite: answer"):
         SmallStage(make, "text")(arrow.table({"text": ["a"], "answer": ["b"]}))
+    with pytest.raises(ConfigurationError, match="package's: datashunt_id"):
+        SmallStage(make, "text")(arrow.table({"text": ["a"], "datashunt_id": ["b"]}))
     with pytest.raises(ConfigurationError, match="gave a str, no ShuntRunnable"):
         SmallStage(lambda: "chain", "text")(arrow.table({"text": ["a"]}))  # type: ignore[arg-type, return-value]
     with pytest.raises(BundleError):

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 from langchain_core.runnables import RunnableLambda
+from langchain_core.tracers.base import BaseTracer
+from langchain_core.tracers.context import collect_runs
 
 from langchain_datashunt import (
     AlwaysSmall,
@@ -32,7 +34,7 @@ from langchain_datashunt import (
     load_small_model,
 )
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, QueueFullError
-from langchain_datashunt.small_models import CachedEmbeddings, Scores
+from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings, Scores
 from langchain_datashunt.small_models.caching import TextCache
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
 from tests.support.handlers import RunBook
@@ -166,10 +168,87 @@ class TestFailures:
             return values
 
         batcher = batcher_of(compute)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit):  # this thread's own
             batcher.call("leave")
+        with pytest.raises(PredictionError, match="raised SystemExit: 3"):  # another thread's
+            await batcher.acall("leave")
         assert batcher.call("stay") == "stay"
         assert await batcher.acall("stay") == "stay"
+
+    async def test_a_wrong_number_of_answers_is_an_error_and_the_next_is_served(self) -> None:
+        batcher = batcher_of(lambda values: [] if "lost" in values else values)
+        for _ in range(2):
+            with pytest.raises(PredictionError, match="0 answers for 1 inputs"):
+                await asyncio.wait_for(batcher.acall("lost"), 20)
+            with pytest.raises(PredictionError, match="0 answers for 1 inputs"):
+                batcher.call("lost")
+        assert await asyncio.wait_for(batcher.acall("kept"), 20) == "kept"
+
+    async def test_a_worker_that_cannot_be_prepared_works_all_the_same(self) -> None:
+        def fail(workers: int) -> None:
+            raise RuntimeError("no")
+
+        def count() -> int:
+            raise RuntimeError("no")
+
+        batcher = MicroBatcher(lambda values: values, MicroBatching(), count, fail)
+        assert await asyncio.wait_for(asyncio.gather(*(batcher.acall(i) for i in range(50))), 20) == list(range(50))
+
+    def test_without_torch_small_models_are_served(self) -> None:
+        program = """
+import asyncio, sys
+sys.modules["torch"] = None
+from tests.support.models import WordModel
+model = WordModel()
+print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely cancel").label)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "refund cancel\n"
+
+    async def test_a_model_may_ask_itself(self) -> None:
+        class Halves(WordModel):
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                for text in texts:
+                    if ";" in text:
+                        self.invoke(text.split(";")[0])
+                return super().predict_scores(texts)
+
+        model = Halves(micro_batching=MicroBatching(workers=1))
+        assert model.invoke("surely refund; no").label == "refund"
+        found = await asyncio.wait_for(asyncio.gather(*(model.ainvoke(f"surely refund; {i}") for i in range(20))), 20)
+        assert {one.label for one in found} == {"refund"}
+
+    def test_where_no_thread_can_be_started_callers_serve_themselves(self, monkeypatch: Any) -> None:
+        running, most, lock = [0], [0], threading.Lock()
+
+        def compute(values: list[Any]) -> list[Any]:
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.01)
+            with lock:
+                running[0] -= 1
+            return values
+
+        batcher = batcher_of(compute, workers=1)
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name.startswith("datashunt"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert asyncio.run(asyncio.wait_for(batcher.acall(1), 20)) == 1
+        assert asyncio.run(asyncio.wait_for(batcher.acall(2), 20)) == 2
+        monkeypatch.undo()
+
+        async def many() -> list[Any]:
+            return await asyncio.gather(*(batcher.acall(i) for i in range(100)))
+
+        assert asyncio.run(asyncio.wait_for(many(), 20)) == list(range(100))
+        until(lambda: batcher._busy == 0)
+        assert most == [1]
 
     async def test_a_stop_iteration_reaches_a_coroutine_as_an_error(self) -> None:
         def compute(values: list[Any]) -> list[Any]:
@@ -375,6 +454,100 @@ class TestSmallModels:
         finally:
             gc.enable()
 
+    async def test_a_bundle_is_not_loaded_on_the_loop(self, tmp_path: Path, monkeypatch: Any) -> None:
+        model = EmbeddingClassifier.train(
+            ["aaa", "zzz"] * 6, ["a", "z"] * 6, embeddings=LetterEmbeddings(), settings=TrainingSettings(progress=False)
+        )
+        model.save(tmp_path / "bundle")
+        loaders: list[int] = []
+
+        def load(path: str, **overrides: Any) -> Any:
+            loaders.append(threading.get_ident())
+            return load_small_model(path, **overrides)
+
+        monkeypatch.setattr("langchain_datashunt.small_models.loading.load_small_model", load)
+        light = BundledSmallModel.at(
+            tmp_path / "bundle", embeddings=LetterEmbeddings(), cache_size=7, micro_batching=MicroBatching(max_batch=3)
+        )
+        assert (light.cache_size, light.micro_batching) == (7, MicroBatching(max_batch=3))
+        assert (await light.ainvoke("aaa")).label == "a"
+        assert loaders
+        assert threading.get_ident() not in loaders
+        for wrong in ({"cache_size": -1}, {"micro_batching": "often"}):
+            with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+                load_small_model(tmp_path / "bundle", embeddings=LetterEmbeddings(), **wrong)
+
+    @pytest.mark.parametrize("traced", [False, True])
+    async def test_calls_inside_a_model_are_below_its_run(self, traced: bool) -> None:
+        inner = RunnableLambda(lambda text: text).with_config(run_name="inner")
+
+        class Asking(WordModel):
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                for text in texts:
+                    inner.invoke(text)
+                return super().predict_scores(texts)
+
+        book = RunBook()
+        model = Asking(micro_batching=None)
+        shunt = ShuntRunnable(small=model, large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
+        config: Any = {"callbacks": [book]}
+        for run in (shunt, model) if traced else (shunt,):
+            run.invoke("surely refund", config)
+            await run.ainvoke("surely refund", config)
+        book.assert_balanced()
+        runs = book.named("inner")
+        assert len(runs) == (4 if traced else 2)
+        for one in runs:
+            assert book.started[one["parent"]]["name"] == "Asking"
+
+    def test_a_subclass_with_calls_of_its_own_is_called_by_them(self) -> None:
+        class Own(WordModel):
+            def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
+                return Prediction.of({"cancel": 0.99, "refund": 0.01})
+
+        shunt = ShuntRunnable(small=Own(), large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
+        assert shunt.invoke("surely refund") == "cancel"
+
+    def test_runs_of_one_batch_share_nothing_and_collectors_see_the_small_models(self) -> None:
+        class Noting(BaseTracer):
+            def _persist_run(self, run: Any) -> None:
+                kept.append((run.inputs["input"], run.extra["metadata"]["length"]))
+
+            def on_chain_start(self, serialized: Any, inputs: Any, **kwargs: Any) -> Any:
+                run = super().on_chain_start(serialized, inputs, **kwargs)
+                run.extra["metadata"]["length"] = len(inputs)
+                return run
+
+        kept: list[tuple[str, int]] = []
+        shunt = ShuntRunnable(
+            small=WordModel(), large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None
+        )
+        shunt.batch(["surely refund", "x"], {"callbacks": [Noting()], "metadata": {"user": 1}, "tags": ["t"]})
+        assert sorted(kept) == [("surely refund", 13), ("x", 1)]
+        for call in (lambda: shunt.invoke("surely refund"), lambda: shunt.batch(["surely refund"])):
+            with collect_runs() as collected:
+                call()
+            (root,) = collected.traced_runs
+            assert [child.name for child in root.child_runs] == ["WordModel"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_locks_that_are_held_at_a_fork_are_free_in_the_child(self) -> None:
+        model = WordModel(cache_size=3)
+        model.predict("surely refund")
+        assert model.cache is not None
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+
+        def child() -> None:
+            answers.put(model.predict("surely refund").label)
+
+        with model.cache._mutex, model._serving._mutex, model.batcher._mutex:
+            process = context.Process(target=child)
+            process.start()
+        assert answers.get(timeout=20) == "refund"
+        process.join(20)
+
     @pytest.mark.parametrize("setting", [{"max_batch": 0}, {"workers": 0}, {"max_waiting": -1}, {"wait_ms": 2}])
     def test_settings_are_checked(self, setting: dict[str, int]) -> None:
         with pytest.raises(ConfigurationError, match=next(iter(setting))):
@@ -393,6 +566,26 @@ class TestSmallModels:
         thread.join(20)
         assert found == [1]
         assert torch.get_num_threads() == before
+
+    def test_the_threads_of_a_model_have_their_share(self) -> None:
+        pytest.importorskip("torch")
+        program = """
+import asyncio, torch
+torch.set_num_threads(4)
+from tests.support.models import WordModel
+from langchain_datashunt.small_models import MicroBatching
+class Telling(WordModel):
+    def predict_scores(self, texts):
+        print(torch.get_num_threads())
+        return super().predict_scores(texts)
+model = Telling(micro_batching=MicroBatching(workers=2))
+asyncio.run(model.ainvoke("refund"))
+while model.batcher._busy:
+    pass
+model.invoke("refund")
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split() == ["2", "4"]
 
 
 class TestMemory:
@@ -445,8 +638,28 @@ class TestMemory:
 
         for text in ("a", "b", "a", "c"):
             assert cache.of([text], shout) == [text.upper()]
-        assert cache.of(["a", "b", "c"], shout) == ["A", "B", "C"]
-        assert (cache.hits, cache.misses, len(cache)) == (3, 4, 2)
+        assert (cache.hits, cache.misses, len(cache)) == (1, 3, 2)
+        cache.of(["a"], shout)
+        assert (cache.hits, cache.misses) == (2, 3), "a was asked for later than b"
+        cache.of(["b"], shout)
+        assert (cache.hits, cache.misses) == (2, 4), "b was forgotten"
+
+    def test_another_setting_of_the_model_forgets(self) -> None:
+        class Loud(WordModel):
+            loudness: float = 1.0
+
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                scores = super().predict_scores(texts)
+                features = np.ones((len(texts), 2)) if self.loudness > 1 and "refund" in texts else None
+                return Scores(np.asarray(scores.logits) * self.loudness, None, features)
+
+        model = Loud(cache_size=10)
+        quiet = model.predict("surely refund").confidence
+        model.loudness = 2.0
+        assert model.predict("surely refund").confidence > quiet
+        model.predict("cancel")
+        batch = model.predict_batch(["cancel", "refund", "surely refund"])
+        assert batch.features is None, "only some have them"
 
     def test_embeddings_are_shared_and_remembered(self) -> None:
         class Counted(LetterEmbeddings):

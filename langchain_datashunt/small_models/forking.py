@@ -1,0 +1,27 @@
+"""What a forked child begins anew: locks that another thread of the parent may have held, and threads it has not."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Protocol
+
+
+class Forked(Protocol):
+    """Something that begins anew in a forked child."""
+
+    def after_fork(self) -> None:
+        """Begin anew."""
+
+
+AFTER_FORK: weakref.WeakSet[Forked] = weakref.WeakSet()
+"""Whatever is to begin anew."""
+
+
+def _begin_anew() -> None:
+    for one in list(AFTER_FORK):
+        one.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
