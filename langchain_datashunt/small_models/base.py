@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import ensure_config, get_callback_manager_for_config, run_in_executor
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
@@ -291,6 +291,8 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Prediction]:
+        if _unseen(config):
+            return _settled(self._predict_many(inputs), return_exceptions)
         return self._batch_with_config(
             self._predict_many, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
@@ -307,6 +309,8 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         async def predict(values: list[Any]) -> list[Prediction | Exception]:
             return await run_in_executor(None, self._predict_many, values)
 
+        if _unseen(config):
+            return _settled(await predict(inputs), return_exceptions)
         return await self._abatch_with_config(
             predict, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
@@ -319,7 +323,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         answers: list[Prediction | Exception | None] = [outcome.errors.get(i) for i in range(len(values))]
         for prediction, row in zip(outcome.batch or (), outcome.rows.tolist(), strict=True):
             answers[row] = prediction
-        return [answer for answer in answers if answer is not None]
+        return [_LOST if answer is None else answer for answer in answers]
 
     @property
     @override
@@ -447,6 +451,25 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
 
         mine = {name: getattr(self, name) for name in ("model_id", "temperature", "threshold", "input_key")}
         return BundledSmallModel.model_validate({"path": self._bundle, **mine}).to_json()
+
+
+_LOST = PredictionError("The small model gave neither a prediction nor an error for this input.")
+
+
+def _unseen(config: RunnableConfig | list[RunnableConfig] | None) -> bool:
+    """Whether no handler wants to see the runs of a batch, so that none need be made."""
+    if isinstance(config, list):
+        return False
+    return not get_callback_manager_for_config(ensure_config(config)).handlers
+
+
+def _settled(answers: list[Prediction | Exception], return_exceptions: bool) -> list[Prediction]:
+    """The answers; the first error is raised where errors are not to be returned."""
+    if not return_exceptions:
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+    return answers  # type: ignore[return-value]  # errors too, where they were asked for
 
 
 def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:

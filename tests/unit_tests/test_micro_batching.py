@@ -420,6 +420,29 @@ class TestSmallModels:
         assert kinds == [Prediction, InputError, PredictionError, Prediction] * 20
         assert [one.label for one in found if isinstance(one, Prediction)] == ["refund", "cancel"] * 20
 
+    async def test_a_batch_is_the_same_with_and_without_somebody_who_looks(self) -> None:
+        model = WordModel()
+        given: list[Any] = ["surely refund", 7, "nan", "surely cancel"]
+        for config in (None, {"tags": ["t"]}, {"callbacks": [RunBook()]}, [{}, {}, {}, {}]):
+            one = model.batch(given, config, return_exceptions=True)  # type: ignore[arg-type]
+            two = await model.abatch(given, config, return_exceptions=True)  # type: ignore[arg-type]
+            for found in (one, two):
+                assert [type(each) for each in found] == [Prediction, InputError, PredictionError, Prediction]
+            with pytest.raises(InputError):
+                model.batch(given, config)  # type: ignore[arg-type]
+            with pytest.raises(InputError):
+                await model.abatch(given, config)  # type: ignore[arg-type]
+            assert model.batch([], config if not isinstance(config, list) else []) == []  # type: ignore[arg-type]
+
+        class Losing(WordModel):
+            def try_predict(self, inputs: Sequence[Any]) -> Any:
+                outcome = super().try_predict(inputs)
+                return outcome._replace(batch=outcome.batch.take([0]), rows=outcome.rows[:1])  # type: ignore[union-attr]
+
+        kept, lost = Losing().batch(["refund", "cancel"], return_exceptions=True)
+        assert kept.label == "refund"
+        assert isinstance(lost, PredictionError)
+
     def test_copies_pickles_and_new_settings_make_a_line_of_their_own(self) -> None:
         model = WordModel(micro_batching=MicroBatching(max_batch=5), cache_size=10)
         model.predict("surely refund")
