@@ -13,9 +13,20 @@ from langchain_datashunt._version import __version__
 if TYPE_CHECKING:
     from langchain_datashunt.answers import ToolAnswer
     from langchain_datashunt.chat_model import ShuntChatModel
-    from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, MaxProbability
+    from langchain_datashunt.chat_small_model import ChatModelSmallModel
+    from langchain_datashunt.confidence import (
+        ConfidenceScore,
+        Entropy,
+        LeastTokenProbability,
+        LengthNormalizedProbability,
+        Margin,
+        MaxProbability,
+        MeanTokenProbability,
+        TokenQuantile,
+    )
     from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
     from langchain_datashunt.fusion import AnswerFusion
+    from langchain_datashunt.images import ImageReader, Picture
     from langchain_datashunt.learned_deferral import LearnedDeferral
     from langchain_datashunt.monitoring import Alarm, Monitor
     from langchain_datashunt.online_control import CostBudget, QueryBudget
@@ -49,9 +60,11 @@ if TYPE_CHECKING:
     from langchain_datashunt.shunt import ShuntRunnable
     from langchain_datashunt.small_models import (
         BundledSmallModel,
+        CaptionModel,
         ContrastiveClassifier,
         EmbeddingClassifier,
         EnsembleClassifier,
+        ImageClassifier,
         LSTMClassifier,
         NeighbourClassifier,
         PredictProbaClassifier,
@@ -59,14 +72,30 @@ if TYPE_CHECKING:
         TextCNN,
         TrainingSettings,
         TransformersClassifier,
+        TransformersGenerator,
         load_small_model,
     )
+    from langchain_datashunt.subtask_questions import Subtask
+    from langchain_datashunt.subtasks import SubtaskResult, SubtaskShunt
 
 _WHERE = {
-    "confidence": ("ConfidenceScore", "Entropy", "Margin", "MaxProbability"),
+    "confidence": (
+        "ConfidenceScore",
+        "Entropy",
+        "LeastTokenProbability",
+        "LengthNormalizedProbability",
+        "Margin",
+        "MaxProbability",
+        "MeanTokenProbability",
+        "TokenQuantile",
+    ),
     "exceptions": ("ShuntError", "UnparsableAnswer"),
     "answers": ("ToolAnswer",),
     "chat_model": ("ShuntChatModel",),
+    "chat_small_model": ("ChatModelSmallModel",),
+    "images": ("ImageReader", "Picture"),
+    "subtask_questions": ("Subtask",),
+    "subtasks": ("SubtaskResult", "SubtaskShunt"),
     "policies": (
         "AlwaysLarge",
         "AlwaysSmall",
@@ -95,9 +124,11 @@ _WHERE = {
     "shunt": ("ShuntRunnable",),
     "small_models": (
         "BundledSmallModel",
+        "CaptionModel",
         "ContrastiveClassifier",
         "EmbeddingClassifier",
         "EnsembleClassifier",
+        "ImageClassifier",
         "LSTMClassifier",
         "NeighbourClassifier",
         "PredictProbaClassifier",
@@ -105,6 +136,7 @@ _WHERE = {
         "TextCNN",
         "TrainingSettings",
         "TransformersClassifier",
+        "TransformersGenerator",
         "load_small_model",
     ),
 }
@@ -116,6 +148,8 @@ __all__ = [
     "AlwaysSmall",
     "AnswerFusion",
     "BundledSmallModel",
+    "CaptionModel",
+    "ChatModelSmallModel",
     "ConfidenceRouterChain",
     "ConfidenceScore",
     "ConformalPrompt",
@@ -125,16 +159,22 @@ __all__ = [
     "EnsembleClassifier",
     "Entropy",
     "HardPrompt",
+    "ImageClassifier",
+    "ImageReader",
     "LSTMClassifier",
     "Latency",
     "LearnedDeferral",
+    "LeastTokenProbability",
+    "LengthNormalizedProbability",
     "Margin",
     "MaxProbability",
+    "MeanTokenProbability",
     "Monitor",
     "NeighbourClassifier",
     "NoHint",
     "OnlyLabels",
     "PerLabelThreshold",
+    "Picture",
     "Policy",
     "PredictProbaClassifier",
     "Prediction",
@@ -149,12 +189,17 @@ __all__ = [
     "ShuntRunnable",
     "SmallModel",
     "SoftPrompt",
+    "Subtask",
+    "SubtaskResult",
+    "SubtaskShunt",
     "TextCNN",
     "Threshold",
+    "TokenQuantile",
     "ToolAnswer",
     "TopHint",
     "TrainingSettings",
     "TransformersClassifier",
+    "TransformersGenerator",
     "UnparsableAnswer",
     "ValueOfAsking",
     "__version__",

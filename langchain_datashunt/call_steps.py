@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeGuard
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import run_in_executor, set_config_context
-from langchain_core.runnables.utils import coro_with_context
 from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.auditing import Auditor
@@ -19,7 +17,7 @@ from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.inputs import mapping_of
+from langchain_datashunt.inputs import InputReader, text_reader
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
@@ -28,11 +26,10 @@ from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
-from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, checked_prediction, failed_outcome, outcome_of
-from langchain_datashunt.small_models.base import Outcome, SmallModel
-from langchain_datashunt.tracing import ChildRuns, Runs
+from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, checked_prediction, failed_outcome
+from langchain_datashunt.small_calls import predict_many, predict_one
+from langchain_datashunt.tracing import Runs
 
-_SMALL_RUN = "small_model"
 _TAGS = ("shunt:small", "shunt:learnable")
 _LARGE = "shunt:large"
 _SMALL_OUTPUT = "shunt:small_output"
@@ -62,6 +59,12 @@ class CallSteps:
     fusion: AnswerFusion | None = None
     auditor: Auditor | None = None
     monitor: Monitor | None = None
+
+    @cached_property
+    def reader(self) -> InputReader:
+        """How inputs are laid out for the prompt, and written down: as the small model reads them."""
+        own = getattr(self.stages[0], "reader", None)
+        return own.model_copy(update={"input_key": self.input_key}) if own else text_reader(self.input_key)
 
     # Whole calls
 
@@ -119,7 +122,7 @@ class CallSteps:
         for stage, model in enumerate(self.stages):
             given = values if len(rows) == len(values) else [values[i] for i in rows.tolist()]
             try:
-                outcome = yield from self._predict(model, given, rows.tolist(), _TAGS[stage], runs)
+                outcome = yield from predict_many(model, given, rows.tolist(), _TAGS[stage], runs, self.allowed)
             except Exception as error:
                 raise_control_flow(error)
                 outcome = failed_outcome(len(rows), error)
@@ -140,7 +143,7 @@ class CallSteps:
         plan = PlanOfOne(self.policy_in_words)
         for stage, model in enumerate(self.stages):
             try:
-                answer = yield from self._predict_one(model, value, _TAGS[stage], runs)
+                answer = yield from predict_one(model, value, _TAGS[stage], runs)
             except Exception as error:
                 raise_control_flow(error)
                 answer = error
@@ -152,50 +155,6 @@ class CallSteps:
                 break
         self.policy.observe(int(not plan.keeps(0)), 1)
         return plan, time.perf_counter() - started
-
-    def _predict_one(self, model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[Any]:
-        if not _is_our_own(model, "invoke", "ainvoke"):
-            config = runs.child(0, tag)
-            return (yield Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config)))
-        asked = Effect(partial(model.predict, value), partial(model.apredict, value))
-        if not runs.traced:
-            return (yield asked)
-        below = ChildRuns(runs, model, [value], [0], tag, _SMALL_RUN)
-        yield from below.start()
-        try:
-            prediction = yield _within(below, asked)
-        except BaseException as error:
-            yield from below.fail_rest(error)
-            raise
-        yield from below.end({0: prediction})
-        return prediction
-
-    def _predict(
-        self, model: Runnable[Any, Any], values: Sequence[Any], rows: list[int], tag: str, runs: Runs
-    ) -> Steps[Outcome]:
-        """One small-model call, vectorised; objects are made only for runs that are to be seen."""
-        if not _is_our_own(model, "batch", "abatch"):
-            given, configs = list(values), runs.children(rows, tag)
-            batch = partial(model.batch, given, configs, return_exceptions=True)
-            abatch = partial(model.abatch, given, configs, return_exceptions=True)
-            return outcome_of((yield Effect(batch, abatch)), self.allowed)
-        asked = Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
-        if not runs.traced:
-            outcome: Outcome = yield asked
-            return outcome
-        below = ChildRuns(runs, model, values, rows, tag, _SMALL_RUN)
-        yield from below.start()
-        try:
-            outcome = yield asked
-            found: dict[int, Any] = {
-                **outcome.errors,
-                **dict(zip(outcome.rows.tolist(), outcome.batch or (), strict=True)),
-            }
-        except BaseException as error:
-            yield from below.fail_rest(error)
-            raise
-        yield from below.end(found)
-        return outcome
 
     def _thresholds(self, runs: Runs) -> FloatArray | None:
         """The thresholds given with the calls, shape `[n]`, NaN for none; None where no call gives one."""
@@ -232,7 +191,7 @@ class CallSteps:
         prepared: list[Any] = []
         for value, more in zip(values, variables, strict=True):
             try:
-                prepared.append({**mapping_of(value, self.input_key), **more})
+                prepared.append({**self.reader.lay_out(value), **more})
             except InputError as error:
                 prepared.append(error)
         return prepared
@@ -290,7 +249,7 @@ class CallSteps:
             if self.pruning is not None:
                 blank = self.pruning.without_prediction(self.labels or prediction.labels, self.descriptions)
                 try:
-                    asked = {**mapping_of(values[i], self.input_key), **blank}
+                    asked = {**self.reader.lay_out(values[i]), **blank}
                 except InputError as error:
                     asked = error
             if self.recorder is not None:
@@ -378,7 +337,7 @@ class CallSteps:
         subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
         return FinishedCall(
             self.recorder.task, record_id, value, decision, answer, watcher, latency, self.labels, subject,
-            self.input_key, now(),
+            self.reader, now(),
         )  # fmt: skip
 
     def _record(self, log: list[FinishedCall]) -> Steps[None]:
@@ -395,7 +354,7 @@ class CallSteps:
 
     def _small_outputs(self, plan: AnyPlan, rows: list[int], runs: Runs) -> Steps[list[Any]]:
         if self.small_output is None:
-            return plan.labels_of_kept(rows)
+            return plan.outputs_of_kept(rows)
         predictions = plan.predictions(rows)
         config = runs.children(rows, _SMALL_OUTPUT)
         outputs: list[Any] = yield Effect(
@@ -420,22 +379,3 @@ class CallSteps:
         if handler is not None:
             cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
         return ShuntResult(output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner)
-
-
-def _is_our_own(model: Runnable[Any, Any], *names: str) -> TypeGuard[SmallModel]:
-    """Whether it is a small model whose calls are as `SmallModel` has them, so that they can be spared."""
-    return isinstance(model, SmallModel) and all(getattr(type(model), n) is getattr(SmallModel, n) for n in names)
-
-
-def _within(below: ChildRuns, asked: Effect) -> Effect:
-    """The same inside the first run: what is called there is below it."""
-
-    def call() -> Any:
-        with set_config_context(below.within(0)) as context:
-            return context.run(asked.sync)
-
-    async def acall() -> Any:
-        with set_config_context(below.within(0)) as context:
-            return await coro_with_context(asked.asynchronous(), context)
-
-    return Effect(call, acall)

@@ -30,7 +30,7 @@ from langchain_datashunt.chat_messages import (
     text_alone,
 )
 from langchain_datashunt.configured import Configured
-from langchain_datashunt.drafting import DraftConfidence, DraftingModel, draft_answer, mean_token_probability
+from langchain_datashunt.drafting import DraftConfidence, DraftingModel, mean_token_probability
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.hinted_model import HintedModel
 from langchain_datashunt.large_calls import END, LargeCaller
@@ -243,8 +243,7 @@ class ShuntChatModel(Configured, BaseChatModel):
             small: Runnable[Any, Any] = DraftingModel(drafter, self.confidence, told, form=form, give_raw=raw)
             return ShuntRunnable(
                 name=name, small=small, large=large, pruning=None, return_decision=True,
-                policy=policy_for(self.small, self.policy) & OnlyLabels(labels=frozenset({"draft"})),
-                small_output=RunnableLambda(draft_answer, name="draft"), **settings,
+                policy=policy_for(self.small, self.policy), **settings,
             ).sharing(self._limiter)  # fmt: skip
         answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
         policy = policy_for(self.small, self.policy)

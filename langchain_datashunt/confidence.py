@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import numpy as np
+from pydantic import Field
 
 from langchain_datashunt.configured import Strategy
+from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.predictions import FloatArray, Prediction, PredictionBatch
 
 
@@ -72,3 +74,66 @@ class Entropy(ConfidenceScore):
     def bounds(self, n_labels: int | None) -> tuple[float, float]:
         """From uniform to certain."""
         return (0.0, 1.0)
+
+
+class TokenScore(ConfidenceScore):
+    """A score of a written answer, from the probabilities of its tokens; in `[0, 1]`."""
+
+    @abstractmethod
+    def of_tokens(self, logprobs: FloatArray) -> float:
+        """Score the log-probabilities of one answer's tokens, shape `[t]`, `t >= 1`."""
+
+    def __call__(self, batch: PredictionBatch) -> FloatArray:
+        """Score a batch, shape `[n]`.
+
+        Raises:
+            PredictionError: The predictions have no token probabilities.
+        """
+        if batch.token_logprobs is None:
+            raise PredictionError(
+                f"{type(self).__name__} needs the probabilities of the answer's tokens, and the predictions of "
+                f"{batch.model_id or 'the small model'!r} have none. Use a generating small model, or MaxProbability."
+            )
+        return np.array([self.of_tokens(one) if len(one) else 0.0 for one in batch.token_logprobs])
+
+    def bounds(self, n_labels: int | None) -> tuple[float, float]:
+        """From impossible to certain."""
+        return (0.0, 1.0)
+
+
+class MeanTokenProbability(TokenScore):
+    """The arithmetic mean of the tokens' probabilities (Data Shunt, eq. 8)."""
+
+    def of_tokens(self, logprobs: FloatArray) -> float:
+        """The mean of `exp(logprobs)`."""
+        return float(np.exp(logprobs).mean())
+
+
+class LeastTokenProbability(TokenScore):
+    """The smallest of the tokens' probabilities."""
+
+    def of_tokens(self, logprobs: FloatArray) -> float:
+        """The least of `exp(logprobs)`."""
+        return float(np.exp(logprobs.min()))
+
+
+class TokenQuantile(TokenScore):
+    """A low quantile of the tokens' probabilities; less biased by length than mean or sum (Gupta et al. 2024).
+
+    Args:
+        alpha: Which quantile, in [0, 1]; 0 is the least probability, 0.5 the median.
+    """
+
+    alpha: float = Field(default=0.1, ge=0.0, le=1.0)
+
+    def of_tokens(self, logprobs: FloatArray) -> float:
+        """The quantile of `exp(logprobs)`, taken between log-probabilities."""
+        return float(np.exp(np.quantile(logprobs, self.alpha)))
+
+
+class LengthNormalizedProbability(TokenScore):
+    """The geometric mean of the tokens' probabilities, `exp(mean log p)`: the inverse of the perplexity."""
+
+    def of_tokens(self, logprobs: FloatArray) -> float:
+        """`exp` of the mean."""
+        return float(np.exp(logprobs.mean()))

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import merge_configs
 from typing_extensions import override
 
 from langchain_datashunt.answers import AnswerForm
+from langchain_datashunt.confidence import LeastTokenProbability, LengthNormalizedProbability, TokenScore
+from langchain_datashunt.distillation.watching import token_logprobs
 from langchain_datashunt.exceptions import PredictionError
-from langchain_datashunt.predictions import Prediction
-
-DRAFT_LABELS = ("draft", "other")
-"""What a draft's prediction is over: that the draft is right, or not."""
+from langchain_datashunt.predictions import ANSWER_LABELS, Prediction
 
 SILENT_TAGS = ["nostream", "langsmith:nostream"]
 """Tags with which LangGraph does not show a model's tokens: a draft is shown only when it is kept."""
@@ -30,37 +26,23 @@ DraftConfidence: TypeAlias = Callable[[AIMessage], float | None]
 def mean_token_probability(message: AIMessage) -> float | None:
     """Geometric mean of the probabilities of the message's tokens, `exp(mean log p)`; None without log-probabilities.
 
-    The length-normalised likelihood that Data Shunt uses for generated text (eq. 8). Log-probabilities do not cover
-    tool calls, so a message with some cannot be judged: None.
+    Log-probabilities do not cover tool calls, so a message with some cannot be judged: None.
     """
-    if message.tool_calls:
-        return None
-    tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
-    logs = [float(token["logprob"]) for token in tokens]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+    return _scored(message, LengthNormalizedProbability())
 
 
 def least_token_probability(message: AIMessage) -> float | None:
     """The smallest of the probabilities of the message's tokens; None without log-probabilities."""
+    return _scored(message, LeastTokenProbability())
+
+
+def _scored(message: AIMessage, score: TokenScore) -> float | None:
     tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
-    if message.tool_calls:
-        return None
-    return math.exp(min(float(token["logprob"]) for token in tokens)) if tokens else None
-
-
-@dataclass(frozen=True, slots=True)
-class Draft(Prediction):
-    """A prediction that a draft is right.
-
-    Attributes:
-        answer: The draft: a message, or for structured output the object.
-    """
-
-    answer: Any = None
+    return None if message.tool_calls or not tokens else score.of_tokens(token_logprobs(tokens))
 
 
 class DraftingModel(Runnable[Any, Prediction]):
-    """From a conversation to a `Draft`.
+    """From a conversation to a draft: a prediction whose `answer` is a message, or for structured output the object.
 
     Args:
         chat: A small chat model, or one with structured output and `include_raw=True`.
@@ -71,7 +53,7 @@ class DraftingModel(Runnable[Any, Prediction]):
         give_raw: Whether the draft is the whole mapping, as `include_raw=True` promises.
     """
 
-    labels = DRAFT_LABELS
+    labels = ANSWER_LABELS
 
     def __init__(
         self,
@@ -93,7 +75,7 @@ class DraftingModel(Runnable[Any, Prediction]):
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
         return self._draft(await self.chat.ainvoke(input, merge_configs(config, {"tags": SILENT_TAGS}), **kwargs))
 
-    def _draft(self, said: Any) -> Draft:
+    def _draft(self, said: Any) -> Prediction:
         structured = self.form.structured
         message, answer = (said["raw"], said["parsed"]) if structured else (said, said)
         if structured and answer is None:
@@ -106,12 +88,4 @@ class DraftingModel(Runnable[Any, Prediction]):
                 f"{self.model_id} gave no log-probabilities with its draft, so nobody knows how sure it is. Let it "
                 f"give them (ChatOpenAI(logprobs=True)), or give `confidence`, a function from message to [0, 1]."
             )
-        p = np.array([sure, 1.0 - sure])
-        best = int(p.argmax())
-        answer = said if self.give_raw else answer
-        return Draft(DRAFT_LABELS[best], float(p[best]), p, DRAFT_LABELS, model_id=self.model_id, answer=answer)
-
-
-def draft_answer(draft: Draft) -> Any:
-    """The draft itself."""
-    return draft.answer
+        return Prediction.of_answer(said if self.give_raw else answer, sure, model_id=self.model_id)

@@ -2,19 +2,87 @@
 
 from __future__ import annotations
 
+import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
 from typing import Any, TypeAlias
 
 from langchain_core.documents import Document
 from langchain_core.messages import AnyMessage, BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
 
+from langchain_datashunt.configured import Strategy
 from langchain_datashunt.exceptions import InputError
 
 ShuntInput: TypeAlias = str | Document | list[AnyMessage] | dict[str, Any]
 """Text, a document, a conversation (its last human message is classified), or a mapping with such a value."""
 
 DEFAULT_INPUT_KEY = "input"
+
+
+class InputReader(Strategy):
+    """One kind of input: how a small model, a prompt and a record read it.
+
+    What is read is computed on; what is written is a text that reads as the same input again.
+    """
+
+    input_key: str = DEFAULT_INPUT_KEY
+    """Where mappings hold the input."""
+
+    @abstractmethod
+    def read(self, value: Any) -> Any:
+        """What a small model computes on.
+
+        Raises:
+            InputError: The value holds no such input.
+        """
+
+    @abstractmethod
+    def key(self, item: Any) -> bytes:
+        """16 bytes that stand for something that was read."""
+
+    @abstractmethod
+    def lay_out(self, value: Any) -> dict[str, Any]:
+        """The caller's input as a new mapping, as prompt templates want it.
+
+        Raises:
+            InputError: The value holds no such input.
+        """
+
+    @abstractmethod
+    def write(self, value: Any) -> str:
+        """The text under which an input is recorded, and learnt from again; whatever it is."""
+
+
+class TextReader(InputReader):
+    """Text: strings, documents, conversations, and mappings with one of these."""
+
+    def read(self, value: Any) -> str:
+        """The text; see `text_of`."""
+        return value if type(value) is str else text_of(value, self.input_key)
+
+    def key(self, item: Any) -> bytes:
+        """A hash of the text."""
+        return blake2b(item.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+    def lay_out(self, value: Any) -> dict[str, Any]:
+        """As `mapping_of`."""
+        return mapping_of(value, self.input_key)
+
+    def write(self, value: Any) -> str:
+        """The text; anything else as JSON."""
+        try:
+            return self.read(value)
+        except InputError:
+            return json.dumps(value, default=str, ensure_ascii=False)
+
+
+@lru_cache(maxsize=64)
+def text_reader(input_key: str = DEFAULT_INPUT_KEY) -> TextReader:
+    """The reader of texts under a key."""
+    return TextReader(input_key=input_key)
 
 
 def text_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> str:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.effects import Effect, Steps, arun, run
 from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, messages_of
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of
 from langchain_datashunt.parsing import LabelParser
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.tracing import Runs
@@ -31,9 +31,18 @@ CORRECTION = (
 """What a model is told whose answer was no label."""
 
 
-def default_prompt(pruning: Pruning | None, input_key: str = DEFAULT_INPUT_KEY) -> ChatPromptTemplate:
-    """The prompt for labelled tasks: instructions, candidates, what the pruning strategy says, history, input."""
+def default_prompt(
+    pruning: Pruning | None, input_key: str = DEFAULT_INPUT_KEY, reader: InputReader | None = None
+) -> ChatPromptTemplate:
+    """The prompt for labelled tasks: instructions, candidates, what the pruning strategy says, history, input.
+
+    Args:
+        pruning: What it says of the small model's opinion.
+        input_key: The name of the input.
+        reader: How inputs are laid out; what is no text (an image) comes as a message of its own.
+    """
     hint = pruning.paragraph if pruning is not None else ""
+    text = reader is None or isinstance(reader, TextReader)
     parts = [
         "You sort messages. Choose the one candidate label that fits the user's last message best.",
         "Candidates:\n{candidates}",
@@ -45,7 +54,7 @@ def default_prompt(pruning: Pruning | None, input_key: str = DEFAULT_INPUT_KEY) 
         [
             ("system", "\n\n".join(part for part in parts if part)),
             MessagesPlaceholder("history", optional=True),
-            ("human", f"{{{input_key}}}"),
+            ("human", f"{{{input_key}}}") if text else MessagesPlaceholder(input_key),
         ]
     )
 

@@ -10,12 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from langchain_datashunt.confidence import ConfidenceScore, Entropy, Margin, MaxProbability
+from langchain_datashunt.confidence import (
+    ConfidenceScore,
+    Entropy,
+    LeastTokenProbability,
+    LengthNormalizedProbability,
+    Margin,
+    MaxProbability,
+    MeanTokenProbability,
+    TokenQuantile,
+)
 from langchain_datashunt.configured import Configured, Strategy
 from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.learned_deferral import LearnedDeferral
-from langchain_datashunt.predictions import BoolArray, FloatArray, Prediction, PredictionBatch
+from langchain_datashunt.predictions import ANSWER_LABELS, BoolArray, FloatArray, Prediction, PredictionBatch
 
 
 class Verdict(NamedTuple):
@@ -103,7 +112,13 @@ class Threshold(Policy):
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Warn when every prediction over so many labels reaches the threshold."""
-        if labels:
+        if labels == ANSWER_LABELS:
+            if isinstance(self.score, Margin | Entropy):
+                raise ConfigurationError(
+                    f"{type(self.score).__name__} compares labels, and this small model writes its answers. Use "
+                    f"MaxProbability, or a token score such as MeanTokenProbability."
+                )
+        elif labels:
             low, _ = self.score.bounds(len(labels))
             if 0.0 < self.threshold <= low:
                 _warn_if_constant(self.threshold, low, math.inf, f" over {len(labels)} labels")
@@ -318,8 +333,9 @@ def _warn_if_constant(threshold: float, low: float, high: float, where: str) -> 
 PLAIN_CLASSES: dict[str, type[Configured]] = {
     kind.__name__: kind
     for kind in (
-        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, LearnedDeferral, Margin, MaxProbability,
-        OnlyLabels, PerLabelThreshold, Threshold, ValueOfAsking,
+        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, LearnedDeferral, LeastTokenProbability,
+        LengthNormalizedProbability, Margin, MaxProbability, MeanTokenProbability, OnlyLabels, PerLabelThreshold,
+        Threshold, TokenQuantile, ValueOfAsking,
     )
 }  # fmt: skip
 """What a bundle's policy and fusion may be made of."""

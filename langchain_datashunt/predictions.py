@@ -25,6 +25,9 @@ Route: TypeAlias = Literal["small", "learnable", "large"]
 Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error"]
 """Why: sure enough; not sure enough; the small model failed; the large model failed."""
 
+ANSWER_LABELS = ("answer", "other")
+"""What a prediction is over where the small model writes its answer: that this answer is right, or that another is."""
+
 _SUM_TOLERANCE = 1e-3
 
 
@@ -41,6 +44,9 @@ class Prediction:
         model_id: Name of the model that predicted.
         truncated: Whether the input was cut to the model's maximal length.
         features: What the model saw of the input, shape `[d]`, where it keeps that.
+        answer: What the model wrote, where it writes its answer instead of choosing a label. The prediction is then
+            over `ANSWER_LABELS`; label and confidence are those of "answer", however small.
+        token_logprobs: Log-probabilities of the answer's tokens, shape `[t]`, in nats, where there are some.
     """
 
     label: str
@@ -51,6 +57,8 @@ class Prediction:
     model_id: str = ""
     truncated: bool = False
     features: FloatArray | None = None
+    answer: Any = None
+    token_logprobs: FloatArray | None = None
 
     @classmethod
     def of(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
@@ -60,6 +68,26 @@ class Prediction:
             PredictionError: The values are no distribution.
         """
         return PredictionBatch.of(tuple(probabilities), [list(probabilities.values())], model_id=model_id)[0]
+
+    @classmethod
+    def of_answer(
+        cls, answer: Any, confidence: float, *, model_id: str = "", token_logprobs: FloatArray | None = None
+    ) -> Prediction:
+        """Make a prediction of an answer that was written, and of how sure the model is that it is right.
+
+        Raises:
+            PredictionError: There is no answer, or the confidence is not in [0, 1].
+        """
+        if answer is None or not 0.0 <= confidence <= 1.0:
+            raise PredictionError(
+                f"{model_id or 'The small model'} gave the answer {answer!r} with confidence {confidence}; an answer "
+                f"and a number in [0, 1] are needed."
+            )
+        p = np.array([confidence, 1.0 - confidence])
+        return cls(
+            ANSWER_LABELS[0], float(confidence), p, ANSWER_LABELS, None, model_id, answer=answer,
+            token_logprobs=token_logprobs,
+        )  # fmt: skip
 
     def probability(self, label: str) -> float:
         """Probability of one label, 0.0 for a label that this model does not know."""
@@ -75,11 +103,16 @@ class Prediction:
         logits = None if self.logits is None else self.logits[None]
         truncated = np.array([True]) if self.truncated else None
         features = None if self.features is None else self.features[None]
-        return PredictionBatch(self.labels, self.probabilities[None], logits, self.model_id, truncated, features)
+        answers = None if self.answer is None else (self.answer,)
+        tokens = None if self.token_logprobs is None else (self.token_logprobs,)
+        return PredictionBatch(
+            self.labels, self.probabilities[None], logits, self.model_id, truncated, features, answers, tokens
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form: label, confidence, probabilities by label, model id, truncated."""
+        """A JSON-ready form: label, confidence, probabilities by label, model id, truncated, and a written answer."""
         return {
+            **({} if self.answer is None else {"answer": str(self.answer)}),
             "label": self.label,
             "confidence": self.confidence,
             "probabilities": dict(zip(self.labels, self.probabilities.tolist(), strict=True)),
@@ -113,10 +146,11 @@ class Prediction:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prediction):
             return NotImplemented
-        return (self.labels, self.model_id, self.truncated) == (
+        return (self.labels, self.model_id, self.truncated, self.answer) == (
             other.labels,
             other.model_id,
             other.truncated,
+            other.answer,
         ) and np.array_equal(self.probabilities, other.probabilities)
 
     def __hash__(self) -> int:
@@ -134,6 +168,8 @@ class PredictionBatch(Sequence[Prediction]):
         model_id: Name of the model that predicted.
         truncated: Shape `[n]`, which inputs were cut; None for none.
         features: Shape `[n, d]`: what the model saw of each input, where it keeps that.
+        answers: `n` answers, where the model writes them; see `Prediction.answer`.
+        token_logprobs: `n` arrays of shape `[t]`, where answers have tokens.
     """
 
     labels: tuple[str, ...]
@@ -142,6 +178,8 @@ class PredictionBatch(Sequence[Prediction]):
     model_id: str = ""
     truncated: BoolArray | None = None
     features: FloatArray | None = None
+    answers: tuple[Any, ...] | None = None
+    token_logprobs: tuple[FloatArray, ...] | None = None
 
     @classmethod
     def of(
@@ -192,6 +230,10 @@ class PredictionBatch(Sequence[Prediction]):
         logits = [item.logits for item in items if item.logits is not None]
         features = [item.features for item in items if item.features is not None]
         truncated = np.array([item.truncated for item in items], dtype=np.bool_)
+        answers = tuple(item.answer for item in items if item.answer is not None)
+        if answers and len(answers) < len(items):
+            raise PredictionError("Some predictions of one batch have a written answer and some have none.")
+        tokens = tuple(item.token_logprobs for item in items if item.token_logprobs is not None)
         return cls(
             first.labels,
             probabilities,
@@ -199,6 +241,8 @@ class PredictionBatch(Sequence[Prediction]):
             first.model_id,
             truncated if truncated.any() else None,
             np.stack(features) if len(features) == len(items) else None,
+            answers or None,
+            tokens if len(tokens) == len(items) else None,
         )
 
     def check_shape(self) -> None:
@@ -230,20 +274,29 @@ class PredictionBatch(Sequence[Prediction]):
 
     @cached_property
     def best(self) -> IntArray:
-        """Index of the most probable label of each row, shape `[n]`."""
+        """Index of the most probable label of each row, shape `[n]`; of "answer" where answers are written."""
+        if self.answers is not None:
+            return np.zeros(len(self), dtype=np.intp)
         return np.asarray(self.probabilities.argmax(axis=1))
 
     @cached_property
     def confidence(self) -> FloatArray:
-        """Probability of the most probable label of each row, shape `[n]`."""
+        """Probability of the most probable label of each row, shape `[n]`; of "answer" where answers are written."""
+        if self.answers is not None:
+            return self.probabilities[:, 0]
         return np.asarray(self.probabilities.max(axis=1))
 
     def label_names(self) -> list[str]:
         """The most probable label of each row, by name."""
         return [self.labels[i] for i in self.best.tolist()]
 
+    def outputs(self) -> list[Any]:
+        """What the small model answers to each row: its label's name, or what it wrote."""
+        return self.label_names() if self.answers is None else list(self.answers)
+
     def take(self, rows: Any) -> PredictionBatch:
         """The batch of some rows only, by index or mask."""
+        chosen = np.arange(len(self))[rows].tolist() if self.answers is not None else []
         return PredictionBatch(
             self.labels,
             self.probabilities[rows],
@@ -251,6 +304,8 @@ class PredictionBatch(Sequence[Prediction]):
             self.model_id,
             None if self.truncated is None else self.truncated[rows],
             None if self.features is None else self.features[rows],
+            None if self.answers is None else tuple(self.answers[i] for i in chosen),
+            None if self.token_logprobs is None else tuple(self.token_logprobs[i] for i in chosen),
         )
 
     def __len__(self) -> int:
@@ -272,6 +327,8 @@ class PredictionBatch(Sequence[Prediction]):
             self.model_id,
             False if self.truncated is None else bool(self.truncated[index]),
             None if self.features is None else self.features[index],
+            None if self.answers is None else self.answers[index],
+            None if self.token_logprobs is None else self.token_logprobs[index],
         )
 
     def __iter__(self) -> Iterator[Prediction]:

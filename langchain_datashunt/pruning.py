@@ -14,7 +14,7 @@ from pydantic import Field
 from langchain_datashunt.configured import Strategy
 from langchain_datashunt.exceptions import ConfigurationError, PruningWarning
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import BoolArray, PredictionBatch
+from langchain_datashunt.predictions import ANSWER_LABELS, BoolArray, PredictionBatch
 
 PRUNING_VARIABLES = ("candidates", "candidate_probabilities", "small_label", "small_confidence")
 """The prompt variables that every strategy fills, beside the caller's own."""
@@ -85,6 +85,9 @@ class Pruning(Strategy):
             labels: All labels of the task; those that the small model does not know stay candidates always.
             descriptions: What labels mean, by label.
         """
+        if batch.answers is not None:
+            written = zip(batch.answers, batch.confidence.tolist(), strict=True)
+            return [self._of_answer(str(answer), p) for answer, p in written]
         unknown = [label for label in labels or () if label not in set(batch.labels)]
         keep, show = self.candidates(batch), self.shown(batch)
         rounded = np.round(batch.probabilities, self.decimals)
@@ -108,12 +111,23 @@ class Pruning(Strategy):
             )
         return prepared
 
+    def _of_answer(self, answer: str, confidence: float) -> dict[str, Any]:
+        """The prompt variables for an answer that the small model wrote."""
+        p = round(confidence, self.decimals)
+        return {
+            "candidates": Candidates([answer]),
+            "candidate_probabilities": CandidateProbabilities({answer: p}),
+            "small_label": answer,
+            "small_confidence": p,
+        }
+
     def without_prediction(
         self, labels: Sequence[str] | None, descriptions: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         """The prompt variables where the small model failed: all candidates, nothing about probabilities."""
+        names = () if labels is None or tuple(labels) == ANSWER_LABELS else labels
         return {
-            "candidates": Candidates(labels or (), descriptions),
+            "candidates": Candidates(names, descriptions),
             "candidate_probabilities": CandidateProbabilities(),
             "small_label": "unknown",
             "small_confidence": 0.0,
@@ -313,6 +327,8 @@ class NoHint(Pruning):
         descriptions: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
         """The same for every input: the candidates."""
+        if batch.answers is not None:
+            return [self.without_prediction(None)] * len(batch)
         return [self.without_prediction(list(dict.fromkeys([*batch.labels, *(labels or ())])), descriptions)] * len(
             batch
         )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.watching import LargeCallWatcher, large_sureness
-from langchain_datashunt.exceptions import InputError, UnparsableAnswer
-from langchain_datashunt.inputs import text_of
-from langchain_datashunt.predictions import Latency, ShuntDecision, ShuntResult
+from langchain_datashunt.exceptions import UnparsableAnswer
+from langchain_datashunt.inputs import InputReader
+from langchain_datashunt.predictions import ANSWER_LABELS, Latency, ShuntDecision, ShuntResult
 
 
 class FinishedCall(NamedTuple):
@@ -27,7 +26,7 @@ class FinishedCall(NamedTuple):
         latency: Wall time of the parts.
         labels: The task's labels.
         subject: Whose data it is.
-        input_key: Where a mapping holds the text.
+        reader: How the input is written down.
         ended: When, seconds since 1970 UTC.
         audit: Whether the large model was asked only to check a confident answer.
     """
@@ -41,7 +40,7 @@ class FinishedCall(NamedTuple):
     latency: Latency
     labels: Sequence[str] | None
     subject: str | None
-    input_key: str
+    reader: InputReader
     ended: float
     audit: bool = False
 
@@ -51,18 +50,20 @@ class FinishedCall(NamedTuple):
         labels = prediction.labels if prediction is not None else tuple(self.labels or ())
         said = _said(self.answer, watcher)
         label = self._large_label()
+        written = None if prediction is None else prediction.answer
         distribution, confidence = (None, None) if watcher is None else large_sureness(watcher, labels, label)
         return RoutedCall(
             id=self.record_id,
             time=self.ended,
             task=self.task,
-            input=_text(self.value, self.input_key),
+            input=self.reader.write(self.value),
             subject=self.subject,
             labels=labels,
             small_model="" if prediction is None else prediction.model_id,
             probabilities=None if prediction is None else tuple(prediction.probabilities.tolist()),
             score=self.decision.score,
             threshold=self.decision.threshold,
+            small_answer=None if written is None else str(written),
             policy=self.decision.policy,
             route=self.decision.route,
             reason=self.decision.reason,
@@ -82,7 +83,8 @@ class FinishedCall(NamedTuple):
         return answer if self.watcher is not None and isinstance(answer, str) and self._is_label(answer) else None
 
     def _is_label(self, answer: str) -> bool:
-        return self.labels is None or answer in self.labels
+        """Whether it is one of the labels, or any text where answers are written."""
+        return self.labels is None or answer in self.labels or tuple(self.labels) == ANSWER_LABELS
 
 
 def now() -> float:
@@ -98,10 +100,3 @@ def _said(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
     if isinstance(answer, UnparsableAnswer):
         return answer.raw
     return None if answer is None or isinstance(answer, Exception) else str(answer)
-
-
-def _text(value: Any, input_key: str) -> str:
-    try:
-        return text_of(value, input_key)
-    except InputError:
-        return json.dumps(value, default=str, ensure_ascii=False)

@@ -72,7 +72,7 @@ class ConfidenceRouterChain(ShuntRunnable):
         asker = LabelAsker(
             prompt=prompt
             if prompt is not None
-            else default_prompt(strategy, settings.get("input_key", DEFAULT_INPUT_KEY)),
+            else default_prompt(strategy, settings.get("input_key", DEFAULT_INPUT_KEY), getattr(small, "reader", None)),
             chat_model=chat_model,
             labels=names,
             aliases={label: tuple(wordings) for label, wordings in (aliases or {}).items()},

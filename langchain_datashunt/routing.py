@@ -109,9 +109,9 @@ class Plan:
         found = [self.prediction(i) for i in rows]
         return [prediction for prediction in found if prediction is not None]
 
-    def labels_of_kept(self, rows: Sequence[int]) -> list[str]:
-        """The small models' labels for rows that have a prediction, without making `Prediction` objects."""
-        names = [None if batch is None else batch.label_names() for batch in self.batches]
+    def outputs_of_kept(self, rows: Sequence[int]) -> list[Any]:
+        """The small models' answers to rows that have a prediction, without making `Prediction` objects."""
+        names = [None if batch is None else batch.outputs() for batch in self.batches]
         found = []
         for i in rows:
             stage_names = names[self.stage[i]]
@@ -192,9 +192,9 @@ class PlanOfOne:
         """The prediction, in a list."""
         return [] if self._prediction is None else [self._prediction]
 
-    def labels_of_kept(self, rows: Sequence[int]) -> list[str]:
-        """The small model's label, in a list."""
-        return [prediction.label for prediction in self.predictions(rows)]
+    def outputs_of_kept(self, rows: Sequence[int]) -> list[Any]:
+        """The small model's answer, in a list."""
+        return [one.label if one.answer is None else one.answer for one in self.predictions(rows)]
 
     def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
         """The decision in words; see `Plan.decision`."""
@@ -298,6 +298,8 @@ def _holds_together(answer: Prediction, p: FloatArray) -> bool:
         total, least, most = sum(values), min(values), max(values)
     else:
         total, least, most = float(p.sum()), float(p.min()), float(p.max())
+    if answer.answer is not None:  # the prediction is of that answer, also where another is likelier
+        most = float(p[0])
     return bool(
         abs(total - 1.0) <= 1e-3
         and least >= 0.0

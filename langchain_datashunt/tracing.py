@@ -170,15 +170,24 @@ class Runs:
 
     def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
         """Put decisions on runs: metadata and tags for tracers, a custom event for every handler."""
+
+        def data_of(i: int) -> dict[str, Any]:
+            metadata = (decision := decision_of(i)).to_metadata()
+            _mark(self._managers[i], decision, metadata)
+            return metadata
+
+        return self.announce(rows, data_of)
+
+    def announce(self, rows: Sequence[int], data_of: Callable[[int], dict[str, Any]]) -> Steps[None]:
+        """Send what was decided as a custom event for every handler; runs are not marked."""
         if not self.traced or not rows:
             return
 
         def send(i: int) -> Any:
-            metadata, own = (decision := decision_of(i)).to_metadata(), self._managers[i]
-            _mark(own, decision, metadata)
+            own = self._managers[i]
             told = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
             tell = ahandle_event if self._asynchronous else handle_event
-            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, metadata, **told)
+            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data_of(i), **told)
 
         yield _for_all(send, rows)
 

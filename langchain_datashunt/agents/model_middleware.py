@@ -14,10 +14,10 @@ from typing_extensions import override
 
 from langchain_datashunt.agents.turns import called_directly, drafting
 from langchain_datashunt.chat_messages import marked, model_name
-from langchain_datashunt.drafting import DRAFT_LABELS, SILENT_TAGS, DraftConfidence, mean_token_probability
+from langchain_datashunt.drafting import SILENT_TAGS, DraftConfidence, mean_token_probability
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.policies import Policy, Threshold
-from langchain_datashunt.predictions import Prediction, PredictionBatch, ShuntDecision
+from langchain_datashunt.predictions import Prediction, ShuntDecision
 from langchain_datashunt.retries import raise_control_flow
 
 
@@ -100,10 +100,8 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             raise PredictionError(
                 f"{model_name(self.small)} gave no log-probabilities with its turn, so nobody knows how sure it is."
             )
-        batch = PredictionBatch.of(DRAFT_LABELS, [[sure, 1.0 - sure]], model_id=model_name(self.small))
-        prediction: Prediction = batch[0]
+        prediction = Prediction.of_answer(message, sure, model_id=model_name(self.small))
         keep, score, limit = self.policy.evaluate_one(prediction)
-        keep = keep and prediction.label == DRAFT_LABELS[0]
         route, reason = ("small", "confident") if keep else ("large", "deferred")
         return keep, ShuntDecision(route, reason, prediction, score, limit, str(self.policy))  # type: ignore[arg-type]
 

@@ -26,7 +26,7 @@ from langchain_datashunt.agents.turns import METADATA_KEY, is_draft
 from langchain_datashunt.chat_messages import text_alone
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
-from langchain_datashunt.inputs import text_of
+from langchain_datashunt.inputs import text_of, text_reader
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import Latency, ShuntDecision
 from langchain_datashunt.pruning import ConformalPrompt
@@ -297,7 +297,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return [
             FinishedCall(
                 self.recorder.task, str(uuid7()), text, decision, answer.tool_calls[0]["name"], watcher, Latency(),
-                prediction.labels, None, "input", now(),
+                prediction.labels, None, text_reader(), now(),
             )
         ]  # fmt: skip
 

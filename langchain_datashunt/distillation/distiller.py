@@ -17,11 +17,13 @@ import numpy as np
 from pydantic import Field
 
 from langchain_datashunt.configured import Configured
+from langchain_datashunt.distillation.answers import distil_answers
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
 from langchain_datashunt.small_models.base import SmallModel
+from langchain_datashunt.small_models.generating import GeneratingModel
 from langchain_datashunt.small_models.processes import processes
 from langchain_datashunt.small_models.training import (
     Examples,
@@ -79,6 +81,8 @@ class Distilled:
 class TwoStageDistiller:
     """Trains S2 from a copy of S1 on the records of routed calls.
 
+    A small model that writes its answers learns whole answers; see `distillation.answers`.
+
     ```python
     distilled = TwoStageDistiller().distill(small, store.iterate(CallFilter(task="support")))
     ```
@@ -109,6 +113,11 @@ class TwoStageDistiller:
             ConfigurationError: This kind of small model cannot learn on.
         """
         training = self._training()
+        if isinstance(small, GeneratingModel):
+            calls = sorted(_flat(records), key=lambda call: (call.input_hash, call.id))
+            learnt, told = distil_answers(self.settings, training, small, calls, labelled)
+            learnt.lineage = {**learnt.lineage, "distillation": {**vars(told), "mode": "answers"}}
+            return Distilled(learnt, told)
         prepared = processes().share(lambda: self._prepared(small, records, labelled, training))
         loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
         model = small.relearn(prepared.stages, prepared.held_out, training, loss)

@@ -94,7 +94,10 @@ def _schema(pa: Any) -> Any:
                 (name, text)
                 for name in ("id", "task", "input", "input_hash", "small_model", "policy", "route", "reason")
             ),
-            *((name, text) for name in ("large_model", "raw_output", "label", "small_label", "gold", "gold_source")),
+            *(
+                (name, text)
+                for name in ("large_model", "raw_output", "label", "small_label", "small_answer", "gold", "gold_source")
+            ),
             *((name, number) for name in ("time", "confidence", "score", "threshold", "large_confidence", "cost_usd")),
             *((name, number) for name in ("small_seconds", "large_seconds")),
             *((name, pa.int64()) for name in ("schema_version", "input_tokens", "output_tokens", "count")),

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import FloatArray, Reason, Route
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the record that this code writes."""
 
 SUBJECT_HASH = "sha256:"
@@ -57,6 +57,9 @@ class RoutedCall(BaseModel):
     score: float | None = None
     """The confidence score that the policy compared."""
 
+    small_answer: str | None = None
+    """What the small model wrote, where it writes its answers; `labels` are then "answer" and "other"."""
+
     threshold: float | None = None
     policy: str = ""
     route: Route = "large"
@@ -69,7 +72,8 @@ class RoutedCall(BaseModel):
     """The large model's answer as it came."""
 
     label: str | None = None
-    """The large model's answer as a label; None where it was not asked or was unparsable."""
+    """The large model's answer as a label, or as a text where answers are written; None where it was not asked or was
+    unparsable."""
 
     large_probabilities: tuple[float, ...] | None = None
     """The large model's distribution over `labels`, where log-probabilities of the label's tokens were returned."""
@@ -110,12 +114,16 @@ class RoutedCall(BaseModel):
 
     @property
     def confidence(self) -> float | None:
-        """The small model's highest probability."""
+        """The small model's highest probability; that of its answer, where it writes them."""
+        if self.probabilities and self.small_answer is not None:
+            return self.probabilities[0]
         return max(self.probabilities) if self.probabilities else None
 
     @property
     def small_label(self) -> str | None:
         """The small model's answer."""
+        if self.small_answer is not None:
+            return self.small_answer
         if not self.probabilities:
             return None
         return self.labels[self.probabilities.index(max(self.probabilities))]

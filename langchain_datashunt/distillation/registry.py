@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.exceptions import RegistryError
+from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.loading import load_small_model
 
@@ -272,6 +273,11 @@ class RegistryModel(SmallModel):
                 self._model = model
             self._checked = time.monotonic()
             return self._model
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        return self.reload(now=False).reader
 
     @override
     def workers(self) -> int:

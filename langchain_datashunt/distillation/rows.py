@@ -27,6 +27,8 @@ OUTSIDE = -1
 
 _COMPRESSED, _PLAIN = b"z", b"p"
 _LENGTHS, _NOTHING = struct.Struct("<II"), 2**32 - 1
+_WRITTEN = struct.Struct("<I")
+"""The length of the small model's answer, which stands before all else where there is one: kinds "Z" and "P"."""
 
 
 class Row(NamedTuple):
@@ -63,21 +65,25 @@ def row_of(record: RoutedCall, context: int) -> Row:
     """A record as the values of a row; `context` is the id of what it shares with others."""
     labels, p = _positions(record.labels), record.probabilities
     highest = max(p) if p else None
-    strange = record.label is not None and record.label not in labels
+    written = record.small_answer is not None
+    strange = record.label is not None and (written or record.label not in labels)
+    small_label = None if p is None or highest is None else p.index(highest)
+    if written:  # equal to the label's column where both say the same, so that agreement can be asked for in SQL
+        highest, small_label = record.confidence, OUTSIDE if record.small_answer == record.label else 0
     return Row(
         key_of(record.task, record.large_model, hash_input(record.input)),
         id_bytes(record.id),
         context,
         record.time,
-        _packed(record.input, record.raw_output, record.label if strange else None),
+        _packed(record.input, record.raw_output, record.label if strange else None, record.small_answer),
         _halves(p),
         highest,
         record.score,
         record.threshold,
         ROUTES.index(record.route),
         REASONS.index(record.reason),
-        None if p is None or highest is None else p.index(highest),
-        None if record.label is None else labels.get(record.label, OUTSIDE),
+        small_label,
+        None if record.label is None else OUTSIDE if written else labels.get(record.label, OUTSIDE),
         _halves(record.large_probabilities),
         record.large_confidence,
         record.input_tokens,
@@ -118,24 +124,34 @@ _local = threading.local()
 """A compressor for each thread: they must not be shared, and making one costs more than using it."""
 
 
-def _packed(text: str, raw: str | None, strange: str | None) -> bytes:
-    """Input, raw answer and a label outside the label set as one compressed value."""
+def _packed(text: str, raw: str | None, strange: str | None, written: str | None) -> bytes:
+    """Input, raw answer, a label outside the label set and what the small model wrote as one compressed value."""
     parts = [b"" if part is None else part.encode(errors="surrogatepass") for part in (text, raw, strange)]
     body = _LENGTHS.pack(len(parts[0]), _NOTHING if raw is None else len(parts[1])) + b"".join(parts)
+    plain, squeezed = _PLAIN, _COMPRESSED
+    if written is not None:
+        first = written.encode(errors="surrogatepass")
+        body, plain, squeezed = _WRITTEN.pack(len(first)) + first + body, plain.upper(), squeezed.upper()
     if len(body) < 64:
-        return _PLAIN + body
+        return plain + body
     if (compressor := getattr(_local, "compressor", None)) is None:
         compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
     compressed: bytes = compressor.compress(body)
-    return _COMPRESSED + compressed
+    return squeezed + compressed
 
 
-def _unpacked(data: bytes) -> tuple[str, str | None, str]:
-    kind, body = data[:1], data[1:]
-    if kind == _COMPRESSED:
+def _unpacked(data: bytes) -> tuple[str, str | None, str, str | None]:
+    kind, body, written = data[:1], data[1:], None
+    if kind.lower() == _COMPRESSED:
         if (decompressor := getattr(_local, "decompressor", None)) is None:
             decompressor = _local.decompressor = require("zstandard", "store").ZstdDecompressor()
         body = decompressor.decompress(body)
+    if kind.isupper():
+        (length,) = _WRITTEN.unpack_from(body)
+        end = _WRITTEN.size + length
+        if end > len(body):
+            raise ValueError("its text is shorter than it says")
+        written, body = body[_WRITTEN.size : end].decode(errors="surrogatepass"), body[end:]
     first, second = _LENGTHS.unpack_from(body)
     if _LENGTHS.size + first + (0 if second == _NOTHING else second) > len(body):
         raise ValueError("its text is shorter than it says")
@@ -143,7 +159,7 @@ def _unpacked(data: bytes) -> tuple[str, str | None, str]:
     text, raw, strange = (
         body[a:b].decode(errors="surrogatepass") for a, b in zip(edges, (*edges[1:], len(body)), strict=True)
     )
-    return text, None if second == _NOTHING else raw, strange
+    return text, None if second == _NOTHING else raw, strange, written
 
 
 def _halves(values: Sequence[float] | None) -> bytes | None:
@@ -161,7 +177,7 @@ def _wholes(data: bytes | None) -> tuple[float, ...] | None:
 
 def record_of(row: Any) -> RoutedCall:
     """The record of a row with its context's columns."""
-    text, raw, strange = _unpacked(row["content"])
+    text, raw, strange, written = _unpacked(row["content"])
     labels = tuple(json.loads(row["labels"]))
     label = None if row["label"] is None else strange if row["label"] == OUTSIDE else labels[row["label"]]
     same = (
@@ -172,6 +188,7 @@ def record_of(row: Any) -> RoutedCall:
         **{name: row[name] for name in same},
         id=str(UUID(bytes=bytes(row["id"]))),
         input=text,
+        small_answer=written,
         labels=labels,
         probabilities=_wholes(row["probabilities"]),
         route=ROUTES[row["route"]],

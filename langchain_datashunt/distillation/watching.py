@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from typing_extensions import override
 
+from langchain_datashunt.confidence import MeanTokenProbability
 from langchain_datashunt.distillation.record import label_distribution
+from langchain_datashunt.predictions import ANSWER_LABELS, FloatArray
 from langchain_datashunt.pricing import cost_usd
 
 
@@ -68,10 +71,22 @@ def stated_confidence(text: str | None) -> float | None:
     return float(value) if number else None  # type: ignore[arg-type]
 
 
+def token_logprobs(tokens: Sequence[Mapping[str, Any]]) -> FloatArray:
+    """The log-probabilities of `logprobs["content"]` as OpenAI-compatible APIs give it, shape `[t]`."""
+    return np.array([float(token["logprob"]) for token in tokens])
+
+
+def mean_probability(tokens: Sequence[Mapping[str, Any]]) -> float:
+    """The arithmetic mean of tokens' probabilities, in [0, 1]."""
+    return min(1.0, MeanTokenProbability().of_tokens(token_logprobs(tokens)))
+
+
 def large_sureness(
     watcher: LargeCallWatcher, labels: Sequence[str], label: str | None
 ) -> tuple[tuple[float, ...] | None, float | None]:
     """The large model's distribution and confidence: from log-probabilities, else as stated, else unknown."""
+    if tuple(labels) == ANSWER_LABELS:
+        return None, mean_probability(watcher.tokens) if watcher.tokens else stated_confidence(watcher.text)
     found = label_distribution(watcher.tokens, labels, label) if label is not None else None
     if found is None:
         return None, stated_confidence(watcher.text)

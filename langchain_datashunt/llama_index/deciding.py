@@ -13,6 +13,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 
 from langchain_datashunt.distillation.watching import LargeCallWatcher
+from langchain_datashunt.inputs import text_reader
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import Latency, Prediction, ShuntDecision
 from langchain_datashunt.recording import FinishedCall, now
@@ -127,7 +128,7 @@ class Decider:
         return [
             FinishedCall(
                 self.recorder.task, str(uuid7()), text, decision, said, watcher, Latency(*seconds), labels, None,
-                "input", now(),
+                text_reader(), now(),
             )
         ]  # fmt: skip
 

@@ -15,14 +15,17 @@ from langchain_datashunt.small_models.loading import (
 from langchain_datashunt.small_models.micro_batching import MicroBatching
 
 if TYPE_CHECKING:
+    from langchain_datashunt.small_models.caption_model import CaptionModel
     from langchain_datashunt.small_models.contrastive import ContrastiveClassifier
     from langchain_datashunt.small_models.embedding import EmbeddingClassifier
     from langchain_datashunt.small_models.encoder import CachedEmbeddings, SentenceEncoder
     from langchain_datashunt.small_models.ensemble import EnsembleClassifier
+    from langchain_datashunt.small_models.image_classifier import ImageClassifier
     from langchain_datashunt.small_models.neighbours import NeighbourClassifier
     from langchain_datashunt.small_models.predict_proba import PredictProbaClassifier
     from langchain_datashunt.small_models.training import TrainingSettings
     from langchain_datashunt.small_models.transformers_classifier import TransformersClassifier
+    from langchain_datashunt.small_models.transformers_generator import TransformersGenerator
     from langchain_datashunt.small_models.word_networks import LSTMClassifier, TextCNN
 
 _LAZY = {name: module for module, name in KINDS.values()} | {
@@ -34,9 +37,11 @@ _LAZY = {name: module for module, name in KINDS.values()} | {
 __all__ = [
     "BundledSmallModel",
     "CachedEmbeddings",
+    "CaptionModel",
     "ContrastiveClassifier",
     "EmbeddingClassifier",
     "EnsembleClassifier",
+    "ImageClassifier",
     "LSTMClassifier",
     "MicroBatching",
     "NeighbourClassifier",
@@ -47,6 +52,7 @@ __all__ = [
     "TextCNN",
     "TrainingSettings",
     "TransformersClassifier",
+    "TransformersGenerator",
     "load_small_model",
     "small_model_class",
 ]

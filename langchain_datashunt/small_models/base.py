@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
@@ -23,11 +23,11 @@ from langchain_datashunt.exceptions import (
     TruncationWarning,
 )
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput, text_of
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
-from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
 from langchain_datashunt.small_models.serving import Serving
 
@@ -45,11 +45,17 @@ class Scores(NamedTuple):
         logits: Shape `[n, k]`, before temperature and softmax.
         truncated: Shape `[n]`: which inputs were cut; None for none.
         features: Shape `[n, d]`: what the model saw of each input, where that is to be kept.
+        answers: `n` answers, where the model writes them.
+        token_logprobs: `n` arrays of shape `[t]`: log-probabilities of the answers' tokens.
+        errors: What was wrong with single inputs, by position; their other values do not count.
     """
 
     logits: NDArray[Any]
     truncated: BoolArray | None = None
     features: NDArray[Any] | None = None
+    answers: tuple[Any, ...] | None = None
+    token_logprobs: tuple[NDArray[Any], ...] | None = None
+    errors: Mapping[int, Exception] = {}
 
 
 _NOT_OF_SCORES = frozenset(
@@ -64,6 +70,9 @@ class _Remembered(NamedTuple):
     logits: NDArray[Any]
     truncated: bool
     features: NDArray[Any] | None
+    answer: Any
+    token_logprobs: NDArray[Any] | None
+    error: Exception | None
 
 
 class Outcome(NamedTuple):
@@ -108,7 +117,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     """What is known of a large model's answers to this task, where it was calibrated on some."""
 
     input_key: str = DEFAULT_INPUT_KEY
-    """Where mappings hold the text."""
+    """Where mappings hold the input."""
 
     lineage: dict[str, Any] = Field(default_factory=dict)
     """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
@@ -128,8 +137,13 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     # What a kind implements
 
     @abstractmethod
-    def predict_scores(self, texts: Sequence[str]) -> Scores:
-        """Logits for `n` texts in one vectorised pass."""
+    def predict_scores(self, texts: Sequence[Any]) -> Scores:
+        """Logits for `n` inputs, as `reader` reads them (texts, where a kind says nothing else), in one pass."""
+
+    @property
+    def reader(self) -> InputReader:
+        """How inputs are read: as text, where a kind does not say otherwise."""
+        return text_reader(self.input_key)
 
     # Predicting
 
@@ -154,8 +168,16 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         texts, rows, errors = self._read(inputs)
         if not texts:
             return Outcome(None, np.array(rows, dtype=np.intp), errors)
-        batch = self._finish(self._remembered_scores(texts), len(texts))
+        scores = self._remembered_scores(texts)
+        batch = self._finish(scores, len(texts))
         where = np.array(rows, dtype=np.intp)
+        if scores.errors:
+            errors.update({rows[i]: error for i, error in scores.errors.items()})
+            good = np.array([i not in scores.errors for i in range(len(texts))])
+            batch, where = batch.take(good), where[good]
+            rows = where.tolist()
+            if not rows:
+                return Outcome(None, where, errors)
         if batch.sound.all():
             return Outcome(batch, where, errors)
         for i in np.flatnonzero(~batch.sound).tolist():
@@ -193,7 +215,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         return self._served().batcher_of(self)
 
     @property
-    def cache(self) -> TextCache[Any] | None:
+    def cache(self) -> ResultCache[Any] | None:
         """What is remembered, with its counters; None with `cache_size=0`."""
         return self._served().cache_of(self)
 
@@ -212,38 +234,51 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         """Batches that are best computed at once on this machine; 1 where a kind does not say otherwise."""
         return 1
 
-    def _remembered_scores(self, texts: list[str]) -> Scores:
+    def _remembered_scores(self, texts: list[Any]) -> Scores:
         cache = self.cache if self.cache_size else None
         if cache is None or not texts:
             return self.predict_scores(texts)
 
-        def compute(new: list[str]) -> list[_Remembered]:
+        def compute(new: list[Any]) -> list[_Remembered]:
             scores = self.predict_scores(new)
             logits = np.asarray(scores.logits)
             if logits.ndim != 2 or len(logits) != len(new):
                 raise PredictionError(self._misshapen(logits, len(new)))
             cut = np.zeros(len(new), dtype=np.bool_) if scores.truncated is None else scores.truncated
-            seen = scores.features
+            seen, said, tokens = scores.features, scores.answers, scores.token_logprobs
             return [
-                _Remembered(logits[i].copy(), bool(cut[i]), None if seen is None else seen[i].copy())
+                _Remembered(
+                    logits[i].copy(),
+                    bool(cut[i]),
+                    None if seen is None else seen[i].copy(),
+                    None if said is None else said[i],
+                    None if tokens is None else tokens[i],
+                    scores.errors.get(i),
+                )
                 for i in range(len(new))
             ]
 
-        rows = cache.of(texts, compute, keep=lambda row: bool(np.isfinite(row.logits).all()))
+        rows = cache.of(texts, compute, keep=lambda row: row.error is None and bool(np.isfinite(row.logits).all()))
         features = [row.features for row in rows if row.features is not None]
+        answers = tuple(row.answer for row in rows)
+        tokens = tuple(row.token_logprobs for row in rows if row.token_logprobs is not None)
         return Scores(
             np.stack([row.logits for row in rows]),
             np.array([row.truncated for row in rows]),
             np.stack(features) if len(features) == len(rows) else None,
+            None if all(answer is None for answer in answers) else answers,
+            tokens if len(tokens) == len(rows) else None,
+            {i: row.error for i, row in enumerate(rows) if row.error is not None},
         )
 
-    def _read(self, inputs: Sequence[Any]) -> tuple[list[str], list[int], dict[int, Exception]]:
-        texts: list[str] = []
+    def _read(self, inputs: Sequence[Any]) -> tuple[list[Any], list[int], dict[int, Exception]]:
+        texts: list[Any] = []
+        read = self.reader.read
         rows: list[int] = []
         errors: dict[int, Exception] = {}
         for i, value in enumerate(inputs):
             try:
-                texts.append(value if type(value) is str else text_of(value, self.input_key))
+                texts.append(read(value))
                 rows.append(i)
             except ShuntError as error:
                 errors[i] = error
@@ -261,7 +296,10 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
                 stacklevel=2,
             )
         p = softmax(logits, self.temperature)
-        return PredictionBatch(self.labels, p, logits, self.model_id, scores.truncated, scores.features)
+        return PredictionBatch(
+            self.labels, p, logits, self.model_id, scores.truncated, scores.features, scores.answers,
+            scores.token_logprobs,
+        )  # fmt: skip
 
     def _misshapen(self, logits: NDArray[Any], n: int) -> str:
         return (

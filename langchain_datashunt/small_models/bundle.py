@@ -88,7 +88,7 @@ def write_bundle(
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         staging.chmod(0o755)
-        contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+        contiguous = {name: np.asarray(array, order="C") for name, array in weights.items()}
         if contiguous:
             require("safetensors.numpy", "torch").save_file(contiguous, str(staging / WEIGHTS_FILE))
         if write_files is not None:

@@ -1,36 +1,33 @@
-"""A bounded memory of what was computed for a text, so that an exact repeat costs a hash; texts are not kept."""
+"""A bounded memory of what was computed for an input, so that an exact repeat costs a hash; inputs are not kept."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from langchain_datashunt.inputs import text_reader
 from langchain_datashunt.small_models.forking import AFTER_FORK
 
 V = TypeVar("V")
 
 
-def text_key(text: str) -> bytes:
-    """16 bytes that stand for a text."""
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-class TextCache(Generic[V]):
-    """What was computed for the texts that were asked for last, up to `size` of them; for any number of threads.
+class ResultCache(Generic[V]):
+    """What was computed for the inputs that were asked for last, up to `size` of them; for any number of threads.
 
     Args:
-        size: Texts remembered at the most; the one not asked for the longest goes first.
+        size: Inputs remembered at the most; the one not asked for the longest goes first.
+        key: From an input to 16 bytes that stand for it; None for texts.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, key: Callable[[Any], bytes] | None = None) -> None:
         self.size = size
+        self.key = key or text_reader().key
         self.hits = 0
-        """Texts that were found."""
+        """Inputs that were found."""
         self.misses = 0
-        """Texts that had to be computed."""
+        """Inputs that had to be computed."""
         self.after_fork()
         AFTER_FORK.add(self)
 
@@ -43,16 +40,16 @@ class TextCache(Generic[V]):
         return len(self._found)
 
     def of(
-        self, texts: Sequence[str], compute: Callable[[list[str]], Sequence[V]], keep: Callable[[V], bool] | None = None
+        self, texts: Sequence[Any], compute: Callable[[list[Any]], Sequence[V]], keep: Callable[[V], bool] | None = None
     ) -> list[V]:
-        """The value of each text; those not known are computed in one call, each once.
+        """The value of each input; those not known are computed in one call, each once.
 
         Args:
-            texts: `n` texts.
-            compute: From unknown texts to their values.
+            texts: `n` inputs.
+            compute: From unknown inputs to their values.
             keep: Which of these are remembered; None for all.
         """
-        keys = [text_key(text) for text in texts]
+        keys = [self.key(text) for text in texts]
         values: dict[bytes, V] = {}
         with self._mutex:
             for key in keys:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import BoolArray
-from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.tokenization import (
@@ -150,8 +150,8 @@ class CachedEmbeddings(Embeddings):
         if size < 1:
             raise ConfigurationError(f"CachedEmbeddings of size {size} remembers nothing; give a size of 1 or more.")
         self.encoder = encoder
-        self.cache: TextCache[tuple[NDArray[np.float32], bool]] = TextCache(size)
-        self._queries: TextCache[list[float]] = TextCache(size)
+        self.cache: ResultCache[tuple[NDArray[np.float32], bool]] = ResultCache(size)
+        self._queries: ResultCache[list[float]] = ResultCache(size)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what is remembered, and without its lock."""

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError, DataError
+from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.predictions import FloatArray
 from langchain_datashunt.small_models.base import Loss, Scores, SmallModel, softmax
 from langchain_datashunt.small_models.bundle import BundleInfo
@@ -58,6 +59,11 @@ class EnsembleClassifier(SmallModel):
                 f"given: {self.shares}."
             )
         return self
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        return self.members[0].reader
 
     @override
     def workers(self) -> int:

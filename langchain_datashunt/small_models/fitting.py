@@ -279,7 +279,8 @@ class _Fit:
             seen = hashlib.sha256(json.dumps(self.settings.what_matters(), sort_keys=True).encode())
             seen.update(repr([(name, tuple(t.shape)) for name, t in self.network.state_dict().items()]).encode())
             for stage in (*self.stages, self.validation):
-                seen.update(repr(stage.features).encode())
+                for feature in stage.features:
+                    seen.update(_as_bytes(feature))
                 seen.update(np.ascontiguousarray(stage.targets).tobytes())
             self._own_fingerprint = seen.hexdigest()
         return self._own_fingerprint
@@ -287,6 +288,15 @@ class _Fit:
     def _forget(self) -> None:
         if self._file is not None and self.processes.first:
             self._file.unlink(missing_ok=True)
+
+
+def _as_bytes(feature: Any) -> bytes:
+    """A feature as bytes: numbers in lists, arrays, and tuples of both."""
+    if isinstance(feature, np.ndarray):
+        return repr(feature.shape).encode() + np.ascontiguousarray(feature).tobytes()
+    if isinstance(feature, tuple):
+        return b"".join(_as_bytes(part) for part in feature)
+    return repr(feature).encode()
 
 
 class _NoEvents:
@@ -358,7 +368,8 @@ def relearn_network(
         loss=loss,
     )
     if len(held_out) >= MIN_EXAMPLES_FOR_CALIBRATION:
-        logits = np.asarray(learner.predict_scores(held_out.texts).logits, dtype=np.float64)
+        read = [learner.reader.read(text) for text in held_out.texts]
+        logits = np.asarray(learner.predict_scores(read).logits, dtype=np.float64)
         learner.temperature = fit_temperature(logits, held_out.targets.argmax(axis=1))
     learner.lineage = {"parent": model.lineage, "steps": len(report.history), "held_out_nll": report.best_loss}
     return learner

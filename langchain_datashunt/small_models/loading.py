@@ -13,6 +13,7 @@ from typing_extensions import override
 from langchain_datashunt.configured import Configured, from_plain
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
+from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
@@ -26,6 +27,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "neighbours": ("langchain_datashunt.small_models.neighbours", "NeighbourClassifier"),
     "ensemble": ("langchain_datashunt.small_models.ensemble", "EnsembleClassifier"),
     "contrastive": ("langchain_datashunt.small_models.contrastive", "ContrastiveClassifier"),
+    "captioner": ("langchain_datashunt.small_models.caption_model", "CaptionModel"),
+    "generator": ("langchain_datashunt.small_models.transformers_generator", "TransformersGenerator"),
+    "image": ("langchain_datashunt.small_models.image_classifier", "ImageClassifier"),
     "predict_proba": ("langchain_datashunt.small_models.predict_proba", "PredictProbaClassifier"),
 }
 """Kind -> module and class; a new kind of small model is one line here."""
@@ -137,6 +141,11 @@ class BundledSmallModel(SmallModel):
         if self._model is None:
             self._model = load_small_model(self.path, **self.overrides)
         return self._model
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        return self.loaded.reader
 
     @override
     def workers(self) -> int:

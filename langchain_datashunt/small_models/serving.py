@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
 
@@ -24,7 +24,7 @@ class Serving:
         self.owner: Callable[[], SmallModel | None] = (lambda: None) if owner is None else weakref.ref(owner)
         self._batcher: MicroBatcher | None = None
         self._settings: MicroBatching | None = None
-        self._cache: TextCache[Any] | None = None
+        self._cache: ResultCache[Any] | None = None
         self.after_fork()
         AFTER_FORK.add(self)
 
@@ -69,12 +69,12 @@ class Serving:
         """Remember nothing: the model computes other scores now."""
         self._cache = None
 
-    def cache_of(self, model: SmallModel) -> TextCache[Any] | None:
+    def cache_of(self, model: SmallModel) -> ResultCache[Any] | None:
         """The memory of the model, of the size that it has now; None where it remembers nothing."""
         if not model.cache_size:
             return None
         if self._cache is None or self._cache.size != model.cache_size:
             with self._mutex:
                 if self._cache is None or self._cache.size != model.cache_size:
-                    self._cache = TextCache(model.cache_size)
+                    self._cache = ResultCache(model.cache_size, model.reader.key)
         return self._cache

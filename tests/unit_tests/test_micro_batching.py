@@ -35,7 +35,7 @@ from langchain_datashunt import (
 )
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, QueueFullError
 from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings, Scores
-from langchain_datashunt.small_models.caching import TextCache
+from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
 from tests.support.handlers import RunBook
 from tests.support.models import LABELS, LetterEmbeddings, WordModel
@@ -654,7 +654,7 @@ class TestMemory:
         assert model._calls == [2, 1]
 
     def test_the_one_not_asked_for_the_longest_is_forgotten(self) -> None:
-        cache: TextCache[str] = TextCache(2)
+        cache: ResultCache[str] = ResultCache(2)
 
         def shout(texts: list[str]) -> list[str]:
             return [text.upper() for text in texts]
@@ -722,7 +722,7 @@ class TestMemory:
         )
 
     def test_many_threads_get_what_belongs_to_their_texts(self) -> None:
-        cache: TextCache[int] = TextCache(50)
+        cache: ResultCache[int] = ResultCache(50)
 
         def lengths(texts: list[str]) -> list[int]:
             return [int(text) for text in texts]

@@ -1,0 +1,343 @@
+"""Images as inputs: what a caller may pass in, limits on it, and how prompts and records get it. No model here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from langchain_core.messages import BaseMessage, HumanMessage
+from numpy.typing import NDArray
+from pydantic import Field
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.exceptions import InputError
+from langchain_datashunt.inputs import InputReader, messages_of
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""Shape `[h, w, c]`, with c = 1 (grey) or 3 (red, green, blue)."""
+
+_DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_LOSSLESS_SIDE = 64
+"""Pictures with no longer side are written without loss."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is decoded; some of PIL's other formats start programs."""
+
+ACCEPTED = (
+    "a PIL image, an array [h, w] or [h, w, c] of uint8, the bytes of an image file, a pathlib.Path, a data URL, an "
+    "image content block, or a message that holds one"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded image.
+
+    Attributes:
+        pixels: Shape `[h, w, c]`, uint8, c = 1 or 3.
+    """
+
+    pixels: Pixels
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that stand for size and pixels."""
+        seen = blake2b(repr(self.pixels.shape).encode(), digest_size=16)
+        seen.update(np.ascontiguousarray(self.pixels).tobytes())
+        return seen.digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Picture({'x'.join(map(str, self.pixels.shape))}, {self.digest.hex()[:8]})"
+
+    def image(self) -> Any:
+        """As a PIL image, of mode L or RGB."""
+        pixels = self.pixels[..., 0] if self.pixels.shape[2] == 1 else self.pixels
+        return require("PIL.Image", "images").fromarray(np.ascontiguousarray(pixels))
+
+    def resized(self, height: int, width: int, channels: int, *, resample: int = 2) -> Pixels:
+        """Pixels of another size and number of channels, shape `[height, width, channels]`.
+
+        Args:
+            height: In pixels.
+            width: In pixels.
+            channels: 1 or 3.
+            resample: PIL's number of the filter; 2 is bilinear, 3 bicubic.
+        """
+        if self.pixels.shape == (height, width, channels):
+            return self.pixels
+        image = self.image().convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), resample)
+        return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+    def encoded(self, longest_side: int | None = None) -> tuple[str, bytes]:
+        """MIME type and bytes of an image file, with nothing in it but the pixels: no place, no camera, no thumbnail.
+
+        Small pictures are PNG, without loss; others are JPEG of quality 90.
+
+        Args:
+            longest_side: Pixels of the longer side at the most; None for no limit.
+        """
+        image = self.image()
+        if longest_side is not None and max(image.size) > longest_side:
+            shrink = longest_side / max(image.size)
+            image = image.resize((max(1, round(image.width * shrink)), max(1, round(image.height * shrink))), 2)
+        out = io.BytesIO()
+        if max(image.size) <= _LOSSLESS_SIDE:
+            image.save(out, format="PNG")
+            return "image/png", out.getvalue()
+        image.save(out, format="JPEG", quality=90)
+        return "image/jpeg", out.getvalue()
+
+    def data_url(self, longest_side: int | None = None) -> str:
+        """As a data URL; see `encoded`."""
+        mime, data = self.encoded(longest_side)
+        return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+    def block(self, longest_side: int | None = None) -> dict[str, Any]:
+        """As LangChain's standard content block for images."""
+        mime, data = self.encoded(longest_side)
+        return {"type": "image", "base64": base64.b64encode(data).decode(), "mime_type": mime}
+
+
+class ImageReader(InputReader):
+    """Images, with limits on what is decoded.
+
+    Nothing is fetched from the network, and no file is opened by a name that came as a string: a text that a stranger
+    sends must not choose which file of this machine goes to a large model.
+
+    For prompts an image is laid out as `input` (a list with one human message that holds the text beside the image,
+    where there is one, and the image), `image_url` (a data URL) and, for conversations, `history`. Metadata of the
+    file does not go along.
+    """
+
+    max_bytes: int = Field(default=20 * 2**20, ge=1)
+    """Bytes of an encoded image at the most."""
+
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Width times height at the most; checked before anything is decoded."""
+
+    sent_side: int | None = Field(default=2048, ge=16)
+    """Pixels of the longer side of what a prompt gets at the most; None sends the full size."""
+
+    recorded_side: int | None = Field(default=512, ge=16)
+    """The same for what is recorded."""
+
+    def read(self, value: Any) -> Picture:
+        """The picture.
+
+        Raises:
+            InputError: There is no image in it, it cannot be decoded, or it is above the limits.
+        """
+        return self._picture(self._found(value))
+
+    def key(self, item: Any) -> bytes:
+        """The picture's digest."""
+        digest: bytes = item.digest
+        return digest
+
+    def lay_out(self, value: Any) -> dict[str, Any]:
+        """Prompt variables; see the class.
+
+        Raises:
+            InputError: As `read`.
+        """
+        inner, rest = value, {}
+        if isinstance(value, Mapping) and self.input_key in value:
+            inner, rest = value[self.input_key], dict(value)
+        picture = self.read(inner)
+        block = picture.block(self.sent_side)
+        content: list[str | dict[str, Any]] = [block]
+        laid_out: dict[str, Any] = {"image_url": f"data:{block['mime_type']};base64,{block['base64']}"}
+        if (messages := _conversation(inner)) is not None:
+            last = _last_with_image(messages)
+            text = str(messages[last].text)
+            content = [{"type": "text", "text": text}, block] if text else content
+            laid_out |= {"history": [*rest.get("history", []), *messages[:last]], "messages": messages}
+        return {**laid_out, **rest, self.input_key: [HumanMessage(content)], **_only(laid_out, "history")}
+
+    def write(self, value: Any) -> str:
+        """A data URL; what is no image, as JSON."""
+        try:
+            return self.read(value).data_url(self.recorded_side)
+        except InputError:
+            return json.dumps(value, default=_in_short, ensure_ascii=False)
+
+    def _found(self, value: Any) -> Any:
+        """The image in a value: of a mapping, a block, a message."""
+        if isinstance(value, Mapping):
+            if value.get("type") in ("image", "image_url"):
+                return _of_block(value)
+            if self.input_key not in value:
+                raise InputError(
+                    f"The input mapping has no key {self.input_key!r}; it has {sorted(map(str, value))}. Rename the "
+                    f"key, or give the small model `input_key=`."
+                )
+            return self._found(value[self.input_key])
+        if (messages := _conversation(value)) is not None:
+            blocks = _image_blocks(messages[_last_with_image(messages)])
+            if len(blocks) > 1:
+                raise InputError(f"The message holds {len(blocks)} images; give one.")
+            return _of_block(blocks[0])
+        return value
+
+    def _picture(self, value: Any) -> Picture:
+        if isinstance(value, Picture):
+            self._check_size(value.pixels.shape[1], value.pixels.shape[0])
+            return value
+        if isinstance(value, np.ndarray):
+            return self._of_array(value)
+        if isinstance(value, str):
+            return self._decoded(_bytes_of_url(value, self.max_bytes))
+        if isinstance(value, Path):
+            return self._decoded(self._file(value))
+        if isinstance(value, bytes | bytearray | memoryview):
+            return self._decoded(bytes(value))
+        if isinstance(value, require("PIL.Image", "images").Image):
+            return self._converted(value)
+        raise InputError(f"An input of type {type(value).__name__!r} is no image. Give {ACCEPTED}.")
+
+    def _file(self, path: Path) -> bytes:
+        try:
+            if path.stat().st_size > self.max_bytes:
+                raise InputError(self._too_many_bytes(path.stat().st_size, str(path)))
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(f"The image file {path} cannot be read: {error.strerror}.") from error
+
+    def _decoded(self, data: bytes) -> Picture:
+        image_module = require("PIL.Image", "images")
+        if len(data) > self.max_bytes:
+            raise InputError(self._too_many_bytes(len(data), "the image"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the limit is ours, below
+                image = image_module.open(io.BytesIO(data), formats=FORMATS)
+                self._check_size(*image.size)
+                image.load()
+        except InputError:
+            raise
+        except Exception as error:  # whatever a decoder of some format raises on broken data
+            raise InputError(
+                f"{len(data)} bytes cannot be decoded as an image ({type(error).__name__}: {error}). The file is cut "
+                f"short, damaged, or of a format that is not read; these are: {', '.join(FORMATS)}."
+            ) from error
+        return self._converted(image)
+
+    def _converted(self, image: Any) -> Picture:
+        """A PIL image as a picture, turned as its metadata says, transparency on white."""
+        self._check_size(*image.size)
+        operations, image_module = require("PIL.ImageOps", "images"), require("PIL.Image", "images")
+        try:
+            image = operations.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                solid = image.convert("RGBA")
+                image = image_module.alpha_composite(image_module.new("RGBA", solid.size, "white"), solid)
+            if image.mode.startswith("I;16"):
+                image = image_module.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+            grey = image.mode in ("1", "L", "I", "F")
+            pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"An image of mode {image.mode!r} cannot be read: {error}.") from error
+        return Picture(pixels[..., None] if grey else pixels)
+
+    def _of_array(self, array: NDArray[Any]) -> Picture:
+        if array.dtype != np.uint8:
+            raise InputError(f"An image array has the type {array.dtype}; give uint8, from 0 to 255.")
+        if array.ndim == 2:
+            array = array[..., None]
+        if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+            raise InputError(
+                f"An image array of shape {list(array.shape)} is none that can be read; give [h, w], or [h, w, c] "
+                f"with 1 (grey), 3 (RGB) or 4 (RGBA) channels."
+            )
+        self._check_size(array.shape[1], array.shape[0])
+        if array.shape[2] == 4:
+            return self._converted(require("PIL.Image", "images").fromarray(np.ascontiguousarray(array), "RGBA"))
+        return Picture(array)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise InputError(
+                f"The image has {width} x {height} pixels, and {self.max_pixels} are allowed in all. Make it smaller, "
+                f"or raise `max_pixels` if you trust where it comes from."
+            )
+
+    def _too_many_bytes(self, size: int, what: str) -> str:
+        return f"{what} has {size} bytes, and {self.max_bytes} are allowed. Make it smaller, or raise `max_bytes`."
+
+
+def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: values[name]} if name in values else {}
+
+
+def _in_short(value: Any) -> str:
+    return f"{len(value)} bytes" if isinstance(value, bytes | bytearray) else str(value)[:1000]
+
+
+def _conversation(value: Any) -> list[BaseMessage] | None:
+    return None if isinstance(value, str | bytes | bytearray | np.ndarray) else messages_of(value)
+
+
+def _image_blocks(message: BaseMessage) -> list[Mapping[str, Any]]:
+    content = message.content if isinstance(message.content, list) else []
+    return [block for block in content if isinstance(block, Mapping) and block.get("type") in ("image", "image_url")]
+
+
+def _last_with_image(messages: list[BaseMessage]) -> int:
+    """The position of the last human message, which must hold an image."""
+    for i in range(len(messages) - 1, -1, -1):
+        if isinstance(messages[i], HumanMessage):
+            if _image_blocks(messages[i]):
+                return i
+            raise InputError("The last human message of the conversation holds no image.")
+    raise InputError(f"The conversation has no human message; its messages are {[one.type for one in messages]}.")
+
+
+def _of_block(block: Mapping[str, Any]) -> Any:
+    """The image of a content block: standard, its older form with `source_type`, or that of OpenAI."""
+    if block.get("type") == "image_url":
+        url = block.get("image_url")
+        return url.get("url") if isinstance(url, Mapping) else url
+    data = block.get("base64") or block.get("data")
+    if isinstance(data, str):
+        return f"data:{block.get('mime_type') or 'image/png'};base64,{data}"
+    if isinstance(url := block.get("url"), str):
+        return url
+    raise InputError(
+        f"The image block holds neither base64 data nor a data URL; it has {sorted(map(str, block))}. Images are not "
+        f"fetched: put the data into the block."
+    )
+
+
+def _bytes_of_url(text: str, most: int) -> bytes:
+    start = _DATA_URL.match(text)
+    if start is None:
+        shown = text if len(text) <= 60 else text[:60] + "..."
+        raise InputError(
+            f"The string {shown!r} is no data URL of an image. Strings are neither opened as files nor fetched; give "
+            f"{ACCEPTED}."
+        )
+    if (len(text) - start.end()) * 3 // 4 > most + 3:
+        raise InputError(f"The data URL holds more than the {most} bytes that are allowed. Make the image smaller.")
+    try:
+        return base64.b64decode(text[start.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"The data URL of an image is damaged: {error}.") from error

@@ -1,0 +1,436 @@
+"""TransformersGenerator: causal, sequence-to-sequence and image-to-text models of transformers, as small models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.configured import from_plain
+from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
+from langchain_datashunt.images import ImageReader, Picture
+from langchain_datashunt.inputs import InputReader, text_reader
+from langchain_datashunt.policies import PLAIN_CLASSES
+from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
+from langchain_datashunt.small_models.generating import (
+    AnswerExamples,
+    Generated,
+    GeneratingModel,
+    answer_lineage,
+    fit_answers,
+    learned_answers,
+    split_answers,
+    written,
+)
+from langchain_datashunt.small_models.image_inputs import ImageScale
+from langchain_datashunt.small_models.training import TrainingSettings, seed_everything
+
+Form = Literal["causal", "seq2seq", "image"]
+"""What the network reads: a text that it goes on with, a text that it answers, or an image that it describes."""
+
+_AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image": "AutoModelForImageTextToText",
+}
+_PAIR = "vision-encoder-decoder"
+_IGNORED = -100
+
+
+class TransformersGenerator(GeneratingModel):
+    r"""A generative model of the transformers library: text to text, or image to caption.
+
+    ```python
+    small = TransformersGenerator(model="folder-or-hub-id", template="Question: {input}\nAnswer:")
+    ShuntRunnable(small=small, large=prompt | ChatOpenAI() | StrOutputParser(), policy=Threshold(0.8))
+    ```
+
+    It decodes greedily. The probabilities of the tokens are noted while they are chosen, so that confidence costs no
+    second pass and no memory for the vocabulary.
+    """
+
+    model: str | None = None
+    """A folder or hub id; None where the model came from a bundle."""
+
+    form: Form | None = None
+    """What the network reads; None goes by its configuration."""
+
+    template: str = "{input}"
+    """What the model is asked, around the text. Not used for images."""
+
+    chat: bool | None = None
+    """Whether the tokenizer's chat template is used; None does so where there is one."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens of an answer at the most."""
+
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends, for example "\\n"."""
+
+    images: ImageReader = ImageReader()
+    """How images are read."""
+
+    scale: ImageScale | None = None
+    """What the network takes of images; None reads it from the model's own configuration."""
+
+    quantization: Literal["4bit"] | None = None
+    """Weights in 4 bits, by bitsandbytes, on a GPU."""
+
+    device: str | None = None
+    """cuda, mps or cpu; None chooses."""
+
+    dtype: str = "float32"
+    """float32, bfloat16, float16, or auto."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Inputs computed at once at the most."""
+
+    _network: Any = PrivateAttr(default=None)
+    _tokenizer: Any = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Load the model, where a folder or id was given."""
+        super().model_post_init(context)
+        if "{input}" not in self.template:
+            raise ConfigurationError(f"The template {self.template!r} has no {{input}}.")
+        if self.model is None:
+            return
+        transformers = require("transformers", "torch")
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(self.model)
+            self.form = self.form or _form_of(config)
+            auto = getattr(transformers, _auto_class(config, self.form))
+            network = auto.from_pretrained(self.model, **self._weights_options(transformers))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
+        if self.form == "image":
+            self.scale = self.scale or ImageScale.from_transformers(self.model)
+        self.model_id = self.model_id or Path(self.model).name
+        self._take(network, tokenizer)
+
+    def _weights_options(self, transformers: Any) -> dict[str, Any]:
+        if self.quantization is None:
+            return {}
+        require("bitsandbytes", "4bit")
+        if choose_device(self.device).type != "cuda":
+            raise ConfigurationError(
+                "quantization='4bit' needs a CUDA device; leave it out to compute on this machine."
+            )
+        return {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True), "device_map": "cuda"}
+
+    def _take(self, network: Any, tokenizer: Any) -> None:
+        device = choose_device(self.device)
+        if self.quantization is None:
+            network = network.to(device, choose_dtype(self.dtype, device))
+        self._network = network.eval()
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        settings = network.generation_config
+        if settings.eos_token_id is None:
+            settings.eos_token_id = tokenizer.eos_token_id
+        if settings.pad_token_id is None:
+            settings.pad_token_id = tokenizer.pad_token_id
+        tokenizer.padding_side = "left" if self.form == "causal" else "right"
+        self._tokenizer = tokenizer
+
+    def _ready(self) -> Any:
+        if self._network is None:
+            raise ConfigurationError(
+                "This TransformersGenerator has no weights. Give `model=` a folder or hub id, or load a bundle."
+            )
+        return self._network
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        if self.form != "image":
+            return text_reader(self.input_key)
+        return self.images.model_copy(update={"input_key": self.input_key})
+
+    # Writing
+
+    @override
+    def generate(self, inputs: Sequence[Any]) -> list[Generated]:
+        torch = require("torch", "torch")
+        made: list[Generated] = []
+        with torch.inference_mode():
+            for start in range(0, len(inputs), self.batch_size):
+                made += self._written(self._ready(), inputs[start : start + self.batch_size])
+        return made
+
+    def _written(self, network: Any, inputs: Sequence[Any]) -> list[Generated]:
+        transformers, torch = require("transformers", "torch"), require("torch", "torch")
+        noted: list[Any] = []
+
+        def note(_: Any, scores: Any) -> Any:
+            """Note how likely the token is that greedy decoding takes."""
+            noted.append(scores.float().log_softmax(-1).amax(-1))
+            return scores
+
+        asked, cut = self._asked(network, inputs)
+        tokens = network.generate(
+            **asked,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            logits_processor=transformers.LogitsProcessorList([note]),
+        )
+        steps = torch.stack(noted, dim=1).double().cpu().numpy()
+        chosen = tokens[:, -steps.shape[1] :].cpu().numpy()
+        return [self._one(*row) for row in zip(chosen, steps, cut, strict=True)]
+
+    def _one(self, tokens: NDArray[Any], logprobs: NDArray[Any], cut: bool) -> Generated:
+        ended = np.flatnonzero(np.isin(tokens, self._ends(self._network)))
+        length = int(ended[0]) if ended.size else len(tokens)
+        text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        if found:
+            text = text[: min(found)]
+            while length and len(self._tokenizer.decode(tokens[: length - 1], skip_special_tokens=True)) >= len(text):
+                length -= 1
+        return Generated(text.strip(), logprobs[:length], cut)
+
+    def _ends(self, network: Any) -> list[int]:
+        """Tokens that end an answer; the first is the one that is taught."""
+        ends = network.generation_config.eos_token_id
+        found = [*ends] if isinstance(ends, list | tuple) else [ends]
+        found += [self._tokenizer.eos_token_id, self._tokenizer.sep_token_id]
+        return [end for end in dict.fromkeys(found) if end is not None]
+
+    def _asked(self, network: Any, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[bool]]:
+        """What `generate` takes, and which inputs were cut."""
+        if self.form == "image":
+            return {"pixel_values": self._pixel_values(network, inputs)}, [False] * len(inputs)
+        prompts = [self._prompt(text) for text in inputs]
+        ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
+        limit = self._limit(network)
+        cut = [len(one) > limit for one in ids]
+        if any(cut):  # the beginning is cut, since the end holds the question
+            ids = [one[-limit:] for one in ids]
+        padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        return {name: tensor.to(network.device) for name, tensor in padded.items()}, cut
+
+    def _prompt(self, text: str) -> str:
+        asked = self.template.replace("{input}", text)
+        if not self._chats():
+            return asked
+        message = [{"role": "user", "content": asked}]
+        return str(self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    def _chats(self) -> bool:
+        there = getattr(self._tokenizer, "chat_template", None) is not None
+        if self.chat and not there:
+            raise ConfigurationError(f"The tokenizer of {self.model_id} has no chat template; use chat=False.")
+        return there if self.chat is None else self.chat
+
+    def _limit(self, network: Any) -> int:
+        """Tokens of a prompt at the most."""
+        most = getattr(network.config, "max_position_embeddings", None) or getattr(network.config, "n_positions", None)
+        if most is None:
+            return 10**9
+        room = most - (self.max_new_tokens if self.form == "causal" else 0)
+        if room < 1:
+            raise ConfigurationError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {most} places of "
+                f"{self.model_id}; use fewer."
+            )
+        return int(room)
+
+    def _pixel_values(self, network: Any, pictures: Sequence[Picture]) -> Any:
+        assert self.scale is not None
+        pixels = [self.scale.pixels(picture) for picture in pictures]
+        return self.scale.tensor(pixels, network.device).to(network.dtype)
+
+    # Learning
+
+    def features(self, examples: AnswerExamples) -> list[Any]:
+        """(What is read, token ids of the answer with its end) of examples."""
+        end = self._ends(self._network)[:1]
+        answers = [
+            [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], *end] for answer in examples.answers
+        ]
+        inputs = [self.reader.read(text) for text in examples.inputs]
+        if self.form == "image":
+            assert self.scale is not None
+            return [(self.scale.pixels(one), answer) for one, answer in zip(inputs, answers, strict=True)]
+        prompts = [self._prompt(text) for text in inputs]
+        ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
+        limit = self._limit(self._network)
+        return [(one[-limit:], answer[: self.max_new_tokens]) for one, answer in zip(ids, answers, strict=True)]
+
+    def losses_of(self, network: Any, features: list[Any]) -> Any:
+        """Mean negative log-likelihood of each answer's tokens, shape `[n, 1]`."""
+        torch = require("torch", "torch")
+        device = next(network.parameters()).device
+        read, answers = [one for one, _ in features], [answer for _, answer in features]
+        if self.form == "causal":
+            rows = [[*one, *answer] for one, answer in zip(read, answers, strict=True)]
+            asked = [[_IGNORED] * len(one) + list(answer) for one, answer in zip(read, answers, strict=True)]
+            ids, mask = self._padded(rows, device)
+            wanted = _full(asked, _IGNORED, device)
+            logits = network(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            wanted = wanted[:, 1:]
+        else:
+            wanted = _full(answers, _IGNORED, device)
+            if self.form == "image":
+                assert self.scale is not None
+                given = {"pixel_values": self.scale.tensor(read, device)}
+            else:
+                ids, mask = self._padded(read, device)
+                given = {"input_ids": ids, "attention_mask": mask}
+            logits = network(**given, labels=wanted).logits
+        kept = wanted != _IGNORED
+        found = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), wanted, ignore_index=_IGNORED, reduction="none"
+        )
+        return (found * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+
+    def _padded(self, rows: Sequence[Sequence[int]], device: Any) -> tuple[Any, Any]:
+        torch = require("torch", "torch")
+        ids = _full(rows, self._tokenizer.pad_token_id, device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return ids, (torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]).long()
+
+    @override
+    def learn_answers(
+        self, stages: Sequence[AnswerExamples], held_out: AnswerExamples, settings: TrainingSettings
+    ) -> Self:
+        self._can_learn()
+        chosen = settings.filled(epochs=5, batch_size=8, learning_rate=3e-5, patience=2)
+        learner: Self = learned_answers(self, stages, held_out, chosen)
+        return learner
+
+    def train(self, inputs: Sequence[Any], answers: Sequence[str], *, settings: TrainingSettings | None = None) -> Self:
+        """A copy fine-tuned on inputs and their answers, with early stopping; this one is not changed.
+
+        Args:
+            inputs: `n` inputs, as the model reads them.
+            answers: Their answers.
+            settings: How to train; None for 5 epochs, batches of 8, 3e-5.
+
+        Raises:
+            DataError: The training set cannot be used.
+        """
+        self._can_learn()
+        chosen = (settings or TrainingSettings()).filled(epochs=5, batch_size=8, learning_rate=3e-5, patience=2)
+        split = split_answers(written(self.reader, inputs), answers, chosen)
+        seed_everything(chosen.seed)
+        learner = self.model_copy()
+        learner._network, learner._bundle = copy.deepcopy(self._ready()), None
+        report = fit_answers(
+            learner._network, learner.losses_of, [learner.features(split[0])], learner.features(split[1]), chosen,
+            what="generator",
+        )  # fmt: skip
+        learner.lineage = answer_lineage(split, chosen, report, base=self.model)
+        return learner
+
+    def _can_learn(self) -> None:
+        if self.quantization is not None:
+            raise ConfigurationError("Weights in 4 bits cannot learn; load the model without quantization.")
+        kind = self._ready().config.model_type
+        if self.form == "image" and kind != _PAIR:
+            raise ConfigurationError(
+                f"A captioner of the type {kind!r} cannot learn here; only {_PAIR!r} can, and CaptionModel."
+            )
+
+    # Bundles
+
+    @classmethod
+    @override
+    def kind(cls) -> str:
+        return "generator"
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        network = self._ready()
+        if self.quantization is not None:
+            raise ConfigurationError("Weights in 4 bits are not saved; save the model without quantization.")
+        names = ("form", "template", "chat", "max_new_tokens", "stop", "dtype", "batch_size")
+        return {
+            **super().settings(),
+            **{name: getattr(self, name) for name in names},
+            "architecture": network.config.to_dict(),
+            "generation": network.generation_config.to_dict(),
+            "scale": None if self.scale is None else self.scale.model_dump(),
+            "images": self.images.model_dump(exclude={"input_key"}),
+        }
+
+    @override
+    def weights(self) -> dict[str, NDArray[Any]]:
+        return {name: tensor.float().cpu().numpy() for name, tensor in _own_state(self._ready()).items()}
+
+    @override
+    def write_files(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(str(folder / "tokenizer"))
+
+    @classmethod
+    @override
+    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
+        if not any(name.startswith("tokenizer/") for name in info.files):
+            raise BundleMismatchError(f"The bundle {folder} of kind 'generator' has no tokenizer.")
+        torch, transformers = require("torch", "torch"), require("transformers", "torch")
+        said = info.settings
+        config = dict(said["architecture"])
+        architecture = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        auto = getattr(transformers, _auto_class(architecture, said["form"]))
+        network = auto(architecture) if hasattr(auto, "base_model_prefix") else auto.from_config(architecture)
+        check_weights(info, weights, {name: tuple(t.shape) for name, t in _own_state(network).items()})
+        network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
+        network.tie_weights()
+        network.generation_config = transformers.GenerationConfig.from_dict(said["generation"])
+        names = ("form", "template", "chat", "max_new_tokens", "slope", "intercept")
+        model = cls(
+            **info.shared(),
+            **{name: said[name] for name in names},
+            stop=tuple(said["stop"]),
+            score=from_plain(said["score"], PLAIN_CLASSES),
+            scale=None if said["scale"] is None else ImageScale(**said["scale"]),
+            images=ImageReader(**said["images"]),
+            device=overrides.get("device"),
+            dtype=overrides.get("dtype") or said["dtype"],
+            batch_size=overrides.get("batch_size") or said["batch_size"],
+        )
+        with quiet_transformers():
+            model._take(network, transformers.AutoTokenizer.from_pretrained(str(folder / "tokenizer")))
+        return model
+
+
+def _form_of(config: Any) -> Form:
+    """What a network reads, by its configuration."""
+    if config.model_type == _PAIR or getattr(config, "vision_config", None) is not None:
+        return "image"
+    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def _auto_class(config: Any, form: str | None) -> str:
+    if config.model_type == _PAIR:
+        return "VisionEncoderDecoderModel"
+    return _AUTO[form or _form_of(config)]
+
+
+def _full(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Any:
+    torch = require("torch", "torch")
+    out = torch.full((len(rows), max(1, *(len(row) for row in rows))), fill, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return out.to(device)
+
+
+def _own_state(network: Any) -> dict[str, Any]:
+    """The parameters, each tied one once."""
+    found: dict[str, Any] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in network.state_dict().items():
+        where = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and where in seen:
+            continue
+        seen.add(where)
+        found[name] = tensor
+    return found

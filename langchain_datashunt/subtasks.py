@@ -1,0 +1,490 @@
+"""SubtaskShunt: a task in parts, each with a small model of its own; the large model is asked for what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Self
+from uuid import UUID, uuid5
+
+import numpy as np
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
+from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.utils import AddableDict
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from typing_extensions import override
+
+from langchain_datashunt.configured import Configured
+from langchain_datashunt.distillation.watching import LargeCallWatcher
+from langchain_datashunt.effects import Effect, Steps, arun, run
+from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
+from langchain_datashunt.large_calls import LargeCaller
+from langchain_datashunt.predictions import ANSWER_LABELS, Latency, Prediction, ShuntDecision
+from langchain_datashunt.pricing import cost_usd
+from langchain_datashunt.recording import FinishedCall, now
+from langchain_datashunt.retries import CallLimiter, Retry, raise_control_flow
+from langchain_datashunt.routing import Plan, failed_outcome
+from langchain_datashunt.shunt import policy_for
+from langchain_datashunt.small_calls import predict_many
+from langchain_datashunt.subtask_questions import (
+    KnownAnswers,
+    OpenQuestion,
+    OpenQuestions,
+    Subtask,
+    SubtaskAsker,
+    default_question_prompt,
+)
+from langchain_datashunt.tracing import Runs
+
+SHOWN = 3
+"""Likely answers of an unsure small model that the large one is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubtaskResult:
+    """The answers to one input with their decisions.
+
+    Attributes:
+        outputs: Answer by sub-task; None where the large model failed and no small one had anything to say.
+        decisions: Who answered each, and why.
+        usage: Tokens that the large model counted, by model name.
+        cost_usd: Price of `usage`; 0.0 where it was not asked, None where the price is not known.
+        latency: Wall time of all small models together, and of the large call.
+        record_id: Id of the run.
+    """
+
+    outputs: Mapping[str, Any]
+    decisions: Mapping[str, ShuntDecision]
+    usage: Mapping[str, UsageMetadata] = field(default_factory=dict)
+    cost_usd: float | None = 0.0
+    latency: Latency = field(default_factory=Latency)
+    record_id: str | None = None
+
+
+@dataclass
+class _Work:
+    """One input on its way: what is known, what is open, and how the large model's part went."""
+
+    known: dict[str, Any]
+    open: OpenQuestions
+    answer: Any = None
+    watcher: LargeCallWatcher | None = None
+
+
+class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
+    """Prompt Transferring: small models do the sub-tasks that they are sure of; the large model does the rest.
+
+    ```python
+    triage = SubtaskShunt.from_chat_model(
+        [
+            Subtask(name="language", question="Which language is it in?", small=languages),
+            Subtask(name="product", question="Which product is it about?", small=products),
+            Subtask(name="reply", question="What do we answer?"),          # no small model: always asked
+        ],
+        ChatOpenAI(model="gpt-4o"),
+    )
+    triage.invoke("Mon colis n'est pas arrivé")     # {"language": "French", "product": ..., "reply": ...}
+    ```
+
+    Each sub-task has its own policy, and its own records (task "<recorder's task>/<name>") to learn from. What a small
+    model is sure of is filled into the large prompt as `known`; the prompt is asked for `open`. Where nothing is open,
+    the large model is not asked. A small model that fails leaves its question open. Streams give the known answers
+    first, then the others. PT is only sketched in the DS+ paper; this is our reading of it.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    subtasks: tuple[Subtask, ...] = Field(min_length=1)
+    """The parts, in the order of the answers."""
+
+    large: Runnable[Any, Any]
+    """From the mapping (the input, `known`, `open`) to a mapping of answers to all open questions."""
+
+    on_large_error: Literal["raise", "small"] = "raise"
+    """What to do when the large model has failed for good: raise, or take what small models think (None without)."""
+
+    return_decision: bool = False
+    """Whether to return a `SubtaskResult` instead of the answers."""
+
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Large calls at once at the most."""
+
+    retry: Retry = Retry()
+    """Around each input's large call."""
+
+    input_key: str = DEFAULT_INPUT_KEY
+    """The name of the input in the mapping that `large` gets."""
+
+    decimals: int = Field(default=2, ge=0, le=6)
+    """Digits of probabilities in prompts."""
+
+    recorder: Any = Field(default=None, exclude=True, repr=False)
+    """A `distillation.Recorder`; None records nothing."""
+
+    _caller: LargeCaller = PrivateAttr()
+
+    @field_validator("large", mode="before")
+    @classmethod
+    def _runnable(cls, value: Any) -> Any:
+        try:
+            return coerce_to_runnable(value)
+        except TypeError as error:
+            raise ConfigurationError(f"A {type(value).__name__} is no Runnable.") from error
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the names, and get ready to ask."""
+        super().model_post_init(context)
+        names = [subtask.name for subtask in self.subtasks]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}.")
+        for subtask in self.subtasks:
+            if subtask.small is not None:
+                policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
+        self._caller = LargeCaller(self.large, self.retry, CallLimiter(self.max_concurrency))
+
+    @classmethod
+    def from_chat_model(
+        cls,
+        subtasks: Sequence[Subtask],
+        chat_model: Runnable[Any, Any],
+        *,
+        prompt: Runnable[Any, Any] | None = None,
+        max_reasks: int = 1,
+        **settings: Any,
+    ) -> Self:
+        """Put a shunt together whose large side is a chat model.
+
+        Args:
+            subtasks: The parts.
+            chat_model: Any chat model; its structured output is used where it offers that.
+            prompt: A template over the input, `known` and `open`; None for the default prompt.
+            max_reasks: How often a model is asked again whose answer lacks something.
+            **settings: Any other field.
+        """
+        reader = _reader_of(subtasks)
+        key = settings.get("input_key", DEFAULT_INPUT_KEY)
+        asker = SubtaskAsker(
+            prompt=prompt if prompt is not None else default_question_prompt(key, reader),
+            chat_model=chat_model,
+            max_reasks=max_reasks,
+        )
+        return cls(subtasks=tuple(subtasks), large=asker, **settings)
+
+    @property
+    def reader(self) -> InputReader:
+        """How inputs are laid out for the prompt and written down: as the first small model reads them."""
+        return (_reader_of(self.subtasks) or text_reader()).model_copy(update={"input_key": self.input_key})
+
+    # Calls
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return self.batch([input], config, **kwargs)[0]
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return (await self.abatch([input], config, **kwargs))[0]
+
+    @override
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer `n` inputs with one call of each small model and one grouped large call for all that is open."""
+        if not inputs:
+            return []
+        runs = Runs(self, inputs, config)
+        run(runs.start())
+        try:
+            outputs = run(self._many(inputs, runs, kwargs))
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+        run(runs.end(dict(enumerate(outputs))))
+        return _settled(outputs, return_exceptions)
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer `n` inputs with one call of each small model and one grouped large call for all that is open."""
+        if not inputs:
+            return []
+        runs = Runs(self, inputs, config, asynchronous=True)
+        await arun(runs.start())
+        try:
+            outputs = await arun(self._many(inputs, runs, kwargs))
+        except BaseException as error:
+            await arun(runs.fail_rest(error))
+            raise
+        await arun(runs.end(dict(enumerate(outputs))))
+        return _settled(outputs, return_exceptions)
+
+    @override
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Yield the answers that small models are sure of, then the others; the chunks add up to one mapping."""
+        runs = Runs(self, [input], config)
+        run(runs.start())
+        try:
+            plans, works, seconds = run(self._plan([input], runs))
+            if works[0].known and works[0].open and not self.return_decision:
+                yield AddableDict(works[0].known)
+            output = _settled(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            yield self._rest(output, works[0])
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+        run(runs.end({0: output}))
+
+    @override
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """Yield the answers that small models are sure of, then the others; the chunks add up to one mapping."""
+        runs = Runs(self, [input], config, asynchronous=True)
+        await arun(runs.start())
+        try:
+            plans, works, seconds = await arun(self._plan([input], runs))
+            if works[0].known and works[0].open and not self.return_decision:
+                yield AddableDict(works[0].known)
+            output = _settled(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            yield self._rest(output, works[0])
+        except BaseException as error:
+            await arun(runs.fail_rest(error))
+            raise
+        await arun(runs.end({0: output}))
+
+    def _rest(self, output: Any, work: _Work) -> Any:
+        """What a stream has not yielded yet."""
+        if self.return_decision:
+            return output
+        if not work.open:
+            return AddableDict(output)
+        return AddableDict({name: answer for name, answer in output.items() if name not in work.known})
+
+    # Steps
+
+    def _many(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
+        plans, works, seconds = yield from self._plan(values, runs)
+        return (yield from self._finish(values, plans, works, runs, seconds, kwargs))
+
+    def _plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[dict[str, Plan], list[_Work], float]]:
+        """Ask each small model about all inputs; where each question goes, and the seconds that took."""
+        started, plans = time.perf_counter(), {}
+        for subtask in self.subtasks:
+            if subtask.small is None:
+                continue
+            policy = policy_for(subtask.small, subtask.policy)
+            plan, rows = Plan.blank(len(values), str(policy)), np.arange(len(values))
+            allowed = None if subtask.labels is None else frozenset(subtask.labels)
+            try:
+                outcome = yield from predict_many(
+                    subtask.small, values, rows.tolist(), f"shunt:small:{subtask.name}", runs, allowed
+                )
+            except Exception as error:
+                raise_control_flow(error)
+                outcome = failed_outcome(len(values), error)
+            plan.absorb(outcome, rows, policy, None)
+            policy.observe(int(plan.deferred.size), plan.n)
+            plans[subtask.name] = plan
+        works = [self._work(i, plans) for i in range(len(values))]
+        return plans, works, time.perf_counter() - started
+
+    def _work(self, i: int, plans: Mapping[str, Plan]) -> _Work:
+        known: dict[str, Any] = {}
+        questions: list[OpenQuestion] = []
+        for subtask in self.subtasks:
+            plan = plans.get(subtask.name)
+            if plan is not None and plan.keeps(i):
+                known[subtask.name] = _answer_of(plan.prediction(i))
+            else:
+                thought = None if plan is None or not subtask.hint else plan.prediction(i)
+                questions.append(OpenQuestion(subtask, self._hint(thought)))
+        return _Work(known, OpenQuestions(questions))
+
+    def _hint(self, thought: Prediction | None) -> tuple[tuple[str, float], ...]:
+        if thought is None:
+            return ()
+        likely = thought.top(SHOWN) if thought.answer is None else [(str(thought.answer), thought.confidence)]
+        return tuple((label, round(p, self.decimals)) for label, p in likely)
+
+    def _finish(
+        self,
+        values: Sequence[Any],
+        plans: Mapping[str, Plan],
+        works: list[_Work],
+        runs: Runs,
+        seconds: float,
+        kwargs: dict[str, Any],
+    ) -> Steps[list[Any]]:
+        """Ask the large model for what is open, and put the answers together."""
+        rows = [i for i, work in enumerate(works) if work.open]
+        started = time.perf_counter()
+        if rows:
+            yield from self._ask(values, works, rows, runs, kwargs)
+        latency = Latency(seconds, time.perf_counter() - started if rows else 0.0)
+        outputs: list[Any] = []
+        log: list[FinishedCall] = []
+        told: dict[int, dict[str, ShuntDecision]] = {}
+        for i, work in enumerate(works):
+            told[i] = {}
+            outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, told[i]))
+        for subtask in self.subtasks:
+            name = subtask.name
+            yield from runs.announce(list(told), partial(_told, told, name))
+        if log:
+            yield Effect(lambda: self.recorder.record(log), lambda: self.recorder.arecord(log))
+        return outputs
+
+    def _ask(
+        self, values: Sequence[Any], works: list[_Work], rows: list[int], runs: Runs, kwargs: dict[str, Any]
+    ) -> Steps[None]:
+        reader, configs = self.reader, []
+        asked: list[Any] = []
+        limit = self._caller.limiter.bound(runs.max_concurrency())
+        for i in rows:
+            work = works[i]
+            if self.return_decision or self.recorder is not None:
+                work.watcher = LargeCallWatcher()
+            configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
+            try:
+                asked.append({**reader.lay_out(values[i]), "known": KnownAnswers(work.known), "open": work.open})
+            except InputError as error:
+                asked.append(error)
+        answers = yield from self._caller.group(asked, configs, kwargs)
+        for i, answer in zip(rows, answers, strict=True):
+            works[i].answer = _checked(answer, works[i].open)
+
+    def _concluded(
+        self,
+        i: int,
+        value: Any,
+        plans: Mapping[str, Plan],
+        work: _Work,
+        runs: Runs,
+        latency: Latency,
+        log: list[FinishedCall],
+        decisions: dict[str, ShuntDecision],
+    ) -> Any:
+        failed = work.answer if isinstance(work.answer, Exception) else None
+        fell_back = failed is not None and self.on_large_error == "small"
+        outputs: dict[str, Any] = {}
+        record_id = runs.record_id(i)
+        for subtask in self.subtasks:
+            plan, name = plans.get(subtask.name), subtask.name
+            kept = name in work.known
+            if kept:
+                outputs[name] = work.known[name]
+            elif failed is None:
+                outputs[name] = work.answer[name]
+            else:
+                outputs[name] = None if plan is None else _answer_of(plan.prediction(i))
+            decisions[name] = _decision(plan, i, None if kept else failed, fell_back)
+            if self.recorder is not None and (not kept or self.recorder.wants("small")):
+                own_id = str(uuid5(UUID(record_id), name))
+                said = None if kept else failed or outputs[name]
+                first = bool(work.open) and name == work.open[0].subtask.name
+                log.append(self._finished(subtask, own_id, value, decisions[name], said, work, first, runs, i, latency))
+        if failed is not None and not fell_back:
+            return failed
+        if not self.return_decision:
+            return outputs
+        usage = {} if work.watcher is None else dict(work.watcher.usage_metadata)
+        cost = (cost_usd(usage) if usage else None) if work.open else 0.0
+        return SubtaskResult(outputs, decisions, usage, cost, latency, record_id)
+
+    def _finished(
+        self,
+        subtask: Subtask,
+        record_id: str,
+        value: Any,
+        decision: ShuntDecision,
+        said: Any,
+        work: _Work,
+        first: bool,
+        runs: Runs,
+        i: int,
+        latency: Latency,
+    ) -> FinishedCall:
+        """What one sub-task leaves behind; a large call's tokens and cost stand in the record of its first question."""
+        watcher = None
+        if said is not None and work.watcher is not None:
+            watcher = LargeCallWatcher()
+            watcher.model = work.watcher.model
+            watcher.text = work.watcher.text if isinstance(said, Exception) else str(said)
+            if first:
+                watcher.usage_metadata = work.watcher.usage_metadata
+        subject = runs.config(i).get("configurable", {}).get("shunt_subject")
+        return FinishedCall(
+            f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
+            subtask.labels or ANSWER_LABELS, subject, self.reader, now(),
+        )  # fmt: skip
+
+    @property
+    @override
+    def InputType(self) -> Any:
+        return ShuntInput
+
+    @property
+    @override
+    def OutputType(self) -> Any:
+        return SubtaskResult if self.return_decision else dict[str, Any]
+
+
+def _told(decisions: Mapping[int, Mapping[str, ShuntDecision]], name: str, i: int) -> dict[str, Any]:
+    return {"shunt_subtask": name, **decisions[i][name].to_metadata()}
+
+
+def _reader_of(subtasks: Sequence[Subtask]) -> InputReader | None:
+    found = (getattr(subtask.small, "reader", None) for subtask in subtasks)
+    return next((reader for reader in found if reader is not None), None)
+
+
+def _answer_of(prediction: Prediction | None) -> Any:
+    if prediction is None:
+        return None
+    return prediction.label if prediction.answer is None else prediction.answer
+
+
+def _decision(plan: Plan | None, i: int, failed: Exception | None, fell_back: bool) -> ShuntDecision:
+    if plan is not None:
+        return plan.decision(i, failed, fell_back=fell_back and plan.has_prediction(i))
+    if failed is None:
+        return ShuntDecision("large", "deferred", policy="no small model")
+    return ShuntDecision("large", "large_error", policy="no small model", error=f"{type(failed).__name__}: {failed}")
+
+
+def _checked(answer: Any, questions: OpenQuestions) -> Any:
+    """The large model's answers, or an error where one is missing."""
+    if isinstance(answer, Exception):
+        return answer
+    names = [question.subtask.name for question in questions]
+    if not isinstance(answer, Mapping):
+        return ConfigurationError(
+            f"`large` gave a {type(answer).__name__}; a mapping with {', '.join(names)} is needed."
+        )
+    missing = [name for name in names if answer.get(name) is None]
+    for question in questions:
+        labels, name = question.subtask.labels, question.subtask.name
+        if labels is not None and name not in missing and answer[name] not in labels:
+            return UnparsableAnswer(str(answer[name]), labels)
+    return UnparsableAnswer(str(dict(answer)), missing) if missing else answer
+
+
+def _settled(outputs: list[Any], return_exceptions: bool) -> list[Any]:
+    if not return_exceptions:
+        for output in outputs:
+            if isinstance(output, Exception):
+                raise output
+    return outputs
