@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     )
     from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
     from langchain_datashunt.fusion import AnswerFusion
+    from langchain_datashunt.image_text import ImageTextModel
     from langchain_datashunt.images import ImageReader, Picture
     from langchain_datashunt.learned_deferral import LearnedDeferral
+    from langchain_datashunt.local_large import LocalLargeModel
     from langchain_datashunt.monitoring import Alarm, Monitor
     from langchain_datashunt.online_control import CostBudget, QueryBudget
     from langchain_datashunt.policies import (
@@ -93,7 +95,9 @@ _WHERE = {
     "answers": ("ToolAnswer",),
     "chat_model": ("ShuntChatModel",),
     "chat_small_model": ("ChatModelSmallModel",),
+    "image_text": ("ImageTextModel",),
     "images": ("ImageReader", "Picture"),
+    "local_large": ("LocalLargeModel",),
     "subtask_questions": ("Subtask",),
     "subtasks": ("SubtaskResult", "SubtaskShunt"),
     "policies": (
@@ -161,11 +165,13 @@ __all__ = [
     "HardPrompt",
     "ImageClassifier",
     "ImageReader",
+    "ImageTextModel",
     "LSTMClassifier",
     "Latency",
     "LearnedDeferral",
     "LeastTokenProbability",
     "LengthNormalizedProbability",
+    "LocalLargeModel",
     "Margin",
     "MaxProbability",
     "MeanTokenProbability",

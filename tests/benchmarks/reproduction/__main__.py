@@ -1,0 +1,56 @@
+"""The paper's tables and Figure 3, at a scale that two cores compute.
+
+    python -m tests.benchmarks.reproduction --table 1|2|3|4|figure3 [--json F] [--seeds N] [--docs DIR]
+
+1: text classification (Banking77 with GPT-4's recorded answers; headlines with a stand-in), three small models
+2: images: digits with a long tail; head, medium, tail
+3: captions of drawn scenes; BLEU-1..4
+4: the ablation of Table 2: without 2CD and PP, with 2CD, with both
+figure3: accuracy and share asked against the threshold, on both text tasks
+
+Each writes its table between its marks in DIR/reproduction.md, and its plots to DIR/reproduction/; without --docs it
+prints only. `--clip FOLDER` adds rows with an image-text model of transformers as the large one to tables 2 and 4;
+`--cifar FOLDER` takes CIFAR-100 (the published python pickles are not read; convert them to train.npz and test.npz with
+arrays `images` [n, 32, 32, 3] and `labels`) in the place of digits; `--amazon FILE` takes Amazon reviews (JSONL with
+reviewText and overall, or CSV with text and label) in the place of headlines in table 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.reproduction import captions, images, text
+from tests.benchmarks.reproduction.output import write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", required=True, choices=["1", "2", "3", "4", "figure3"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--docs", type=Path)
+    parser.add_argument("--clip", help="folder of a CLIP model of transformers (tables 2 and 4)")
+    parser.add_argument("--cifar", type=Path, help="folder with train.npz and test.npz (tables 2 and 4)")
+    parser.add_argument("--amazon", type=Path, help="file of Amazon reviews (table 1)")
+    parser.add_argument("--small-run", action="store_true", help="a run of seconds, to see that all works")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    runs: dict[str, Any] = {
+        "1": text.table_1, "2": images.table_2, "3": captions.table_3, "4": images.table_4, "figure3": text.figure_3,
+    }  # fmt: skip
+    found = runs[options.table](options)
+    found.figures["seconds"] = round(time.perf_counter() - started, 1)
+    print(found.markdown)
+    print(json.dumps(found.figures, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(found.figures, indent=2) + "\n")
+    if options.docs:
+        write(found, options.docs, options.table)
+
+
+if __name__ == "__main__":
+    main()

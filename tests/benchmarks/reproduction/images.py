@@ -1,0 +1,185 @@
+"""Tables 2 and 4: images with a long tail, by the shunt itself, its recorder and its distiller."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from langchain_datashunt import ImageClassifier, ImageTextModel, LocalLargeModel, NoHint, ShuntRunnable, SoftPrompt
+from langchain_datashunt.calibration import select_threshold
+from langchain_datashunt.calibration.objectives import MaxAccuracy
+from langchain_datashunt.distillation import (
+    CallFilter,
+    DistillationSettings,
+    DistillationStore,
+    Recorder,
+    TwoStageDistiller,
+)
+from langchain_datashunt.small_models import SmallModel, TrainingSettings
+from tests.benchmarks.reproduction.output import Found, percent, table
+
+IMBALANCE = 100
+PARTS = ("all", "head", "medium", "tail")
+
+
+@dataclass
+class Material:
+    """Images and labels of each use; `parts` says which labels are head, medium and tail."""
+
+    small: tuple[list[Any], list[str]]
+    large: tuple[list[Any], list[str]]
+    held_out: tuple[list[Any], list[str]]
+    stream: tuple[list[Any], list[str]]
+    test: tuple[list[Any], list[str]]
+    parts: dict[str, set[str]]
+    counts: dict[str, int]
+
+
+def digits_with_a_long_tail(seed: int) -> Material:
+    """scikit-learn's 8x8 digits: the n-th label has 100, 60, 36, ... 1 training images for the small model."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = np.asarray(found.images * 15.9375, dtype=np.uint8)
+    return split_long_tail(images, np.asarray(found.target), seed, most=100, large=10, held_out=10, stream=60, test=40)
+
+
+def cifar_with_a_long_tail(folder: Path, seed: int) -> Material:
+    """CIFAR-100 as the user has converted it; at most 500 and at least 5 images a label for the small model."""
+    parts = [np.load(folder / f"{name}.npz", allow_pickle=False) for name in ("train", "test")]
+    images = np.concatenate([part["images"] for part in parts])
+    labels = np.concatenate([part["labels"] for part in parts])
+    return split_long_tail(images, labels, seed, most=400, large=50, held_out=10, stream=40, test=100)
+
+
+def split_long_tail(
+    images: NDArray[Any], target: NDArray[Any], seed: int, *, most: int, large: int, held_out: int, stream: int,
+    test: int,
+) -> Material:  # fmt: skip
+    """Split each label's images; which label is frequent is a matter of the seed."""
+    rng = np.random.default_rng(seed)
+    names = rng.permutation(np.unique(target))
+    counts = {str(name): max(1, round(most * IMBALANCE ** (-i / (len(names) - 1)))) for i, name in enumerate(names)}
+    chosen: dict[str, list[int]] = {use: [] for use in ("test", "held_out", "large", "small", "stream")}
+    for name in names:
+        rows = rng.permutation(np.flatnonzero(target == name)).tolist()
+        sizes = {"test": test, "held_out": held_out, "large": large, "small": counts[str(name)], "stream": stream}
+        for use, n in sizes.items():
+            chosen[use] += rows[:n]
+            rows = rows[n:]
+    many = [name for name in counts if counts[name] >= 0.3 * most]
+    few = [name for name in counts if counts[name] < 0.08 * most]
+    parts = {"all": set(counts), "head": set(many), "tail": set(few)}
+    parts["medium"] = parts["all"] - parts["head"] - parts["tail"]
+    taken = {use: ([images[i] for i in rows], [str(target[i]) for i in rows]) for use, rows in chosen.items()}
+    return Material(**taken, parts=parts, counts=counts)
+
+
+def train(material: Material, seed: int, quick: bool, big: bool) -> tuple[ImageClassifier, ImageClassifier]:
+    """The small ResNet on the long tail, and a larger one on few, balanced images."""
+    high = material.small[0][0].shape[0]
+    quiet = TrainingSettings(progress=False, seed=seed, epochs=3 if quick else 80, patience=20)
+    depth = 32 if big else 8
+    small = ImageClassifier.train(*material.small, depth=depth, width=16, size=(high, high), settings=quiet)
+    large = ImageClassifier.train(
+        *material.large, depth=depth if big else 14, width=32, size=(high, high), settings=quiet, model_id="large"
+    )
+    return small, large
+
+
+def by_part(answers: list[str], material: Material) -> dict[str, float]:
+    truth = material.test[1]
+    right = np.array([a == b for a, b in zip(answers, truth, strict=True)])
+    return {part: float(right[[label in material.parts[part] for label in truth]].mean()) for part in PARTS}
+
+
+def one_seed(options: Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """All rows of both tables, for one split."""
+    material = cifar_with_a_long_tail(options.cifar, seed) if options.cifar else digits_with_a_long_tail(seed)
+    small, large_model = train(material, seed, options.small_run, bool(options.cifar))
+    larges: dict[str, Any] = {"": LocalLargeModel(model=large_model, opinion="heed")}
+    if options.clip:
+        larges[" (image-text model)"] = ImageTextModel(model=options.clip, labels=small.labels)
+    alone = by_part(labels_of(small, material.test[0]), material)
+    rows: dict[str, dict[str, float]] = {"small": {**alone, "asked": 0.0}}
+    for name, large in larges.items():
+        rows[f"large{name}"] = {**by_part(asked_alone(large, small, material.test[0]), material), "asked": 1.0}
+        held = small.predict_batch(material.held_out[0])
+        said = asked_alone(large, small, material.held_out[0])
+        choice = select_threshold(held, material.held_out[1], large=said, objective=MaxAccuracy())
+        s1 = small.model_copy(update={"threshold": choice.threshold})
+        s2 = distilled(s1, large, material, choice.threshold, seed, options.small_run)
+        told: list[tuple[str, SmallModel | None, Any]] = [
+            ("DS", None, NoHint()), ("DS-2CD", s2, NoHint()), ("DS-PP-2CD", s2, SoftPrompt(top_k=None)),
+        ]  # fmt: skip
+        for row, learnable, pruning in told:
+            shunt = ShuntRunnable(
+                small=s1, learnable=learnable, large=large, pruning=pruning, policy=choice.policy, return_decision=True,
+            )  # fmt: skip
+            results = shunt.batch(material.test[0])
+            asked = float(np.mean([result.route == "large" for result in results]))
+            rows[row + name] = {**by_part([result.output for result in results], material), "asked": asked}
+    return rows
+
+
+def labels_of(model: SmallModel, images: list[Any]) -> list[str]:
+    return model.predict_batch(images).label_names()
+
+
+def asked_alone(large: Any, small: SmallModel, images: list[Any]) -> list[str]:
+    """What the large model says without the small one's opinion."""
+    return [str(answer) for answer in large.batch([small.reader.lay_out(image) for image in images])]
+
+
+def distilled(s1: SmallModel, large: Any, material: Material, threshold: float, seed: int, quick: bool) -> SmallModel:
+    """S2 after a stream of inputs through the recorded shunt; no true label is used."""
+    with tempfile.TemporaryDirectory() as folder, DistillationStore(f"sqlite:///{folder}/calls.db") as store:
+        with Recorder(store, task="images", sample_small=1.0) as recorder:
+            ShuntRunnable(small=s1, large=large, pruning=NoHint(), recorder=recorder).batch(material.stream[0])
+        records = [call for batch in store.iterate(CallFilter(task="images")) for call in batch]
+    settings = DistillationSettings(
+        threshold=threshold, large_accuracy=0.9,
+        training=TrainingSettings(progress=False, seed=seed, epochs=2 if quick else 30, patience=10),
+    )  # fmt: skip
+    return TwoStageDistiller(settings).distill(s1, records).model
+
+
+def measured(options: Namespace) -> dict[str, dict[str, list[float]]]:
+    seeds = options.seeds or (1 if options.small_run else 5)
+    each = [one_seed(options, seed) for seed in range(seeds)]
+    return {row: {key: [one[row][key] for one in each] for key in each[0][row]} for row in each[0]}
+
+
+def _figures(rows: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    return {
+        row: {key: {"mean": float(np.mean(v)), "seeds": v} for key, v in keys.items()} for row, keys in rows.items()
+    }
+
+
+def _table(rows: dict[str, dict[str, list[float]]], names: list[str]) -> str:
+    head = ["", *PARTS, "asked"]
+    return table(head, [[name, *(percent(rows[name][key]) for key in (*PARTS, "asked"))] for name in names])
+
+
+def table_2(options: Namespace) -> Found:
+    """Small, large and the shunt, by the frequency of the label."""
+    rows = measured(options)
+    names = [name for name in rows if name.split(" (")[0] in ("small", "large", "DS", "DS-PP-2CD")]
+    beats = {
+        name: float(np.mean(np.array(rows[name]["all"]) - np.maximum(rows["small"]["all"], rows["large"]["all"])))
+        for name in ("DS", "DS-PP-2CD")
+    }
+    return Found({**_figures(rows), "gain_over_the_better_part": beats}, _table(rows, names))
+
+
+def table_4(options: Namespace) -> Found:
+    """The ablation."""
+    rows = measured(options)
+    names = [name for name in rows if name.startswith("DS")]
+    return Found(_figures(rows), _table(rows, names))
