@@ -18,7 +18,7 @@ from langchain_datashunt.configured import Configured
 from langchain_datashunt.distillation.record import label_distribution
 from langchain_datashunt.distillation.watching import said, token_logprobs
 from langchain_datashunt.drafting import SILENT_TAGS
-from langchain_datashunt.exceptions import ConfigurationError, PredictionError
+from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.labelled_model import default_prompt
 from langchain_datashunt.parsing import LabelParser
@@ -135,20 +135,22 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
             self._amany, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
 
-    def _one(self, value: Any, _: Any, config: RunnableConfig) -> Prediction:
+    def _one(self, value: Any, run_manager: Any, config: RunnableConfig) -> Prediction:
         return self._prediction(self._chain.invoke(self._laid_out(value), _silent(config)))
 
-    async def _aone(self, value: Any, _: Any, config: RunnableConfig) -> Prediction:
+    async def _aone(self, value: Any, run_manager: Any, config: RunnableConfig) -> Prediction:
         return self._prediction(await self._chain.ainvoke(self._laid_out(value), _silent(config)))
 
-    def _many(self, values: list[Any], _: Any, config: list[RunnableConfig]) -> list[Prediction | Exception]:
+    def _many(self, values: list[Any], run_manager: Any, config: list[RunnableConfig]) -> list[Prediction | Exception]:
         laid_out, rows, found = self._all_laid_out(values)
         if rows:
             configs = [_silent(config[i]) for i in rows]
             self._sort_in(found, rows, self._chain.batch(laid_out, configs, return_exceptions=True))
         return found
 
-    async def _amany(self, values: list[Any], _: Any, config: list[RunnableConfig]) -> list[Prediction | Exception]:
+    async def _amany(
+        self, values: list[Any], run_manager: Any, config: list[RunnableConfig]
+    ) -> list[Prediction | Exception]:
         laid_out, rows, found = self._all_laid_out(values)
         if rows:
             configs = [_silent(config[i]) for i in rows]
@@ -186,7 +188,7 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
         for i, message in zip(rows, messages, strict=True):
             try:
                 found[i] = message if isinstance(message, Exception) else self._prediction(message)
-            except PredictionError as error:
+            except ShuntError as error:
                 found[i] = error
 
     def _prediction(self, message: Any) -> Prediction:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -152,7 +153,7 @@ def _made(make: Callable[[], ShuntRunnable]) -> ShuntRunnable:
     return found
 
 
-class Stage:
+class Stage(ABC):
     """An actor with a chain of its own.
 
     Where the chain cannot be made, that is told with the first batch: Ray starts an actor that fails while it is made
@@ -171,11 +172,13 @@ class Stage:
         except Exception as error:
             self._failed = error
 
+    @abstractmethod
     def _begin(self, chain: ShuntRunnable) -> None:
-        raise NotImplementedError
+        """Take the chain."""
 
+    @abstractmethod
     def _done(self, batch: Table) -> Table:
-        raise NotImplementedError
+        """The rows of a batch with what this stage adds."""
 
     def __call__(self, batch: Table) -> Table:
         """The rows of a batch with what this stage adds."""
@@ -280,10 +283,9 @@ class GivenPredictions(SmallModel):
         arrays = {name: None if own[name] is None else np.frombuffer(own[name]) for name in _ARRAYS}
         p = arrays.pop("probabilities")
         assert p is not None
-        labels, best = tuple(json.loads(own["labels"])), int(p.argmax())
-        return Prediction(
-            labels[best], float(p[best]), p, labels, model_id=own["model"], truncated=own["truncated"], **arrays
-        )
+        labels, best = tuple(json.loads(own["labels"])), int(p.argmax()) if own["answer"] is None else 0
+        told: dict[str, Any] = {**arrays, "truncated": own["truncated"], "answer": own["answer"]}
+        return Prediction(labels[best], float(p[best]), p, labels, model_id=own["model"], **told)
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
@@ -314,18 +316,9 @@ def _stages_of(chain: ShuntRunnable) -> dict[str, Any]:
 def _predictions(model: Any, texts: list[str]) -> list[Prediction | Exception]:
     """What a small model thinks of each text; where it fails as a whole, each has its error."""
     try:
-        if not isinstance(model, SmallModel):
-            return [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
-        outcome = model.try_predict(texts)
+        return [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
     except Exception as error:
         return [error] * len(texts)
-    found: list[Prediction | Exception] = [outcome.errors.get(i, _LOST) for i in range(len(texts))]
-    for row, prediction in zip(outcome.rows.tolist(), outcome.batch or (), strict=True):
-        found[row] = prediction
-    return found
-
-
-_LOST = PredictionError("The small model gave neither a prediction nor an error for this input.")
 
 
 def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]:
@@ -339,18 +332,19 @@ def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]
         if one.labels not in written:
             written[one.labels] = json.dumps(one.labels, ensure_ascii=False)
         cells["labels"][row], cells["model"][row] = written[one.labels], one.model_id
-        cells["truncated"][row] = one.truncated
+        cells["truncated"][row], cells["answer"][row] = one.truncated, None if one.answer is None else str(one.answer)
         for name in _ARRAYS:
             array = getattr(one, name)
             cells[name][row] = None if array is None else np.asarray(array, dtype=np.float64).tobytes()
     return cells
 
 
-_ARRAYS = ("probabilities", "logits", "features")
+_ARRAYS = ("probabilities", "logits", "features", "token_logprobs")
 _CELLS = dict.fromkeys(_ARRAYS, "binary") | {
     "truncated": "bool",
     "labels": "names",
     "model": "names",
+    "answer": "string",
     "error": "string",
 }
 """What goes from the small stage to the large one of each small model, with its type in Arrow."""

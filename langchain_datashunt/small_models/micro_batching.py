@@ -262,7 +262,7 @@ class MicroBatcher:
         try:
             _settle(batch, answers)
         finally:
-            del answers
+            del answers, batch  # an error's traceback holds this frame, and a request its error
 
     def _computed(self, values: list[Any], *, count: bool = True) -> list[Any]:
         """An answer for each.

@@ -196,10 +196,11 @@ def packed(network: torch.nn.Module) -> PackedEncoder | None:
     if str(dtype).removeprefix("torch.") not in TOLERANCE or any(part._forward_hooks for part in network.modules()):
         return None  # hooks want to see every layer's call
     try:
-        made = PackedEncoder(ARCHITECTURES[kind](network, network.config), one.device)
+        parts = ARCHITECTURES[kind](network, network.config)
+        if parts is None:
+            return None
+        made = PackedEncoder(parts, one.device)
         far = _difference(network, made)
-    except NotImplementedError:
-        return None
     except (AttributeError, RuntimeError, TypeError) as error:
         warnings.warn(f"The packed form of {kind} cannot be made ({error}); transformers computes it.", ShuntWarning, 2)
         return None

@@ -205,16 +205,12 @@ def _variable_length_kernel(qkv: torch.Tensor) -> Any:
     return varlen_attn
 
 
-class Layer:
-    """From the states `[tokens, d]` of texts to the next."""
-
-    def __call__(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """Compute it; `x` may be overwritten."""
-        raise NotImplementedError
+Layer: TypeAlias = "Callable[[torch.Tensor, Tokens], torch.Tensor]"
+"""From the states `[tokens, d]` of texts to the next; may overwrite the former."""
 
 
 @dataclass(frozen=True)
-class PostNormLayer(Layer):
+class PostNormLayer:
     """Of BERT and its kin: attention, then a feed-forward part, each normalised after it was added."""
 
     qkv: Linear
@@ -233,7 +229,7 @@ class PostNormLayer(Layer):
 
 
 @dataclass(frozen=True)
-class PreNormGatedLayer(Layer):
+class PreNormGatedLayer:
     """Of ModernBERT: normalised before attention and before a gated feed-forward part."""
 
     norm1: Any
@@ -337,10 +333,10 @@ def _distilbert(network: Any, config: Any) -> Parts:
     return Parts(_embedder(own.word_embeddings.weight, own.position_embeddings.weight, own.LayerNorm), layers)
 
 
-def _modernbert(network: Any, config: Any) -> Parts:
+def _modernbert(network: Any, config: Any) -> Parts | None:
     """ModernBERT: rotated queries and keys, and a window in most layers."""
     if not hasattr(config, "layer_types") or not hasattr(config, "sliding_window"):
-        raise NotImplementedError("this version of transformers lays ModernBERT out otherwise")
+        return None  # this version of transformers lays it out otherwise
     own, functional = network.embeddings, require("torch.nn.functional", "torch")
     words = own.tok_embeddings.weight.detach()
     heads, far = int(config.num_attention_heads), int(config.sliding_window)
@@ -385,11 +381,11 @@ def _rotation(rotary: Any, kind: str) -> Rotation:
     return rotate
 
 
-ARCHITECTURES: dict[str, Callable[[Any, Any], Parts]] = {
+ARCHITECTURES: dict[str, Callable[[Any, Any], Parts | None]] = {
     "bert": _bert,
     "roberta": _bert,
     "xlm-roberta": _bert,
     "distilbert": _distilbert,
     "modernbert": _modernbert,
 }
-"""By transformers' name of the architecture."""
+"""By transformers' name of the architecture; None where this version of it lays one out otherwise."""

@@ -104,6 +104,22 @@ def test_a_record_comes_back_as_it_went_in(store: DistillationStore) -> None:
     assert (back.small_label, back.confidence, back.agrees) == ("cancel", 0.5, False)
 
 
+def test_a_written_answer_is_kept_beside_the_large_models(store: DistillationStore) -> None:
+    written: dict[str, Any] = {"labels": ("answer", "other"), "probabilities": (0.25, 0.75)}
+    same = call(1, small_answer="a cat", label="a cat", raw_output="a cat.", **written)
+    other = call(2, small_answer="ä dög" * 50, label="answer", raw_output=None, **written)
+    silent = call(3, small_answer="a fox", label=None, large_model="", raw_output=None, **written)
+    short = call(4, input="q", small_answer="", label="x", raw_output=None, **written)
+    store.append([same, other, silent, short])
+    assert everything(store) == [same, other, silent, short]
+    assert [one.agrees for one in everything(store)] == [True, False, None, False]
+    assert everything(store, CallFilter(agrees=True)) == [same]
+    assert everything(store, CallFilter(agrees=False)) == [other, short]
+    assert same.confidence == 0.25
+    assert everything(store, CallFilter(min_confidence=0.5)) == []
+    assert not store.verify()
+
+
 def test_what_is_not_known_stays_unknown(store: DistillationStore) -> None:
     bare = RoutedCall(input="x", route="small", reason="confident")
     store.append([bare])

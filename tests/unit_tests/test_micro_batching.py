@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
 from tests.support.handlers import RunBook
-from tests.support.models import LABELS, LetterEmbeddings, WordModel
+from tests.support.models import LABELS, LetterEmbeddings, WordModel, failing_word_model
 
 
 class Gated:
@@ -473,6 +474,29 @@ class TestSmallModels:
         gc.disable()
         try:
             del model
+            until(lambda: seen() is None)
+        finally:
+            gc.enable()
+
+    def test_a_model_that_failed_is_freed_too(self) -> None:
+        failing = failing_word_model(RuntimeError("broken"))
+
+        async def fail(model: WordModel) -> bool:
+            try:
+                await model.apredict("surely refund")
+            except RuntimeError:
+                return True  # inside: asyncio.run itself holds an error that leaves it in a cycle
+            return False
+
+        assert asyncio.run(fail(failing))
+        with suppress(RuntimeError):
+            failing.predict("surely refund")
+            raise AssertionError("it failed")
+        failing._fail = None  # the error's own traceback would hold it
+        seen = weakref.ref(failing)
+        gc.disable()
+        try:
+            del failing
             until(lambda: seen() is None)
         finally:
             gc.enable()

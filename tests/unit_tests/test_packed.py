@@ -157,7 +157,7 @@ def test_without_onednn_torchs_own_product_is_used(monkeypatch: Any) -> None:
 
 
 def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
-    base, packing = network("bert").base_model, Packing()
+    base, packing = network("bert").base_model, Packing("packed")
     first = packing.of(base)
     assert first is not None
     assert packing.of(base) is first
@@ -183,7 +183,7 @@ def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
     assert packed(network("bert").base_model.double()) is None
     assert Packing("plain").of(base) is None
     for copied in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
-        assert (copied.engine, copied._made) == ("auto", None)
+        assert (copied.engine, copied._made) == ("packed", None)
 
 
 def test_the_encoder_embeds_the_same_packed_and_plain(texts: list[str]) -> None:
