@@ -10,9 +10,9 @@ figure3: accuracy and share asked against the threshold, on both text tasks
 
 Each writes its table between its marks in DIR/reproduction.md, and its plots to DIR/reproduction/; without --docs it
 prints only. `--clip FOLDER` adds rows with an image-text model of transformers as the large one to tables 2 and 4;
-`--cifar FOLDER` takes CIFAR-100 (the published python pickles are not read; convert them to train.npz and test.npz with
-arrays `images` [n, 32, 32, 3] and `labels`) in the place of digits; `--amazon FILE` takes Amazon reviews (JSONL with
-reviewText and overall, or CSV with text and label) in the place of headlines in table 1.
+`--cifar FOLDER` takes CIFAR-100 (its Parquet files from Hugging Face, uoft-cs/cifar100) in the place of digits;
+`--amazon FILE` takes Amazon reviews (JSONL with reviewText and overall, or CSV with text and label) in the place of
+headlines in table 1.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--clip", help="folder of a CLIP model of transformers (tables 2 and 4)")
-    parser.add_argument("--cifar", type=Path, help="folder with train.npz and test.npz (tables 2 and 4)")
+    parser.add_argument("--cifar", type=Path, help="folder with the Parquet files of CIFAR-100 (tables 2 and 4)")
     parser.add_argument("--amazon", type=Path, help="file of Amazon reviews (table 1)")
+    parser.add_argument("--reuse", type=Path, help="JSON of a run of table 1, whose models figure3 then takes")
     parser.add_argument("--small-run", action="store_true", help="a run of seconds, to see that all works")
     options = parser.parse_args()
     started = time.perf_counter()

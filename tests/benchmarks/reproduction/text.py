@@ -23,7 +23,7 @@ from tests.benchmarks.headlines import load_headlines
 from tests.benchmarks.reproduction.output import Found, percent, table
 
 KINDS = {"TextCNN": "textcnn", "LSTM": "lstm", "fine-tuned encoder": "transformers"}
-BANKING_PER_LABEL = 20
+BANKING_PER_LABEL = 10
 HEADLINES_SMALL = 500
 GRID = np.linspace(0.0, 1.0, 41)
 
@@ -116,7 +116,7 @@ class Scored:
     """One small model on one task and seed: the row of the table, and the sweep."""
 
     row: dict[str, float]
-    sweep: list[tuple[float, float, float]]
+    sweep: list[list[float]]
 
 
 def scored(model: Any, task: Task) -> Scored:
@@ -138,12 +138,18 @@ def scored(model: Any, task: Task) -> Scored:
     sweep = []
     for threshold in GRID:
         kept = batch.confidence >= threshold
-        sweep.append((float(threshold), float(np.where(kept, right, large).mean()), float((~kept).mean())))
+        sweep.append([float(threshold), float(np.where(kept, right, large).mean()), float((~kept).mean())])
     return Scored(row, sweep)
 
 
 def measured(options: Namespace) -> dict[str, dict[str, list[Scored]]]:
-    """By task and small model, over the seeds."""
+    """By task and small model, over the seeds; as an earlier run's JSON has them, where one is given."""
+    if options.reuse:
+        told = json.loads(options.reuse.read_text(encoding="utf-8"))["runs"]
+        return {
+            task: {name: [Scored(**one) for one in each] for name, each in models.items()}
+            for task, models in told.items()
+        }
     quick = options.small_run
     seeds = options.seeds or (1 if quick else 3)
     found: dict[str, dict[str, list[Scored]]] = {}
@@ -171,6 +177,9 @@ def table_1(options: Namespace) -> Found:
         for name, each in models.items():
             values = {key: [one.row[key] for one in each] for key in keys}
             figures[task][name] = {key: {"mean": float(np.mean(v)), "seeds": v} for key, v in values.items()}
+    figures["runs"] = {
+        task: {name: [vars(one) for one in each] for name, each in models.items()} for task, models in found.items()
+    }
     return Found(figures, table(["task", "small model", *keys], rows))
 
 
