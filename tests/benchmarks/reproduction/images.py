@@ -179,7 +179,11 @@ def distilled(s1: SmallModel, large: Any, material: Material, threshold: float, 
         threshold=threshold, large_accuracy=0.9,
         training=TrainingSettings(progress=False, seed=seed, epochs=2 if quick else 30, patience=10),
     )  # fmt: skip
-    return TwoStageDistiller(settings).distill(s1, records).model
+    try:
+        return TwoStageDistiller(settings).distill(s1, records).model
+    except DataError as error:
+        print(f"S2 stays S1: {error}", file=sys.stderr)
+        return s1
 
 
 def measured(options: Namespace) -> dict[str, dict[str, list[float]]]:
