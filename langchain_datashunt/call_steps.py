@@ -15,7 +15,7 @@ from langchain_core.utils.uuid import uuid7
 from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
-from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, InputError, StaysLocal, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import InputReader, text_reader
 from langchain_datashunt.large_calls import LargeCaller
@@ -23,6 +23,7 @@ from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import FloatArray, Latency, Prediction, ShuntDecision, ShuntResult
 from langchain_datashunt.pricing import cost_usd
+from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
@@ -59,6 +60,7 @@ class CallSteps:
     fusion: AnswerFusion | None = None
     auditor: Auditor | None = None
     monitor: Monitor | None = None
+    gate: OutboundGate | None = None
 
     @cached_property
     def reader(self) -> InputReader:
@@ -184,17 +186,23 @@ class CallSteps:
         return self.large_inputs([value], [i], plan)[0], config, handler
 
     def large_inputs(self, values: Sequence[Any], rows: list[int], plan: AnyPlan) -> list[Any]:
-        """What the large model gets for deferred rows; an error of ours where an input cannot be laid out."""
+        """What the large model gets for deferred rows; an error of ours where an input cannot be laid out, or stays."""
         if self.pruning is None:
-            return list(values)
+            return [self._staying(plan, i) or value for value, i in zip(values, rows, strict=True)]
         variables = plan.prompt_variables(self.pruning, rows, self.labels, self.descriptions)
         prepared: list[Any] = []
-        for value, more in zip(values, variables, strict=True):
+        for value, more, i in zip(values, variables, rows, strict=True):
             try:
-                prepared.append({**self.reader.lay_out(value), **more})
+                prepared.append(self._staying(plan, i) or {**self.reader.lay_out(value), **more})
             except InputError as error:
                 prepared.append(error)
         return prepared
+
+    def _staying(self, plan: AnyPlan, i: int) -> StaysLocal | None:
+        """Why a deferred input must not leave because of its label; None where it may."""
+        if self.gate is None or not self.gate.local_labels:
+            return None
+        return self.gate.check_prediction(next(iter(plan.predictions([i])), None))
 
     def _large_configs(
         self, rows: list[int], plan: Plan, runs: Runs
@@ -246,6 +254,8 @@ class CallSteps:
         for i in auditor.chosen(rows):
             asked, finished = values[i], None
             (prediction,) = plan.predictions([i])
+            if self._staying(plan, i) is not None:
+                continue
             if self.pruning is not None:
                 blank = self.pruning.without_prediction(self.labels or prediction.labels, self.descriptions)
                 try:
@@ -274,14 +284,20 @@ class CallSteps:
         """
         heard, answer = answer, self._fused(plan, i, answer)
         failed = answer if isinstance(answer, Exception) else None
-        fell_back = failed is not None and self.falls_back and plan.has_prediction(i)
+        stays = failed if isinstance(failed, StaysLocal) else None
+        falls_back = self.falls_back if stays is None or self.gate is None else self.gate.on_local == "small"
+        fell_back = failed is not None and falls_back and plan.has_prediction(i)
         if failed is None and not self.return_decision and self.recorder is None:
             return answer
         decision, record_id = plan.decision(i, failed, fell_back=fell_back), runs.record_id(i)
         if self.recorder is not None:
-            log.append(self._finished(decision, value, heard, runs, i, record_id, latency, handler))
+            watcher = handler if stays is None else None
+            log.append(self._finished(decision, value, heard, runs, i, record_id, latency, watcher))
         if failed is not None:
             yield from runs.note([i], lambda _: decision)
+        if stays is not None and self.gate is not None and not fell_back and self.gate.on_local != "raise":
+            answer = self.gate.abstained(stays, decision.prediction)
+        elif failed is not None:
             if not fell_back:
                 return failed
             answer = (yield from self._small_outputs(plan, [i], runs))[0]

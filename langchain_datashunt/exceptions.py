@@ -7,6 +7,7 @@
   * PredictionError            a small model gave something that is no prediction
   * QueueFullError             more requests wait for a small model than may
   * UnparsableAnswer           a large model's answer is none of the labels
+  * StaysLocal                 an input must not leave this machine
   * DataError                  a data file, a column or a training set is not usable
   * BundleError                a saved small model cannot be loaded
     * BundleTruncatedError     files are missing, cut short or changed
@@ -83,6 +84,23 @@ class UnparsableAnswer(ShuntError):  # noqa: N818
             f"it was asked {times}. Add an alias for this wording, raise `max_reasks`, or set "
             f"on_large_error='small' to use the small model's answer instead."
         )
+
+
+class StaysLocal(ShuntError):  # noqa: N818
+    """An input must not leave this machine, so no large model was asked.
+
+    Attributes:
+        reason: Why, in words; never the input itself.
+        kinds: The kinds of entities that keep it here.
+    """
+
+    def __init__(self, reason: str, kinds: Sequence[str] = ()) -> None:
+        super().__init__(reason, tuple(kinds))
+        self.reason = reason
+        self.kinds = tuple(kinds)
+
+    def __str__(self) -> str:
+        return f"This input stays on this machine: {self.reason}. No large model was asked."
 
 
 class DataError(ShuntError):

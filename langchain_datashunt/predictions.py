@@ -22,8 +22,8 @@ IntArray: TypeAlias = NDArray[np.intp]
 Route: TypeAlias = Literal["small", "learnable", "large"]
 """Who answered: the specific small model, the learnable small model, or the large model."""
 
-Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error"]
-"""Why: sure enough; not sure enough; the small model failed; the large model failed."""
+Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error", "local_only"]
+"""Why: sure enough; not sure enough; the small model failed; the large model failed; the input must not leave."""
 
 ANSWER_LABELS = ("answer", "other")
 """What a prediction is over where the small model writes its answer: that this answer is right, or that another is."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from langchain_datashunt.exceptions import PredictionError
+from langchain_datashunt.exceptions import PredictionError, StaysLocal
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import (
     BoolArray,
@@ -231,6 +231,8 @@ def _decision(
     reason: Reason = "deferred"
     if kept:
         route, reason = stage, "confident"
+    elif isinstance(large_error, StaysLocal):
+        route, reason = stage, "local_only"
     elif large_error is not None:
         route, reason = (stage if fell_back else "large"), "large_error"
     elif prediction is None:

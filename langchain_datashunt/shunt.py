@@ -32,6 +32,7 @@ from langchain_datashunt.large_calls import END, LargeCaller
 from langchain_datashunt.online_control import FailSafe, ShadowOf
 from langchain_datashunt.policies import Policy, Threshold
 from langchain_datashunt.predictions import Latency, ShuntResult
+from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPrompt
 from langchain_datashunt.retries import CallLimiter, Retry
 from langchain_datashunt.routing import AnyPlan
@@ -135,6 +136,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
 
+    gate: OutboundGate | None = None
+    """What may leave for the large model, and how; None lets everything pass."""
+
     _steps: CallSteps = PrivateAttr()
     _limiter: CallLimiter | None = PrivateAttr(default=None)
 
@@ -212,6 +216,8 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         large = self.large
         if self.return_decision and isinstance(large, ShuntRunnable):
             large = large.model_copy(update={"return_decision": True})
+        if self.gate is not None:
+            large = self.gate.around(large)
         self._steps = CallSteps(
             stages=(self.small,) if self.learnable is None else (self.small, self.learnable),
             caller=(caller := LargeCaller(large, self.retry, self._limiter or CallLimiter(self.max_concurrency))),
@@ -230,6 +236,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             fusion=self.fusion,
             auditor=Auditor(self.audit_rate, caller, self.monitor, self.recorder) if self.audit_rate > 0 else None,
             monitor=self.monitor,
+            gate=self.gate,
         )
 
     def sharing(self, limiter: CallLimiter) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from langchain_core.language_models import BaseChatModel
@@ -91,6 +91,10 @@ class OpenQuestion(NamedTuple):
 
 class OpenQuestions(tuple[OpenQuestion, ...]):
     """What is asked; formats as one line a question."""
+
+    def redacted_with(self, redact: Callable[[Any], Any]) -> OpenQuestions:
+        """The same with what small models wrote as a gate lets it pass; the questions themselves are yours."""
+        return OpenQuestions(question._replace(hint=tuple(redact(one) for one in question.hint)) for question in self)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))

@@ -20,11 +20,12 @@ from typing_extensions import override
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps, arun, run
-from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, InputError, StaysLocal, UnparsableAnswer
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.predictions import ANSWER_LABELS, Latency, Prediction, ShuntDecision
 from langchain_datashunt.pricing import cost_usd
+from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import CallLimiter, Retry, raise_control_flow
 from langchain_datashunt.routing import Plan, failed_outcome
@@ -125,6 +126,10 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `distillation.Recorder`; None records nothing."""
 
+    gate: OutboundGate | None = None
+    """What may leave for the large model, and how; None lets everything pass. An input that stays has what its small
+    models think and None for other parts, or raises (`on_local="raise"`)."""
+
     _caller: LargeCaller = PrivateAttr()
 
     @field_validator("large", mode="before")
@@ -144,7 +149,8 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         for subtask in self.subtasks:
             if subtask.small is not None:
                 policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
-        self._caller = LargeCaller(self.large, self.retry, CallLimiter(self.max_concurrency))
+        large = self.large if self.gate is None else self.gate.around(self.large)
+        self._caller = LargeCaller(large, self.retry, CallLimiter(self.max_concurrency))
 
     @classmethod
     def from_chat_model(
@@ -332,7 +338,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         rows = [i for i, work in enumerate(works) if work.open]
         started = time.perf_counter()
         if rows:
-            yield from self._ask(values, works, rows, runs, kwargs)
+            yield from self._ask(values, plans, works, rows, runs, kwargs)
         latency = Latency(seconds, time.perf_counter() - started if rows else 0.0)
         outputs: list[Any] = []
         log: list[FinishedCall] = []
@@ -348,7 +354,13 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         return outputs
 
     def _ask(
-        self, values: Sequence[Any], works: list[_Work], rows: list[int], runs: Runs, kwargs: dict[str, Any]
+        self,
+        values: Sequence[Any],
+        plans: Mapping[str, Plan],
+        works: list[_Work],
+        rows: list[int],
+        runs: Runs,
+        kwargs: dict[str, Any],
     ) -> Steps[None]:
         reader, configs = self.reader, []
         asked: list[Any] = []
@@ -357,9 +369,12 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             work = works[i]
             if self.return_decision or self.recorder is not None:
                 work.watcher = LargeCallWatcher()
+            labelled = [plans[name].prediction(i) for name in plans if name not in work.known]
+            stays = None if self.gate is None else self.gate.check_predictions(labelled)
             configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
             try:
-                asked.append({**reader.lay_out(values[i]), "known": KnownAnswers(work.known), "open": work.open})
+                told = {"known": KnownAnswers(work.known), "open": work.open}
+                asked.append(stays or {**reader.lay_out(values[i]), **told})
             except InputError as error:
                 asked.append(error)
         answers = yield from self._caller.group(asked, configs, kwargs)
@@ -378,7 +393,9 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         decisions: dict[str, ShuntDecision],
     ) -> Any:
         failed = work.answer if isinstance(work.answer, Exception) else None
-        fell_back = failed is not None and self.on_large_error == "small"
+        stays = isinstance(failed, StaysLocal) and self.gate is not None
+        falls_back = self.gate.on_local != "raise" if stays and self.gate else self.on_large_error == "small"
+        fell_back = failed is not None and falls_back
         outputs: dict[str, Any] = {}
         record_id = runs.record_id(i)
         for subtask in self.subtasks:
@@ -462,6 +479,8 @@ def _decision(plan: Plan | None, i: int, failed: Exception | None, fell_back: bo
         return plan.decision(i, failed, fell_back=fell_back and plan.has_prediction(i))
     if failed is None:
         return ShuntDecision("large", "deferred", policy="no small model")
+    if isinstance(failed, StaysLocal):
+        return ShuntDecision("small", "local_only", policy="no small model", error=str(failed))
     return ShuntDecision("large", "large_error", policy="no small model", error=f"{type(failed).__name__}: {failed}")
 
 

@@ -18,7 +18,7 @@ from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, ha
 from langchain_datashunt.predictions import Reason, Route
 
 ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
-REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error")
+REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error", "local_only")
 KEPT = ("gold", "gold_source", "subject")
 """What a newer call without it does not overwrite."""
 

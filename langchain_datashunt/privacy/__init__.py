@@ -1,0 +1,28 @@
+"""Privacy: what may leave this machine. Detectors find, redaction replaces and restores, the gate decides."""
+
+from __future__ import annotations
+
+from langchain_datashunt.privacy.detectors import (
+    DETECTORS,
+    Detector,
+    Entity,
+    PatternDetector,
+    PresidioDetector,
+    find_entities,
+)
+from langchain_datashunt.privacy.gate import AbstainedLocally, GatedModel, OutboundGate
+from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer
+
+__all__ = [
+    "DETECTORS",
+    "AbstainedLocally",
+    "Detector",
+    "Entity",
+    "GatedModel",
+    "OutboundGate",
+    "PatternDetector",
+    "Placeholders",
+    "PresidioDetector",
+    "StreamRestorer",
+    "find_entities",
+]

@@ -1,0 +1,300 @@
+"""Placeholders for what must not leave, in any structure that goes to a large model, and their way back."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.prompt_values import PromptValue
+from pydantic import BaseModel
+
+from langchain_datashunt.exceptions import StaysLocal
+from langchain_datashunt.predictions import ShuntResult
+from langchain_datashunt.privacy.detectors import Detector, Entity, find_entities
+from langchain_datashunt.pruning import Candidates
+
+_PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]{0,40})_(\d{1,6})>", re.IGNORECASE)
+_LONGEST = 50
+_BINARY = ("image", "image_url", "audio", "input_audio", "video", "file", "media")
+"""Types of content blocks in which no detector can look."""
+
+
+class Placeholders:
+    """What was replaced in one call: the same text has the same placeholder in prompt, variables and history.
+
+    Args:
+        detectors: What to look for.
+        kinds: Kinds that are replaced; None for all that are found.
+        local: Kinds that must not leave at all.
+        allow_binary: Whether images, sound and files may leave, in which nobody looks.
+    """
+
+    def __init__(
+        self,
+        detectors: Sequence[Detector],
+        *,
+        kinds: frozenset[str] | None = None,
+        local: frozenset[str] = frozenset(),
+        allow_binary: bool = False,
+    ) -> None:
+        self.detectors, self.kinds, self.local, self.allow_binary = detectors, kinds, local, allow_binary
+        self.counts: dict[str, int] = {}
+        """Entities by kind that were replaced."""
+        self.characters = 0
+        """Characters of text that leave."""
+        self._names: dict[tuple[str, str], str] = {}
+        self._texts: dict[str, str] = {}
+        self._first: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    # Out
+
+    def reserve(self, value: Any) -> None:
+        """Leave out the numbers of placeholders that stand in a value already: an input must not name ours."""
+        for text in texts_in(value):
+            for kind, number in _PLACEHOLDER.findall(text):
+                self._first[kind.upper()] = max(self._first.get(kind.upper(), 0), int(number))
+
+    def redact(self, value: Any) -> Any:
+        """A copy of any structure with placeholders in its texts.
+
+        Raises:
+            StaysLocal: It holds what must not leave, or something in which nobody can look.
+        """
+        if isinstance(value, str):
+            return self._redact_text(value)
+        if (own := getattr(value, "redacted_with", None)) is not None:
+            return own(self.redact)
+        if isinstance(value, Candidates):
+            told = {self._redact_text(k): self._redact_text(v) for k, v in value.descriptions.items()}
+            return Candidates([self._redact_text(one) for one in value], told)
+        if isinstance(value, BaseMessage):
+            return self._redact_message(value)
+        if isinstance(value, PromptValue):
+            return [self.redact(message) for message in value.to_messages()]
+        if isinstance(value, Document):
+            return Document(page_content=self._redact_text(value.page_content), metadata=self.redact(value.metadata))
+        if isinstance(value, Mapping):
+            if not self.allow_binary and value.get("type") in _BINARY:
+                raise StaysLocal(f"it holds a part of the type {value['type']!r}, in which nobody can look")
+            made = {self.redact(key): self.redact(one) for key, one in value.items()}
+            return made if type(value) is dict else self._same_kind(value, made)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self.redact(one) for one in value))
+        if isinstance(value, list | tuple | set | frozenset):
+            inner = [self.redact(one) for one in value]
+            return inner if type(value) is list else self._same_kind(value, inner)
+        if isinstance(value, BaseModel):
+            return value.model_copy(
+                update={name: self.redact(getattr(value, name)) for name in type(value).model_fields}
+            )
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{name: self.redact(getattr(value, name)) for name in value.__dataclass_fields__})
+        if isinstance(value, bool | int | float | complex) or value is None:
+            return self._redact_number(value)
+        if isinstance(value, bytes | bytearray | memoryview) and not self.allow_binary:
+            raise StaysLocal(f"it holds {type(value).__name__}, in which nobody can look")
+        if self.allow_binary:
+            return value
+        raise StaysLocal(f"it holds a {type(value).__name__}, in which nobody can look")
+
+    @staticmethod
+    def _same_kind(value: Any, made: Any) -> Any:
+        """A collection of the former's class, where that can be made so; else a plain one."""
+        try:
+            return type(value)(made)
+        except Exception:
+            return made
+
+    def _redact_number(self, value: Any) -> Any:
+        """A number may be a card or a phone number: it becomes a text where it is something that is replaced."""
+        text = str(value)
+        found = self._redact_text(text)
+        return value if found == text else found
+
+    def _redact_message(self, message: BaseMessage) -> BaseMessage:
+        changed: dict[str, Any] = {"content": self.redact(message.content)}
+        if message.name:
+            changed["name"] = self._redact_text(message.name)
+        if isinstance(message, AIMessage):
+            changed["tool_calls"] = [{**call, "args": self.redact(call["args"])} for call in message.tool_calls]
+            changed["invalid_tool_calls"] = self.redact(message.invalid_tool_calls)
+        changed["additional_kwargs"] = self.redact(message.additional_kwargs)
+        if (artifact := getattr(message, "artifact", None)) is not None:
+            changed["artifact"] = self.redact(artifact)
+        changed["response_metadata"] = {}
+        return message.model_copy(update=changed)
+
+    def _redact_text(self, text: str) -> str:
+        parts, at = [], 0
+        for entity in self._entities(text):
+            parts += [text[at : entity.start], self._name_of(entity.kind, text[entity.start : entity.end])]
+            at = entity.end
+        parts.append(text[at:])
+        made = "".join(parts)
+        self.characters += len(made)
+        return made
+
+    def _entities(self, text: str) -> list[Entity]:
+        if not text:
+            return []
+        found = find_entities(text, self.detectors)
+        if here := sorted({entity.kind for entity in found} & self.local):
+            raise StaysLocal(f"it holds {', '.join(here)}", kinds=tuple(here))
+        return [entity for entity in found if self.kinds is None or entity.kind in self.kinds]
+
+    def _name_of(self, kind: str, text: str) -> str:
+        if (kind, text) not in self._names:
+            kind_name = re.sub(r"[^A-Z_]", "_", kind.upper())
+            number = self._first.get(kind_name, 0) + 1
+            self._first[kind_name] = number
+            name = f"<{kind_name}_{number}>"
+            self._names[kind, text], self._texts[name] = name, text
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+        return self._names[kind, text]
+
+    # Back
+
+    def restore(self, value: Any) -> Any:
+        """A copy of an answer with the texts in the place of their placeholders; only ours are known."""
+        if not self._texts:
+            return value
+        if isinstance(value, str):
+            return self.restore_text(value)
+        if isinstance(value, ShuntResult):
+            return replace(
+                value, output=self.restore(value.output), large_output=self.restore(value.large_output),
+                inner=self.restore(value.inner),
+            )  # fmt: skip
+        if isinstance(value, BaseMessage):
+            changed: dict[str, Any] = {"content": self.restore(value.content)}
+            changed["additional_kwargs"] = self.restore(value.additional_kwargs)
+            if isinstance(value, AIMessage):
+                changed["tool_calls"] = self.restore(value.tool_calls)
+                changed["invalid_tool_calls"] = self.restore(value.invalid_tool_calls)
+            if isinstance(value, AIMessageChunk):
+                changed["tool_call_chunks"] = self.restore(value.tool_call_chunks)
+            return value.model_copy(update=changed)
+        if isinstance(value, Document):
+            return Document(page_content=self.restore(value.page_content), metadata=self.restore(value.metadata))
+        if isinstance(value, Mapping):
+            made = {self.restore(key): self.restore(one) for key, one in value.items()}
+            return made if type(value) is dict else self._same_kind(value, made)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self.restore(one) for one in value))
+        if isinstance(value, list | tuple | set | frozenset):
+            inner = [self.restore(one) for one in value]
+            return inner if type(value) is list else self._same_kind(value, inner)
+        if isinstance(value, BaseModel):
+            return value.model_copy(
+                update={name: self.restore(getattr(value, name)) for name in type(value).model_fields}
+            )
+        return value
+
+    def restore_text(self, text: str) -> str:
+        """A text with ours replaced, in whatever case the model wrote them."""
+        return _PLACEHOLDER.sub(lambda match: self._texts.get(match.group().upper(), match.group()), text)
+
+
+class StreamRestorer:
+    """Restores a stream of chunks: what may be the beginning of a placeholder waits for its end.
+
+    Text, messages with text, and the arguments of tool calls are put together across chunks; any other chunk is
+    restored by itself.
+    """
+
+    def __init__(self, placeholders: Placeholders) -> None:
+        self._placeholders = placeholders
+        self._held: dict[Any, str] = {}
+        self._last: Any = None
+
+    def feed(self, chunk: Any) -> Any:
+        """What of a chunk can be shown now: a chunk of its kind."""
+        self._last = chunk
+        if isinstance(chunk, str):
+            return self._text("", chunk)
+        if isinstance(chunk, AIMessageChunk):
+            return self._message(chunk)
+        if isinstance(chunk, ShuntResult):
+            return replace(chunk, output=self.feed(chunk.output)) if chunk.output is not None else chunk
+        return self._placeholders.restore(chunk)
+
+    def rest(self) -> Iterator[Any]:
+        """What was held at the end of the stream, as chunks of the last one's kind."""
+        held, self._held = {key: text for key, text in self._held.items() if text}, {}
+        for key, text in held.items():
+            whole = self._placeholders.restore_text(text)
+            if isinstance(self._last, AIMessageChunk) and isinstance(key, int):
+                call = {"name": None, "args": whole, "id": None, "index": key, "type": "tool_call_chunk"}
+                yield AIMessageChunk(content="", tool_call_chunks=[call], id=self._last.id)
+            elif isinstance(self._last, AIMessageChunk):
+                yield AIMessageChunk(content=whole, id=self._last.id)
+            elif isinstance(self._last, ShuntResult):
+                yield replace(self._last, output=whole)
+            else:
+                yield whole
+
+    def _text(self, key: Any, new: str) -> str:
+        text = self._held.get(key, "") + new
+        start = text.rfind("<")
+        unfinished = start >= 0 and ">" not in text[start:] and len(text) - start <= _LONGEST
+        cut = start if unfinished else len(text)
+        self._held[key] = text[cut:]
+        return self._placeholders.restore_text(text[:cut])
+
+    def _message(self, chunk: AIMessageChunk) -> AIMessageChunk:
+        changed: dict[str, Any] = {}
+        if isinstance(chunk.content, str):
+            changed["content"] = self._text("", chunk.content)
+        else:
+            changed["content"] = [self._block(block) for block in chunk.content]
+        calls = []
+        for call in chunk.tool_call_chunks:
+            made = copy.copy(call)
+            if call.get("args"):
+                made["args"] = self._text(call.get("index") if call.get("index") is not None else 0, call["args"] or "")
+            calls.append(made)
+        changed["tool_call_chunks"] = calls
+        return AIMessageChunk(**{**_fields(chunk), **changed})
+
+    def _block(self, block: Any) -> Any:
+        if isinstance(block, Mapping) and isinstance(block.get("text"), str):
+            return {**block, "text": self._text(("block", block.get("index")), block["text"])}
+        return self._placeholders.restore(block)
+
+
+def _fields(chunk: AIMessageChunk) -> dict[str, Any]:
+    names = ("id", "name", "additional_kwargs", "response_metadata", "usage_metadata", "chunk_position")
+    return {name: getattr(chunk, name) for name in names if hasattr(chunk, name)}
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a structure."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, BaseMessage):
+        yield from texts_in(value.content)
+        yield from texts_in(getattr(value, "tool_calls", None))
+    elif isinstance(value, PromptValue):
+        yield from texts_in(value.to_messages())
+    elif isinstance(value, Document):
+        yield value.page_content
+        yield from texts_in(value.metadata)
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from texts_in(key)
+            yield from texts_in(one)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for one in value:
+            yield from texts_in(one)
+    elif isinstance(value, BaseModel):
+        yield from texts_in({name: getattr(value, name) for name in type(value).model_fields})
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from texts_in({name: getattr(value, name) for name in value.__dataclass_fields__})
