@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.predictions import Prediction
+from langchain_datashunt.predictions import Prediction, answer_text
 
 
 class ToolAnswer(Configured):
@@ -164,10 +164,11 @@ class Answering:
 
     def __call__(self, prediction: Prediction) -> Any:
         """The answer; with `raw` as structured output with its raw message."""
-        found = self.answers.give(prediction.label, self.form)
+        said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
+        found = self.answers.give(said, self.form)
         if not self.raw:
             return found
-        return {"raw": self.answers.told(AIMessage(prediction.label)), "parsed": found, "parsing_error": None}
+        return {"raw": self.answers.told(AIMessage(said)), "parsed": found, "parsing_error": None}
 
 
 def fitted(schema: Any, fields: Any) -> Any:

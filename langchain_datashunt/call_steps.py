@@ -15,19 +15,19 @@ from langchain_core.utils.uuid import uuid7
 from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
-from langchain_datashunt.exceptions import ConfigurationError, InputError, StaysLocal, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, StaysLocal, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import InputReader, text_reader
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import FloatArray, Latency, Prediction, ShuntDecision, ShuntResult
+from langchain_datashunt.predictions import FloatArray, Latency, Prediction, ShuntDecision, ShuntResult, answer_text
 from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
-from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, checked_prediction, failed_outcome
+from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, absorbed, checked_prediction, failed_outcome
 from langchain_datashunt.small_calls import predict_many, predict_one
 from langchain_datashunt.tracing import Runs
 
@@ -128,7 +128,7 @@ class CallSteps:
             except Exception as error:
                 raise_control_flow(error)
                 outcome = failed_outcome(len(rows), error)
-            plan.absorb(outcome, rows, self.policy, thresholds)
+            outcome = absorbed(plan, outcome, rows, self.policy, thresholds)
             if stage == 0 and self.monitor is not None and outcome.batch is not None:
                 self.monitor.saw(outcome.batch.confidence)
             rows = plan.deferred
@@ -150,7 +150,10 @@ class CallSteps:
                 raise_control_flow(error)
                 answer = error
             checked = checked_prediction(answer, self.allowed)
-            plan.absorb(stage, checked, self.policy, threshold)
+            try:
+                plan.absorb(stage, checked, self.policy, threshold)
+            except PredictionError as error:  # the score cannot be had of this prediction
+                plan.absorb(stage, error, self.policy, threshold)
             if stage == 0 and self.monitor is not None and isinstance(checked, Prediction):
                 self.monitor.saw([checked.confidence])
             if plan.keeps(0):
@@ -265,7 +268,8 @@ class CallSteps:
             if self.recorder is not None:
                 latency, own_id = Latency(seconds), str(uuid7())
                 finished = self._finished(plan.decision(i), values[i], None, runs, i, own_id, latency, None)
-            auditor.submit(asked, finished, prediction.label, {})
+            said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
+            auditor.submit(asked, finished, said, {})
 
     def conclude(
         self,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import numpy as np
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.utils import ConfigurableFieldSpec
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
@@ -18,7 +21,7 @@ from langchain_datashunt.configured import Configured
 from langchain_datashunt.distillation.record import label_distribution
 from langchain_datashunt.distillation.watching import said, token_logprobs
 from langchain_datashunt.drafting import SILENT_TAGS
-from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntError
+from langchain_datashunt.exceptions import ConfigurationError, PredictionError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.labelled_model import default_prompt
 from langchain_datashunt.parsing import LabelParser
@@ -85,7 +88,12 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
         """Put prompt and model together."""
         super().model_post_init(context)
         self.model_id = self.model_id or _name_of(self.chat_model)
-        self.reader = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        reader = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
+        super().__setattr__("reader", reader)
+        self._parser = None
         prompt = self.prompt
         if self.chooses:
             self._parser = LabelParser(labels=self.labels, aliases=self.aliases)
@@ -188,7 +196,7 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
         for i, message in zip(rows, messages, strict=True):
             try:
                 found[i] = message if isinstance(message, Exception) else self._prediction(message)
-            except ShuntError as error:
+            except Exception as error:
                 found[i] = error
 
     def _prediction(self, message: Any) -> Prediction:
@@ -199,16 +207,23 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
         if message.tool_calls or not text:
             what = "tool calls" if message.tool_calls else "an empty answer"
             raise PredictionError(f"{self.model_id} gave {what}, which nobody can be sure of.")
+        why = str(message.response_metadata.get("finish_reason") or "stop")
+        if why in ("length", "max_tokens", "content_filter"):
+            raise PredictionError(f"The answer of {self.model_id} was not finished ({why}).")
         if not tokens:
             raise PredictionError(
                 f"{self.model_id} gave no log-probabilities, so nobody knows how sure it is. Let it give them "
                 f"(ChatOpenAI(logprobs=True)), or use a server that returns them."
             )
-        if self._parser is None:
+        try:
             logs = token_logprobs(tokens)
-            return Prediction.of_answer(
-                text, min(1.0, self.score.of_tokens(logs)), model_id=self.model_id, token_logprobs=logs
-            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PredictionError(f"{self.model_id} gave log-probabilities that are no numbers: {error}.") from error
+        if np.isnan(logs).any():
+            raise PredictionError(f"{self.model_id} gave log-probabilities that are not numbers (NaN).")
+        if self._parser is None:
+            sure = float(np.clip(self.score.of_tokens(logs), 0.0, 1.0))
+            return Prediction.of_answer(text, sure, model_id=self.model_id, token_logprobs=logs)
         label = self._parser.parse(said(message))
         found = label_distribution(tokens, self.labels, label)
         if found is None:
@@ -227,10 +242,25 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
     def OutputType(self) -> type[Prediction]:
         return Prediction
 
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        return self._chain.config_specs
+
+    @override
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        return self._chain.get_graph(config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; the next call follows it."""
+        super().__setattr__(name, value)
+        if name in ("chat_model", "prompt", "labels", "aliases", "top_logprobs", "input_key"):
+            self._lay_out()
+
     @override
     def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
         copied = super().model_copy(update=update, deep=deep)
-        copied.model_post_init(None)
+        copied._lay_out()
         return copied
 
 

@@ -83,9 +83,13 @@ class DraftingModel(Runnable[Any, Prediction]):
         if not structured and not self.form.allows(message):
             raise PredictionError(f"The draft of {self.model_id} is not of the form that was asked for.")
         sure = self.confidence(message)
+        tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
         if sure is None or not 0.0 <= sure <= 1.0:
             raise PredictionError(
                 f"{self.model_id} gave no log-probabilities with its draft, so nobody knows how sure it is. Let it "
                 f"give them (ChatOpenAI(logprobs=True)), or give `confidence`, a function from message to [0, 1]."
             )
-        return Prediction.of_answer(said if self.give_raw else answer, sure, model_id=self.model_id)
+        return Prediction.of_answer(
+            said if self.give_raw else answer, sure, model_id=self.model_id,
+            token_logprobs=token_logprobs(tokens) if tokens and not message.tool_calls else None,
+        )  # fmt: skip

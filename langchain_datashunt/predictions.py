@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
+from langchain_core.messages import BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from numpy.typing import NDArray
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
 from langchain_datashunt.exceptions import PredictionError
@@ -112,7 +114,7 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form: label, confidence, probabilities by label, model id, truncated, and a written answer."""
         return {
-            **({} if self.answer is None else {"answer": str(self.answer)}),
+            **({} if self.answer is None else {"answer": answer_text(self.answer)}),
             "label": self.label,
             "confidence": self.confidence,
             "probabilities": dict(zip(self.labels, self.probabilities.tolist(), strict=True)),
@@ -438,6 +440,15 @@ class ShuntResult:
         """Join two chunks of one streamed result; the later one knows usage, cost and latency."""
         inner = self.inner + other.inner if self.inner and other.inner else other.inner or self.inner
         return replace(other, output=_joined(self.output, other.output), inner=inner, usage=other.usage or self.usage)
+
+
+def answer_text(answer: Any) -> str:
+    """A written answer as a text: a message's text, a text as it is, anything else as JSON."""
+    if isinstance(answer, BaseMessage):
+        return str(answer.text)
+    if isinstance(answer, BaseModel):
+        answer = answer.model_dump()
+    return answer if isinstance(answer, str) else json.dumps(answer, default=str, ensure_ascii=False)
 
 
 def _joined(first: Any, second: Any) -> Any:

@@ -14,7 +14,7 @@ from pydantic import Field
 from langchain_datashunt.configured import Strategy
 from langchain_datashunt.exceptions import ConfigurationError, PruningWarning
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import ANSWER_LABELS, BoolArray, PredictionBatch
+from langchain_datashunt.predictions import ANSWER_LABELS, BoolArray, PredictionBatch, answer_text
 
 PRUNING_VARIABLES = ("candidates", "candidate_probabilities", "small_label", "small_confidence")
 """The prompt variables that every strategy fills, beside the caller's own."""
@@ -87,7 +87,7 @@ class Pruning(Strategy):
         """
         if batch.answers is not None:
             written = zip(batch.answers, batch.confidence.tolist(), strict=True)
-            return [self._of_answer(str(answer), p) for answer, p in written]
+            return [self._of_answer(answer_text(answer), p) for answer, p in written]
         unknown = [label for label in labels or () if label not in set(batch.labels)]
         keep, show = self.candidates(batch), self.shown(batch)
         rounded = np.round(batch.probabilities, self.decimals)

@@ -21,7 +21,8 @@ from typing_extensions import override
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
-from langchain_datashunt.predictions import Prediction, ShuntResult
+from langchain_datashunt.inputs import InputReader
+from langchain_datashunt.predictions import Prediction, ShuntResult, answer_text
 from langchain_datashunt.routing import checked_prediction, outcome_of
 from langchain_datashunt.shunt import ShuntRunnable, policy_for
 from langchain_datashunt.small_models.base import Outcome, Scores, SmallModel
@@ -224,10 +225,11 @@ class LargeStage(Stage):
 
     @override
     def _begin(self, chain: ShuntRunnable) -> None:
-        self._given = {
-            stage: GivenPredictions(labels=tuple(getattr(model, "labels", None) or chain.task_labels or ()))
-            for stage, model in _stages_of(chain).items()
-        }
+        self._given = {}
+        for stage, model in _stages_of(chain).items():
+            labels = tuple(getattr(model, "labels", None) or chain.task_labels or ())
+            self._given[stage] = GivenPredictions(labels=labels)
+            self._given[stage]._reader = getattr(model, "reader", None)
         settings = {
             "policy": policy_for(chain.small, chain.policy),
             "max_concurrency": min(self._concurrency, chain.max_concurrency or self._concurrency),
@@ -267,6 +269,13 @@ class GivenPredictions(SmallModel):
     """A small model that has predicted elsewhere: it gives what it was told of the rows it is asked about."""
 
     _cells: dict[str, list[Any]] = PrivateAttr(default_factory=dict)
+    _reader: InputReader | None = PrivateAttr(default=None)
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        """As the model reads that predicted."""
+        return self._reader or super().reader
 
     def take(self, cells: dict[str, list[Any]]) -> None:
         """Have the predictions of a batch's rows ready."""
@@ -332,7 +341,10 @@ def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]
         if one.labels not in written:
             written[one.labels] = json.dumps(one.labels, ensure_ascii=False)
         cells["labels"][row], cells["model"][row] = written[one.labels], one.model_id
-        cells["truncated"][row], cells["answer"][row] = one.truncated, None if one.answer is None else str(one.answer)
+        cells["truncated"][row], cells["answer"][row] = (
+            one.truncated,
+            None if one.answer is None else answer_text(one.answer),
+        )
         for name in _ARRAYS:
             array = getattr(one, name)
             cells[name][row] = None if array is None else np.asarray(array, dtype=np.float64).tobytes()

@@ -10,7 +10,7 @@ from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.watching import LargeCallWatcher, large_sureness
 from langchain_datashunt.exceptions import UnparsableAnswer
 from langchain_datashunt.inputs import InputReader
-from langchain_datashunt.predictions import ANSWER_LABELS, Latency, ShuntDecision, ShuntResult
+from langchain_datashunt.predictions import ANSWER_LABELS, Latency, ShuntDecision, ShuntResult, answer_text
 
 
 class FinishedCall(NamedTuple):
@@ -63,7 +63,7 @@ class FinishedCall(NamedTuple):
             probabilities=None if prediction is None else tuple(prediction.probabilities.tolist()),
             score=self.decision.score,
             threshold=self.decision.threshold,
-            small_answer=None if written is None else str(written),
+            small_answer=None if written is None else answer_text(written),
             policy=self.decision.policy,
             route=self.decision.route,
             reason=self.decision.reason,

@@ -328,6 +328,19 @@ def _in_order_of(labels: tuple[str, ...], prediction: Prediction) -> Prediction 
     return replace(prediction, labels=labels, probabilities=prediction.probabilities[order], logits=logits)
 
 
+def absorbed(
+    plan: Plan, outcome: Outcome, rows: IntArray, policy: Policy, thresholds: FloatArray | None = None
+) -> Outcome:
+    """Have a plan take one stage's predictions in; where the policy cannot score them, they count as failed."""
+    try:
+        plan.absorb(outcome, rows, policy, thresholds)
+    except PredictionError as error:
+        plan.batches.pop()
+        outcome = failed_outcome(len(rows), error)
+        plan.absorb(outcome, rows, policy, thresholds)
+    return outcome
+
+
 def failed_outcome(n: int, error: Exception) -> Outcome:
     """All `n` inputs failed with one error."""
     return Outcome(None, np.array([], dtype=np.intp), dict.fromkeys(range(n), error))

@@ -12,6 +12,8 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.utils import ConfigurableFieldSpec, get_unique_config_specs
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
@@ -26,6 +28,7 @@ from langchain_datashunt.predictions import ANSWER_LABELS
 from langchain_datashunt.tracing import Runs
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_JSON_LIKE = re.compile(r"^\s*[{\[`]|^\s*(?:null|true|false)\s*$|[{]\s*\"")
 _FENCE = re.compile(r"^\s*```(?:json)?\s*(.*?)\s*```\s*$", re.S)
 
 
@@ -66,8 +69,16 @@ class Subtask(Configured):
                 f"{self.name!r} cannot be the name of a sub-task: use letters, digits and _, beginning with a letter."
             )
         own = getattr(self.small, "labels", None)
-        if self.labels is None and own and tuple(own) != ANSWER_LABELS:
+        writes = own is not None and tuple(own) == ANSWER_LABELS
+        if self.labels is None and own and not writes:
             self.labels = tuple(own)
+        strange = sorted(set(own or ()) - set(self.labels or ())) if self.labels is not None else []
+        if strange:
+            told = "writes its answers" if writes else f"can answer {', '.join(strange[:5])}"
+            raise ConfigurationError(
+                f"The small model of the sub-task {self.name!r} {told}, and the labels are "
+                f"{', '.join((self.labels or ())[:5])}. Give it a small model over these labels, or other labels."
+            )
 
 
 class OpenQuestion(NamedTuple):
@@ -147,7 +158,7 @@ class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
     max_reasks: int = Field(default=1, ge=0)
     """How often a model is asked again whose answer lacks something."""
 
-    _models: dict[tuple[str, ...], Runnable[Any, Any]] = PrivateAttr(default_factory=dict)
+    _models: dict[tuple[str, ...], tuple[Any, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -195,14 +206,24 @@ class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
 
     def _model_for(self, questions: OpenQuestions) -> Runnable[Any, Any]:
         """The chat model, held to the questions' form where it offers that."""
-        names = tuple(question.subtask.name for question in questions)
-        if names not in self._models:
-            model = self.chat_model
+        names, model = tuple(question.subtask.name for question in questions), self.chat_model
+        known = self._models.get(names)
+        if known is None or known[0] is not model:
+            held: Runnable[Any, Any] = model
             if offers_structured_output(model):
                 assert isinstance(model, BaseChatModel)
-                model = model.with_structured_output(answer_schema(questions), include_raw=True)
-            self._models[names] = model
-        return self._models[names]
+                held = model.with_structured_output(answer_schema(questions), include_raw=True)
+            known = self._models[names] = (model, held)
+        return known[1]
+
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        return get_unique_config_specs([*self.prompt.config_specs, *self.chat_model.config_specs])
+
+    @override
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        return (self.prompt | self.chat_model).get_graph(config)
 
 
 def answer_schema(questions: OpenQuestions) -> dict[str, Any]:
@@ -230,11 +251,11 @@ def read_answers(text: str, questions: Sequence[OpenQuestion]) -> tuple[dict[str
     if fenced := _FENCE.match(text):
         text = fenced.group(1)
     try:
-        said = json.loads(text)
+        said = json.loads(text, strict=False)  # models write line breaks into strings
     except ValueError:
         said = None
     if not isinstance(said, dict):
-        if len(questions) == 1:  # one question may be answered plainly
+        if len(questions) == 1 and said is None and not _JSON_LIKE.search(text):  # one may be answered plainly
             said = {questions[0].subtask.name: text}
         else:
             return {}, {question.subtask.name: "there was no JSON object" for question in questions}
@@ -243,6 +264,8 @@ def read_answers(text: str, questions: Sequence[OpenQuestion]) -> tuple[dict[str
     for question in questions:
         name, labels = question.subtask.name, question.subtask.labels
         value = said.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
         if not isinstance(value, str) or not value.strip():
             wrong[name] = "it is missing" if value in (None, "") else "it is no text"
         elif labels is None:

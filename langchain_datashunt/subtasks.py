@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ import numpy as np
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.utils import AddableDict
+from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.utils import AddableDict, ConfigurableFieldSpec, get_unique_config_specs
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
 from langchain_datashunt.configured import Configured
+from langchain_datashunt.distillation.record import id_bytes
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps, arun, run
 from langchain_datashunt.exceptions import ConfigurationError, InputError, StaysLocal, UnparsableAnswer
@@ -28,7 +31,7 @@ from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import CallLimiter, Retry, raise_control_flow
-from langchain_datashunt.routing import Plan, failed_outcome
+from langchain_datashunt.routing import Plan, absorbed, failed_outcome
 from langchain_datashunt.shunt import policy_for
 from langchain_datashunt.small_calls import predict_many
 from langchain_datashunt.subtask_questions import (
@@ -56,6 +59,7 @@ class SubtaskResult:
         cost_usd: Price of `usage`; 0.0 where it was not asked, None where the price is not known.
         latency: Wall time of all small models together, and of the large call.
         record_id: Id of the run.
+        record_ids: Under which each sub-task's call is recorded.
     """
 
     outputs: Mapping[str, Any]
@@ -64,6 +68,7 @@ class SubtaskResult:
     cost_usd: float | None = 0.0
     latency: Latency = field(default_factory=Latency)
     record_id: str | None = None
+    record_ids: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,6 +148,9 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
     def model_post_init(self, context: Any, /) -> None:
         """Check the names, and get ready to ask."""
         super().model_post_init(context)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
         names = [subtask.name for subtask in self.subtasks]
         if len(set(names)) < len(names):
             raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}.")
@@ -179,6 +187,32 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             max_reasks=max_reasks,
         )
         return cls(subtasks=tuple(subtasks), large=asker, **settings)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; the next call follows it."""
+        super().__setattr__(name, value)
+        if name in type(self).model_fields:
+            self._lay_out()
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied._lay_out()
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        copied = self.__copy__()
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        copied._lay_out()
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what holds locks; it is made again where the shunt is unpickled."""
+        return {**super().__getstate__(), "__pydantic_private__": None}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__({**state, "__pydantic_private__": {}})
+        self._lay_out()
 
     @property
     def reader(self) -> InputReader:
@@ -301,7 +335,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             except Exception as error:
                 raise_control_flow(error)
                 outcome = failed_outcome(len(values), error)
-            plan.absorb(outcome, rows, policy, None)
+            absorbed(plan, outcome, rows, policy)
             policy.observe(int(plan.deferred.size), plan.n)
             plans[subtask.name] = plan
         works = [self._work(i, plans) for i in range(len(values))]
@@ -398,6 +432,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         fell_back = failed is not None and falls_back
         outputs: dict[str, Any] = {}
         record_id = runs.record_id(i)
+        ids = {subtask.name: str(uuid5(UUID(bytes=id_bytes(record_id)), subtask.name)) for subtask in self.subtasks}
         for subtask in self.subtasks:
             plan, name = plans.get(subtask.name), subtask.name
             kept = name in work.known
@@ -409,17 +444,18 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
                 outputs[name] = None if plan is None else _answer_of(plan.prediction(i))
             decisions[name] = _decision(plan, i, None if kept else failed, fell_back)
             if self.recorder is not None and (not kept or self.recorder.wants("small")):
-                own_id = str(uuid5(UUID(record_id), name))
                 said = None if kept else failed or outputs[name]
                 first = bool(work.open) and name == work.open[0].subtask.name
-                log.append(self._finished(subtask, own_id, value, decisions[name], said, work, first, runs, i, latency))
+                log.append(
+                    self._finished(subtask, ids[name], value, decisions[name], said, work, first, runs, i, latency)
+                )
         if failed is not None and not fell_back:
             return failed
         if not self.return_decision:
             return outputs
         usage = {} if work.watcher is None else dict(work.watcher.usage_metadata)
         cost = (cost_usd(usage) if usage else None) if work.open else 0.0
-        return SubtaskResult(outputs, decisions, usage, cost, latency, record_id)
+        return SubtaskResult(outputs, decisions, usage, cost, latency, record_id, ids)
 
     def _finished(
         self,
@@ -445,8 +481,30 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         subject = runs.config(i).get("configurable", {}).get("shunt_subject")
         return FinishedCall(
             f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
-            subtask.labels or ANSWER_LABELS, subject, self.reader, now(),
+            subtask.labels or ANSWER_LABELS, subject, _reader_of([subtask]) or self.reader, now(),
         )  # fmt: skip
+
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        smalls = [subtask.small for subtask in self.subtasks if subtask.small is not None]
+        return get_unique_config_specs([spec for part in (*smalls, self.large) for spec in part.config_specs])
+
+    @override
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        graph = Graph()
+        begin, end = graph.add_node(self.get_input_schema(config)), graph.add_node(self.get_output_schema(config))
+        large = graph.add_node(self.large, "large")
+        for subtask in self.subtasks:
+            if subtask.small is None:
+                graph.add_edge(begin, large, subtask.name)
+                continue
+            small = graph.add_node(subtask.small, f"small: {subtask.name}")
+            graph.add_edge(begin, small)
+            graph.add_edge(small, end, "sure", conditional=True)
+            graph.add_edge(small, large, "open", conditional=True)
+        graph.add_edge(large, end)
+        return graph
 
     @property
     @override

@@ -184,10 +184,10 @@ class Runs:
             return
 
         def send(i: int) -> Any:
-            own = self._managers[i]
+            own, data = self._managers[i], data_of(i)  # which may mark the run
             told = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
             tell = ahandle_event if self._asynchronous else handle_event
-            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data_of(i), **told)
+            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data, **told)
 
         yield _for_all(send, rows)
 

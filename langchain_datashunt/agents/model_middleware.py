@@ -17,7 +17,7 @@ from langchain_datashunt.chat_messages import marked, model_name
 from langchain_datashunt.drafting import SILENT_TAGS, DraftConfidence, mean_token_probability
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.policies import Policy, Threshold
-from langchain_datashunt.predictions import Prediction, ShuntDecision
+from langchain_datashunt.predictions import ANSWER_LABELS, Prediction, ShuntDecision
 from langchain_datashunt.retries import raise_control_flow
 
 
@@ -54,6 +54,7 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> None:
         super().__init__()
         self.policy, self.confidence = policy or Threshold(0.9), confidence
+        self.policy.check(ANSWER_LABELS)
         self.small = small.model_copy(update={"tags": [*(small.tags or []), *SILENT_TAGS]})
         self.stats = ModelRouterStats()
         self._name, self._lock = name, threading.Lock()

@@ -15,7 +15,7 @@ import numpy as np
 from langchain_datashunt.distillation.prepared import DistillationReport
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import FloatArray, PredictionBatch
+from langchain_datashunt.predictions import FloatArray, PredictionBatch, answer_text
 from langchain_datashunt.small_models.generating import AnswerExamples, GeneratingModel
 from langchain_datashunt.small_models.training import TrainingSettings
 
@@ -91,7 +91,7 @@ def _of_small(
         return own, sure
     kept = _sure(settings, small, outcome.batch, calls)
     for row, answer, one in zip(outcome.rows.tolist(), outcome.batch.outputs(), kept, strict=True):
-        own[row], sure[row] = str(answer), bool(one)
+        own[row], sure[row] = answer_text(answer), bool(one)
     return own, sure
 
 

@@ -163,7 +163,8 @@ def label_distribution(
 
     The answer's own probability is the product over its tokens. The first token's alternatives give the other
     labels theirs: an alternative that begins exactly one label belongs to it, one that begins several is shared by
-    them; what fits no label is spread over all others.
+    them; what fits no label is spread over all others, or over all labels where the others would get more of it than
+    the answer has: what is not known of an answer does not make another one likely.
 
     Args:
         tokens: `logprobs["content"]` as OpenAI-compatible APIs give it: token, logprob, top_logprobs.
@@ -186,6 +187,8 @@ def label_distribution(
     p[position] = own
     rest = max(0.0, 1.0 - float(p.sum()))
     others = np.arange(len(labels)) != position
-    if others.any():
+    if others.any() and (p[others] + rest / int(others.sum())).max() <= max(own, p[others].max()):
         p[others] += rest / int(others.sum())
+    else:
+        p += rest / len(labels)
     return p / p.sum(), min(own, 1.0)

@@ -76,9 +76,13 @@ def token_logprobs(tokens: Sequence[Mapping[str, Any]]) -> FloatArray:
     return np.array([float(token["logprob"]) for token in tokens])
 
 
-def mean_probability(tokens: Sequence[Mapping[str, Any]]) -> float:
-    """The arithmetic mean of tokens' probabilities, in [0, 1]."""
-    return min(1.0, MeanTokenProbability().of_tokens(token_logprobs(tokens)))
+def mean_probability(tokens: Sequence[Mapping[str, Any]]) -> float | None:
+    """The arithmetic mean of tokens' probabilities, in [0, 1]; None where they are no numbers."""
+    try:
+        found = MeanTokenProbability().of_tokens(token_logprobs(tokens))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return min(1.0, found) if found >= 0.0 else None
 
 
 def large_sureness(

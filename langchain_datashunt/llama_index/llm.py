@@ -28,7 +28,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.hinted_model import Hint
 from langchain_datashunt.llama_index.deciding import Decider
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import ShuntDecision
+from langchain_datashunt.predictions import ShuntDecision, answer_text
 from langchain_datashunt.pruning import Pruning, SoftPrompt
 
 _REQUIRED = "_shunt_tool_required"
@@ -131,7 +131,9 @@ class ShuntLLM(LLM):
         """The small side's answer, None where it has none for this call."""
         if decision.route != "small" or decision.prediction is None:
             return None
-        label = decision.prediction.label
+        label, written = decision.prediction.label, decision.prediction.answer
+        if written is not None:
+            label = answer_text(written)
         answer = label if self.answers is None else self.answers.get(label)
         offered, forced = _offered(given), required or given.get("tool_choice") not in (None, "auto", "none")
         for one in answer if isinstance(answer, list) else [answer]:

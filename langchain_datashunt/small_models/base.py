@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
@@ -97,6 +97,9 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    reads_text: ClassVar[bool] = True
+    """Whether inputs of this kind are texts, so that nobody needs to ask a model for its reader."""
 
     labels: tuple[str, ...] = Field(min_length=1)
     """Label names in the order of the model's outputs, `k` of them."""

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,8 @@ class CaptionModel(GeneratingModel):
 
     Its confidence is the mean probability of the words (Data Shunt, eq. 8).
     """
+
+    reads_text: ClassVar[bool] = False
 
     vocabulary: tuple[str, ...] = Field(default=(), repr=False)
     """Known words; their ids start at 4, after padding, start, end and unknown."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ class EnsembleClassifier(SmallModel):
 
     Members that share an encoder embed a text once.
     """
+
+    reads_text: ClassVar[bool] = False  # as its members do
 
     members: tuple[SmallModel, ...] = Field(min_length=2)
     """Small models over one label set."""

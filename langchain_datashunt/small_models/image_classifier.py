@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ class ImageClassifier(SmallModel):
 
     Images may be PIL images, arrays, bytes, `pathlib.Path`s, data URLs, or content blocks and messages with one.
     """
+
+    reads_text: ClassVar[bool] = False
 
     labels: tuple[str, ...] = ()
     """Label names; empty takes `id2label` of the model's configuration."""

@@ -13,7 +13,7 @@ from typing_extensions import override
 from langchain_datashunt.configured import Configured, from_plain
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.inputs import InputReader
+from langchain_datashunt.inputs import InputReader, text_reader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
@@ -145,6 +145,9 @@ class BundledSmallModel(SmallModel):
     @property
     @override
     def reader(self) -> InputReader:
+        """As the model's own; weights are not loaded for it where inputs are texts."""
+        if self._model is None and small_model_class(read_info(Path(self.path)).kind).reads_text:
+            return text_reader(self.input_key)
         return self.loaded.reader
 
     @override

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,8 @@ class TransformersGenerator(GeneratingModel):
     It decodes greedily. The probabilities of the tokens are noted while they are chosen, so that confidence costs no
     second pass and no memory for the vocabulary.
     """
+
+    reads_text: ClassVar[bool] = False
 
     model: str | None = None
     """A folder or hub id; None where the model came from a bundle."""

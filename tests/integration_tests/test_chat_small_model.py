@@ -10,28 +10,36 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from langchain_core.language_models import FakeListChatModel
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.language_models import FakeListChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_openai import ChatOpenAI
 
 from langchain_datashunt import (
     AlwaysLarge,
     ChatModelSmallModel,
     ConfidenceRouterChain,
+    Entropy,
     ImageReader,
     LeastTokenProbability,
+    Margin,
+    MeanTokenProbability,
+    Monitor,
     Picture,
+    ShuntChatModel,
     ShuntRunnable,
     SoftPrompt,
     Threshold,
     TopHint,
 )
+from langchain_datashunt.agents import ShuntModelRouterMiddleware
 from langchain_datashunt.distillation import DistillationStore, Recorder
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError
 from tests.support.handlers import RunBook
-from tests.support.modalities import image_modality
+from tests.support.modalities import ScriptedSmall, image_modality
 from tests.support.models import LABELS
 from tests.support.scripted_server import ScriptedServer
 
@@ -175,3 +183,97 @@ def test_a_multimodal_chat_model_can_be_the_small_side() -> None:
         assert isinstance(found[0], Exception)  # the scripted model sees no label in a picture
         assert isinstance(found[1], InputError)
         assert server.bodies[-1]["messages"][-1]["content"][0]["type"] == "image_url"
+
+
+def said(text: str, tokens: list[Any], **metadata: Any) -> Runnable[Any, Any]:
+    """A chat model that always gives one message."""
+    message = AIMessage(text, response_metadata={"logprobs": {"content": tokens}, **metadata})
+    return RunnableLambda(lambda _: message)
+
+
+def token(text: str, p: float, *others: tuple[str, float]) -> dict[str, Any]:
+    top = [{"token": word, "logprob": math.log(q)} for word, q in others]
+    return {"token": text, "logprob": math.log(p) if p == p else p, "top_logprobs": top}
+
+
+def test_a_label_is_never_surer_than_the_one_that_was_said() -> None:
+    for tokens in (
+        [token("Label", 0.06, ("status", 0.9)), token(":", 1), token(" status", 0.99)],
+        [token("stat", 0.9, ("stat", 0.9), ("ref", 0.05)), token("us", 0.1)],
+    ):
+        small = ChatModelSmallModel(chat_model=said("status", tokens), labels=("status", "refund"))
+        one = small.invoke("x")
+        assert (one.label, one.confidence < 0.9) == ("status", True)
+
+
+def test_what_cannot_be_believed_is_an_error_of_its_own_input() -> None:
+    bad = {
+        "not numbers": said("hello", [token("hello", float("nan"))]),
+        "no numbers": said("hello", [{"token": "hello", "logprob": None}]),
+        "not finished": said("Dear customer, we wi", [token("Dear", 0.99)], finish_reason="length"),
+    }
+    for words, model in bad.items():
+        with pytest.raises(PredictionError, match=words):
+            ChatModelSmallModel(chat_model=model, model_id="m").invoke("x")
+    good, none = said("hello", [token("hello", 0.9)]), bad["no numbers"]
+    mixed = RunnableLambda(lambda value: (none if "bad" in value.to_string() else good).invoke(value))
+    found = ChatModelSmallModel(chat_model=mixed, model_id="m").batch(["a", "bad", "c"], return_exceptions=True)
+    assert [getattr(one, "answer", None) for one in found] == ["hello", None, "hello"]
+
+
+def test_changed_settings_are_followed() -> None:
+    small = ChatModelSmallModel(chat_model=said("A", [token("A", 0.9)]), model_id="m")
+    small.chat_model = said("B", [token("B", 0.9)])
+    assert small.invoke("x").answer == "B"
+    assert small.model_copy(update={"chat_model": said("C", [token("C", 0.9)])}).invoke("x").answer == "C"
+    assert len(small.get_graph().nodes) > 2
+
+
+def test_written_answers_in_chat_models_llms_and_audits() -> None:
+    from llama_index.core.llms import MockLLM
+
+    from langchain_datashunt.llama_index import ShuntLLM
+
+    small = ChatModelSmallModel(chat_model=said("hello there", [token("hello", 0.99)]), model_id="m")
+    chat = ShuntChatModel(small=small, large=FakeListChatModel(responses=["large"]))
+    assert chat.invoke("hi").content == "hello there"
+    assert ShuntLLM(small=ScriptedSmall(), large=MockLLM()).complete("surely hi").text == "short: surely hi"
+    monitor = Monitor()
+    shunt = ShuntRunnable(
+        small=ScriptedSmall(), large=RunnableLambda(lambda _: "short: surely hi"), pruning=None, audit_rate=1.0,
+        monitor=monitor, policy=Threshold(0.9),
+    )  # fmt: skip
+    for _ in range(5):
+        shunt.invoke("surely hi")
+    assert shunt.auditor is not None
+    shunt.auditor.flush()
+    assert (monitor.disagreement.n, monitor.disagreement.total) == (5, 0.0)
+
+
+def test_drafts_are_recorded_as_text_and_scored_by_their_tokens(tmp_path: Path) -> None:
+    draft = AIMessage("hello there", response_metadata={"logprobs": {"content": [token("hello", 0.5)]}})
+    tiny_model = GenericFakeChatModel(messages=iter([draft, draft]))
+    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+        with Recorder(store) as recorder:
+            large = FakeListChatModel(responses=["BIG"])
+            policy = Threshold(0.9, score=MeanTokenProbability())
+            chat = ShuntChatModel(small=tiny_model, large=large, recorder=recorder, policy=policy)
+            assert chat.invoke("hi").content == "BIG"
+        (call,) = [call for part in store.iterate() for call in part]
+    assert (call.small_answer, call.score) == ("hello there", 0.5)
+    assert call.agrees is not True
+    for score in (Margin(), Entropy()):
+        with pytest.raises(ConfigurationError, match="writes its answers"):
+            ShuntModelRouterMiddleware(large, policy=Threshold(0.8, score=score))
+
+
+def test_decision_events_carry_the_marks_of_their_run() -> None:
+    seen: list[Any] = []
+
+    class Listener(BaseCallbackHandler):
+        def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
+            seen.append((data["shunt_route"], kwargs["tags"], kwargs["metadata"].get("shunt_route")))
+
+    shunt = ShuntRunnable(small=ScriptedSmall(), large=lambda _: "L", pruning=None)
+    shunt.invoke("surely hi", {"callbacks": [Listener()]})
+    assert seen == [("small", ["shunt_route:small", "shunt_reason:confident"], "small")]

@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from pydantic import Field
 
-from langchain_datashunt import AlwaysSmall, Retry, Subtask, SubtaskResult, SubtaskShunt, Threshold
+from langchain_datashunt import (
+    AlwaysSmall,
+    MeanTokenProbability,
+    Retry,
+    ShuntRunnable,
+    Subtask,
+    SubtaskResult,
+    SubtaskShunt,
+    Threshold,
+)
 from langchain_datashunt.distillation import (
     CallFilter,
     DistillationSettings,
@@ -147,9 +158,16 @@ def test_reading_answers_believes_nothing() -> None:
     questions = OpenQuestions(
         [OpenQuestion(Subtask(name="tone", labels=("kind", "cross"))), OpenQuestion(Subtask(name="n"))]
     )
-    found, wrong = read_answers('{"tone": "it is kind, not cross", "n": 3}', questions)
+    found, wrong = read_answers('{"tone": "it is kind, not cross", "n": true}', questions)
     assert found == {}
     assert wrong == {"tone": "it must be one of kind, cross", "n": "it is no text"}
+    assert read_answers('{"tone": "kind", "n": 3}', questions)[0] == {"tone": "kind", "n": "3"}
+    one = OpenQuestions([questions[1]])
+    assert read_answers('{"n": "line1\nline2"}', one)[0] == {"n": "line1\nline2"}
+    assert read_answers("Just so.", one)[0] == {"n": "Just so."}
+    for broken in ('{"n": "Dear cust', 'Here you go: {"n": "x"}', "[]", "null", '```json\n{"n"'):
+        assert read_answers(broken, one)[0] == {}
+        assert "n" in read_answers(broken, one)[1]
     assert read_answers('{"tone": "KIND", "n": " x ", "more": 1}', questions) == ({"tone": "kind", "n": "x"}, {})
     assert set(read_answers("[1]", questions)[1]) == {"tone", "n"}
     schema = answer_schema(questions)
@@ -258,6 +276,78 @@ def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Pa
     learner = Learner()
     report = TwoStageDistiller(DistillationSettings(threshold=0.9)).distill(learner, by_task["intent"]).report
     assert (report.stage_a, report.stage_b) == (30, 10)
+
+
+def test_labels_that_a_small_model_does_not_have_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="can answer cancel, refund, status"):
+        Subtask(name="intent", small=WordModel(), labels=("yes", "no"))
+    with pytest.raises(ConfigurationError, match="writes its answers"):
+        Subtask(name="intent", small=ScriptedSmall(), labels=("yes", "no"))
+
+
+def test_changed_settings_are_followed_and_copies_and_pickles_work() -> None:
+    part = Subtask(name="reply")
+    first, second = (FakeListChatModel(responses=[text]) for text in ("A", "B"))
+    for shunt in (
+        SubtaskShunt.from_chat_model([part], first), SubtaskShunt.from_chat_model([part], first, max_concurrency=2),
+    ):  # fmt: skip
+        assert shunt.invoke("x") == {"reply": "A"}
+        other = SubtaskShunt.from_chat_model([part], second).large
+        assert shunt.model_copy(update={"large": other}).invoke("x") == {"reply": "B"}
+        for copied in (copy.deepcopy(shunt), pickle.loads(pickle.dumps(shunt))):
+            assert copied.invoke("x") == {"reply": "A"}
+            assert copied.max_concurrency == shunt.max_concurrency
+        shunt.large = other
+        assert shunt.invoke("x") == {"reply": "B"}
+    asker = SubtaskShunt.from_chat_model([part], first).large
+    asked = {"input": "x", "known": KnownAnswers(), "open": OpenQuestions([OpenQuestion(part)])}
+    assert asker.invoke(asked) == {"reply": "A"}
+    assert asker.model_copy(update={"chat_model": second}).invoke(asked) == {"reply": "B"}
+
+
+def test_a_score_that_cannot_be_had_defers(tmp_path: Path) -> None:
+    policy = Threshold(0.9, score=MeanTokenProbability())
+    shunt = SubtaskShunt(
+        subtasks=(Subtask(name="reply", small=ScriptedSmall(), policy=policy),),
+        large=RunnableLambda(lambda mapping: {"reply": "large"}), return_decision=True,
+    )  # fmt: skip
+    found = shunt.batch(["surely a", "b"], return_exceptions=True)
+    assert [one.outputs for one in found] == [{"reply": "large"}] * 2
+    assert {one.decisions["reply"].reason for one in found} == {"small_error"}
+    plain = ShuntRunnable(small=ScriptedSmall(), large=lambda _: "large", pruning=None, policy=policy)
+    assert plain.invoke("surely a") == "large"
+    assert plain.batch(["surely a", "b"]) == ["large", "large"]
+
+
+def test_records_are_found_by_their_ids_and_hold_what_each_model_read(tmp_path: Path) -> None:
+    parts = (
+        Subtask(name="subject", small=WordModel(), policy=Threshold(0.9)),
+        Subtask(name="body", small=WordModel(input_key="body"), policy=Threshold(0.9)),
+    )
+    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+        with Recorder(store, task="t", sample_small=1.0) as recorder:
+            shunt = SubtaskShunt(
+                subtasks=parts, large=RunnableLambda(lambda _: {}), recorder=recorder, return_decision=True
+            )
+            value = {"input": "surely refund SUBJECT", "body": "surely status BODY"}
+            result = shunt.invoke(value, {"run_id": "my-run"})  # type: ignore[typeddict-item]
+        store.label(result.record_ids["body"], "status")
+        calls = {call.task: call for part in store.iterate() for call in part}
+    assert (calls["t/subject"].input, calls["t/subject"].small_label) == ("surely refund SUBJECT", "refund")
+    assert (calls["t/body"].input, calls["t/body"].small_label) == ("surely status BODY", "status")
+    assert calls["t/body"].gold == "status"
+
+
+def test_what_the_shunt_says_of_itself() -> None:
+    shunt, _ = triage()
+    drawn = shunt.get_graph()
+    names = {node.name for node in drawn.nodes.values()}
+    assert {"small: intent", "small: tone", "large"} <= names
+    assert shunt.get_input_jsonschema()
+    assert shunt.get_output_jsonschema()
+    large = FakeListChatModel(responses=["a"]).configurable_fields(responses=ConfigurableField(id="said"))
+    free = SubtaskShunt.from_chat_model([Subtask(name="reply")], large)
+    assert [spec.id for spec in free.config_specs] == ["said"]
 
 
 async def test_runs_start_and_end_and_carry_each_decision() -> None:
