@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
 from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.auditing import Auditor
@@ -17,7 +18,7 @@ from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, StaysLocal, UnparsableAnswer
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.inputs import InputReader, text_reader
+from langchain_datashunt.inputs import InputReader, TextReader, text_reader
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
@@ -65,7 +66,10 @@ class CallSteps:
     @cached_property
     def reader(self) -> InputReader:
         """How inputs are laid out for the prompt, and written down: as the small model reads them."""
-        own = getattr(self.stages[0], "reader", None)
+        try:
+            own = getattr(self.stages[0], "reader", None)
+        except Exception:  # a bundle that cannot be read: that is told by the small model's own call
+            own = None
         return own.model_copy(update={"input_key": self.input_key}) if own else text_reader(self.input_key)
 
     # Whole calls
@@ -90,7 +94,7 @@ class CallSteps:
             outputs[i] = output
         if rows:
             yield from runs.note(rows, plan.decision)
-            asked = self.large_inputs([values[i] for i in rows], rows, plan)
+            asked = yield from self._laid_out([values[i] for i in rows], rows, plan)
             handlers, config = self._large_configs(rows, plan, runs)
             started = time.perf_counter()
             answers = yield from self.caller.group(asked, config, kwargs)
@@ -186,7 +190,15 @@ class CallSteps:
         handler = self._usage_handler()
         told = plan.decision(i) if runs.traced else None
         config = runs.child(i, _LARGE, decision=told, handler=handler)
-        return self.large_inputs([value], [i], plan)[0], config, handler
+        return (yield from self._laid_out([value], [i], plan))[0], config, handler
+
+    def _laid_out(self, values: Sequence[Any], rows: list[int], plan: AnyPlan) -> Steps[list[Any]]:
+        """As `large_inputs`; what takes long to read is read beside the event loop."""
+        make = partial(self.large_inputs, values, rows, plan)
+        if isinstance(self.reader, TextReader):
+            return make()
+        laid_out: list[Any] = yield Effect(make, partial(run_in_executor, None, make))
+        return laid_out
 
     def large_inputs(self, values: Sequence[Any], rows: list[int], plan: AnyPlan) -> list[Any]:
         """What the large model gets for deferred rows; an error of ours where an input cannot be laid out, or stays."""
@@ -235,7 +247,11 @@ class CallSteps:
         yield from runs.note(rows, plan.decision)
         outputs = yield from self._small_outputs(plan, rows, runs)
         if self.auditor is not None:
-            self._audit(self.auditor, plan, rows, values, runs, seconds)
+            audit = partial(self._audit, self.auditor, plan, rows, values, runs, seconds)
+            if isinstance(self.reader, TextReader):
+                audit()
+            else:
+                yield Effect(audit, partial(run_in_executor, None, audit))
         if not self.return_decision and self.recorder is None:
             return outputs
         latency, ids = Latency(seconds), [runs.record_id(i) for i in rows]
@@ -267,7 +283,8 @@ class CallSteps:
                     asked = error
             if self.recorder is not None:
                 latency, own_id = Latency(seconds), str(uuid7())
-                finished = self._finished(plan.decision(i), values[i], None, runs, i, own_id, latency, None)
+                snapshot = self.reader.snapshot(values[i])
+                finished = self._finished(plan.decision(i), snapshot, None, runs, i, own_id, latency, None)
             said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
             auditor.submit(asked, finished, said, {})
 
@@ -362,8 +379,12 @@ class CallSteps:
 
     def _record(self, log: list[FinishedCall]) -> Steps[None]:
         """Hand records over to the recorder, which never fails the call."""
-        if self.recorder is not None and log:
-            yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
+        if self.recorder is None or not log:
+            return
+        if not isinstance(self.reader, TextReader):  # a file or a buffer may change when the call has returned
+            snap = partial(_snapped, log)
+            log = yield Effect(snap, partial(run_in_executor, None, snap))
+        yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
 
     def chunk(self, chunk: Any, plan: AnyPlan) -> Any:
         """A large model's chunk as the shunt yields it."""
@@ -399,3 +420,8 @@ class CallSteps:
         if handler is not None:
             cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
         return ShuntResult(output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner)
+
+
+def _snapped(log: list[FinishedCall]) -> list[FinishedCall]:
+    """The same with inputs that nobody changes any more."""
+    return [call._replace(value=call.reader.snapshot(call.value)) for call in log]

@@ -28,6 +28,7 @@ Pixels: TypeAlias = NDArray[np.uint8]
 """Shape `[h, w, c]`, with c = 1 (grey) or 3 (red, green, blue)."""
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_LONG = 500
 _LOSSLESS_SIDE = 64
 """Pictures with no longer side are written without loss."""
 
@@ -170,15 +171,24 @@ class ImageReader(InputReader):
             last = _last_with_image(messages)
             text = str(messages[last].text)
             content = [{"type": "text", "text": text}, block] if text else content
-            laid_out |= {"history": [*rest.get("history", []), *messages[:last]], "messages": messages}
+            before = rest.get("history")
+            before = before if isinstance(before, list) else []
+            laid_out |= {"history": [*before, *messages[:last]], "messages": messages}
         return {**laid_out, **rest, self.input_key: [HumanMessage(content)], **_only(laid_out, "history")}
 
+    def snapshot(self, value: Any) -> Any:
+        """The decoded picture; what is no image, as it is."""
+        try:
+            return self.read(value)
+        except InputError:
+            return value
+
     def write(self, value: Any) -> str:
-        """A data URL; what is no image, as JSON."""
+        """A data URL; what is no image, in short as JSON."""
         try:
             return self.read(value).data_url(self.recorded_side)
         except InputError:
-            return json.dumps(value, default=_in_short, ensure_ascii=False)
+            return json.dumps(_in_short(value), default=_in_short, ensure_ascii=False)
 
     def _found(self, value: Any) -> Any:
         """The image in a value: of a mapping, a block, a message."""
@@ -246,15 +256,20 @@ class ImageReader(InputReader):
         self._check_size(*image.size)
         operations, image_module = require("PIL.ImageOps", "images"), require("PIL.Image", "images")
         try:
+            image.load()
             image = operations.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 solid = image.convert("RGBA")
                 image = image_module.alpha_composite(image_module.new("RGBA", solid.size, "white"), solid)
             if image.mode.startswith("I;16"):
                 image = image_module.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
-            grey = image.mode in ("1", "L", "I", "F")
+            if image.mode == "I":
+                image = image_module.fromarray(_in_bytes(np.asarray(image)))
+            if image.mode == "F":
+                raise ValueError("numbers with a point have no known range; convert it to 8 bits first")
+            grey = image.mode in ("1", "L")
             pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # whatever a decoder raises on a damaged file, its metadata among it
             raise InputError(f"An image of mode {image.mode!r} cannot be read: {error}.") from error
         return Picture(pixels[..., None] if grey else pixels)
 
@@ -271,9 +286,11 @@ class ImageReader(InputReader):
         self._check_size(array.shape[1], array.shape[0])
         if array.shape[2] == 4:
             return self._converted(require("PIL.Image", "images").fromarray(np.ascontiguousarray(array), "RGBA"))
-        return Picture(array)
+        return Picture(array.copy())  # the caller may go on with its buffer
 
     def _check_size(self, width: int, height: int) -> None:
+        if width < 1 or height < 1:
+            raise InputError(f"The image has {width} x {height} pixels, so there is nothing to see.")
         if width * height > self.max_pixels:
             raise InputError(
                 f"The image has {width} x {height} pixels, and {self.max_pixels} are allowed in all. Make it smaller, "
@@ -284,12 +301,33 @@ class ImageReader(InputReader):
         return f"{what} has {size} bytes, and {self.max_bytes} are allowed. Make it smaller, or raise `max_bytes`."
 
 
+def _in_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Whole numbers of up to 32 bits as 8: as they are where they fit, the high byte of 16 bits, else scaled."""
+    low, high = int(values.min()), int(values.max())
+    if low >= 0 and high <= 255:
+        return values.astype(np.uint8)
+    if low >= 0 and high <= 65535:
+        return (values.astype(np.uint32) >> 8).astype(np.uint8)
+    return ((values.astype(np.float64) - low) * (255.0 / (high - low))).round().astype(np.uint8)
+
+
 def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
     return {name: values[name]} if name in values else {}
 
 
-def _in_short(value: Any) -> str:
-    return f"{len(value)} bytes" if isinstance(value, bytes | bytearray) else str(value)[:1000]
+def _in_short(value: Any) -> Any:
+    """Something that is no image, without long texts: those may be the data of a damaged one."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{len(value)} bytes"
+    if isinstance(value, str):
+        return value if len(value) <= _LONG else f"{value[:60]}... ({len(value)} characters)"
+    if isinstance(value, Mapping):
+        return {str(key)[:60]: _in_short(one) for key, one in value.items()}
+    if isinstance(value, BaseMessage):
+        return {"type": value.type, "content": _in_short(value.content)}
+    if isinstance(value, list | tuple):
+        return [_in_short(one) for one in value[:100]]
+    return value if isinstance(value, int | float | bool) or value is None else str(value)[:200]
 
 
 def _conversation(value: Any) -> list[BaseMessage] | None:

@@ -51,6 +51,10 @@ class InputReader(Strategy):
             InputError: The value holds no such input.
         """
 
+    def snapshot(self, value: Any) -> Any:
+        """The input as it is now, for a record that is made later."""
+        return value
+
     @abstractmethod
     def write(self, value: Any) -> str:
         """The text under which an input is recorded, and learnt from again; whatever it is."""

@@ -384,7 +384,8 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             name = subtask.name
             yield from runs.announce(list(told), partial(_told, told, name))
         if log:
-            yield Effect(lambda: self.recorder.record(log), lambda: self.recorder.arecord(log))
+            log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
+            yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
         return outputs
 
     def _ask(

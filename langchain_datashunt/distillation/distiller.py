@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +21,8 @@ from langchain_datashunt.configured import Configured
 from langchain_datashunt.distillation.answers import distil_answers
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.exceptions import DataError, InputError
+from langchain_datashunt.inputs import TextReader
 from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.generating import GeneratingModel
@@ -114,8 +116,9 @@ class TwoStageDistiller:
         """
         training = self._training()
         if isinstance(small, GeneratingModel):
-            calls = sorted(_flat(records), key=lambda call: (call.input_hash, call.id))
+            calls, unreadable = _readable(small, _flat(records))
             learnt, told = distil_answers(self.settings, training, small, calls, labelled)
+            told.unreadable = unreadable
             learnt.lineage = {**learnt.lineage, "distillation": {**vars(told), "mode": "answers"}}
             return Distilled(learnt, told)
         prepared = processes().share(lambda: self._prepared(small, records, labelled, training))
@@ -161,8 +164,8 @@ class TwoStageDistiller:
         training: TrainingSettings,
     ) -> Prepared:
         """Stages and a held-out part, from the records as they are now; in whatever order they came."""
-        calls, report = sorted(_flat(records), key=lambda call: (call.input_hash, call.id)), DistillationReport()
-        report.records = len(calls)
+        calls, unreadable = _readable(small, _flat(records))
+        report = DistillationReport(records=len(calls), unreadable=unreadable)
         stages = self._stages(small, calls, labelled, report)
         if report.stage_a + report.gold == 0 or report.stage_a + report.stage_b < self.settings.min_pairs:
             raise DataError(
@@ -346,7 +349,21 @@ def _flat(records: Iterable[Any]) -> list[RoutedCall]:
     found: list[RoutedCall] = []
     for item in records:
         found += [item] if isinstance(item, RoutedCall) else item
-    return found
+    return [call for call in found if call.readable]
+
+
+def _readable(small: SmallModel, calls: list[RoutedCall]) -> tuple[list[RoutedCall], int]:
+    """Those whose input the small model reads, in a fixed order, and how many others there were."""
+    found = sorted(calls, key=lambda call: (call.input_hash, call.id))
+    reader = small.reader
+    if isinstance(reader, TextReader):
+        return found, 0
+    good: list[RoutedCall] = []
+    for call in found:
+        with suppress(InputError):
+            reader.read(call.input)
+            good.append(call)
+    return good, len(found) - len(good)
 
 
 def _split(stages: list[Examples], settings: TrainingSettings) -> tuple[list[Examples], Examples]:

@@ -28,6 +28,7 @@ class DistillationReport:
         gold: Records with a true label, and labelled examples that were given.
         unsure: Records where neither model was sure; not used.
         unparsable: Records whose large answer was no label; not used.
+        unreadable: Records whose input the small model cannot read; not used.
         new_labels: Answers that S1 does not know, with their counts; not used, but worth a look.
         reliability: The large model's accuracy by answered label, where gold labels tell it.
     """
@@ -38,6 +39,7 @@ class DistillationReport:
     gold: int = 0
     unsure: int = 0
     unparsable: int = 0
+    unreadable: int = 0
     new_labels: dict[str, int] = field(default_factory=dict)
     reliability: dict[str, float] = field(default_factory=dict)
 

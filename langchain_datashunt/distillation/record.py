@@ -22,6 +22,9 @@ SCHEMA = 2
 SUBJECT_HASH = "sha256:"
 """What a subject begins with that is a hash already, as the store gives it back."""
 
+HASHED, LEFT_OUT = "hashed:sha256:", "left out:"
+"""What an input begins with that was not kept as a text; nothing can be learnt from it."""
+
 _WRITTEN_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
 
@@ -111,6 +114,11 @@ class RoutedCall(BaseModel):
     def input_hash(self) -> str:
         """SHA-256 of the input, case and outer blanks ignored; 32 hex digits of it."""
         return hash_input(self.input).hex()
+
+    @property
+    def readable(self) -> bool:
+        """Whether the input was kept as a text."""
+        return not self.input.startswith((HASHED, LEFT_OUT))
 
     @property
     def confidence(self) -> float | None:

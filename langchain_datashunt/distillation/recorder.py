@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
 
+from langchain_datashunt.distillation.keeping import Keeping
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.exceptions import ConfigurationError, ShuntError, StoreError
@@ -86,6 +87,7 @@ class Recorder:
         spool: File of the spool; None makes one beside a SQLite store, or in the temporary folder.
         retry_seconds: Pause between attempts to reach a database that was away.
         seed: Of the sampling.
+        keep: How each text of a record is kept; None keeps all as it is.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Recorder:
         spool: str | Path | None = None,
         retry_seconds: float = 5.0,
         seed: int | None = None,
+        keep: Keeping | None = None,
     ) -> None:
         if not 0.0 <= sample_small <= 1.0:
             raise ConfigurationError(f"sample_small is {sample_small}; it is a share, give a number from 0 to 1.")
@@ -113,6 +116,7 @@ class Recorder:
         self.group_size = group_size
         self.max_wait_ms = max_wait_ms
         self.retry_seconds = retry_seconds
+        self.keep = keep
         self._random = random.Random(seed)
         self._url = store.url if isinstance(store, DistillationStore) else store
         self._store = store if isinstance(store, DistillationStore) else None
@@ -204,7 +208,8 @@ class Recorder:
         records = []
         for make in group.makers:
             try:
-                records.append(make())
+                record = make()
+                records.append(record if self.keep is None else self.keep(record))
             except Exception:
                 logger.exception("A record of a routed call could not be made.")
                 self._count(failed=1)
@@ -247,7 +252,8 @@ class Recorder:
     def _spool_store(self) -> DistillationStore:
         with self._lock:
             if self._spool is None:
-                self._spool = DistillationStore(self._spool_file, durability="record")
+                seal = None if self._store is None else self._store.seal
+                self._spool = DistillationStore(self._spool_file, durability="record", key=seal)
             return self._spool
 
     def _drain(self) -> None:
@@ -318,6 +324,7 @@ class Recorder:
                     "group_size",
                     "max_wait_ms",
                     "retry_seconds",
+                    "keep",
                 )  # fmt: skip
             },
         )

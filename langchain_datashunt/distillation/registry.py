@@ -277,7 +277,7 @@ class RegistryModel(SmallModel):
     @property
     @override
     def reader(self) -> InputReader:
-        return self.reload(now=False).reader
+        return self.reload(now=False).reader.model_copy(update={"input_key": self.input_key})
 
     @override
     def workers(self) -> int:

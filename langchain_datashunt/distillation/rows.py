@@ -15,6 +15,7 @@ import numpy as np
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, hash_input, hash_subject, id_bytes
+from langchain_datashunt.distillation.sealing import Seal, opened
 from langchain_datashunt.predictions import Reason, Route
 
 ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
@@ -61,7 +62,7 @@ class Row(NamedTuple):
     count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed here
 
 
-def row_of(record: RoutedCall, context: int) -> Row:
+def row_of(record: RoutedCall, context: int, seal: Seal | None = None) -> Row:
     """A record as the values of a row; `context` is the id of what it shares with others."""
     labels, p = _positions(record.labels), record.probabilities
     highest = max(p) if p else None
@@ -70,12 +71,15 @@ def row_of(record: RoutedCall, context: int) -> Row:
     small_label = None if p is None or highest is None else p.index(highest)
     if written:  # equal to the label's column where both say the same, so that agreement can be asked for in SQL
         highest, small_label = record.confidence, OUTSIDE if record.small_answer == record.label else 0
+    content = _packed(
+        record.input, record.raw_output, record.label if strange else None, record.small_answer
+    )  # fmt: skip
     return Row(
-        key_of(record.task, record.large_model, hash_input(record.input)),
+        keys_of(record.task, record.large_model, hash_input(record.input), seal)[0],
         id_bytes(record.id),
         context,
         record.time,
-        _packed(record.input, record.raw_output, record.label if strange else None, record.small_answer),
+        content if seal is None else seal.seal(content),
         _halves(p),
         highest,
         record.score,
@@ -107,6 +111,12 @@ def _positions(labels: tuple[str, ...]) -> dict[str, int]:
 def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
     """16 bytes that stand for (task, input, large model)."""
     return hashlib.sha256(b"\0".join((task.encode(), large_model.encode(), input_hash))).digest()[:16]
+
+
+def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -> list[bytes]:
+    """The keys that a row may have: keyed hashes where the store is encrypted, the newest key's first."""
+    plain = key_of(task, large_model, input_hash)
+    return [plain] if seal is None else [*seal.hashes(plain), plain]
 
 
 def merged(rows: list[Row]) -> list[Row]:
@@ -175,9 +185,9 @@ def _wholes(data: bytes | None) -> tuple[float, ...] | None:
     return tuple((p / total if total > 0 else p).tolist())
 
 
-def record_of(row: Any) -> RoutedCall:
+def record_of(row: Any, seal: Seal | None = None) -> RoutedCall:
     """The record of a row with its context's columns."""
-    text, raw, strange, written = _unpacked(row["content"])
+    text, raw, strange, written = _unpacked(opened(bytes(row["content"]), seal))
     labels = tuple(json.loads(row["labels"]))
     label = None if row["label"] is None else strange if row["label"] == OUTSIDE else labels[row["label"]]
     same = (
@@ -202,13 +212,13 @@ def record_of(row: Any) -> RoutedCall:
     )
 
 
-def complaint(row: Any) -> str | None:
+def complaint(row: Any, seal: Seal | None = None) -> str | None:
     """What is wrong with a stored row; None where it reads back and its hashes fit."""
     name = str(UUID(bytes=bytes(row["id"])))
     try:
-        record = record_of(row)
+        record = record_of(row, seal)
     except Exception as error:
         return f"Call {name} cannot be read: {type(error).__name__}: {error}"
-    if key_of(record.task, record.large_model, hash_input(record.input)) != bytes(row["key"]):
+    if bytes(row["key"]) not in keys_of(record.task, record.large_model, hash_input(record.input), seal):
         return f"Call {name} does not fit its hash: its input or its task was changed."
     return None

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from langchain_datashunt.distillation.record import RoutedCall, hash_subject, id_bytes
-from langchain_datashunt.distillation.rows import KEPT, ROUTES, Row, complaint, key_of, merged, record_of, row_of
+from langchain_datashunt.distillation.rows import KEPT, ROUTES, Row, complaint, keys_of, merged, record_of, row_of
+from langchain_datashunt.distillation.sealing import Seal
 from langchain_datashunt.exceptions import MissingExtraError, StoreError
 from langchain_datashunt.predictions import Route
 
@@ -113,13 +114,23 @@ class DistillationStore:
         url: A SQLAlchemy URL, or the path of a SQLite file (made with mode 0600).
         durability: "record" makes every commit survive a power cut (SQLite synchronous=FULL); "group" leaves
             that to the operating system (NORMAL), where the last commits may be lost to a power cut, not to a kill.
+        key: A Fernet key, or several, the first of which encrypts: inputs and answers are then encrypted, and the
+            hashes by which repeats are found are keyed. None takes DATASHUNT_STORE_KEY of the environment, where set.
+            Labels, models, figures and times are not encrypted.
 
     Raises:
         StoreError: The database cannot be opened or was written by newer code.
     """
 
-    def __init__(self, url: str | Path, *, durability: str = "group") -> None:
+    def __init__(
+        self,
+        url: str | Path,
+        *,
+        durability: str = "group",
+        key: str | bytes | Sequence[str | bytes] | Seal | None = None,
+    ) -> None:
         self.url = make_url(_as_url(url))
+        self.seal = key if isinstance(key, Seal) else Seal.of(key)
         self.durability = durability
         self._contexts: dict[tuple[Any, ...], int] = {}
         self._lock = threading.Lock()
@@ -165,7 +176,7 @@ class DistillationStore:
             return
         try:
             with self._engine.begin() as connection:
-                rows = merged([row_of(record, self._context(connection, record)) for record in records])
+                rows = merged([row_of(record, self._context(connection, record), self.seal) for record in records])
                 connection.exec_driver_sql(self._upsert, [tuple(row) for row in rows])
         except SQLAlchemyError as error:
             self._contexts.clear()
@@ -263,7 +274,7 @@ class DistillationStore:
                 rows = connection.execute(statement.order_by(calls.c.number).limit(batch_size)).all()
             if not rows:
                 return
-            yield [record_of(row._mapping) for row in rows]
+            yield [record_of(row._mapping, self.seal) for row in rows]
             after = rows[-1].number
 
     def get(self, record_id: str) -> RoutedCall | None:
@@ -273,7 +284,7 @@ class DistillationStore:
             row = connection.execute(
                 statement.with_only_columns(*calls.c, *(c for c in contexts.c if c.name not in ("id", "digest")))
             ).first()
-        return None if row is None else record_of(row._mapping)
+        return None if row is None else record_of(row._mapping, self.seal)
 
     def count(self, which: CallFilter = EVERYTHING) -> int:
         """How many records there are."""
@@ -334,7 +345,7 @@ class DistillationStore:
                 rows = connection.execute(statement.order_by(calls.c.number).limit(1000)).all()
             if not rows:
                 break
-            problems += [words for row in rows if (words := complaint(row._mapping))]
+            problems += [words for row in rows if (words := complaint(row._mapping, self.seal))]
             after = rows[-1].number
         return problems
 
@@ -359,7 +370,7 @@ class DistillationStore:
         """The keys that an input has with all tasks and large models that were ever recorded."""
         with self._engine.connect() as connection:
             known = connection.execute(select(contexts.c.task, contexts.c.large_model).distinct()).all()
-        return [key_of(row.task, row.large_model, input_hash) for row in known]
+        return [key for row in known for key in keys_of(row.task, row.large_model, input_hash, self.seal)]
 
     def prune(self, *, max_age_seconds: float | None = None, max_records: int | None = None) -> int:
         """Delete records that are too old or, the oldest first, too many; returns how many there were."""

@@ -148,6 +148,11 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         """How inputs are read: as text, where a kind does not say otherwise."""
         return text_reader(self.input_key)
 
+    @classmethod
+    def reader_of(cls, info: BundleInfo) -> InputReader | None:
+        """How a bundle of this kind reads its inputs, told without its weights; None where only they can tell."""
+        return text_reader(info.input_key) if cls.reads_text else None
+
     # Predicting
 
     def predict_batch(self, inputs: Sequence[Any]) -> PredictionBatch:

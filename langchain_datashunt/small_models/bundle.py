@@ -172,6 +172,19 @@ def check_weights(
         raise BundleMismatchError(f"The bundle of kind {info.kind!r} has unknown weights: {', '.join(extra[:5])}.")
 
 
+def check_tied_weights(info: BundleInfo, weights: dict[str, NDArray[Any]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """As `check_weights`, where parameters that are tied to others may be missing.
+
+    Raises:
+        BundleMismatchError: One has another shape or is unknown, or so many are missing that they cannot all be tied.
+    """
+    check_weights(info, weights, {name: shape for name, shape in shapes.items() if name in weights})
+    missing = [name for name in shapes if name not in weights]
+    kept = {tuple(array.shape) for array in weights.values()}
+    if strange := [name for name in missing if shapes[name] not in kept]:
+        raise BundleMismatchError(f"The bundle of kind {info.kind!r} lacks the weight {strange[0]!r}.")
+
+
 def _stamp_all(folder: Path) -> dict[str, FileStamp]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): _stamp(path) for path in files}

@@ -31,6 +31,7 @@ from langchain_datashunt.small_models.generating import (
     split_answers,
 )
 from langchain_datashunt.small_models.image_inputs import ImageScale
+from langchain_datashunt.small_models.networks import shapes_of
 from langchain_datashunt.small_models.training import TrainingSettings, seed_everything
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -118,6 +119,11 @@ class CaptionModel(GeneratingModel):
     @override
     def reader(self) -> ImageReader:
         return self.images.model_copy(update={"input_key": self.input_key})
+
+    @classmethod
+    @override
+    def reader_of(cls, info: BundleInfo) -> ImageReader:
+        return ImageReader(**info.settings["images"], input_key=info.input_key)
 
     @override
     def workers(self) -> int:
@@ -290,8 +296,12 @@ class CaptionModel(GeneratingModel):
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if VOCABULARY_FILE not in info.files:
             raise BundleMismatchError(f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}.")
+        from langchain_datashunt.small_models.caption_modules import AttendingWriter
+
         words = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
         said = dict(info.settings)
+        sizes = (len(words) + _SPECIAL, said["embedding_size"], said["hidden_size"], said["dropout"])
+        check_weights(info, weights, dict(shapes_of(lambda: AttendingWriter(said["eye"], *sizes))))
         known = {name: overrides[name] for name in ("device", "batch_size") if overrides.get(name)}
         model = cls(
             **info.shared(),
@@ -305,7 +315,6 @@ class CaptionModel(GeneratingModel):
             vocabulary=tuple(words),
         )
         torch = require("torch", "torch")
-        check_weights(info, weights, {name: tuple(t.shape) for name, t in model._network.state_dict().items()})
         model._network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
         return model
 

@@ -65,7 +65,7 @@ class EnsembleClassifier(SmallModel):
     @property
     @override
     def reader(self) -> InputReader:
-        return self.members[0].reader
+        return self.members[0].reader.model_copy(update={"input_key": self.input_key})
 
     @override
     def workers(self) -> int:

@@ -20,6 +20,7 @@ from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.image_inputs import ImageScale
+from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -85,7 +86,7 @@ class ImageClassifier(SmallModel):
         transformers = require("transformers", "torch")
         with quiet_transformers():
             network = transformers.AutoModelForImageClassification.from_pretrained(self.model)
-        own = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
+        own = unique_labels([str(network.config.id2label[i]) for i in range(network.config.num_labels)])
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
                 f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs "
@@ -115,6 +116,11 @@ class ImageClassifier(SmallModel):
         images = self.images
         same = images.input_key == self.input_key
         return images if same else images.model_copy(update={"input_key": self.input_key})
+
+    @classmethod
+    @override
+    def reader_of(cls, info: BundleInfo) -> ImageReader:
+        return ImageReader(**info.settings["images"], input_key=info.input_key)
 
     @override
     def workers(self) -> int:
@@ -278,8 +284,8 @@ class ImageClassifier(SmallModel):
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         torch = require("torch", "torch")
         architecture = dict(info.settings["architecture"])
+        check_weights(info, weights, dict(shapes_of(lambda: _network_of(architecture, len(info.labels)))))
         network = _network_of(architecture, len(info.labels))
-        check_weights(info, weights, {name: tuple(t.shape) for name, t in network.state_dict().items()})
         if (outputs := getattr(getattr(network, "config", None), "num_labels", len(info.labels))) != len(info.labels):
             raise BundleMismatchError(
                 f"The bundle {folder} names {len(info.labels)} labels and its network has {outputs} outputs."
@@ -306,9 +312,9 @@ def _network_of(architecture: dict[str, Any], labels: int) -> Any:
         from langchain_datashunt.small_models.image_modules import ResNetClassifier
 
         return ResNetClassifier(labels=labels, **settings)
-    transformers = require("transformers", "torch")
-    config = transformers.AutoConfig.for_model(kind, **settings)
-    return transformers.AutoModelForImageClassification.from_config(config)
+    config = safe_config(architecture)
+    auto = require("transformers", "torch").AutoModelForImageClassification
+    return auto.from_config(config, trust_remote_code=False)
 
 
 def _as_urls(reader: ImageReader, images: Sequence[Any], what: str) -> list[str]:

@@ -16,6 +16,18 @@ from langchain_datashunt.configured import Strategy
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.images import Picture, Pixels
 
+KNOWN = {"ViT", "CLIP", "ConvNext", "MobileNetV2", "MobileNetV1", "Bit", "Siglip", "Blip", "Swin", "DeiT", "ViTHybrid"}
+"""Families of transformers' image processors whose steps are taken here."""
+
+_NOT_DONE = (
+    "do_flip_channel_order",
+    "rescale_offset",
+    "include_top",
+    "do_pad",
+    "do_reduce_labels",
+    "do_convert_grayscale",
+)
+
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
@@ -38,12 +50,15 @@ class ImageScale(Strategy):
         if self.shortest_edge is None:
             return picture.resized(self.height, self.width, self.channels, resample=self.resample)
         h, w = picture.pixels.shape[:2]
+        if max(h, w) > 8 * min(h, w):  # only the middle is kept: the rest of a long picture need not be resized
+            keep = 4 * min(h, w) * max(1, -(-max(self.height, self.width) // self.shortest_edge))
+            top, left = max(0, (h - keep) // 2), max(0, (w - keep) // 2)
+            picture = Picture(picture.pixels[top : top + keep, left : left + keep])
+            h, w = picture.pixels.shape[:2]
         if h <= w:
             size = (self.shortest_edge, int(self.shortest_edge * w / h))
         else:
             size = (int(self.shortest_edge * h / w), self.shortest_edge)
-        if max(size) > 16 * 4096:
-            raise ConfigurationError(f"A picture of {w} x {h} pixels is too long and narrow for this model.")
         whole = picture.resized(*size, self.channels, resample=self.resample)
         top, left = (size[0] - self.height) // 2, (size[1] - self.width) // 2
         if top < 0 or left < 0:
@@ -93,8 +108,20 @@ class ImageScale(Strategy):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The same from what stands in the file."""
         size, crop = config.get("size"), config.get("crop_size")
+        named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+        kind = named.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor")
+        kind = kind.removesuffix("FeatureExtractor")
+        if kind and kind not in KNOWN:
+            raise ConfigurationError(
+                f"Images of a {named} are not prepared here; known are: {', '.join(sorted(KNOWN))}. Give `scale=`."
+            )
+        strange = [name for name in _NOT_DONE if config.get(name)]
+        if strange or config.get("do_rescale") is False or config.get("do_resize") is False:
+            told = ", ".join(strange) or "leaving out the resizing or the scaling"
+            raise ConfigurationError(f"{PREPROCESSOR_FILE} asks for {told}, which is not done here.")
         if isinstance(size, int):
-            size = {"shortest_edge": size} if config.get("do_center_crop") else {"height": size, "width": size}
+            edge = config.get("do_center_crop") or kind == "ConvNext"
+            size = {"shortest_edge": size} if edge else {"height": size, "width": size}
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
         if not isinstance(size, Mapping):
@@ -117,6 +144,6 @@ class ImageScale(Strategy):
             width=shape["width"],
             mean=(0.0,) * 3 if plain else tuple(config["image_mean"]),
             std=(1.0,) * 3 if plain else tuple(config["image_std"]),
-            resample=config.get("resample") or 2,
+            resample=2 if config.get("resample") is None else config["resample"],
             shortest_edge=edge,
         )

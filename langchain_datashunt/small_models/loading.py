@@ -13,7 +13,7 @@ from typing_extensions import override
 from langchain_datashunt.configured import Configured, from_plain
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.inputs import InputReader, text_reader
+from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import Scores, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
@@ -62,7 +62,13 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
     path = Path(folder).absolute()
     info, weights = read_bundle(path)
     serving = _serving_of(overrides)
-    model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
+    try:
+        model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BundleError(
+            f"The settings of the bundle {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Train or "
+            f"copy it again."
+        ) from error
     if serving:
         model = model.model_copy(update=serving)
     model.policy, model.fusion = chosen_for(info)
@@ -145,10 +151,12 @@ class BundledSmallModel(SmallModel):
     @property
     @override
     def reader(self) -> InputReader:
-        """As the model's own; weights are not loaded for it where inputs are texts."""
-        if self._model is None and small_model_class(read_info(Path(self.path)).kind).reads_text:
-            return text_reader(self.input_key)
-        return self.loaded.reader
+        """As the model's own; weights are loaded only where the bundle's settings do not tell it."""
+        if self._model is None:
+            info = read_info(Path(self.path))
+            if (told := small_model_class(info.kind).reader_of(info)) is not None:
+                return told.model_copy(update={"input_key": self.input_key})
+        return self.loaded.reader.model_copy(update={"input_key": self.input_key})
 
     @override
     def workers(self) -> int:

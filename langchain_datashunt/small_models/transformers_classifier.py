@@ -19,6 +19,7 @@ from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
+from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.packed_layers import PackedStates
 from langchain_datashunt.small_models.tokenization import (
@@ -100,7 +101,7 @@ class TransformersClassifier(SmallModel):
         auto = require("transformers", "torch").AutoModelForSequenceClassification
         with quiet_transformers():
             network = auto.from_pretrained(self.model)
-        own = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
+        own = unique_labels([str(network.config.id2label[i]) for i in range(network.config.num_labels)])
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
                 f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs "
@@ -277,10 +278,13 @@ class TransformersClassifier(SmallModel):
         if "tokenizer.json" not in info.files:
             raise BundleMismatchError(f"The bundle {folder} of kind 'transformers' has no tokenizer.json.")
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
-        config = dict(info.settings[_ARCHITECTURE])
-        architecture = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        network = transformers.AutoModelForSequenceClassification.from_config(architecture)
-        check_weights(info, weights, {name: tuple(t.shape) for name, t in network.state_dict().items()})
+        architecture, auto = safe_config(info.settings[_ARCHITECTURE]), transformers.AutoModelForSequenceClassification
+
+        def build() -> Any:
+            return auto.from_config(architecture, trust_remote_code=False)
+
+        check_weights(info, weights, dict(shapes_of(build)))
+        network = build()
         head = network.config.num_labels
         if head != len(info.labels):
             raise BundleMismatchError(

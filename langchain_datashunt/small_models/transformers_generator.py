@@ -18,7 +18,7 @@ from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationErr
 from langchain_datashunt.images import ImageReader, Picture
 from langchain_datashunt.inputs import InputReader, text_reader
 from langchain_datashunt.policies import PLAIN_CLASSES
-from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
+from langchain_datashunt.small_models.bundle import BundleInfo, check_tied_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.generating import (
     AnswerExamples,
@@ -31,6 +31,7 @@ from langchain_datashunt.small_models.generating import (
     written,
 )
 from langchain_datashunt.small_models.image_inputs import ImageScale
+from langchain_datashunt.small_models.networks import safe_config, shapes_of
 from langchain_datashunt.small_models.training import TrainingSettings, seed_everything
 
 Form = Literal["causal", "seq2seq", "image"]
@@ -139,6 +140,9 @@ class TransformersGenerator(GeneratingModel):
             settings.eos_token_id = tokenizer.eos_token_id
         if settings.pad_token_id is None:
             settings.pad_token_id = tokenizer.pad_token_id
+        for part in network.modules():  # unset values of a call's own settings would be filled from these
+            if getattr(part, "generation_config", None) is not None:
+                part.generation_config = self._greedy(part.generation_config)
         tokenizer.padding_side = "left" if self.form == "causal" else "right"
         self._tokenizer = tokenizer
 
@@ -155,6 +159,13 @@ class TransformersGenerator(GeneratingModel):
         if self.form != "image":
             return text_reader(self.input_key)
         return self.images.model_copy(update={"input_key": self.input_key})
+
+    @classmethod
+    @override
+    def reader_of(cls, info: BundleInfo) -> InputReader:
+        if info.settings["form"] != "image":
+            return text_reader(info.input_key)
+        return ImageReader(**info.settings["images"], input_key=info.input_key)
 
     # Writing
 
@@ -179,14 +190,25 @@ class TransformersGenerator(GeneratingModel):
         asked, cut = self._asked(network, inputs)
         tokens = network.generate(
             **asked,
-            do_sample=False,
-            num_beams=1,
             max_new_tokens=self.max_new_tokens,
             logits_processor=transformers.LogitsProcessorList([note]),
         )
         steps = torch.stack(noted, dim=1).double().cpu().numpy()
         chosen = tokens[:, -steps.shape[1] :].cpu().numpy()
         return [self._one(*row) for row in zip(chosen, steps, cut, strict=True)]
+
+    @staticmethod
+    def _greedy(own: Any) -> Any:
+        """Greedy decoding with a model's own tokens; penalties and sampling that it was published with are left out."""
+        names = (
+            "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+            "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
+        )  # fmt: skip
+        kept = {name: getattr(own, name, None) for name in names}
+        return require("transformers", "torch").GenerationConfig(
+            **{name: value for name, value in kept.items() if value is not None},
+            do_sample=False, num_beams=1,
+        )  # fmt: skip
 
     def _one(self, tokens: NDArray[Any], logprobs: NDArray[Any], cut: bool) -> Generated:
         ended = np.flatnonzero(np.isin(tokens, self._ends(self._network)))
@@ -197,7 +219,8 @@ class TransformersGenerator(GeneratingModel):
             text = text[: min(found)]
             while length and len(self._tokenizer.decode(tokens[: length - 1], skip_special_tokens=True)) >= len(text):
                 length -= 1
-        return Generated(text.strip(), logprobs[:length], cut)
+        said = ~np.isin(tokens[:length], self._tokenizer.all_special_ids)
+        return Generated(text.strip(), logprobs[:length][said], cut)
 
     def _ends(self, network: Any) -> list[int]:
         """Tokens that end an answer; the first is the one that is taught."""
@@ -212,12 +235,18 @@ class TransformersGenerator(GeneratingModel):
             return {"pixel_values": self._pixel_values(network, inputs)}, [False] * len(inputs)
         prompts = [self._prompt(text) for text in inputs]
         ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
+        ids = [one or self._begin() for one in ids]
         limit = self._limit(network)
         cut = [len(one) > limit for one in ids]
         if any(cut):  # the beginning is cut, since the end holds the question
             ids = [one[-limit:] for one in ids]
         padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         return {name: tensor.to(network.device) for name, tensor in padded.items()}, cut
+
+    def _begin(self) -> list[int]:
+        """What stands for an empty text: a network has to be given something to go on with."""
+        known = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
+        return [next((one for one in known if one is not None), 0)]
 
     def _prompt(self, text: str) -> str:
         asked = self.template.replace("{input}", text)
@@ -379,11 +408,15 @@ class TransformersGenerator(GeneratingModel):
             raise BundleMismatchError(f"The bundle {folder} of kind 'generator' has no tokenizer.")
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
         said = info.settings
-        config = dict(said["architecture"])
-        architecture = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        architecture = safe_config(said["architecture"])
         auto = getattr(transformers, _auto_class(architecture, said["form"]))
-        network = auto(architecture) if hasattr(auto, "base_model_prefix") else auto.from_config(architecture)
-        check_weights(info, weights, {name: tuple(t.shape) for name, t in _own_state(network).items()})
+        own = hasattr(auto, "base_model_prefix")
+
+        def build() -> Any:
+            return auto(architecture) if own else auto.from_config(architecture, trust_remote_code=False)
+
+        check_tied_weights(info, weights, shapes_of(build))
+        network = build()
         network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
         network.tie_weights()
         network.generation_config = transformers.GenerationConfig.from_dict(said["generation"])
@@ -400,7 +433,8 @@ class TransformersGenerator(GeneratingModel):
             batch_size=overrides.get("batch_size") or said["batch_size"],
         )
         with quiet_transformers():
-            model._take(network, transformers.AutoTokenizer.from_pretrained(str(folder / "tokenizer")))
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
+            model._take(network, tokenizer)
         return model
 
 

@@ -532,3 +532,73 @@ def test_an_image_text_model_reads_the_prompt(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no \{label\}"):
         ImageTextModel(model=str(folder), labels=("red",), template="x")
     assert json.loads(json.dumps(plain.to_dict()))["label"] == plain.label
+
+
+def test_an_empty_text_is_no_padding(tmp_path: Path) -> None:
+    model = TransformersGenerator(model=tiny_gpt2(tmp_path / "gpt"), max_new_tokens=3)
+    texts = ["cat red", "", "dog"]
+    together = model.generate(texts)
+    alone = [model.generate([text])[0] for text in texts]
+    assert [one.answer for one in together] == [one.answer for one in alone]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_what_a_model_was_published_with_does_not_change_its_confidence(tmp_path: Path) -> None:
+    questions, answers = echoes()
+    base = TransformersGenerator(model=tiny_gpt2(tmp_path / "base"), max_new_tokens=5)
+    model = base.train(questions, answers, settings=quiet(60, learning_rate=1e-2, patience=60))
+    plain = model.predict(questions[0])
+    published = {
+        "do_sample": True, "temperature": 0.3, "num_beams": 3, "repetition_penalty": 1.3,
+        "return_dict_in_generate": True, "prompt_lookup_num_tokens": 2, "no_repeat_ngram_size": 1,
+    }  # fmt: skip
+    for name, value in published.items():
+        folder = tmp_path / name
+        model._network.save_pretrained(folder)
+        model._tokenizer.save_pretrained(folder)
+        told = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps({**told, name: value}))
+        again = TransformersGenerator(model=str(folder), max_new_tokens=5).predict(questions[0])
+        assert (again.answer, again.confidence) == (plain.answer, pytest.approx(plain.confidence, abs=1e-6)), name
+
+
+def test_a_tokenizer_that_names_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from langchain_datashunt.small_models.bundle import FileStamp, read_info
+
+    model = TransformersGenerator(model=tiny_gpt2(tmp_path / "gpt"), max_new_tokens=3)
+    folder = model.save(tmp_path / "bundle")
+    told = folder / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(told.read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    settings["tokenizer_class"] = "Evil"
+    told.write_text(json.dumps(settings))
+    marker = tmp_path / "ran"
+    (folder / "tokenizer" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    info = read_info(folder)
+    import hashlib
+
+    stamps = {
+        path.relative_to(folder).as_posix(): FileStamp(
+            size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "config.json"
+    }
+    (folder / "config.json").write_text(info.model_copy(update={"files": stamps}).model_dump_json())
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    loaded = load_small_model(folder)
+    assert isinstance(loaded, TransformersGenerator)
+    assert loaded.predict("cat").answer == model.predict("cat").answer
+    assert not marker.exists()
+
+
+def test_records_that_cannot_be_read_are_counted_and_left_out(captioner: CaptionModel) -> None:
+    scenes = draw_scenes(30, seed=9)
+    records = [
+        call(captioner.reader.write(scene.pixels), f"a {scene.first.colour} {scene.first.shape}") for scene in scenes
+    ]
+    records.append(call('"/tmp/gone.png"', "a cat"))
+    settings = DistillationSettings(threshold=1.0, training=quiet(1))
+    report = TwoStageDistiller(settings).distill(captioner, records).report
+    assert (report.records, report.unreadable, report.stage_a) == (30, 1, 30)

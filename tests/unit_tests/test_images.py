@@ -325,3 +325,185 @@ def test_a_bundle_whose_labels_do_not_fit_is_refused(bars: ImageClassifier, tmp_
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleMismatchError, match=r"3 labels.*output"):
         load_small_model(folder)
+
+
+# What a review found
+
+
+def crafted() -> bytes:
+    """A JPEG that is turned, with a tag of a wrong type: writing it back raises whatever comes."""
+    image, exif = Image.fromarray(PIXELS), Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    image.save(out, format="JPEG", exif=exif)
+    data = bytearray(out.getvalue())
+    at = data.index(b"Exif\0\0") + 6
+    order = ">" if data[at : at + 2] == b"MM" else "<"
+    entry = struct.pack(f"{order}HHI4s", 0x0112, 3, 1, struct.pack(f"{order}HH", 6, 0))
+    start = data.index(entry)
+    data[start - 2 : start] = struct.pack(f"{order}H", 1)
+    assert start
+    return bytes(data)
+
+
+def test_whatever_a_decoder_raises_is_the_error_of_its_own_image(
+    bars: ImageClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import ImageOps
+
+    def broken(image: Any) -> Any:
+        if image.size == (10, 12):
+            raise AttributeError("'float' object has no attribute 'encode'")
+        return image
+
+    assert READER.read(crafted()).pixels.shape[2] == 3
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    images, _ = digits(2)
+    found = bars.batch([png(images[0]), crafted(), png(images[1])], return_exceptions=True)
+    assert isinstance(found[1], InputError)
+    assert [found[0].label, found[2].label] == [one.label for one in bars.batch(images)]
+
+
+def test_buffers_and_files_may_change_after_the_call(bars: ImageClassifier, tmp_path: Path) -> None:
+    from langchain_datashunt import ShuntRunnable
+    from langchain_datashunt.distillation import DistillationStore, Recorder
+
+    images, _ = digits(2)
+    buffer, file = images[0].copy(), tmp_path / "u.png"
+    file.write_bytes(png(images[1]))
+    held = READER.read(buffer)
+    with DistillationStore(tmp_path / "calls.db") as store:
+        recorder = Recorder(store, sample_small=1.0)
+        shunt = ShuntRunnable(small=bars, large=lambda _: "bar", pruning=None, recorder=recorder)
+        shunt.batch([buffer, file])
+        buffer[:] = 255
+        file.unlink()
+        recorder.close()
+        calls = [call for part in store.iterate() for call in part]
+    assert {READER.read(call.input) for call in calls} == {READER.read(one) for one in images}
+    assert held == READER.read(images[0])
+
+
+def test_what_was_refused_is_recorded_in_short() -> None:
+    damaged = "data:image/png;base64," + "A" * 10_000
+    for value in (damaged, {"input": damaged}, HumanMessage([{"type": "image_url", "image_url": {"url": damaged}}])):
+        assert len(READER.write(value)) < 1000
+
+
+def test_whole_numbers_of_more_bits_are_scaled_and_others_refused() -> None:
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16)
+    for data in (ramp.astype(np.int32), ramp.astype(np.uint16)):
+        assert READER.read(Image.fromarray(data)).pixels.mean() == pytest.approx(127, abs=1)
+    wide = READER.read(Image.fromarray((ramp * 1000 - 5_000_000).astype(np.int32))).pixels
+    assert (wide.min(), wide.max()) == (0, 255)
+    with pytest.raises(InputError, match="no known range"):
+        READER.read(Image.fromarray(ramp.astype(np.float32)))
+    with pytest.raises(InputError, match="nothing to see"):
+        READER.read(Image.new("RGB", (0, 5)))
+
+
+def test_long_pictures_are_cut_not_refused() -> None:
+    scale = ImageScale(height=28, width=28, shortest_edge=32)
+    rng = np.random.default_rng(0)
+    for shape in ((2, 2000, 3), (2000, 2, 3), (1, 50_000, 1), (40, 30, 3)):
+        assert scale.pixels(Picture(rng.integers(0, 255, shape, dtype=np.uint8))).shape == (28, 28, 3)
+    transformers = pytest.importorskip("transformers")
+    picture = Picture(rng.integers(0, 255, (10, 300, 3), dtype=np.uint8))
+    cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = cls(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    scale = ImageScale.from_config(json.loads(processor.to_json_string()))
+    theirs = np.asarray(processor(picture.image(), return_tensors="np")["pixel_values"][0])
+    ours = scale.tensor([scale.pixels(picture)], "cpu")[0].numpy()
+    assert np.abs(ours - theirs).mean() < 0.2  # the middle may lie half a pixel beside
+
+
+def test_processors_that_are_not_known_are_refused_and_old_forms_are_read() -> None:
+    base = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
+    for more in (
+        {"image_processor_type": "EfficientNetImageProcessor"}, {"image_processor_type": "PoolFormerImageProcessor"},
+        {"do_flip_channel_order": True}, {"rescale_offset": True}, {"do_rescale": False},
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError, match="not"):
+            ImageScale.from_config({**base, **more})
+    assert ImageScale.from_config({**base, "resample": 0}).resample == 0
+    old = {**base, "size": 224, "crop_pct": 0.875, "feature_extractor_type": "ConvNextFeatureExtractor"}
+    found = ImageScale.from_config(old)
+    assert (found.height, found.width, found.shortest_edge) == (224, 224, 256)
+
+
+def test_outputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folder = Path(tiny_vit(tmp_path / "vit"))
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "crane", "1": "dog", "2": "crane"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ImageClassifier(model=str(folder)).labels == ("crane", "dog", "crane (2)")
+
+
+def test_a_bundle_takes_no_memory_and_runs_no_code_before_it_is_checked(bars: ImageClassifier, tmp_path: Path) -> None:
+    from langchain_datashunt.exceptions import BundleError
+    from langchain_datashunt.small_models.networks import safe_config
+
+    folder = bars.save(tmp_path / "bundle")
+    good = (folder / "config.json").read_text()
+
+    def changed(change: Any) -> None:
+        config = json.loads(good)
+        change(config["settings"])
+        (folder / "config.json").write_text(json.dumps(config))
+
+    for change in (
+        lambda settings: settings["architecture"].update(width=100_000),
+        lambda settings: settings["architecture"].pop("model_type"),
+        lambda settings: settings.pop("scale"),
+        lambda settings: settings["architecture"].update(model_type="evil"),
+    ):
+        changed(change)
+        with pytest.raises(BundleError):
+            load_small_model(folder)
+    kept = safe_config(
+        {"model_type": "vit", "auto_map": {"AutoModel": "evil--x"}, "attn_implementation": "evil/kernels"}
+    )
+    assert not hasattr(kept, "auto_map")
+
+
+def test_readers_follow_the_wrappers_key_and_need_no_weights(bars: ImageClassifier, tmp_path: Path) -> None:
+    from langchain_datashunt import BundledSmallModel, EnsembleClassifier, ShuntRunnable, TextCNN
+
+    images, labels = digits(4)
+    folder = bars.save(tmp_path / "bundle")
+    light = BundledSmallModel(path=str(folder), input_key="picture")
+    assert light.reader == bars.reader.model_copy(update={"input_key": "picture"})
+    assert light._model is None
+    assert light.invoke({"picture": images[0]}).label == bars.invoke(images[0]).label
+    both = EnsembleClassifier(members=(bars, bars), labels=bars.labels, input_key="picture")
+    assert both.invoke({"picture": images[0]}).label == bars.invoke(images[0]).label
+    broken = BundledSmallModel.at(folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 50)
+    shunt = ShuntRunnable(small=broken, large=lambda asked: asked["input"][0].type)
+    assert shunt.invoke(images[0]) == "human", "a small model that cannot be loaded defers"
+    text = TextCNN.train(["a b", "c d"] * 4, labels * 2, settings=TrainingSettings(progress=False, epochs=1))
+    folder = text.save(tmp_path / "text")
+    gone = BundledSmallModel.at(folder)
+    (folder / "model.safetensors").unlink()
+    assert ShuntRunnable(small=gone, large=lambda asked: asked["input"]).invoke("x") == "x"
+
+
+async def test_reading_a_large_picture_does_not_hold_the_event_loop(bars: ImageClassifier) -> None:
+    import asyncio
+    import threading
+
+    from langchain_datashunt import AlwaysLarge, ShuntRunnable
+
+    here, where = threading.get_ident(), []
+
+    class Watching(ImageReader):
+        def lay_out(self, value: Any) -> dict[str, Any]:
+            where.append(threading.get_ident())
+            return super().lay_out(value)
+
+    small = bars.model_copy(update={"images": Watching()})
+    shunt = ShuntRunnable(small=small, large=lambda _: "x", policy=AlwaysLarge())
+    images, _ = digits(1)
+    await asyncio.gather(shunt.ainvoke(images[0]), shunt.abatch(images))
+    assert len(where) == 2
+    assert here not in where
