@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.answers import ToolAnswer
     from langchain_datashunt.chat_model import ShuntChatModel
     from langchain_datashunt.chat_small_model import ChatModelSmallModel
+    from langchain_datashunt.circuit import CircuitBreaker
     from langchain_datashunt.confidence import (
         ConfidenceScore,
         Entropy,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         ShuntDecision,
         ShuntResult,
     )
+    from langchain_datashunt.privacy import OutboundGate
     from langchain_datashunt.pruning import (
         ConformalPrompt,
         HardPrompt,
@@ -95,6 +97,8 @@ _WHERE = {
     "answers": ("ToolAnswer",),
     "chat_model": ("ShuntChatModel",),
     "chat_small_model": ("ChatModelSmallModel",),
+    "circuit": ("CircuitBreaker",),
+    "privacy": ("OutboundGate",),
     "image_text": ("ImageTextModel",),
     "images": ("ImageReader", "Picture"),
     "local_large": ("LocalLargeModel",),
@@ -154,6 +158,7 @@ __all__ = [
     "BundledSmallModel",
     "CaptionModel",
     "ChatModelSmallModel",
+    "CircuitBreaker",
     "ConfidenceRouterChain",
     "ConfidenceScore",
     "ConformalPrompt",
@@ -179,6 +184,7 @@ __all__ = [
     "NeighbourClassifier",
     "NoHint",
     "OnlyLabels",
+    "OutboundGate",
     "PerLabelThreshold",
     "Picture",
     "Policy",

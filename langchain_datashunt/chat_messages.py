@@ -12,13 +12,26 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables import RunnableConfig
 
+from langchain_datashunt.exceptions import StaysLocal
 from langchain_datashunt.predictions import ShuntDecision, ShuntResult
+from langchain_datashunt.privacy.gate import AbstainedLocally
 
 
 def answered(result: ShuntResult) -> AIMessage:
     """The answer with its decision."""
-    message: AIMessage = marked(result.output, result.decision)
+    message: AIMessage = marked(said_by(result), result.decision)
     return message
+
+
+def said_by(result: ShuntResult) -> Any:
+    """The output of a result.
+
+    Raises:
+        StaysLocal: There is none: the input must not leave, and no small model could answer.
+    """
+    if isinstance(result.output, AbstainedLocally):
+        raise StaysLocal(result.output.reason, result.output.kinds)
+    return result.output
 
 
 def marked(message: Any, decision: ShuntDecision | None) -> Any:

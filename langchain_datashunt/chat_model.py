@@ -27,6 +27,7 @@ from langchain_datashunt.chat_messages import (
     llm_result,
     marked,
     model_name,
+    said_by,
     text_alone,
 )
 from langchain_datashunt.configured import Configured
@@ -36,6 +37,7 @@ from langchain_datashunt.hinted_model import HintedModel
 from langchain_datashunt.large_calls import END, LargeCaller
 from langchain_datashunt.policies import OnlyLabels, Policy
 from langchain_datashunt.predictions import ShuntDecision, ShuntResult
+from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.pruning import Pruning, SoftPrompt
 from langchain_datashunt.retries import CallLimiter, Retry
 from langchain_datashunt.shunt import ShuntRunnable, policy_for
@@ -45,6 +47,7 @@ NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does n
 
 _SETTINGS = (
     "on_large_error", "max_concurrency", "retry", "threshold_id", "monitor", "fail_safe", "shadow", "recorder",
+    "gate", "breaker", "max_pending",
 )  # fmt: skip
 """Fields that are handed on to the shunt as they are."""
 
@@ -123,6 +126,16 @@ class ShuntChatModel(Configured, BaseChatModel):
 
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.recorder`."""
+
+    gate: OutboundGate | None = None
+    """See `ShuntRunnable.gate`. What stays and has no small answer raises a `StaysLocal`; turns without a question for
+    the small side pass the gate too."""
+
+    breaker: Any = Field(default=None, exclude=True, repr=False)
+    """See `ShuntRunnable.breaker`."""
+
+    max_pending: int | None = Field(default=None, ge=1)
+    """See `ShuntRunnable.max_pending`."""
 
     temperature: float | None = None
     """Handed on with each large call; None leaves it to the large model."""
@@ -231,7 +244,12 @@ class ShuntChatModel(Configured, BaseChatModel):
     def _lay_out(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
         self._form, self._asked, self._drafter = form, large, drafter
         self._shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel")
-        self._direct = LargeCaller(large, self.retry, self._limiter)
+        self._direct = self._caller_of(large)
+
+    def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
+        """What asks the large model where there is no question for the small side; it passes the same gate."""
+        gated = large if self.gate is None else self.gate.around(large)
+        return LargeCaller(gated, self.retry, self._limiter, self.breaker, self.max_pending)
 
     def _shunt_over(
         self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm, *, name: str, raw: bool = False
@@ -318,7 +336,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            with self._limiter.slot():
+            with self._direct.place():
                 chunk, chunks = self._direct.open(messages, config, settings)
                 with closing(chunks):
                     told: ShuntDecision | None = NO_QUESTION
@@ -344,7 +362,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            async with self._limiter.aslot():
+            async with self._direct.aplace():
                 chunk, chunks = await self._direct.aopen(messages, config, settings)
                 async with aclosing(chunks):
                     told: ShuntDecision | None = NO_QUESTION
@@ -552,7 +570,7 @@ class _Structured(Runnable[Any, Any]):
 
     def __init__(self, shunt: ShuntRunnable, owner: ShuntChatModel, large: Runnable[Any, Any]) -> None:
         self.shunt, self.owner = shunt, owner
-        self.direct = LargeCaller(large, owner.retry, owner._limiter)
+        self.direct = owner._caller_of(large)
 
     def _read(self, value: Any, config: RunnableConfig | None) -> tuple[list[BaseMessage], RunnableConfig, bool]:
         messages = self.owner._convert_input(value).to_messages()
@@ -597,7 +615,7 @@ class _Structured(Runnable[Any, Any]):
 
 def _parsed(result: ShuntResult) -> Any:
     """The object, or the mapping whose raw message carries the decision."""
-    output = result.output
+    output = said_by(result)
     if isinstance(output, dict) and isinstance(output.get("raw"), BaseMessage) and "parsing_error" in output:
         return {**output, "raw": marked(output["raw"], result.decision)}
     return output

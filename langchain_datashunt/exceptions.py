@@ -5,7 +5,8 @@
     * MissingExtraError        an optional dependency is not installed (also an ImportError)
   * InputError                 one input of a call cannot be read as what the model needs
   * PredictionError            a small model gave something that is no prediction
-  * QueueFullError             more requests wait for a small model than may
+  * QueueFullError             more requests wait for a model than may
+  * CircuitOpenError           a large model has kept failing, and is left alone for a while
   * UnparsableAnswer           a large model's answer is none of the labels
   * StaysLocal                 an input must not leave this machine
   * DataError                  a data file, a column or a training set is not usable
@@ -57,7 +58,28 @@ class PredictionError(ShuntError):
 
 
 class QueueFullError(ShuntError):
-    """More requests wait for a small model than its settings allow."""
+    """More requests wait for a model than its settings allow."""
+
+
+class CircuitOpenError(ShuntError):
+    """A large model has kept failing, so it is not asked for a while.
+
+    Attributes:
+        failures: How often in a row it failed.
+        seconds: Until it is tried again; 0.0 where that is being done.
+    """
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        super().__init__(failures, seconds)
+        self.failures = failures
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        when = f"it is tried again in {self.seconds:.1f} s" if self.seconds > 0 else "another call is trying it now"
+        return (
+            f"The large model has failed {self.failures} times in a row and is left alone; {when}. Set "
+            f"on_large_error='small' to have the small model answer meanwhile."
+        )
 
 
 class UnparsableAnswer(ShuntError):  # noqa: N818

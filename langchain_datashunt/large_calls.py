@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,9 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from langchain_core.runnables.utils import gather_with_concurrency
 
+from langchain_datashunt.circuit import CircuitBreaker
 from langchain_datashunt.effects import Effect, Steps
+from langchain_datashunt.exceptions import QueueFullError
 from langchain_datashunt.retries import CallLimiter, Retry, is_retryable, raise_control_flow
 
 END: Any = object()
@@ -20,10 +24,65 @@ END: Any = object()
 class LargeCaller:
     """One large model with its retries and its bound. Errors are values here; the caller decides what they mean."""
 
-    def __init__(self, large: Runnable[Any, Any], retry: Retry, limiter: CallLimiter) -> None:
+    def __init__(
+        self,
+        large: Runnable[Any, Any],
+        retry: Retry,
+        limiter: CallLimiter,
+        breaker: CircuitBreaker | None = None,
+        max_pending: int | None = None,
+    ) -> None:
         self.large = large
         self.retry = retry
         self.limiter = limiter
+        self.breaker = breaker
+        self.max_pending = max_pending
+        self._pending = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def _admitted(self, calls: int = 1) -> Iterator[None]:
+        """Around calls that wait or are under way.
+
+        Raises:
+            QueueFullError: There are too many already.
+        """
+        if self.max_pending is None:
+            yield
+            return
+        with self._lock:
+            if self._pending + calls > self.max_pending:
+                raise QueueFullError(
+                    f"{self._pending} calls of the large model wait or are under way, and with {calls} more there "
+                    f"would be more than the {self.max_pending} that may. Send fewer at once, or raise max_pending."
+                )
+            self._pending += calls
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pending -= calls
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Around one stream, from before it is opened until it is closed.
+
+        Raises:
+            QueueFullError: Too many calls wait or are under way already.
+        """
+        with self._admitted(), self.limiter.slot():
+            yield
+
+    @asynccontextmanager
+    async def aplace(self) -> AsyncIterator[None]:
+        """As `place`."""
+        with self._admitted():
+            async with self.limiter.aslot():
+                yield
+
+    def _watched(self) -> AbstractContextManager[None]:
+        """Around one attempt."""
+        return nullcontext() if self.breaker is None else self.breaker.watching()
 
     def one(
         self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None = None
@@ -35,26 +94,29 @@ class LargeCaller:
 
     def _one(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
         def ask() -> Any:
-            if self.limiter.limit is None:
+            if self.limiter.limit is None and self.breaker is None:
                 return self.large.invoke(asked, config, **kwargs)
-            with self.limiter.slot():
+            with self.limiter.slot(), self._watched():
                 return self.large.invoke(asked, config, **kwargs)
 
         try:
-            return self.retry.call(ask, failed)
+            with self._admitted():
+                return self.retry.call(ask, failed)
         except Exception as error:
             raise_control_flow(error)
             return error
 
     async def _aone(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
         async def ask() -> Any:
-            if self.limiter.limit is None:
+            if self.limiter.limit is None and self.breaker is None:
                 return await self.large.ainvoke(asked, config, **kwargs)
             async with self.limiter.aslot():
-                return await self.large.ainvoke(asked, config, **kwargs)
+                with self._watched():
+                    return await self.large.ainvoke(asked, config, **kwargs)
 
         try:
-            return await self.retry.acall(ask, failed)
+            with self._admitted():
+                return await self.retry.acall(ask, failed)
         except Exception as error:
             raise_control_flow(error)
             return error
@@ -90,18 +152,44 @@ class LargeCaller:
         return results
 
     def _batch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
-        with self.limiter.slot(len(asked)):
-            try:
-                return self.large.batch(asked, config, return_exceptions=True, **kwargs)
-            except Exception as error:
-                return [error] * len(asked)
+        try:
+            with self._admitted(len(asked)), self.limiter.slot(len(asked)):
+                probe = self.breaker is not None and self.breaker.admit()
+                results: Sequence[Any] = [None]
+                try:
+                    results = self.large.batch(asked, config, return_exceptions=True, **kwargs)
+                except BaseException as error:
+                    results = [error]
+                    raise
+                finally:
+                    self._note(results, probe)
+                return results
+        except Exception as error:
+            return [error] * len(asked)
+
+    def _note(self, results: Sequence[Any], probe: bool) -> None:
+        """Tell the breaker how a grouped call ended."""
+        if self.breaker is None:
+            return
+        for i, result in enumerate(results):
+            self.breaker.note(result if isinstance(result, BaseException) else None, probe=probe and i == 0)
 
     async def _abatch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
-        async with self.limiter.aslot(len(asked)):
-            try:
-                return await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
-            except Exception as error:
-                return [error] * len(asked)
+        try:
+            with self._admitted(len(asked)):
+                async with self.limiter.aslot(len(asked)):
+                    probe = self.breaker is not None and self.breaker.admit()
+                    results: Sequence[Any] = [None]
+                    try:
+                        results = await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
+                    except BaseException as error:
+                        results = [error]
+                        raise
+                    finally:
+                        self._note(results, probe)
+                    return results
+        except Exception as error:
+            return [error] * len(asked)
 
     def _worth_retrying(self, result: Any) -> bool:
         return isinstance(result, Exception) and self.retry.attempts > 1 and is_retryable(result)
@@ -114,8 +202,9 @@ class LargeCaller:
         """
 
         def begin() -> tuple[Any, Generator[Any]]:
-            chunks = _chunks(self.large.stream(asked, config, **kwargs))
-            return next(chunks, END), chunks
+            with self._watched():
+                chunks = _chunks(self.large.stream(asked, config, **kwargs))
+                return next(chunks, END), chunks
 
         if isinstance(asked, Exception):
             raise asked
@@ -127,8 +216,9 @@ class LargeCaller:
         """As `open`."""
 
         async def begin() -> tuple[Any, AsyncGenerator[Any]]:
-            chunks = _achunks(self.large.astream(asked, config, **kwargs))
-            return await anext(chunks, END), chunks
+            with self._watched():
+                chunks = _achunks(self.large.astream(asked, config, **kwargs))
+                return await anext(chunks, END), chunks
 
         if isinstance(asked, Exception):
             raise asked

@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import aclosing, closing
+from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -136,6 +136,13 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
 
+    breaker: Any = Field(default=None, exclude=True, repr=False)
+    """A `circuit.CircuitBreaker`, which leaves a large model alone that keeps failing; several shunts may share it."""
+
+    max_pending: int | None = Field(default=None, ge=1)
+    """Large calls that wait or are under way at the most; more end at once with a `QueueFullError`, as a failure of the
+    large model."""
+
     gate: OutboundGate | None = None
     """What may leave for the large model, and how; None lets everything pass."""
 
@@ -220,7 +227,7 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             large = self.gate.around(large)
         self._steps = CallSteps(
             stages=(self.small,) if self.learnable is None else (self.small, self.learnable),
-            caller=(caller := LargeCaller(large, self.retry, self._limiter or CallLimiter(self.max_concurrency))),
+            caller=(caller := self._caller_of(large)),
             policy=policy,
             policy_in_words=words,
             pruning=self.pruning,
@@ -238,6 +245,10 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             monitor=self.monitor,
             gate=self.gate,
         )
+
+    def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
+        limiter = self._limiter or CallLimiter(self.max_concurrency)
+        return LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
 
     def sharing(self, limiter: CallLimiter) -> Self:
         """This shunt, whose large calls share a bound with others'."""
@@ -492,8 +503,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             return
         asked, config, handler = run(steps.prepare(value, 0, plan, runs))
         started = time.perf_counter()
-        with steps.caller.limiter.slot():
+        with ExitStack() as held:
             try:
+                held.enter_context(steps.caller.place())
                 first, chunks = steps.caller.open(asked, config, kwargs)
             except Exception as error:
                 latency = Latency(seconds, time.perf_counter() - started)
@@ -537,8 +549,9 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
             return
         asked, config, handler = await arun(steps.prepare(value, 0, plan, runs))
         started = time.perf_counter()
-        async with steps.caller.limiter.aslot():
+        async with AsyncExitStack() as held:
             try:
+                await held.enter_async_context(steps.caller.aplace())
                 first, chunks = await steps.caller.aopen(asked, config, kwargs)
             except Exception as error:
                 latency = Latency(seconds, time.perf_counter() - started)

@@ -158,6 +158,15 @@ class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
     max_reasks: int = Field(default=1, ge=0)
     """How often a model is asked again whose answer lacks something."""
 
+    @field_validator("chat_model", "prompt", mode="before")
+    @classmethod
+    def _runnable(cls, value: Any) -> Any:
+        try:
+            return coerce_to_runnable(value)
+        except TypeError as error:
+            msg = f"A {type(value).__name__} is no Runnable. Give a chat model, or a prompt template."
+            raise ConfigurationError(msg) from error
+
     _models: dict[tuple[str, ...], tuple[Any, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
 
     @override

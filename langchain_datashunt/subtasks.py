@@ -131,6 +131,12 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `distillation.Recorder`; None records nothing."""
 
+    breaker: Any = Field(default=None, exclude=True, repr=False)
+    """A `circuit.CircuitBreaker`, which leaves a large model alone that keeps failing."""
+
+    max_pending: int | None = Field(default=None, ge=1)
+    """Large calls that wait or are under way at the most."""
+
     gate: OutboundGate | None = None
     """What may leave for the large model, and how; None lets everything pass. An input that stays has what its small
     models think and None for other parts, or raises (`on_local="raise"`)."""
@@ -158,7 +164,8 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             if subtask.small is not None:
                 policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
         large = self.large if self.gate is None else self.gate.around(self.large)
-        self._caller = LargeCaller(large, self.retry, CallLimiter(self.max_concurrency))
+        limiter = CallLimiter(self.max_concurrency)
+        self._caller = LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
 
     @classmethod
     def from_chat_model(
