@@ -11,7 +11,7 @@ export DATASHUNT_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test test-slow test-gpu test-lowest test-newest lint format typecheck bench clean
+.PHONY: install demo test test-slow test-gpu test-lowest test-newest fuzz lint format typecheck bench clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,10 @@ format: install
 
 typecheck: install
 	$(BIN)/mypy
+
+# Many more examples of the property tests than `make test` takes.
+fuzz: install
+	DATASHUNT_FUZZ_EXAMPLES=2000 $(BIN)/pytest --timeout 1800 tests/unit_tests/test_fuzz.py tests/unit_tests/test_privacy.py $(ARGS)
 
 bench: install
 	mkdir -p benchmark-output

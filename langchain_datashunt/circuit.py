@@ -36,7 +36,7 @@ class CircuitBreaker:
     Only errors after which the same request may succeed count (time-outs, refused connections, 429, 5xx): a request
     that is wrong says nothing of the model. While it is open, calls end at once with a `CircuitOpenError`, so that a
     shunt with `on_large_error="small"` goes on answering. After `reset_seconds` it lets `probes` calls through at a
-    time: one that succeeds closes it, one that fails opens it again, for twice as long, up to ten times `reset_seconds`.
+    time: one that succeeds closes it, one that fails opens it again, for twice as long, up to ten times as long.
 
     Kept libraries hold a lock while they call, or know only one of sync and async; this is no more than a counter.
 

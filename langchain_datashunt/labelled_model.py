@@ -17,12 +17,12 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
 from langchain_datashunt.configured import Configured
-from langchain_datashunt.effects import Effect, Steps, arun, run
+from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of
 from langchain_datashunt.parsing import LabelParser
 from langchain_datashunt.pruning import Pruning
-from langchain_datashunt.tracing import Runs
+from langchain_datashunt.tracing import Runs, atrace, trace
 
 CORRECTION = (
     "That is not one of the candidates. Answer with exactly one candidate label, spelled as in the list, "
@@ -137,13 +137,7 @@ class LabelAsker(Configured, RunnableSerializable[Any, str]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
-        run(runs.start())
-        try:
-            outcomes = run(self._ask(inputs, runs, kwargs))
-        except BaseException as error:
-            run(runs.fail_rest(error))
-            raise
-        run(runs.end(dict(enumerate(outcomes))))
+        outcomes = trace(runs, self._ask(inputs, runs, kwargs))
         return outcomes if return_exceptions else [self._settle(outcome) for outcome in outcomes]
 
     @override
@@ -158,13 +152,7 @@ class LabelAsker(Configured, RunnableSerializable[Any, str]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
-        await arun(runs.start())
-        try:
-            outcomes = await arun(self._ask(inputs, runs, kwargs))
-        except BaseException as error:
-            await arun(runs.fail_rest(error))
-            raise
-        await arun(runs.end(dict(enumerate(outcomes))))
+        outcomes = await atrace(runs, self._ask(inputs, runs, kwargs))
         return outcomes if return_exceptions else [self._settle(outcome) for outcome in outcomes]
 
     def _ask(self, inputs: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:

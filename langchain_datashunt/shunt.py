@@ -30,6 +30,7 @@ from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
 from langchain_datashunt.large_calls import END, LargeCaller
 from langchain_datashunt.online_control import FailSafe, ShadowOf
+from langchain_datashunt.outcomes import settled
 from langchain_datashunt.policies import Policy, Threshold
 from langchain_datashunt.predictions import Latency, ShuntResult
 from langchain_datashunt.privacy.gate import OutboundGate
@@ -38,7 +39,7 @@ from langchain_datashunt.retries import CallLimiter, Retry
 from langchain_datashunt.routing import AnyPlan
 from langchain_datashunt.shunt_graph import shunt_graph
 from langchain_datashunt.telemetry import instrument_if_asked
-from langchain_datashunt.tracing import Runs
+from langchain_datashunt.tracing import Runs, atrace, trace
 
 instrument_if_asked()
 
@@ -359,14 +360,8 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
-        run(runs.start())
-        try:
-            outputs = run(self._steps.many(inputs, runs, kwargs))
-        except BaseException as error:
-            run(runs.fail_rest(error))
-            raise
-        run(runs.end(dict(enumerate(outputs))))
-        return _raise_first(outputs, return_exceptions)
+        outputs = trace(runs, self._steps.many(inputs, runs, kwargs))
+        return settled(outputs, return_exceptions)
 
     @override
     async def abatch(
@@ -381,14 +376,8 @@ class ShuntRunnable(Configured, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
-        await arun(runs.start())
-        try:
-            outputs = await arun(self._steps.many(inputs, runs, kwargs))
-        except BaseException as error:
-            await arun(runs.fail_rest(error))
-            raise
-        await arun(runs.end(dict(enumerate(outputs))))
-        return _raise_first(outputs, return_exceptions)
+        outputs = await atrace(runs, self._steps.many(inputs, runs, kwargs))
+        return settled(outputs, return_exceptions)
 
     # As they are ready
 
@@ -629,9 +618,3 @@ def _raised(output: Any, return_exceptions: bool = False) -> Any:
     if isinstance(output, Exception) and not return_exceptions:
         raise output
     return output
-
-
-def _raise_first(outputs: list[Any], return_exceptions: bool) -> list[Any]:
-    for output in outputs:
-        _raised(output, return_exceptions)
-    return outputs

@@ -26,6 +26,7 @@ from langchain_datashunt.effects import Effect, Steps, arun, run
 from langchain_datashunt.exceptions import ConfigurationError, InputError, StaysLocal, UnparsableAnswer
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_calls import LargeCaller
+from langchain_datashunt.outcomes import settled
 from langchain_datashunt.predictions import ANSWER_LABELS, Latency, Prediction, ShuntDecision
 from langchain_datashunt.pricing import cost_usd
 from langchain_datashunt.privacy.gate import OutboundGate
@@ -42,7 +43,7 @@ from langchain_datashunt.subtask_questions import (
     SubtaskAsker,
     default_question_prompt,
 )
-from langchain_datashunt.tracing import Runs
+from langchain_datashunt.tracing import Runs, atrace, trace
 
 SHOWN = 3
 """Likely answers of an unsure small model that the large one is told."""
@@ -249,14 +250,8 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
-        run(runs.start())
-        try:
-            outputs = run(self._many(inputs, runs, kwargs))
-        except BaseException as error:
-            run(runs.fail_rest(error))
-            raise
-        run(runs.end(dict(enumerate(outputs))))
-        return _settled(outputs, return_exceptions)
+        outputs = trace(runs, self._many(inputs, runs, kwargs))
+        return settled(outputs, return_exceptions)
 
     @override
     async def abatch(
@@ -271,14 +266,8 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
-        await arun(runs.start())
-        try:
-            outputs = await arun(self._many(inputs, runs, kwargs))
-        except BaseException as error:
-            await arun(runs.fail_rest(error))
-            raise
-        await arun(runs.end(dict(enumerate(outputs))))
-        return _settled(outputs, return_exceptions)
+        outputs = await atrace(runs, self._many(inputs, runs, kwargs))
+        return settled(outputs, return_exceptions)
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
@@ -289,7 +278,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             plans, works, seconds = run(self._plan([input], runs))
             if works[0].known and works[0].open and not self.return_decision:
                 yield AddableDict(works[0].known)
-            output = _settled(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            output = settled(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
             yield self._rest(output, works[0])
         except BaseException as error:
             run(runs.fail_rest(error))
@@ -305,7 +294,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             plans, works, seconds = await arun(self._plan([input], runs))
             if works[0].known and works[0].open and not self.return_decision:
                 yield AddableDict(works[0].known)
-            output = _settled(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            output = settled(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
             yield self._rest(output, works[0])
         except BaseException as error:
             await arun(runs.fail_rest(error))
@@ -565,11 +554,3 @@ def _checked(answer: Any, questions: OpenQuestions) -> Any:
         if labels is not None and name not in missing and answer[name] not in labels:
             return UnparsableAnswer(str(answer[name]), labels)
     return UnparsableAnswer(str(dict(answer)), missing) if missing else answer
-
-
-def _settled(outputs: list[Any], return_exceptions: bool) -> list[Any]:
-    if not return_exceptions:
-        for output in outputs:
-            if isinstance(output, Exception):
-                raise output
-    return outputs

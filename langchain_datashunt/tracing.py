@@ -21,7 +21,7 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
-from langchain_datashunt.effects import Effect, Steps, to_the_end
+from langchain_datashunt.effects import Effect, Steps, arun, run, to_the_end
 from langchain_datashunt.predictions import ShuntDecision
 
 DECISION_EVENT = "shunt_decision"
@@ -208,6 +208,30 @@ class Runs:
     def fail_rest(self, error: BaseException) -> Steps[None]:
         """End all runs that have not ended, with an error."""
         yield from self.end(dict.fromkeys(sorted(self._pending), error))
+
+
+def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
+    """Carry out the steps of a batch inside its runs, which start before and end after; outputs, errors among them."""
+    run(runs.start())
+    try:
+        outputs = run(steps)
+    except BaseException as error:
+        run(runs.fail_rest(error))
+        raise
+    run(runs.end(dict(enumerate(outputs))))
+    return outputs
+
+
+async def atrace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
+    """As `trace`, in this event loop."""
+    await arun(runs.start())
+    try:
+        outputs = await arun(steps)
+    except BaseException as error:
+        await arun(runs.fail_rest(error))
+        raise
+    await arun(runs.end(dict(enumerate(outputs))))
+    return outputs
 
 
 def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:

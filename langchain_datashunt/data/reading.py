@@ -84,13 +84,13 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for i, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
                 raise DataError(f"{path.name}, line {i} is no JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path.name}, line {i} is a {type(row).__name__}; each line must be an object.")
@@ -103,8 +103,11 @@ def _parquet(path: Path) -> Iterator[Row]:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path.name} is no Parquet file: {error}.") from error
-    for batch in file.iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path.name} is damaged: {error}.") from error
 
 
 def sample_per_label(

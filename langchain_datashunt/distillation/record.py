@@ -32,7 +32,7 @@ _NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
 class RoutedCall(BaseModel):
     """One call, as it is stored. Probabilities are in the order of `labels`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True)
 
     schema_version: int = SCHEMA
     id: str = Field(default_factory=lambda: str(uuid7()))

@@ -20,9 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
 
+from sqlalchemy import URL, make_url
+
 from langchain_datashunt.distillation.keeping import Keeping
 from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.distillation.store import DistillationStore
+from langchain_datashunt.distillation.store import DistillationStore, url_of
 from langchain_datashunt.exceptions import ConfigurationError, ShuntError, StoreError
 from langchain_datashunt.predictions import Route
 
@@ -307,7 +309,9 @@ class Recorder:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Recorder({self._store or self._url!r}, task={self.task!r})"
+        url = self._url if isinstance(self._url, URL) else make_url(url_of(self._url))
+        where = self._store or url.render_as_string(hide_password=True)
+        return f"Recorder({where!r}, task={self.task!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its settings: another process has a writer of its own."""

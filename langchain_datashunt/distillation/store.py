@@ -129,7 +129,7 @@ class DistillationStore:
         durability: str = "group",
         key: str | bytes | Sequence[str | bytes] | Seal | None = None,
     ) -> None:
-        self.url = make_url(_as_url(url))
+        self.url = make_url(url_of(url))
         self.seal = key if isinstance(key, Seal) else Seal.of(key)
         self.durability = durability
         self._contexts: dict[tuple[Any, ...], int] = {}
@@ -144,12 +144,12 @@ class DistillationStore:
 
     def _open(self) -> Engine:
         if self.url.get_backend_name() != "sqlite":
-            return create_engine(self.url, pool_pre_ping=True)
+            return create_engine(self.url, pool_pre_ping=True, hide_parameters=True)
         if self.url.database and self.url.database != ":memory:":
             path = Path(self.url.database)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        engine = create_engine(self.url, connect_args={"timeout": 30})
+        engine = create_engine(self.url, connect_args={"timeout": 30}, hide_parameters=True)
         synchronous = "FULL" if self.durability == "record" else "NORMAL"
 
         @event.listens_for(engine, "connect")
@@ -422,7 +422,8 @@ class DistillationStore:
         return f"DistillationStore({self.url.render_as_string(hide_password=True)!r})"
 
 
-def _as_url(url: str | Path) -> str:
+def url_of(url: str | Path) -> str:
+    """A SQLAlchemy URL as it is; a path as that of a SQLite file."""
     text = str(url)
     return text if "://" in text else f"sqlite:///{text}"
 

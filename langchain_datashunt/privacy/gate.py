@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
+from langchain_datashunt.outcomes import settled
 from langchain_datashunt.predictions import Prediction
 from langchain_datashunt.privacy.detectors import DETECTORS, Detector
 from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer, texts_in
@@ -174,7 +175,7 @@ class GatedModel(Runnable[Any, Any]):
         if rows:
             answers = self.large.batch(asked, each, return_exceptions=return_exceptions, **kwargs)
             self._take(results, rows, answers, found)
-        return _settled(results, return_exceptions)
+        return settled(results, return_exceptions)
 
     @override
     async def abatch(
@@ -189,7 +190,7 @@ class GatedModel(Runnable[Any, Any]):
         if rows:
             answers = await self.large.abatch(asked, each, return_exceptions=return_exceptions, **kwargs)
             self._take(results, rows, answers, found)
-        return _settled(results, return_exceptions)
+        return settled(results, return_exceptions)
 
     def _sorted(
         self, inputs: list[Any], config: RunnableConfig | list[RunnableConfig] | None
@@ -232,11 +233,3 @@ class GatedModel(Runnable[Any, Any]):
             yield restorer.feed(chunk)
         for chunk in restorer.rest():
             yield chunk
-
-
-def _settled(results: list[Any], return_exceptions: bool) -> list[Any]:
-    if not return_exceptions:
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-    return results

@@ -24,6 +24,7 @@ from langchain_datashunt.exceptions import (
 )
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
+from langchain_datashunt.outcomes import settled
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
@@ -338,7 +339,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         **kwargs: Any,
     ) -> list[Prediction]:
         if _unseen(config):
-            return _settled(self._predict_many(inputs), return_exceptions)
+            return settled(self._predict_many(inputs), return_exceptions)
         return self._batch_with_config(
             self._predict_many, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
@@ -356,7 +357,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             return await run_in_executor(None, self._predict_many, values)
 
         if _unseen(config):
-            return _settled(await predict(inputs), return_exceptions)
+            return settled(await predict(inputs), return_exceptions)
         return await self._abatch_with_config(
             predict, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
@@ -507,15 +508,6 @@ def _unseen(config: RunnableConfig | list[RunnableConfig] | None) -> bool:
     if isinstance(config, list):
         return False
     return not get_callback_manager_for_config(ensure_config(config)).handlers
-
-
-def _settled(answers: list[Prediction | Exception], return_exceptions: bool) -> list[Prediction]:
-    """The answers; the first error is raised where errors are not to be returned."""
-    if not return_exceptions:
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-    return answers  # type: ignore[return-value]  # errors too, where they were asked for
 
 
 def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:

@@ -185,3 +185,27 @@ def test_a_seal_opens_only_its_own() -> None:
     assert seal.open(seal.seal(b"x")) == b"x"
     assert seal.seal(b"x") != seal.seal(b"x")
     assert len(seal.hashes(b"k")[0]) == 16
+
+
+def test_no_password_and_no_input_stands_in_a_repr_an_error_or_the_log(tmp_path: Path, caplog: Any) -> None:
+    away = "postgresql+psycopg://me:hunter2@127.0.0.1:1/none"
+    with caplog.at_level("DEBUG"):
+        recorder = Recorder(away, spool=tmp_path / "s.db", retry_seconds=60)
+        assert "hunter2" not in repr(recorder)
+        recorder.record([lambda: RoutedCall(input=SECRET, labels=("a", "b"), probabilities=(1.0,))])
+        recorder.record([lambda: RoutedCall(input=SECRET, large_confidence=3.0)])
+        recorder.flush()
+        recorder.close()
+    assert recorder.counters.failed == 2
+    assert "hunter2" not in caplog.text
+    assert SECRET not in caplog.text
+    with pytest.raises(StoreError) as caught:
+        DistillationStore(away)
+    assert "hunter2" not in str(caught.value)
+    with DistillationStore(tmp_path / "calls.db") as store:
+        with store.connection() as connection:
+            connection.exec_driver_sql("DROP TABLE datashunt_calls")
+        with pytest.raises(StoreError) as caught:
+            store.append([call(1, input=SECRET)])
+    assert SECRET not in str(caught.value)
+    assert MAIL not in repr(caught.value.__cause__)

@@ -206,10 +206,10 @@ def _table(rows: dict[str, dict[str, list[float]]], names: list[str]) -> str:
 def table_2(options: Namespace) -> Found:
     """Small, large and the shunt, by the frequency of the label."""
     rows = measured(options)
-    names = [name for name in rows if name.split(" (")[0] in ("small", "large", "DS", "DS-PP-2CD")]
+    names = [name for name in rows if name.split(" (")[0] in ("small", "large", "DS", "DS-2CD", "DS-PP-2CD")]
     beats = {
         name: float(np.mean(np.array(rows[name]["all"]) - np.maximum(rows["small"]["all"], rows["large"]["all"])))
-        for name in ("DS", "DS-PP-2CD")
+        for name in ("DS", "DS-2CD", "DS-PP-2CD")
     }
     return Found({**_figures(rows), "gain_over_the_better_part": beats}, _table(rows, names))
 
