@@ -24,7 +24,7 @@ from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import FloatArray, Latency, Prediction, ShuntDecision, ShuntResult, answer_text
 from langchain_datashunt.pricing import cost_usd
-from langchain_datashunt.privacy.gate import OutboundGate
+from langchain_datashunt.privacy.gate import SUBJECT_KEY, OutboundGate
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
@@ -35,9 +35,6 @@ from langchain_datashunt.tracing import Runs
 _TAGS = ("shunt:small", "shunt:learnable")
 _LARGE = "shunt:large"
 _SMALL_OUTPUT = "shunt:small_output"
-
-SUBJECT_KEY = "shunt_subject"
-"""The key of `config["configurable"]` that says whose data an input is, so that its records can be deleted."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.outcomes import settled
 from langchain_datashunt.predictions import ANSWER_LABELS, Latency, Prediction, ShuntDecision
 from langchain_datashunt.pricing import cost_usd
-from langchain_datashunt.privacy.gate import OutboundGate
+from langchain_datashunt.privacy.gate import SUBJECT_KEY, OutboundGate
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import CallLimiter, Retry, raise_control_flow
 from langchain_datashunt.routing import Plan, absorbed, failed_outcome
@@ -475,7 +475,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             watcher.text = work.watcher.text if isinstance(said, Exception) else str(said)
             if first:
                 watcher.usage_metadata = work.watcher.usage_metadata
-        subject = runs.config(i).get("configurable", {}).get("shunt_subject")
+        subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
         return FinishedCall(
             f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
             subtask.labels or ANSWER_LABELS, subject, _reader_of([subtask]) or self.reader, now(),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         cold_start,
     )
     from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+    from langchain_datashunt.distillation.ledger import SharedLedger
     from langchain_datashunt.distillation.prepared import DistillationReport
     from langchain_datashunt.distillation.record import RoutedCall
     from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
@@ -35,6 +36,7 @@ _WHERE = {
     "Verdict": "gate",
     "cold_start": "distiller",
     "SharedControl": "controls",
+    "SharedLedger": "ledger",
     "CallFilter": "store",
     "DistillationStore": "store",
     "Keeping": "keeping",
@@ -61,6 +63,7 @@ __all__ = [
     "RegistryModel",
     "RoutedCall",
     "SharedControl",
+    "SharedLedger",
     "TwoStageDistiller",
     "Verdict",
     "cold_start",

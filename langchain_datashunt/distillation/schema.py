@@ -94,6 +94,21 @@ controls = Table(
 )
 """Numbers that several processes share, such as the threshold of a budget."""
 
+disclosures = Table(
+    "datashunt_disclosures",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("time", Float(53), nullable=False),
+    Column("budget", String(60), nullable=False),
+    Column("subject", LargeBinary(16)),
+    Column("digest", LargeBinary(16), nullable=False),
+    Column("characters", BigInteger, nullable=False),
+    Column("replaced", Text, nullable=False),
+    Column("plain", Text, nullable=False),
+    Column("refused", String(60), nullable=False),
+)
+"""The trail of what left for large models: counts and hashes, never a text."""
+
 versions = Table("datashunt_schema", metadata, Column("version", Integer, primary_key=True))
 
 
@@ -132,7 +147,11 @@ def _controls(connection: Connection) -> None:
     controls.create(connection)
 
 
-STEPS: tuple[Callable[[Connection], None], ...] = (_first_tables, _replaced_ids, _controls)
+def _disclosures(connection: Connection) -> None:
+    disclosures.create(connection)
+
+
+STEPS: tuple[Callable[[Connection], None], ...] = (_first_tables, _replaced_ids, _controls, _disclosures)
 """Step i brings version i to version i + 1. Never change one that was released; add another."""
 
 

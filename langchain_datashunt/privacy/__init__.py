@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from langchain_datashunt.privacy.budget import Disclosure, DisclosureBudget, LocalLedger
 from langchain_datashunt.privacy.detectors import (
     DETECTORS,
     Detector,
@@ -17,8 +18,11 @@ __all__ = [
     "DETECTORS",
     "AbstainedLocally",
     "Detector",
+    "Disclosure",
+    "DisclosureBudget",
     "Entity",
     "GatedModel",
+    "LocalLedger",
     "OutboundGate",
     "PatternDetector",
     "Placeholders",

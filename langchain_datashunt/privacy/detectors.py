@@ -294,7 +294,8 @@ API_KEY = _pattern(
     r"eyJ[\w-]{8,1000}\.eyJ[\w-]{8,4000}\.[\w-]{8,1000})(?![\w-])",
 )
 PRIVATE_KEY = _pattern(
-    "PRIVATE_KEY", r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[\s\S]{1,8000}?(?:-----END [A-Z ]{0,30}PRIVATE KEY-----|\Z)"
+    "PRIVATE_KEY",
+    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[^-]|-(?!----)){0,8000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?",
 )
 ASSIGNED_SECRET = _pattern(
     "API_KEY",

@@ -14,8 +14,12 @@ from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
 from langchain_datashunt.outcomes import settled
 from langchain_datashunt.predictions import Prediction
+from langchain_datashunt.privacy.budget import DisclosureBudget, LocalLedger
 from langchain_datashunt.privacy.detectors import DETECTORS, Detector
 from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer, texts_in
+
+SUBJECT_KEY = "shunt_subject"
+"""The key of `config["configurable"]` that says whose data an input is."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class OutboundGate(Configured):
     """What is answered to an input that stays: what the small model thinks (where it thinks nothing, as "abstain"), an
     `AbstainedLocally`, or nothing, with a `StaysLocal` raised."""
 
+    budget: DisclosureBudget | None = None
+    """How much may leave; None for no bound."""
+
     def model_post_init(self, context: Any, /) -> None:
         """Check that the detectors know the kinds."""
         super().model_post_init(context)
@@ -103,8 +110,12 @@ class OutboundGate(Configured):
             return None
         return next((found for one in predictions if (found := self.check_prediction(one)) is not None), None)
 
-    def outbound(self, value: Any) -> tuple[Any, Placeholders]:
-        """What leaves of a value, and what was replaced in it.
+    def outbound(self, value: Any, subject: str | None = None) -> tuple[Any, Placeholders]:
+        """What leaves of a value, and what was replaced in it; counted by the budget.
+
+        Args:
+            value: What a large model is to be asked.
+            subject: Whose data it is.
 
         Raises:
             StaysLocal: It must not leave, or a detector or rule failed.
@@ -117,7 +128,10 @@ class OutboundGate(Configured):
             if self.local_where is not None and any(self.local_where(text) for text in texts_in(value)):
                 raise StaysLocal("a rule of yours keeps it here")
             found.reserve(value)
-            return found.redact(value), found
+            out = found.redact(value)
+            if self.budget is not None:
+                self.budget.spend(found, subject)
+            return out, found
         except StaysLocal:
             raise
         except Exception as error:  # whatever a detector raises: nothing leaves that was not looked at
@@ -126,7 +140,8 @@ class OutboundGate(Configured):
     @override
     def to_json(self) -> Any:
         """Detectors and rules of one's own cannot be written down, so that a gate with some is not."""
-        if self.detectors is not DETECTORS and tuple(self.detectors) != DETECTORS or self.local_where is not None:
+        own = tuple(self.detectors) != DETECTORS or self.local_where is not None
+        if own or (self.budget is not None and not isinstance(self.budget.ledger, LocalLedger)):
             return self.to_json_not_implemented()
         plain: Any = super().to_json()
         plain["kwargs"] = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in plain["kwargs"].items()}
@@ -154,12 +169,12 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.gate.outbound(input)
+        asked, placeholders = self.gate.outbound(input, _subject(config))
         return placeholders.restore(self.large.invoke(asked, config, **kwargs))
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.gate.outbound(input)
+        asked, placeholders = self.gate.outbound(input, _subject(config))
         return placeholders.restore(await self.large.ainvoke(asked, config, **kwargs))
 
     @override
@@ -202,7 +217,8 @@ class GatedModel(Runnable[Any, Any]):
         found: list[Placeholders] = []
         for i, value in enumerate(inputs):
             try:
-                out, placeholders = self.gate.outbound(value)
+                own = config[i] if isinstance(config, list) else config
+                out, placeholders = self.gate.outbound(value, _subject(own))
             except StaysLocal as error:
                 results[i] = error
                 continue
@@ -219,7 +235,7 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        asked, placeholders = self.gate.outbound(input)
+        asked, placeholders = self.gate.outbound(input, _subject(config))
         restorer = StreamRestorer(placeholders)
         for chunk in self.large.stream(asked, config, **kwargs):
             yield restorer.feed(chunk)
@@ -227,9 +243,15 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        asked, placeholders = self.gate.outbound(input)
+        asked, placeholders = self.gate.outbound(input, _subject(config))
         restorer = StreamRestorer(placeholders)
         async for chunk in self.large.astream(asked, config, **kwargs):
             yield restorer.feed(chunk)
         for chunk in restorer.rest():
             yield chunk
+
+
+def _subject(config: RunnableConfig | None) -> str | None:
+    """Whose data a call is about, where its config says so."""
+    told = ((config or {}).get("configurable") or {}).get(SUBJECT_KEY)
+    return None if told is None else str(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
@@ -45,11 +46,19 @@ class Placeholders:
         self.detectors, self.kinds, self.local, self.allow_binary = detectors, kinds, local, allow_binary
         self.counts: dict[str, int] = {}
         """Entities by kind that were replaced."""
+        self.plain: dict[str, int] = {}
+        """Entities by kind that were found and left as they are."""
         self.characters = 0
         """Characters of text that leave."""
         self._names: dict[tuple[str, str], str] = {}
         self._texts: dict[str, str] = {}
         self._first: dict[str, int] = {}
+        self._seen = hashlib.sha256()
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that stand for all text that leaves."""
+        return self._seen.digest()[:16]
 
     def __bool__(self) -> bool:
         return bool(self._texts)
@@ -140,6 +149,7 @@ class Placeholders:
         parts.append(text[at:])
         made = "".join(parts)
         self.characters += len(made)
+        self._seen.update(made.encode(errors="surrogatepass") + b"\0")
         return made
 
     def _entities(self, text: str) -> list[Entity]:
@@ -148,7 +158,12 @@ class Placeholders:
         found = find_entities(text, self.detectors)
         if here := sorted({entity.kind for entity in found} & self.local):
             raise StaysLocal(f"it holds {', '.join(here)}", kinds=tuple(here))
-        return [entity for entity in found if self.kinds is None or entity.kind in self.kinds]
+        kept = [entity for entity in found if self.kinds is None or entity.kind in self.kinds]
+        if len(kept) < len(found):
+            for entity in found:
+                if entity not in kept:
+                    self.plain[entity.kind] = self.plain.get(entity.kind, 0) + 1
+        return kept
 
     def _name_of(self, kind: str, text: str) -> str:
         if (kind, text) not in self._names:
