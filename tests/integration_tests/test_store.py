@@ -33,6 +33,7 @@ from langchain_datashunt.distillation import (
     RoutedCall,
 )
 from langchain_datashunt.distillation.record import hash_input, label_distribution
+from langchain_datashunt.distillation.schema import STEPS
 from langchain_datashunt.distillation.watching import stated_confidence
 from langchain_datashunt.exceptions import ConfigurationError, DataError, StoreError
 from tests.support.faulty_server import FaultyServer
@@ -235,7 +236,7 @@ def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str)
         pass
     with store._engine.begin() as connection:
         connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
-    with pytest.raises(StoreError, match="schema version 4"):
+    with pytest.raises(StoreError, match=f"schema version {len(STEPS) + 1}"):
         DistillationStore(url)
 
 
