@@ -475,6 +475,7 @@ class TestSmallModels:
         try:
             del model
             until(lambda: seen() is None)
+            assert seen() is None
         finally:
             gc.enable()
 
@@ -498,6 +499,7 @@ class TestSmallModels:
         try:
             del failing
             until(lambda: seen() is None)
+            assert seen() is None
         finally:
             gc.enable()
 
