@@ -32,7 +32,8 @@ def _moment(text: str | None) -> float | None:
 @store_app.command()
 def stats(store: Url, task: Task = None, as_json: AsJson = False) -> None:
     """Counts, cost, and how often both models agree."""
-    from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+    from langchain_datashunt.distillation.filters import CallFilter
+    from langchain_datashunt.distillation.store import DistillationStore
 
     with errors(), DistillationStore(store) as opened:
         report(opened.stats(CallFilter(task=task)), as_json, store)
@@ -53,8 +54,9 @@ def export(
 ) -> None:
     """Write records to a file."""
     from langchain_datashunt.distillation.export import export as write
+    from langchain_datashunt.distillation.filters import CallFilter
     from langchain_datashunt.distillation.rows import ROUTES
-    from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+    from langchain_datashunt.distillation.store import DistillationStore
 
     with errors():
         if route is not None and route not in ROUTES:

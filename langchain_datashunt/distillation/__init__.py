@@ -15,13 +15,14 @@ if TYPE_CHECKING:
         TwoStageDistiller,
         cold_start,
     )
+    from langchain_datashunt.distillation.filters import CallFilter
     from langchain_datashunt.distillation.gate import PromotionGate, Verdict
     from langchain_datashunt.distillation.ledger import SharedLedger
     from langchain_datashunt.distillation.prepared import DistillationReport
     from langchain_datashunt.distillation.record import RoutedCall
     from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
     from langchain_datashunt.distillation.registry import ModelRegistry, ModelVersion, RegistryModel
-    from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+    from langchain_datashunt.distillation.store import DistillationStore
 
 _WHERE = {
     "ContinualDistiller": "continual",
@@ -37,7 +38,7 @@ _WHERE = {
     "cold_start": "distiller",
     "SharedControl": "controls",
     "SharedLedger": "ledger",
-    "CallFilter": "store",
+    "CallFilter": "filters",
     "DistillationStore": "store",
     "Keeping": "keeping",
     "Recorder": "recorder",

@@ -15,10 +15,11 @@ from typing import Any, Self
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller
+from langchain_datashunt.distillation.filters import CallFilter
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.registry import ModelRegistry
-from langchain_datashunt.distillation.store import CallFilter, DistillationStore
+from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.exceptions import DataError, ShuntError
 
 logger = logging.getLogger(__name__)

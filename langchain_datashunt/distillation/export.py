@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from langchain_datashunt._extras import require
+from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
 from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.distillation.store import EVERYTHING, CallFilter, DistillationStore
+from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.exceptions import ConfigurationError
 
 DEFAULT_INSTRUCTION = "Sort the message into one of these labels and answer with the label only: {labels}"

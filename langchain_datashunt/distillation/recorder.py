@@ -100,7 +100,7 @@ class Recorder:
         sample_small: float = 0.1,
         durability: Literal["group", "record"] = "group",
         queue_size: int = 10_000,
-        group_size: int = 512,
+        group_size: int = 2048,
         max_wait_ms: float = 50.0,
         spool: str | Path | None = None,
         retry_seconds: float = 5.0,

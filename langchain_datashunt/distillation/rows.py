@@ -1,105 +1,100 @@
-"""Records as rows of the store and back: compressed text, half-precision probabilities, hashes. No SQL here."""
+"""Records as rows of the store and back: hashes, and what SQL is to count and filter by. No SQL here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import numpy as np
-
-from langchain_datashunt._extras import require
 from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, hash_input, hash_subject, id_bytes
 from langchain_datashunt.distillation.sealing import Seal, opened
-from langchain_datashunt.predictions import Reason, Route
+from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
+from langchain_datashunt.predictions import Route
 
 ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
-REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error", "local_only")
+_ROUTES = {route: i for i, route in enumerate(ROUTES)}
 KEPT = ("gold", "gold_source", "subject")
 """What a newer call without it does not overwrite."""
 
 OUTSIDE = -1
-"""Stands for a label that is not in the label set; its name is in the content."""
-
-_COMPRESSED, _PLAIN = b"z", b"p"
-_LENGTHS, _NOTHING = struct.Struct("<II"), 2**32 - 1
-_WRITTEN = struct.Struct("<I")
-"""The length of the small model's answer, which stands before all else where there is one: kinds "Z" and "P"."""
+"""Stands for a label that is not in the label set; its name is in the segment."""
 
 
 class Row(NamedTuple):
-    """The values of a row of `calls`, in the order of its columns; the row's number is the database's own."""
+    """The values of a row of `calls`, in the order of its columns."""
 
+    number: int
     key: bytes
     id: bytes
     context: int
     time: float
-    content: bytes
-    probabilities: bytes | None
     confidence: float | None
     score: float | None
     threshold: float | None
     route: int
-    reason: int
     small_label: int | None
     label: int | None
-    large_probabilities: bytes | None
-    large_confidence: float | None
     input_tokens: int | None
     output_tokens: int | None
     cost_usd: float | None
-    small_seconds: float
-    large_seconds: float
-    audit: bool
     gold: str | None
     gold_source: str | None
     subject: bytes | None
     count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed here
 
 
-def row_of(record: RoutedCall, context: int, seal: Seal | None = None) -> Row:
-    """A record as the values of a row; `context` is the id of what it shares with others."""
-    labels, p = _positions(record.labels), record.probabilities
-    highest = max(p) if p else None
-    written = record.small_answer is not None
-    strange = record.label is not None and (written or record.label not in labels)
-    small_label = None if p is None or highest is None else p.index(highest)
-    if written:  # equal to the label's column where both say the same, so that agreement can be asked for in SQL
-        highest, small_label = record.confidence, OUTSIDE if record.small_answer == record.label else 0
-    content = _packed(
-        record.input, record.raw_output, record.label if strange else None, record.small_answer
-    )  # fmt: skip
-    return Row(
-        keys_of(record.task, record.large_model, hash_input(record.input), seal)[0],
-        id_bytes(record.id),
-        context,
-        record.time,
-        content if seal is None else seal.seal(content),
-        _halves(p),
-        highest,
-        record.score,
-        record.threshold,
-        ROUTES.index(record.route),
-        REASONS.index(record.reason),
-        small_label,
-        None if record.label is None else OUTSIDE if written else labels.get(record.label, OUTSIDE),
-        _halves(record.large_probabilities),
-        record.large_confidence,
-        record.input_tokens,
-        record.output_tokens,
-        record.cost_usd,
-        record.small_seconds,
-        record.large_seconds,
-        record.audit,
-        record.gold,
-        record.gold_source,
-        None if record.subject is None else hash_subject(record.subject),
-        record.count,
+def number_of(segment: int, place: int) -> int:
+    """A row's number says where its content stands."""
+    return segment * MAX_RECORDS + place
+
+
+def segment_and_place(number: int) -> tuple[int, int]:
+    """Where the content of the row with this number stands."""
+    return divmod(number, MAX_RECORDS)
+
+
+def rows_of(
+    records: Sequence[RoutedCall], keys: Sequence[bytes], contexts: Sequence[int], segment: int
+) -> list[tuple[Any, ...]]:
+    """Records of one segment as values of `Row`; `contexts` are the ids of what each shares with others."""
+    distributions = [r.probabilities for r in records]
+    confidences = [max(p) if p else None for p in distributions]
+    columns = (
+        range(number_of(segment, 0), number_of(segment, len(records))),
+        keys,
+        [id_bytes(r.id) for r in records],
+        contexts,
+        [r.time for r in records],
+        confidences,
+        [r.score for r in records],
+        [r.threshold for r in records],
+        [_ROUTES[r.route] for r in records],
+        [p.index(best) if p else None for p, best in zip(distributions, confidences, strict=True)],
+        [None if r.label is None else _positions(r.labels).get(r.label, OUTSIDE) for r in records],
+        [r.input_tokens for r in records],
+        [r.output_tokens for r in records],
+        [r.cost_usd for r in records],
+        [r.gold for r in records],
+        [r.gold_source for r in records],
+        [None if r.subject is None else hash_subject(r.subject) for r in records],
+        [r.count for r in records],
+    )
+    rows: list[tuple[Any, ...]] = list(zip(*columns, strict=True))
+    for place, record in enumerate(records):
+        if record.small_answer is not None:
+            rows[place] = _of_written(Row._make(rows[place]), record)
+    return rows
+
+
+def _of_written(row: Row, record: RoutedCall) -> Row:
+    """The labels' columns are equal where both models wrote the same, so that agreement can be asked for in SQL."""
+    return row._replace(
+        confidence=record.confidence,
+        small_label=OUTSIDE if record.small_answer == record.label else 0,
+        label=None if record.label is None else OUTSIDE,
     )
 
 
@@ -108,9 +103,14 @@ def _positions(labels: tuple[str, ...]) -> dict[str, int]:
     return {label: i for i, label in enumerate(labels)}
 
 
+@lru_cache(maxsize=256)
+def _asked(task: str, large_model: str) -> bytes:
+    return b"\0".join((task.encode(), large_model.encode(), b""))
+
+
 def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
     """16 bytes that stand for (task, input, large model)."""
-    return hashlib.sha256(b"\0".join((task.encode(), large_model.encode(), input_hash))).digest()[:16]
+    return hashlib.sha256(_asked(task, large_model) + input_hash).digest()[:16]
 
 
 def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -> list[bytes]:
@@ -119,106 +119,94 @@ def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -
     return [plain] if seal is None else [*seal.hashes(plain), plain]
 
 
-def merged(rows: list[Row]) -> list[Row]:
-    """One row a key: PostgreSQL refuses to update a row twice in one statement."""
-    by_key: dict[bytes, Row] = {}
-    for row in rows:
-        if (older := by_key.get(row.key)) is not None:
-            kept = {name: getattr(older, name) for name in KEPT if getattr(row, name) is None}
-            row = row._replace(count=row.count + older.count, **kept)
-        by_key[row.key] = row
-    return list(by_key.values())
+def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], list[RoutedCall]]:
+    """One record a key, the newest with the counts of all: a statement must not update a row twice."""
+    if seal is None:
+        keys = [key_of(r.task, r.large_model, hash_input(r.input)) for r in records]
+    else:
+        keys = [keys_of(r.task, r.large_model, hash_input(r.input), seal)[0] for r in records]
+    if len(set(keys)) == len(keys):
+        return keys, list(records)
+    by_key: dict[bytes, RoutedCall] = {}
+    for key, record in zip(keys, records, strict=True):
+        if (older := by_key.get(key)) is not None:
+            kept = {name: getattr(older, name) for name in KEPT if getattr(record, name) is None}
+            record = record.model_copy(update={**kept, "count": record.count + older.count})
+        by_key[key] = record
+    return list(by_key), list(by_key.values())
 
 
-_local = threading.local()
-"""A compressor for each thread: they must not be shared, and making one costs more than using it."""
+class Segments:
+    """Segments that were read, by their numbers; unpacks each once."""
 
+    def __init__(self, seal: Seal | None) -> None:
+        self._seal = seal
+        self._packed: dict[int, bytes] = {}
+        self._open: dict[int, Segment] = {}
 
-def _packed(text: str, raw: str | None, strange: str | None, written: str | None) -> bytes:
-    """Input, raw answer, a label outside the label set and what the small model wrote as one compressed value."""
-    parts = [b"" if part is None else part.encode(errors="surrogatepass") for part in (text, raw, strange)]
-    body = _LENGTHS.pack(len(parts[0]), _NOTHING if raw is None else len(parts[1])) + b"".join(parts)
-    plain, squeezed = _PLAIN, _COMPRESSED
-    if written is not None:
-        first = written.encode(errors="surrogatepass")
-        body, plain, squeezed = _WRITTEN.pack(len(first)) + first + body, plain.upper(), squeezed.upper()
-    if len(body) < 64:
-        return plain + body
-    if (compressor := getattr(_local, "compressor", None)) is None:
-        compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
-    compressed: bytes = compressor.compress(body)
-    return squeezed + compressed
+    def put(self, number: int, content: bytes) -> None:
+        """Keep what was read until it is asked for."""
+        self._packed[number] = bytes(content)
 
+    def hand_over(self, number: int, other: Segments) -> bool:
+        """Give a segment that was read to others, unpacked as it is; False where it is not here."""
+        if number not in self._open:
+            return False
+        other._open[number] = self._open[number]
+        return True
 
-def _unpacked(data: bytes) -> tuple[str, str | None, str, str | None]:
-    kind, body, written = data[:1], data[1:], None
-    if kind.lower() == _COMPRESSED:
-        if (decompressor := getattr(_local, "decompressor", None)) is None:
-            decompressor = _local.decompressor = require("zstandard", "store").ZstdDecompressor()
-        body = decompressor.decompress(body)
-    if kind.isupper():
-        (length,) = _WRITTEN.unpack_from(body)
-        end = _WRITTEN.size + length
-        if end > len(body):
-            raise ValueError("its text is shorter than it says")
-        written, body = body[_WRITTEN.size : end].decode(errors="surrogatepass"), body[end:]
-    first, second = _LENGTHS.unpack_from(body)
-    if _LENGTHS.size + first + (0 if second == _NOTHING else second) > len(body):
-        raise ValueError("its text is shorter than it says")
-    edges = (_LENGTHS.size, _LENGTHS.size + first, _LENGTHS.size + first + (0 if second == _NOTHING else second))
-    text, raw, strange = (
-        body[a:b].decode(errors="surrogatepass") for a, b in zip(edges, (*edges[1:], len(body)), strict=True)
-    )
-    return text, None if second == _NOTHING else raw, strange, written
+    def segment(self, number: int) -> Segment:
+        """A segment.
 
+        Raises:
+            ValueError: It is not there, or damaged.
+            StoreError: It is encrypted, and the key is not given.
+        """
+        if (found := self._open.get(number)) is None:
+            if number not in self._packed:
+                raise ValueError(f"its segment {number} is not there")
+            found = self._open[number] = Segment.unpack(opened(self._packed.pop(number), self._seal))
+        return found
 
-def _halves(values: Sequence[float] | None) -> bytes | None:
-    return None if values is None else np.asarray(values, dtype=np.float16).tobytes()
+    def record(self, row: Any) -> RoutedCall:
+        """The record of a row with its context's columns.
 
+        Raises:
+            ValueError: Its segment is not there, damaged, or says nothing of it.
+            StoreError: It is encrypted, and the key is not given.
+        """
+        segment, place = segment_and_place(row["number"])
+        said = self.segment(segment)[place]
+        labels = label_set(row["labels"])
+        label = None if row["label"] is None else labels[row["label"]] if row["label"] >= 0 else said.strange_label
+        same = (
+            "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens",
+            "output_tokens", "cost_usd", "gold", "gold_source", "count",
+        )  # fmt: skip
+        told = {name: value for name, value in said._asdict().items() if name != "strange_label"}
+        return RoutedCall(
+            **{name: row[name] for name in same},
+            **told,
+            id=str(UUID(bytes=bytes(row["id"]))),
+            labels=labels,
+            route=ROUTES[row["route"]],
+            label=label,
+            subject=None if row["subject"] is None else SUBJECT_HASH + bytes(row["subject"]).hex(),
+        )
 
-def _wholes(data: bytes | None) -> tuple[float, ...] | None:
-    """A distribution again: half-precision numbers no longer sum to 1, so they are scaled."""
-    if data is None:
+    def complaint(self, row: Any) -> str | None:
+        """What is wrong with a stored row; None where it reads back and its hashes fit."""
+        name = str(UUID(bytes=bytes(row["id"])))
+        try:
+            record = self.record(row)
+        except Exception as error:
+            return f"Call {name} cannot be read: {type(error).__name__}: {error}"
+        if bytes(row["key"]) not in keys_of(record.task, record.large_model, hash_input(record.input), self._seal):
+            return f"Call {name} does not fit its hash: its input or its task was changed."
         return None
-    p = np.frombuffer(data, dtype=np.float16).astype(np.float64)
-    total = p.sum()
-    return tuple((p / total if total > 0 else p).tolist())
 
 
-def record_of(row: Any, seal: Seal | None = None) -> RoutedCall:
-    """The record of a row with its context's columns."""
-    text, raw, strange, written = _unpacked(opened(bytes(row["content"]), seal))
-    labels = tuple(json.loads(row["labels"]))
-    label = None if row["label"] is None else strange if row["label"] == OUTSIDE else labels[row["label"]]
-    same = (
-        "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens", "output_tokens",
-        "cost_usd", "small_seconds", "large_seconds", "gold", "gold_source", "count",
-    )  # fmt: skip
-    return RoutedCall(
-        **{name: row[name] for name in same},
-        id=str(UUID(bytes=bytes(row["id"]))),
-        input=text,
-        small_answer=written,
-        labels=labels,
-        probabilities=_wholes(row["probabilities"]),
-        route=ROUTES[row["route"]],
-        reason=REASONS[row["reason"]],
-        raw_output=raw,
-        label=label,
-        large_probabilities=_wholes(row["large_probabilities"]),
-        large_confidence=row["large_confidence"],
-        audit=bool(row["audit"]),
-        subject=None if row["subject"] is None else SUBJECT_HASH + bytes(row["subject"]).hex(),
-    )
-
-
-def complaint(row: Any, seal: Seal | None = None) -> str | None:
-    """What is wrong with a stored row; None where it reads back and its hashes fit."""
-    name = str(UUID(bytes=bytes(row["id"])))
-    try:
-        record = record_of(row, seal)
-    except Exception as error:
-        return f"Call {name} cannot be read: {type(error).__name__}: {error}"
-    if bytes(row["key"]) not in keys_of(record.task, record.large_model, hash_input(record.input), seal):
-        return f"Call {name} does not fit its hash: its input or its task was changed."
-    return None
+@lru_cache(maxsize=64)
+def label_set(written: str) -> tuple[str, ...]:
+    """The label set of a context."""
+    return tuple(json.loads(written))

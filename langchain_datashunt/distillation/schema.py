@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from sqlalchemy import (
     BigInteger,
-    Boolean,
     Column,
     Connection,
     Float,
@@ -40,31 +39,32 @@ contexts = Table(
 )
 """What many calls share, stored once: task, models, policy, and the label set as JSON."""
 
+segments = Table(
+    "datashunt_segments",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("content", LargeBinary, nullable=False),
+    sqlite_autoincrement=True,
+)
+"""What the records of one group say: texts and distributions, compressed together. Numbers are never used again."""
+
 calls = Table(
     "datashunt_calls",
     metadata,
-    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
     Column("key", LargeBinary(16), nullable=False, unique=True),
     Column("id", LargeBinary(16), nullable=False, unique=True),
     Column("context", Integer, nullable=False),
     Column("time", Float(53), nullable=False),
-    Column("content", LargeBinary, nullable=False),
-    Column("probabilities", LargeBinary),
     Column("confidence", Float(24)),
     Column("score", Float(53)),
     Column("threshold", Float(53)),
     Column("route", SmallInteger, nullable=False),
-    Column("reason", SmallInteger, nullable=False),
     Column("small_label", Integer),
     Column("label", Integer),
-    Column("large_probabilities", LargeBinary),
-    Column("large_confidence", Float(24)),
     Column("input_tokens", Integer),
     Column("output_tokens", Integer),
     Column("cost_usd", Float(53)),
-    Column("small_seconds", Float(24), nullable=False),
-    Column("large_seconds", Float(24), nullable=False),
-    Column("audit", Boolean, nullable=False),
     Column("gold", String),
     Column("gold_source", String),
     Column("subject", LargeBinary(16)),
@@ -72,10 +72,9 @@ calls = Table(
 )
 """One row for each (task, input, large model): the newest call, and how many there were.
 
-Rows lie in the order in which they came, so that a million of them are written at the end of the table; the keys,
-which are hashes, are in an index."""
+A row's number is its segment's number and its place in the segment (`rows.number_of`), so that rows lie in the order in
+which they came, and a segment's rows are found without an index. The keys, which are hashes, are in one."""
 
-by_time = Index("datashunt_calls_time", calls.c.time)
 by_subject = Index("datashunt_calls_subject", calls.c.subject, sqlite_where=calls.c.subject.isnot(None))
 
 replaced = Table(
@@ -83,8 +82,12 @@ replaced = Table(
     metadata,
     Column("id", LargeBinary(16), primary_key=True),
     Column("key", LargeBinary(16), nullable=False),
+    Column("number", BigInteger),
 )
-"""Ids of calls that a newer one with the same input replaced, so that feedback on them still finds its row."""
+"""Ids of calls that a newer one with the same input replaced, so that feedback on them still finds its row; and the
+number that they had, until what they said is erased from their segment."""
+
+left_over = Index("datashunt_replaced_number", replaced.c.number, sqlite_where=replaced.c.number.isnot(None))
 
 controls = Table(
     "datashunt_controls",
@@ -112,19 +115,23 @@ disclosures = Table(
 versions = Table("datashunt_schema", metadata, Column("version", Integer, primary_key=True))
 
 
-def _first_tables(connection: Connection) -> None:
-    for table in (contexts, calls):
+FIRST = 5
+"""The first version of the tables that was published."""
+
+
+def _calls(connection: Connection) -> None:
+    for table in (contexts, segments, calls):
         table.create(connection)
 
 
 def _replaced_ids(connection: Connection) -> None:
     replaced.create(connection)
+    values = "(id, key, number) VALUES (OLD.id, OLD.key, OLD.number)"
     if connection.dialect.name == "postgresql":
         connection.execute(
             text(
                 "CREATE FUNCTION datashunt_note_replaced() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-                "INSERT INTO datashunt_replaced (id, key) VALUES (OLD.id, OLD.key) ON CONFLICT (id) DO NOTHING; "
-                "RETURN NULL; END $$"
+                f"INSERT INTO datashunt_replaced {values} ON CONFLICT (id) DO NOTHING; RETURN NULL; END $$"
             )
         )
         connection.execute(
@@ -137,8 +144,7 @@ def _replaced_ids(connection: Connection) -> None:
         connection.execute(
             text(
                 "CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls "
-                "WHEN OLD.id IS NOT NEW.id BEGIN "
-                "INSERT OR IGNORE INTO datashunt_replaced (id, key) VALUES (OLD.id, OLD.key); END"
+                f"WHEN OLD.id IS NOT NEW.id BEGIN INSERT OR IGNORE INTO datashunt_replaced {values}; END"
             )
         )
 
@@ -151,27 +157,33 @@ def _disclosures(connection: Connection) -> None:
     disclosures.create(connection)
 
 
-STEPS: tuple[Callable[[Connection], None], ...] = (_first_tables, _replaced_ids, _controls, _disclosures)
-"""Step i brings version i to version i + 1. Never change one that was released; add another."""
+STEPS: tuple[Callable[[Connection], None], ...] = (_calls, _replaced_ids, _controls, _disclosures)
+"""Step i brings version FIRST + i - 1 to version FIRST + i. Never change one that was released; add another."""
 
 
 def migrate(connection: Connection) -> int:
     """Bring the database up to this code's version, inside the connection's transaction; returns that version.
 
     Raises:
-        StoreError: The database was written by newer code.
+        StoreError: The database was written by newer code, or before the first published version.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(7229150463)"))
     if not inspect(connection).has_table(versions.name):
         versions.create(connection)
-    current = len(connection.execute(select(versions.c.version)).all())
-    if current > len(STEPS):
+    done, latest = set(connection.execute(select(versions.c.version)).scalars()), FIRST + len(STEPS) - 1
+    if done and max(done) > latest:
         raise StoreError(
-            f"The store has schema version {current} and this code knows up to {len(STEPS)}. "
+            f"The store has schema version {max(done)} and this code knows up to {latest}. "
             f"Upgrade: pip install -U langchain-datashunt."
         )
-    for version, step in enumerate(STEPS[current:], start=current + 1):
-        step(connection)
-        connection.execute(versions.insert().values(version=version))
-    return len(STEPS)
+    if done and min(done) < FIRST:
+        raise StoreError(
+            f"The store has schema version {max(done)}, from before the first release, which this code does not read. "
+            f"Export it with the code that wrote it (datashunt store export), and begin a new one."
+        )
+    for version, step in enumerate(STEPS, start=FIRST):
+        if version not in done:
+            step(connection)
+            connection.execute(versions.insert().values(version=version))
+    return latest

@@ -7,24 +7,34 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from langchain_datashunt.distillation.record import RoutedCall, hash_subject, id_bytes
-from langchain_datashunt.distillation.rows import KEPT, ROUTES, Row, complaint, keys_of, merged, record_of, row_of
+from langchain_datashunt.distillation.rows import (
+    KEPT,
+    ROUTES,
+    Row,
+    Segments,
+    keys_of,
+    merged,
+    rows_of,
+    segment_and_place,
+)
 from langchain_datashunt.distillation.sealing import Seal
+from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.exceptions import MissingExtraError, StoreError
-from langchain_datashunt.predictions import Route
 
 try:
     from sqlalchemy import (
         ColumnElement,
         Connection,
         Engine,
+        RowMapping,
         and_,
         create_engine,
         delete,
@@ -39,63 +49,40 @@ try:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
+    from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
     from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
+    from langchain_datashunt.distillation.segment_table import (
+        drop_empty,
+        erase,
+        left_over,
+        read_segments,
+        wasteful,
+        write_segment,
+    )
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
 
-@dataclass(frozen=True)
-class CallFilter:
-    """Which records are meant; what is None does not count.
-
-    Attributes:
-        task: Of this task.
-        since: Not before this time, seconds since 1970 UTC.
-        until: Before this time.
-        route: Answered by this side.
-        min_confidence: The small model's highest probability is at least this.
-        max_confidence: And at most this.
-        agrees: Both models say the same, or not.
-        labelled: A true label is known, or not.
-        asked: The large model was asked, or not.
-    """
-
-    task: str | None = None
-    since: float | None = None
-    until: float | None = None
-    route: Route | None = None
-    min_confidence: float | None = None
-    max_confidence: float | None = None
-    agrees: bool | None = None
-    labelled: bool | None = None
-    asked: bool | None = None
-
-    def where(self) -> ColumnElement[bool]:
-        """As an SQL condition over calls joined with contexts."""
-        c, large = calls.c, contexts.c.large_model
-        said_both = and_(c.small_label.isnot(None), c.label.isnot(None))
-        tests: dict[str, Callable[[Any], ColumnElement[bool]]] = {
-            "task": lambda task: contexts.c.task == task,
-            "since": lambda moment: c.time >= moment,
-            "until": lambda moment: c.time < moment,
-            "route": lambda route: c.route == ROUTES.index(route),
-            "min_confidence": lambda p: c.confidence >= p,
-            "max_confidence": lambda p: c.confidence <= p,
-            "agrees": lambda yes: and_(said_both, (c.small_label == c.label) if yes else (c.small_label != c.label)),
-            "labelled": lambda yes: c.gold.isnot(None) if yes else c.gold.is_(None),
-            "asked": lambda yes: (large != "") if yes else (large == ""),
-        }
-        given = {name: getattr(self, name) for name in tests}
-        return and_(
-            c.context == contexts.c.id, *(tests[name](value) for name, value in given.items() if value is not None)
-        )
+PRAGMAS = (
+    "journal_mode=WAL",
+    "busy_timeout=30000",
+    "cache_size=-65536",
+    "wal_autocheckpoint=16384",
+    "secure_delete=ON",
+)
+"""Of every SQLite connection. What is deleted is overwritten. Keys are hashes, so each record dirties a random page of
+their index: a cache of 64 MiB holds the index of a million records, and a log of 64 MiB lets many changes of one page
+be written at once."""
 
 
-EVERYTHING = CallFilter()
+_SHARED_NAMES = ("task", "small_model", "large_model", "policy", "labels")
+_SHARED_FIELDS = attrgetter(*_SHARED_NAMES)
 
-PRAGMAS = ("journal_mode=WAL", "busy_timeout=30000", "cache_size=-65536", "wal_autocheckpoint=16384")
-"""Of every SQLite connection. Keys are hashes, so each record dirties a random page of their index: a cache of 64 MiB
-holds the index of a million records, and a log of 64 MiB lets many changes of one page be written at once."""
+_JOINED = calls.c.context == contexts.c.id
+_ROWS = select(calls, *(contexts.c[name] for name in _SHARED_NAMES))
+
+TIDY_EVERY = 65_536
+"""After so many records it is looked whether much of what is stored has been replaced."""
 
 
 class DistillationStore:
@@ -133,6 +120,7 @@ class DistillationStore:
         self.seal = key if isinstance(key, Seal) else Seal.of(key)
         self.durability = durability
         self._contexts: dict[tuple[Any, ...], int] = {}
+        self._appended = 0
         self._lock = threading.Lock()
         self._engine = self._open()
         self._upsert = self._upsert_statement()
@@ -176,11 +164,22 @@ class DistillationStore:
             return
         try:
             with self._engine.begin() as connection:
-                rows = merged([row_of(record, self._context(connection, record), self.seal) for record in records])
-                connection.exec_driver_sql(self._upsert, [tuple(row) for row in rows])
+                for start in range(0, len(records), MAX_RECORDS):
+                    self._append(connection, records[start : start + MAX_RECORDS])
         except SQLAlchemyError as error:
             self._contexts.clear()
             raise _in_words(self, error) from error
+
+    def _append(self, connection: Connection, records: Sequence[RoutedCall]) -> None:
+        keys, newest = merged(records, self.seal)
+        shared = self._shared(connection, newest)
+        number = write_segment(connection, Segment.of(newest), self.seal)
+        connection.exec_driver_sql(self._upsert, rows_of(newest, keys, shared, number))
+        self._appended += len(newest)
+        if self._appended >= TIDY_EVERY:
+            self._appended = 0
+            if wasteful(connection):
+                erase(connection, left_over(connection), self.seal)
 
     def _upsert_statement(self) -> str:
         """Insert, or replace an older row of the same key, adding the counts and keeping what only the old one knew.
@@ -197,9 +196,7 @@ class DistillationStore:
 
             statement = postgres_insert(calls)
         new = statement.excluded
-        newest = {
-            column.name: new[column.name] for column in calls.c if column.name not in ("number", "key", "count", *KEPT)
-        }
+        newest = {column.name: new[column.name] for column in calls.c if column.name not in ("key", "count", *KEPT)}
         kept = {name: func.coalesce(new[name], calls.c[name]) for name in KEPT}
         upsert = statement.on_conflict_do_update(
             index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
@@ -210,19 +207,19 @@ class DistillationStore:
         assert tuple(compiled.positiontup or ()) == Row._fields
         return str(compiled)
 
-    def _context(self, connection: Connection, record: RoutedCall) -> int:
-        """The row of what this call shares with others; made where it is new."""
-        cached = (record.task, record.small_model, record.large_model, record.policy, record.labels)
+    def _shared(self, connection: Connection, records: Sequence[RoutedCall]) -> list[int]:
+        """For each record the row of what it shares with others; made where it is new."""
+        shared = [_SHARED_FIELDS(record) for record in records]
         with self._lock:
-            if (known := self._contexts.get(cached)) is not None:
-                return known
-        shared = {
-            "task": record.task,
-            "small_model": record.small_model,
-            "large_model": record.large_model,
-            "policy": record.policy,
-            "labels": json.dumps(record.labels, ensure_ascii=False),
-        }
+            known = dict(self._contexts)
+        for new in set(shared) - known.keys():
+            known[new] = self._context(connection, dict(zip(_SHARED_NAMES, new, strict=True)))
+        with self._lock:
+            self._contexts.update(known)
+        return [known[each] for each in shared]
+
+    def _context(self, connection: Connection, shared: dict[str, Any]) -> int:
+        shared["labels"] = json.dumps(shared["labels"], ensure_ascii=False)
         digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
         find = select(contexts.c.id).where(contexts.c.digest == digest)
         found = connection.execute(find).scalar()
@@ -234,8 +231,6 @@ class DistillationStore:
             else:
                 connection.execute(insert(contexts).values(digest=digest, **shared))
             found = connection.execute(find).scalar_one()
-        with self._lock:
-            self._contexts[cached] = int(found)
         return int(found)
 
     def label(self, record_id: str, label: str, source: str = "user") -> None:
@@ -261,30 +256,53 @@ class DistillationStore:
     # Reading
 
     def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[RoutedCall]]:
-        """The records in batches, in constant memory, in the order in which their inputs were first seen.
+        """The records in batches, in constant memory, in the order in which they were last written.
 
         Records written meanwhile may or may not be among them.
+
+        Raises:
+            StoreError: What a record says cannot be read: it is damaged, or encrypted with another key.
         """
-        after = 0
+        after, known = -1, Segments(self.seal)
         while True:
-            statement = select(calls, contexts.c.task, contexts.c.small_model, contexts.c.large_model)
-            statement = statement.add_columns(contexts.c.policy, contexts.c.labels).where(which.where())
-            statement = statement.where(calls.c.number > after)
-            with self._engine.connect() as connection:
-                rows = connection.execute(statement.order_by(calls.c.number).limit(batch_size)).all()
+            rows, known = self._page(which.where(), after, batch_size, known)
             if not rows:
                 return
-            yield [record_of(row._mapping, self.seal) for row in rows]
-            after = rows[-1].number
+            yield [self._read(known, row) for row in rows]
+            after = rows[-1]["number"]
+
+    def _reading(self) -> AbstractContextManager[Connection]:
+        """A connection that sees rows and segments as of one moment."""
+        if self.url.get_backend_name() == "postgresql":
+            return self._engine.execution_options(isolation_level="REPEATABLE READ").connect()
+        return self._engine.connect()
+
+    def _page(
+        self, where: ColumnElement[bool], after: int, size: int, before: Segments
+    ) -> tuple[list[RowMapping], Segments]:
+        """The next rows after a number, and the segments that they need; the last one read may serve once more."""
+        statement = _ROWS.where(where, calls.c.number > after).order_by(calls.c.number).limit(size)
+        known = Segments(self.seal)
+        with self._reading() as connection:
+            rows = list(connection.execute(statement).mappings())
+            numbers = sorted({segment_and_place(row["number"])[0] for row in rows})
+            if numbers and before.hand_over(numbers[0], known):
+                numbers = numbers[1:]
+            read_segments(connection, numbers, known)
+        return rows, known
+
+    def _read(self, known: Segments, row: Any) -> RoutedCall:
+        try:
+            return known.record(row)
+        except ValueError as error:
+            raise StoreError(
+                f"A record in {self!r} cannot be read: {error}. `datashunt store verify` tells which are damaged."
+            ) from error
 
     def get(self, record_id: str) -> RoutedCall | None:
         """One record by the id of its newest call."""
-        statement = select(calls, contexts).where(calls.c.context == contexts.c.id, calls.c.id == id_bytes(record_id))
-        with self._engine.connect() as connection:
-            row = connection.execute(
-                statement.with_only_columns(*calls.c, *(c for c in contexts.c if c.name not in ("id", "digest")))
-            ).first()
-        return None if row is None else record_of(row._mapping, self.seal)
+        rows, known = self._page(and_(_JOINED, calls.c.id == id_bytes(record_id)), -1, 1, Segments(self.seal))
+        return self._read(known, rows[0]) if rows else None
 
     def count(self, which: CallFilter = EVERYTHING) -> int:
         """How many records there are."""
@@ -336,17 +354,13 @@ class DistillationStore:
             known = set(connection.execute(select(contexts.c.id)).scalars())
             used = set(connection.execute(select(calls.c.context).distinct()).scalars())
         problems += [f"Calls refer to context {missing}, which is not there." for missing in sorted(used - known)]
-        after = 0
+        after, said = -1, Segments(self.seal)
         while not used - known:
-            with self._engine.connect() as connection:
-                statement = select(calls, contexts.c.task, contexts.c.small_model, contexts.c.large_model)
-                statement = statement.add_columns(contexts.c.policy, contexts.c.labels)
-                statement = statement.where(calls.c.context == contexts.c.id, calls.c.number > after)
-                rows = connection.execute(statement.order_by(calls.c.number).limit(1000)).all()
+            rows, said = self._page(_JOINED, after, 1000, said)
             if not rows:
                 break
-            problems += [words for row in rows if (words := complaint(row._mapping, self.seal))]
-            after = rows[-1].number
+            problems += [words for row in rows if (words := said.complaint(row))]
+            after = rows[-1]["number"]
         return problems
 
     # Removing
@@ -386,19 +400,37 @@ class DistillationStore:
                 gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
         return gone
 
-    def move_to(self, other: DistillationStore, *, batch_size: int = 512) -> int:
+    def move_to(self, other: DistillationStore, *, batch_size: int = 2048) -> int:
         """Move all records into another store, batch by batch, each deleted here only when it is safe there."""
         moved = 0
         for batch in self.iterate(batch_size=batch_size):
             other.append(batch)
-            self._delete(calls.c.id.in_([id_bytes(record.id) for record in batch]))
+            with self._engine.begin() as connection:
+                some = [id_bytes(record.id) for record in batch]
+                for start in range(0, len(some), 500):
+                    self._drop(connection, calls.c.id.in_(some[start : start + 500]))
             moved += len(batch)
+        with self._engine.begin() as connection:
+            drop_empty(connection)
         return moved
 
     def _delete(self, where: ColumnElement[bool]) -> int:
+        """Delete rows, and erase from the segments what they said with all that was replaced."""
         with self._engine.begin() as connection:
-            connection.execute(delete(replaced).where(replaced.c.key.in_(select(calls.c.key).where(where))))
-            return int(connection.execute(delete(calls).where(where)).rowcount)
+            touched = set(connection.execute(select(calls.c.number // MAX_RECORDS).where(where).distinct()).scalars())
+            if touched:
+                touched |= left_over(connection)
+            gone = self._drop(connection, where)
+            erase(connection, touched, self.seal)
+        if gone and self.url.get_backend_name() == "sqlite":
+            with closing(self._engine.raw_connection()) as raw:  # else it stands in the write-ahead log for some time
+                raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return gone
+
+    @staticmethod
+    def _drop(connection: Connection, where: ColumnElement[bool]) -> int:
+        connection.execute(delete(replaced).where(replaced.c.key.in_(select(calls.c.key).where(where))))
+        return int(connection.execute(delete(calls).where(where)).rowcount)
 
     # Life
 

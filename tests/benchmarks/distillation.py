@@ -177,6 +177,7 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
     s1 = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
     rng, found = np.random.default_rng(seed), []
     rows = rng.permutation(len(task.test))[: len(task.test) // 2].tolist()
+    in_service: dict[str, SmallModel] = {"S1": s1}
     for share in FLIPPED:
         answers = [str(rng.choice(s1.labels)) if rng.random() < share else task.test.large[i] for i in rows]
         records = records_of(s1, [task.test.texts[i] for i in rows], answers)
@@ -185,10 +186,14 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
             "our 2CD": ours.distill(s1, records, labelled=(texts, labels)).model,
             "plain fine-tuning": plain_fine_tuning(s1, records),
         }
-        for name, candidate in candidates.items():
-            verdict = PromotionGate().test(s1, candidate, task.dev.texts, task.dev.labels)
-            gain = verdict.new_accuracy - verdict.old_accuracy
-            found.append({"candidate": name, "flipped": share, "gain": gain, "promoted": verdict.passed})
+        for old_name, old in in_service.items():
+            for name, candidate in candidates.items():
+                verdict = PromotionGate().test(old, candidate, task.dev.texts, task.dev.labels)
+                gain = verdict.new_accuracy - verdict.old_accuracy
+                same = {"candidate": name, "flipped": share, "in_service": old_name}
+                found.append({**same, "gain": gain, "promoted": verdict.passed})
+        if share == 0.0:
+            in_service["S2"] = candidates["our 2CD"]
     return found
 
 
@@ -198,6 +203,7 @@ def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         {
             "candidate": same[0]["candidate"],
             "flipped": same[0]["flipped"],
+            "in_service": same[0]["in_service"],
             "gain": float(np.mean([run["gain"] for run in same])),
             "promoted": sum(run["promoted"] for run in same),
             "seeds": len(same),
@@ -218,10 +224,10 @@ def table(result: dict[str, Any]) -> str:
             f"{100 * row['shunt_accuracy']:.1f}% | "
             f"{100 * row['forgetting'][0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
         )
-    lines += ["", "| candidate | answers replaced | less S1 (points) | promoted |", "|---|---|---|---|"]
+    lines += ["", "| candidate | answers replaced | in service | gain (points) | promoted |", "|---|---|---|---|---|"]
     for row in result["gate"]:
         lines.append(
-            f"| {row['candidate']} | {100 * row['flipped']:.0f}% | {100 * row['gain']:+.1f} | "
+            f"| {row['candidate']} | {100 * row['flipped']:.0f}% | {row['in_service']} | {100 * row['gain']:+.1f} | "
             f"{row['promoted']} of {row['seeds']} |"
         )
     return "\n".join(lines)

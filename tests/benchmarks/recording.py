@@ -3,8 +3,8 @@
     python -m tests.benchmarks.recording [--records N] [--large N] [--json F]
 
 Records have a 400-character input, a 200-character answer and 20 probabilities, all different; SQLite with
-synchronous=FULL, groups of 512. With --large a store of so many records is written, and a fresh process reads its
-statistics and exports it: its resident memory before, and at its highest.
+synchronous=FULL, groups of 2,048, as the recorder makes them. With --large a store of so many records is written, and a
+fresh process reads its statistics and exports it: its resident memory before, and at its highest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from langchain_datashunt.distillation import DistillationStore, Recorder, Routed
 from langchain_datashunt.distillation.export import export
 
 LABELS = tuple(f"label_{i}" for i in range(20))
-GROUP = 512
+GROUP = 2048
 ROUNDS = 5
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import sqlite3
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -33,7 +32,8 @@ from langchain_datashunt.distillation import (
     RoutedCall,
 )
 from langchain_datashunt.distillation.record import hash_input, label_distribution
-from langchain_datashunt.distillation.schema import STEPS
+from langchain_datashunt.distillation.schema import FIRST, STEPS
+from langchain_datashunt.distillation.segments import Segment
 from langchain_datashunt.distillation.watching import stated_confidence
 from langchain_datashunt.exceptions import ConfigurationError, DataError, StoreError
 from tests.support.faulty_server import FaultyServer
@@ -205,6 +205,66 @@ def test_a_person_can_be_forgotten(store: DistillationStore) -> None:
         store.delete()
 
 
+def test_nothing_of_what_was_deleted_stays_in_the_file(tmp_path: Path) -> None:
+    """Short records are not compressed, so that their text could be seen."""
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append(
+            [call(1, input="jane one", raw_output="first", subject="jane"), call(2, input="joe", subject="joe")]
+        )
+        store.append([call(1, input="JANE ONE", raw_output="again", subject="joe"), call(3, input="jane two")])
+        with sqlite3.connect(tmp_path / "calls.db") as plain:
+            contents = [bytes(row[0]) for row in plain.execute("SELECT content FROM datashunt_segments")]
+        assert "first" in str(Segment.unpack(contents[0]).raw_outputs), "replaced, and still there"
+        before = {record.input: record for record in everything(store)}
+        assert store.delete(input_hash=hash_input("jane two").hex()) == 1
+        with sqlite3.connect(tmp_path / "calls.db") as plain:
+            left = [Segment.unpack(row[0]) for row in plain.execute("SELECT content FROM datashunt_segments")]
+        assert [[text for text in segment.inputs if text] for segment in left] == [["joe"], ["JANE ONE"]]
+        del before["jane two"]
+        assert {record.input: record for record in everything(store)} == before
+        store.append([call(5, input="unique-word", raw_output=None, labels=(), probabilities=None, label=None)])
+        assert b"unique-word" in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+        assert store.delete(input_hash=hash_input("unique-word").hex()) == 1
+        assert b"unique-word" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+        assert store.verify() == []
+
+
+def test_what_was_replaced_is_erased_when_it_is_more_than_what_is_there(
+    store: DistillationStore, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("langchain_datashunt.distillation.store.TIDY_EVERY", 20)
+    first = [call(i, raw_output="x" * 50) for i in range(5)]
+    store.append(first)
+    for _ in range(7):
+        store.append([call(i, raw_output="x" * 50) for i in range(4)])
+    with store.connection() as connection:
+        numbers = connection.execute(text("SELECT number FROM datashunt_segments ORDER BY number")).scalars().all()
+    assert numbers == [1, 5, 6, 7, 8], "groups of which nothing is left are gone"
+    assert (store.count(), store.stats()["calls"]) == (5, 33)
+    assert store.verify() == []
+    store.label(first[0].id, "status")
+    assert [record.gold for record in everything(store)] == ["status", None, None, None, None]
+
+
+def test_people_can_be_forgotten_at_once(store: DistillationStore, url: str) -> None:
+    """Each deletion rewrites the group that all of them stand in."""
+    store.append([call(i, subject=f"person {i}") for i in range(40)])
+
+    def forget(who: int) -> None:
+        with DistillationStore(url) as mine:
+            assert mine.delete(subject=f"person {who}") == 1
+
+    threads = [threading.Thread(target=forget, args=(who,)) for who in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.input for record in everything(store)] == [f"question {i}" for i in range(8, 40)]
+    with store.connection() as connection:
+        (content,) = connection.execute(text("SELECT content FROM datashunt_segments")).scalars()
+    assert [text is None for text in Segment.unpack(bytes(content)).inputs] == [i < 8 for i in range(40)]
+
+
 def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
     store.append([call(i, time=time.time() - (9 - i) * 100) for i in range(10)])
     assert store.prune(max_age_seconds=550) == 4
@@ -214,14 +274,14 @@ def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
 
 
 def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> None:
-    store.append([call(i) for i in range(5)])
+    for i in range(5):
+        store.append([call(i)])
     assert store.verify() == []
     with store._engine.begin() as connection:
-        connection.execute(text("UPDATE datashunt_calls SET content = :c WHERE time = 1001"), {"c": b"pnonsense"})
-        connection.execute(
-            text("UPDATE datashunt_calls SET content = :c WHERE time = 1002"),
-            {"c": b"p" + struct.pack("<II", 1, 2**32 - 1) + b"x"},
-        )
+        other = Segment.of([call(4)]).pack()
+        for number, content in ((1, b"pnonsense"), (2, other)):
+            statement = text("UPDATE datashunt_segments SET content = :c WHERE number = :n")
+            connection.execute(statement, {"c": content, "n": number})
     problems = store.verify()
     assert len(problems) == 2
     assert any("cannot be read" in p for p in problems)
@@ -236,8 +296,16 @@ def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str)
         pass
     with store._engine.begin() as connection:
         connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
-    with pytest.raises(StoreError, match=f"schema version {len(STEPS) + 1}"):
+    with pytest.raises(StoreError, match=f"schema version 99 and this code knows up to {FIRST + len(STEPS) - 1}"):
         DistillationStore(url)
+
+
+def test_a_database_from_before_the_first_release_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "old.db") as plain:
+        plain.execute("CREATE TABLE datashunt_schema (version INTEGER PRIMARY KEY)")
+        plain.execute("INSERT INTO datashunt_schema VALUES (4)")
+    with pytest.raises(StoreError, match=r"version 4, from before the first release.*Export it"):
+        DistillationStore(tmp_path / "old.db")
 
 
 def _append_many(url: str, start: int) -> None:

@@ -153,9 +153,9 @@ def test_a_changed_record_is_found(tmp_path: Path) -> None:
     with DistillationStore(tmp_path / "calls.db", key=key) as store:
         store.append([call(1)])
     with sqlite3.connect(tmp_path / "calls.db") as connection:
-        (content,) = connection.execute("SELECT content FROM datashunt_calls").fetchone()
+        (content,) = connection.execute("SELECT content FROM datashunt_segments").fetchone()
         changed = content[:-1] + bytes([content[-1] ^ 1])
-        connection.execute("UPDATE datashunt_calls SET content = ?", (changed,))
+        connection.execute("UPDATE datashunt_segments SET content = ?", (changed,))
     with DistillationStore(tmp_path / "calls.db", key=key) as store:
         assert "changed" in store.verify()[0]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from langchain_datashunt import Subtask, TextCNN, TrainingSettings, load_small_model
 from langchain_datashunt.data.reading import labelled_texts, read_rows
 from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.distillation.rows import record_of, row_of
+from langchain_datashunt.distillation.rows import Row, Segments, rows_of
+from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
 from langchain_datashunt.parsing import LabelParser
 from langchain_datashunt.privacy import OutboundGate
@@ -146,21 +147,46 @@ def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: s
         input=text, raw_output=raw, label=label, labels=labels, small_answer=written,
         probabilities=tuple(1.0 / len(labels) for _ in labels), large_model="m",
     )  # fmt: skip
-    row = row_of(record, 1)._asdict()
+    (row,) = rows_of([record], [b"key"], [1], segment=7)
     shared = {"task": record.task, "small_model": "", "large_model": "m", "policy": "", "labels": json.dumps(labels)}
-    back = record_of({**row, **shared})
+    read = Segments(None)
+    read.put(7, Segment.of([record]).pack())
+    back = read.record({**dict(zip(Row._fields, row, strict=True)), **shared})
     assert (back.input, back.raw_output, back.label, back.small_answer) == (text, raw, label, written)
 
 
 @FUZZ
-@given(st.binary(max_size=200))
-def test_a_damaged_row_is_an_error(content: bytes) -> None:
-    row = row_of(RoutedCall(input="x", labels=LABELS), 1)._asdict()
-    shared = {"task": "t", "small_model": "", "large_model": "", "policy": "", "labels": json.dumps(LABELS)}
-    try:
-        assert isinstance(record_of({**row, **shared, "content": content}).input, str)
-    except Exception as error:  # verify() tells it in words, whatever it is
-        assert not isinstance(error, MemoryError | RecursionError)
+@given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from([b"", b"p", b"z"]))
+def test_a_damaged_segment_is_an_error(noise: bytes, at: int, kind: bytes) -> None:
+    sound = Segment.of([RoutedCall(input=f"text {i}" * 9, labels=LABELS) for i in range(3)]).pack()
+    for content in (kind + noise, sound[:at] + noise, sound[:at] + noise + sound[at + len(noise) :]):
+        try:
+            segment = Segment.unpack(content)
+        except ValueError:
+            continue
+        assert len(segment.inputs) == len(segment.reasons) <= MAX_RECORDS
+
+
+@FUZZ
+@given(
+    st.lists(st.tuples(st.text(max_size=30), st.none() | st.text(max_size=9), st.integers(0, 3)), max_size=9), st.data()
+)
+def test_what_is_erased_leaves_the_rest_where_it_was(told: list[tuple[str, str | None, int]], data: Any) -> None:
+    records = [
+        RoutedCall(
+            input=text, raw_output=raw, labels=LABELS[:k], probabilities=(1.0 / k,) * k if k else None, audit=k == 1,
+        )
+        for text, raw, k in told
+    ]  # fmt: skip
+    kept = data.draw(st.sets(st.integers(0, max(0, len(told) - 1)))) if told else set()
+    whole = Segment.unpack(Segment.of(records).pack())
+    left = Segment.unpack(whole.erased_but(kept).pack())
+    for place in range(len(records)):
+        if place in kept:
+            assert left[place] == whole[place]
+        else:
+            with pytest.raises(ValueError, match=f"place {place}"):
+                left[place]
 
 
 @FUZZ

@@ -1,0 +1,257 @@
+"""What a group of records says, as one compressed value: texts, distributions, times, column by column. No SQL here."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from langchain_datashunt._extras import require
+from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.predictions import Reason
+
+REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error", "local_only")
+_REASONS = {reason: i for i, reason in enumerate(REASONS)}
+
+MAX_RECORDS = 4096
+"""Of one segment: the place of a record in its segment has so many values."""
+
+MAX_BYTES = 2**31 - 1
+"""Of one segment when it is unpacked; one that says it is larger is damaged."""
+
+_COMPRESSED, _PLAIN = b"z", b"p"
+_COUNT = struct.Struct("<I")
+_TEXTS = ("inputs", "raw_outputs", "strange_labels", "small_answers")
+_DISTRIBUTIONS = ("probabilities", "large_probabilities")
+_FORMATS = {"reasons": "u1", "audits": "u1", "small_seconds": "<f4", "large_seconds": "<f4", "large_confidences": "<f4"}
+_SHORT = 128
+_local = threading.local()
+"""A compressor for each thread: they must not be shared, and making one costs more than using it."""
+
+Distribution = tuple[float, ...]
+
+
+class Content(NamedTuple):
+    """What a segment says of one record; the fields are those of `RoutedCall`, `strange_label` one outside its set."""
+
+    input: str
+    raw_output: str | None
+    strange_label: str | None
+    small_answer: str | None
+    probabilities: Distribution | None
+    large_probabilities: Distribution | None
+    reason: Reason
+    audit: bool
+    small_seconds: float
+    large_seconds: float
+    large_confidence: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Columns of `n` records in the order of their places; a record that was erased has no input."""
+
+    inputs: list[str | None]
+    raw_outputs: list[str | None]
+    strange_labels: list[str | None]
+    small_answers: list[str | None]
+    probabilities: list[Distribution | None]
+    large_probabilities: list[Distribution | None]
+    reasons: list[int]
+    audits: list[bool]
+    small_seconds: list[float]
+    large_seconds: list[float]
+    large_confidences: list[float | None]
+
+    @classmethod
+    def of(cls, records: Sequence[RoutedCall]) -> Self:
+        """The columns of records."""
+        return cls(
+            inputs=[r.input for r in records],
+            raw_outputs=[r.raw_output for r in records],
+            strange_labels=[strange_label(r) for r in records],
+            small_answers=[r.small_answer for r in records],
+            probabilities=[r.probabilities for r in records],
+            large_probabilities=[r.large_probabilities for r in records],
+            reasons=[_REASONS[r.reason] for r in records],
+            audits=[r.audit for r in records],
+            small_seconds=[r.small_seconds for r in records],
+            large_seconds=[r.large_seconds for r in records],
+            large_confidences=[r.large_confidence for r in records],
+        )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, place: int) -> Content:
+        """What it says of one record.
+
+        Raises:
+            ValueError: There is none, or it was erased.
+        """
+        if not 0 <= place < len(self) or (text := self.inputs[place]) is None:
+            raise ValueError(f"its segment says nothing of place {place}")
+        return Content(
+            text,
+            self.raw_outputs[place],
+            self.strange_labels[place],
+            self.small_answers[place],
+            self.probabilities[place],
+            self.large_probabilities[place],
+            REASONS[self.reasons[place]],
+            self.audits[place],
+            self.small_seconds[place],
+            self.large_seconds[place],
+            self.large_confidences[place],
+        )
+
+    def erased_but(self, places: Collection[int]) -> Segment:
+        """With nothing left of all records but those at these places, which stay where they are."""
+        kept, nothing = frozenset(places), {"reasons": 0, "audits": False, "small_seconds": 0.0, "large_seconds": 0.0}
+
+        def column(name: str) -> list[Any]:
+            return [v if i in kept else nothing.get(name) for i, v in enumerate(getattr(self, name))]
+
+        return Segment(**{field.name: column(field.name) for field in fields(self)})
+
+    # As bytes
+
+    def pack(self) -> bytes:
+        """All of it, compressed: how many, lengths (of texts in characters), columns of fixed width, numbers, texts.
+
+        Distributions are kept as half-precision numbers.
+        """
+        texts = [getattr(self, name) for name in _TEXTS]
+        distributions = [getattr(self, name) for name in _DISTRIBUTIONS]
+        body = b"".join(
+            (
+                _COUNT.pack(len(self)),
+                *(_lengths(column) for column in (*texts, *distributions)),
+                *(_fixed(getattr(self, name), kind) for name, kind in _FORMATS.items()),
+                *(_flat(column).astype("<f2").tobytes() for column in distributions),
+                *("".join(filter(None, column)).encode(errors="surrogatepass") for column in texts),
+            )
+        )
+        if len(body) < _SHORT:
+            return _PLAIN + body
+        if (compressor := getattr(_local, "compressor", None)) is None:
+            compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
+        compressed: bytes = compressor.compress(body)
+        return _COMPRESSED + compressed
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """What `pack` gave.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        read = _Reader(_decompressed(data))
+        (n,) = _COUNT.unpack(read.take(_COUNT.size))
+        if n > MAX_RECORDS:
+            raise ValueError(f"its segment claims {n} records, more than {MAX_RECORDS}")
+        lengths = {name: read.numbers("<i4", n) for name in (*_TEXTS, *_DISTRIBUTIONS)}
+        columns: dict[str, Any] = {name: read.numbers(kind, n).tolist() for name, kind in _FORMATS.items()}
+        if any(reason >= len(REASONS) for reason in columns["reasons"]):
+            raise ValueError("its segment has a reason that is not known")
+        columns["audits"] = [bool(audit) for audit in columns["audits"]]
+        columns["large_confidences"] = [None if p != p else p for p in columns["large_confidences"]]
+        for name in _DISTRIBUTIONS:
+            columns[name] = list(_distributions(read, lengths[name]))
+        texts, at = read.rest().decode(errors="surrogatepass"), 0
+        for name in _TEXTS:
+            columns[name] = [
+                None if part is None else texts[at + part[0] : at + part[1]] for part in _parts(lengths[name])
+            ]
+            at += _total(lengths[name])
+        if at != len(texts):
+            raise ValueError("its segment's texts are not as long as it says")
+        return cls(**columns)
+
+
+def strange_label(record: RoutedCall) -> str | None:
+    """A record's label where its label set does not have it, or where answers are written; else None."""
+    label = record.label
+    return None if label is None or (record.small_answer is None and label in record.labels) else label
+
+
+def _flat(distributions: Sequence[Distribution | None]) -> NDArray[np.float64]:
+    """All their numbers one after the other."""
+    return np.fromiter(chain.from_iterable(filter(None, distributions)), dtype=np.float64)
+
+
+def _lengths(column: Sequence[Any]) -> bytes:
+    return np.array([-1 if value is None else len(value) for value in column], dtype="<i4").tobytes()
+
+
+def _fixed(column: Sequence[Any], kind: str) -> bytes:
+    return np.array(column, dtype=kind).tobytes()
+
+
+def _decompressed(data: bytes) -> bytes:
+    kind, body = data[:1], data[1:]
+    if kind == _PLAIN:
+        return body
+    if kind != _COMPRESSED:
+        raise ValueError("its segment is none")
+    zstandard: Any = require("zstandard", "store")
+    if (decompressor := getattr(_local, "decompressor", None)) is None:
+        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
+    try:
+        if not 0 <= zstandard.frame_content_size(body) <= MAX_BYTES:
+            raise ValueError("its segment does not say how large it is, or is too large")
+        plain: bytes = decompressor.decompress(body)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"its segment cannot be decompressed: {error}") from error
+    return plain
+
+
+class _Reader:
+    """Takes bytes from the front, and no more than there are."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body, self.at = body, 0
+
+    def take(self, size: int) -> bytes:
+        if size < 0 or self.at + size > len(self.body):
+            raise ValueError("its segment is shorter than it says")
+        self.at += size
+        return self.body[self.at - size : self.at]
+
+    def numbers(self, kind: str, n: int) -> NDArray[Any]:
+        return np.frombuffer(self.take(n * np.dtype(kind).itemsize), dtype=kind)
+
+    def rest(self) -> bytes:
+        return self.body[self.at :]
+
+
+def _total(lengths: NDArray[Any]) -> int:
+    return int(lengths.clip(0).sum(dtype=np.int64))
+
+
+def _parts(lengths: NDArray[Any]) -> Iterator[tuple[int, int] | None]:
+    """Start and end of each part, None where there is none."""
+    if (lengths < -1).any():
+        raise ValueError("its segment has a negative length")
+    ends = accumulate(max(0, n) for n in lengths.tolist())
+    for n, end in zip(lengths.tolist(), ends, strict=True):
+        yield None if n < 0 else (end - n, end)
+
+
+def _distributions(read: _Reader, lengths: NDArray[Any]) -> Iterator[Distribution | None]:
+    """Distributions again: half-precision numbers no longer sum to 1, so they are scaled."""
+    parts = list(_parts(lengths))
+    numbers = read.numbers("<f2", _total(lengths)).astype(np.float64)
+    for part in parts:
+        if part is None:
+            yield None
+        else:
+            p = numbers[slice(*part)]
+            total = p.sum()
+            yield tuple((p / total if total > 0 else p).tolist())
