@@ -178,12 +178,14 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
     rng, found = np.random.default_rng(seed), []
     rows = rng.permutation(len(task.test))[: len(task.test) // 2].tolist()
     in_service: dict[str, SmallModel] = {"S1": s1}
+    ours = TwoStageDistiller(DistillationSettings(training=QUIET))
+    credulous = TwoStageDistiller(DistillationSettings(training=QUIET, mode="teacher", large_accuracy=0.99))
     for share in FLIPPED:
         answers = [str(rng.choice(s1.labels)) if rng.random() < share else task.test.large[i] for i in rows]
         records = records_of(s1, [task.test.texts[i] for i in rows], answers)
-        ours = TwoStageDistiller(DistillationSettings(training=QUIET))
         candidates: dict[str, SmallModel] = {
             "our 2CD": ours.distill(s1, records, labelled=(texts, labels)).model,
+            "2CD that believes every answer": credulous.distill(s1, records, labelled=(texts, labels)).model,
             "plain fine-tuning": plain_fine_tuning(s1, records),
         }
         for old_name, old in in_service.items():
