@@ -9,6 +9,7 @@ from langchain_datashunt.agents.tool_router import ToolRanking, ToolRouter
 
 if TYPE_CHECKING:
     from langchain_datashunt.agents.arguments import NoArguments, PatternArguments, WholeText
+    from langchain_datashunt.agents.gate_middleware import OutboundGateMiddleware
     from langchain_datashunt.agents.model_middleware import ShuntModelRouterMiddleware
     from langchain_datashunt.agents.tool_middleware import ShuntToolRouterMiddleware
 
@@ -16,12 +17,14 @@ _LAZY = {
     "NoArguments": "arguments",
     "PatternArguments": "arguments",
     "WholeText": "arguments",
+    "OutboundGateMiddleware": "gate_middleware",
     "ShuntModelRouterMiddleware": "model_middleware",
     "ShuntToolRouterMiddleware": "tool_middleware",
 }
 
 __all__ = [
     "NoArguments",
+    "OutboundGateMiddleware",
     "PatternArguments",
     "ShuntModelRouterMiddleware",
     "ShuntToolRouterMiddleware",

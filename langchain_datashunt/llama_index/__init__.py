@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from langchain_datashunt.llama_index.deciding import ShuntDecisionEvent
     from langchain_datashunt.llama_index.embedding import EncoderEmbedding
+    from langchain_datashunt.llama_index.gated_llm import GatedFunctionCallingLLM, GatedLLM
     from langchain_datashunt.llama_index.llm import ShuntFunctionCallingLLM, ShuntLLM
     from langchain_datashunt.llama_index.query_engine import ShuntQueryEngine
     from langchain_datashunt.llama_index.selector import ShuntSelection, ShuntSelector
 
 _WHERE = {
     "EncoderEmbedding": "embedding",
+    "GatedFunctionCallingLLM": "gated_llm",
+    "GatedLLM": "gated_llm",
     "ShuntDecisionEvent": "deciding",
     "ShuntFunctionCallingLLM": "llm",
     "ShuntLLM": "llm",
@@ -24,6 +27,8 @@ _WHERE = {
 
 __all__ = [
     "EncoderEmbedding",
+    "GatedFunctionCallingLLM",
+    "GatedLLM",
     "ShuntDecisionEvent",
     "ShuntFunctionCallingLLM",
     "ShuntLLM",

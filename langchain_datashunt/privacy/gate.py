@@ -96,6 +96,18 @@ class OutboundGate(Configured):
                 f"No detector finds {', '.join(unknown)}; found are: {', '.join(sorted(known))}. Add a detector."
             )
 
+    def check_without_labels(self, where: str) -> None:
+        """Refuse labels that stay where no small model is asked.
+
+        Raises:
+            ConfigurationError: The gate has `local_labels`.
+        """
+        if self.local_labels:
+            raise ConfigurationError(
+                f"The gate has local_labels ({', '.join(sorted(self.local_labels))}), and in {where} there is no small "
+                f"model to tell them. Use local_kinds or local_where here."
+            )
+
     def check_prediction(self, prediction: Prediction | None) -> StaysLocal | None:
         """Why an input stays because of what the small model takes it for; None where it may leave."""
         if prediction is not None and prediction.answer is None and prediction.label in self.local_labels:
@@ -169,12 +181,12 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.gate.outbound(input, _subject(config))
+        asked, placeholders = self.gate.outbound(input, subject_of(config))
         return placeholders.restore(self.large.invoke(asked, config, **kwargs))
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.gate.outbound(input, _subject(config))
+        asked, placeholders = self.gate.outbound(input, subject_of(config))
         return placeholders.restore(await self.large.ainvoke(asked, config, **kwargs))
 
     @override
@@ -218,7 +230,7 @@ class GatedModel(Runnable[Any, Any]):
         for i, value in enumerate(inputs):
             try:
                 own = config[i] if isinstance(config, list) else config
-                out, placeholders = self.gate.outbound(value, _subject(own))
+                out, placeholders = self.gate.outbound(value, subject_of(own))
             except StaysLocal as error:
                 results[i] = error
                 continue
@@ -235,7 +247,7 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        asked, placeholders = self.gate.outbound(input, _subject(config))
+        asked, placeholders = self.gate.outbound(input, subject_of(config))
         restorer = StreamRestorer(placeholders)
         for chunk in self.large.stream(asked, config, **kwargs):
             yield restorer.feed(chunk)
@@ -243,7 +255,7 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        asked, placeholders = self.gate.outbound(input, _subject(config))
+        asked, placeholders = self.gate.outbound(input, subject_of(config))
         restorer = StreamRestorer(placeholders)
         async for chunk in self.large.astream(asked, config, **kwargs):
             yield restorer.feed(chunk)
@@ -251,7 +263,7 @@ class GatedModel(Runnable[Any, Any]):
             yield chunk
 
 
-def _subject(config: RunnableConfig | None) -> str | None:
+def subject_of(config: RunnableConfig | None) -> str | None:
     """Whose data a call is about, where its config says so."""
     told = ((config or {}).get("configurable") or {}).get(SUBJECT_KEY)
     return None if told is None else str(told)

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
+from enum import Enum
 from typing import Any
 
 from langchain_core.documents import Document
@@ -77,6 +78,8 @@ class Placeholders:
         Raises:
             StaysLocal: It holds what must not leave, or something in which nobody can look.
         """
+        if isinstance(value, Enum):  # one of a few names of somebody's code
+            return value
         if isinstance(value, str):
             return self._redact_text(value)
         if (own := getattr(value, "redacted_with", None)) is not None:
@@ -258,11 +261,9 @@ class StreamRestorer:
 
     def _text(self, key: Any, new: str) -> str:
         text = self._held.get(key, "") + new
-        start = text.rfind("<")
-        unfinished = start >= 0 and ">" not in text[start:] and len(text) - start <= _LONGEST
-        cut = start if unfinished else len(text)
-        self._held[key] = text[cut:]
-        return self._placeholders.restore_text(text[:cut])
+        now = without_unfinished(text)
+        self._held[key] = text[len(now) :]
+        return self._placeholders.restore_text(now)
 
     def _message(self, chunk: AIMessageChunk) -> AIMessageChunk:
         changed: dict[str, Any] = {}
@@ -283,6 +284,13 @@ class StreamRestorer:
         if isinstance(block, Mapping) and isinstance(block.get("text"), str):
             return {**block, "text": self._text(("block", block.get("index")), block["text"])}
         return self._placeholders.restore(block)
+
+
+def without_unfinished(text: str) -> str:
+    """A text without what may be the beginning of a placeholder at its end."""
+    start = text.rfind("<")
+    unfinished = start >= 0 and ">" not in text[start:] and len(text) - start <= _LONGEST
+    return text[:start] if unfinished else text
 
 
 def _fields(chunk: AIMessageChunk) -> dict[str, Any]:
