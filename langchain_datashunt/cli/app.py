@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from langchain_datashunt.cli.output import errors, report, write_json
-from langchain_datashunt.cli.store import store_app
+from langchain_datashunt.cli.output import errors, report, say_json, write_json
+from langchain_datashunt.cli.store import AsJson, Task, Url, moment, store_app
 
 app = typer.Typer(
     name="datashunt",
@@ -242,3 +242,31 @@ def distill(
             report(summary, as_json, f"Version {summary['version']}: {promoted}")
     if not summary["promoted"]:
         raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    store: Url,
+    task: Task = None,
+    by: Annotated[str, typer.Option(help="day, week or all.")] = "day",
+    since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
+    sample_small: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The recorder's rate for calls that the small model answered.")
+    ] = 0.1,
+    as_json: AsJson = False,
+) -> None:
+    """What left, what it cost and how good the answers were, side by side."""
+    from langchain_datashunt.cli.report import print_overview
+    from langchain_datashunt.distillation.filters import CallFilter
+    from langchain_datashunt.distillation.overview import overview_of
+    from langchain_datashunt.distillation.store import DistillationStore
+
+    with errors():
+        which = CallFilter(task=task, since=moment(since), until=moment(until))
+        with DistillationStore(store) as opened:
+            rows = overview_of(opened, by=by, sample_small=sample_small, which=which)  # type: ignore[arg-type]
+    if as_json:
+        say_json([row.to_dict() for row in rows])
+    else:
+        print_overview(rows, by)

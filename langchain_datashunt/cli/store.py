@@ -18,7 +18,7 @@ Task = Annotated[str | None, typer.Option(help="Only this task.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
-def _moment(text: str | None) -> float | None:
+def moment(text: str | None) -> float | None:
     """An ISO date or time as seconds since 1970 UTC."""
     if text is None:
         return None
@@ -62,7 +62,7 @@ def export(
         if route is not None and route not in ROUTES:
             raise ConfigurationError(f"--route {route!r} is not known; use one of {', '.join(ROUTES)}.")
         which = CallFilter(
-            task=task, since=_moment(since), until=_moment(until), route=route,
+            task=task, since=moment(since), until=moment(until), route=route,
             min_confidence=min_confidence, max_confidence=max_confidence, agrees=agreeing,
         )  # fmt: skip
         with DistillationStore(store) as opened:

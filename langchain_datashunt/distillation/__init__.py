@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     )
     from langchain_datashunt.distillation.filters import CallFilter
     from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+    from langchain_datashunt.distillation.keeping import Keeping, OutputBudget
     from langchain_datashunt.distillation.ledger import SharedLedger
+    from langchain_datashunt.distillation.overview import OverviewRow, overview_of
     from langchain_datashunt.distillation.prepared import DistillationReport
     from langchain_datashunt.distillation.record import RoutedCall
     from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
@@ -25,26 +27,29 @@ if TYPE_CHECKING:
     from langchain_datashunt.distillation.store import DistillationStore
 
 _WHERE = {
+    "CallFilter": "filters",
+    "cold_start": "distiller",
     "ContinualDistiller": "continual",
-    "Distilled": "distiller",
     "DistillationReport": "prepared",
     "DistillationSettings": "distiller",
+    "DistillationStore": "store",
+    "Distilled": "distiller",
+    "Keeping": "keeping",
     "ModelRegistry": "registry",
     "ModelVersion": "registry",
+    "OutputBudget": "keeping",
+    "overview_of": "overview",
+    "OverviewRow": "overview",
     "PromotionGate": "gate",
-    "RegistryModel": "registry",
-    "TwoStageDistiller": "distiller",
-    "Verdict": "gate",
-    "cold_start": "distiller",
-    "SharedControl": "controls",
-    "SharedLedger": "ledger",
-    "CallFilter": "filters",
-    "DistillationStore": "store",
-    "Keeping": "keeping",
     "Recorder": "recorder",
     "RecorderCounters": "recorder",
     "RecordingCallbackHandler": "callbacks",
+    "RegistryModel": "registry",
     "RoutedCall": "record",
+    "SharedControl": "controls",
+    "SharedLedger": "ledger",
+    "TwoStageDistiller": "distiller",
+    "Verdict": "gate",
 }
 
 __all__ = [
@@ -57,6 +62,8 @@ __all__ = [
     "Keeping",
     "ModelRegistry",
     "ModelVersion",
+    "OutputBudget",
+    "OverviewRow",
     "PromotionGate",
     "Recorder",
     "RecorderCounters",
@@ -68,6 +75,7 @@ __all__ = [
     "TwoStageDistiller",
     "Verdict",
     "cold_start",
+    "overview_of",
 ]
 
 

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, TypeAlias
+import logging
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
 from langchain_datashunt.configured import Configured
-from langchain_datashunt.distillation.record import HASHED, LEFT_OUT, RoutedCall
+from langchain_datashunt.distillation.record import HASHED, LEFT_OUT, RoutedCall, hash_subject
 from langchain_datashunt.predictions import ANSWER_LABELS
+from langchain_datashunt.privacy.budget import PeriodBudget
 from langchain_datashunt.privacy.detectors import DETECTORS
 from langchain_datashunt.privacy.redaction import Placeholders
 
 Form: TypeAlias = Literal["plain", "redacted", "hashed", "left_out"]
 """How a field is kept: as it is; with placeholders for entities; as a hash, by which repeats are still counted; not at
 all."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class OutputBudget(PeriodBudget):
+    """Bounds on how many of the large model's answers are stored; above one, records tell of calls, not of answers."""
+
+    bounds: ClassVar[tuple[str, ...]] = ("outputs", "subject_outputs")
+
+    outputs: int | None = Field(default=None, ge=0)
+    """Of all together in a period."""
+
+    subject_outputs: int | None = Field(default=None, ge=0)
+    """To one person's inputs in a period."""
+
+    def admits(self, record: RoutedCall) -> bool:
+        """Whether the answer of this record may be stored; counts it. Where nobody can count, it may not."""
+        person = None if record.subject is None else hash_subject(record.subject)
+        try:
+            return not self.above({"outputs": 1}, person)
+        except Exception:
+            logger.exception("Stored answers cannot be counted, so that this one is left out.")
+            return False
 
 
 class Keeping(Configured):
@@ -39,6 +65,9 @@ class Keeping(Configured):
     subject: bool = True
     """Whether the hash of whose data it is, is kept; without it a person's records cannot be deleted by their name."""
 
+    outputs: OutputBudget | None = None
+    """How many answers of the large model are stored; None for all."""
+
     detectors: tuple[Any, ...] = Field(default=DETECTORS, exclude=True, repr=False)
     """What is looked for where something is redacted."""
 
@@ -53,6 +82,9 @@ class Keeping(Configured):
             kept["label"] = self._kept(record.label, self.raw_output, names, None)
         if not self.subject:
             kept["subject"] = None
+        said = record.raw_output is not None or record.label is not None
+        if self.outputs is not None and said and not self.outputs.admits(record):
+            kept |= {"raw_output": None, "label": None, "large_probabilities": None, "large_confidence": None}
         return record.model_copy(update=kept)
 
     @staticmethod

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import ConfigDict, Field
 
@@ -88,29 +88,76 @@ class LocalLedger:
         self.trail.append(entry)
 
 
-_BOUNDS = (
-    "request_characters", "request_entities", "subject_characters", "subject_entities", "subject_calls", "characters",
-    "entities", "calls",
-)  # fmt: skip
+class PeriodBudget(Configured):
+    """Amounts that are bounded in each period, counted in a ledger. The base of budgets; it knows no amounts itself."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+
+    bounds: ClassVar[tuple[str, ...]] = ()
+    """The settings that are bounds; those that begin with "subject_" are a person's."""
+
+    name: str = Field(default="default", pattern=r"^[\w.-]{1,60}$")
+    """Of this budget; processes that share a ledger and a name share what was spent."""
+
+    period_seconds: float = Field(default=86_400.0, gt=0.0)
+    """Length of a period; the first began in 1970, UTC."""
+
+    ledger: Any = Field(default_factory=LocalLedger, exclude=True, repr=False)
+    """Where it is counted: in this process, or for all processes with a `distillation.SharedLedger`."""
+
+    clock: Callable[[], float] = Field(default=time.time, exclude=True, repr=False)
+    """Seconds since 1970 UTC."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the ledger."""
+        super().model_post_init(context)
+        if not isinstance(self.ledger, Ledger):
+            raise ConfigurationError(f"A {type(self.ledger).__name__} is no ledger: it needs `spend` and `note`.")
+        if all(getattr(self, bound) is None for bound in self.bounds):
+            raise ConfigurationError(
+                f"A {type(self).__name__} without a bound does nothing; give one of {', '.join(self.bounds)}."
+            )
+
+    def above(self, amounts: Mapping[str, float], person: bytes | None) -> str:
+        """Count amounts in the period of now; the first bound that they are above, and then nothing is counted.
+
+        Args:
+            amounts: By the name of their bound among all together, such as "calls"; a person's are the same amounts.
+            person: Stands for whose data it is; None where nobody said.
+
+        Returns:
+            The bound; empty for none.
+        """
+        told = {**amounts, **({} if person is None else {f"subject_{name}": n for name, n in amounts.items()})}
+        wanted = {bound: amount for bound, amount in told.items() if getattr(self, bound, None) is not None}
+        period, names = int(self.clock() // self.period_seconds), dict[str, str]()
+        for bound in wanted:
+            whose = f":{person.hex()}" if person is not None and bound.startswith("subject") else ""
+            names[f"spent:{self.name}:{period}:{bound}{whose}"] = bound
+        if not names:
+            return ""
+        above = self.ledger.spend({name: (float(wanted[b]), float(getattr(self, b))) for name, b in names.items()})
+        return "" if above is None else names[above]
 
 
-class DisclosureBudget(Configured):
+class DisclosureBudget(PeriodBudget):
     """Bounds on what leaves for the large model; what would go above one stays here.
 
     ```python
-    gate = OutboundGate(budget=DisclosureBudget(request_characters=4000, subject_calls=50, calls=10_000))
+    gate = OutboundGate(budget=DisclosureBudget(request_characters=4000, subject_calls=50, usd=20, usd_per_call=0.01))
     shunt.invoke(text, {"configurable": {"shunt_subject": "jane"}})
     ```
 
     Characters are those after redaction; entities are those that leave as they are, since a placeholder discloses none.
     Bounds of a subject hold for calls that say whose data they are. A ledger that cannot be reached keeps the input
-    here. Each attempt of a retried call counts.
+    here. Each attempt of a retried call counts. Money is counted before a call, when its price is not known yet: as
+    `usd_per_call` and `usd_per_1000_characters` of what leaves, which you choose so that they cover the answer too.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
-
-    name: str = Field(default="default", pattern=r"^[\w.-]{1,60}$")
-    """Of this budget; processes that share a ledger and a name share what was spent."""
+    bounds: ClassVar[tuple[str, ...]] = (
+        "request_characters", "request_entities", "subject_characters", "subject_entities", "subject_calls",
+        "subject_usd", "characters", "entities", "calls", "usd",
+    )  # fmt: skip
 
     request_characters: int | None = Field(default=None, ge=0)
     """In one request at the most; None for no bound, as for all that follow."""
@@ -136,23 +183,24 @@ class DisclosureBudget(Configured):
     calls: int | None = Field(default=None, ge=0)
     """Of all together in a period."""
 
-    period_seconds: float = Field(default=86_400.0, gt=0.0)
-    """Length of a period; the first began in 1970, UTC."""
+    subject_usd: float | None = Field(default=None, ge=0.0)
+    """For one person's calls in a period."""
 
-    ledger: Any = Field(default_factory=LocalLedger, exclude=True, repr=False)
-    """Where it is counted: in this process, or for all processes with a `distillation.SharedLedger`."""
+    usd: float | None = Field(default=None, ge=0.0)
+    """For all calls together in a period."""
 
-    clock: Callable[[], float] = Field(default=time.time, exclude=True, repr=False)
-    """Seconds since 1970 UTC."""
+    usd_per_call: float = Field(default=0.0, ge=0.0)
+    """What a call is counted as."""
+
+    usd_per_1000_characters: float = Field(default=0.0, ge=0.0)
+    """And for 1,000 characters that leave."""
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check the ledger."""
+        """Check that money can be counted."""
         super().model_post_init(context)
-        if not isinstance(self.ledger, Ledger):
-            raise ConfigurationError(f"A {type(self.ledger).__name__} is no ledger: it needs `spend` and `note`.")
-        if all(getattr(self, bound) is None for bound in _BOUNDS):
+        if (self.usd, self.subject_usd) != (None, None) and not self.usd_per_call + self.usd_per_1000_characters:
             raise ConfigurationError(
-                f"A DisclosureBudget without a bound does nothing; give one of {', '.join(_BOUNDS)}."
+                "A bound in USD needs to know what a call costs: give usd_per_call or usd_per_1000_characters."
             )
 
     def spend(self, found: Placeholders, subject: str | None) -> None:
@@ -167,7 +215,7 @@ class DisclosureBudget(Configured):
         """
         now, plain = self.clock(), sum(found.plain.values())
         person = None if subject is None else hashlib.sha256(b"subject\0" + subject.encode()).digest()[:16]
-        refused = self._refused(found.characters, plain, person, int(now // self.period_seconds))
+        refused = self._refused(found.characters, plain, person)
         entry = Disclosure(
             now, self.name, person, found.digest, found.characters, dict(found.counts), dict(found.plain), refused
         )
@@ -178,25 +226,15 @@ class DisclosureBudget(Configured):
         if refused:
             raise StaysLocal(f"the bound {refused!r} of the budget {self.name!r} is reached")
 
-    def _refused(self, characters: int, entities: int, person: bytes | None, period: int) -> str:
+    def _refused(self, characters: int, entities: int, person: bytes | None) -> str:
         """Which bound this request is above; empty for none, and then it is counted."""
         for bound, amount in (("request_characters", characters), ("request_entities", entities)):
             most = getattr(self, bound)
             if most is not None and amount > most:
                 return bound
-        amounts = {"characters": characters, "entities": entities, "calls": 1}
-        wanted = {bound: amount for bound, amount in amounts.items() if getattr(self, bound) is not None}
-        if person is not None:
-            own = {f"subject_{bound}": amount for bound, amount in amounts.items()}
-            wanted |= {bound: amount for bound, amount in own.items() if getattr(self, bound) is not None}
-        names: dict[str, str] = {}
-        for bound in wanted:
-            whose = f":{person.hex()}" if person is not None and bound.startswith("subject") else ""
-            names[f"spent:{self.name}:{period}:{bound}{whose}"] = bound
-        if not names:
-            return ""
+        usd = self.usd_per_call + self.usd_per_1000_characters * characters / 1000.0
+        amounts = {"characters": characters, "entities": entities, "calls": 1, "usd": usd}
         try:
-            above = self.ledger.spend({name: (float(wanted[b]), float(getattr(self, b))) for name, b in names.items()})
+            return self.above(amounts, person)
         except Exception as error:  # a database that is away: nothing leaves that cannot be counted
             raise StaysLocal(f"the budget {self.name!r} cannot be counted ({type(error).__name__})") from error
-        return "" if above is None else names[above]

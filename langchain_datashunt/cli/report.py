@@ -1,0 +1,60 @@
+"""`datashunt report`: what left, what it cost and how good it was, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from langchain_datashunt.distillation.overview import OverviewRow
+
+
+def overview_table(rows: Sequence[OverviewRow], by: str) -> Table:
+    """One row a period: leakage, cost and quality side by side."""
+    table = Table(title="What left, what it cost, how good it was", caption="- : nothing is known of it")
+    table.add_column("since" if by == "all" else by)
+    for name in ("calls", "asked", "left (characters)", "kept here", "replaced", "left as it is"):
+        table.add_column(name, justify="right")
+    for name in ("USD", "USD / 1,000", "all asked", "agree", "right", "small", "large"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            datetime.fromtimestamp(row.start, UTC).date().isoformat(),
+            f"{row.calls:,.0f}",
+            _share(row.query_share),
+            f"{row.sent:,} ({row.characters:,})",
+            f"{row.refused:,}",
+            _kinds(row.replaced),
+            _kinds(row.plain),
+            f"{row.cost_usd:,.2f}",
+            _usd(row.usd_per_1000),
+            _usd(row.all_large_usd_per_1000),
+            _share(row.agreement),
+            _share(row.accuracy) + (f" of {row.labelled:,}" if row.labelled else ""),
+            _share(row.small_accuracy),
+            _share(row.large_accuracy),
+        )
+    return table
+
+
+def print_overview(rows: Sequence[OverviewRow], by: str) -> None:
+    """On standard output, as wide as it needs where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
+    console.print(overview_table(rows, by))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _usd(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def _kinds(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "0"
