@@ -6,6 +6,7 @@
   * InputError                 one input of a call cannot be read as what the model needs
   * PredictionError            a small model gave something that is no prediction
   * QueueFullError             more requests wait for a model than may
+  * LargeTimeoutError          one attempt of a large call took longer than it may (also a TimeoutError)
   * CircuitOpenError           a large model has kept failing, and is left alone for a while
   * UnparsableAnswer           a large model's answer is none of the labels
   * StaysLocal                 an input must not leave this machine
@@ -59,6 +60,20 @@ class PredictionError(ShuntError):
 
 class QueueFullError(ShuntError):
     """More requests wait for a model than its settings allow."""
+
+
+class LargeTimeoutError(ShuntError, TimeoutError):
+    """One attempt of a large call took longer than it may."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return (
+            f"The large model has not answered within {self.seconds:g} s, which is what one attempt may take. Raise "
+            f"Retry(attempt_seconds=...), or set on_large_error='small' to have the small model answer."
+        )
 
 
 class CircuitOpenError(ShuntError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -136,6 +136,9 @@ class LargeCaller:
         if not ready:
             return results
         each = [config] * len(results) if isinstance(config, dict) else config
+        if self.retry.attempt_seconds is not None:  # how long one may take cannot be said of a group
+            yield from self._each(results, ready, each, kwargs)
+            return results
         given = config if isinstance(config, dict) else [each[j] for j in ready]
         call = partial(self._batch, [asked[j] for j in ready], given, kwargs)
         found = yield Effect(call, partial(self._abatch, *call.args))
@@ -145,11 +148,25 @@ class LargeCaller:
             results[j] = value
         again = [j for j in ready if self._worth_retrying(results[j])]
         if again:
-            effects = [self.one(asked[j], each[j], kwargs, failed=results[j]) for j in again]
-            retried = yield Effect(partial(_in_threads, effects, each[0]), partial(_gathered, effects, each[0]))
-            for j, value in zip(again, retried, strict=True):
-                results[j] = value
+            failed = {j: results[j] for j in again}
+            yield from self._each(results, again, each, kwargs, asked, failed)
         return results
+
+    def _each(
+        self,
+        results: list[Any],
+        rows: list[int],
+        configs: Sequence[RunnableConfig],
+        kwargs: dict[str, Any],
+        asked: Sequence[Any] | None = None,
+        failed: Mapping[int, Exception] | None = None,
+    ) -> Steps[None]:
+        """Ask about these rows one by one, beside each other, and put the answers into the results."""
+        wanted = results if asked is None else asked
+        effects = [self.one(wanted[j], configs[j], kwargs, failed=(failed or {}).get(j)) for j in rows]
+        found = yield Effect(partial(_in_threads, effects, configs[0]), partial(_gathered, effects, configs[0]))
+        for j, value in zip(rows, found, strict=True):
+            results[j] = value
 
     def _batch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
         try:
@@ -208,7 +225,7 @@ class LargeCaller:
 
         if isinstance(asked, Exception):
             raise asked
-        return self.retry.call(begin)
+        return self.retry.repeat(begin)
 
     async def aopen(
         self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import Field
@@ -24,6 +27,7 @@ from tenacity import (
 )
 
 from langchain_datashunt.configured import Strategy
+from langchain_datashunt.exceptions import LargeTimeoutError
 
 T = TypeVar("T")
 
@@ -98,12 +102,19 @@ class Retry(Strategy):
         initial_wait: Seconds before the second attempt; doubles from then on.
         max_wait: Seconds between two attempts at the most; also bounds a server's `Retry-After`.
         jitter: Random seconds added at the most, so that many callers do not return at once.
+        attempt_seconds: How long one attempt may take in all; then it has failed with a `LargeTimeoutError`, and is
+            retried like other failures. Time-outs of HTTP clients count from one byte to the next, so that a server
+            which sends a byte now and then holds a call for ever; None leaves it at that. Async attempts are cancelled.
+            A sync one goes on in a thread of its own until its client gives up, and nobody waits for it. Deferred
+            inputs of a batch are then asked one by one. A sync stream is not bounded, an async one until its first
+            chunk.
     """
 
     attempts: int = Field(default=3, ge=1)
     initial_wait: float = Field(default=0.5, ge=0.0)
     max_wait: float = Field(default=30.0, ge=0.0)
     jitter: float = Field(default=0.5, ge=0.0)
+    attempt_seconds: float | None = Field(default=None, gt=0.0)
 
     def call(self, ask: Callable[[], T], failed: Exception | None = None) -> T:
         """Ask until it succeeds, fails for good, or attempts run out; the last error is raised.
@@ -112,6 +123,12 @@ class Retry(Strategy):
             ask: Makes one attempt.
             failed: The error of a first attempt that was made elsewhere (in a grouped call) and counts.
         """
+        if self.attempt_seconds is not None:
+            ask = partial(_within, self.attempt_seconds, ask)
+        return self.repeat(ask, failed)
+
+    def repeat(self, ask: Callable[[], T], failed: Exception | None = None) -> T:
+        """As `call`, without a bound on what an attempt takes."""
         if failed is None:
             try:
                 return ask()
@@ -129,6 +146,8 @@ class Retry(Strategy):
 
     async def acall(self, ask: Callable[[], Awaitable[T]], failed: Exception | None = None) -> T:
         """As `call`, waiting without holding a thread."""
+        if self.attempt_seconds is not None:
+            ask = partial(_awithin, self.attempt_seconds, ask)
         if failed is None:
             try:
                 return await ask()
@@ -157,6 +176,40 @@ class Retry(Strategy):
         backoff = wait_exponential(multiplier=self.initial_wait, max=self.max_wait)(state)
         backoff += wait_random(0.0, self.jitter)(state)
         return min(self.max_wait, max(asked, backoff) if asked is not None else backoff)
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """An attempt in a thread of its own, which is left alone when it takes too long.
+
+    Raises:
+        LargeTimeoutError: It did.
+    """
+    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((ask(), None))
+        except BaseException as error:  # for the caller, whatever it is
+            done.put((None, error))
+
+    threading.Thread(target=copy_context().run, args=(work,), name="datashunt-attempt", daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise LargeTimeoutError(seconds) from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+async def _awithin(seconds: float, ask: Callable[[], Awaitable[T]]) -> T:
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await ask()
+    except TimeoutError:
+        if limit.expired():
+            raise LargeTimeoutError(seconds) from None
+        raise
 
 
 class CallLimiter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from typing import Protocol
 
@@ -19,6 +20,8 @@ AFTER_FORK: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
+    if (torch := sys.modules.get("torch")) is not None:  # the team of threads that OpenMP would wait for is not here
+        torch.set_num_threads(1)
     for one in list(AFTER_FORK):
         one.after_fork()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -18,7 +19,9 @@ class FaultyServer(ChatServer):
     """Serves answers, but misbehaves where its plan says so.
 
     Faults: "429" (with Retry-After), "500", "400", "timeout", "malformed" (cut JSON), "html", "cut" (a stream that
-    breaks off), "cut-at-once" (before its first chunk), "wrong" (an answer that is no label), "empty".
+    breaks off), "cut-at-once" (before its first chunk), "wrong" (an answer that is no label), "empty", "slow-loris" (a
+    byte every tenth of a second for `hang` seconds), "page" and "error-body" (a web page, or an error, as a reply of
+    status 200).
     """
 
     def __init__(self, answer: Any, plan: Plan | None = None, *, retry_after: str = "0", hang: float = 1.0) -> None:
@@ -52,6 +55,25 @@ class FaultyServer(ChatServer):
 
     def _malformed(self, body: Any, handler: Any) -> None:
         self._raw(handler, b'{"id": "x", "choices": [{"message": {"content": "cut of', "application/json")
+
+    def _slow_loris(self, body: Any, handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("content-type", "application/json")
+        handler.send_header("content-length", "100000")
+        handler.end_headers()
+        ends = time.monotonic() + self.hang
+        with suppress(OSError):
+            while time.monotonic() < ends:
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                time.sleep(0.1)
+        handler.close_connection = True
+
+    def _page(self, body: Any, handler: Any) -> None:
+        self._raw(handler, b"<html>Please log in to the hotel's network</html>", "text/html")
+
+    def _error_body(self, body: Any, handler: Any) -> None:
+        handler.send_json(200, {"error": {"message": "quota exceeded", "type": "insufficient_quota", "code": 403}})
 
     def _html(self, body: Any, handler: Any) -> None:
         self._raw(handler, b"<html>Bad gateway</html>", "text/html", status=502)
