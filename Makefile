@@ -11,7 +11,7 @@ export DATASHUNT_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test test-slow test-gpu test-lowest test-newest fuzz lint format typecheck bench clean
+.PHONY: install demo test test-slow test-gpu test-lowest test-newest fuzz fuzz-guided audit licences sbom lint format typecheck bench clean
 
 install: $(VENV)/.installed
 
@@ -69,6 +69,24 @@ typecheck: install
 # Many more examples of the property tests than `make test` takes.
 fuzz: install
 	DATASHUNT_FUZZ_EXAMPLES=2000 $(BIN)/pytest --timeout 1800 tests/unit_tests/test_fuzz.py tests/unit_tests/test_privacy.py $(ARGS)
+
+# Coverage-guided fuzzing of what reads other people's bytes, a minute for each target; SECONDS=600 for longer.
+fuzz-guided: install
+	$(BIN)/pip install --quiet --group audit
+	$(BIN)/python -m tests.support.guided_fuzzing --seconds $(or $(SECONDS),60) $(ARGS)
+
+# Known weaknesses of what is installed (asks pypi.org), the licences of all of it, and a list of it (SBOM, CycloneDX).
+audit: install
+	$(BIN)/pip install --quiet --group audit
+	$(BIN)/pip-audit --progress-spinner off --skip-editable $(ARGS)
+
+licences: install
+	$(BIN)/python -m tests.support.licences
+
+sbom: install
+	$(BIN)/pip install --quiet --group audit
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o dist/sbom.json $(BIN)/python
 
 bench: install
 	mkdir -p benchmark-output

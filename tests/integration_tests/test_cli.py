@@ -380,7 +380,7 @@ def test_verify_reports_damage(tmp_path: Path) -> None:
     with DistillationStore(tmp_path / "c.db") as store:
         store.append([RoutedCall(input="x")])
     with sqlite3.connect(tmp_path / "c.db") as plain:
-        plain.execute("UPDATE datashunt_calls SET content = x'70'")
+        plain.execute("UPDATE datashunt_segments SET content = x'70'")
     done = command("store", "verify", "--store", tmp_path / "c.db", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["problems"]

@@ -57,3 +57,10 @@ def test_an_import_that_fails_inside_a_package_is_not_called_a_missing_extra(
     monkeypatch.syspath_prepend(str(folder))  # type: ignore[attr-defined]
     with pytest.raises(ModuleNotFoundError, match="something_else"):
         require("broken_package", "torch")
+
+
+def test_the_licences_of_all_dependencies_were_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.support.licences import main
+
+    assert main() == 0, capsys.readouterr().out
+    assert "langchain-core" in capsys.readouterr().out

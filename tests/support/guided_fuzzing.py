@@ -1,0 +1,109 @@
+"""Coverage-guided fuzzing of what reads other people's bytes, for a bounded time.
+
+    python -m tests.support.guided_fuzzing [--seconds N] [--target answers|bundle|segment] [--corpus DIR]
+
+Needs atheris (`pip install --group audit`). Each target must give a value or an error of this package, whatever it is
+given; anything else ends the run with exit status 1, and atheris writes the input down. Memory is bounded at 4 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["langchain_datashunt"]):
+    from langchain_datashunt import TextCNN, TrainingSettings, UnparsableAnswer, load_small_model
+    from langchain_datashunt.distillation.segments import Segment
+    from langchain_datashunt.exceptions import ShuntError
+    from langchain_datashunt.parsing import LabelParser
+
+LABELS = ("cancel", "refund", "order status")
+PARSER = LabelParser(labels=LABELS)
+
+
+def answers(data: bytes) -> None:
+    """A large model's answer is one of the labels, or unparsable."""
+    text = atheris.FuzzedDataProvider(data).ConsumeUnicode(sys.maxsize)
+    try:
+        assert PARSER.parse(text) in LABELS
+    except UnparsableAnswer:
+        return
+
+
+def segment(data: bytes) -> None:
+    """A segment of the store is read, or damaged."""
+    try:
+        Segment.unpack(data)
+    except ValueError:
+        return
+
+
+class Bundle:
+    """A sound bundle of which one file is another's, from an offset on."""
+
+    def __init__(self, folder: Path) -> None:
+        texts, labels = ["where is it", "money back"] * 8, ["status", "refund"] * 8
+        TextCNN.train(texts, labels, settings=TrainingSettings(progress=False, epochs=1)).save(folder)
+        self.folder, self.sound = folder, {file: file.read_bytes() for file in folder.iterdir()}
+
+    def __call__(self, data: bytes) -> None:
+        """A bundle is loaded, or refused."""
+        choice = atheris.FuzzedDataProvider(data)
+        file = choice.PickValueInList(sorted(self.sound))
+        content = self.sound[file]
+        at = choice.ConsumeIntInRange(0, len(content))
+        changed = choice.ConsumeBytes(sys.maxsize)
+        file.write_bytes(content[:at] + changed + content[at + len(changed) :])
+        try:
+            load_small_model(self.folder, device="cpu")
+        except ShuntError:
+            pass
+        finally:
+            file.write_bytes(content)
+
+
+TARGETS = ("answers", "segment", "bundle")
+
+
+def fuzz(target: str, seconds: int, corpus: Path | None) -> None:
+    """Fuzz one target until the time is up; leaves the process."""
+    chosen: dict[str, Callable[[], Any]] = {
+        "answers": lambda: answers,
+        "segment": lambda: segment,
+        "bundle": lambda: Bundle(Path(tempfile.mkdtemp()) / "bundle"),
+    }
+    words = [sys.argv[0], f"-max_total_time={seconds}", "-rss_limit_mb=4096", "-timeout=20", "-print_final_stats=1"]
+    atheris.Setup(words + ([] if corpus is None else [str(corpus)]), chosen[target]())
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=60, help="of each target")
+    parser.add_argument("--target", choices=TARGETS, help="all, one after the other, where none is given")
+    parser.add_argument("--corpus", type=Path, help="folder of inputs to begin with, which grows")
+    options = parser.parse_args()
+    if options.target is not None:
+        fuzz(options.target, options.seconds, options.corpus)
+        return
+    for target in TARGETS:  # each in a process of its own: atheris ends the process when it is done
+        print(f"{target}: {options.seconds} s", flush=True)
+        words = ["--target", target, "--seconds", str(options.seconds)]
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.guided_fuzzing", *words], capture_output=True, text=True
+        )
+        told = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line]
+        print(f"  {'no fault found' if done.returncode == 0 else 'FAULT'}; {' '.join(told)}", flush=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+
+
+if __name__ == "__main__":
+    main()
