@@ -11,7 +11,7 @@ export DATASHUNT_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test test-slow test-gpu test-lowest test-newest fuzz fuzz-guided audit licences sbom lint format typecheck bench clean
+.PHONY: install demo test test-slow test-gpu test-lowest test-newest fuzz fuzz-guided audit licences sbom docs cookbook dist lint format typecheck bench clean
 
 install: $(VENV)/.installed
 
@@ -93,5 +93,28 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.speed --json benchmark-output/speed.json --markdown benchmark-output/speed.md $(ARGS)
 	$(BIN)/python -m tests.benchmarks.overhead --json benchmark-output/overhead.json
 
+# The site, into site/; a link or an anchor that leads nowhere is an error.
+docs: install
+	$(BIN)/pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Every notebook from its first cell to its last; ARGS=--overwrite writes the outputs down anew.
+cookbook: install
+	$(BIN)/pip install --quiet --group cookbook
+	$(BIN)/pytest --nbmake --nbmake-timeout=600 --force-enable-socket cookbook $(ARGS)
+
+# sdist and wheel, looked at, installed into a fresh environment, and asked a question.
+dist: install
+	$(BIN)/pip install --quiet --group dist
+	rm -f dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m tests.support.wheel dist/*.whl dist/*.tar.gz
+	rm -rf .venv-dist && $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet $(TORCH)
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[minilm,cli,store]"
+	cd dist && ../.venv-dist/bin/datashunt --version && ../.venv-dist/bin/python ../tests/support/smoke.py
+	rm -rf .venv-dist
+
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest dist build .coverage .mypy_cache .ruff_cache .pytest_cache demo-output benchmark-output
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-dist dist build site .coverage .mypy_cache .ruff_cache .pytest_cache demo-output benchmark-output

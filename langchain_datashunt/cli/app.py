@@ -51,8 +51,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Of sampling, splits and initial weights.")] = 0,
     validation: Annotated[Path | None, typer.Option(help="File to stop on; else a part is held out.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data at the most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of a network's training.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen where not given.")] = None,
     time_budget: Annotated[
         float, typer.Option(min=1.0, help="Seconds for --model auto, which tries all kinds.")
@@ -211,8 +211,8 @@ def distill(
     every: Annotated[int, typer.Option(min=1, help="New answers after which a round is due.")] = 500,
     seed: Annotated[int, typer.Option(help="Of splits and the order of examples.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the records at the most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of a network's training.")] = None,
     precision: Precision = None,
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = 200,

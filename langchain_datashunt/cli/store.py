@@ -48,8 +48,10 @@ def export(
     since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
     until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
     route: Annotated[str | None, typer.Option(help="small, learnable or large.")] = None,
-    min_confidence: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    max_confidence: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Of the small model, at least.")
+    ] = None,
+    max_confidence: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of the small model, at most.")] = None,
     agreeing: Annotated[bool | None, typer.Option("--agreeing/--disagreeing", help="Both models say the same.")] = None,
 ) -> None:
     """Write records to a file."""

@@ -11,9 +11,9 @@ import pytest
 from langchain_datashunt.replay import ChatServer
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{i}")
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{i}")
     for page in PAGES
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S), start=1)
 ]
@@ -30,5 +30,17 @@ def test_code_in_the_docs_runs(block: str, tmp_path: Path, monkeypatch: Any, cap
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_errors_of_the_faq_are_those_of_the_code() -> None:
+    """What stands in bold quotes is what a user sees, but for what is filled in ("..." and single capitals)."""
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "langchain_datashunt").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)  # messages are written as several strings
+    words = re.sub(r"\{[^{}]*\}", "*", joined)
+    quotes = re.findall(r'\*\*"(.+?)"\*\*', (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(quotes) > 10
+    for quote in quotes:
+        for part in re.split(r"\.\.\.|'\.\.\.'|\[\.\.\.\]|'x'|\bN\b|ChatOpenAI|SoftPrompt", " ".join(quote.split())):
+            assert part.strip(" .") in words, f"no message of ours says {part!r}"

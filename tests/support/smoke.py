@@ -1,0 +1,29 @@
+"""A question and an answer with an installed package, as a newcomer would ask it; needs no test tools."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import langchain_datashunt
+from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, TrainingSettings, load_small_model
+from langchain_datashunt.distillation import DistillationStore, Recorder
+
+assert "site-packages" in str(Path(langchain_datashunt.__file__)), "the installed package is what is tested"
+
+texts = ["where is my parcel", "has it shipped yet", "I want my money back", "please refund me"]
+small = EmbeddingClassifier.train(
+    texts, ["status", "status", "refund", "refund"], settings=TrainingSettings(progress=False)
+)
+with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    small.save(folder / "bundle")
+    with Recorder(folder / "calls.db", sample_small=1.0) as recorder:
+        shunt = ShuntRunnable(
+            small=load_small_model(folder / "bundle"), large=lambda asked: "refund", pruning=None, recorder=recorder,
+            return_decision=True,
+        )  # fmt: skip
+        result = shunt.invoke("has my parcel shipped")
+    with DistillationStore(folder / "calls.db") as store:
+        assert store.count() == 1
+print(f"{langchain_datashunt.__version__}: {result.output!r} by the {result.route} model")
