@@ -93,11 +93,13 @@ class LargeCaller:
         )
 
     def _one(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
+        invoke = partial(self.large.invoke, asked, config, **kwargs)
+
         def ask() -> Any:
             if self.limiter.limit is None and self.breaker is None:
-                return self.large.invoke(asked, config, **kwargs)
+                return self.retry.within(invoke)
             with self.limiter.slot(), self._watched():
-                return self.large.invoke(asked, config, **kwargs)
+                return self.retry.within(invoke)
 
         try:
             with self._admitted():
@@ -107,12 +109,14 @@ class LargeCaller:
             return error
 
     async def _aone(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
+        invoke = partial(self.large.ainvoke, asked, config, **kwargs)
+
         async def ask() -> Any:
             if self.limiter.limit is None and self.breaker is None:
-                return await self.large.ainvoke(asked, config, **kwargs)
+                return await self.retry.awithin(invoke)
             async with self.limiter.aslot():
                 with self._watched():
-                    return await self.large.ainvoke(asked, config, **kwargs)
+                    return await self.retry.awithin(invoke)
 
         try:
             with self._admitted():
@@ -225,7 +229,7 @@ class LargeCaller:
 
         if isinstance(asked, Exception):
             raise asked
-        return self.retry.repeat(begin)
+        return self.retry.call(begin)
 
     async def aopen(
         self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]
@@ -233,9 +237,13 @@ class LargeCaller:
         """As `open`."""
 
         async def begin() -> tuple[Any, AsyncGenerator[Any]]:
+            chunks = _achunks(self.large.astream(asked, config, **kwargs))
+
+            async def first() -> Any:
+                return await anext(chunks, END)
+
             with self._watched():
-                chunks = _achunks(self.large.astream(asked, config, **kwargs))
-                return await anext(chunks, END), chunks
+                return await self.retry.awithin(first), chunks
 
         if isinstance(asked, Exception):
             raise asked

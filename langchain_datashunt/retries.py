@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from email.utils import parsedate_to_datetime
-from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import Field
@@ -104,10 +103,10 @@ class Retry(Strategy):
         jitter: Random seconds added at the most, so that many callers do not return at once.
         attempt_seconds: How long one attempt may take in all; then it has failed with a `LargeTimeoutError`, and is
             retried like other failures. Time-outs of HTTP clients count from one byte to the next, so that a server
-            which sends a byte now and then holds a call for ever; None leaves it at that. Async attempts are cancelled.
-            A sync one goes on in a thread of its own until its client gives up, and nobody waits for it. Deferred
-            inputs of a batch are then asked one by one. A sync stream is not bounded, an async one until its first
-            chunk.
+            which sends a byte now and then holds a call for ever; None leaves it at that. Waiting for a place is not
+            counted. Async attempts are cancelled. A sync one goes on in a thread of its own until its client gives up;
+            nobody waits for it, and it no longer counts for `max_concurrency`. Deferred inputs of a batch are then
+            asked one by one. A sync stream is not bounded, an async one until its first chunk.
     """
 
     attempts: int = Field(default=3, ge=1)
@@ -123,12 +122,6 @@ class Retry(Strategy):
             ask: Makes one attempt.
             failed: The error of a first attempt that was made elsewhere (in a grouped call) and counts.
         """
-        if self.attempt_seconds is not None:
-            ask = partial(_within, self.attempt_seconds, ask)
-        return self.repeat(ask, failed)
-
-    def repeat(self, ask: Callable[[], T], failed: Exception | None = None) -> T:
-        """As `call`, without a bound on what an attempt takes."""
         if failed is None:
             try:
                 return ask()
@@ -146,8 +139,6 @@ class Retry(Strategy):
 
     async def acall(self, ask: Callable[[], Awaitable[T]], failed: Exception | None = None) -> T:
         """As `call`, waiting without holding a thread."""
-        if self.attempt_seconds is not None:
-            ask = partial(_awithin, self.attempt_seconds, ask)
         if failed is None:
             try:
                 return await ask()
@@ -162,6 +153,18 @@ class Retry(Strategy):
                     raise first
                 return await ask()
         raise AssertionError("tenacity ended without a result")  # pragma: no cover
+
+    def within(self, ask: Callable[[], T]) -> T:
+        """One attempt, within what it may take.
+
+        Raises:
+            LargeTimeoutError: It took longer.
+        """
+        return ask() if self.attempt_seconds is None else _within(self.attempt_seconds, ask)
+
+    async def awithin(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """As `within`."""
+        return await (ask() if self.attempt_seconds is None else _awithin(self.attempt_seconds, ask))
 
     def _rules(self) -> dict[str, Any]:
         return {

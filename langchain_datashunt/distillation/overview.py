@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from sqlalchemy import Integer, and_, cast, func, select
+from sqlalchemy import Integer, and_, cast, func, or_, select
 
 from langchain_datashunt.distillation.filters import CallFilter
-from langchain_datashunt.distillation.rows import ROUTES
+from langchain_datashunt.distillation.rows import REASONS, ROUTES
 from langchain_datashunt.distillation.schema import calls, contexts, disclosures
 from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.exceptions import ConfigurationError
@@ -29,9 +29,10 @@ class OverviewRow:
 
     Attributes:
         start: When it began, seconds since 1970 UTC; the first record's time where all is one period.
-        calls: Calls that were recorded, repeats counted, the kept ones scaled up from the part that is recorded.
-        query_share: Part of them that the large model was asked about.
-        cost_usd: What was paid for them.
+        calls: Calls that were made, repeats counted; of what the small model kept, the part that is recorded is scaled
+            up. Audits are no calls of their own.
+        query_share: Part of them that the large model was asked about, also where it failed.
+        cost_usd: What was paid for all that is recorded, audits too.
         usd_per_1000: The same for 1,000 calls.
         all_large_usd_per_1000: What 1,000 calls would have cost if all had been asked, at the mean price of those that
             were.
@@ -98,7 +99,7 @@ def overview_of(
     for start, left in _left(store, by, which).items():
         rows[start] = replace(rows.get(start, OverviewRow(start)), **left)
     for start, right in _right(store, by, which).items():
-        rows[start] = replace(rows[start], **right)
+        rows[start] = replace(rows.get(start, OverviewRow(start)), **right)
     if by == "all" and rows:
         oldest = store.stats(which)["oldest"]
         return [replace(row, start=row.start if oldest is None else float(oldest)) for row in rows.values()]
@@ -121,12 +122,24 @@ def _start(number: int, by: str) -> float:
 
 def _calls(store: DistillationStore, by: str, which: CallFilter) -> Iterator[tuple[float, dict[str, Any]]]:
     c, number = calls.c, _bucket(store, calls.c.time, by).label("number")
-    asked = and_(contexts.c.large_model != "", c.route == ROUTES.index("large"))
+    large, sure = c.route == ROUTES.index("large"), c.reason == REASONS.index("confident")
+    asked = or_(large, c.reason == REASONS.index("large_error"))
+    audited = and_(~large, sure, contexts.c.large_model != "")
+    sampled = and_(~large, sure, contexts.c.large_model == "")
     both = and_(c.small_label.isnot(None), c.label.isnot(None))
+
+    def calls_where(which: Any, name: str) -> Any:
+        return func.coalesce(func.sum(c.count).filter(which), 0).label(name)
+
+    def usd_where(which: Any, name: str) -> Any:
+        return func.coalesce(func.sum(c.cost_usd * c.count).filter(which), 0.0).label(name)
+
     statement = select(
         number,
-        func.coalesce(func.sum(c.count).filter(asked), 0).label("asked"),
-        func.coalesce(func.sum(c.count).filter(~asked), 0).label("kept"),
+        calls_where(asked, "asked"),
+        calls_where(sampled, "sampled"),
+        calls_where(~or_(asked, audited, sampled), "others"),
+        usd_where(asked, "asked_usd"),
         func.coalesce(func.sum(c.cost_usd * c.count), 0.0).label("cost_usd"),
         func.count().filter(both).label("compared"),
         func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
@@ -138,14 +151,14 @@ def _calls(store: DistillationStore, by: str, which: CallFilter) -> Iterator[tup
 
 def _counted(row: OverviewRow, counts: dict[str, Any], sample_small: float) -> OverviewRow:
     asked, cost = float(counts["asked"]), float(counts["cost_usd"])
-    everything = asked + float(counts["kept"]) / sample_small
+    everything = asked + float(counts["sampled"]) / sample_small + float(counts["others"])
     return replace(
         row,
         calls=everything,
         query_share=asked / everything if everything else None,
         cost_usd=cost,
         usd_per_1000=1000.0 * cost / everything if everything else None,
-        all_large_usd_per_1000=1000.0 * cost / asked if asked else None,
+        all_large_usd_per_1000=1000.0 * float(counts["asked_usd"]) / asked if asked else None,
         agreement=counts["agreeing"] / counts["compared"] if counts["compared"] else None,
     )
 

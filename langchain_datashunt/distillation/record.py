@@ -142,7 +142,7 @@ class RoutedCall(BaseModel):
 
 def hash_input(text: str) -> bytes:
     """16 bytes that stand for an input."""
-    return hashlib.sha256(text.strip().lower().encode()).digest()[:16]
+    return hashlib.sha256(text.strip().lower().encode(errors="surrogatepass")).digest()[:16]
 
 
 def hash_subject(subject: str) -> bytes:

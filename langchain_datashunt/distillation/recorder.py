@@ -226,16 +226,33 @@ class Recorder:
                 self._store.append(records)
             except ShuntError as error:
                 self._went_away(error)
+            except Exception:
+                self._write_singly(records)
+                return
             else:
                 self._count(written=len(records))
                 return
         try:
             self._spool_store().append(records)
-        except (ShuntError, OSError) as error:
-            logger.error("%d records could not be written anywhere: %s", len(records), error)
+        except Exception as error:
+            logger.error("%d records could not be written anywhere: %s: %s", len(records), type(error).__name__, error)
             self._count(failed=len(records))
         else:
             self._count(spooled=len(records))
+
+    def _write_singly(self, records: list[RoutedCall]) -> None:
+        """Find the records of a group that no database takes; the others are written."""
+        for record in records:
+            try:
+                self._store.append([record])  # type: ignore[union-attr]
+            except ShuntError as error:
+                self._went_away(error)
+                self._write([record], spool=True)
+            except Exception as error:
+                logger.error("The record %s cannot be written: %s", record.id, type(error).__name__)
+                self._count(failed=1)
+            else:
+                self._count(written=1)
 
     def _reachable(self) -> bool:
         return time.monotonic() >= self._away_until and (self._store is not None or self._try_open())

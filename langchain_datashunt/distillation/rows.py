@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, hash_input, hash_subject, id_bytes
-from langchain_datashunt.distillation.sealing import Seal, opened
+from langchain_datashunt.distillation.sealing import Seal
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
-from langchain_datashunt.predictions import Route
+from langchain_datashunt.predictions import Reason, Route
 
 ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
+REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error", "local_only")
 _ROUTES = {route: i for i, route in enumerate(ROUTES)}
+_REASONS = {reason: i for i, reason in enumerate(REASONS)}
 KEPT = ("gold", "gold_source", "subject")
 """What a newer call without it does not overwrite."""
 
@@ -35,6 +37,7 @@ class Row(NamedTuple):
     score: float | None
     threshold: float | None
     route: int
+    reason: int
     small_label: int | None
     label: int | None
     input_tokens: int | None
@@ -72,6 +75,7 @@ def rows_of(
         [r.score for r in records],
         [r.threshold for r in records],
         [_ROUTES[r.route] for r in records],
+        [_REASONS[r.reason] for r in records],
         [p.index(best) if p else None for p, best in zip(distributions, confidences, strict=True)],
         [None if r.label is None else _positions(r.labels).get(r.label, OUTSIDE) for r in records],
         [r.input_tokens for r in records],
@@ -105,7 +109,7 @@ def _positions(labels: tuple[str, ...]) -> dict[str, int]:
 
 @lru_cache(maxsize=256)
 def _asked(task: str, large_model: str) -> bytes:
-    return b"\0".join((task.encode(), large_model.encode(), b""))
+    return b"\0".join((task.encode(errors="surrogatepass"), large_model.encode(errors="surrogatepass"), b""))
 
 
 def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
@@ -136,74 +140,40 @@ def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes
     return list(by_key), list(by_key.values())
 
 
-class Segments:
-    """Segments that were read, by their numbers; unpacks each once."""
+def record_of(row: Any, segment: Segment) -> RoutedCall:
+    """The record of a row with its context's columns.
 
-    def __init__(self, seal: Seal | None) -> None:
-        self._seal = seal
-        self._packed: dict[int, bytes] = {}
-        self._open: dict[int, Segment] = {}
+    Raises:
+        ValueError: Its segment says nothing of it.
+    """
+    said = segment[segment_and_place(row["number"])[1]]
+    labels = label_set(row["labels"])
+    label = None if row["label"] is None else labels[row["label"]] if row["label"] >= 0 else said.strange_label
+    same = (
+        "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens", "output_tokens",
+        "cost_usd", "gold", "gold_source", "count",
+    )  # fmt: skip
+    told = {name: value for name, value in said._asdict().items() if name != "strange_label"}
+    return RoutedCall(
+        **{name: row[name] for name in same},
+        **told,
+        id=id_of(row),
+        labels=labels,
+        route=ROUTES[row["route"]],
+        reason=REASONS[row["reason"]],
+        label=label,
+        subject=None if row["subject"] is None else SUBJECT_HASH + bytes(row["subject"]).hex(),
+    )
 
-    def put(self, number: int, content: bytes) -> None:
-        """Keep what was read until it is asked for."""
-        self._packed[number] = bytes(content)
 
-    def hand_over(self, number: int, other: Segments) -> bool:
-        """Give a segment that was read to others, unpacked as it is; False where it is not here."""
-        if number not in self._open:
-            return False
-        other._open[number] = self._open[number]
-        return True
+def id_of(row: Any) -> str:
+    """The id of a row's call."""
+    return str(UUID(bytes=bytes(row["id"])))
 
-    def segment(self, number: int) -> Segment:
-        """A segment.
 
-        Raises:
-            ValueError: It is not there, or damaged.
-            StoreError: It is encrypted, and the key is not given.
-        """
-        if (found := self._open.get(number)) is None:
-            if number not in self._packed:
-                raise ValueError(f"its segment {number} is not there")
-            found = self._open[number] = Segment.unpack(opened(self._packed.pop(number), self._seal))
-        return found
-
-    def record(self, row: Any) -> RoutedCall:
-        """The record of a row with its context's columns.
-
-        Raises:
-            ValueError: Its segment is not there, damaged, or says nothing of it.
-            StoreError: It is encrypted, and the key is not given.
-        """
-        segment, place = segment_and_place(row["number"])
-        said = self.segment(segment)[place]
-        labels = label_set(row["labels"])
-        label = None if row["label"] is None else labels[row["label"]] if row["label"] >= 0 else said.strange_label
-        same = (
-            "time", "score", "threshold", "policy", "task", "small_model", "large_model", "input_tokens",
-            "output_tokens", "cost_usd", "gold", "gold_source", "count",
-        )  # fmt: skip
-        told = {name: value for name, value in said._asdict().items() if name != "strange_label"}
-        return RoutedCall(
-            **{name: row[name] for name in same},
-            **told,
-            id=str(UUID(bytes=bytes(row["id"]))),
-            labels=labels,
-            route=ROUTES[row["route"]],
-            label=label,
-            subject=None if row["subject"] is None else SUBJECT_HASH + bytes(row["subject"]).hex(),
-        )
-
-    def complaint(self, row: Any) -> str | None:
-        """What is wrong with a stored row; None where it reads back and its hashes fit."""
-        name = str(UUID(bytes=bytes(row["id"])))
-        try:
-            record = self.record(row)
-        except Exception as error:
-            return f"Call {name} cannot be read: {type(error).__name__}: {error}"
-        if bytes(row["key"]) not in keys_of(record.task, record.large_model, hash_input(record.input), self._seal):
-            return f"Call {name} does not fit its hash: its input or its task was changed."
-        return None
+def fits(row: Any, record: RoutedCall, seal: Seal | None) -> bool:
+    """Whether a row's hash is that of its record."""
+    return bytes(row["key"]) in keys_of(record.task, record.large_model, hash_input(record.input), seal)
 
 
 @lru_cache(maxsize=64)

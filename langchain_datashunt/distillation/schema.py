@@ -60,6 +60,7 @@ calls = Table(
     Column("score", Float(53)),
     Column("threshold", Float(53)),
     Column("route", SmallInteger, nullable=False),
+    Column("reason", SmallInteger, nullable=False),
     Column("small_label", Integer),
     Column("label", Integer),
     Column("input_tokens", Integer),
@@ -82,12 +83,15 @@ replaced = Table(
     metadata,
     Column("id", LargeBinary(16), primary_key=True),
     Column("key", LargeBinary(16), nullable=False),
-    Column("number", BigInteger),
 )
-"""Ids of calls that a newer one with the same input replaced, so that feedback on them still finds its row; and the
-number that they had, until what they said is erased from their segment."""
+"""Ids of calls that a newer one with the same input replaced, so that feedback on them still finds its row."""
 
-left_over = Index("datashunt_replaced_number", replaced.c.number, sqlite_where=replaced.c.number.isnot(None))
+dead = Table(
+    "datashunt_dead",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+)
+"""Numbers that no row has any more, until what stands there is erased from its segment."""
 
 controls = Table(
     "datashunt_controls",
@@ -124,29 +128,35 @@ def _calls(connection: Connection) -> None:
         table.create(connection)
 
 
-def _replaced_ids(connection: Connection) -> None:
+_TRIGGERS = {
+    "datashunt_replaced_ids": (
+        "UPDATE OF id", "OLD.id IS DISTINCT FROM NEW.id", "datashunt_replaced (id, key) VALUES (OLD.id, OLD.key)"
+    ),
+    "datashunt_moved": (
+        "UPDATE OF number", "OLD.number <> NEW.number", "datashunt_dead (number) VALUES (OLD.number)"
+    ),
+    "datashunt_deleted": ("DELETE", "", "datashunt_dead (number) VALUES (OLD.number)"),
+}  # fmt: skip
+"""What the database notes by itself when a row of `calls` changes: the event, the condition, what is inserted."""
+
+
+def _notes(connection: Connection) -> None:
     replaced.create(connection)
-    values = "(id, key, number) VALUES (OLD.id, OLD.key, OLD.number)"
-    if connection.dialect.name == "postgresql":
-        connection.execute(
-            text(
-                "CREATE FUNCTION datashunt_note_replaced() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-                f"INSERT INTO datashunt_replaced {values} ON CONFLICT (id) DO NOTHING; RETURN NULL; END $$"
+    dead.create(connection)
+    for name, (event, condition, insertion) in _TRIGGERS.items():
+        when = f"WHEN ({condition}) " if condition else ""
+        if connection.dialect.name == "postgresql":
+            function = (
+                f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                f"INSERT INTO {insertion} ON CONFLICT DO NOTHING; RETURN NULL; END $$"
             )
-        )
-        connection.execute(
-            text(
-                "CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls FOR EACH ROW "
-                "WHEN (OLD.id IS DISTINCT FROM NEW.id) EXECUTE FUNCTION datashunt_note_replaced()"
-            )
-        )
-    else:
-        connection.execute(
-            text(
-                "CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls "
-                f"WHEN OLD.id IS NOT NEW.id BEGIN INSERT OR IGNORE INTO datashunt_replaced {values}; END"
-            )
-        )
+            trigger = f"FOR EACH ROW {when}EXECUTE FUNCTION {name}()"
+        else:
+            function, when = "", when.replace("IS DISTINCT FROM", "IS NOT")
+            trigger = f"FOR EACH ROW {when}BEGIN INSERT OR IGNORE INTO {insertion}; END"
+        if function:
+            connection.execute(text(function))
+        connection.execute(text(f"CREATE TRIGGER {name} AFTER {event} ON datashunt_calls {trigger}"))
 
 
 def _controls(connection: Connection) -> None:
@@ -157,7 +167,7 @@ def _disclosures(connection: Connection) -> None:
     disclosures.create(connection)
 
 
-STEPS: tuple[Callable[[Connection], None], ...] = (_calls, _replaced_ids, _controls, _disclosures)
+STEPS: tuple[Callable[[Connection], None], ...] = (_calls, _notes, _controls, _disclosures)
 """Step i brings version FIRST + i - 1 to version FIRST + i. Never change one that was released; add another."""
 
 

@@ -1,21 +1,23 @@
-"""Segments in the database: written once, read by their numbers, erased where their records are gone."""
+"""Segments in the database: written once, read by their numbers, erased where nothing refers to what they say."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
+from itertools import groupby
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import BigInteger, ColumnElement, Connection, cast, delete, exists, func, insert, select, update
 
-from langchain_datashunt.distillation.rows import Segments, number_of, segment_and_place
-from langchain_datashunt.distillation.schema import calls, replaced, segments
+from langchain_datashunt.distillation.rows import number_of, segment_and_place
+from langchain_datashunt.distillation.schema import calls, dead, segments
 from langchain_datashunt.distillation.sealing import Seal, opened
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
+from langchain_datashunt.exceptions import StoreError
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 64
-"""Segments that are erased in one go."""
+_AT_ONCE = 500
+"""Numbers in one statement."""
 
 
 def write_segment(connection: Connection, segment: Segment, seal: Seal | None) -> int:
@@ -24,61 +26,92 @@ def write_segment(connection: Connection, segment: Segment, seal: Seal | None) -
     return int(connection.execute(insert(segments).values(content=content)).inserted_primary_key[0])  # type: ignore[index]
 
 
-def read_segments(connection: Connection, numbers: Collection[int], known: Segments) -> None:
-    """Fetch those of these segments that are there."""
-    if numbers:
-        rows = connection.execute(select(segments.c.number, segments.c.content).where(segments.c.number.in_(numbers)))
-        for number, content in rows:
-            known.put(number, content)
+def read_segment(connection: Connection, number: int, seal: Seal | None) -> Segment:
+    """A segment.
+
+    Raises:
+        ValueError: It is not there, or damaged.
+        StoreError: It is encrypted, and the key is not given.
+    """
+    content = connection.execute(select(segments.c.content).where(segments.c.number == number)).scalar()
+    if content is None:
+        raise ValueError(f"its segment {number} is not there")
+    return Segment.unpack(opened(bytes(content), seal))
 
 
-def erase(connection: Connection, numbers: Iterable[int], seal: Seal | None) -> None:
+def erase(connection: Connection, seal: Seal | None, needed: Collection[int] = ()) -> None:
     """Erase from segments whatever no row refers to any more; one that has nothing left is deleted.
 
-    Segments are locked before their rows are looked up, so that two that erase at once do not undo each other's work.
+    The database itself notes each number that a row gives up, in the transaction that does so; a number is never used
+    again. So only what is noted is erased, and who erases at the same time, or writes, undoes nothing.
+
+    Args:
+        connection: Inside a transaction.
+        seal: Of the store.
+        needed: Segments that must be erased; others whose key is missing are left for later.
+
+    Raises:
+        StoreError: A segment that must be erased is encrypted with another key.
     """
-    wanted = sorted(set(numbers))
-    for start in range(0, len(wanted), _AT_ONCE):
-        some = wanted[start : start + _AT_ONCE]
-        locked = select(segments.c.number, segments.c.content).where(segments.c.number.in_(some))
-        for number, content in connection.execute(locked.order_by(segments.c.number).with_for_update()).all():
-            own = calls.c.number.between(number_of(number, 0), number_of(number, MAX_RECORDS - 1))
-            kept = [segment_and_place(n)[1] for n in connection.execute(select(calls.c.number).where(own)).scalars()]
-            if not kept:
-                connection.execute(delete(segments).where(segments.c.number == number))
-                continue
-            plain = opened(bytes(content), seal)
-            try:
-                left = Segment.unpack(plain).erased_but(kept)
-            except ValueError as error:  # nobody can read it, and what is to be forgotten must not stay
-                logger.error("Segment %d is damaged and was deleted with its %d calls: %s", number, len(kept), error)
-                connection.execute(delete(segments).where(segments.c.number == number))
-                connection.execute(delete(calls).where(own))
-                continue
-            changed = update(segments).where(segments.c.number == number).values(content=_sealed(left, seal))
-            connection.execute(changed)
-        for number in some:
-            those = replaced.c.number.between(number_of(number, 0), number_of(number, MAX_RECORDS - 1))
-            connection.execute(update(replaced).where(those).values(number=None))
+    noted = connection.execute(select(dead.c.number).order_by(dead.c.number)).scalars().all()
+    for number, group in groupby(noted, key=lambda one: segment_and_place(one)[0]):
+        numbers = list(group)
+        try:
+            _erase_places(connection, number, {segment_and_place(one)[1] for one in numbers}, seal)
+        except StoreError:
+            if number in needed:
+                raise
+            logger.warning("Segment %d is encrypted with a key that is not given; it is erased another time.", number)
+            continue
+        for some in _parts(numbers):
+            connection.execute(delete(dead).where(dead.c.number.in_(some)))
+
+
+def _erase_places(connection: Connection, number: int, places: set[int], seal: Seal | None) -> None:
+    this, own = segments.c.number == number, _rows_of(number)
+    content = connection.execute(select(segments.c.content).where(this).with_for_update()).scalar()
+    if content is None:
+        return
+    if not connection.execute(select(exists().where(own))).scalar():
+        connection.execute(delete(segments).where(this))
+        return
+    plain = opened(bytes(content), seal)
+    try:
+        left = Segment.unpack(plain).without(places)
+    except ValueError as error:  # nobody can read it, and what is to be forgotten must not stay
+        logger.error("Segment %d is damaged; it was deleted with its calls: %s", number, error)
+        connection.execute(delete(calls).where(own))
+        connection.execute(delete(segments).where(this))
+        return
+    connection.execute(update(segments).where(this).values(content=_sealed(left, seal)))
 
 
 def drop_empty(connection: Connection) -> None:
-    """Delete the segments that no row refers to any more, without a look into the others."""
-    first = segments.c.number * MAX_RECORDS
+    """Delete the segments that no row refers to, and what is noted of them, without a look into any."""
+    first = cast(segments.c.number, BigInteger) * MAX_RECORDS
     used = exists().where(calls.c.number >= first, calls.c.number < first + MAX_RECORDS)
-    connection.execute(delete(segments).where(~used))
-
-
-def left_over(connection: Connection) -> set[int]:
-    """The segments in which something stands that a newer call has replaced."""
-    numbers = connection.execute(select(replaced.c.number).where(replaced.c.number.isnot(None))).scalars()
-    return {segment_and_place(number)[0] for number in numbers}
+    for number in connection.execute(select(segments.c.number).where(~used)).scalars().all():
+        connection.execute(delete(segments).where(segments.c.number == number))
+        connection.execute(delete(dead).where(_between(dead.c.number, number)))
 
 
 def wasteful(connection: Connection) -> bool:
-    """Whether more records are left over than there are."""
-    dead = connection.execute(select(func.count()).where(replaced.c.number.isnot(None))).scalar_one()
-    return dead > 0 and bool(dead > connection.execute(select(func.count()).select_from(calls)).scalar_one())
+    """Whether more of what is stored is dead than alive."""
+    gone = connection.execute(select(func.count()).select_from(dead)).scalar_one()
+    return gone > 0 and bool(gone > connection.execute(select(func.count()).select_from(calls)).scalar_one())
+
+
+def _rows_of(number: int) -> ColumnElement[bool]:
+    return _between(calls.c.number, number)
+
+
+def _between(column: ColumnElement[int], number: int) -> ColumnElement[bool]:
+    return column.between(number_of(number, 0), number_of(number, MAX_RECORDS - 1))
+
+
+def _parts(numbers: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), _AT_ONCE):
+        yield numbers[start : start + _AT_ONCE]
 
 
 def _sealed(segment: Segment, seal: Seal | None) -> bytes:

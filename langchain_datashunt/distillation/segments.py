@@ -14,10 +14,6 @@ from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.predictions import Reason
-
-REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error", "local_only")
-_REASONS = {reason: i for i, reason in enumerate(REASONS)}
 
 MAX_RECORDS = 4096
 """Of one segment: the place of a record in its segment has so many values."""
@@ -29,7 +25,7 @@ _COMPRESSED, _PLAIN = b"z", b"p"
 _COUNT = struct.Struct("<I")
 _TEXTS = ("inputs", "raw_outputs", "strange_labels", "small_answers")
 _DISTRIBUTIONS = ("probabilities", "large_probabilities")
-_FORMATS = {"reasons": "u1", "audits": "u1", "small_seconds": "<f4", "large_seconds": "<f4", "large_confidences": "<f4"}
+_FORMATS = {"audits": "u1", "small_seconds": "<f4", "large_seconds": "<f4", "large_confidences": "<f4"}
 _SHORT = 128
 _local = threading.local()
 """A compressor for each thread: they must not be shared, and making one costs more than using it."""
@@ -46,7 +42,6 @@ class Content(NamedTuple):
     small_answer: str | None
     probabilities: Distribution | None
     large_probabilities: Distribution | None
-    reason: Reason
     audit: bool
     small_seconds: float
     large_seconds: float
@@ -63,7 +58,6 @@ class Segment:
     small_answers: list[str | None]
     probabilities: list[Distribution | None]
     large_probabilities: list[Distribution | None]
-    reasons: list[int]
     audits: list[bool]
     small_seconds: list[float]
     large_seconds: list[float]
@@ -79,7 +73,6 @@ class Segment:
             small_answers=[r.small_answer for r in records],
             probabilities=[r.probabilities for r in records],
             large_probabilities=[r.large_probabilities for r in records],
-            reasons=[_REASONS[r.reason] for r in records],
             audits=[r.audit for r in records],
             small_seconds=[r.small_seconds for r in records],
             large_seconds=[r.large_seconds for r in records],
@@ -104,19 +97,18 @@ class Segment:
             self.small_answers[place],
             self.probabilities[place],
             self.large_probabilities[place],
-            REASONS[self.reasons[place]],
             self.audits[place],
             self.small_seconds[place],
             self.large_seconds[place],
             self.large_confidences[place],
         )
 
-    def erased_but(self, places: Collection[int]) -> Segment:
-        """With nothing left of all records but those at these places, which stay where they are."""
-        kept, nothing = frozenset(places), {"reasons": 0, "audits": False, "small_seconds": 0.0, "large_seconds": 0.0}
+    def without(self, places: Collection[int]) -> Segment:
+        """With nothing left of the records at these places; all others stay where they are."""
+        gone, nothing = frozenset(places), {"audits": False, "small_seconds": 0.0, "large_seconds": 0.0}
 
         def column(name: str) -> list[Any]:
-            return [v if i in kept else nothing.get(name) for i, v in enumerate(getattr(self, name))]
+            return [nothing.get(name) if i in gone else v for i, v in enumerate(getattr(self, name))]
 
         return Segment(**{field.name: column(field.name) for field in fields(self)})
 
@@ -158,8 +150,6 @@ class Segment:
             raise ValueError(f"its segment claims {n} records, more than {MAX_RECORDS}")
         lengths = {name: read.numbers("<i4", n) for name in (*_TEXTS, *_DISTRIBUTIONS)}
         columns: dict[str, Any] = {name: read.numbers(kind, n).tolist() for name, kind in _FORMATS.items()}
-        if any(reason >= len(REASONS) for reason in columns["reasons"]):
-            raise ValueError("its segment has a reason that is not known")
         columns["audits"] = [bool(audit) for audit in columns["audits"]]
         columns["large_confidences"] = [None if p != p else p for p in columns["large_confidences"]]
         for name in _DISTRIBUTIONS:

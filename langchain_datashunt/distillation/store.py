@@ -8,8 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing
-from operator import attrgetter
+from contextlib import AbstractContextManager, closing, contextmanager
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,8 @@ from langchain_datashunt.distillation.rows import (
     KEPT,
     ROUTES,
     Row,
-    Segments,
+    fits,
+    id_of,
     keys_of,
     merged,
     rows_of,
@@ -34,7 +35,6 @@ try:
         ColumnElement,
         Connection,
         Engine,
-        RowMapping,
         and_,
         create_engine,
         delete,
@@ -50,15 +50,9 @@ try:
     from sqlalchemy.exc import SQLAlchemyError
 
     from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
+    from langchain_datashunt.distillation.reading import SHARED, Reader
     from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
-    from langchain_datashunt.distillation.segment_table import (
-        drop_empty,
-        erase,
-        left_over,
-        read_segments,
-        wasteful,
-        write_segment,
-    )
+    from langchain_datashunt.distillation.segment_table import drop_empty, erase, wasteful, write_segment
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
@@ -75,11 +69,10 @@ their index: a cache of 64 MiB holds the index of a million records, and a log o
 be written at once."""
 
 
-_SHARED_NAMES = ("task", "small_model", "large_model", "policy", "labels")
-_SHARED_FIELDS = attrgetter(*_SHARED_NAMES)
+_SHARED_FIELDS = attrgetter(*SHARED)
+_BY_KEY = itemgetter(1)
 
 _JOINED = calls.c.context == contexts.c.id
-_ROWS = select(calls, *(contexts.c[name] for name in _SHARED_NAMES))
 
 TIDY_EVERY = 65_536
 """After so many records it is looked whether much of what is stored has been replaced."""
@@ -122,10 +115,10 @@ class DistillationStore:
         self._contexts: dict[tuple[Any, ...], int] = {}
         self._appended = 0
         self._lock = threading.Lock()
-        self._engine = self._open()
+        self.engine = self._open()
         self._upsert = self._upsert_statement()
         try:
-            with self._engine.begin() as connection:
+            with self.engine.begin() as connection:
                 migrate(connection)
         except SQLAlchemyError as error:
             raise _in_words(self, error) from error
@@ -162,24 +155,40 @@ class DistillationStore:
         """
         if not records:
             return
+        with self._lock:
+            known = dict(self._contexts)
         try:
-            with self._engine.begin() as connection:
+            with self._writing() as connection:
                 for start in range(0, len(records), MAX_RECORDS):
-                    self._append(connection, records[start : start + MAX_RECORDS])
-        except SQLAlchemyError as error:
+                    self._append(connection, records[start : start + MAX_RECORDS], known)
+        except StoreError:
             self._contexts.clear()
-            raise _in_words(self, error) from error
+            raise
+        with self._lock:  # only now are they there for others
+            self._contexts.update(known)
 
-    def _append(self, connection: Connection, records: Sequence[RoutedCall]) -> None:
+    def _append(self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]) -> None:
         keys, newest = merged(records, self.seal)
-        shared = self._shared(connection, newest)
+        shared = self._shared(connection, newest, known)
         number = write_segment(connection, Segment.of(newest), self.seal)
-        connection.exec_driver_sql(self._upsert, rows_of(newest, keys, shared, number))
+        rows = rows_of(newest, keys, shared, number)
+        if self.url.get_backend_name() == "postgresql":
+            rows.sort(key=_BY_KEY)  # in one order, so that two writers do not wait for each other
+        connection.exec_driver_sql(self._upsert, rows)
         self._appended += len(newest)
         if self._appended >= TIDY_EVERY:
             self._appended = 0
             if wasteful(connection):
-                erase(connection, left_over(connection), self.seal)
+                erase(connection, self.seal)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """A transaction, with errors of the database as ours."""
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            raise _in_words(self, error) from error
 
     def _upsert_statement(self) -> str:
         """Insert, or replace an older row of the same key, adding the counts and keeping what only the old one knew.
@@ -202,20 +211,18 @@ class DistillationStore:
             index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
         )
         style = "qmark" if self.url.get_backend_name() == "sqlite" else "format"
-        dialect = type(self._engine.dialect)(paramstyle=style)  # type: ignore[call-arg]
+        dialect = type(self.engine.dialect)(paramstyle=style)  # type: ignore[call-arg]
         compiled = upsert.compile(dialect=dialect, column_keys=Row._fields)
         assert tuple(compiled.positiontup or ()) == Row._fields
         return str(compiled)
 
-    def _shared(self, connection: Connection, records: Sequence[RoutedCall]) -> list[int]:
-        """For each record the row of what it shares with others; made where it is new."""
+    def _shared(
+        self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]
+    ) -> list[int]:
+        """For each record the row of what it shares with others; made, and added to `known`, where it is new."""
         shared = [_SHARED_FIELDS(record) for record in records]
-        with self._lock:
-            known = dict(self._contexts)
-        for new in set(shared) - known.keys():
-            known[new] = self._context(connection, dict(zip(_SHARED_NAMES, new, strict=True)))
-        with self._lock:
-            self._contexts.update(known)
+        for new in sorted(set(shared) - known.keys()):
+            known[new] = self._context(connection, dict(zip(SHARED, new, strict=True)))
         return [known[each] for each in shared]
 
     def _context(self, connection: Connection, shared: dict[str, Any]) -> int:
@@ -240,7 +247,7 @@ class DistillationStore:
             StoreError: No call with this id is stored.
         """
         wanted = id_bytes(record_id)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             older = select(replaced.c.key).where(replaced.c.id == wanted).scalar_subquery()
             done = connection.execute(
                 update(calls)
@@ -263,50 +270,28 @@ class DistillationStore:
         Raises:
             StoreError: What a record says cannot be read: it is damaged, or encrypted with another key.
         """
-        after, known = -1, Segments(self.seal)
-        while True:
-            rows, known = self._page(which.where(), after, batch_size, known)
-            if not rows:
-                return
-            yield [self._read(known, row) for row in rows]
-            after = rows[-1]["number"]
+        reader = Reader(self)
+        while rows := reader.page(which.where(), batch_size):
+            yield [self._read(row, found) for row, found in rows]
 
-    def _reading(self) -> AbstractContextManager[Connection]:
-        """A connection that sees rows and segments as of one moment."""
-        if self.url.get_backend_name() == "postgresql":
-            return self._engine.execution_options(isolation_level="REPEATABLE READ").connect()
-        return self._engine.connect()
-
-    def _page(
-        self, where: ColumnElement[bool], after: int, size: int, before: Segments
-    ) -> tuple[list[RowMapping], Segments]:
-        """The next rows after a number, and the segments that they need; the last one read may serve once more."""
-        statement = _ROWS.where(where, calls.c.number > after).order_by(calls.c.number).limit(size)
-        known = Segments(self.seal)
-        with self._reading() as connection:
-            rows = list(connection.execute(statement).mappings())
-            numbers = sorted({segment_and_place(row["number"])[0] for row in rows})
-            if numbers and before.hand_over(numbers[0], known):
-                numbers = numbers[1:]
-            read_segments(connection, numbers, known)
-        return rows, known
-
-    def _read(self, known: Segments, row: Any) -> RoutedCall:
-        try:
-            return known.record(row)
-        except ValueError as error:
+    def _read(self, row: Any, found: RoutedCall | Exception) -> RoutedCall:
+        if isinstance(found, StoreError):
+            raise found
+        if isinstance(found, Exception):
             raise StoreError(
-                f"A record in {self!r} cannot be read: {error}. `datashunt store verify` tells which are damaged."
-            ) from error
+                f"Call {id_of(row)} in {self!r} cannot be read: {found}. `datashunt store verify` tells which are "
+                f"damaged."
+            ) from found
+        return found
 
     def get(self, record_id: str) -> RoutedCall | None:
         """One record by the id of its newest call."""
-        rows, known = self._page(and_(_JOINED, calls.c.id == id_bytes(record_id)), -1, 1, Segments(self.seal))
-        return self._read(known, rows[0]) if rows else None
+        rows = Reader(self).page(and_(_JOINED, calls.c.id == id_bytes(record_id)), 1)
+        return self._read(*rows[0]) if rows else None
 
     def count(self, which: CallFilter = EVERYTHING) -> int:
         """How many records there are."""
-        with self._engine.connect() as connection:
+        with self.engine.connect() as connection:
             statement = select(func.count()).select_from(calls, contexts).where(which.where())
             return int(connection.execute(statement).scalar_one())
 
@@ -337,7 +322,7 @@ class DistillationStore:
             func.min(c.time).label("oldest"),
             func.max(c.time).label("newest"),
         ).where(which.where())
-        with self._engine.connect() as connection:
+        with self.engine.connect() as connection:
             row = connection.execute(statement).one()._mapping
         return {
             key: value if value is None or isinstance(value, (int, float)) else float(value)
@@ -347,20 +332,20 @@ class DistillationStore:
     def verify(self) -> list[str]:
         """What is wrong with the store, in words; an empty list where nothing is."""
         problems: list[str] = []
-        with self._engine.connect() as connection:
+        with self.engine.connect() as connection:
             if self.url.get_backend_name() == "sqlite":
                 found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
                 problems += [f"SQLite: {line}" for line in found if line != "ok"]
             known = set(connection.execute(select(contexts.c.id)).scalars())
             used = set(connection.execute(select(calls.c.context).distinct()).scalars())
         problems += [f"Calls refer to context {missing}, which is not there." for missing in sorted(used - known)]
-        after, said = -1, Segments(self.seal)
-        while not used - known:
-            rows, said = self._page(_JOINED, after, 1000, said)
-            if not rows:
-                break
-            problems += [words for row in rows if (words := said.complaint(row))]
-            after = rows[-1]["number"]
+        reader = Reader(self)
+        while not used - known and (rows := reader.page(_JOINED, 1000)):
+            for row, said in rows:
+                if isinstance(said, Exception):
+                    problems.append(f"Call {id_of(row)} cannot be read: {type(said).__name__}: {said}")
+                elif not fits(row, said, self.seal):
+                    problems.append(f"Call {id_of(row)} does not fit its hash: its input or its task was changed.")
         return problems
 
     # Removing
@@ -382,7 +367,7 @@ class DistillationStore:
 
     def _keys(self, input_hash: bytes) -> list[bytes]:
         """The keys that an input has with all tasks and large models that were ever recorded."""
-        with self._engine.connect() as connection:
+        with self.engine.connect() as connection:
             known = connection.execute(select(contexts.c.task, contexts.c.large_model).distinct()).all()
         return [key for row in known for key in keys_of(row.task, row.large_model, input_hash, self.seal)]
 
@@ -394,7 +379,7 @@ class DistillationStore:
         if max_records is not None:
             order = (calls.c.time.desc(), calls.c.number.desc())
             edge = select(calls.c.time, calls.c.number).order_by(*order).offset(max_records).limit(1)
-            with self._engine.connect() as connection:
+            with self.engine.connect() as connection:
                 found = connection.execute(edge).first()
             if found is not None:
                 gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
@@ -405,42 +390,42 @@ class DistillationStore:
         moved = 0
         for batch in self.iterate(batch_size=batch_size):
             other.append(batch)
-            with self._engine.begin() as connection:
+            with self._writing() as connection:
                 some = [id_bytes(record.id) for record in batch]
                 for start in range(0, len(some), 500):
                     self._drop(connection, calls.c.id.in_(some[start : start + 500]))
+                drop_empty(connection)
             moved += len(batch)
-        with self._engine.begin() as connection:
-            drop_empty(connection)
         return moved
 
     def _delete(self, where: ColumnElement[bool]) -> int:
-        """Delete rows, and erase from the segments what they said with all that was replaced."""
-        with self._engine.begin() as connection:
-            touched = set(connection.execute(select(calls.c.number // MAX_RECORDS).where(where).distinct()).scalars())
-            if touched:
-                touched |= left_over(connection)
-            gone = self._drop(connection, where)
-            erase(connection, touched, self.seal)
-        if gone and self.url.get_backend_name() == "sqlite":
-            with closing(self._engine.raw_connection()) as raw:  # else it stands in the write-ahead log for some time
+        """Delete rows, and erase what they said, with all else that no row refers to."""
+        with self._writing() as connection:
+            numbers = self._drop(connection, where)
+            erase(connection, self.seal, {segment_and_place(number)[0] for number in numbers})
+        if numbers and self.url.get_backend_name() == "sqlite":
+            with closing(self.engine.raw_connection()) as raw:  # else it stands in the write-ahead log for some time
                 raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return gone
+        return len(numbers)
 
     @staticmethod
-    def _drop(connection: Connection, where: ColumnElement[bool]) -> int:
-        connection.execute(delete(replaced).where(replaced.c.key.in_(select(calls.c.key).where(where))))
-        return int(connection.execute(delete(calls).where(where)).rowcount)
+    def _drop(connection: Connection, where: ColumnElement[bool]) -> Sequence[int]:
+        """Delete rows; the numbers that they had, which the database notes as dead."""
+        gone = connection.execute(delete(calls).where(where).returning(calls.c.number, calls.c.key)).all()
+        for start in range(0, len(gone), 500):
+            keys = [row.key for row in gone[start : start + 500]]
+            connection.execute(delete(replaced).where(replaced.c.key.in_(keys)))
+        return [row.number for row in gone]
 
     # Life
 
     def connection(self) -> AbstractContextManager[Connection]:
         """A connection inside a transaction, for what is kept beside the records."""
-        return self._engine.begin()
+        return self.engine.begin()
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     def __enter__(self) -> Self:
         return self

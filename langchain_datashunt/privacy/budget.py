@@ -69,6 +69,7 @@ class LocalLedger:
     def __init__(self, keep: int = 10_000) -> None:
         self._lock = threading.Lock()
         self._spent: dict[str, float] = {}
+        self._room = 100_000
         self.trail: deque[Disclosure] = deque(maxlen=keep)
 
     def spend(self, amounts: Mapping[str, tuple[float, float]]) -> str | None:
@@ -79,13 +80,27 @@ class LocalLedger:
                     return name
             for name, (amount, _) in amounts.items():
                 self._spent[name] = self._spent.get(name, 0.0) + amount
-            if len(self._spent) > 100_000:  # of periods that are over
-                self._spent = {name: self._spent[name] for name in amounts}
+            if len(self._spent) > self._room:
+                self._forget(next(iter(amounts)))
         return None
+
+    def _forget(self, newest: str) -> None:
+        """Forget what was spent in other periods than that of this name."""
+        period = newest.split(":")[2:3]
+        self._spent = {name: spent for name, spent in self._spent.items() if name.split(":")[2:3] == period}
+        self._room = 2 * max(50_000, len(self._spent))
 
     def note(self, entry: Disclosure) -> None:
         """As `Ledger.note`."""
         self.trail.append(entry)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process counts for itself."""
+        return LocalLedger, (self.trail.maxlen,)
+
+
+_ROUNDING = 1e-9
+"""Ten times 0.1 is 1.0 here, whatever binary numbers make of it."""
 
 
 class PeriodBudget(Configured):
@@ -136,7 +151,9 @@ class PeriodBudget(Configured):
             names[f"spent:{self.name}:{period}:{bound}{whose}"] = bound
         if not names:
             return ""
-        above = self.ledger.spend({name: (float(wanted[b]), float(getattr(self, b))) for name, b in names.items()})
+        above = self.ledger.spend(
+            {name: (float(wanted[b]), getattr(self, b) * (1.0 + _ROUNDING)) for name, b in names.items()}
+        )
         return "" if above is None else names[above]
 
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -22,7 +22,7 @@ from langchain_datashunt.pruning import Candidates
 
 _PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]{0,40})_(\d{1,6})>", re.IGNORECASE)
 _LONGEST = 50
-_BINARY = ("image", "image_url", "audio", "input_audio", "video", "file", "media")
+_BINARY = ("image", "image_url", "audio", "input_audio", "video", "file", "media", "document")
 """Types of content blocks in which no detector can look."""
 
 
@@ -104,11 +104,13 @@ class Placeholders:
             inner = [self.redact(one) for one in value]
             return inner if type(value) is list else self._same_kind(value, inner)
         if isinstance(value, BaseModel):
-            return value.model_copy(
-                update={name: self.redact(getattr(value, name)) for name in type(value).model_fields}
-            )
+            if not self.allow_binary and getattr(value, "block_type", None) in _BINARY:
+                raise StaysLocal(f"it holds a block of the type {value.block_type!r}, in which nobody can look")  # type: ignore[attr-defined]
+            return value.model_copy(update={name: self.redact(one) for name, one in fields_of(value).items()})
         if is_dataclass(value) and not isinstance(value, type):
-            return replace(value, **{name: self.redact(getattr(value, name)) for name in value.__dataclass_fields__})
+            return replace(
+                value, **{one.name: self.redact(getattr(value, one.name)) for one in fields(value) if one.init}
+            )
         if isinstance(value, bool | int | float | complex) or value is None:
             return self._redact_number(value)
         if isinstance(value, bytes | bytearray | memoryview) and not self.allow_binary:
@@ -211,9 +213,10 @@ class Placeholders:
             inner = [self.restore(one) for one in value]
             return inner if type(value) is list else self._same_kind(value, inner)
         if isinstance(value, BaseModel):
-            return value.model_copy(
-                update={name: self.restore(getattr(value, name)) for name in type(value).model_fields}
-            )
+            return value.model_copy(update={name: self.restore(one) for name, one in fields_of(value).items()})
+        if is_dataclass(value) and not isinstance(value, type):
+            changed = {one.name: self.restore(getattr(value, one.name)) for one in fields(value) if one.init}
+            return replace(value, **changed)
         return value
 
     def restore_text(self, text: str) -> str:
@@ -298,6 +301,11 @@ def _fields(chunk: AIMessageChunk) -> dict[str, Any]:
     return {name: getattr(chunk, name) for name in names if hasattr(chunk, name)}
 
 
+def fields_of(value: BaseModel) -> dict[str, Any]:
+    """All that a pydantic object holds, with what its class does not name."""
+    return {**{name: getattr(value, name) for name in type(value).model_fields}, **(value.model_extra or {})}
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """Every text in a structure."""
     if isinstance(value, str):
@@ -318,6 +326,6 @@ def texts_in(value: Any) -> Iterator[str]:
         for one in value:
             yield from texts_in(one)
     elif isinstance(value, BaseModel):
-        yield from texts_in({name: getattr(value, name) for name in type(value).model_fields})
+        yield from texts_in(fields_of(value))
     elif is_dataclass(value) and not isinstance(value, type):
         yield from texts_in({name: getattr(value, name) for name in value.__dataclass_fields__})

@@ -20,8 +20,9 @@ AFTER_FORK: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    if (torch := sys.modules.get("torch")) is not None:  # the team of threads that OpenMP would wait for is not here
-        torch.set_num_threads(1)
+    one_thread = getattr(sys.modules.get("torch"), "set_num_threads", None)
+    if one_thread is not None:  # the team of threads that OpenMP would wait for is not here
+        one_thread(1)
     for one in list(AFTER_FORK):
         one.after_fork()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,11 +12,19 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import ChatResult
 from langchain_core.tools import tool
-from llama_index.core.base.llms.types import ChatResponse, CompletionResponse, ImageBlock, LLMMetadata, ToolCallBlock
+from llama_index.core.base.llms.types import (
+    ChatResponse,
+    CompletionResponse,
+    DocumentBlock,
+    ImageBlock,
+    LLMMetadata,
+    ToolCallBlock,
+)
 from llama_index.core.llms import LLM, ChatMessage
 from llama_index.core.llms.mock import MockFunctionCallingLLM
 from llama_index.core.selectors import LLMSingleSelector
 from llama_index.core.tools import FunctionTool, ToolMetadata
+from pydantic import BaseModel, ConfigDict
 
 from langchain_datashunt import OutboundGate, Threshold
 from langchain_datashunt.agents import OutboundGateMiddleware, ShuntModelRouterMiddleware
@@ -265,3 +274,20 @@ async def test_a_persons_budget_holds_in_an_agent_too() -> None:
     assert first["messages"][-1].text == "one"
     assert "bound 'subject_calls'" in second["messages"][-1].text
     assert agent.invoke(asked)["messages"][-1].text == "two"
+
+
+def test_objects_of_every_kind_are_replaced_and_restored() -> None:
+    @dataclass
+    class Order:
+        mail: str
+
+    class Loose(BaseModel):
+        model_config = ConfigDict(extra="allow")
+        name: str
+
+    loose = Loose(name="x", note=MAIL)  # type: ignore[call-arg]
+    out, found = GATE.outbound([Order(MAIL), loose])
+    assert MAIL not in repr(out)
+    assert found.restore(out) == [Order(MAIL), loose]
+    letter = ChatMessage(role="user", blocks=[DocumentBlock(url="https://example.com/letter.pdf")])
+    assert "stays on this machine" in str(GatedLLM(large=Echo(asked=[]), gate=GATE).chat([letter]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -63,6 +64,26 @@ def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: Dis
     (everything,) = overview_of(store, by="all", sample_small=1.0)
     assert (everything.calls, everything.start) == (6.0, 4 * DAY + 1.7)
     assert overview_of(store, which=CallFilter(until=4 * DAY)) == []
+
+
+def test_only_what_is_sampled_is_scaled_up(store: DistillationStore) -> None:
+    """Audits, inputs that had to stay, and failed large calls are recorded always."""
+    nothing: dict[str, Any] = {"label": None, "raw_output": None, "cost_usd": None, "large_model": "", "time": 10.0}
+    kept: dict[str, Any] = {**nothing, "route": "small", "reason": "confident"}
+    store.append(
+        [
+            *(call(i, **kept) for i in range(10)),
+            *(call(100 + i, **{**kept, "large_model": "gpt-4", "cost_usd": 0.5, "audit": True}) for i in range(4)),
+            *(call(200 + i, time=10.0) for i in range(6)),
+            *(call(300 + i, **{**nothing, "route": "small", "reason": "local_only"}) for i in range(3)),
+            *(call(400 + i, **{**nothing, "route": "small", "reason": "large_error"}) for i in range(1)),
+        ]
+    )
+    (row,) = overview_of(store, sample_small=0.1)
+    assert row.calls == 10 / 0.1 + 6 + 3 + 1
+    assert row.query_share == pytest.approx(7 / 110)
+    assert row.cost_usd == pytest.approx(4 * 0.5 + 6 * 0.01)
+    assert row.all_large_usd_per_1000 == pytest.approx(1000 * 0.06 / 7)
 
 
 def test_what_the_gate_let_out_stands_beside_it(store: DistillationStore) -> None:
@@ -129,6 +150,27 @@ def test_answers_that_cannot_be_counted_are_not_stored(store: DistillationStore,
         OutputBudget()
 
 
+def test_a_ledger_forgets_other_periods_only(monkeypatch: Any) -> None:
+    ledger = LocalLedger()
+    ledger._room = 10
+    now = 0.0
+    budget = DisclosureBudget(subject_calls=1, ledger=ledger, clock=lambda: now)
+    for who in range(30):
+        assert budget.above({"calls": 1}, bytes([who])) == ""
+    assert budget.above({"calls": 1}, bytes([0])) == "subject_calls", "nobody of this period is forgotten"
+    now, ledger._room = 86_400.0, 10
+    assert budget.above({"calls": 1}, bytes([0])) == ""
+    assert len(ledger._spent) == 1
+
+
+def test_budgets_and_keepings_can_be_pickled(tmp_path: Any) -> None:
+    keep = Keeping(outputs=OutputBudget(outputs=3))
+    assert pickle.loads(pickle.dumps(keep)).outputs.outputs == 3
+    assert pickle.loads(pickle.dumps(DisclosureBudget(calls=1))).calls == 1
+    with Recorder(tmp_path / "calls.db", keep=keep) as recorder:
+        pickle.loads(pickle.dumps(recorder)).close()
+
+
 def test_money_is_a_bound_too() -> None:
     ledger, asked = LocalLedger(), []  # type: ignore[var-annotated]
     budget = DisclosureBudget(usd=0.05, subject_usd=0.02, usd_per_call=0.01, ledger=ledger)
@@ -148,5 +190,10 @@ def test_money_is_a_bound_too() -> None:
     with pytest.raises(Exception, match="bound 'usd'"):
         by_length.outbound("x" * 20)
     by_length.outbound("x" * 9)
+    exact = OutboundGate(budget=DisclosureBudget(usd=0.3, usd_per_call=0.1, ledger=LocalLedger()))
+    for _ in range(3):
+        exact.outbound("three times a tenth is three tenths")
+    with pytest.raises(Exception, match="bound 'usd'"):
+        exact.outbound("x")
     with pytest.raises(ConfigurationError, match="what a call costs"):
         DisclosureBudget(usd=1.0)

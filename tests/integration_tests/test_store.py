@@ -265,6 +265,95 @@ def test_people_can_be_forgotten_at_once(store: DistillationStore, url: str) -> 
     assert [text is None for text in Segment.unpack(bytes(content)).inputs] == [i < 8 for i in range(40)]
 
 
+def stored_texts(store: DistillationStore) -> list[str]:
+    """All inputs that stand in segments, whether a row refers to them or not."""
+    with store.connection() as connection:
+        contents = connection.execute(text("SELECT content FROM datashunt_segments")).scalars().all()
+    return [one for content in contents for one in Segment.unpack(bytes(content)).inputs if one is not None]
+
+
+def test_a_record_that_was_written_twice_is_forgotten_twice(store: DistillationStore) -> None:
+    """A spool that was drained while the process died delivers records again."""
+    record = call(1, subject="jane")
+    store.append([record, call(2)])
+    store.append([record])
+    assert stored_texts(store).count("question 1") == 2
+    assert store.delete(subject="jane") == 1
+    assert stored_texts(store) == ["question 2"]
+
+
+def test_what_is_written_while_something_is_deleted_is_whole_or_gone(store: DistillationStore, url: str) -> None:
+    """Writers move a person's rows to new groups while the person is forgotten, again and again."""
+    stop = threading.Event()
+
+    def write() -> None:
+        with DistillationStore(url) as mine:
+            while not stop.is_set():
+                mine.append([call(i, subject="jane") for i in range(5)] + [call(100, subject="joe")])
+
+    def forget() -> None:
+        with DistillationStore(url) as mine:
+            while not stop.is_set():
+                mine.delete(subject="jane")
+
+    threads = [threading.Thread(target=work) for work in (write, write, forget, forget)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    store.delete(subject="jane")
+    assert [record.input for record in everything(store)] == ["question 100"]
+    assert stored_texts(store) == ["question 100"]
+    assert store.verify() == []
+
+
+def test_a_group_that_failed_leaves_no_trace_in_the_next(store: DistillationStore) -> None:
+    """Its context was never stored, so that its number may become another's."""
+    with pytest.raises(Exception, match="(?i)overflow|too large|out of range"):
+        store.append([call(1, task="first", input_tokens=2**70)])
+    store.append([call(2, task="second", labels=("a", "b", "c"), label="a")])
+    store.append([call(3, task="first")])
+    assert {(record.task, record.labels) for record in everything(store)} == {
+        ("second", ("a", "b", "c")),
+        ("first", LABELS),
+    }
+
+
+def test_a_filter_that_few_records_pass_opens_one_group_at_a_time(store: DistillationStore, monkeypatch: Any) -> None:
+    for group in range(12):
+        store.append([call(100 * group + i, gold="refund" if i == 0 else None) for i in range(3)])
+    alive, most = 0, 0
+    real = Segment.unpack.__func__  # type: ignore[attr-defined]
+
+    class Counted(Segment):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def unpack(cls: type, data: bytes) -> Segment:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return real(Counted, data)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr("langchain_datashunt.distillation.segment_table.Segment.unpack", classmethod(unpack))
+    assert len([one for page in store.iterate(CallFilter(labelled=True)) for one in page]) == 12
+    assert most <= 2
+
+
+def test_a_record_that_no_database_takes_harms_no_other(tmp_path: Path, caplog: Any) -> None:
+    with Recorder(tmp_path / "c.db", durability="record") as recorder:
+        recorder.record([lambda: call(1, input="lone \ud800 surrogate"), lambda: call(2)])
+        recorder.record([lambda: call(3, input_tokens=2**70), lambda: call(4)])
+        assert recorder.flush(10)
+        assert (recorder.counters.written, recorder.counters.failed) == (3, 1)
+    assert "cannot be written" in caplog.text
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert [one.input for one in everything(store)] == ["lone \ud800 surrogate", "question 2", "question 4"]
+
+
 def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
     store.append([call(i, time=time.time() - (9 - i) * 100) for i in range(10)])
     assert store.prune(max_age_seconds=550) == 4
@@ -277,7 +366,7 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
     for i in range(5):
         store.append([call(i)])
     assert store.verify() == []
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         other = Segment.of([call(4)]).pack()
         for number, content in ((1, b"pnonsense"), (2, other)):
             statement = text("UPDATE datashunt_segments SET content = :c WHERE number = :n")
@@ -286,7 +375,7 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
     assert len(problems) == 2
     assert any("cannot be read" in p for p in problems)
     assert any("does not fit its hash" in p for p in problems)
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         connection.execute(text("DELETE FROM datashunt_contexts"))
     assert "context" in store.verify()[0]
 
@@ -294,7 +383,7 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
 def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str) -> None:
     with DistillationStore(url):
         pass
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
     with pytest.raises(StoreError, match=f"schema version 99 and this code knows up to {FIRST + len(STEPS) - 1}"):
         DistillationStore(url)

@@ -209,3 +209,21 @@ def test_no_password_and_no_input_stands_in_a_repr_an_error_or_the_log(tmp_path:
             store.append([call(1, input=SECRET)])
     assert SECRET not in str(caught.value)
     assert MAIL not in repr(caught.value.__cause__)
+
+
+def test_a_lost_key_does_not_keep_others_from_being_forgotten(tmp_path: Path) -> None:
+    old, new = Fernet.generate_key(), Fernet.generate_key()
+    with DistillationStore(tmp_path / "calls.db", key=old) as store:
+        store.append([call(1, subject="jane"), call(9, subject="ann")])
+        store.append([call(1, subject="jane")])
+    with DistillationStore(tmp_path / "calls.db", key=new) as store:
+        store.append([call(2, subject="joe"), call(3)])
+        assert store.delete(subject="joe") == 1, "what another key has sealed is erased another time"
+        store.append([call(4), call(5)])
+    with DistillationStore(tmp_path / "calls.db", key=old) as store:
+        with pytest.raises(StoreError, match="another key"):  # question 3 stands there too, and cannot be written anew
+            store.prune(max_records=2)
+        assert store.count() == 5, "nothing of it was done"
+    with DistillationStore(tmp_path / "calls.db", key=[new, old]) as store:
+        assert store.delete(subject="jane") == 1
+        assert [one.input for one in everything(store)] == ["question 3", "question 4", "question 5", "question 9"]

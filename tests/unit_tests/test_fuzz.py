@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from langchain_datashunt import Subtask, TextCNN, TrainingSettings, load_small_model
 from langchain_datashunt.data.reading import labelled_texts, read_rows
 from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.distillation.rows import Row, Segments, rows_of
+from langchain_datashunt.distillation.rows import Row, record_of, rows_of
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
 from langchain_datashunt.parsing import LabelParser
@@ -149,9 +149,9 @@ def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: s
     )  # fmt: skip
     (row,) = rows_of([record], [b"key"], [1], segment=7)
     shared = {"task": record.task, "small_model": "", "large_model": "m", "policy": "", "labels": json.dumps(labels)}
-    read = Segments(None)
-    read.put(7, Segment.of([record]).pack())
-    back = read.record({**dict(zip(Row._fields, row, strict=True)), **shared})
+    back = record_of(
+        {**dict(zip(Row._fields, row, strict=True)), **shared}, Segment.unpack(Segment.of([record]).pack())
+    )
     assert (back.input, back.raw_output, back.label, back.small_answer) == (text, raw, label, written)
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_segment_is_an_error(noise: bytes, at: int, kind: bytes) -> No
             segment = Segment.unpack(content)
         except ValueError:
             continue
-        assert len(segment.inputs) == len(segment.reasons) <= MAX_RECORDS
+        assert len(segment.inputs) == len(segment.audits) <= MAX_RECORDS
 
 
 @FUZZ
@@ -178,11 +178,11 @@ def test_what_is_erased_leaves_the_rest_where_it_was(told: list[tuple[str, str |
         )
         for text, raw, k in told
     ]  # fmt: skip
-    kept = data.draw(st.sets(st.integers(0, max(0, len(told) - 1)))) if told else set()
+    gone = data.draw(st.sets(st.integers(0, max(0, len(told) - 1)))) if told else set()
     whole = Segment.unpack(Segment.of(records).pack())
-    left = Segment.unpack(whole.erased_but(kept).pack())
+    left = Segment.unpack(whole.without(gone).pack())
     for place in range(len(records)):
-        if place in kept:
+        if place not in gone:
             assert left[place] == whole[place]
         else:
             with pytest.raises(ValueError, match=f"place {place}"):

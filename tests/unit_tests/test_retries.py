@@ -4,14 +4,18 @@ import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableLambda
 
-from langchain_datashunt import Retry
+from langchain_datashunt import CircuitBreaker, Retry, ShuntRunnable
+from langchain_datashunt.exceptions import LargeTimeoutError
 from langchain_datashunt.retries import CallLimiter, is_retryable, retry_after
-from tests.support.models import HttpError
+from tests.support.models import HttpError, WordModel
 
 QUICK = Retry(attempts=3, initial_wait=0.0, jitter=0.0)
 
@@ -193,3 +197,67 @@ async def test_no_limit_is_no_limit() -> None:
             assert limiter.bound(None) is None
     assert limiter.bound(4) == 4
     assert CallLimiter(2).bound(4) == 2
+
+
+BOUNDED = Retry(attempts=1, attempt_seconds=0.3)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "abatch"])
+async def test_waiting_for_a_place_is_no_part_of_an_attempt(way: str) -> None:
+    """Ten calls of 0.1 s, one at a time, each within its 0.3 s."""
+    asked: list[Any] = []
+
+    def answer(value: Any) -> str:
+        asked.append(value)
+        time.sleep(0.1)
+        return "x"
+
+    async def aanswer(value: Any) -> str:
+        asked.append(value)
+        await asyncio.sleep(0.1)
+        return "x"
+
+    large: Any = RunnableLambda(answer, afunc=aanswer)
+    shunt = ShuntRunnable(small=WordModel(), large=large, pruning=None, retry=BOUNDED, max_concurrency=1)
+    texts = [f"refund {i}" for i in range(10)]
+    if way == "invoke":
+        with ThreadPoolExecutor(10) as pool:
+            found = list(pool.map(shunt.invoke, texts))
+    elif way == "ainvoke":
+        found = list(await asyncio.gather(*map(shunt.ainvoke, texts)))
+    else:
+        found = shunt.batch(texts) if way == "batch" else await shunt.abatch(texts)
+    assert found == ["x"] * 10
+    assert len(asked) == 10
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "astream"])
+async def test_an_attempt_that_takes_too_long_counts_for_the_breaker(way: str) -> None:
+    done = threading.Event()
+
+    async def hang(value: Any) -> str:
+        await asyncio.sleep(30)
+        return "x"
+
+    large: Any = RunnableLambda(lambda value: "x" if done.wait(5) else "", afunc=hang)
+    breaker = CircuitBreaker(failures=1)
+    shunt = ShuntRunnable(small=WordModel(), large=large, pruning=None, retry=BOUNDED, breaker=breaker)
+    with pytest.raises(LargeTimeoutError):
+        if way == "astream":
+            [chunk async for chunk in shunt.astream("refund")]
+        elif way == "batch":
+            shunt.batch(["refund"])
+        else:
+            shunt.invoke("refund") if way == "invoke" else await shunt.ainvoke("refund")
+    done.set()
+    assert breaker.state == "open"
+
+
+def test_a_call_within_a_stream_does_not_wait_for_its_own_place() -> None:
+    inner = ShuntRunnable(
+        small=WordModel(), large=lambda value: "inner", pruning=None, retry=BOUNDED, max_concurrency=1
+    )
+    stream = inner.stream("refund")
+    assert next(stream) == "inner"
+    assert inner.invoke("refund") == "inner"
+    stream.close()
