@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         MeanTokenProbability,
         TokenQuantile,
     )
+    from langchain_datashunt.decisions import Latency, ShuntDecision, ShuntResult
     from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
     from langchain_datashunt.fusion import AnswerFusion
     from langchain_datashunt.image_text import ImageTextModel
@@ -42,13 +43,7 @@ if TYPE_CHECKING:
         Threshold,
         ValueOfAsking,
     )
-    from langchain_datashunt.predictions import (
-        Latency,
-        Prediction,
-        PredictionBatch,
-        ShuntDecision,
-        ShuntResult,
-    )
+    from langchain_datashunt.predictions import Prediction, PredictionBatch
     from langchain_datashunt.privacy import OutboundGate
     from langchain_datashunt.pruning import (
         ConformalPrompt,
@@ -80,7 +75,8 @@ if TYPE_CHECKING:
         load_small_model,
     )
     from langchain_datashunt.subtask_questions import Subtask
-    from langchain_datashunt.subtasks import SubtaskResult, SubtaskShunt
+    from langchain_datashunt.subtask_results import SubtaskResult
+    from langchain_datashunt.subtasks import SubtaskShunt
 
 _WHERE = {
     "confidence": (
@@ -103,7 +99,8 @@ _WHERE = {
     "images": ("ImageReader", "Picture"),
     "local_large": ("LocalLargeModel",),
     "subtask_questions": ("Subtask",),
-    "subtasks": ("SubtaskResult", "SubtaskShunt"),
+    "subtask_results": ("SubtaskResult",),
+    "subtasks": ("SubtaskShunt",),
     "policies": (
         "AlwaysLarge",
         "AlwaysSmall",
@@ -117,7 +114,8 @@ _WHERE = {
     "monitoring": ("Alarm", "Monitor"),
     "online_control": ("CostBudget", "QueryBudget"),
     "learned_deferral": ("LearnedDeferral",),
-    "predictions": ("Latency", "Prediction", "PredictionBatch", "ShuntDecision", "ShuntResult"),
+    "decisions": ("Latency", "ShuntDecision", "ShuntResult"),
+    "predictions": ("Prediction", "PredictionBatch"),
     "pruning": (
         "ConformalPrompt",
         "HardPrompt",

@@ -13,11 +13,11 @@ from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 
+from langchain_datashunt.decisions import Latency, ShuntResult
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.exceptions import UnparsableAnswer
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.monitoring import Monitor
-from langchain_datashunt.predictions import Latency, ShuntResult
 from langchain_datashunt.recording import FinishedCall, now
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,8 @@ from langchain_core.runnables.config import run_in_executor
 from langchain_core.utils.uuid import uuid7
 
 from langchain_datashunt.auditing import Auditor
+from langchain_datashunt.call_results import result_of, thresholds_of_calls
+from langchain_datashunt.decisions import Latency, ShuntDecision, ShuntResult
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, StaysLocal, UnparsableAnswer
@@ -22,11 +24,10 @@ from langchain_datashunt.inputs import InputReader, TextReader, text_reader
 from langchain_datashunt.large_calls import LargeCaller
 from langchain_datashunt.monitoring import Monitor
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import FloatArray, Latency, Prediction, ShuntDecision, ShuntResult, answer_text
-from langchain_datashunt.pricing import cost_usd
+from langchain_datashunt.predictions import Prediction, answer_text
 from langchain_datashunt.privacy.gate import SUBJECT_KEY, OutboundGate
 from langchain_datashunt.pruning import Pruning
-from langchain_datashunt.recording import FinishedCall, now
+from langchain_datashunt.recording import FinishedCall, now, snapped
 from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, absorbed, checked_prediction, failed_outcome
 from langchain_datashunt.small_calls import predict_many, predict_one
@@ -120,7 +121,7 @@ class CallSteps:
     def plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[Plan, float]]:
         """Ask the small models, each about what is left; where everything goes, and the seconds that took."""
         started = time.perf_counter()
-        thresholds = self._thresholds(runs)
+        thresholds = thresholds_of_calls(runs, self.threshold_id)
         plan, rows = Plan.blank(len(values), self.policy_in_words), np.arange(len(values))
         for stage, model in enumerate(self.stages):
             given = values if len(rows) == len(values) else [values[i] for i in rows.tolist()]
@@ -141,7 +142,7 @@ class CallSteps:
     def plan_one(self, value: Any, runs: Runs) -> Steps[tuple[PlanOfOne, float]]:
         """As `plan`, for one input."""
         started = time.perf_counter()
-        thresholds = self._thresholds(runs)
+        thresholds = thresholds_of_calls(runs, self.threshold_id)
         threshold = None if thresholds is None else float(thresholds[0])
         plan = PlanOfOne(self.policy_in_words)
         for stage, model in enumerate(self.stages):
@@ -161,21 +162,6 @@ class CallSteps:
                 break
         self.policy.observe(int(not plan.keeps(0)), 1)
         return plan, time.perf_counter() - started
-
-    def _thresholds(self, runs: Runs) -> FloatArray | None:
-        """The thresholds given with the calls, shape `[n]`, NaN for none; None where no call gives one."""
-        if runs.shared is not None and self.threshold_id not in runs.shared.get("configurable", {}):
-            return None
-        given = [runs.config(i).get("configurable", {}).get(self.threshold_id) for i in range(runs.n)]
-        if all(value is None for value in given):
-            return None
-        for value in given:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-            if value is not None and not number:
-                raise ConfigurationError(
-                    f"configurable[{self.threshold_id!r}] is {value!r}; give a number, for example 0.9."
-                )
-        return np.array([np.nan if value is None else float(value) for value in given])
 
     # Ask
 
@@ -259,7 +245,7 @@ class CallSteps:
         if not self.return_decision:
             return outputs
         return [
-            self._result(plan.decision(i), output, record_id, latency, None)
+            result_of(plan.decision(i), output, record_id, latency, None)
             for i, output, record_id in zip(rows, outputs, ids, strict=True)
         ]
 
@@ -324,7 +310,7 @@ class CallSteps:
                 return failed
         if not self.return_decision:
             return answer
-        result = self._result(decision, answer, record_id, latency, handler)
+        result = result_of(decision, answer, record_id, latency, handler)
         if self.fusion is None or failed is not None:
             return result
         return replace(result, large_output=heard.raw if isinstance(heard, UnparsableAnswer) else heard)
@@ -379,7 +365,7 @@ class CallSteps:
         if self.recorder is None or not log:
             return
         if not isinstance(self.reader, TextReader):  # a file or a buffer may change when the call has returned
-            snap = partial(_snapped, log)
+            snap = partial(snapped, log)
             log = yield Effect(snap, partial(run_in_executor, None, snap))
         yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
 
@@ -400,25 +386,3 @@ class CallSteps:
             partial(self.small_output.abatch, predictions, config, return_exceptions=True),
         )
         return outputs
-
-    def _result(
-        self,
-        decision: ShuntDecision,
-        output: Any,
-        record_id: str,
-        latency: Latency,
-        handler: LargeCallWatcher | None,
-    ) -> Any:
-        if isinstance(output, Exception):
-            return output
-        inner = output if isinstance(output, ShuntResult) else None
-        usage = {} if handler is None else dict(handler.usage_metadata)
-        cost: float | None = 0.0
-        if handler is not None:
-            cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
-        return ShuntResult(output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner)
-
-
-def _snapped(log: list[FinishedCall]) -> list[FinishedCall]:
-    """The same with inputs that nobody changes any more."""
-    return [call._replace(value=call.reader.snapshot(call.value)) for call in log]

@@ -12,8 +12,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables import RunnableConfig
 
+from langchain_datashunt.decisions import ShuntDecision, ShuntResult
 from langchain_datashunt.exceptions import StaysLocal
-from langchain_datashunt.predictions import ShuntDecision, ShuntResult
 from langchain_datashunt.privacy.gate import AbstainedLocally
 
 

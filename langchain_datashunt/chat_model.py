@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, closing
-from typing import Any, Literal, Self
+from typing import Any
 from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
-from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.config import ensure_config, get_config_list, merge_configs
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config, get_config_list
 from typing_extensions import override
 
-from langchain_datashunt.answers import AnswerForm, Answering, SmallAnswers
+from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.chat_messages import (
     answered,
     as_chunk,
@@ -27,35 +24,14 @@ from langchain_datashunt.chat_messages import (
     llm_result,
     marked,
     model_name,
-    said_by,
-    text_alone,
 )
-from langchain_datashunt.configured import Configured
-from langchain_datashunt.drafting import DraftConfidence, DraftingModel, mean_token_probability
-from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.hinted_model import HintedModel
-from langchain_datashunt.large_calls import END, LargeCaller
-from langchain_datashunt.policies import OnlyLabels, Policy
-from langchain_datashunt.predictions import ShuntDecision, ShuntResult
-from langchain_datashunt.privacy.gate import OutboundGate
-from langchain_datashunt.pruning import Pruning, SoftPrompt
-from langchain_datashunt.retries import CallLimiter, Retry
-from langchain_datashunt.shunt import ShuntRunnable, policy_for
-
-NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a human message")
-"""The decision where a classifier has nothing to read, as after a tool's result."""
-
-_SETTINGS = (
-    "on_large_error", "max_concurrency", "retry", "threshold_id", "monitor", "fail_safe", "shadow", "recorder",
-    "gate", "breaker", "max_pending",
-)  # fmt: skip
-"""Fields that are handed on to the shunt as they are."""
-
-_STANDARD = ("temperature", "max_tokens", "stop")
-"""Fields that are handed on with each large call, where they are set."""
+from langchain_datashunt.chat_model_settings import NO_QUESTION, STANDARD, ShuntChatSettings
+from langchain_datashunt.decisions import ShuntDecision
+from langchain_datashunt.large_calls import END
+from langchain_datashunt.structured_chat import StructuredChat, unasked
 
 
-class ShuntChatModel(Configured, BaseChatModel):
+class ShuntChatModel(ShuntChatSettings):
     """A chat model that answers by itself what its small side is sure of, and asks a large chat model for the rest.
 
     The small side is a small model whose labels have answers, or a small local chat model that gives
@@ -78,229 +54,6 @@ class ShuntChatModel(Configured, BaseChatModel):
     example, the large model is asked at once.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=False)
-
-    small: Runnable[Any, Any]
-    """A small model (`Runnable` to a `Prediction`), or a chat model that drafts."""
-
-    large: BaseChatModel
-    """The large chat model."""
-
-    answers: dict[str, Any] | None = None
-    """By label what the small side says: text, `AIMessage`, `ToolAnswer`, an object or its fields for structured
-    output, or a list of them of which the first is taken that fits the call. A label without an answer is left to the
-    large model. None answers with the label itself. Of no use with a chat model as small side."""
-
-    confidence: DraftConfidence = Field(default=mean_token_probability, exclude=True, repr=False)
-    """How sure a chat model as small side is of its message."""
-
-    policy: Policy | None = None
-    """When to keep; see `ShuntRunnable.policy`."""
-
-    pruning: Pruning | None = SoftPrompt()
-    """What the large model is told of a small model's opinion, in the system message; None tells it nothing."""
-
-    hint: str | None = None
-    """A template of what it is told, over the variables of `pruning`; None for the strategy's own words."""
-
-    on_large_error: Literal["raise", "small"] = "raise"
-    """See `ShuntRunnable.on_large_error`."""
-
-    max_concurrency: int | None = Field(default=None, ge=1)
-    """Large calls at once at the most."""
-
-    retry: Retry = Retry(attempts=1)
-    """Around each large call; once by default, since chat models retry by themselves."""
-
-    threshold_id: str = "shunt_threshold"
-    """The key of `config["configurable"]` that replaces the threshold for one call."""
-
-    monitor: Any = Field(default=None, exclude=True, repr=False)
-    """See `ShuntRunnable.monitor`."""
-
-    fail_safe: Literal["none", "large"] = "none"
-    """See `ShuntRunnable.fail_safe`."""
-
-    shadow: bool = False
-    """See `ShuntRunnable.shadow`."""
-
-    recorder: Any = Field(default=None, exclude=True, repr=False)
-    """See `ShuntRunnable.recorder`."""
-
-    gate: OutboundGate | None = None
-    """See `ShuntRunnable.gate`. What stays and has no small answer raises a `StaysLocal`; turns without a question for
-    the small side pass the gate too."""
-
-    breaker: Any = Field(default=None, exclude=True, repr=False)
-    """See `ShuntRunnable.breaker`."""
-
-    max_pending: int | None = Field(default=None, ge=1)
-    """See `ShuntRunnable.max_pending`."""
-
-    temperature: float | None = None
-    """Handed on with each large call; None leaves it to the large model."""
-
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Likewise."""
-
-    stop: list[str] | None = None
-    """Likewise."""
-
-    streaming: bool | None = None
-    """False has `stream` give whole answers."""
-
-    _form: AnswerForm = PrivateAttr(default=AnswerForm())
-    _asked: Runnable[Any, Any] = PrivateAttr()
-    _drafter: Runnable[Any, Any] = PrivateAttr()
-    _shunt: ShuntRunnable = PrivateAttr()
-    _direct: LargeCaller = PrivateAttr()
-    _limiter: CallLimiter = PrivateAttr()
-    _carried: dict[str, Any] = PrivateAttr(default_factory=dict)
-
-    @field_validator("small", mode="before")
-    @classmethod
-    def _runnable(cls, value: Any) -> Any:
-        try:
-            return coerce_to_runnable(value)
-        except TypeError as error:
-            raise ConfigurationError(f"A {type(value).__name__} is no small model: give a Runnable.") from error
-
-    @field_validator("rate_limiter", "cache", check_fields=False)
-    @classmethod
-    def _of_the_large(cls, value: Any) -> Any:
-        if value not in (None, False):
-            raise ConfigurationError(
-                "Give `cache` and `rate_limiter` to the large model: only its calls cost something."
-            )
-        return value
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Lay the shunt out."""
-        super().model_post_init(context)
-        self._limiter = CallLimiter(self.max_concurrency)
-        self._lay_out(self.large, self.small, AnswerForm())
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        if isinstance(self.small, RunnableBinding) and isinstance(self.small.bound, BaseChatModel):
-            raise ConfigurationError(
-                "`small` is a chat model with bound settings, whose tools could not be bound; give the chat model "
-                "itself with these settings, for example ChatOpenAI(..., logprobs=True)."
-            )
-        labels = getattr(self.small, "labels", None)
-        if labels and (unknown := sorted(set(self.answers or ()) - set(labels))):
-            raise ConfigurationError(
-                f"There are answers for labels that the small model does not have: {', '.join(unknown[:5])}. Its "
-                f"labels are: {', '.join(labels[:10])}."
-            )
-        return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it."""
-        super().__setattr__(name, value)
-        if name in type(self).model_fields and "_shunt" in (self.__pydantic_private__ or {}):
-            self._again({name})
-
-    @override
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        if update:
-            copied._again(set(update))
-        return copied
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy with answers of its own; models hold connections and are shared."""
-        return self.model_copy(update={"answers": copy.deepcopy(self.answers, memo)})
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without what holds locks; it is laid out again where the model is unpickled."""
-        state = super().__getstate__()
-        kept = {
-            name: (state["__pydantic_private__"] or {})[name] for name in ("_form", "_asked", "_drafter", "_carried")
-        }
-        return {**state, "__pydantic_private__": kept}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
-        self._limiter = CallLimiter(self.max_concurrency)
-        self._lay_out(self._asked, self._drafter, self._form)
-
-    def _again(self, changed: set[str]) -> None:
-        """Lay out anew after settings have changed."""
-        if "max_concurrency" in changed:
-            self._limiter = CallLimiter(self.max_concurrency)
-        if changed & {"small", "large"}:
-            self._lay_out(self.large, self.small, AnswerForm())
-        else:
-            self._lay_out(self._asked, self._drafter, self._form)
-
-    # The shunt underneath
-
-    @property
-    def drafts(self) -> bool:
-        """Whether the small side is a chat model."""
-        return isinstance(self.small, BaseChatModel)
-
-    def _lay_out(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
-        self._form, self._asked, self._drafter = form, large, drafter
-        self._shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel")
-        self._direct = self._caller_of(large)
-
-    def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
-        """What asks the large model where there is no question for the small side; it passes the same gate."""
-        gated = large if self.gate is None else self.gate.around(large)
-        return LargeCaller(gated, self.retry, self._limiter, self.breaker, self.max_pending)
-
-    def _shunt_over(
-        self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm, *, name: str, raw: bool = False
-    ) -> ShuntRunnable:
-        """A shunt whose both sides answer in one form."""
-        settings = {field: getattr(self, field) for field in _SETTINGS}
-        if self.drafts:
-            told = model_name(self.small)
-            small: Runnable[Any, Any] = DraftingModel(drafter, self.confidence, told, form=form, give_raw=raw)
-            return ShuntRunnable(
-                name=name, small=small, large=large, pruning=None, return_decision=True,
-                policy=policy_for(self.small, self.policy), **settings,
-            ).sharing(self._limiter)  # fmt: skip
-        answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
-        policy = policy_for(self.small, self.policy)
-        labels = getattr(self.small, "labels", None) or tuple(self.answers or ())
-        if self.answers is not None or form != AnswerForm():
-            policy = policy & OnlyLabels(labels=answers.answerable(labels, form))
-        asked = large if self.pruning is None else HintedModel(large, self.pruning, self.hint)
-        return ShuntRunnable(
-            name=name, small=self.small, large=asked, policy=policy, pruning=self.pruning, return_decision=True,
-            small_output=RunnableLambda(Answering(answers, form, raw), name="small answer"), **settings,
-        ).sharing(self._limiter)  # fmt: skip
-
-    def _shunt_for(self, settings: dict[str, Any]) -> ShuntRunnable:
-        """The shunt of one call: another one where the call itself binds tools or a format, or there is a drafter."""
-        form = self._form
-        if settings.keys() & {"tools", "tool_choice", "response_format"}:
-            form = form.with_call(settings)
-        if self.drafts and settings:
-            return self._shunt_over(self._asked, self._drafter.bind(**settings), form, name="ShuntChatModel")
-        if form != self._form:
-            return self._shunt_over(self._asked, self._drafter, form, name="ShuntChatModel")
-        return self._shunt
-
-    def _has_question(self, messages: Sequence[BaseMessage]) -> bool:
-        """Whether the small side can read what is asked: a classifier reads a human message of text alone."""
-        return self.drafts or (bool(messages) and isinstance(messages[-1], HumanMessage) and text_alone(messages[-1]))
-
-    def _config(self, config: RunnableConfig | None) -> RunnableConfig:
-        own = RunnableConfig(tags=self.tags or [], metadata=self.metadata or {})
-        if self.callbacks is not None:
-            own["callbacks"] = self.callbacks
-        return merge_configs(ensure_config(config), own)
-
-    def _settings(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        standard = {name: getattr(self, name) for name in _STANDARD if getattr(self, name) is not None}
-        return {**standard, **({} if stop is None else {"stop": stop}), **kwargs}
-
-    # One conversation
-
     @override
     def invoke(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
@@ -309,7 +62,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            message: AIMessage = _unasked(self._direct.one(messages, config, settings).sync())
+            message: AIMessage = unasked(self._direct.one(messages, config, settings).sync())
             return message
         return answered(self._shunt_for(settings).invoke(messages, config, **settings))
 
@@ -321,7 +74,7 @@ class ShuntChatModel(Configured, BaseChatModel):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            message: AIMessage = _unasked(await self._direct.one(messages, config, settings).asynchronous())
+            message: AIMessage = unasked(await self._direct.one(messages, config, settings).asynchronous())
             return message
         return answered(await self._shunt_for(settings).ainvoke(messages, config, **settings))
 
@@ -520,11 +273,11 @@ class ShuntChatModel(Configured, BaseChatModel):
             drafter = self._with_settings(drafter).with_structured_output(schema, include_raw=True, **kwargs)
         form = AnswerForm(schema=schema, structured=True, closed=schema is None and not self.drafts)
         shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel structured", raw=include_raw)
-        return _Structured(shunt, self, large)
+        return StructuredChat(shunt, self, large)
 
     def _with_settings(self, model: BaseChatModel) -> BaseChatModel:
         """A chat model with this one's settings where it has such fields: a parser after it passes no keywords on."""
-        own = {name: getattr(self, name) for name in _STANDARD if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in STANDARD if getattr(self, name) is not None}
         return model.model_copy(update={name: value for name, value in own.items() if name in type(model).model_fields})
 
     # What a chat model says of itself
@@ -557,72 +310,3 @@ class ShuntChatModel(Configured, BaseChatModel):
     @override
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Any = None) -> int:
         return self.large.get_num_tokens_from_messages(messages, tools)
-
-
-class _Structured(Runnable[Any, Any]):
-    """Structured answers: a shunt that takes what chat models take.
-
-    Args:
-        shunt: From messages to results with objects, or with mappings that hold the raw message too.
-        owner: Reads inputs, and knows whether there is a question.
-        large: Asked where there is no question to classify.
-    """
-
-    def __init__(self, shunt: ShuntRunnable, owner: ShuntChatModel, large: Runnable[Any, Any]) -> None:
-        self.shunt, self.owner = shunt, owner
-        self.direct = owner._caller_of(large)
-
-    def _read(self, value: Any, config: RunnableConfig | None) -> tuple[list[BaseMessage], RunnableConfig, bool]:
-        messages = self.owner._convert_input(value).to_messages()
-        return messages, self.owner._config(config), self.owner._has_question(messages)
-
-    @override
-    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        messages, config, question = self._read(input, config)
-        if not question:
-            return _unasked(self.direct.one(messages, config, kwargs).sync())
-        return _parsed(self.shunt.invoke(messages, config, **kwargs))
-
-    @override
-    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        messages, config, question = self._read(input, config)
-        if not question:
-            return _unasked(await self.direct.one(messages, config, kwargs).asynchronous())
-        return _parsed(await self.shunt.ainvoke(messages, config, **kwargs))
-
-    @override
-    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        messages, config, question = self._read(input, config)
-        if not question:
-            yield from self.direct.large.stream(messages, config, **kwargs)
-            return
-        with closing(self.shunt.stream(messages, config, **kwargs)) as results:  # type: ignore[type-var]
-            for result in results:
-                if result.output is not None:
-                    yield _parsed(result)
-
-    @override
-    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        messages, config, question = self._read(input, config)
-        side: Any = self.shunt if question else self.direct.large
-        async with aclosing(side.astream(messages, config, **kwargs)) as results:
-            async for result in results:
-                if not question:
-                    yield result
-                elif result.output is not None:
-                    yield _parsed(result)
-
-
-def _parsed(result: ShuntResult) -> Any:
-    """The object, or the mapping whose raw message carries the decision."""
-    output = said_by(result)
-    if isinstance(output, dict) and isinstance(output.get("raw"), BaseMessage) and "parsing_error" in output:
-        return {**output, "raw": marked(output["raw"], result.decision)}
-    return output
-
-
-def _unasked(message: Any) -> Any:
-    """A large model's answer, or its error, where there was no question for the small side."""
-    if isinstance(message, Exception):
-        raise message
-    return marked(message, NO_QUESTION)

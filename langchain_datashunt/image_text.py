@@ -16,9 +16,9 @@ from langchain_datashunt.exceptions import ConfigurationError, InputError
 from langchain_datashunt.images import ImageReader
 from langchain_datashunt.local_large import Told, told_by
 from langchain_datashunt.predictions import FloatArray, Prediction, PredictionBatch
-from langchain_datashunt.small_models.base import softmax
 from langchain_datashunt.small_models.devices import choose_device, quiet_transformers
 from langchain_datashunt.small_models.image_inputs import ImageScale
+from langchain_datashunt.small_models.scores import softmax
 
 
 class ImageTextModel(Configured, RunnableSerializable[Any, str]):

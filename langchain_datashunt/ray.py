@@ -20,12 +20,15 @@ from pydantic import PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._extras import require
+from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
 from langchain_datashunt.inputs import InputReader
-from langchain_datashunt.predictions import Prediction, ShuntResult, answer_text
+from langchain_datashunt.predictions import Prediction, answer_text
 from langchain_datashunt.routing import checked_prediction, outcome_of
-from langchain_datashunt.shunt import ShuntRunnable, policy_for
-from langchain_datashunt.small_models.base import Outcome, Scores, SmallModel
+from langchain_datashunt.shunt import ShuntRunnable
+from langchain_datashunt.shunt_settings import policy_for
+from langchain_datashunt.small_models.base import SmallModel
+from langchain_datashunt.small_models.scores import Outcome, Scores
 
 if TYPE_CHECKING:
     import ray.data

@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from langchain_datashunt.decisions import Latency, ShuntDecision, ShuntResult
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.watching import LargeCallWatcher, large_sureness
 from langchain_datashunt.exceptions import UnparsableAnswer
 from langchain_datashunt.inputs import InputReader
-from langchain_datashunt.predictions import ANSWER_LABELS, Latency, ShuntDecision, ShuntResult, answer_text
+from langchain_datashunt.predictions import ANSWER_LABELS, answer_text
 
 
 class FinishedCall(NamedTuple):
@@ -100,3 +101,8 @@ def _said(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
     if isinstance(answer, UnparsableAnswer):
         return answer.raw
     return None if answer is None or isinstance(answer, Exception) else str(answer)
+
+
+def snapped(log: list[FinishedCall]) -> list[FinishedCall]:
+    """The same with inputs that nobody changes any more."""
+    return [call._replace(value=call.reader.snapshot(call.value)) for call in log]

@@ -9,21 +9,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.exceptions import PredictionError, StaysLocal
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    Prediction,
-    PredictionBatch,
-    Reason,
-    Route,
-    ShuntDecision,
-)
+from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray, Prediction, PredictionBatch, Reason, Route
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.retries import raise_control_flow
-from langchain_datashunt.small_models.base import Outcome
+from langchain_datashunt.small_models.scores import Outcome
 
 STAGES: tuple[Route, ...] = ("small", "learnable")
 

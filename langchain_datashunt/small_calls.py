@@ -12,7 +12,8 @@ from langchain_core.runnables.utils import coro_with_context
 
 from langchain_datashunt.effects import Effect, Steps
 from langchain_datashunt.routing import outcome_of
-from langchain_datashunt.small_models.base import Outcome, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
+from langchain_datashunt.small_models.scores import Outcome
 from langchain_datashunt.tracing import ChildRuns, Runs
 
 _SMALL_RUN = "small_model"

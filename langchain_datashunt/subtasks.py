@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 from uuid import UUID, uuid5
 
 import numpy as np
-from langchain_core.messages.ai import UsageMetadata
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
-from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.graph import Graph
-from langchain_core.runnables.utils import AddableDict, ConfigurableFieldSpec, get_unique_config_specs
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.utils import AddableDict
 from typing_extensions import override
 
-from langchain_datashunt.configured import Configured
+from langchain_datashunt.decisions import Latency, ShuntDecision
 from langchain_datashunt.distillation.record import id_bytes
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.effects import Effect, Steps, arun, run
-from langchain_datashunt.exceptions import ConfigurationError, InputError, StaysLocal, UnparsableAnswer
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
-from langchain_datashunt.large_calls import LargeCaller
+from langchain_datashunt.exceptions import InputError, StaysLocal
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.outcomes import settled
-from langchain_datashunt.predictions import ANSWER_LABELS, Latency, Prediction, ShuntDecision
+from langchain_datashunt.predictions import ANSWER_LABELS, Prediction
 from langchain_datashunt.pricing import cost_usd
-from langchain_datashunt.privacy.gate import SUBJECT_KEY, OutboundGate
+from langchain_datashunt.privacy.gate import SUBJECT_KEY
 from langchain_datashunt.recording import FinishedCall, now
-from langchain_datashunt.retries import CallLimiter, Retry, raise_control_flow
+from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.routing import Plan, absorbed, failed_outcome
-from langchain_datashunt.shunt import policy_for
+from langchain_datashunt.shunt_settings import policy_for
 from langchain_datashunt.small_calls import predict_many
 from langchain_datashunt.subtask_questions import (
     KnownAnswers,
@@ -43,46 +36,23 @@ from langchain_datashunt.subtask_questions import (
     SubtaskAsker,
     default_question_prompt,
 )
+from langchain_datashunt.subtask_results import (
+    SubtaskResult,
+    SubtaskWork,
+    announced,
+    answer_of,
+    checked_answers,
+    decision_of,
+    reader_of,
+)
+from langchain_datashunt.subtask_settings import SubtaskSettings
 from langchain_datashunt.tracing import Runs, atrace, trace
 
 SHOWN = 3
 """Likely answers of an unsure small model that the large one is told."""
 
 
-@dataclass(frozen=True, slots=True)
-class SubtaskResult:
-    """The answers to one input with their decisions.
-
-    Attributes:
-        outputs: Answer by sub-task; None where the large model failed and no small one had anything to say.
-        decisions: Who answered each, and why.
-        usage: Tokens that the large model counted, by model name.
-        cost_usd: Price of `usage`; 0.0 where it was not asked, None where the price is not known.
-        latency: Wall time of all small models together, and of the large call.
-        record_id: Id of the run.
-        record_ids: Under which each sub-task's call is recorded.
-    """
-
-    outputs: Mapping[str, Any]
-    decisions: Mapping[str, ShuntDecision]
-    usage: Mapping[str, UsageMetadata] = field(default_factory=dict)
-    cost_usd: float | None = 0.0
-    latency: Latency = field(default_factory=Latency)
-    record_id: str | None = None
-    record_ids: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class _Work:
-    """One input on its way: what is known, what is open, and how the large model's part went."""
-
-    known: dict[str, Any]
-    open: OpenQuestions
-    answer: Any = None
-    watcher: LargeCallWatcher | None = None
-
-
-class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
+class SubtaskShunt(SubtaskSettings):
     """Prompt Transferring: small models do the sub-tasks that they are sure of; the large model does the rest.
 
     ```python
@@ -103,71 +73,6 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
     first, then the others. PT is only sketched in the DS+ paper; this is our reading of it.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    subtasks: tuple[Subtask, ...] = Field(min_length=1)
-    """The parts, in the order of the answers."""
-
-    large: Runnable[Any, Any]
-    """From the mapping (the input, `known`, `open`) to a mapping of answers to all open questions."""
-
-    on_large_error: Literal["raise", "small"] = "raise"
-    """What to do when the large model has failed for good: raise, or take what small models think (None without)."""
-
-    return_decision: bool = False
-    """Whether to return a `SubtaskResult` instead of the answers."""
-
-    max_concurrency: int | None = Field(default=None, ge=1)
-    """Large calls at once at the most."""
-
-    retry: Retry = Retry()
-    """Around each input's large call."""
-
-    input_key: str = DEFAULT_INPUT_KEY
-    """The name of the input in the mapping that `large` gets."""
-
-    decimals: int = Field(default=2, ge=0, le=6)
-    """Digits of probabilities in prompts."""
-
-    recorder: Any = Field(default=None, exclude=True, repr=False)
-    """A `distillation.Recorder`; None records nothing."""
-
-    breaker: Any = Field(default=None, exclude=True, repr=False)
-    """A `circuit.CircuitBreaker`, which leaves a large model alone that keeps failing."""
-
-    max_pending: int | None = Field(default=None, ge=1)
-    """Large calls that wait or are under way at the most."""
-
-    gate: OutboundGate | None = None
-    """What may leave for the large model, and how; None lets everything pass. An input that stays has what its small
-    models think and None for other parts, or raises (`on_local="raise"`)."""
-
-    _caller: LargeCaller = PrivateAttr()
-
-    @field_validator("large", mode="before")
-    @classmethod
-    def _runnable(cls, value: Any) -> Any:
-        try:
-            return coerce_to_runnable(value)
-        except TypeError as error:
-            raise ConfigurationError(f"A {type(value).__name__} is no Runnable.") from error
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Check the names, and get ready to ask."""
-        super().model_post_init(context)
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        names = [subtask.name for subtask in self.subtasks]
-        if len(set(names)) < len(names):
-            raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}.")
-        for subtask in self.subtasks:
-            if subtask.small is not None:
-                policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
-        large = self.large if self.gate is None else self.gate.around(self.large)
-        limiter = CallLimiter(self.max_concurrency)
-        self._caller = LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
-
     @classmethod
     def from_chat_model(
         cls,
@@ -187,7 +92,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             max_reasks: How often a model is asked again whose answer lacks something.
             **settings: Any other field.
         """
-        reader = _reader_of(subtasks)
+        reader = reader_of(subtasks)
         key = settings.get("input_key", DEFAULT_INPUT_KEY)
         asker = SubtaskAsker(
             prompt=prompt if prompt is not None else default_question_prompt(key, reader),
@@ -195,37 +100,6 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             max_reasks=max_reasks,
         )
         return cls(subtasks=tuple(subtasks), large=asker, **settings)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it."""
-        super().__setattr__(name, value)
-        if name in type(self).model_fields:
-            self._lay_out()
-
-    @override
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        copied._lay_out()
-        return copied
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        copied = self.__copy__()
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        copied._lay_out()
-        return copied
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without what holds locks; it is made again where the shunt is unpickled."""
-        return {**super().__getstate__(), "__pydantic_private__": None}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__({**state, "__pydantic_private__": {}})
-        self._lay_out()
-
-    @property
-    def reader(self) -> InputReader:
-        """How inputs are laid out for the prompt and written down: as the first small model reads them."""
-        return (_reader_of(self.subtasks) or text_reader()).model_copy(update={"input_key": self.input_key})
 
     # Calls
 
@@ -301,7 +175,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             raise
         await arun(runs.end({0: output}))
 
-    def _rest(self, output: Any, work: _Work) -> Any:
+    def _rest(self, output: Any, work: SubtaskWork) -> Any:
         """What a stream has not yielded yet."""
         if self.return_decision:
             return output
@@ -315,7 +189,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         plans, works, seconds = yield from self._plan(values, runs)
         return (yield from self._finish(values, plans, works, runs, seconds, kwargs))
 
-    def _plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[dict[str, Plan], list[_Work], float]]:
+    def _plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[dict[str, Plan], list[SubtaskWork], float]]:
         """Ask each small model about all inputs; where each question goes, and the seconds that took."""
         started, plans = time.perf_counter(), {}
         for subtask in self.subtasks:
@@ -337,17 +211,17 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         works = [self._work(i, plans) for i in range(len(values))]
         return plans, works, time.perf_counter() - started
 
-    def _work(self, i: int, plans: Mapping[str, Plan]) -> _Work:
+    def _work(self, i: int, plans: Mapping[str, Plan]) -> SubtaskWork:
         known: dict[str, Any] = {}
         questions: list[OpenQuestion] = []
         for subtask in self.subtasks:
             plan = plans.get(subtask.name)
             if plan is not None and plan.keeps(i):
-                known[subtask.name] = _answer_of(plan.prediction(i))
+                known[subtask.name] = answer_of(plan.prediction(i))
             else:
                 thought = None if plan is None or not subtask.hint else plan.prediction(i)
                 questions.append(OpenQuestion(subtask, self._hint(thought)))
-        return _Work(known, OpenQuestions(questions))
+        return SubtaskWork(known, OpenQuestions(questions))
 
     def _hint(self, thought: Prediction | None) -> tuple[tuple[str, float], ...]:
         if thought is None:
@@ -359,7 +233,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         self,
         values: Sequence[Any],
         plans: Mapping[str, Plan],
-        works: list[_Work],
+        works: list[SubtaskWork],
         runs: Runs,
         seconds: float,
         kwargs: dict[str, Any],
@@ -378,7 +252,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, told[i]))
         for subtask in self.subtasks:
             name = subtask.name
-            yield from runs.announce(list(told), partial(_told, told, name))
+            yield from runs.announce(list(told), partial(announced, told, name))
         if log:
             log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
             yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
@@ -388,7 +262,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         self,
         values: Sequence[Any],
         plans: Mapping[str, Plan],
-        works: list[_Work],
+        works: list[SubtaskWork],
         rows: list[int],
         runs: Runs,
         kwargs: dict[str, Any],
@@ -410,14 +284,14 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
                 asked.append(error)
         answers = yield from self._caller.group(asked, configs, kwargs)
         for i, answer in zip(rows, answers, strict=True):
-            works[i].answer = _checked(answer, works[i].open)
+            works[i].answer = checked_answers(answer, works[i].open)
 
     def _concluded(
         self,
         i: int,
         value: Any,
         plans: Mapping[str, Plan],
-        work: _Work,
+        work: SubtaskWork,
         runs: Runs,
         latency: Latency,
         log: list[FinishedCall],
@@ -438,8 +312,8 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
             elif failed is None:
                 outputs[name] = work.answer[name]
             else:
-                outputs[name] = None if plan is None else _answer_of(plan.prediction(i))
-            decisions[name] = _decision(plan, i, None if kept else failed, fell_back)
+                outputs[name] = None if plan is None else answer_of(plan.prediction(i))
+            decisions[name] = decision_of(plan, i, None if kept else failed, fell_back)
             if self.recorder is not None and (not kept or self.recorder.wants("small")):
                 said = None if kept else failed or outputs[name]
                 first = bool(work.open) and name == work.open[0].subtask.name
@@ -461,7 +335,7 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         value: Any,
         decision: ShuntDecision,
         said: Any,
-        work: _Work,
+        work: SubtaskWork,
         first: bool,
         runs: Runs,
         i: int,
@@ -478,79 +352,5 @@ class SubtaskShunt(Configured, RunnableSerializable[Any, Any]):
         subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
         return FinishedCall(
             f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
-            subtask.labels or ANSWER_LABELS, subject, _reader_of([subtask]) or self.reader, now(),
+            subtask.labels or ANSWER_LABELS, subject, reader_of([subtask]) or self.reader, now(),
         )  # fmt: skip
-
-    @property
-    @override
-    def config_specs(self) -> list[ConfigurableFieldSpec]:
-        smalls = [subtask.small for subtask in self.subtasks if subtask.small is not None]
-        return get_unique_config_specs([spec for part in (*smalls, self.large) for spec in part.config_specs])
-
-    @override
-    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
-        graph = Graph()
-        begin, end = graph.add_node(self.get_input_schema(config)), graph.add_node(self.get_output_schema(config))
-        large = graph.add_node(self.large, "large")
-        for subtask in self.subtasks:
-            if subtask.small is None:
-                graph.add_edge(begin, large, subtask.name)
-                continue
-            small = graph.add_node(subtask.small, f"small: {subtask.name}")
-            graph.add_edge(begin, small)
-            graph.add_edge(small, end, "sure", conditional=True)
-            graph.add_edge(small, large, "open", conditional=True)
-        graph.add_edge(large, end)
-        return graph
-
-    @property
-    @override
-    def InputType(self) -> Any:
-        return ShuntInput
-
-    @property
-    @override
-    def OutputType(self) -> Any:
-        return SubtaskResult if self.return_decision else dict[str, Any]
-
-
-def _told(decisions: Mapping[int, Mapping[str, ShuntDecision]], name: str, i: int) -> dict[str, Any]:
-    return {"shunt_subtask": name, **decisions[i][name].to_metadata()}
-
-
-def _reader_of(subtasks: Sequence[Subtask]) -> InputReader | None:
-    found = (getattr(subtask.small, "reader", None) for subtask in subtasks)
-    return next((reader for reader in found if reader is not None), None)
-
-
-def _answer_of(prediction: Prediction | None) -> Any:
-    if prediction is None:
-        return None
-    return prediction.label if prediction.answer is None else prediction.answer
-
-
-def _decision(plan: Plan | None, i: int, failed: Exception | None, fell_back: bool) -> ShuntDecision:
-    if plan is not None:
-        return plan.decision(i, failed, fell_back=fell_back and plan.has_prediction(i))
-    if failed is None:
-        return ShuntDecision("large", "deferred", policy="no small model")
-    if isinstance(failed, StaysLocal):
-        return ShuntDecision("small", "local_only", policy="no small model", error=str(failed))
-    return ShuntDecision("large", "large_error", policy="no small model", error=f"{type(failed).__name__}: {failed}")
-
-
-def _checked(answer: Any, questions: OpenQuestions) -> Any:
-    """The large model's answers, or an error where one is missing."""
-    if isinstance(answer, Exception):
-        return answer
-    names = [question.subtask.name for question in questions]
-    if not isinstance(answer, Mapping):
-        return ConfigurationError(
-            f"`large` gave a {type(answer).__name__}; a mapping with {', '.join(names)} is needed."
-        )
-    missing = [name for name in names if answer.get(name) is None]
-    for question in questions:
-        labels, name = question.subtask.labels, question.subtask.name
-        if labels is not None and name not in missing and answer[name] not in labels:
-            return UnparsableAnswer(str(answer[name]), labels)
-    return UnparsableAnswer(str(dict(answer)), missing) if missing else answer

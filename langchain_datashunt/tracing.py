@@ -21,8 +21,8 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
+from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.effects import Effect, Steps, arun, run, to_the_end
-from langchain_datashunt.predictions import ShuntDecision
 
 DECISION_EVENT = "shunt_decision"
 """Name of the custom event that carries `ShuntDecision.to_metadata()`."""

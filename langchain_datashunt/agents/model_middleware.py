@@ -14,10 +14,11 @@ from typing_extensions import override
 
 from langchain_datashunt.agents.turns import called_directly, drafting
 from langchain_datashunt.chat_messages import marked, model_name
+from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.drafting import SILENT_TAGS, DraftConfidence, mean_token_probability
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.policies import Policy, Threshold
-from langchain_datashunt.predictions import ANSWER_LABELS, Prediction, ShuntDecision
+from langchain_datashunt.predictions import ANSWER_LABELS, Prediction
 from langchain_datashunt.retries import raise_control_flow
 
 

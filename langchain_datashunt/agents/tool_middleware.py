@@ -24,11 +24,11 @@ from langchain_datashunt.agents.arguments import ArgumentExtractor, NoArguments,
 from langchain_datashunt.agents.tool_router import Mode, ToolRanking, ToolRouter
 from langchain_datashunt.agents.turns import METADATA_KEY, is_draft
 from langchain_datashunt.chat_messages import text_alone
+from langchain_datashunt.decisions import Latency, ShuntDecision
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.inputs import text_of, text_reader
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import Latency, ShuntDecision
 from langchain_datashunt.pruning import ConformalPrompt
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow

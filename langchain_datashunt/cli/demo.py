@@ -29,6 +29,7 @@ from langchain_datashunt.data.benchmark_task import (
     load_messages,
 )
 from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.distillation import (
     CallFilter,
     DistillationSettings,
@@ -40,13 +41,13 @@ from langchain_datashunt.distillation import (
 from langchain_datashunt.exceptions import DataError, UnparsableAnswer
 from langchain_datashunt.labelled_model import LabelAsker, default_prompt
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import PredictionBatch, ShuntResult
+from langchain_datashunt.predictions import PredictionBatch
 from langchain_datashunt.pruning import NoHint, SoftPrompt
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.router_chain import ConfidenceRouterChain
 from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
-from langchain_datashunt.small_models.base import softmax
 from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
+from langchain_datashunt.small_models.scores import softmax
 
 STAND_IN_FOLDS = 8
 """Into how many parts the messages are split, so that the stand-in never answers what it was trained on."""

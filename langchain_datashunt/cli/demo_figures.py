@@ -9,10 +9,11 @@ import numpy as np
 
 from langchain_datashunt.calibration import ThresholdChoice
 from langchain_datashunt.data.benchmark_task import BenchmarkTask, Labelled
+from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.labelled_model import default_prompt
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import PredictionBatch, ShuntResult
+from langchain_datashunt.predictions import PredictionBatch
 from langchain_datashunt.pricing import token_price
 from langchain_datashunt.pruning import ConformalPrompt, HardPrompt, NoHint, Pruning, SoftPrompt, TopHint
 from langchain_datashunt.replay import estimate_message_tokens, estimate_tokens

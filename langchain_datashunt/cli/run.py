@@ -23,9 +23,9 @@ from typing import Any, Literal, TextIO, cast
 from langchain_datashunt._extras import require
 from langchain_datashunt.cli.output import progress
 from langchain_datashunt.data.reading import read_rows, require_columns
+from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.policies import Policy, Threshold
-from langchain_datashunt.predictions import ShuntResult
 from langchain_datashunt.pruning import NoHint, Pruning, SoftPrompt, TopHint
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.router_chain import ConfidenceRouterChain

@@ -24,8 +24,9 @@ from typing_extensions import override
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.exceptions import RegistryError
 from langchain_datashunt.inputs import InputReader
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.loading import load_small_model
+from langchain_datashunt.small_models.scores import Scores
 
 
 class ModelVersion(BaseModel):

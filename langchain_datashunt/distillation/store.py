@@ -16,9 +16,6 @@ from typing import Any, Self
 
 from langchain_datashunt.distillation.record import RoutedCall, hash_subject, id_bytes
 from langchain_datashunt.distillation.rows import (
-    KEPT,
-    ROUTES,
-    Row,
     fits,
     id_of,
     keys_of,
@@ -53,6 +50,8 @@ try:
     from langchain_datashunt.distillation.reading import SHARED, Reader
     from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
     from langchain_datashunt.distillation.segment_table import drop_empty, erase, wasteful, write_segment
+    from langchain_datashunt.distillation.totals import totals
+    from langchain_datashunt.distillation.upserting import upsert_statement
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
@@ -116,7 +115,7 @@ class DistillationStore:
         self._appended = 0
         self._lock = threading.Lock()
         self.engine = self._open()
-        self._upsert = self._upsert_statement()
+        self._upsert = upsert_statement(self.engine)
         try:
             with self.engine.begin() as connection:
                 migrate(connection)
@@ -189,32 +188,6 @@ class DistillationStore:
                 yield connection
         except SQLAlchemyError as error:
             raise _in_words(self, error) from error
-
-    def _upsert_statement(self) -> str:
-        """Insert, or replace an older row of the same key, adding the counts and keeping what only the old one knew.
-
-        As the driver's own SQL with a parameter for each field of `Row`: rows are many, and all of one form.
-        """
-        statement: Any
-        if self.url.get_backend_name() == "sqlite":
-            from sqlalchemy.dialects.sqlite import insert as dialect_insert
-
-            statement = dialect_insert(calls)
-        else:
-            from sqlalchemy.dialects.postgresql import insert as postgres_insert
-
-            statement = postgres_insert(calls)
-        new = statement.excluded
-        newest = {column.name: new[column.name] for column in calls.c if column.name not in ("key", "count", *KEPT)}
-        kept = {name: func.coalesce(new[name], calls.c[name]) for name in KEPT}
-        upsert = statement.on_conflict_do_update(
-            index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
-        )
-        style = "qmark" if self.url.get_backend_name() == "sqlite" else "format"
-        dialect = type(self.engine.dialect)(paramstyle=style)  # type: ignore[call-arg]
-        compiled = upsert.compile(dialect=dialect, column_keys=Row._fields)
-        assert tuple(compiled.positiontup or ()) == Row._fields
-        return str(compiled)
 
     def _shared(
         self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]
@@ -301,33 +274,7 @@ class DistillationStore:
         `would_be_*`: calls that the large model answered though the small model was sure, as in shadow mode; how many
         of them agree, and what they cost.
         """
-        c = calls.c
-        spared = and_(c.route == ROUTES.index("large"), c.score >= c.threshold)
-        both = and_(c.small_label.isnot(None), c.label.isnot(None))
-        routes = [func.count().filter(c.route == i).label(f"route_{name}") for i, name in enumerate(ROUTES)]
-        statement = select(
-            func.count().label("records"),
-            func.coalesce(func.sum(c.count), 0).label("calls"),
-            *routes,
-            func.count().filter(both).label("compared"),
-            func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
-            func.count().filter(c.gold.isnot(None)).label("labelled"),
-            func.count().filter(spared).label("would_be_kept"),
-            func.count().filter(and_(spared, c.small_label == c.label)).label("would_be_kept_agreeing"),
-            func.coalesce(func.sum(c.cost_usd).filter(spared), 0.0).label("would_be_saved_usd"),
-            func.count().filter(c.label == -1).label("outside_label_set"),
-            func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
-            func.coalesce(func.sum(c.input_tokens), 0).label("input_tokens"),
-            func.coalesce(func.sum(c.output_tokens), 0).label("output_tokens"),
-            func.min(c.time).label("oldest"),
-            func.max(c.time).label("newest"),
-        ).where(which.where())
-        with self.engine.connect() as connection:
-            row = connection.execute(statement).one()._mapping
-        return {
-            key: value if value is None or isinstance(value, (int, float)) else float(value)
-            for key, value in row.items()
-        }
+        return totals(self, which)
 
     def verify(self) -> list[str]:
         """What is wrong with the store, in words; an empty list where nothing is."""

@@ -12,14 +12,15 @@ from langchain_core.utils.uuid import uuid7
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 
+from langchain_datashunt.decisions import Latency, ShuntDecision
 from langchain_datashunt.distillation.watching import LargeCallWatcher
 from langchain_datashunt.inputs import text_reader
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import Latency, Prediction, ShuntDecision
+from langchain_datashunt.predictions import Prediction
 from langchain_datashunt.recording import FinishedCall, now
 from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.routing import checked_prediction
-from langchain_datashunt.shunt import policy_for
+from langchain_datashunt.shunt_settings import policy_for
 
 dispatcher = get_dispatcher(__name__)
 

@@ -24,11 +24,20 @@ from llama_index.core.tools.types import BaseTool
 from typing_extensions import override
 
 from langchain_datashunt.answers import ToolAnswer
+from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.hinted_model import Hint
 from langchain_datashunt.llama_index.deciding import Decider
+from langchain_datashunt.llama_index.responses import (
+    arguments,
+    completion_with_decision,
+    each_with_decision,
+    offered_tools,
+    text_of_response,
+    with_decision,
+)
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import ShuntDecision, answer_text
+from langchain_datashunt.predictions import answer_text
 from langchain_datashunt.pruning import Pruning, SoftPrompt
 
 _REQUIRED = "_shunt_tool_required"
@@ -135,7 +144,7 @@ class ShuntLLM(LLM):
         if written is not None:
             label = answer_text(written)
         answer = label if self.answers is None else self.answers.get(label)
-        offered, forced = _offered(given), required or given.get("tool_choice") not in (None, "auto", "none")
+        offered, forced = offered_tools(given), required or given.get("tool_choice") not in (None, "auto", "none")
         for one in answer if isinstance(answer, list) else [answer]:
             if isinstance(one, str) and not forced and "response_format" not in given:
                 return ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=one)])
@@ -171,55 +180,59 @@ class ShuntLLM(LLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
         if text is None:
-            return _told(self.large.chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
+            return with_decision(self.large.chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
         decision, seconds = self._decider.decide(text)
         if (message := self._small_message(decision, kwargs, required)) is not None:
             told, log = self._kept(text, decision, seconds)
             self._decider.record(log)
-            return _told(ChatResponse(message=message), told)
+            return with_decision(ChatResponse(message=message), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
         told = self._decider.tell(decision)
         response = self.large.chat(self._hinted(messages, decision), **kwargs)
-        self._decider.record(self._asked(text, decision, _said(response), (seconds, time.perf_counter() - started)))
-        return _told(response, told)
+        self._decider.record(
+            self._asked(text, decision, text_of_response(response), (seconds, time.perf_counter() - started))
+        )
+        return with_decision(response, told)
 
     @override
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
         if text is None:
-            return _told(await self.large.achat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
+            return with_decision(await self.large.achat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
         decision, seconds = await self._decider.adecide(text)
         if (message := self._small_message(decision, kwargs, required)) is not None:
             told, log = self._kept(text, decision, seconds)
             await self._decider.arecord(log)
-            return _told(ChatResponse(message=message), told)
+            return with_decision(ChatResponse(message=message), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
         told = self._decider.tell(decision)
         response = await self.large.achat(self._hinted(messages, decision), **kwargs)
         took = (seconds, time.perf_counter() - started)
-        await self._decider.arecord(self._asked(text, decision, _said(response), took))
-        return _told(response, told)
+        await self._decider.arecord(self._asked(text, decision, text_of_response(response), took))
+        return with_decision(response, told)
 
     @override
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse]:
         def chunks() -> Generator[ChatResponse]:
             text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
             if text is None:
-                yield from _each(self.large.stream_chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
+                yield from each_with_decision(
+                    self.large.stream_chat(messages, **kwargs), self._decider.tell(_NO_QUESTION)
+                )
                 return
             decision, seconds = self._decider.decide(text)
             if (message := self._small_message(decision, kwargs, required)) is not None:
                 told, log = self._kept(text, decision, seconds)
                 self._decider.record(log)
-                yield _told(ChatResponse(message=message, delta=message.content or ""), told)
+                yield with_decision(ChatResponse(message=message, delta=message.content or ""), told)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
             told = self._decider.tell(decision)
-            for last in _each(self.large.stream_chat(self._hinted(messages, decision), **kwargs), told):
+            for last in each_with_decision(self.large.stream_chat(self._hinted(messages, decision), **kwargs), told):
                 yield last
             if last is not None:
                 took = (seconds, time.perf_counter() - started)
-                self._decider.record(self._asked(text, decision, _said(last), took))
+                self._decider.record(self._asked(text, decision, text_of_response(last), took))
 
         return chunks()
 
@@ -230,21 +243,21 @@ class ShuntLLM(LLM):
             if text is None:
                 told = self._decider.tell(_NO_QUESTION)
                 async for one in await self.large.astream_chat(messages, **kwargs):
-                    yield _told(one, told)
+                    yield with_decision(one, told)
                 return
             decision, seconds = await self._decider.adecide(text)
             if (message := self._small_message(decision, kwargs, required)) is not None:
                 told, log = self._kept(text, decision, seconds)
                 await self._decider.arecord(log)
-                yield _told(ChatResponse(message=message, delta=message.content or ""), told)
+                yield with_decision(ChatResponse(message=message, delta=message.content or ""), told)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
             told = self._decider.tell(decision)
             async for last in await self.large.astream_chat(self._hinted(messages, decision), **kwargs):
-                yield _told(last, told)
+                yield with_decision(last, told)
             if last is not None:
                 took = (seconds, time.perf_counter() - started)
-                await self._decider.arecord(self._asked(text, decision, _said(last), took))
+                await self._decider.arecord(self._asked(text, decision, text_of_response(last), took))
 
         return chunks()
 
@@ -279,12 +292,12 @@ class ShuntLLM(LLM):
         if (message := self._small_message(decision, kwargs)) is not None:
             told, log = self._kept(text, decision, seconds)
             self._decider.record(log)
-            return _told_completion(CompletionResponse(text=message.content or ""), told)
+            return completion_with_decision(CompletionResponse(text=message.content or ""), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
         told = self._decider.tell(decision)
         response = self.large.complete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
         self._decider.record(self._asked(text, decision, response.text, (seconds, time.perf_counter() - started)))
-        return _told_completion(response, told)
+        return completion_with_decision(response, told)
 
     @override
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -293,13 +306,13 @@ class ShuntLLM(LLM):
         if (message := self._small_message(decision, kwargs)) is not None:
             told, log = self._kept(text, decision, seconds)
             await self._decider.arecord(log)
-            return _told_completion(CompletionResponse(text=message.content or ""), told)
+            return completion_with_decision(CompletionResponse(text=message.content or ""), told)
         decision, started = self._decider.deferred(decision), time.perf_counter()
         told = self._decider.tell(decision)
         response = await self.large.acomplete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._asked(text, decision, response.text, took))
-        return _told_completion(response, told)
+        return completion_with_decision(response, told)
 
     @override
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Generator[CompletionResponse]:
@@ -310,12 +323,12 @@ class ShuntLLM(LLM):
                 told, log = self._kept(text, decision, seconds)
                 self._decider.record(log)
                 said = message.content or ""
-                yield _told_completion(CompletionResponse(text=said, delta=said), told)
+                yield completion_with_decision(CompletionResponse(text=said, delta=said), told)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
             told = self._decider.tell(decision)
             for last in self.large.stream_complete(self._hinted_prompt(prompt, decision), formatted, **kwargs):
-                yield _told_completion(last, told)
+                yield completion_with_decision(last, told)
             if last is not None:
                 self._decider.record(self._asked(text, decision, last.text, (seconds, time.perf_counter() - started)))
 
@@ -332,13 +345,13 @@ class ShuntLLM(LLM):
                 told, log = self._kept(text, decision, seconds)
                 await self._decider.arecord(log)
                 said = message.content or ""
-                yield _told_completion(CompletionResponse(text=said, delta=said), told)
+                yield completion_with_decision(CompletionResponse(text=said, delta=said), told)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
             told = self._decider.tell(decision)
             asked = self._hinted_prompt(prompt, decision)
             async for last in await self.large.astream_complete(asked, formatted, **kwargs):
-                yield _told_completion(last, told)
+                yield completion_with_decision(last, told)
             if last is not None:
                 took = (seconds, time.perf_counter() - started)
                 await self._decider.arecord(self._asked(text, decision, last.text, took))
@@ -381,38 +394,6 @@ class ShuntFunctionCallingLLM(ShuntLLM, FunctionCallingLLM):
         if not calls and error_on_no_tool_call:
             raise ValueError(f"Expected at least one tool call, but got {len(calls)} tool calls.")
         return [
-            ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=_args(call))
+            ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=arguments(call))
             for call in calls
         ]
-
-
-def _args(call: ToolCallBlock) -> dict[str, Any]:
-    return call.tool_kwargs if isinstance(call.tool_kwargs, dict) else {}
-
-
-def _offered(given: dict[str, Any]) -> frozenset[str]:
-    """Names of the tools of a call, in whatever form the large LLM's own preparation gave them."""
-    names = set()
-    for tool in given.get("tools") or ():
-        if isinstance(tool, dict):
-            names.add(str(tool.get("function", tool).get("name", "")))
-        else:
-            names.add(str(getattr(getattr(tool, "metadata", tool), "name", "")))
-    return frozenset(names)
-
-
-def _said(response: ChatResponse) -> str:
-    return response.message.content or ""
-
-
-def _told(response: ChatResponse, told: dict[str, Any]) -> ChatResponse:
-    return response.model_copy(update={"additional_kwargs": {**response.additional_kwargs, "shunt": told}})
-
-
-def _told_completion(response: CompletionResponse, told: dict[str, Any]) -> CompletionResponse:
-    return response.model_copy(update={"additional_kwargs": {**(response.additional_kwargs or {}), "shunt": told}})
-
-
-def _each(responses: Generator[ChatResponse], told: dict[str, Any]) -> Generator[ChatResponse]:
-    for response in responses:
-        yield _told(response, told)

@@ -13,10 +13,11 @@ from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
 from llama_index.core.schema import QueryBundle
 from llama_index.core.tools.types import ToolMetadata
 
+from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
 from langchain_datashunt.llama_index.deciding import Decider
 from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import Prediction, ShuntDecision
+from langchain_datashunt.predictions import Prediction
 from langchain_datashunt.pruning import Pruning
 
 

@@ -15,8 +15,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.prompt_values import PromptValue
 from pydantic import BaseModel
 
+from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import StaysLocal
-from langchain_datashunt.predictions import ShuntResult
 from langchain_datashunt.privacy.detectors import Detector, Entity, find_entities
 from langchain_datashunt.pruning import Candidates
 

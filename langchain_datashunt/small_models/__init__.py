@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.loading import (
     KINDS,
     BundledSmallModel,
@@ -13,6 +13,7 @@ from langchain_datashunt.small_models.loading import (
     small_model_class,
 )
 from langchain_datashunt.small_models.micro_batching import MicroBatching
+from langchain_datashunt.small_models.scores import Scores
 
 if TYPE_CHECKING:
     from langchain_datashunt.small_models.caption_model import CaptionModel

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
@@ -15,21 +14,20 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
-from langchain_datashunt.configured import Configured, as_plain, from_plain
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,
     ShuntError,
     TruncationWarning,
 )
-from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
+from langchain_datashunt.inputs import InputReader, ShuntInput, text_reader
 from langchain_datashunt.outcomes import settled
-from langchain_datashunt.policies import PLAIN_CLASSES, Policy
-from langchain_datashunt.predictions import BoolArray, Prediction, PredictionBatch
-from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
+from langchain_datashunt.predictions import Prediction, PredictionBatch
+from langchain_datashunt.small_models.bundle import BundleInfo
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.saving import Saved
+from langchain_datashunt.small_models.scores import NOT_OF_SCORES, Outcome, Remembered, Scores, softmax
 from langchain_datashunt.small_models.serving import Serving
 
 if TYPE_CHECKING:
@@ -39,58 +37,7 @@ Loss: TypeAlias = Callable[[Any, Any], Any]
 """From logits and targets, both torch tensors `[n, k]`, to a scalar tensor."""
 
 
-class Scores(NamedTuple):
-    """What a model computes for `n` prepared inputs.
-
-    Attributes:
-        logits: Shape `[n, k]`, before temperature and softmax.
-        truncated: Shape `[n]`: which inputs were cut; None for none.
-        features: Shape `[n, d]`: what the model saw of each input, where that is to be kept.
-        answers: `n` answers, where the model writes them.
-        token_logprobs: `n` arrays of shape `[t]`: log-probabilities of the answers' tokens.
-        errors: What was wrong with single inputs, by position; their other values do not count.
-    """
-
-    logits: NDArray[Any]
-    truncated: BoolArray | None = None
-    features: NDArray[Any] | None = None
-    answers: tuple[Any, ...] | None = None
-    token_logprobs: tuple[NDArray[Any], ...] | None = None
-    errors: Mapping[int, Exception] = {}
-
-
-_NOT_OF_SCORES = frozenset(
-    {"temperature", "threshold", "policy", "fusion", "model_id", "lineage", "micro_batching", "cache_size", "labels"}
-)
-"""Settings that can change without changing what is computed for a text."""
-
-
-class _Remembered(NamedTuple):
-    """One text's part of `Scores`."""
-
-    logits: NDArray[Any]
-    truncated: bool
-    features: NDArray[Any] | None
-    answer: Any
-    token_logprobs: NDArray[Any] | None
-    error: Exception | None
-
-
-class Outcome(NamedTuple):
-    """What became of `n` inputs of which some may have failed.
-
-    Attributes:
-        batch: The predictions of those that did not fail, `m` rows.
-        rows: Shape `[m]`: which inputs these are.
-        errors: The others, by position.
-    """
-
-    batch: PredictionBatch | None
-    rows: NDArray[np.intp]
-    errors: dict[int, Exception]
-
-
-class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
+class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     """A local classifier as a Runnable.
 
     A kind of small model implements `predict_scores`, `weights` and `from_weights`; everything else is here:
@@ -102,30 +49,6 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     reads_text: ClassVar[bool] = True
     """Whether inputs of this kind are texts, so that nobody needs to ask a model for its reader."""
 
-    labels: tuple[str, ...] = Field(min_length=1)
-    """Label names in the order of the model's outputs, `k` of them."""
-
-    model_id: str = ""
-    """Name under which predictions and records speak of this model."""
-
-    temperature: float = Field(default=1.0, gt=0.0)
-    """Calibration: probabilities are softmax(logits / temperature)."""
-
-    threshold: float | None = None
-    """The shunt threshold that was chosen for this model, where one was."""
-
-    policy: Policy | None = None
-    """The policy that was chosen for this model, where it is more than a threshold."""
-
-    fusion: AnswerFusion | None = None
-    """What is known of a large model's answers to this task, where it was calibrated on some."""
-
-    input_key: str = DEFAULT_INPUT_KEY
-    """Where mappings hold the input."""
-
-    lineage: dict[str, Any] = Field(default_factory=dict)
-    """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
-
     micro_batching: MicroBatching | None = Field(default=MicroBatching(), exclude=True, repr=False)
     """How single requests that arrive while the model is busy are computed together; None computes each alone.
 
@@ -135,7 +58,6 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     cache_size: int = Field(default=0, ge=0, exclude=True, repr=False)
     """Texts whose scores are remembered, so that an exact repeat costs a hash; 0 remembers none."""
 
-    _bundle: str | None = PrivateAttr(default=None)
     _serving: Serving = PrivateAttr(default_factory=Serving)
 
     # What a kind implements
@@ -236,7 +158,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
     def __setattr__(self, name: str, value: Any) -> None:
         """Change a setting; what was remembered under another is forgotten."""
         super().__setattr__(name, value)
-        if name not in _NOT_OF_SCORES and (not name.startswith("_") or name == "_network"):
+        if name not in NOT_OF_SCORES and (not name.startswith("_") or name == "_network"):
             self._serving.forget()
 
     def workers(self) -> int:
@@ -248,7 +170,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
         if cache is None or not texts:
             return self.predict_scores(texts)
 
-        def compute(new: list[Any]) -> list[_Remembered]:
+        def compute(new: list[Any]) -> list[Remembered]:
             scores = self.predict_scores(new)
             logits = np.asarray(scores.logits)
             if logits.ndim != 2 or len(logits) != len(new):
@@ -256,7 +178,7 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             cut = np.zeros(len(new), dtype=np.bool_) if scores.truncated is None else scores.truncated
             seen, said, tokens = scores.features, scores.answers, scores.token_logprobs
             return [
-                _Remembered(
+                Remembered(
                     logits[i].copy(),
                     bool(cut[i]),
                     None if seen is None else seen[i].copy(),
@@ -401,104 +323,6 @@ class SmallModel(Configured, RunnableSerializable[ShuntInput, Prediction]):
             f"LSTMClassifier."
         )
 
-    # Saving and loading
-
-    @classmethod
-    def kind(cls) -> str:
-        """The name of this kind of model in bundles.
-
-        Raises:
-            ConfigurationError: It has none, so it cannot be saved.
-        """
-        raise ConfigurationError(
-            f"A {cls.__name__} has no bundles: it does not say its kind(), settings(), weights() and from_weights()."
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """What this kind needs beside its weights to be made again; JSON-ready."""
-        return {}
-
-    def weights(self) -> dict[str, NDArray[Any]]:
-        """All parameters as arrays by name."""
-        msg = f"{type(self).__name__} has no weights of its own to save."
-        raise ConfigurationError(msg)
-
-    def write_files(self, folder: Path) -> None:
-        """Write further files (a tokenizer, a vocabulary) into the bundle's folder."""
-
-    @classmethod
-    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
-        """Make the model of what `weights`, `settings` and `write_files` saved."""
-        raise ConfigurationError(
-            f"A {cls.__name__} does not implement from_weights(), so no bundle of it can be loaded."
-        )
-
-    def info(self) -> BundleInfo:
-        """What a bundle's config.json says of this model."""
-        return BundleInfo(
-            kind=self.kind(),
-            labels=self.labels,
-            model_id=self.model_id,
-            temperature=self.temperature,
-            threshold=self.threshold,
-            policy=self._plain(self.policy),
-            fusion=self._plain(self.fusion),
-            input_key=self.input_key,
-            lineage=self.lineage,
-            settings=self.settings(),
-        )
-
-    @staticmethod
-    def _plain(part: Configured | None) -> dict[str, Any] | None:
-        """A policy or a fusion as a bundle keeps it; refused here where it could not be read back."""
-        if part is None:
-            return None
-        plain = as_plain(part)
-        from_plain(plain, PLAIN_CLASSES)
-        return plain
-
-    def save(self, folder: str | Path) -> Path:
-        """Save as a bundle: config.json, safetensors weights, nothing pickled. Replaces a bundle there at once.
-
-        Raises:
-            BundleError: The folder holds something else than a bundle.
-        """
-        path = write_bundle(Path(folder), self.info(), self.weights(), self.write_files)
-        self._bundle = str(path)
-        return path
-
-    @classmethod
-    def load(cls, folder: str | Path, **overrides: Any) -> Self:
-        """Load a bundle of this kind; runs no code from it.
-
-        Args:
-            folder: Where `save` wrote it.
-            **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
-                `embeddings`.
-
-        Raises:
-            BundleError: The bundle is truncated, too new, of another kind, or does not fit together.
-        """
-        from langchain_datashunt.small_models.loading import load_small_model
-
-        model = load_small_model(folder, **overrides)
-        if not isinstance(model, cls):
-            found = read_info(Path(folder)).kind
-            raise ConfigurationError(
-                f"{folder} holds a bundle of kind {found!r}, not a {cls.__name__}. Use load_small_model(folder)."
-            )
-        return model
-
-    @override
-    def to_json(self) -> Any:
-        """As a reference to the bundle that it was loaded from or saved to."""
-        if self._bundle is None:
-            return self.to_json_not_implemented()
-        from langchain_datashunt.small_models.loading import BundledSmallModel
-
-        mine = {name: getattr(self, name) for name in ("model_id", "temperature", "threshold", "input_key")}
-        return BundledSmallModel.model_validate({"path": self._bundle, **mine}).to_json()
-
 
 _LOST = PredictionError("The small model gave neither a prediction nor an error for this input.")
 
@@ -508,11 +332,3 @@ def _unseen(config: RunnableConfig | list[RunnableConfig] | None) -> bool:
     if isinstance(config, list):
         return False
     return not get_callback_manager_for_config(ensure_config(config)).handlers
-
-
-def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Row-wise softmax of `logits / temperature`, shape `[n, k]`; NaN where a row has NaN or infinity."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        scaled = logits / temperature
-        raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return np.asarray(raised / raised.sum(axis=1, keepdims=True))

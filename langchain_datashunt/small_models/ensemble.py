@@ -16,10 +16,11 @@ from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError, DataError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.predictions import FloatArray
-from langchain_datashunt.small_models.base import Loss, Scores, SmallModel, softmax
+from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo
 from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, embed
 from langchain_datashunt.small_models.on_embeddings import OnEmbeddings
+from langchain_datashunt.small_models.scores import Scores, softmax
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,

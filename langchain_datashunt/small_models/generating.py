@@ -16,8 +16,9 @@ from langchain_datashunt.confidence import MeanTokenProbability, TokenScore
 from langchain_datashunt.exceptions import ConfigurationError, DataError, PredictionError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.predictions import ANSWER_LABELS, FloatArray
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.fitting import Stage, fit_network
+from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.training import TrainingReport, TrainingSettings, text_hashes
 
 _SUREST = 1.0 - 1e-6

@@ -15,12 +15,13 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError, DataError, InputError
 from langchain_datashunt.images import ImageReader, Picture, Pixels
-from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.image_inputs import ImageScale
 from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
+from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,

@@ -15,9 +15,10 @@ from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
 from langchain_datashunt.small_models.micro_batching import MicroBatching
+from langchain_datashunt.small_models.scores import Scores
 
 KINDS: dict[str, tuple[str, str]] = {
     "embedding": ("langchain_datashunt.small_models.embedding", "EmbeddingClassifier"),

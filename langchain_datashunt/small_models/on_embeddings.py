@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo
 from langchain_datashunt.small_models.devices import MAX_WORKERS, cpu_workers
 from langchain_datashunt.small_models.encoder import (
@@ -23,6 +23,7 @@ from langchain_datashunt.small_models.encoder import (
     embed,
     shared_encoder,
 )
+from langchain_datashunt.small_models.scores import Scores
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 _PROBE_COSINE = 0.99

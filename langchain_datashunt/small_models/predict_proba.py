@@ -16,8 +16,9 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleError, BundleMismatchError, ConfigurationError, PredictionError
 from langchain_datashunt.predictions import FloatArray
-from langchain_datashunt.small_models.base import Scores, SmallModel
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo
+from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     TrainingReport,

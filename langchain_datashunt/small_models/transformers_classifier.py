@@ -14,7 +14,7 @@ from typing_extensions import override
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
-from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
@@ -22,6 +22,7 @@ from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn
 from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.packed_layers import PackedStates
+from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.tokenization import (
     TOKEN_BUDGET,
     TextTokenizer,

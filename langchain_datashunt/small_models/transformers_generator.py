@@ -30,20 +30,23 @@ from langchain_datashunt.small_models.generating import (
     split_answers,
     written,
 )
+from langchain_datashunt.small_models.generator_networks import (
+    IGNORED,
+    PAIR,
+    Form,
+    auto_class,
+    begin_tokens,
+    end_tokens,
+    form_of,
+    full_rows,
+    greedy,
+    own_state,
+    padded_rows,
+    prompt_limit,
+)
 from langchain_datashunt.small_models.image_inputs import ImageScale
 from langchain_datashunt.small_models.networks import safe_config, shapes_of
 from langchain_datashunt.small_models.training import TrainingSettings, seed_everything
-
-Form = Literal["causal", "seq2seq", "image"]
-"""What the network reads: a text that it goes on with, a text that it answers, or an image that it describes."""
-
-_AUTO = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image": "AutoModelForImageTextToText",
-}
-_PAIR = "vision-encoder-decoder"
-_IGNORED = -100
 
 
 class TransformersGenerator(GeneratingModel):
@@ -109,8 +112,8 @@ class TransformersGenerator(GeneratingModel):
         transformers = require("transformers", "torch")
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(self.model)
-            self.form = self.form or _form_of(config)
-            auto = getattr(transformers, _auto_class(config, self.form))
+            self.form = self.form or form_of(config)
+            auto = getattr(transformers, auto_class(config, self.form))
             network = auto.from_pretrained(self.model, **self._weights_options(transformers))
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
         if self.form == "image":
@@ -142,7 +145,7 @@ class TransformersGenerator(GeneratingModel):
             settings.pad_token_id = tokenizer.pad_token_id
         for part in network.modules():  # unset values of a call's own settings would be filled from these
             if getattr(part, "generation_config", None) is not None:
-                part.generation_config = self._greedy(part.generation_config)
+                part.generation_config = greedy(part.generation_config)
         tokenizer.padding_side = "left" if self.form == "causal" else "right"
         self._tokenizer = tokenizer
 
@@ -197,21 +200,8 @@ class TransformersGenerator(GeneratingModel):
         chosen = tokens[:, -steps.shape[1] :].cpu().numpy()
         return [self._one(*row) for row in zip(chosen, steps, cut, strict=True)]
 
-    @staticmethod
-    def _greedy(own: Any) -> Any:
-        """Greedy decoding with a model's own tokens; penalties and sampling that it was published with are left out."""
-        names = (
-            "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
-            "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-        )  # fmt: skip
-        kept = {name: getattr(own, name, None) for name in names}
-        return require("transformers", "torch").GenerationConfig(
-            **{name: value for name, value in kept.items() if value is not None},
-            do_sample=False, num_beams=1,
-        )  # fmt: skip
-
     def _one(self, tokens: NDArray[Any], logprobs: NDArray[Any], cut: bool) -> Generated:
-        ended = np.flatnonzero(np.isin(tokens, self._ends(self._network)))
+        ended = np.flatnonzero(np.isin(tokens, end_tokens(self._network, self._tokenizer)))
         length = int(ended[0]) if ended.size else len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
         found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
@@ -222,31 +212,19 @@ class TransformersGenerator(GeneratingModel):
         said = ~np.isin(tokens[:length], self._tokenizer.all_special_ids)
         return Generated(text.strip(), logprobs[:length][said], cut)
 
-    def _ends(self, network: Any) -> list[int]:
-        """Tokens that end an answer; the first is the one that is taught."""
-        ends = network.generation_config.eos_token_id
-        found = [*ends] if isinstance(ends, list | tuple) else [ends]
-        found += [self._tokenizer.eos_token_id, self._tokenizer.sep_token_id]
-        return [end for end in dict.fromkeys(found) if end is not None]
-
     def _asked(self, network: Any, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[bool]]:
         """What `generate` takes, and which inputs were cut."""
         if self.form == "image":
             return {"pixel_values": self._pixel_values(network, inputs)}, [False] * len(inputs)
         prompts = [self._prompt(text) for text in inputs]
         ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
-        ids = [one or self._begin() for one in ids]
-        limit = self._limit(network)
+        ids = [one or begin_tokens(self._tokenizer) for one in ids]
+        limit = prompt_limit(network, self)
         cut = [len(one) > limit for one in ids]
         if any(cut):  # the beginning is cut, since the end holds the question
             ids = [one[-limit:] for one in ids]
         padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         return {name: tensor.to(network.device) for name, tensor in padded.items()}, cut
-
-    def _begin(self) -> list[int]:
-        """What stands for an empty text: a network has to be given something to go on with."""
-        known = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
-        return [next((one for one in known if one is not None), 0)]
 
     def _prompt(self, text: str) -> str:
         asked = self.template.replace("{input}", text)
@@ -261,19 +239,6 @@ class TransformersGenerator(GeneratingModel):
             raise ConfigurationError(f"The tokenizer of {self.model_id} has no chat template; use chat=False.")
         return there if self.chat is None else self.chat
 
-    def _limit(self, network: Any) -> int:
-        """Tokens of a prompt at the most."""
-        most = getattr(network.config, "max_position_embeddings", None) or getattr(network.config, "n_positions", None)
-        if most is None:
-            return 10**9
-        room = most - (self.max_new_tokens if self.form == "causal" else 0)
-        if room < 1:
-            raise ConfigurationError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {most} places of "
-                f"{self.model_id}; use fewer."
-            )
-        return int(room)
-
     def _pixel_values(self, network: Any, pictures: Sequence[Picture]) -> Any:
         assert self.scale is not None
         pixels = [self.scale.pixels(picture) for picture in pictures]
@@ -283,7 +248,7 @@ class TransformersGenerator(GeneratingModel):
 
     def features(self, examples: AnswerExamples) -> list[Any]:
         """(What is read, token ids of the answer with its end) of examples."""
-        end = self._ends(self._network)[:1]
+        end = end_tokens(self._network, self._tokenizer)[:1]
         answers = [
             [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], *end] for answer in examples.answers
         ]
@@ -293,7 +258,7 @@ class TransformersGenerator(GeneratingModel):
             return [(self.scale.pixels(one), answer) for one, answer in zip(inputs, answers, strict=True)]
         prompts = [self._prompt(text) for text in inputs]
         ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
-        limit = self._limit(self._network)
+        limit = prompt_limit(self._network, self)
         return [(one[-limit:], answer[: self.max_new_tokens]) for one, answer in zip(ids, answers, strict=True)]
 
     def losses_of(self, network: Any, features: list[Any]) -> Any:
@@ -303,31 +268,25 @@ class TransformersGenerator(GeneratingModel):
         read, answers = [one for one, _ in features], [answer for _, answer in features]
         if self.form == "causal":
             rows = [[*one, *answer] for one, answer in zip(read, answers, strict=True)]
-            asked = [[_IGNORED] * len(one) + list(answer) for one, answer in zip(read, answers, strict=True)]
-            ids, mask = self._padded(rows, device)
-            wanted = _full(asked, _IGNORED, device)
+            asked = [[IGNORED] * len(one) + list(answer) for one, answer in zip(read, answers, strict=True)]
+            ids, mask = padded_rows(rows, self._tokenizer.pad_token_id, device)
+            wanted = full_rows(asked, IGNORED, device)
             logits = network(input_ids=ids, attention_mask=mask).logits[:, :-1]
             wanted = wanted[:, 1:]
         else:
-            wanted = _full(answers, _IGNORED, device)
+            wanted = full_rows(answers, IGNORED, device)
             if self.form == "image":
                 assert self.scale is not None
                 given = {"pixel_values": self.scale.tensor(read, device)}
             else:
-                ids, mask = self._padded(read, device)
+                ids, mask = padded_rows(read, self._tokenizer.pad_token_id, device)
                 given = {"input_ids": ids, "attention_mask": mask}
             logits = network(**given, labels=wanted).logits
-        kept = wanted != _IGNORED
+        kept = wanted != IGNORED
         found = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), wanted, ignore_index=_IGNORED, reduction="none"
+            logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
         )
         return (found * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-
-    def _padded(self, rows: Sequence[Sequence[int]], device: Any) -> tuple[Any, Any]:
-        torch = require("torch", "torch")
-        ids = _full(rows, self._tokenizer.pad_token_id, device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        return ids, (torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]).long()
 
     @override
     def learn_answers(
@@ -366,9 +325,9 @@ class TransformersGenerator(GeneratingModel):
         if self.quantization is not None:
             raise ConfigurationError("Weights in 4 bits cannot learn; load the model without quantization.")
         kind = self._ready().config.model_type
-        if self.form == "image" and kind != _PAIR:
+        if self.form == "image" and kind != PAIR:
             raise ConfigurationError(
-                f"A captioner of the type {kind!r} cannot learn here; only {_PAIR!r} can, and CaptionModel."
+                f"A captioner of the type {kind!r} cannot learn here; only {PAIR!r} can, and CaptionModel."
             )
 
     # Bundles
@@ -395,7 +354,7 @@ class TransformersGenerator(GeneratingModel):
 
     @override
     def weights(self) -> dict[str, NDArray[Any]]:
-        return {name: tensor.float().cpu().numpy() for name, tensor in _own_state(self._ready()).items()}
+        return {name: tensor.float().cpu().numpy() for name, tensor in own_state(self._ready()).items()}
 
     @override
     def write_files(self, folder: Path) -> None:
@@ -409,7 +368,7 @@ class TransformersGenerator(GeneratingModel):
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
         said = info.settings
         architecture = safe_config(said["architecture"])
-        auto = getattr(transformers, _auto_class(architecture, said["form"]))
+        auto = getattr(transformers, auto_class(architecture, said["form"]))
         own = hasattr(auto, "base_model_prefix")
 
         def build() -> Any:
@@ -436,37 +395,3 @@ class TransformersGenerator(GeneratingModel):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
             model._take(network, tokenizer)
         return model
-
-
-def _form_of(config: Any) -> Form:
-    """What a network reads, by its configuration."""
-    if config.model_type == _PAIR or getattr(config, "vision_config", None) is not None:
-        return "image"
-    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-
-
-def _auto_class(config: Any, form: str | None) -> str:
-    if config.model_type == _PAIR:
-        return "VisionEncoderDecoderModel"
-    return _AUTO[form or _form_of(config)]
-
-
-def _full(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Any:
-    torch = require("torch", "torch")
-    out = torch.full((len(rows), max(1, *(len(row) for row in rows))), fill, dtype=torch.long)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return out.to(device)
-
-
-def _own_state(network: Any) -> dict[str, Any]:
-    """The parameters, each tied one once."""
-    found: dict[str, Any] = {}
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    for name, tensor in network.state_dict().items():
-        where = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and where in seen:
-            continue
-        seen.add(where)
-        found[name] = tensor
-    return found

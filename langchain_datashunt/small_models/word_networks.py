@@ -18,10 +18,11 @@ from typing_extensions import override
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError
-from langchain_datashunt.small_models.base import Loss, Scores, SmallModel
+from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, cpu_workers
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
+from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.tokenization import TOKEN_BUDGET, pad, token_budget_batches
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,

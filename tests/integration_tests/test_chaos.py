@@ -30,7 +30,7 @@ from langchain_datashunt import (
 )
 from langchain_datashunt.distillation import DistillationStore, Recorder
 from langchain_datashunt.exceptions import CircuitOpenError, LargeTimeoutError
-from langchain_datashunt.small_models.base import Scores
+from langchain_datashunt.small_models.scores import Scores
 from tests.integration_tests.test_openai_http import answer, faults, router
 from tests.support.faulty_server import FaultyServer
 from tests.support.models import LABELS, CountingLarge, WordModel

@@ -74,9 +74,19 @@ def signature_line(function: Any) -> str:
     return f"({', '.join(parameters)})"
 
 
+def public_names() -> set[str]:
+    return {name for module in MODULES for name in getattr(importlib.import_module(module), "__all__", ())}
+
+
 def methods(cls: type) -> Iterator[str]:
-    """The methods that a class of ours defines itself, and what they take."""
-    for name, value in sorted(vars(cls).items()):
+    """The methods that a class of ours defines, itself or by a base that is not public, and what they take."""
+    known = public_names()
+    own = [
+        base for base in cls.__mro__
+        if base is cls or (base.__module__.startswith("langchain_datashunt") and base.__name__ not in known)
+    ]  # fmt: skip
+    found = {name: value for base in reversed(own) for name, value in vars(base).items()}
+    for name, value in sorted(found.items()):
         plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         if not name.startswith("_") and inspect.isfunction(plain):
             yield f"  .{name}{signature_line(plain)}"
@@ -86,7 +96,7 @@ def methods(cls: type) -> Iterator[str]:
 
 def told(name: str, value: Any) -> Iterator[str]:
     if inspect.isclass(value):
-        bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
+        bases = ", ".join(base.__name__.partition("[")[0] for base in value.__bases__ if base is not object)
         yield f"class {name}({bases})"
         if issubclass(value, BaseModel):
             yield from field_lines(value)

@@ -16,7 +16,7 @@ from langchain_datashunt.calibration import (
 )
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.small_models.base import softmax
+from langchain_datashunt.small_models.scores import softmax
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])

@@ -38,10 +38,10 @@ from langchain_datashunt.exceptions import (
     TruncationWarning,
 )
 from langchain_datashunt.small_models import Scores, SentenceEncoder, small_model_class
-from langchain_datashunt.small_models.base import softmax
 from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
 from langchain_datashunt.small_models.contrastive import contrastive_loss
 from langchain_datashunt.small_models.encoder import shared_encoder
+from langchain_datashunt.small_models.scores import softmax
 from tests.support.handlers import RunBook
 from tests.support.models import LetterEmbeddings, WordModel
 

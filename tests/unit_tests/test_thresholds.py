@@ -29,7 +29,7 @@ from langchain_datashunt.calibration.smoothing import smoothed_right
 from langchain_datashunt.evaluation import ConfidenceSequence, betting_p_value
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.small_models.base import softmax
+from langchain_datashunt.small_models.scores import softmax
 
 LABELS = ("a", "b", "c", "d")
 

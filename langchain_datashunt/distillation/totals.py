@@ -1,0 +1,44 @@
+"""Totals of a store, computed by the database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, func, select
+
+from langchain_datashunt.distillation.filters import CallFilter
+from langchain_datashunt.distillation.rows import ROUTES
+from langchain_datashunt.distillation.schema import calls
+
+if TYPE_CHECKING:
+    from langchain_datashunt.distillation.store import DistillationStore
+
+
+def totals(store: DistillationStore, which: CallFilter) -> dict[str, Any]:
+    """As `DistillationStore.stats`."""
+    c = calls.c
+    spared = and_(c.route == ROUTES.index("large"), c.score >= c.threshold)
+    both = and_(c.small_label.isnot(None), c.label.isnot(None))
+    routes = [func.count().filter(c.route == i).label(f"route_{name}") for i, name in enumerate(ROUTES)]
+    statement = select(
+        func.count().label("records"),
+        func.coalesce(func.sum(c.count), 0).label("calls"),
+        *routes,
+        func.count().filter(both).label("compared"),
+        func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
+        func.count().filter(c.gold.isnot(None)).label("labelled"),
+        func.count().filter(spared).label("would_be_kept"),
+        func.count().filter(and_(spared, c.small_label == c.label)).label("would_be_kept_agreeing"),
+        func.coalesce(func.sum(c.cost_usd).filter(spared), 0.0).label("would_be_saved_usd"),
+        func.count().filter(c.label == -1).label("outside_label_set"),
+        func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
+        func.coalesce(func.sum(c.input_tokens), 0).label("input_tokens"),
+        func.coalesce(func.sum(c.output_tokens), 0).label("output_tokens"),
+        func.min(c.time).label("oldest"),
+        func.max(c.time).label("newest"),
+    ).where(which.where())
+    with store.engine.connect() as connection:
+        row = connection.execute(statement).one()._mapping
+    return {
+        key: value if value is None or isinstance(value, (int, float)) else float(value) for key, value in row.items()
+    }

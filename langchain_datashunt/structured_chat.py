@@ -1,0 +1,88 @@
+"""StructuredChat: a shunt over a chat model whose answers are objects. It routes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, closing
+from typing import Any
+
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import Runnable, RunnableConfig
+from typing_extensions import override
+
+from langchain_datashunt.chat_messages import (
+    marked,
+    said_by,
+)
+from langchain_datashunt.chat_model_settings import NO_QUESTION, ShuntChatSettings
+from langchain_datashunt.decisions import ShuntResult
+from langchain_datashunt.shunt import ShuntRunnable
+
+
+class StructuredChat(Runnable[Any, Any]):
+    """Structured answers: a shunt that takes what chat models take.
+
+    Args:
+        shunt: From messages to results with objects, or with mappings that hold the raw message too.
+        owner: Reads inputs, and knows whether there is a question.
+        large: Asked where there is no question to classify.
+    """
+
+    def __init__(self, shunt: ShuntRunnable, owner: ShuntChatSettings, large: Runnable[Any, Any]) -> None:
+        self.shunt, self.owner = shunt, owner
+        self.direct = owner._caller_of(large)
+
+    def _read(self, value: Any, config: RunnableConfig | None) -> tuple[list[BaseMessage], RunnableConfig, bool]:
+        messages = self.owner._convert_input(value).to_messages()
+        return messages, self.owner._config(config), self.owner._has_question(messages)
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        messages, config, question = self._read(input, config)
+        if not question:
+            return unasked(self.direct.one(messages, config, kwargs).sync())
+        return parsed(self.shunt.invoke(messages, config, **kwargs))
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        messages, config, question = self._read(input, config)
+        if not question:
+            return unasked(await self.direct.one(messages, config, kwargs).asynchronous())
+        return parsed(await self.shunt.ainvoke(messages, config, **kwargs))
+
+    @override
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        messages, config, question = self._read(input, config)
+        if not question:
+            yield from self.direct.large.stream(messages, config, **kwargs)
+            return
+        with closing(self.shunt.stream(messages, config, **kwargs)) as results:  # type: ignore[type-var]
+            for result in results:
+                if result.output is not None:
+                    yield parsed(result)
+
+    @override
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        messages, config, question = self._read(input, config)
+        side: Any = self.shunt if question else self.direct.large
+        async with aclosing(side.astream(messages, config, **kwargs)) as results:
+            async for result in results:
+                if not question:
+                    yield result
+                elif result.output is not None:
+                    yield parsed(result)
+
+
+def parsed(result: ShuntResult) -> Any:
+    """The object, or the mapping whose raw message carries the decision."""
+    output = said_by(result)
+    if isinstance(output, dict) and isinstance(output.get("raw"), BaseMessage) and "parsing_error" in output:
+        return {**output, "raw": marked(output["raw"], result.decision)}
+    return output
+
+
+def unasked(message: Any) -> Any:
+    """A large model's answer, or its error, where there was no question for the small side."""
+    if isinstance(message, Exception):
+        raise message
+    return marked(message, NO_QUESTION)
