@@ -95,7 +95,7 @@ class Auditor:
             logger.warning("An audit failed: %s", why)
             return
         if finished is not None and self.recorder is not None:
-            latency = Latency(finished.latency.small_s, time.perf_counter() - started)
+            latency = Latency(finished.latency.small_seconds, time.perf_counter() - started)
             record = finished._replace(answer=answer, watcher=watcher, latency=latency, ended=now(), audit=True)
             self.recorder.record([record])
         if self.monitor is not None:

@@ -52,13 +52,13 @@ class ShuntDecision:
 class Latency:
     """Wall time of one call's parts, in seconds; in a batch, of the grouped call that the input was part of."""
 
-    small_s: float = 0.0
-    large_s: float = 0.0
+    small_seconds: float = 0.0
+    large_seconds: float = 0.0
 
     @property
-    def total_s(self) -> float:
+    def total_seconds(self) -> float:
         """Both together, in seconds."""
-        return self.small_s + self.large_s
+        return self.small_seconds + self.large_seconds
 
 
 @dataclass(frozen=True, slots=True)

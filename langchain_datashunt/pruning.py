@@ -197,8 +197,8 @@ class HardPrompt(Pruning):
     @classmethod
     def fit(
         cls,
-        batch: PredictionBatch,
-        gold: Sequence[str],
+        predictions: PredictionBatch,
+        labels: Sequence[str],
         policy: Policy,
         *,
         minimum: float = 0.9,
@@ -206,7 +206,7 @@ class HardPrompt(Pruning):
         **settings: Any,
     ) -> HardPrompt:
         """Measure the proficient labels on held-out examples; see `measure_proficiency`."""
-        found = measure_proficiency(batch, gold, policy, minimum=minimum, min_examples=min_examples)
+        found = measure_proficiency(predictions, labels, policy, minimum=minimum, min_examples=min_examples)
         return cls(proficient=found, **settings)
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
@@ -251,20 +251,20 @@ class ConformalPrompt(Pruning):
     quantile: float | None = None
     n_calibration: int = Field(default=0, ge=0)
 
-    def fit(self, batch: PredictionBatch, gold: Sequence[str], policy: Policy | None = None) -> ConformalPrompt:
+    def fit(self, predictions: PredictionBatch, labels: Sequence[str], policy: Policy | None = None) -> ConformalPrompt:
         """A copy fitted on the examples that `policy` defers (all of them without a policy).
 
         Args:
-            batch: Predictions for calibration examples that the small model was not trained on, `n` rows.
-            gold: Their true labels, `n` names.
+            predictions: Predictions for calibration examples that the small model was not trained on, `n` rows.
+            labels: Their true labels, `n` names.
             policy: The policy in service.
 
         Raises:
-            ConfigurationError: `gold` and `batch` differ in length, or a true label is unknown to the small model.
+            ConfigurationError: `labels` and `predictions` differ in length, or a true label is unknown to the small model.
         """
-        truth = _gold_indices(batch, gold)
-        deferred = np.ones(len(batch), dtype=np.bool_) if policy is None else ~policy.evaluate(batch).keep
-        misfit = np.sort(1.0 - batch.probabilities[np.arange(len(batch)), truth][deferred])
+        truth = _indices_of(predictions, labels)
+        deferred = np.ones(len(predictions), dtype=np.bool_) if policy is None else ~policy.evaluate(predictions).keep
+        misfit = np.sort(1.0 - predictions.probabilities[np.arange(len(predictions)), truth][deferred])
         n = len(misfit)
         rank = math.ceil((n + 1) * (1.0 - self.alpha) - 1e-9)  # 20 * 0.95 is 19, not 19.000000000000004
         if rank > n:
@@ -343,8 +343,8 @@ class NoHint(Pruning):
 
 
 def measure_proficiency(
-    batch: PredictionBatch,
-    gold: Sequence[str],
+    predictions: PredictionBatch,
+    labels: Sequence[str],
     policy: Policy,
     *,
     minimum: float = 0.9,
@@ -353,23 +353,25 @@ def measure_proficiency(
     """The labels that the small model excels at: it keeps, and answers rightly, nearly all inputs of such a label.
 
     Args:
-        batch: Predictions for held-out examples, `n` rows.
-        gold: Their true labels, `n` names.
+        predictions: Predictions for held-out examples, `n` rows.
+        labels: Their true labels, `n` names.
         policy: The policy in service; what it defers counts against the label.
         minimum: The least share of a label's examples that are kept and right, in (0, 1].
         min_examples: With fewer held-out examples a label is never called proficient.
     """
-    truth = _gold_indices(batch, gold)
-    served = policy.evaluate(batch).keep & (batch.best == truth)
-    total = np.bincount(truth, minlength=len(batch.labels))
-    good = np.bincount(truth[served], minlength=len(batch.labels))
+    truth = _indices_of(predictions, labels)
+    served = policy.evaluate(predictions).keep & (predictions.best == truth)
+    total = np.bincount(truth, minlength=len(predictions.labels))
+    good = np.bincount(truth[served], minlength=len(predictions.labels))
     return tuple(
-        label for label, n, k in zip(batch.labels, total, good, strict=True) if n >= min_examples and k >= minimum * n
+        label
+        for label, n, k in zip(predictions.labels, total, good, strict=True)
+        if n >= min_examples and k >= minimum * n
     )
 
 
 _NOT_FITTED = (
-    "ConformalPrompt has not been fitted. Call ConformalPrompt(alpha=...).fit(predictions, gold, policy) "
+    "ConformalPrompt has not been fitted. Call ConformalPrompt(alpha=...).fit(predictions, labels, policy) "
     "on calibration examples that the small model was not trained on."
 )
 
@@ -387,13 +389,13 @@ def _check_known(what: str, named: Sequence[str], labels: tuple[str, ...] | None
         )
 
 
-def _gold_indices(batch: PredictionBatch, gold: Sequence[str]) -> np.ndarray[Any, np.dtype[np.intp]]:
-    if len(gold) != len(batch):
-        raise ConfigurationError(f"{len(batch)} predictions and {len(gold)} true labels: give one for each.")
-    position = {label: i for i, label in enumerate(batch.labels)}
-    if unknown := sorted(set(gold) - set(position)):
+def _indices_of(predictions: PredictionBatch, labels: Sequence[str]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    if len(labels) != len(predictions):
+        raise ConfigurationError(f"{len(predictions)} predictions and {len(labels)} true labels: give one for each.")
+    position = {label: i for i, label in enumerate(predictions.labels)}
+    if unknown := sorted(set(labels) - set(position)):
         raise ConfigurationError(
             f"True labels that the small model does not know: {', '.join(unknown[:5])}. "
             f"Leave these examples out, or train the small model on them."
         )
-    return np.array([position[label] for label in gold], dtype=np.intp)
+    return np.array([position[label] for label in labels], dtype=np.intp)

@@ -74,8 +74,8 @@ class FinishedCall(NamedTuple):
             large_probabilities=distribution,
             large_confidence=confidence,
             **({} if watcher is None else watcher.fields()),
-            small_seconds=self.latency.small_s,
-            large_seconds=self.latency.large_s,
+            small_seconds=self.latency.small_seconds,
+            large_seconds=self.latency.large_seconds,
             audit=self.audit,
         )
 

@@ -95,7 +95,7 @@ def test_streamed_results_add_up() -> None:
     assert total.decisions == (decision,)
     assert total.prediction is None
     assert total.threshold is None
-    assert total.latency.total_s == 0.0
+    assert total.latency.total_seconds == 0.0
 
 
 def test_a_prediction_has_a_json_ready_form() -> None:

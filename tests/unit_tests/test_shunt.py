@@ -88,7 +88,7 @@ async def test_a_result_says_what_was_decided(way: str) -> None:
     assert kept.cost_usd == 0.0
     asked = await call(shunt, way, "refund")
     assert (asked.output, asked.route, asked.reason) == ("L:refund", "large", "deferred")
-    assert asked.latency.large_s > 0.0
+    assert asked.latency.large_seconds > 0.0
     assert asked.record_id is not None
     assert asked.cost_usd is None
 
