@@ -260,7 +260,7 @@ class ConformalPrompt(Pruning):
             policy: The policy in service.
 
         Raises:
-            ConfigurationError: `labels` and `predictions` differ in length, or a true label is unknown to the small model.
+            ConfigurationError: `labels` and `predictions` differ in length, or the small model lacks a true label.
         """
         truth = _indices_of(predictions, labels)
         deferred = np.ones(len(predictions), dtype=np.bool_) if policy is None else ~policy.evaluate(predictions).keep
@@ -363,11 +363,8 @@ def measure_proficiency(
     served = policy.evaluate(predictions).keep & (predictions.best == truth)
     total = np.bincount(truth, minlength=len(predictions.labels))
     good = np.bincount(truth[served], minlength=len(predictions.labels))
-    return tuple(
-        label
-        for label, n, k in zip(predictions.labels, total, good, strict=True)
-        if n >= min_examples and k >= minimum * n
-    )
+    counted = zip(predictions.labels, total, good, strict=True)
+    return tuple(label for label, n, k in counted if n >= min_examples and k >= minimum * n)
 
 
 _NOT_FITTED = (
