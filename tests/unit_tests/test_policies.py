@@ -30,6 +30,29 @@ def normalised(values: list[list[float]]) -> PredictionBatch:
     return PredictionBatch.of(tuple("abcd"), p / p.sum(axis=1, keepdims=True))
 
 
+SCORES: tuple[ConfidenceScore, ...] = (MaxProbability(), Margin(), Entropy())
+"""Every score of distributions; whatever is added here has to keep these laws."""
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
+@given(distributions)
+def test_a_score_stays_within_its_bounds_and_is_the_same_alone(
+    score: ConfidenceScore, values: list[list[float]]
+) -> None:
+    batch = normalised(values)
+    found, (low, high) = score(batch), score.bounds(4)
+    assert found.shape == (len(batch),)
+    assert (found >= low - 1e-9).all()
+    assert (found <= high + 1e-9).all()
+    assert [score.of_one(prediction) for prediction in batch] == pytest.approx(found.tolist())
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
+def test_a_score_reaches_its_bounds_at_certainty_and_at_none(score: ConfidenceScore) -> None:
+    batch = PredictionBatch.of(tuple("abcd"), [[0.0, 1.0, 0.0, 0.0], [0.25] * 4])
+    assert score(batch).tolist() == pytest.approx(list(reversed(score.bounds(4))))
+
+
 def test_a_threshold_keeps_what_reaches_it_exactly() -> None:
     assert Threshold(0.9).evaluate(BATCH).keep.tolist() == [True, False, False, True]
     assert Threshold(1.0).evaluate(BATCH).keep.tolist() == [False, False, False, True]
