@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.figure [--out docs/figures/banking77.svg]
 
-The small model of the demo (10 examples a label, seed 0), temperature and threshold from dev.csv; the curve is of test.csv.
+The demo's small model (10 examples a label, seed 0), temperature and threshold from dev.csv; the curve is test.csv's.
 """
 
 from __future__ import annotations
