@@ -8,6 +8,7 @@ The demo's small model (10 examples a label, seed 0), temperature and threshold 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,14 @@ from langchain_datashunt.evaluation import deferral_curve
 from langchain_datashunt.evaluation.figures import Chart, Line, Point
 from tests.benchmarks.reproduction.output import standalone
 from tests.benchmarks.thresholds import calibrated
+
+
+def plain_colours(svg: str) -> str:
+    """An SVG whose colours are no CSS variables, which some viewers do not know."""
+    colours: dict[str, str] = {}
+    for name, colour in re.findall(r"(--[\w-]+):\s*(#[0-9a-fA-F]{3,8})", svg):
+        colours.setdefault(name, colour)
+    return re.sub(r"var\((--[\w-]+)\)", lambda match: colours.get(match[1], match[0]), svg)
 
 
 def main() -> None:
@@ -45,7 +54,7 @@ def main() -> None:
         "share of questions that GPT-4 is asked",
         "accuracy",
         [
-            Line("small where sure, else GPT-4", curve.query_share.tolist(), curve.accuracy.tolist()),
+            Line("small where it is sure", curve.query_share.tolist(), curve.accuracy.tolist()),
             Line("a random part asked", [0.0, 1.0], [float(right.mean()), float(large.mean())], "--d", dashed=True),
         ],
         [
@@ -55,7 +64,7 @@ def main() -> None:
         ],
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(standalone(chart) + "\n", encoding="utf-8")
+    options.out.write_text(plain_colours(standalone(chart)) + "\n", encoding="utf-8")
     print(f"{options.out}: shunt {chosen:.4f} at {(~keep).mean():.4f}")
 
 
