@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class OutputBudget(PeriodBudget):
-    """Bounds on how many of the large model's answers are stored; above one, records tell of calls, not of answers."""
+    """Bounds on how many of the large model's answers are stored; above one, records tell of calls, not of answers.
+
+    The newest call with an input is what stands in the log, so that a repeat above the bound takes the place of an
+    answer that was stored.
+    """
 
     bounds: ClassVar[tuple[str, ...]] = ("outputs", "subject_outputs")
 
