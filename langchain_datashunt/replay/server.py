@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import threading
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 from langchain_datashunt.exceptions import ReplayError
+from langchain_datashunt.replay.answers import RecordedAnswers
 from langchain_datashunt.replay.tokens import estimate_message_tokens, estimate_tokens
 
 Answer = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -78,6 +80,26 @@ class ChatServer:
 
         defaults = {"model": self.model, "base_url": self.base_url, "api_key": "not-needed", "max_retries": 0}
         return require("langchain_openai", "openai").ChatOpenAI(**{**defaults, **settings})
+
+
+def replay_model(answer: Answer | Mapping[str, str], model: str = "replay") -> Any:
+    """A `ChatOpenAI` that gets recorded answers over real HTTP, from a local server that ends with this process.
+
+    ```python
+    model = replay_model({"has my parcel shipped": "status"})  # in place of ChatOpenAI(model="gpt-4o")
+    ```
+
+    Args:
+        answer: Answers by input text, or what makes the replies.
+        model: The model name that replies carry.
+
+    Raises:
+        MissingExtraError: langchain-openai is not installed.
+    """
+    replies = RecordedAnswers(answer) if isinstance(answer, Mapping) else answer
+    server = ChatServer(replies, model).__enter__()  # open for as long as the process lives
+    atexit.register(server.__exit__)
+    return server.chat_model()
 
 
 class _Server(ThreadingHTTPServer):

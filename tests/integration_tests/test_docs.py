@@ -28,6 +28,14 @@ def test_code_in_the_docs_runs(block: str, tmp_path: Path, monkeypatch: Any, cap
         exec(compile(block, "docs", "exec", dont_inherit=True), {"__name__": "docs"})  # our own files
 
 
+def test_the_readmes_first_code_runs_without_a_key(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)[0]
+    exec(compile(block, "readme", "exec", dont_inherit=True), {"__name__": "readme"})  # our own file
+    assert capsys.readouterr().out == "status\n"
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
