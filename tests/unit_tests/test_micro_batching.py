@@ -378,6 +378,7 @@ print(set(asyncio.run(many())))
         with ThreadPoolExecutor(4) as pool:
             first = pool.submit(batcher.call, "stop")
             second = pool.submit(batcher.call, "stop")
+            until(lambda: gated.batches.count(["stop"]) == 2)  # both workers are busy, so that the third has to wait
             third = pool.submit(batcher.call, 7)
             until(lambda: batcher.waiting == 1)
             context = multiprocessing.get_context("fork")
