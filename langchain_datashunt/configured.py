@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from langchain_core.load.serializable import Serializable
 from pydantic import ConfigDict, ValidationError
+from typing_extensions import override
 
 from langchain_datashunt.exceptions import ConfigurationError
 
@@ -31,6 +34,37 @@ class Configured(Serializable):
     def is_lc_serializable(cls) -> bool:
         """True: LangChain's `dumps` and `loads` keep it."""
         return True
+
+
+class LaidOut(Configured):
+    """Configured, with something made of the settings (steps, locks) that a copy or a pickle makes anew for itself."""
+
+    kept_privates: ClassVar[dict[str, Any]] = {}
+    """Private attributes that have to be there before `_lay_out` is called after unpickling, with their values."""
+
+    @abstractmethod
+    def _lay_out(self) -> None:
+        """Make it of the settings."""
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied._lay_out()
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        copied = self.__copy__()
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        copied._lay_out()
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what holds locks; it is made again where the object is unpickled."""
+        return {**super().__getstate__(), "__pydantic_private__": None}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__({**state, "__pydantic_private__": dict(self.kept_privates)})
+        self._lay_out()
 
 
 class Strategy(Configured):

@@ -101,7 +101,9 @@ class AnswerFusion(Strategy):
             raise DataError(f"{len(truth)} true labels and {len(large)} large answers: give one for each, and some.")
         position, k = {label: i for i, label in enumerate(labels)}, len(labels)
         if unknown := sorted(set(truth) - set(labels)):
-            raise DataError(f"True labels outside the label set: {', '.join(unknown[:5])}.")
+            raise DataError(
+                f"True labels outside the label set: {', '.join(unknown[:5])}. Add them, or remove their rows."
+            )
         counts = np.zeros((k, k + 1))
         np.add.at(counts, ([position[t] for t in truth], [position.get(a or "", k) for a in large]), 1.0)
         return cls(labels=tuple(labels), counts=tuple(map(tuple, counts.tolist())), strength=strength)

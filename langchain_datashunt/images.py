@@ -230,7 +230,9 @@ class ImageReader(InputReader):
                 raise InputError(self._too_many_bytes(path.stat().st_size, str(path)))
             return path.read_bytes()
         except OSError as error:
-            raise InputError(f"The image file {path} cannot be read: {error.strerror}.") from error
+            raise InputError(
+                f"The image file {path} cannot be read: {error.strerror}. Check the path and its mode."
+            ) from error
 
     def _decoded(self, data: bytes) -> Picture:
         image_module = require("PIL.Image", "images")
@@ -290,7 +292,7 @@ class ImageReader(InputReader):
 
     def _check_size(self, width: int, height: int) -> None:
         if width < 1 or height < 1:
-            raise InputError(f"The image has {width} x {height} pixels, so there is nothing to see.")
+            raise InputError(f"The image has {width} x {height} pixels, so there is nothing to see. Give another.")
         if width * height > self.max_pixels:
             raise InputError(
                 f"The image has {width} x {height} pixels, and {self.max_pixels} are allowed in all. Make it smaller, "
@@ -345,7 +347,7 @@ def _last_with_image(messages: list[BaseMessage]) -> int:
         if isinstance(messages[i], HumanMessage):
             if _image_blocks(messages[i]):
                 return i
-            raise InputError("The last human message of the conversation holds no image.")
+            raise InputError("The last human message of the conversation holds no image. Add an image block to it.")
     raise InputError(f"The conversation has no human message; its messages are {[one.type for one in messages]}.")
 
 
@@ -378,4 +380,4 @@ def _bytes_of_url(text: str, most: int) -> bytes:
     try:
         return base64.b64decode(text[start.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"The data URL of an image is damaged: {error}.") from error
+        raise InputError(f"The data URL of an image is damaged: {error}. Encode the image again.") from error

@@ -166,7 +166,7 @@ def _last_human(messages: Sequence[BaseMessage]) -> int:
         if isinstance(messages[i], HumanMessage):
             return i
     kinds = [message.type for message in messages]
-    raise InputError(f"The conversation has no human message to classify; its messages are {kinds}.")
+    raise InputError(f"The conversation has no human message to classify; its messages are {kinds}. Add one.")
 
 
 def _message_text(message: BaseMessage) -> str:

@@ -43,7 +43,9 @@ class LabelParser(Configured, BaseOutputParser[str]):
         """Index the wordings; refuse those that mean two labels."""
         super().model_post_init(context)
         if unknown := sorted(set(self.aliases) - set(self.labels)):
-            raise ConfigurationError(f"Aliases are given for labels that do not exist: {', '.join(unknown[:5])}.")
+            raise ConfigurationError(
+                f"Aliases are given for labels that do not exist: {', '.join(unknown[:5])}. Leave them out."
+            )
         self._exact = {label: label for label in self.labels}
         self._loose = _index(self.labels, self.aliases)
 

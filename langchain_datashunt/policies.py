@@ -240,7 +240,7 @@ class OnlyLabels(Policy):
         """Refuse labels that the small model does not have."""
         if labels and (unknown := sorted(self.labels - set(labels))):
             raise ConfigurationError(
-                f"OnlyLabels names labels that the small model does not have: {', '.join(unknown[:5])}."
+                f"OnlyLabels names labels that the small model does not have: {', '.join(unknown[:5])}. Leave them out."
             )
 
 

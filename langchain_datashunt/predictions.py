@@ -233,7 +233,9 @@ class PredictionBatch(Sequence[Prediction]):
         truncated = np.array([item.truncated for item in items], dtype=np.bool_)
         answers = tuple(item.answer for item in items if item.answer is not None)
         if answers and len(answers) < len(items):
-            raise PredictionError("Some predictions of one batch have a written answer and some have none.")
+            raise PredictionError(
+                "Some predictions of one batch have a written answer and some have none. Use one model."
+            )
         tokens = tuple(item.token_logprobs for item in items if item.token_logprobs is not None)
         return cls(
             first.labels,

@@ -151,7 +151,8 @@ def _maker(chain: ShuntRunnable | Callable[[], ShuntRunnable]) -> Callable[[], S
 def _made(make: Callable[[], ShuntRunnable]) -> ShuntRunnable:
     found = make()
     if not isinstance(found, ShuntRunnable):
-        raise ConfigurationError(f"The function that makes the chain gave a {type(found).__name__}, no ShuntRunnable.")
+        told = f"The function that makes the chain gave a {type(found).__name__}"
+        raise ConfigurationError(f"{told}, no ShuntRunnable. Return one from it.")
     if not found.task_labels:
         raise ConfigurationError("The chain knows no labels before its first call; give it labels=(...).")
     return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
@@ -16,7 +14,7 @@ from typing_extensions import override
 
 from langchain_datashunt.auditing import Auditor
 from langchain_datashunt.call_steps import CallSteps
-from langchain_datashunt.configured import Configured, in_words
+from langchain_datashunt.configured import LaidOut, in_words
 from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
@@ -40,8 +38,10 @@ def policy_for(small: Runnable[Any, Any], policy: Policy | None = None) -> Polic
     return found or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
 
 
-class ShuntSettings(Configured, RunnableSerializable[Any, Any]):
+class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
     """The settings of a `ShuntRunnable`."""
+
+    kept_privates: ClassVar[dict[str, Any]] = {"_limiter": None}
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=True)
 
@@ -232,26 +232,6 @@ class ShuntSettings(Configured, RunnableSerializable[Any, Any]):
     def auditor(self) -> Auditor | None:
         """What asks in the background, with its counters and `flush()`; None without audits."""
         return self._steps.auditor
-
-    @override
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        copied._lay_out()
-        return copied
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        copied = self.__copy__()
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        copied._lay_out()
-        return copied
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without the steps, which hold locks; they are laid out again where the shunt is unpickled."""
-        return {**super().__getstate__(), "__pydantic_private__": None}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__({**state, "__pydantic_private__": {"_limiter": None}})
-        self._lay_out()
 
     def reload(self) -> None:
         """Have small models that follow a registry look for a newly promoted version now."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
@@ -13,7 +11,7 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec, get_unique_con
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
-from langchain_datashunt.configured import Configured
+from langchain_datashunt.configured import LaidOut
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_calls import LargeCaller
@@ -29,7 +27,7 @@ from langchain_datashunt.subtask_results import (
 )
 
 
-class SubtaskSettings(Configured, RunnableSerializable[Any, Any]):
+class SubtaskSettings(LaidOut, RunnableSerializable[Any, Any]):
     """The settings of a `SubtaskShunt`."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -79,7 +77,9 @@ class SubtaskSettings(Configured, RunnableSerializable[Any, Any]):
         try:
             return coerce_to_runnable(value)
         except TypeError as error:
-            raise ConfigurationError(f"A {type(value).__name__} is no Runnable.") from error
+            raise ConfigurationError(
+                f"A {type(value).__name__} is no Runnable. Give a Runnable or a function."
+            ) from error
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names, and get ready to ask."""
@@ -89,7 +89,7 @@ class SubtaskSettings(Configured, RunnableSerializable[Any, Any]):
     def _lay_out(self) -> None:
         names = [subtask.name for subtask in self.subtasks]
         if len(set(names)) < len(names):
-            raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}.")
+            raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}. Rename one.")
         for subtask in self.subtasks:
             if subtask.small is not None:
                 policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
@@ -102,26 +102,6 @@ class SubtaskSettings(Configured, RunnableSerializable[Any, Any]):
         super().__setattr__(name, value)
         if name in type(self).model_fields:
             self._lay_out()
-
-    @override
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        copied._lay_out()
-        return copied
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        copied = self.__copy__()
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        copied._lay_out()
-        return copied
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without what holds locks; it is made again where the shunt is unpickled."""
-        return {**super().__getstate__(), "__pydantic_private__": None}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__({**state, "__pydantic_private__": {}})
-        self._lay_out()
 
     @property
     def reader(self) -> InputReader:

@@ -25,7 +25,7 @@ def fit_temperature(logits: FloatArray, truth: NDArray[np.intp]) -> float:
         DataError: There are no examples, or logits are not finite.
     """
     if not len(logits):
-        raise DataError("There are no examples to fit a temperature on.")
+        raise DataError("There are no examples to fit a temperature on; give some.")
     if not np.isfinite(logits).all():
         raise DataError("Logits to calibrate on have NaN or infinity; remove these examples.")
     scores = logits - logits.max(axis=1, keepdims=True)

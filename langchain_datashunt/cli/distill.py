@@ -98,7 +98,10 @@ def begin(task: DistillTask, small: Any) -> tuple[list[str], list[str]]:
     registry = ModelRegistry(task.out)
     texts, labels = labelled_texts(task.holdout, task.text, task.label)
     if strange := sorted(set(labels) - set(small.labels)):
-        raise DataError(f"{task.holdout} has labels that the small model does not know: {', '.join(strange[:5])}.")
+        raise DataError(
+            f"{task.holdout} has labels that the small model does not know: {', '.join(strange[:5])}. "
+            "Remove these rows, or train S1 with them."
+        )
     if registry.current_version() is None:
         registry.promote(registry.add(small), "the model that distillation began with")
     return texts, labels

@@ -57,7 +57,9 @@ def train_bundle(
         texts, labels = sample_per_label(texts, labels, per_label, settings["seed"])
     held_out = None if validation is None else labelled_texts(validation, text, label)
     if held_out is not None and (unknown := sorted(set(held_out[1]) - set(labels))):
-        raise DataError(f"{validation} has labels without a training example: {', '.join(unknown[:5])}.")
+        raise DataError(
+            f"{validation} has labels without a training example: {', '.join(unknown[:5])}. Add some, or remove them."
+        )
     names = {name: name.replace("_", " ") for name in sorted(set(labels))} if name_labels else None
     if name_labels and kind not in (*READ_NAMES, AUTO):
         raise ConfigurationError(f"--name-labels is for {', '.join(READ_NAMES)}; {kind} does not read names.")

@@ -146,7 +146,9 @@ def download_banking77(root: Path, base_url: str = BANKING77_URL) -> Path:
                 ) from error
             if not _is_published(partial, digest):
                 partial.unlink()
-                raise DataError(f"{url} is not the file that was published (its checksum differs); it was not kept.")
+                raise DataError(
+                    f"{url} is not the file that was published (its checksum differs); it was not kept. Try again."
+                )
             partial.replace(target)
     return folder
 
@@ -188,7 +190,7 @@ def load_messages(seed: int = 0) -> BenchmarkTask:
 def _label_names(file: Path) -> dict[str, str]:
     names = {str(row["label"]): str(row["label_name"]) for row in read_rows(file)}
     if not names:
-        raise DataError(f"{file} names no labels.")
+        raise DataError(f"{file} names no labels. Get it again as it was published.")
     return names
 
 

@@ -140,7 +140,10 @@ class ModelRegistry:
         with self._locked():
             state = self._state()
             if not state["before"]:
-                raise RegistryError(f"{self.folder} has no earlier version in service to go back to.")
+                raise RegistryError(
+                    f"{self.folder} has no earlier version in service to go back to. Promote one by its number: "
+                    f"registry.promote(number)."
+                )
             *before, last = state["before"]
             if state["version"] is not None:
                 undone = self.version(state["version"]).model_copy(

@@ -25,7 +25,7 @@ def betting_p_value(values: FloatArray, mean: float) -> float:
         mean: In (0, 1).
     """
     if not 0.0 < mean < 1.0:
-        raise DataError(f"A mean of {mean} cannot be tested; it must lie between 0 and 1.")
+        raise DataError(f"A mean of {mean} cannot be tested; it must lie between 0 and 1. Give a share.")
     if not len(values):
         return 1.0
     bound = 0.5 / (1.0 - mean)
@@ -67,7 +67,7 @@ class ConfidenceSequence:
     def add(self, value: float) -> None:
         """Take one value in [0, 1] in."""
         if not 0.0 <= value <= 1.0:
-            raise DataError(f"A value of {value} cannot be used; it must lie in [0, 1].")
+            raise DataError(f"A value of {value} cannot be used; it must lie in [0, 1]. Scale it first.")
         t = self.n + 1
         variance = (0.25 + self._squares) / t
         bet = math.sqrt(2.0 * math.log(2.0 / (1.0 - self.level)) / (variance * t * math.log(t + 1.0)))

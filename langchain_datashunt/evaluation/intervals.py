@@ -38,7 +38,7 @@ def mean_interval(values: NDArray[Any], *, level: float = 0.95, resamples: int =
     """
     data = np.asarray(values, dtype=np.float64)
     if not data.size:
-        raise DataError("There are no values to estimate a mean from.")
+        raise DataError("There are no values to estimate a mean from; give at least one.")
     rng, n = np.random.default_rng(seed), len(data)
     distinct, counts = np.unique(data, return_counts=True)
     if len(distinct) <= 16:
@@ -82,7 +82,7 @@ def joint_intervals(
     data = np.column_stack([np.asarray(columns[name], dtype=np.float64) for name in names])
     n = len(data)
     if not n:
-        raise DataError("There are no examples to estimate intervals from.")
+        raise DataError("There are no examples to estimate intervals from; give at least one.")
     rng = np.random.default_rng(seed)
     distinct, counts = np.unique(data, axis=0, return_counts=True)
     means = np.empty((resamples, len(names)))
@@ -119,7 +119,7 @@ def resampled_interval(
         cells: Examples times resamples at the most; 50 resamples at the least.
     """
     if not n:
-        raise DataError("There are no examples to estimate an interval from.")
+        raise DataError("There are no examples to estimate an interval from; give at least one.")
     rng, times = np.random.default_rng(seed), max(50, min(resamples, cells // n))
     drawn = [statistic(rng.integers(0, n, size=n)) for _ in range(times)]
     low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])

@@ -75,7 +75,10 @@ def performance_gap_recovered(accuracy: float, small_accuracy: float, large_accu
         DataError: Both are equally accurate, so there is no gap to recover.
     """
     if large_accuracy == small_accuracy:
-        raise DataError("The small and the large model are equally accurate; there is no gap to recover.")
+        raise DataError(
+            "The small and the large model are equally accurate; there is no gap to recover. "
+            "Compare accuracies instead."
+        )
     return (accuracy - small_accuracy) / (large_accuracy - small_accuracy)
 
 
@@ -124,7 +127,7 @@ def average_improvement_in_quality(cost: FloatArray, quality: FloatArray) -> flo
     order = np.lexsort((-quality, cost))
     points = list(zip(cost[order].tolist(), np.maximum.accumulate(quality[order]).tolist(), strict=True))
     if points[0][0] == points[-1][0]:
-        raise DataError("All points cost the same; AIQ needs a range of costs.")
+        raise DataError("All points cost the same; AIQ needs a range of costs. Give points of other thresholds too.")
     hull: list[tuple[float, float]] = []
     for x, y in points:
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) <= (y - hull[-2][1]) * (

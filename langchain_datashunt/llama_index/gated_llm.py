@@ -20,6 +20,7 @@ from llama_index.core.tools.types import BaseTool
 from typing_extensions import override
 
 from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
+from langchain_datashunt.llama_index.function_calling import PreparedByLarge
 from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.privacy.redaction import Placeholders, without_unfinished
 
@@ -189,21 +190,10 @@ class GatedLLM(LLM):
         return chunks()
 
 
-class GatedFunctionCallingLLM(GatedLLM, FunctionCallingLLM):
+class GatedFunctionCallingLLM(GatedLLM, PreparedByLarge):
     """A `GatedLLM` over an LLM that calls functions; made by `GatedLLM(...)`."""
 
     large: FunctionCallingLLM = Field(description="The LLM behind the gate.")
-
-    @override
-    def _prepare_chat_with_tools(
-        self, tools: Sequence[BaseTool], user_msg: str | ChatMessage | None = None,
-        chat_history: list[ChatMessage] | None = None, verbose: bool = False, allow_parallel_tool_calls: bool = False,
-        tool_required: bool = False, **kwargs: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        return self.large._prepare_chat_with_tools_compat(
-            tools, user_msg=user_msg, chat_history=chat_history, verbose=verbose,
-            allow_parallel_tool_calls=allow_parallel_tool_calls, tool_required=tool_required, **kwargs,
-        )  # fmt: skip
 
     @override
     def _validate_chat_with_tools_response(

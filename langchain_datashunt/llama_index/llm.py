@@ -28,6 +28,7 @@ from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.hinted_model import Hint
 from langchain_datashunt.llama_index.deciding import Decider
+from langchain_datashunt.llama_index.function_calling import PreparedByLarge
 from langchain_datashunt.llama_index.responses import (
     arguments,
     completion_with_decision,
@@ -359,7 +360,7 @@ class ShuntLLM(LLM):
         return chunks()
 
 
-class ShuntFunctionCallingLLM(ShuntLLM, FunctionCallingLLM):
+class ShuntFunctionCallingLLM(ShuntLLM, PreparedByLarge):
     """A `ShuntLLM` over an LLM that calls functions; made by `ShuntLLM(...)`."""
 
     large: FunctionCallingLLM = Field(description="The large LLM.")
@@ -370,10 +371,9 @@ class ShuntFunctionCallingLLM(ShuntLLM, FunctionCallingLLM):
         chat_history: list[ChatMessage] | None = None, verbose: bool = False, allow_parallel_tool_calls: bool = False,
         tool_required: bool = False, **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        prepared = self.large._prepare_chat_with_tools_compat(
-            tools, user_msg=user_msg, chat_history=chat_history, verbose=verbose,
-            allow_parallel_tool_calls=allow_parallel_tool_calls, tool_required=tool_required, **kwargs,
-        )  # fmt: skip
+        prepared = super()._prepare_chat_with_tools(
+            tools, user_msg, chat_history, verbose, allow_parallel_tool_calls, tool_required, **kwargs
+        )
         return {**prepared, _REQUIRED: tool_required}
 
     @override

@@ -116,7 +116,9 @@ class ShuntSelector(BaseSelector):
     ) -> tuple[ShuntSelection | None, list[int], ShuntDecision]:
         """The small model's selection where it stands, else the choices that the LLM is shown; the decision so far."""
         if not choices:
-            raise ConfigurationError("There is nothing to choose from: the selector was given no choices.")
+            raise ConfigurationError(
+                "There is nothing to choose from: the selector was given no choices. Give it query engine tools."
+            )
         prediction, everything = decision.prediction, list(range(len(choices)))
         place = self._places(choices, prediction)
         best = None if prediction is None else place.get(prediction.label)

@@ -62,7 +62,7 @@ class RecordedAnswers:
             if (answer := self.by_text.get(text.strip())) is not None:
                 return answer
         shown = users[-1][:80] if users else ""
-        raise ReplayError(f"Nothing was recorded for the user message {shown!r}.")
+        raise ReplayError(f"Nothing was recorded for the user message {shown!r}. Add it to the recorded answers.")
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -169,7 +169,9 @@ def check_weights(
                 f"{list(shape)}; it has {list(found)}. Labels and weights are of different models: train again."
             )
     if extra := sorted(set(weights) - set(expected)):
-        raise BundleMismatchError(f"The bundle of kind {info.kind!r} has unknown weights: {', '.join(extra[:5])}.")
+        raise BundleMismatchError(
+            f"The bundle of kind {info.kind!r} has unknown weights: {', '.join(extra[:5])}. Save it again."
+        )
 
 
 def check_tied_weights(info: BundleInfo, weights: dict[str, NDArray[Any]], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -295,7 +295,9 @@ class CaptionModel(GeneratingModel):
     @override
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if VOCABULARY_FILE not in info.files:
-            raise BundleMismatchError(f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}. Copy it again."
+            )
         from langchain_datashunt.small_models.caption_modules import AttendingWriter
 
         words = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
@@ -336,7 +338,7 @@ def _pairs(
         urls += [url] * len(mine)
         answers += mine
     if not urls:
-        raise DataError("There are no captioned images to learn from.")
+        raise DataError("There are no captioned images to learn from; give some.")
     return urls, answers
 
 

@@ -151,7 +151,9 @@ class ContrastiveClassifier(EnsembleClassifier):
     @override
     def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
         if not (folder / ENCODER_FOLDER / "config.json").is_file():
-            raise BundleMismatchError(f"The bundle {folder} of kind 'contrastive' has no {ENCODER_FOLDER}/config.json.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind 'contrastive' has no {ENCODER_FOLDER}/config.json. Copy it again."
+            )
         given = {name: overrides[name] for name in ("device", "dtype", "engine") if overrides.get(name) is not None}
         tuned = SentenceEncoder(str(folder / ENCODER_FOLDER), **given)
         n = int(info.settings["members"])

@@ -229,7 +229,9 @@ class EnsembleClassifier(SmallModel):
 
         folders = [folder / f"member{i}" for i in range(int(info.settings["members"]))]
         if missing := [part.name for part in folders if not part.is_dir()]:
-            raise BundleMismatchError(f"The bundle {folder} of kind 'ensemble' has no {', '.join(missing)}.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind 'ensemble' has no {', '.join(missing)}. Copy it again."
+            )
         each = cls.member_overrides(info, folder, overrides)
         return cls(
             **info.shared(),

@@ -133,7 +133,7 @@ class GeneratingModel(SmallModel):
         Raises:
             ConfigurationError: This kind cannot learn.
         """
-        raise ConfigurationError(f"A {type(self).__name__} cannot learn from answers.")
+        raise ConfigurationError(f"A {type(self).__name__} cannot learn from answers; use a kind that does.")
 
     @override
     def settings(self) -> dict[str, Any]:

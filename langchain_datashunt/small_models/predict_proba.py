@@ -59,7 +59,9 @@ class PredictProbaClassifier(SmallModel):
                 f"of its columns."
             )
         if self.labels and own and len(self.labels) != len(own):
-            raise ConfigurationError(f"{len(self.labels)} labels were given, and the estimator has {len(own)} classes.")
+            raise ConfigurationError(
+                f"{len(self.labels)} labels were given, and the estimator has {len(own)} classes. Give one for each."
+            )
         self.__dict__["labels"] = self.labels or own
         self.__dict__["model_id"] = self.model_id or type(self.estimator).__name__
         return self
@@ -151,7 +153,9 @@ class PredictProbaClassifier(SmallModel):
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         file = folder / ESTIMATOR_FILE
         if ESTIMATOR_FILE not in info.files:
-            raise BundleMismatchError(f"The bundle {folder} of kind 'predict_proba' has no {ESTIMATOR_FILE}.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind 'predict_proba' has no {ESTIMATOR_FILE}. Copy it again."
+            )
         if unknown := _untrusted(file):
             raise BundleError(
                 f"{file} asks for types that are not scikit-learn's own ({', '.join(unknown[:3])}); not loaded."

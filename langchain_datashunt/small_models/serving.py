@@ -42,7 +42,9 @@ class Serving:
         """The line in front of the model, by the settings that it has now."""
         settings = model.micro_batching
         if settings is None:
-            raise ConfigurationError("This small model computes each request alone: its micro_batching is None.")
+            raise ConfigurationError(
+                "This small model computes each request alone: its micro_batching is None. Set MicroBatching()."
+            )
         if self._batcher is None or self._settings is not settings:
             with self._mutex:
                 if self._batcher is None or self._settings is not settings:

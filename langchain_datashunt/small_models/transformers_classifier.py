@@ -277,7 +277,9 @@ class TransformersClassifier(SmallModel):
     @override
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if "tokenizer.json" not in info.files:
-            raise BundleMismatchError(f"The bundle {folder} of kind 'transformers' has no tokenizer.json.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind 'transformers' has no tokenizer.json. Copy it again."
+            )
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
         architecture, auto = safe_config(info.settings[_ARCHITECTURE]), transformers.AutoModelForSequenceClassification
 

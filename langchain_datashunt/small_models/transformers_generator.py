@@ -364,7 +364,7 @@ class TransformersGenerator(GeneratingModel):
     @override
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if not any(name.startswith("tokenizer/") for name in info.files):
-            raise BundleMismatchError(f"The bundle {folder} of kind 'generator' has no tokenizer.")
+            raise BundleMismatchError(f"The bundle {folder} of kind 'generator' has no tokenizer. Copy it again.")
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
         said = info.settings
         architecture = safe_config(said["architecture"])

@@ -187,7 +187,9 @@ class WordNetwork(SmallModel):
     @override
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if VOCABULARY_FILE not in info.files:
-            raise BundleMismatchError(f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}. Copy it again."
+            )
         words = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
         known = {name: overrides[name] for name in ("device", "batch_size") if overrides.get(name)}
         model = cls(
