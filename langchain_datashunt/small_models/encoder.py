@@ -18,12 +18,8 @@ from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
 from langchain_datashunt.small_models.packed import Engine, Packing
-from langchain_datashunt.small_models.tokenization import (
-    TOKEN_BUDGET,
-    TextTokenizer,
-    pad,
-    token_budget_batches,
-)
+from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
+from langchain_datashunt.small_models.tokenization import TextTokenizer, pad
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +44,7 @@ class SentenceEncoder(Embeddings):
         model: A folder or hub id; None for the bundled package.
         device: cuda, mps or cpu; None chooses.
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere.
-        batch_size: Texts computed at once at the most.
+        batch_size: Texts computed at once at the most; None for as many as the token budget of the device holds.
         max_length: Tokens of a text at the most; None for what the model's own settings say.
         engine: What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses.
     """
@@ -59,7 +55,7 @@ class SentenceEncoder(Embeddings):
         *,
         device: str | None = None,
         dtype: str = "float32",
-        batch_size: int = 64,
+        batch_size: int | None = None,
         max_length: int | None = None,
         engine: Engine = "auto",
     ) -> None:
@@ -85,22 +81,22 @@ class SentenceEncoder(Embeddings):
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray]:
         """Embeddings of shape `[n, d]`, and which texts were cut, shape `[n]`."""
-        ids, cut = self.tokenizer(texts)
-        out = np.empty((len(ids), self.dimension), dtype=np.float32)
-        for rows in token_budget_batches([len(one) for one in ids], TOKEN_BUDGET, self.batch_size):
-            out[rows] = self._forward([ids[i] for i in rows])
-        return out, cut
+        return compute_texts(
+            self.tokenizer,
+            texts,
+            self._forward,
+            self.dimension,
+            budget=token_budget(self.device),
+            batch_size=self.batch_size,
+        )
 
-    def _forward(self, ids: list[list[int]]) -> NDArray[np.float32]:
-        torch = require("torch", "torch")
-        with torch.inference_mode():
-            if (packed := self.packing.of(self.network)) is None:
-                unit: NDArray[np.float32] = self.embed_ids(self.network, ids).cpu().numpy()
-                return unit
-            states = packed(ids)
-            pooled = states.first().float() if self.pooling == "cls" else states.mean()
-            unit = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
-            return unit
+    def _forward(self, ids: list[list[int]]) -> torch.Tensor:
+        if (packed := self.packing.of(self.network)) is None:
+            return self.embed_ids(self.network, ids)
+        states = packed(ids)
+        pooled = states.first().float() if self.pooling == "cls" else states.mean()
+        unit: torch.Tensor = require("torch", "torch").nn.functional.normalize(pooled, dim=-1)
+        return unit
 
     def embed_ids(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:
         """Embeddings `[n, d]` of token ids by this encoder's network or one of its form; gradients flow."""

@@ -8,6 +8,8 @@ computed by transformers as ever.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import threading
 import time
 import warnings
@@ -18,8 +20,11 @@ import numpy as np
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
+from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
+from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
-from langchain_datashunt.small_models.packed_layers import ARCHITECTURES, PackedStates, Parts, Tokens
+from langchain_datashunt.small_models.packed_architectures import ARCHITECTURES, Parts
+from langchain_datashunt.small_models.packed_layers import PackedStates, Tokens, has_variable_length
 from langchain_datashunt.small_models.tokenization import pad
 
 if TYPE_CHECKING:
@@ -34,6 +39,8 @@ AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], PackedStates]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """How far a state of the packed encoder may be from the library's own, relative to the largest, by number format."""
 
+_LOG = logging.getLogger(__name__)
+_LARGEST_EXPORT = 400_000_000
 _PROBE_LENGTHS = (3, 7, 7, 12)
 _TRIAL_LENGTHS = (8, 10, 10, 12, 14, 16, 18, 20)
 _TRIAL_ROUNDS = 3
@@ -44,17 +51,21 @@ _MUCH_SLOWER = 1.2
 class PackedEncoder:
     """The packed form of a transformers encoder; made by `packed`."""
 
-    def __init__(self, parts: Parts, device: torch.device) -> None:
-        self.parts, self.device = parts, device
+    def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
+        self.parts, self.device, self.dtype = parts, device, dtype
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> PackedStates:
         """States of texts, given as token ids, in their order; quickest where texts of one length stand together."""
         with require("torch", "torch").inference_mode():
             tokens = Tokens.of(ids, self.device)
-            x = self.parts.embed(tokens)
-            for layer in self.parts.layers:
-                x = layer(x, tokens)
-            return PackedStates(x if self.parts.finish is None else self.parts.finish(x), tokens.lengths)
+            return PackedStates(self.states_of(tokens), tokens.lengths)
+
+    def states_of(self, tokens: Tokens) -> torch.Tensor:
+        """States of tokens that are on the device, shape `[tokens, d]`."""
+        x = self.parts.embed(tokens)
+        for layer in self.parts.layers:
+            x = layer(x, tokens)
+        return x if self.parts.finish is None else self.parts.finish(x)
 
 
 class Packing:
@@ -62,7 +73,7 @@ class Packing:
 
     Args:
         engine: "plain" is transformers, "packed" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime; "auto"
-            packs where it can be had and is quicker, which a few texts at the first use tell.
+            takes the quickest of the first three that can be had and agree, which a few texts at the first use tell.
     """
 
     def __init__(self, engine: Engine = "auto") -> None:
@@ -76,7 +87,15 @@ class Packing:
         """Whose engine it is; None before the first use."""
         self._watched: tuple[list[tuple[dict[str, Any], str, Any]], list[Any]] = ([], [])
         self._stamp: tuple[int, ...] | None = None
+        self.after_fork()
+        AFTER_FORK.add(self)
+
+    def after_fork(self) -> None:
+        """Begin with a lock that nobody holds; what has threads of its own, which a child has not, is made anew."""
         self._lock = threading.Lock()
+        if isinstance(self._made, OnnxEncoder):
+            _LEFT_ALONE.append(self._made)  # its end would wait for these threads
+            self._made = self.network = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what was made, which no pickle holds; copies make their own."""
@@ -136,30 +155,87 @@ class Packing:
         if self.engine.startswith("onnx"):
             return OnnxEncoder(network, int8=self.engine == "onnx-int8")
         made = packed(network)
-        if made is None or self.engine == "packed":
-            return made
-        self.seconds = _tried(network, made)
-        return made if self.seconds["packed"] <= _MUCH_SLOWER * self.seconds["plain"] else None
+        if self.engine == "packed":
+            return None if made is None else graphed(made)
+        if made is None:
+            _say_once(str(getattr(network.config, "model_type", "?")))
+        self.seconds, engines = _tried(network, made)
+        least = min(self.seconds.values())
+        for name in ("packed", "plain", "onnx"):  # as they are preferred: a busy moment does not decide
+            if self.seconds.get(name, float("inf")) <= _MUCH_SLOWER * least:
+                break
+        if name == "onnx":
+            return engines.get("onnx") or _onnx(network)
+        return graphed(made) if made is not None and name == "packed" else None
+
+
+_LEFT_ALONE: list[Any] = []
+"""What a forked child has of its parent and must not end."""
+
+_SAID: set[str] = set()
+
+
+def _say_once(kind: str) -> None:
+    """That an architecture has no packed form is no failure, and worth knowing where speed counts."""
+    if kind not in _SAID:
+        _SAID.add(kind)
+        _LOG.warning(
+            "The architecture %r has no packed form here; transformers or ONNX Runtime computes it. engine='plain' "
+            "says that this is known.",
+            kind,
+        )
+
+
+def graphed(made: PackedEncoder) -> AnyEncoder:
+    """With single texts as CUDA graphs, where attention over texts of any length is one call."""
+    if made.device.type != "cuda" or made.parts.by_length or not has_variable_length(made.device, made.dtype):
+        return made
+    return GraphedEncoder(made)
+
+
+def _onnx(network: torch.nn.Module) -> OnnxEncoder | None:
+    """ONNX Runtime, where it is installed, can compute the network, and agrees with transformers."""
+    one, torch_ = next(network.parameters()), require("torch", "torch")
+    if one.device.type != "cpu" or one.dtype != torch_.float32:
+        return None
+    if not all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx")):
+        return None
+    if sum(parameter.numel() for parameter in network.parameters()) > _LARGEST_EXPORT:
+        return None
+    try:
+        made = OnnxEncoder(network)
+        return made if _difference(network, made) <= TOLERANCE["float32"] else None
+    except Exception as error:  # whatever exporting and a runtime may raise: the others compute it
+        _LOG.info("ONNX Runtime does not compute this %s: %s", type(network).__name__, error)
+        return None
 
 
 _TRIALS: dict[tuple[Any, ...], dict[str, float]] = {}
 _TRIALS_LOCK = threading.Lock()
 
 
-def _tried(network: torch.nn.Module, made: PackedEncoder) -> dict[str, float]:
-    """What both take, tried once in a process for networks of one form, so that equal ones are computed alike."""
+def _tried(network: torch.nn.Module, made: PackedEncoder | None) -> tuple[dict[str, float], dict[str, AnyEncoder]]:
+    """What each takes, tried once in a process for networks of one form, so that equal ones are computed alike.
+
+    Also what was made for the trial.
+    """
     one, torch_ = next(network.parameters()), require("torch", "torch")
     sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
     form = (*(getattr(network.config, name, None) for name in sizes), one.dtype, one.device, torch_.get_num_threads())
+    engines: dict[str, AnyEncoder] = {"plain": _plain(network)}
     with _TRIALS_LOCK:
         if form not in _TRIALS:
+            if made is not None:
+                engines["packed"] = made
+            if (onnx := _onnx(network)) is not None:
+                engines["onnx"] = onnx
             vocabulary = int(getattr(network.config, "vocab_size", 2))
-            _TRIALS[form] = trial({"packed": made, "plain": _plain(network)}, vocabulary)
-        return _TRIALS[form]
+            _TRIALS[form] = trial(engines, vocabulary) if len(engines) > 1 else {"plain": 0.0}
+        return _TRIALS[form], engines
 
 
 def trial(encoders: dict[str, AnyEncoder], vocabulary: int) -> dict[str, float]:
-    """Seconds that each takes for a few texts of made-up tokens: the least of some rounds, taken in turn."""
+    """Seconds that each takes for a batch and a single text of made-up tokens: the least of some rounds, in turn."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, vocabulary, length).tolist() for length in _TRIAL_LENGTHS]
     found = dict.fromkeys(encoders, float("inf"))
@@ -167,6 +243,7 @@ def trial(encoders: dict[str, AnyEncoder], vocabulary: int) -> dict[str, float]:
         for name, encoder in encoders.items():
             started = time.perf_counter()
             encoder(ids)
+            encoder(ids[:1]).states.sum().item()  # a GPU has computed it only when something is asked of it
             found[name] = min(found[name], time.perf_counter() - started)
     return found
 
@@ -199,7 +276,7 @@ def packed(network: torch.nn.Module) -> PackedEncoder | None:
         parts = ARCHITECTURES[kind](network, network.config)
         if parts is None:
             return None
-        made = PackedEncoder(parts, one.device)
+        made = PackedEncoder(parts, one.device, dtype)
         far = _difference(network, made)
     except (AttributeError, RuntimeError, TypeError) as error:
         warnings.warn(f"The packed form of {kind} cannot be made ({error}); transformers computes it.", ShuntWarning, 2)
@@ -225,10 +302,11 @@ def _version(parameter: torch.Tensor) -> int:
     return 0 if parameter.is_inference() else parameter._version
 
 
-def _difference(network: torch.nn.Module, made: PackedEncoder) -> float:
+def _difference(network: torch.nn.Module, made: AnyEncoder) -> float:
     """The largest difference of a state on made-up tokens, relative to the largest state."""
     rng, size = np.random.default_rng(0), int(getattr(network.config, "vocab_size", 2))
-    lengths = (*_PROBE_LENGTHS, made.parts.window + 9) if made.parts.window else _PROBE_LENGTHS
+    window = made.parts.window if isinstance(made, PackedEncoder) else 0
+    lengths = (*_PROBE_LENGTHS, window + 9) if window else _PROBE_LENGTHS
     ids = [rng.integers(0, size, length).tolist() for length in lengths]
     own = _plain(network)(ids).states.float()
     return float((made(ids).states.float() - own).abs().max() / own.abs().max())

@@ -1,17 +1,19 @@
-"""What a packed encoder is built of: tokens without padding, products, attention, and the layers of architectures.
-
-A new architecture is a function from the transformers network to `Parts`, and a line in `ARCHITECTURES`.
-"""
+"""What a packed encoder is built of: tokens without padding, products, attention, and layers."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
+from langchain_datashunt.small_models.text_batches import on_device
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +35,18 @@ class PackedStates:
 
     def first(self) -> torch.Tensor:
         """The first token's state of each text, shape `[n, d]`."""
+        if len(self.lengths) == 1:
+            return self.states[:1]
         return self.states[self.lengths.cumsum(0) - self.lengths]
 
     def mean(self) -> torch.Tensor:
         """The mean state of each text, shape `[n, d]`."""
+        states = self.states.float()
+        if len(self.lengths) == 1:
+            return states.mean(0, keepdim=True)
         torch_ = require("torch", "torch")
-        n, device = len(self.lengths), self.states.device
-        owner = torch_.repeat_interleave(torch_.arange(n, device=device), self.lengths)
-        total = torch_.zeros(n, self.states.shape[1], device=device).index_add_(0, owner, self.states.float())
-        return total / self.lengths[:, None]  # type: ignore[no-any-return]
+        found: torch.Tensor = torch_.segment_reduce(states, "mean", lengths=self.lengths, unsafe=True)
+        return found
 
 
 class Run(NamedTuple):
@@ -61,6 +66,7 @@ class Tokens:
         places: The place of each in its text, from 0, shape `[tokens]`.
         lengths: Tokens of each text, shape `[n]`.
         runs: Texts of one length that stand together.
+        host_ids: The ids on the host; None where they are not known there.
         kept: What layers compute once for the batch.
     """
 
@@ -68,27 +74,34 @@ class Tokens:
     places: torch.Tensor
     lengths: torch.Tensor
     runs: list[Run]
+    host_ids: NDArray[np.int64] | None = None
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, ids: Sequence[Sequence[int]], device: torch.device) -> Tokens:
-        """The tokens of texts in their order."""
-        torch_ = require("torch", "torch")
-        lengths = np.fromiter((len(one) for one in ids), dtype=np.int64, count=len(ids))
+        """The tokens of texts in their order; they reach a device by one copy."""
+        n = len(ids)
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=n)
+        total = int(lengths.sum())
         starts = lengths.cumsum() - lengths
-        flat = np.fromiter((token for one in ids for token in one), dtype=np.int64, count=int(lengths.sum()))
-        places = np.arange(len(flat)) - np.repeat(starts, lengths)
-        edges = np.flatnonzero(np.diff(lengths)) + 1
-        first = np.concatenate([[0], edges])
-        counts = np.diff(np.concatenate([first, [len(lengths)]]))
-        runs = [Run(int(starts[i]), int(n), int(lengths[i])) for i, n in zip(first.tolist(), counts, strict=True) if n]
-        own = [torch_.from_numpy(array).to(device, non_blocking=True) for array in (flat, places, lengths)]
-        return cls(own[0], own[1], own[2], runs)
+        host = np.empty(2 * total + n, dtype=np.int64)
+        host[:total] = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=total)
+        host[total : 2 * total] = np.arange(total) - np.repeat(starts, lengths)
+        host[2 * total :] = lengths
+        first = np.concatenate([[0], np.flatnonzero(np.diff(lengths)) + 1])
+        counts = np.diff(np.concatenate([first, [n]]))
+        runs = [Run(int(starts[i]), int(m), int(lengths[i])) for i, m in zip(first.tolist(), counts, strict=True) if m]
+        there = on_device(host, device)
+        return cls(there[:total], there[total : 2 * total], there[2 * total :], runs, host[:total])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text."""
         return max((run.length for run in self.runs), default=0)
+
+    def may_contain(self, token: int) -> bool:
+        """Whether a token is among the ids; True where only the device knows."""
+        return self.host_ids is None or bool((self.host_ids == token).any())
 
     def bounds(self) -> torch.Tensor:
         """Where each text begins, and where the last one ends, shape `[n + 1]`; 32-bit, as kernels take it."""
@@ -195,15 +208,26 @@ class Attention:
 
 
 def _variable_length_kernel(qkv: torch.Tensor) -> Any:
-    """Torch's attention over texts of any length in one call: on CUDA in half precision, where this torch has it."""
-    if qkv.device.type != "cuda" or str(qkv.dtype) not in ("torch.bfloat16", "torch.float16"):
+    """Torch's attention over texts of any length in one call; None where there is none."""
+    if not has_variable_length(qkv.device, qkv.dtype):
         return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+    return require("torch.nn.attention.varlen", "torch").varlen_attn
 
+
+def has_variable_length(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention over texts of any length is one call: on CUDA in half precision, where this torch has it."""
+    if device.type != "cuda" or str(dtype) not in ("torch.bfloat16", "torch.float16"):
+        return False
+    return _torch_has_it()
+
+
+@lru_cache(maxsize=1)
+def _torch_has_it() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+SelfAttention: TypeAlias = Callable[["torch.Tensor", Tokens], "torch.Tensor"]
+"""From queries, keys and values side by side, `[tokens, 3 * d]`, to `[tokens, d]`: each text attends to itself."""
 
 Layer: TypeAlias = "Callable[[torch.Tensor, Tokens], torch.Tensor]"
 """From the states `[tokens, d]` of texts to the next; may overwrite the former."""
@@ -214,7 +238,7 @@ class PostNormLayer:
     """Of BERT and its kin: attention, then a feed-forward part, each normalised after it was added."""
 
     qkv: Linear
-    attention: Attention
+    attention: SelfAttention
     out: Linear
     norm1: Any
     up: Linear
@@ -234,7 +258,7 @@ class PreNormGatedLayer:
 
     norm1: Any
     qkv: Linear
-    attention: Attention
+    attention: SelfAttention
     out: Linear
     norm2: Any
     up: Linear
@@ -246,146 +270,3 @@ class PreNormGatedLayer:
         x = x + self.out(self.attention(self.qkv(self.norm1(x)), tokens))
         value, gate = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(self.activation(value) * gate)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A network in parts.
-
-    Attributes:
-        embed: From tokens to states `[tokens, d]`.
-        layers: One after the other.
-        finish: Of the last states; None for nothing.
-        window: The furthest that a layer with a window sees, so that it can be checked; 0 where there is none.
-    """
-
-    embed: Callable[[Tokens], torch.Tensor]
-    layers: Sequence[Layer]
-    finish: Callable[[Any], Any] | None = None
-    window: int = 0
-
-
-def _embedder(words: torch.Tensor, places: torch.Tensor, norm: Any, padding: int | None = None) -> Any:
-    """The sum of a token's own and its place's embedding; with a padding id, places are counted from after it."""
-    functional = require("torch.nn.functional", "torch")
-    words, places = words.detach(), places.detach()
-
-    def embed(tokens: Tokens) -> Any:
-        x = functional.embedding(tokens.ids, words)
-        where = tokens.places if padding is None else _places_after(tokens, padding)
-        return norm(x + functional.embedding(where, places))
-
-    return embed
-
-
-def _places_after(tokens: Tokens, padding: int) -> torch.Tensor:
-    """Places as RoBERTa counts them: from `padding` + 1; a padding token inside a text has the place `padding`."""
-    real = tokens.ids != padding
-    if bool(real.all()):
-        return tokens.places + padding + 1
-    torch_ = require("torch", "torch")
-    counted = real.cumsum(0)
-    before = torch_.repeat_interleave((counted - real.long())[tokens.bounds()[:-1].long()], tokens.lengths)
-    found: torch.Tensor = torch_.where(real, counted - before + padding, padding)
-    return found
-
-
-def _bert(network: Any, config: Any) -> Parts:
-    """BERT, RoBERTa and XLM-RoBERTa: the same parts, but RoBERTa counts places from after the padding's."""
-    if getattr(config, "position_embedding_type", "absolute") != "absolute" or getattr(config, "is_decoder", False):
-        raise TypeError("only absolute places, and no decoder")
-    own = network.embeddings
-    padding = getattr(own, "padding_idx", None) if "roberta" in config.model_type else None
-    attention = Attention(int(config.num_attention_heads))
-    layers = []
-    for layer in network.encoder.layer:
-        inner, out = layer.attention.self, layer.attention.output
-        layers.append(
-            PostNormLayer(
-                Linear.joined((inner.query, inner.key, inner.value)),
-                attention,
-                Linear.of(out.dense),
-                out.LayerNorm,
-                Linear.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
-                Linear.of(layer.output.dense),
-                layer.output.LayerNorm,
-            )
-        )
-    places = own.position_embeddings.weight + own.token_type_embeddings.weight[0]
-    after = None if padding is None else int(padding)
-    return Parts(_embedder(own.word_embeddings.weight, places, own.LayerNorm, after), layers)
-
-
-def _distilbert(network: Any, config: Any) -> Parts:
-    own, attention = network.embeddings, Attention(int(config.n_heads))
-    layers = [
-        PostNormLayer(
-            Linear.joined((layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin)),
-            attention,
-            Linear.of(layer.attention.out_lin),
-            layer.sa_layer_norm,
-            Linear.of(layer.ffn.lin1, layer.ffn.activation),
-            Linear.of(layer.ffn.lin2),
-            layer.output_layer_norm,
-        )
-        for layer in network.transformer.layer
-    ]
-    return Parts(_embedder(own.word_embeddings.weight, own.position_embeddings.weight, own.LayerNorm), layers)
-
-
-def _modernbert(network: Any, config: Any) -> Parts | None:
-    """ModernBERT: rotated queries and keys, and a window in most layers."""
-    if not hasattr(config, "layer_types") or not hasattr(config, "sliding_window"):
-        return None  # this version of transformers lays it out otherwise
-    own, functional = network.embeddings, require("torch.nn.functional", "torch")
-    words = own.tok_embeddings.weight.detach()
-    heads, far = int(config.num_attention_heads), int(config.sliding_window)
-    kinds = {
-        kind: Attention(heads, far if kind == "sliding_attention" else None, _rotation(network.rotary_emb, kind))
-        for kind in set(config.layer_types)
-    }
-    layers = [
-        PreNormGatedLayer(
-            layer.attn_norm,
-            Linear.of(layer.attn.Wqkv),
-            kinds[layer.attention_type],
-            Linear.of(layer.attn.Wo),
-            layer.mlp_norm,
-            Linear.of(layer.mlp.Wi),
-            layer.mlp.act,
-            Linear.of(layer.mlp.Wo),
-        )
-        for layer in network.layers
-    ]
-
-    def embed(tokens: Tokens) -> Any:
-        return own.norm(functional.embedding(tokens.ids, words))
-
-    return Parts(embed, layers, network.final_norm, far)
-
-
-def _rotation(rotary: Any, kind: str) -> Rotation:
-    torch_ = require("torch", "torch")
-
-    def rotate(x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        key = ("rotation", kind)
-        if key not in tokens.kept:
-            cos, sin = rotary(x, tokens.places[None], kind)
-            tokens.kept[key] = (cos[0][:, None].float(), sin[0][:, None].float())
-        cos, sin = tokens.kept[key]
-        y = x.float()
-        first, second = y.chunk(2, dim=-1)
-        turned: torch.Tensor = (y * cos + torch_.cat((-second, first), dim=-1) * sin).to(x.dtype)
-        return turned
-
-    return rotate
-
-
-ARCHITECTURES: dict[str, Callable[[Any, Any], Parts | None]] = {
-    "bert": _bert,
-    "roberta": _bert,
-    "xlm-roberta": _bert,
-    "distilbert": _distilbert,
-    "modernbert": _modernbert,
-}
-"""By transformers' name of the architecture; None where this version of it lays one out otherwise."""

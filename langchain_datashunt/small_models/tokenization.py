@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,6 @@ from langchain_datashunt.predictions import BoolArray
 
 if TYPE_CHECKING:
     import torch
-
-TOKEN_BUDGET = 4096
-"""Tokens of one padded batch at the most."""
 
 
 class TextTokenizer:
@@ -63,18 +60,6 @@ class TextTokenizer:
     def save(self, file: Path) -> None:
         """Write the tokenizer as one JSON file."""
         self.backend.save(str(file))
-
-
-def token_budget_batches(lengths: Sequence[int], budget: int, max_rows: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `budget` padded tokens and `max_rows` texts."""
-    rows: list[int] = []
-    for i in np.argsort(np.asarray(lengths), kind="stable").tolist():
-        if rows and (lengths[i] * (len(rows) + 1) > budget or len(rows) >= max_rows):
-            yield rows
-            rows = []
-        rows.append(i)
-    if rows:
-        yield rows
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

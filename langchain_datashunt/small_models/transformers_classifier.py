@@ -23,12 +23,8 @@ from langchain_datashunt.small_models.networks import safe_config, shapes_of, un
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.packed_layers import PackedStates
 from langchain_datashunt.small_models.scores import Scores
-from langchain_datashunt.small_models.tokenization import (
-    TOKEN_BUDGET,
-    TextTokenizer,
-    pad,
-    token_budget_batches,
-)
+from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
+from langchain_datashunt.small_models.tokenization import TextTokenizer, pad
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -56,6 +52,7 @@ HEADS: dict[str, Callable[[Any, PackedStates], Any]] = {
         own.pre_classifier(states.first()).relu()
     ),
     "ModernBertForSequenceClassification": _modernbert_head,
+    "DebertaV2ForSequenceClassification": lambda own, states: own.classifier(own.pooler(states.first()[:, None])),
 }
 """From a network and its last states to logits `[n, k]`, by the class of the network."""
 
@@ -80,8 +77,8 @@ class TransformersClassifier(SmallModel):
     """float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. A threshold used
     under one format is best calibrated under it."""
 
-    batch_size: int = Field(default=32, ge=1)
-    """Texts computed at once at the most."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Texts computed at once at the most; None for as many as the token budget of the device holds."""
 
     max_length: int | None = Field(default=None, ge=4)
     """Tokens of a text at the most; None for the model's own limit."""
@@ -141,13 +138,8 @@ class TransformersClassifier(SmallModel):
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
-        torch = require("torch", "torch")
-        ids, cut = self._ready()(texts)
-        logits = np.empty((len(ids), len(self.labels)), dtype=np.float32)
-        with torch.inference_mode():
-            for rows in token_budget_batches([len(one) for one in ids], TOKEN_BUDGET, self.batch_size):
-                logits[rows] = self._logits([ids[i] for i in rows]).float().cpu().numpy()
-        return Scores(logits, cut)
+        budget, k = token_budget(choose_device(self.device)), len(self.labels)
+        return Scores(*compute_texts(self._ready(), texts, self._logits, k, budget=budget, batch_size=self.batch_size))
 
     def _logits(self, ids: list[list[int]]) -> Any:
         """Logits `[n, k]` of token ids, by the packed encoder where there is one."""

@@ -18,12 +18,14 @@ from typing_extensions import override
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError
+from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
 from langchain_datashunt.small_models.devices import choose_device, cpu_workers
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.scores import Scores
-from langchain_datashunt.small_models.tokenization import TOKEN_BUDGET, pad, token_budget_batches
+from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
+from langchain_datashunt.small_models.tokenization import pad
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -97,14 +99,16 @@ class WordNetwork(SmallModel):
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
-        torch = require("torch", "torch")
-        ids = [self.encode(text) for text in texts]
-        lengths = [max(self.shortest, min(len(one), self.max_length)) for one in ids]
-        logits = np.empty((len(ids), len(self.labels)), dtype=np.float32)
-        with torch.inference_mode():
-            for rows in token_budget_batches(lengths, 4 * TOKEN_BUDGET, self.batch_size):
-                logits[rows] = self.logits_of(self._network, [ids[i] for i in rows]).float().cpu().numpy()
-        return Scores(logits, np.array([len(one) > self.max_length for one in ids], dtype=np.bool_))
+        def tokenize(some: Sequence[str]) -> tuple[list[list[int]], BoolArray]:
+            ids = self.features(some)
+            cut = np.array([len(one) > self.max_length for one in ids], dtype=np.bool_)
+            return [one[: self.max_length] for one in ids], cut
+
+        def forward(ids: list[list[int]]) -> Any:
+            return self.logits_of(self._network, ids)
+
+        budget, k = 4 * token_budget(choose_device(self.device)), len(self.labels)
+        return Scores(*compute_texts(tokenize, texts, forward, k, budget=budget, batch_size=self.batch_size))
 
     @classmethod
     def train(

@@ -15,6 +15,7 @@ P8  recording: on the caller's path, the writer's rate, bytes a record
 P9  import times
 P10 choosing a threshold on a million rows of 77 labels
 P11 resident memory of `datashunt run` over a million rows, above what it is when the first answers are there
+P12 where there is a GPU: share of the matrix products' time, and single requests (`python -m tests.benchmarks.gpu`)
 
 MiniLM with a head of four classes. Contestants are interleaved; medians are told, with their spread. Ratios travel to
 other machines; rates do not.
@@ -62,8 +63,9 @@ from langchain_datashunt.data.benchmark_task import load_messages
 from langchain_datashunt.replay import ChatServer
 from langchain_datashunt.small_models import Scores
 from langchain_datashunt.small_models.encoder import bundled_encoder_path
-from langchain_datashunt.small_models.tokenization import TOKEN_BUDGET, token_budget_batches
+from langchain_datashunt.small_models.text_batches import token_budget, token_budget_batches
 from tests.benchmarks.encoder import long_texts, short_texts
+from tests.benchmarks.gpu import measure as measure_gpu
 from tests.benchmarks.overhead import measure as measure_overhead
 
 Verdict = dict[str, Any]
@@ -221,7 +223,7 @@ def engine_share(models: Models, texts: list[str], rounds: int) -> Verdict:
     for name, model in (("fp32", models.fp32), ("bf16", models.bf16)):
         ids = model.features(texts)
         lengths = [len(one) for one in ids]
-        batches = [[ids[i] for i in rows] for rows in token_budget_batches(lengths, TOKEN_BUDGET, model.batch_size)]
+        batches = [[ids[i] for i in rows] for rows in token_budget_batches(lengths, token_budget("cpu"))]
         packed = model._packing.of(model._network.base_model)
         if packed is None:
             return verdict({}, {"fp32_share": (">=", 0.95)}, note="no packed engine here")
@@ -479,6 +481,12 @@ def _lines(file: str) -> list[str]:
         return []
 
 
+def on_a_gpu(rounds: int, folder: Path) -> Verdict:
+    found = measure_gpu("cuda", 16_384, rounds, folder)
+    values = {name: found.pop(name) for name in ("share_of_products", "single_p50_ms", "texts_per_second")}
+    return verdict(values, {"share_of_products": (">=", 0.6), "single_p50_ms": ("<=", 1.5)}, **found)
+
+
 def table(result: dict[str, Any]) -> str:
     lines = ["| # | what | value | target | met |", "|---|---|---|---|---|"]
     for key, found in result.items():
@@ -528,6 +536,8 @@ def main() -> None:
             "P10": selection,
             "P11": lambda: bulk(options.rows, folder),
         }
+        if torch.cuda.is_available():
+            steps["P12"] = lambda: on_a_gpu(rounds, folder / "gpu")
         result: dict[str, Any] = {"machine": machine()}
         for key, step in steps.items():
             if not wanted or key in wanted:

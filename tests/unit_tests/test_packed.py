@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import pickle
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,24 @@ import torch
 
 from langchain_datashunt import EmbeddingClassifier, TrainingSettings, TransformersClassifier
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
+from langchain_datashunt.small_models import cuda_graphs as graphs_module
 from langchain_datashunt.small_models import packed as packed_module
+from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.devices import choose_dtype, cpu_workers
 from langchain_datashunt.small_models.encoder import SentenceEncoder, bundled_encoder_path, shared_encoder
 from langchain_datashunt.small_models.packed import Packing, packed
+from langchain_datashunt.small_models.packed_layers import Run, Tokens
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 SMALL = {**SIZES, "vocab_size": 30522, "num_labels": 4, "max_position_embeddings": 130}
 MODERN = {
     "local_attention": 24, "global_attn_every_n_layers": 2, "num_hidden_layers": 4, "pad_token_id": 0,
     "cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102, "classifier_pooling": "cls",
+}  # fmt: skip
+
+DEBERTA = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pad_token_id": 0, "type_vocab_size": 0,
+    "position_biased_input": False, "max_relative_positions": -1, "pooler_hidden_size": 48,
 }  # fmt: skip
 
 
@@ -47,6 +58,17 @@ def network(kind: str) -> Any:
             t.ModernBertConfig,
             {**MODERN, "classifier_pooling": "mean"},
         ),
+        "deberta": (t.DebertaV2ForSequenceClassification, t.DebertaV2Config, DEBERTA),
+        "deberta shared": (
+            t.DebertaV2ForSequenceClassification,
+            t.DebertaV2Config,
+            {**DEBERTA, "share_att_key": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm"},
+        ),
+        "deberta convolution": (
+            t.DebertaV2ForSequenceClassification,
+            t.DebertaV2Config,
+            {**DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"},
+        ),
         "electra": (t.ElectraForSequenceClassification, t.ElectraConfig, {"embedding_size": 48}),
     }
     cls, config, more = classes[kind]
@@ -68,7 +90,18 @@ def texts(shop_messages: Any) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "kind", ["bert", "bert with relu", "roberta", "xlm-roberta", "distilbert", "modernbert", "modernbert mean"]
+    "kind",
+    [
+        "bert",
+        "bert with relu",
+        "roberta",
+        "xlm-roberta",
+        "distilbert",
+        "modernbert",
+        "modernbert mean",
+        "deberta",
+        "deberta shared",
+    ],
 )
 def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)
@@ -252,29 +285,188 @@ def test_auto_is_half_precision_on_a_gpu_alone(monkeypatch: Any) -> None:
 
 
 def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
+    def finds(**seconds: float) -> None:
+        monkeypatch.setattr(packed_module, "_TRIALS", {})
+        monkeypatch.setattr(packed_module, "trial", lambda encoders, n: seconds)
+
     base = network("bert").base_model
     taken = Packing("auto")
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
-    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 1.0, "plain": 0.5})
+    finds(packed=1.0, plain=0.5)
     assert taken.of(base) is None
     assert taken.seconds == {"packed": 1.0, "plain": 0.5}
     monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 0.1, "plain": 0.9})
     assert Packing("auto").of(network("bert").base_model) is None, "networks of one form are computed alike"
-    packed_module._TRIALS.clear()
-    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 1.0, "plain": 0.9})
-    assert Packing("auto").of(base) is not None, "a little slower may be a busy moment"
+    finds(packed=1.0, plain=0.9, onnx=0.85)
+    assert isinstance(Packing("auto").of(base), packed_module.PackedEncoder), "a little slower may be a busy moment"
+    finds(packed=2.0, plain=1.1, onnx=1.0)
+    assert Packing("auto").of(base) is None
     assert Packing("packed").of(base) is not None
-    monkeypatch.undo()
+
+
+def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
+    there = {"packed", "plain"}
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        there.add("onnx")
     own = Packing("auto")
-    own.of(base)
-    assert set(own.seconds) == {"packed", "plain"}
+    own.of(network("bert").base_model)
+    assert set(own.seconds) == there
     assert all(0 < seconds < 60 for seconds in own.seconds.values())
+    half = Packing("auto")
+    half.of(network("bert").base_model.bfloat16())
+    assert set(half.seconds) == {"packed", "plain"}, "ONNX Runtime computes float32 here"
+    monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    large = Packing("auto")
+    large.of(network("bert").base_model)
+    assert set(large.seconds) == {"packed", "plain"}
+
+
+def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(packed_module, "_SAID", set())
+    monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
+    base = network("deberta convolution").base_model
+    for _ in range(2):
+        assert Packing("auto").of(base) is None
+    assert [record.message for record in caplog.records if "'deberta-v2'" in record.message] == [
+        "The architecture 'deberta-v2' has no packed form here; transformers or ONNX Runtime computes it. "
+        "engine='plain' says that this is known."
+    ]
+    assert Packing("plain").of(base) is None
+
+
+class TestGraphs:
+    """What stands around CUDA graphs; the recording itself is the GPU's tests'."""
+
+    def graphed(self, kind: str, record: Any) -> tuple[Any, GraphedEncoder]:
+        base = network(kind).base_model
+        made = packed(base)
+        assert made is not None
+        return base, GraphedEncoder(_PaddedAsTwo(made), record)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+    def test_a_single_text_is_replayed_in_the_next_larger_size(self, kind: str) -> None:
+        recorded: list[int] = []
+
+        def record(compute: Any) -> Any:
+            states = compute().clone()
+            recorded.append(len(states))
+            return lambda: states.copy_(compute()), states
+
+        base, encoder = self.graphed(kind, record)
+        rng = np.random.default_rng(0)
+        for length in (3, 16, 17, 20, 24, 60, 1, 90):
+            ids = [rng.integers(5, 3000, length).tolist()]
+            own, found = packed_module._plain(base)(ids), encoder(ids)
+            assert found.lengths.tolist() == [length]
+            assert (found.states - own.states).abs().max() < 1e-4
+            assert np.allclose(found.mean(), own.states.mean(0), atol=1e-4)
+            assert np.allclose(found.first(), own.states[:1], atol=1e-4)
+        assert recorded == [16, 24, 64, 96], "each size once"
+        first = encoder([[7, 8, 9]]).states
+        kept = first.clone()
+        encoder([[900, 8, 9, 4]])
+        assert np.array_equal(first, kept), "a later replay does not write over it"
+
+    def test_several_and_long_texts_are_computed_as_ever(self, monkeypatch: Any) -> None:
+        def record(compute: Any) -> Any:
+            raise AssertionError("not for these")
+
+        base, encoder = self.graphed("bert", record)
+        monkeypatch.setattr(graphs_module, "SIZES", (16, 64))
+        for ids in ([[5, 6], [7]], [list(range(5, 85))], []):
+            if ids:
+                assert (encoder(ids).states - packed_module._plain(base)(ids).states).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("why", ["could not be recorded", "differ from what is computed without them"])
+    def test_what_fails_or_differs_ends_them(self, why: str) -> None:
+        tried: list[int] = []
+
+        def record(compute: Any) -> Any:
+            tried.append(1)
+            if "differ" not in why:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return lambda: None, torch.full_like(compute(), torch.nan)
+
+        base, encoder = self.graphed("bert", record)
+        ids = [[5, 6, 7]]
+        with pytest.warns(ShuntWarning, match=why):
+            found = encoder(ids)
+        assert (found.states - packed_module._plain(base)(ids).states).abs().max() < 1e-4
+        assert (encoder(ids).states - found.states).abs().max() < 1e-6
+        assert tried == [1]
+
+    def test_they_are_used_where_attention_is_one_call(self, monkeypatch: Any) -> None:
+        made = packed(network("bert").base_model)
+        assert made is not None
+        assert packed_module.graphed(made) is made, "not on a CPU"
+        monkeypatch.setattr(packed_module, "has_variable_length", lambda device, dtype: True)
+        made.device = torch.device("cuda")
+        assert isinstance(packed_module.graphed(made), GraphedEncoder)
+        by_length = packed(network("deberta").base_model)
+        assert by_length is not None
+        by_length.device = torch.device("cuda")
+        assert packed_module.graphed(by_length) is by_length
+
+
+class _PaddedAsTwo:
+    """A packed encoder on a CPU that keeps the two texts of a graph apart as variable-length attention does."""
+
+    def __init__(self, made: packed_module.PackedEncoder) -> None:
+        self.made, self.device = made, made.device
+
+    def __call__(self, ids: Any) -> Any:
+        return self.made(ids)
+
+    def states_of(self, tokens: Tokens) -> torch.Tensor:
+        n, more = tokens.lengths.tolist()
+        assert tokens.longest == n + more
+        assert tokens.host_ids is None
+        runs = [Run(0, 1, n), *([Run(n, 1, more)] if more else [])]
+        return self.made.states_of(Tokens(tokens.ids, tokens.places, tokens.lengths, runs))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_onnx_runtime_computes_in_a_forked_child() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    base, packing = network("bert").base_model, Packing("onnx")
+    own = packing.of(base)
+    assert own is not None
+    ids = [[5, 6, 7], [8, 9]]
+    expected = own(ids).states.numpy()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        try:
+            made = packing.of(base)
+            same = made is not own and made is not None and np.allclose(made(ids).states.numpy(), expected, atol=1e-5)
+            os._exit(0 if same else 3)
+        except BaseException:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert packing.of(base) is own
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_single_texts_by_cuda_graphs_agree(kind: str, texts: list[str], tmp_path: Path) -> None:
+    folder = saved(kind, tmp_path)
+    given: dict[str, Any] = {"model": folder, "dtype": "bfloat16", "max_length": 100, "device": "cuda"}
+    plain, quick = (TransformersClassifier(engine=engine, **given) for engine in ("plain", "packed"))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for text in texts:
+            one, two = plain.invoke(text), quick.invoke(text)
+            assert np.abs(np.array(one.probabilities) - np.array(two.probabilities)).max() <= 1e-2
+    encoder = quick._packing.of(quick._network.base_model)
+    assert isinstance(encoder, GraphedEncoder)
+    assert encoder._graphs, "graphs were recorded"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert", "deberta"])
 def test_packed_classifiers_agree_on_a_gpu(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)
     given: dict[str, Any] = {"model": folder, "dtype": dtype, "max_length": 100, "device": "cuda"}
