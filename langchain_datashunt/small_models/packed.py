@@ -134,7 +134,7 @@ class Packing:
         precision is used, and choose the threshold under it.
         """
         encoder = self.of(network)
-        own = _plain(network)(ids).states.float()
+        own = plain_encoder(network)(ids).states.float()
         return 0.0 if encoder is None else float((encoder(ids).states.float() - own).abs().max() / own.abs().max())
 
     def forget(self) -> None:
@@ -222,7 +222,7 @@ def _tried(network: torch.nn.Module, made: PackedEncoder | None) -> tuple[dict[s
     one, torch_ = next(network.parameters()), require("torch", "torch")
     sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
     form = (*(getattr(network.config, name, None) for name in sizes), one.dtype, one.device, torch_.get_num_threads())
-    engines: dict[str, AnyEncoder] = {"plain": _plain(network)}
+    engines: dict[str, AnyEncoder] = {"plain": plain_encoder(network)}
     with _TRIALS_LOCK:
         if form not in _TRIALS:
             if made is not None:
@@ -248,7 +248,7 @@ def trial(encoders: dict[str, AnyEncoder], vocabulary: int) -> dict[str, float]:
     return found
 
 
-def _plain(network: torch.nn.Module) -> AnyEncoder:
+def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
     """Transformers itself, as the others are called."""
 
     def encode(ids: Sequence[Sequence[int]]) -> PackedStates:
@@ -308,5 +308,5 @@ def _difference(network: torch.nn.Module, made: AnyEncoder) -> float:
     window = made.parts.window if isinstance(made, PackedEncoder) else 0
     lengths = (*_PROBE_LENGTHS, window + 9) if window else _PROBE_LENGTHS
     ids = [rng.integers(0, size, length).tolist() for length in lengths]
-    own = _plain(network)(ids).states.float()
+    own = plain_encoder(network)(ids).states.float()
     return float((made(ids).states.float() - own).abs().max() / own.abs().max())

@@ -5,7 +5,8 @@
 P1  offline, short texts, one thread, through `batch`: against a transformers pipeline one by one, against a loop that
     tokenises and predicts prompt by prompt (as RouteLLM's BERT router does), and against semantic-router if installed
 P2  the same with long texts; bf16 also against the pipeline with batches of 32
-P3  share of the engine's own rate, on token ids that lie ready, which `batch` reaches
+P3  share of the engine's own rate, on token ids that lie ready, which `batch` reaches; and of the rate of its matrix
+    products alone, which nothing can exceed
 P4  256 concurrent `ainvoke` against a thread-pool call of the plain model for each
 P5  what one idle `ShuntRunnable.ainvoke` adds to the bare forward pass, in milliseconds
 P6  ShuntRunnable over the sum of its parts, as a share of RunnableBranch's whole call
@@ -63,6 +64,7 @@ from langchain_datashunt.data.benchmark_task import load_messages
 from langchain_datashunt.replay import ChatServer
 from langchain_datashunt.small_models import Scores
 from langchain_datashunt.small_models.encoder import bundled_encoder_path
+from langchain_datashunt.small_models.packed_layers import Linear
 from langchain_datashunt.small_models.text_batches import token_budget, token_budget_batches
 from tests.benchmarks.encoder import long_texts, short_texts
 from tests.benchmarks.gpu import measure as measure_gpu
@@ -232,12 +234,33 @@ def engine_share(models: Models, texts: list[str], rounds: int) -> Verdict:
             for batch in batches:
                 packed(batch).first()
 
-        rates, _ = interleaved(
-            {"raw": (raw, len(texts)), "batch": (lambda model=model: model.batch(texts), len(texts))},  # type: ignore[misc]
-            rounds,
-        )
+        ways: dict[str, tuple[Work, int]] = {
+            "raw": (raw, len(texts)),
+            "products": (products_of(model, [sum(map(len, batch)) for batch in batches]), len(texts)),
+            "batch": (lambda model=model: model.batch(texts), len(texts)),  # type: ignore[misc]
+        }
+        rates, _ = interleaved(ways, rounds)
         values[f"{name}_share"] = ratio(rates, "batch", "raw")
-    return verdict(values, {name: (">=", 0.95) for name in values})
+        values[f"{name}_share_of_products"] = ratio(rates, "batch", "products")
+    return verdict(values, {f"{name}_share": (">=", 0.95) for name in ("fp32", "bf16")})
+
+
+def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
+    """The products of the model's linear layers alone, as the engine computes them, for batches of so many tokens."""
+    config, one = model._network.config, next(model._network.parameters())
+    d, inner = config.hidden_size, config.intermediate_size
+    shapes = ((3 * d, d), (d, d), (inner, d), (d, inner))
+    layers = [Linear(torch.randn(shape, dtype=one.dtype), torch.zeros(shape[0], dtype=one.dtype)) for shape in shapes]
+    inputs = {size: torch.randn(max(tokens), size, dtype=one.dtype) for size in (d, inner)}
+
+    def work() -> None:
+        with torch.inference_mode():
+            for n in tokens:
+                for _ in range(config.num_hidden_layers):
+                    for layer in layers:
+                        layer(inputs[layer.weight.shape[1]][:n])
+
+    return work
 
 
 def concurrent(models: Models, texts: list[str], rounds: int) -> Verdict:

@@ -122,7 +122,7 @@ def test_padding_tokens_inside_a_text_are_placed_as_transformers_does(kind: str)
     made, padding = packed(base), int(base.config.pad_token_id)
     assert made is not None
     ids = [[50, 60, padding, 70, 80], [51, 61], [padding], [52, padding, padding, 62]]
-    own = packed_module._plain(base)(ids).states
+    own = packed_module.plain_encoder(base)(ids).states
     assert (made(ids).states - own).abs().max() / own.abs().max() < 1e-5
 
 
@@ -357,7 +357,7 @@ class TestGraphs:
         rng = np.random.default_rng(0)
         for length in (3, 16, 17, 20, 24, 60, 1, 90):
             ids = [rng.integers(5, 3000, length).tolist()]
-            own, found = packed_module._plain(base)(ids), encoder(ids)
+            own, found = packed_module.plain_encoder(base)(ids), encoder(ids)
             assert found.lengths.tolist() == [length]
             assert (found.states - own.states).abs().max() < 1e-4
             assert np.allclose(found.mean(), own.states.mean(0), atol=1e-4)
@@ -376,7 +376,7 @@ class TestGraphs:
         monkeypatch.setattr(graphs_module, "SIZES", (16, 64))
         for ids in ([[5, 6], [7]], [list(range(5, 85))], []):
             if ids:
-                assert (encoder(ids).states - packed_module._plain(base)(ids).states).abs().max() < 1e-4
+                assert (encoder(ids).states - packed_module.plain_encoder(base)(ids).states).abs().max() < 1e-4
 
     @pytest.mark.parametrize("why", ["could not be recorded", "differ from what is computed without them"])
     def test_what_fails_or_differs_ends_them(self, why: str) -> None:
@@ -392,7 +392,7 @@ class TestGraphs:
         ids = [[5, 6, 7]]
         with pytest.warns(ShuntWarning, match=why):
             found = encoder(ids)
-        assert (found.states - packed_module._plain(base)(ids).states).abs().max() < 1e-4
+        assert (found.states - packed_module.plain_encoder(base)(ids).states).abs().max() < 1e-4
         assert (encoder(ids).states - found.states).abs().max() < 1e-6
         assert tried == [1]
 
