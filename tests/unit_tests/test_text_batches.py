@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from langchain_datashunt.small_models import encoder as encoder_module
 from langchain_datashunt.small_models import text_batches
+from langchain_datashunt.small_models.encoder import SentenceEncoder
 from langchain_datashunt.small_models.text_batches import compute_texts, token_budget, token_budget_batches
 
 
@@ -64,3 +66,22 @@ def test_a_budget_is_of_tokens_with_their_padding() -> None:
     assert list(token_budget_batches([1, 1, 1], 100, 2)) == [[0, 1], [2]]
     assert list(token_budget_batches([50], 9)) == [[0]], "a text that is longer stands alone"
     assert token_budget(torch.device("cpu")) < token_budget(torch.device("cuda")) == token_budget("cuda")
+
+
+def test_texts_of_a_training_step_are_embedded_by_turns_to_the_same_gradients(monkeypatch: Any) -> None:
+    encoder = SentenceEncoder()
+    texts = [" ".join(["card"] * (1 + 3 * (i % 7))) for i in range(40)]
+    ids = encoder.tokenizer(texts)[0]
+
+    def gradient() -> tuple[Any, Any]:
+        encoder.network.zero_grad()
+        vectors = encoder.embed_ids(encoder.network, ids)
+        (vectors * torch.arange(len(ids))[:, None]).sum().backward()  # type: ignore[no-untyped-call]
+        return vectors.detach(), encoder.network.get_input_embeddings().weight.grad.clone()  # type: ignore[operator, union-attr]
+
+    by_turns = gradient()
+    monkeypatch.setattr(encoder_module, "_BY_TURNS", 1_000)
+    at_once = gradient()
+    assert torch.allclose(by_turns[0], at_once[0], atol=1e-5)
+    assert torch.allclose(by_turns[1], at_once[1], atol=1e-3)
+    assert np.allclose(by_turns[0].numpy(), encoder.encode(texts)[0], atol=1e-5)
