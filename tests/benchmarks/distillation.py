@@ -7,8 +7,9 @@ is routed; GPT-4's answer is recorded where S1 is not sure, and no true label is
 and both are scored on the other half with the same rule (keep where the calibrated probability reaches 0.7).
 Compared: plain fine-tuning on GPT-4's answers, the paper's 2CD (bare answers, 7 epochs, 1e-4), ours.
 
-Then the gate: S1 from 10 examples per label, and 0, 10 or 50% of GPT-4's answers replaced by a random label before
-they are learnt; each candidate is tested against S1 on dev.csv.
+Then the gate: S1 from 10 examples per label, and 0, 10 or 50% of GPT-4's answers replaced before they are learnt, by a
+random label each, or label by label (all answers of some labels become another label's, as a wrong prompt or a changed
+large model would have it); each candidate is tested on dev.csv, against S1 and against the S2 of untouched answers.
 """
 
 from __future__ import annotations
@@ -168,7 +169,21 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-FLIPPED = (0.0, 0.1, 0.5)
+FLIPPED = (("none", 0.0), ("random", 0.1), ("random", 0.5), ("by label", 0.1), ("by label", 0.5))
+
+
+def flipped(answers: list[str], asked: list[str], how: str, share: float, rng: np.random.Generator) -> list[str]:
+    """Answers with a share of those that were asked for replaced: each by a random label, or label by label."""
+    names = sorted(set(asked))
+    if how == "random":
+        return [str(rng.choice(names)) if rng.random() < share else answer for answer in answers]
+    instead: dict[str, str] = {}
+    order = rng.permutation(names).tolist()
+    for label, other in zip(order, order[1:] + order[:1], strict=True):
+        if sum(asked.count(one) for one in instead) >= share * len(asked):
+            break
+        instead[label] = other
+    return [instead.get(answer, answer) for answer in answers]
 
 
 def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) -> list[dict[str, Any]]:
@@ -180,9 +195,10 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
     in_service: dict[str, SmallModel] = {"S1": s1}
     ours = TwoStageDistiller(DistillationSettings(training=QUIET))
     credulous = TwoStageDistiller(DistillationSettings(training=QUIET, mode="teacher", large_accuracy=0.99))
-    for share in FLIPPED:
-        answers = [str(rng.choice(s1.labels)) if rng.random() < share else task.test.large[i] for i in rows]
-        records = records_of(s1, [task.test.texts[i] for i in rows], answers)
+    texts_seen, own = [task.test.texts[i] for i in rows], [task.test.large[i] for i in rows]
+    asked = [call.label for call in records_of(s1, texts_seen, own) if call.label is not None]
+    for how, share in FLIPPED:
+        records = records_of(s1, texts_seen, flipped(own, asked, how, share, rng))
         candidates: dict[str, SmallModel] = {
             "our 2CD": ours.distill(s1, records, labelled=(texts, labels)).model,
             "2CD that believes every answer": credulous.distill(s1, records, labelled=(texts, labels)).model,
@@ -192,7 +208,7 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
             for name, candidate in candidates.items():
                 verdict = PromotionGate().test(old, candidate, task.dev.texts, task.dev.labels)
                 gain = verdict.new_accuracy - verdict.old_accuracy
-                same = {"candidate": name, "flipped": share, "in_service": old_name}
+                same = {"candidate": name, "how": how, "flipped": share, "in_service": old_name}
                 found.append({**same, "gain": gain, "promoted": verdict.passed})
         if share == 0.0:
             in_service["S2"] = candidates["our 2CD"]
@@ -204,6 +220,7 @@ def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [
         {
             "candidate": same[0]["candidate"],
+            "how": same[0]["how"],
             "flipped": same[0]["flipped"],
             "in_service": same[0]["in_service"],
             "gain": float(np.mean([run["gain"] for run in same])),
@@ -228,8 +245,9 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", "| candidate | answers replaced | in service | gain (points) | promoted |", "|---|---|---|---|---|"]
     for row in result["gate"]:
+        replaced = f"{100 * row['flipped']:.0f}%, {row['how']}" if row["flipped"] else "none"
         lines.append(
-            f"| {row['candidate']} | {100 * row['flipped']:.0f}% | {row['in_service']} | {100 * row['gain']:+.1f} | "
+            f"| {row['candidate']} | {replaced} | {row['in_service']} | {100 * row['gain']:+.1f} | "
             f"{row['promoted']} of {row['seeds']} |"
         )
     return "\n".join(lines)
