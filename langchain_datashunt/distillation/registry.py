@@ -10,6 +10,7 @@ A reader sees the old version or the new one, never half of either: `current.jso
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.loading import load_small_model
 from langchain_datashunt.small_models.scores import Scores
+
+_LOG = logging.getLogger(__name__)
 
 
 class ModelVersion(BaseModel):
@@ -224,9 +227,11 @@ class ModelRegistry:
 
 
 class RegistryModel(SmallModel):
-    """The version in service of a registry as a small model: a promotion counts from the next call on.
+    """The version in service of a registry as a small model: it follows promotions between calls.
 
-    A call that is under way ends with the version that it began with; none is lost.
+    A version that was put into service is loaded, and computes a first text, in the background; the one before it
+    answers until then, so that no call waits. A call that is under way ends with the version that it began with. Where
+    a version cannot be loaded, the log says so and the one before it stays.
     """
 
     folder: str
@@ -241,6 +246,8 @@ class RegistryModel(SmallModel):
     _model: SmallModel | None = PrivateAttr(default=None)
     _stamp: int = PrivateAttr(default=-1)
     _checked: float = PrivateAttr(default=0.0)
+    _coming: threading.Thread | None = PrivateAttr(default=None)
+    _failed: int = PrivateAttr(default=-1)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
 
     @classmethod
@@ -263,20 +270,49 @@ class RegistryModel(SmallModel):
         return model
 
     def reload(self, *, now: bool = True) -> SmallModel:
-        """The version in service; looks at the folder where `now`, or where the last look was long enough ago."""
+        """The version in service, loaded at once where `now`.
+
+        Else the one that is loaded; the folder is looked at where the last look was long enough ago, and what is new
+        there is loaded in the background.
+
+        Raises:
+            RegistryError: It is to be loaded now, and there is none.
+        """
         if not now and time.monotonic() - self._checked < self.check_seconds and self._model is not None:
             return self._model
         with self._lock:
             registry = ModelRegistry(self.folder)
             stamp = registry.stamp()
-            if self._model is None or stamp != self._stamp:
-                model = registry.load(**self.overrides)
-                self._stamp = stamp
-                self.labels, self.temperature = model.labels, model.temperature
-                self.model_id, self.threshold = model.model_id, model.threshold
-                self._model = model
+            if self._model is None or (now and stamp != self._stamp):
+                self._take(registry.load(**self.overrides), stamp)
+            elif stamp != self._stamp and not (self._coming is not None and self._coming.is_alive()):
+                self._coming = threading.Thread(
+                    target=self._prepare, args=(registry, stamp), name="datashunt-registry", daemon=True
+                )
+                self._coming.start()
             self._checked = time.monotonic()
+            assert self._model is not None
             return self._model
+
+    def _take(self, model: SmallModel, stamp: int) -> None:
+        self._model, self._stamp = model, stamp
+        self.labels, self.temperature = model.labels, model.temperature
+        self.model_id, self.threshold = model.model_id, model.threshold
+
+    def _prepare(self, registry: ModelRegistry, stamp: int) -> None:
+        """Load what is in service and have it compute something, so that the first call does not wait for that."""
+        try:
+            model = registry.load(**self.overrides)
+            if model.reads_text:
+                model.predict_batch(["."])
+        except Exception as error:  # a thread has nobody to raise to, and the calls have a model
+            if self._failed != stamp:
+                self._failed = stamp
+                _LOG.warning("%s: the new version cannot be loaded, the one before it stays: %s", self.folder, error)
+            return
+        with self._lock:
+            if stamp >= self._stamp:  # nobody has loaded a later one meanwhile
+                self._take(model, stamp)
 
     @property
     @override
@@ -304,7 +340,13 @@ class RegistryModel(SmallModel):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        private = {**(state["__pydantic_private__"] or {}), "_model": None, "_stamp": -1, "_lock": None}
+        private = {
+            **(state["__pydantic_private__"] or {}),
+            "_model": None,
+            "_stamp": -1,
+            "_lock": None,
+            "_coming": None,
+        }
         return {**state, "__pydantic_private__": private}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:

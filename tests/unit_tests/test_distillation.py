@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from langchain_datashunt.distillation import (
     TwoStageDistiller,
     cold_start,
 )
-from langchain_datashunt.exceptions import ConfigurationError, DataError, RegistryError
+from langchain_datashunt.exceptions import BundleTruncatedError, ConfigurationError, DataError, RegistryError
 from langchain_datashunt.small_models.training import one_hot, soft_cross_entropy
 from tests.unit_tests.test_small_models import Coin, LetterEmbeddings, tiny_transformer
 
@@ -333,7 +335,7 @@ def test_a_running_shunt_follows_promotions_without_losing_a_call(registry: Mode
         thread.join()
     assert set(outputs) <= {"a", "b"}
     assert len(outputs) % 3 == 0
-    assert shunt.invoke("aaa") == "b"
+    assert eventually(lambda: shunt.invoke("aaa") == "b")
     lazy = registry.model(check_seconds=3600.0, embeddings=LetterEmbeddings())
     slow = ShuntRunnable(small=lazy, large=lambda asked: "large", policy=Threshold(0.6))
     assert slow.invoke("aaa") == "b"
@@ -341,6 +343,57 @@ def test_a_running_shunt_follows_promotions_without_losing_a_call(registry: Mode
     assert slow.invoke("aaa") == "b"
     slow.reload()
     assert slow.invoke("aaa") == "a"
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_no_call_waits_for_a_version_that_is_being_loaded(registry: ModelRegistry, monkeypatch: Any) -> None:
+    registry.promote(registry.add(head(50.0)))
+    follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
+    load, may_load, loads, computed = ModelRegistry.load, threading.Event(), [], []
+
+    def slow(self: ModelRegistry, *given: Any, **overrides: Any) -> Any:
+        loads.append(1)
+        assert may_load.wait(30)
+        return load(self, *given, **overrides)
+
+    predict_batch = EmbeddingClassifier.predict_batch
+    monkeypatch.setattr(ModelRegistry, "load", slow)
+    monkeypatch.setattr(
+        EmbeddingClassifier, "predict_batch", lambda self, texts: computed.append(texts) or predict_batch(self, texts)
+    )
+    registry.promote(registry.add(head(-50.0)))
+    assert [follower.predict("aaa").label for _ in range(5)] == ["a"] * 5, "the version before it answers meanwhile"
+    assert (loads, computed) == ([1], []), "it is loaded once"
+    may_load.set()
+    assert eventually(lambda: follower.predict("aaa").label == "b")
+    assert computed == [["."]], "the new version has computed something before its first call"
+
+
+def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it(registry: ModelRegistry, caplog: Any) -> None:
+    registry.promote(registry.add(head(50.0)))
+    follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
+    broken = registry.add(head(-50.0))
+    (registry.bundle(broken) / "config.json").write_text("{", encoding="utf-8")
+    registry.promote(broken)
+    assert eventually(lambda: follower.predict("aaa").label == "a" and bool(caplog.records))
+    for _ in range(3):
+        assert follower.predict("aaa").label == "a"
+        time.sleep(0.05)
+    (said,) = [record.message for record in caplog.records if "cannot be loaded" in record.message]
+    assert str(registry.folder) in said
+    assert "the one before it stays" in said
+    with pytest.raises(BundleTruncatedError):
+        follower.reload()
+    registry.promote(registry.add(head(-50.0)))
+    assert eventually(lambda: follower.predict("aaa").label == "b")
 
 
 def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) -> None:
@@ -422,8 +475,6 @@ def test_too_little_to_learn_is_no_failure(s1: Any, tmp_path: Path) -> None:
 
 
 def test_rounds_run_in_the_background_while_a_shunt_answers(logged: Any, halves: Any) -> None:
-    import time
-
     from langchain_datashunt.distillation import ContinualDistiller
 
     registry, url, holdout = logged
