@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from langchain_datashunt._extras import require
@@ -11,6 +14,9 @@ from langchain_datashunt.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
+
+
+_LOG = logging.getLogger(__name__)
 
 
 def choose_device(device: str | None = None) -> torch.device:
@@ -46,10 +52,27 @@ def choose_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
         on_gpu = getattr(device, "type", device) == "cuda"
         half = on_gpu and require("torch", "torch").cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if half else "float32"
+    if dtype == "bfloat16" and getattr(device, "type", device) == "cpu" and not cpu_has_bfloat16():
+        _say_that_it_is_slow()
     if dtype not in names:
         raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}, auto.")
     chosen: torch.dtype = getattr(require("torch", "torch"), dtype)
     return chosen
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bfloat16() -> bool:
+    """Whether an x86 processor multiplies bfloat16 itself; True for others, where torch does not tell."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    cpu = require("torch", "torch").cpu
+    checks = [getattr(cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check is not None) or not any(checks)
+
+
+@lru_cache(maxsize=1)
+def _say_that_it_is_slow() -> None:
+    _LOG.warning("This processor has no bfloat16 arithmetic, so it is several times slower than dtype='float32' here.")
 
 
 MAX_WORKERS = 4

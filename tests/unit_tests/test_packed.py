@@ -16,6 +16,7 @@ import torch
 from langchain_datashunt import EmbeddingClassifier, TrainingSettings, TransformersClassifier
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models import cuda_graphs as graphs_module
+from langchain_datashunt.small_models import devices as devices_module
 from langchain_datashunt.small_models import packed as packed_module
 from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.devices import choose_dtype, cpu_workers
@@ -282,6 +283,30 @@ def test_auto_is_half_precision_on_a_gpu_alone(monkeypatch: Any) -> None:
     assert 1 <= cpu_workers("cpu") <= 4
     with pytest.raises(ConfigurationError, match="'int4' is no number format"):
         choose_dtype("int4")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_said_once(there: bool, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(devices_module, "cpu_has_bfloat16", lambda: there)
+    devices_module._say_that_it_is_slow.cache_clear()
+    for _ in range(2):
+        assert choose_dtype("bfloat16", "cpu") is torch.bfloat16
+        choose_dtype("bfloat16", torch.device("cuda"))
+        choose_dtype("float32", "cpu")
+    assert ["no bfloat16 arithmetic" in record.message for record in caplog.records] == [True] * (not there)
+
+
+def test_whether_a_processor_has_bfloat16_is_torchs_word(monkeypatch: Any) -> None:
+    for found in (True, False):
+        devices_module.cpu_has_bfloat16.cache_clear()
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        assert devices_module.cpu_has_bfloat16() is found
+    devices_module.cpu_has_bfloat16.cache_clear()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert devices_module.cpu_has_bfloat16()
+    devices_module.cpu_has_bfloat16.cache_clear()
 
 
 def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
