@@ -158,7 +158,7 @@ class Packing:
         if self.engine == "packed":
             return None if made is None else graphed(made)
         if made is None:
-            _say_once(str(getattr(network.config, "model_type", "?")))
+            say_once(str(getattr(network.config, "model_type", "?")))
         self.seconds, engines = _tried(network, made)
         name = _chosen(self.seconds)
         if name == "onnx":
@@ -184,7 +184,7 @@ _LEFT_ALONE: list[Any] = []
 _SAID: set[str] = set()
 
 
-def _say_once(kind: str) -> None:
+def say_once(kind: str) -> None:
     """That an architecture has no packed form is no failure, and worth knowing where speed counts."""
     if kind not in _SAID:
         _SAID.add(kind)
@@ -226,20 +226,25 @@ _TRIALS_LOCK = threading.Lock()
 def _tried(network: torch.nn.Module, made: PackedEncoder | None) -> tuple[dict[str, float], dict[str, AnyEncoder]]:
     """What each takes, tried once in a process for networks of one form, so that equal ones are computed alike.
 
-    Also what was made for the trial.
+    ONNX Runtime, which takes seconds to be made, is tried where the packed form is missing or gains little over
+    transformers. Also what was made for the trial.
     """
     one, torch_ = next(network.parameters()), require("torch", "torch")
     sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
     form = (*(getattr(network.config, name, None) for name in sizes), one.dtype, one.device, torch_.get_num_threads())
     engines: dict[str, AnyEncoder] = {"plain": plain_encoder(network)}
+    vocabulary = int(getattr(network.config, "vocab_size", 2))
     with _TRIALS_LOCK:
         if form not in _TRIALS:
+            found = {"plain": 0.0}
             if made is not None:
                 engines["packed"] = made
-            if (onnx := _onnx(network)) is not None:
+                found = trial(engines, vocabulary)
+            gains = found.get("packed", float("inf")) * _MUCH_SLOWER < found["plain"]
+            if not gains and (onnx := _onnx(network)) is not None:
                 engines["onnx"] = onnx
-            vocabulary = int(getattr(network.config, "vocab_size", 2))
-            _TRIALS[form] = trial(engines, vocabulary) if len(engines) > 1 else {"plain": 0.0}
+                found = trial(engines, vocabulary)
+            _TRIALS[form] = found
         return _TRIALS[form], engines
 
 

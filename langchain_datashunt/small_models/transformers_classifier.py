@@ -20,7 +20,7 @@ from langchain_datashunt.small_models.devices import choose_device, choose_dtype
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
-from langchain_datashunt.small_models.packed import Engine, Packing
+from langchain_datashunt.small_models.packed import Engine, Packing, say_once
 from langchain_datashunt.small_models.packed_layers import PackedStates
 from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
@@ -150,6 +150,8 @@ class TransformersClassifier(SmallModel):
                     f"A {type(self._network).__name__} is not computed by engine={self.engine!r} here; use 'auto' or "
                     f"'plain'. Known are: {', '.join(HEADS)}."
                 )
+            if self.engine == "auto":
+                say_once(str(self._network.config.model_type))
             return self.logits_of(self._network, ids)
         encoder = self._own_packing().of(self._network.base_model)
         return self.logits_of(self._network, ids) if encoder is None else head(self._network, encoder(ids))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import pickle
 import signal
@@ -21,6 +20,7 @@ from langchain_datashunt.small_models import packed as packed_module
 from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.devices import choose_dtype, cpu_workers
 from langchain_datashunt.small_models.encoder import SentenceEncoder, bundled_encoder_path, shared_encoder
+from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.packed import Packing, packed
 from langchain_datashunt.small_models.packed_layers import Run, Tokens
 
@@ -153,12 +153,17 @@ def test_a_text_without_tokens_gets_one(texts: list[str]) -> None:
     assert np.allclose(one[2], two[0], atol=1e-5)
 
 
-def test_an_architecture_that_is_not_known_is_left_to_transformers(texts: list[str], tmp_path: Path) -> None:
+def test_an_architecture_that_is_not_known_is_left_to_transformers(
+    texts: list[str], tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(packed_module, "_SAID", set())
     folder = saved("electra", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = TransformersClassifier(model=folder)
         assert model.predict_batch(texts).sound.all()
+        model.predict_batch(texts[:2])
+    assert ["'electra' has no packed form" in record.message for record in caplog.records] == [True]
     for engine in ("packed", "onnx"):
         with pytest.raises(ConfigurationError, match="ElectraForSequenceClassification is not computed by engine="):
             TransformersClassifier(model=folder, engine=engine).predict_batch(texts)  # type: ignore[arg-type]
@@ -333,21 +338,44 @@ def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
 
 def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
-    there = {"packed", "plain"}
-    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
-        there.add("onnx")
     own = Packing("auto")
     own.of(network("bert").base_model)
-    assert set(own.seconds) == there
+    assert set(own.seconds) >= {"packed", "plain"}
     assert all(0 < seconds < 60 for seconds in own.seconds.values())
     half = Packing("auto")
     half.of(network("bert").base_model.bfloat16())
     assert set(half.seconds) == {"packed", "plain"}, "ONNX Runtime computes float32 here"
+
+
+@pytest.mark.parametrize(("kind", "gains"), [("bert", True), ("bert", False), ("electra", False)])
+def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
+    kind: str, gains: bool, monkeypatch: Any
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    tried: list[set[str]] = []
+
+    def trial(encoders: dict[str, Any], vocabulary: int) -> dict[str, float]:
+        tried.append(set(encoders))
+        seconds = {"plain": 1.0, "packed": 0.5 if gains else 0.95, "onnx": 0.1}
+        return {name: seconds[name] for name in encoders}
+
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(packed_module, "trial", trial)
+    packing, base = Packing("auto"), network(kind).base_model
+    made = packing.of(base)
+    there = {"plain"} | ({"packed"} if kind == "bert" else set())
+    if gains:
+        assert tried == [there]
+        assert isinstance(made, packed_module.PackedEncoder)
+        return
+    assert tried[-1] == {*there, "onnx"}
+    assert isinstance(made, OnnxEncoder)
+    own = packed_module.plain_encoder(base)([[5, 6, 7]]).states
+    assert (made([[5, 6, 7]]).states - own).abs().max() < 1e-4
     monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
     monkeypatch.setattr(packed_module, "_TRIALS", {})
-    large = Packing("auto")
-    large.of(network("bert").base_model)
-    assert set(large.seconds) == {"packed", "plain"}
+    assert not isinstance(Packing("auto").of(base), OnnxEncoder), "too large to be exported"
 
 
 def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> None:

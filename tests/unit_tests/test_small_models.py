@@ -4,6 +4,7 @@ import asyncio
 import json
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def tiny_transformer(folder: Path) -> str:
     BertForSequenceClassification(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_pairs() -> Iterator[None]:
+    """Contrastive tuning that shows each text once an epoch, where the data would be paired many times over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("langchain_datashunt.small_models.contrastive.PAIRS_AN_EPOCH", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -593,10 +602,7 @@ def test_the_contrastive_loss_is_as_published() -> None:
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alone(
-    shop_messages: Any, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr("langchain_datashunt.small_models.contrastive.PAIRS_AN_EPOCH", 1)
+def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alone(shop_messages: Any) -> None:
     texts, labels = shop_messages
     before = shared_encoder().encode(texts)[0].copy()
     settings = TrainingSettings(progress=False, epochs=1, batch_size=16)
