@@ -16,15 +16,13 @@ TRAINABLE = ("embedding", "neighbours", "ensemble", "contrastive", "textcnn", "l
 
 AUTO = "auto"
 
-CONTRASTIVE = "contrastive"
-
 ON_EMBEDDINGS = ("embedding", "neighbours", "ensemble")
 """Kinds that take an encoder."""
 
-READ_NAMES = (*ON_EMBEDDINGS, CONTRASTIVE)
+READ_NAMES = (*ON_EMBEDDINGS, "contrastive")
 """Kinds that can learn what labels mean."""
 
-WITH_BASE = (CONTRASTIVE, "transformers")
+WITH_BASE = ("contrastive", "transformers")
 """Kinds that fine-tune an encoder, which may be named after a colon."""
 
 
@@ -40,7 +38,6 @@ def train_bundle(
     device: str | None,
     name_labels: bool = False,
     time_budget: float = 300.0,
-    tunings: int = 1,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Train and save; returns what was done, JSON-ready.
@@ -66,8 +63,6 @@ def train_bundle(
     names = {name: name.replace("_", " ") for name in sorted(set(labels))} if name_labels else None
     if name_labels and kind not in (*READ_NAMES, AUTO):
         raise ConfigurationError(f"--name-labels is for {', '.join(READ_NAMES)}; {kind} does not read names.")
-    if tunings > 1 and kind != CONTRASTIVE:
-        raise ConfigurationError(f"--tunings is for --model {CONTRASTIVE}; {kind} tunes no encoder more than once.")
     chosen = TrainingSettings(**{key: value for key, value in settings.items() if value is not None})
     table: list[Candidate] = []
     trained: SmallModel
@@ -80,7 +75,6 @@ def train_bundle(
         kind = type(trained).kind()
     else:
         more = _options(kind, device, names) | ({"base": base} if base else {})
-        more |= {"tunings": tunings} if tunings > 1 else {}
         kind_class: Any = small_model_class(kind)
         trained = kind_class.train(texts, labels, validation=held_out, settings=chosen, **more)
     trained.save(out)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
-from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
+from langchain_datashunt.exceptions import BundleMismatchError
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo
 from langchain_datashunt.small_models.embedding import EmbeddingClassifier
@@ -57,12 +57,8 @@ class ContrastiveClassifier(EnsembleClassifier):
     SetFit's method (Tunstall et al. 2022) with the supervised contrastive loss (Khosla et al. 2020): pairs of texts of
     one label are drawn together and away from all others of the batch; then a linear head and kernel neighbours are
     trained on the fine-tuned and, pooled with them, on the original embeddings. Strong from a few labels per class, at
-    twice the work of an `EmbeddingClassifier` for each text.
-
-    With several `tunings` the encoder is fine-tuned as often, each time from another seed, and all of them are
-    pooled (deep ensembles: Lakshminarayanan et al. 2017): steadier, for one more pass for each text and tuning. The
-    members are the linear head and the neighbours of the original encoder, then those of each fine-tuned one; the
-    bundle holds them.
+    twice the work of an `EmbeddingClassifier` for each text. The first half of the members reads the original encoder,
+    the second half the fine-tuned one, which the bundle holds.
     """
 
     @classmethod
@@ -80,13 +76,12 @@ class ContrastiveClassifier(EnsembleClassifier):
         model_id: str = "contrastive",
         input_key: str = "input",
         label_texts: Mapping[str, str] | None = None,
-        tunings: int = 1,
     ) -> Self:
         """Fine-tune the encoder, train the members, and pool them with equal weights.
 
         Held out is the validation set where one is given, else a fifth of each label's examples: it stops the tuning
         and calibrates members and pool. Without a validation set, encoder and members are then trained once more on
-        all examples, for as many epochs as were best, and as often as is asked for.
+        all examples, for as many epochs as were best.
 
         Args:
             texts: `n` training texts.
@@ -99,14 +94,10 @@ class ContrastiveClassifier(EnsembleClassifier):
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is learnt as one more example of its label.
-            tunings: How many times the encoder is fine-tuned.
 
         Raises:
             DataError: The training set cannot be used; the message says why.
-            ConfigurationError: There is to be no tuning.
         """
-        if tunings < 1:
-            raise ConfigurationError(f"tunings={tunings} tunes no encoder; give 1 or more, or use EnsembleClassifier.")
         chosen = (settings or TrainingSettings()).filled(epochs=2, batch_size=32, learning_rate=5e-5, patience=1)
         started = time.perf_counter()
         held = chosen.model_copy(update={"validation_fraction": HELD_OUT})
@@ -114,17 +105,8 @@ class ContrastiveClassifier(EnsembleClassifier):
         one_hot(list(label_texts or {}), split.labels)  # a name of no label is refused before hours of training
         original = shared_encoder(base, device)
         first = _Trial(split.train, split.validation, split.labels, dict(label_texts or {}))
-
-        def tuned(trial: _Trial, settings: TrainingSettings, i: int) -> tuple[SentenceEncoder, TrainingReport]:
-            own = settings.model_copy(update={"seed": settings.seed + i, "log": settings.log if not i else None})
-            what = "held-out" if trial is first else "all"
-            return trial.tune(SentenceEncoder(base, device=device), own, f"{what}-{i + 1}" if i else what)
-
-        encoder, report = tuned(first, chosen, 0)
-        members = (*first.heads(original), *first.heads(encoder))
-        if split.validation_given:
-            for i in range(1, tunings):
-                members = (*members, *first.heads(tuned(first, chosen, i)[0]))
+        tuned, report = first.tune(SentenceEncoder(base, device=device), chosen, "held-out")
+        members = first.members(original, tuned)
         temperature = 1.0
         if len(split.validation) >= MIN_EXAMPLES_FOR_CALIBRATION:
             pooled = np.mean([log_probabilities(member, split.validation.texts) for member in members], axis=0)
@@ -132,10 +114,10 @@ class ContrastiveClassifier(EnsembleClassifier):
         if not split.validation_given:
             everything = Examples(list(texts), one_hot(labels, split.labels))
             second = _Trial(everything, None, split.labels, first.label_texts)
-            again = chosen.model_copy(update={"epochs": max(1, report.best_step), "log": None})
-            like, members = (members[:2], members[2:]), second.heads(original, like=members[:2])
-            for i in range(tunings):
-                members = (*members, *second.heads(tuned(second, again, i)[0], like=like[1]))
+            epochs = max(1, report.best_step)
+            again = chosen.model_copy(update={"epochs": epochs, "log": None})
+            tuned, _ = second.tune(SentenceEncoder(base, device=device), again, "all")
+            members = second.members(original, tuned, like=members)
         report.seconds = time.perf_counter() - started
         write_metrics(chosen, report, "contrastive fine-tuning")
         return cls(
@@ -148,9 +130,10 @@ class ContrastiveClassifier(EnsembleClassifier):
         )
 
     @property
-    def encoders(self) -> tuple[SentenceEncoder, ...]:
-        """The fine-tuned encoders."""
-        return tuple(member.embeddings for member in self.members[len(_HEADS) :: len(_HEADS)])  # type: ignore[attr-defined]
+    def encoder(self) -> SentenceEncoder:
+        """The fine-tuned encoder."""
+        found: SentenceEncoder = self.members[-1].embeddings  # type: ignore[attr-defined]
+        return found
 
     # Bundles: the members' own, and the fine-tuned encoder once for all
 
@@ -162,22 +145,19 @@ class ContrastiveClassifier(EnsembleClassifier):
     @override
     def write_files(self, folder: Path) -> None:
         super().write_files(folder)
-        for i, encoder in enumerate(self.encoders):
-            encoder.save(folder / f"{ENCODER_FOLDER}{i}")
+        self.encoder.save(folder / ENCODER_FOLDER)
 
     @classmethod
     @override
     def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+        if not (folder / ENCODER_FOLDER / "config.json").is_file():
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind 'contrastive' has no {ENCODER_FOLDER}/config.json. Copy it again."
+            )
         given = {name: overrides[name] for name in ("device", "dtype", "engine") if overrides.get(name) is not None}
-        found = [overrides] * len(_HEADS)
-        for i in range(int(info.settings["members"]) // len(_HEADS) - 1):
-            own = folder / f"{ENCODER_FOLDER}{i}"
-            if not (own / "config.json").is_file():
-                raise BundleMismatchError(
-                    f"The bundle {folder} of kind 'contrastive' has no {own.name}/config.json. Copy it again."
-                )
-            found += [{**overrides, "embeddings": SentenceEncoder(str(own), **given)}] * len(_HEADS)
-        return found
+        tuned = SentenceEncoder(str(folder / ENCODER_FOLDER), **given)
+        n = int(info.settings["members"])
+        return [overrides] * (n // 2) + [{**overrides, "embeddings": tuned}] * (n - n // 2)
 
 
 @dataclass(frozen=True)
@@ -226,32 +206,36 @@ class _Trial:
         encoder.name = f"fine-tuned {encoder.name}"
         return encoder, report
 
-    def heads(self, encoder: SentenceEncoder, like: Sequence[SmallModel] = ()) -> tuple[SmallModel, ...]:
-        """A linear head and neighbours on an encoder; where `like` is given, with the settings of those.
+    def members(
+        self, original: SentenceEncoder, tuned: SentenceEncoder, like: Sequence[SmallModel] = ()
+    ) -> tuple[SmallModel, ...]:
+        """A linear head and neighbours on each encoder; where `like` is given, with the settings of those.
 
-        What a tuned encoder has seen cannot show how sure a head on it may be: without held-out texts, strength,
+        What the tuned encoder has seen cannot show how sure a head on it may be: without held-out texts, strength,
         width and temperature are those that were chosen when there were some.
         """
         texts, names = self.train.texts, [self.labels[i] for i in self.train.targets.argmax(axis=1)]
         judged: Any = None
         if self.validation is not None:
             judged = (self.validation.texts, [self.labels[i] for i in self.validation.targets.argmax(axis=1)])
-        known = [*texts, *self.label_texts.values(), *(judged[0] if judged else ())]
-        more: dict[str, Any] = {
-            "embeddings": PrecomputedEmbeddings(encoder, known),
-            "validation": judged,
-            "label_set": self.labels,
-            "label_texts": self.label_texts,
-            "settings": TrainingSettings(progress=False),
-        }
         trained: list[SmallModel] = []
-        for i, (kind, option, chosen) in enumerate(_HEADS):
-            fixed = {option: (like[i].lineage[chosen],)} if like else {}
-            head: SmallModel = kind.train(texts, names, **more, **fixed)
-            changed: dict[str, Any] = {"embeddings": encoder}
-            if like:
-                changed["temperature"] = like[i].temperature
-            trained.append(head.model_copy(update=changed))
+        for encoder in (original, tuned):
+            known = [*texts, *self.label_texts.values(), *(judged[0] if judged else ())]
+            more: dict[str, Any] = {
+                "embeddings": PrecomputedEmbeddings(encoder, known),
+                "validation": judged,
+                "label_set": self.labels,
+                "label_texts": self.label_texts,
+                "settings": TrainingSettings(progress=False),
+            }
+            for kind, option, chosen in _HEADS:
+                model = like[len(trained)] if like else None
+                fixed = {} if model is None else {option: (model.lineage[chosen],)}
+                head: SmallModel = kind.train(texts, names, **more, **fixed)
+                changed: dict[str, Any] = {"embeddings": encoder}
+                if model is not None:
+                    changed["temperature"] = model.temperature
+                trained.append(head.model_copy(update=changed))
         return tuple(trained)
 
 

@@ -615,45 +615,22 @@ def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alon
         cosine = vectors @ vectors.T
         return float(cosine[same].mean() - cosine[~same].mean())
 
-    (tuned,) = model.encoders
-    assert gap(tuned.encode(texts)[0]) > gap(before) + 0.1
+    assert gap(model.encoder.encode(texts)[0]) > gap(before) + 0.1
     assert np.array_equal(shared_encoder().encode(texts)[0], before)
-    assert [member.embeddings is tuned for member in model.members] == [False, False, True, True]
+    assert [member.embeddings is model.encoder for member in model.members] == [False, False, True, True]
     with pytest.raises(DataError, match="outside the label set"):
         ContrastiveClassifier.train(texts, labels, settings=settings, label_texts={"no such label": "?"})
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_several_tunings_are_pooled_and_come_back(given: bool, shop_messages: Any, tmp_path: Path) -> None:
-    texts, labels = shop_messages
-    more: dict[str, Any] = {"validation": (texts[:60], labels[:60])} if given else {}
-    base = tiny_transformer(tmp_path)
-    model = ContrastiveClassifier.train(texts, labels, settings=SHORT, base=base, tunings=3, **more)
-    assert [member.kind() for member in model.members] == ["embedding", "neighbours"] * 4
-    assert len(model.encoders) == 3
-    embedded = [encoder.encode(texts[:5])[0] for encoder in (*model.encoders, SentenceEncoder(base))]
-    for i, one in enumerate(embedded):
-        for other in embedded[:i]:
-            assert not np.allclose(one, other, atol=1e-4), "each tuning is its own, and the original is as it was"
-    again = load_small_model(model.save(tmp_path / "bundle"))
-    assert isinstance(again, ContrastiveClassifier)
-    assert [member.embeddings is again.encoders[i // 2] for i, member in enumerate(again.members[2:])] == [True] * 6  # type: ignore[attr-defined]
-    expected = model.predict_batch(texts[:20]).probabilities
-    assert np.allclose(again.predict_batch(texts[:20]).probabilities, expected, atol=1e-5)
-    assert (model.temperature == 1.0) == (not given and len(texts) < 250)
-    with pytest.raises(ConfigurationError, match="tunings=0 tunes no encoder"):
-        ContrastiveClassifier.train(texts, labels, settings=SHORT, base=base, tunings=0)
 
 
 def test_a_contrastive_bundle_without_its_encoder_is_refused(trained: Any, tmp_path: Path) -> None:
     folder = trained["contrastive"].save(tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
-    assert "encoder0/model.safetensors" in config["files"]
-    for name in [name for name in config["files"] if name.startswith("encoder0/")]:
+    assert "encoder/model.safetensors" in config["files"]
+    for name in [name for name in config["files"] if name.startswith("encoder/")]:
         (folder / name).unlink()
         del config["files"][name]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BundleMismatchError, match="no encoder0/config.json"):
+    with pytest.raises(BundleMismatchError, match="no encoder/config.json"):
         load_small_model(folder)
 
 
