@@ -106,7 +106,7 @@ def shunt_dataset(
         )
     make = _maker(chain)
     small = dataset.map_batches(
-        SmallStage,
+        _SmallStage,
         fn_constructor_args=(make, column),
         batch_size=batch_size,
         batch_format="pyarrow",
@@ -115,7 +115,7 @@ def shunt_dataset(
         num_gpus=small_gpus or None,
     )
     answered: ray.data.Dataset = small.map_batches(
-        LargeStage,
+        _LargeStage,
         fn_constructor_args=(make, column, large_concurrency // most),
         batch_size=batch_size,
         batch_format="pyarrow",
@@ -158,7 +158,7 @@ def _made(make: Callable[[], ShuntRunnable]) -> ShuntRunnable:
     return found
 
 
-class Stage(ABC):
+class _Stage(ABC):
     """An actor with a chain of its own.
 
     Where the chain cannot be made, that is told with the first batch: Ray starts an actor that fails while it is made
@@ -192,7 +192,7 @@ class Stage(ABC):
         return self._done(batch)
 
 
-class SmallStage(Stage):
+class _SmallStage(_Stage):
     """Has the chain's small models predict, and adds what they think to the rows."""
 
     @override
@@ -212,7 +212,7 @@ class SmallStage(Stage):
         return batch
 
 
-class LargeStage(Stage):
+class _LargeStage(_Stage):
     """Routes what was predicted, asks the large model, and adds the answers to the rows.
 
     A batch's records are written when it is handed on.
@@ -232,7 +232,7 @@ class LargeStage(Stage):
         self._given = {}
         for stage, model in _stages_of(chain).items():
             labels = tuple(getattr(model, "labels", None) or chain.task_labels or ())
-            self._given[stage] = GivenPredictions(labels=labels)
+            self._given[stage] = _GivenPredictions(labels=labels)
             self._given[stage]._reader = getattr(model, "reader", None)
         settings = {
             "policy": policy_for(chain.small, chain.policy),
@@ -269,7 +269,7 @@ class LargeStage(Stage):
             )
 
 
-class GivenPredictions(SmallModel):
+class _GivenPredictions(SmallModel):
     """A small model that has predicted elsewhere: it gives what it was told of the rows it is asked about."""
 
     _cells: dict[str, list[Any]] = PrivateAttr(default_factory=dict)
