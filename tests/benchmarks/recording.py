@@ -3,8 +3,9 @@
     python -m tests.benchmarks.recording [--records N] [--large N] [--json F]
 
 Records have a 400-character input, a 200-character answer and 20 probabilities, all different; SQLite with
-synchronous=FULL, groups of 2,048, as the recorder makes them. With --large a store of so many records is written, and a
-fresh process reads its statistics and exports it: its resident memory before, and at its highest.
+synchronous=FULL, groups of 2,048, as the recorder makes them; in turn with it, the same texts are inserted into a bare
+table without keys, segments or compression. With --large a store of so many records is written, and a fresh process
+reads its statistics and exports it: its resident memory before, and at its highest.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import argparse
 import json
 import random
 import resource
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,26 @@ def written(file: Path, records: list[RoutedCall]) -> tuple[float, float]:
             store.append(records[start : start + GROUP])
         seconds = time.perf_counter() - started
     return len(records) / seconds, file.stat().st_size / len(records)
+
+
+def plainly_inserted(file: Path, records: list[RoutedCall]) -> float:
+    """Records a second of the least that SQLite can be asked for: texts and probabilities as they are, no index."""
+    connection = sqlite3.connect(file, isolation_level=None)
+    for pragma in ("journal_mode=WAL", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute(
+        "CREATE TABLE calls (id INTEGER PRIMARY KEY, input TEXT, output TEXT, p BLOB, label TEXT, time REAL)"
+    )
+    started = time.perf_counter()
+    for start in range(0, len(records), GROUP):
+        group = records[start : start + GROUP]
+        rows = [(r.input, r.raw_output, array("f", r.probabilities or ()).tobytes(), r.label, r.time) for r in group]
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("INSERT INTO calls (input, output, p, label, time) VALUES (?, ?, ?, ?, ?)", rows)
+        connection.execute("COMMIT")
+    seconds = time.perf_counter() - started
+    connection.close()
+    return len(records) / seconds
 
 
 def on_the_callers_path(file: Path, records: list[RoutedCall]) -> float:
@@ -137,12 +160,19 @@ def main() -> None:
     records = made(asked.records)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rounds = [written(folder / f"{i}.db", records) for i in range(ROUNDS)]
+        rounds, plain = [], []
+        for i in range(ROUNDS):
+            rounds.append(written(folder / f"{i}.db", records))
+            plain.append(plainly_inserted(folder / f"plain{i}.db", records))
         caller = statistics.median(on_the_callers_path(folder / f"c{i}.db", records[:2000]) for i in range(ROUNDS))
         figures: dict[str, Any] = {
             "records": asked.records,
             "records_per_second": round(statistics.median(rate for rate, _ in rounds)),
             "records_per_second_best": round(max(rate for rate, _ in rounds)),
+            "plain_insert_records_per_second": round(statistics.median(plain)),
+            "share_of_plain_insert": round(
+                statistics.median(own / other for (own, _), other in zip(rounds, plain, strict=True)), 3
+            ),
             "bytes_per_record": round(rounds[0][1], 1),
             "caller_us": round(1e6 * caller, 2),
         }

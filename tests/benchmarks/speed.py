@@ -409,7 +409,10 @@ def child(*words: str) -> dict[str, Any]:
 
 def recording() -> Verdict:
     found = child("tests.benchmarks.recording", "--records", "10000")
-    values = {name: float(found[name]) for name in ("caller_us", "records_per_second", "bytes_per_record")}
+    values = {
+        name: float(found[name])
+        for name in ("caller_us", "records_per_second", "bytes_per_record", "share_of_plain_insert")
+    }
     targets = {
         "caller_us": ("<=", 5.0),
         "records_per_second": (">=", 100_000.0),
