@@ -39,7 +39,7 @@ arrow = pytest.importorskip("pyarrow")
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'langchain-datashunt[ray]'")
 pytest.importorskip("ray.data")
 
-from langchain_datashunt.ray import ANSWER_COLUMNS, LargeStage, SmallStage, shunt_dataset  # noqa: E402
+from langchain_datashunt.ray import ANSWER_COLUMNS, _LargeStage, _SmallStage, shunt_dataset  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_two_small_models_and_what_fails(bundle: Path) -> None:
     )  # fmt: skip
     texts = ["a lamp", "fail please", "broken", "other", None]
     table = arrow.table({"text": arrow.array(texts, "string"), "more": list(range(5))})
-    answered = LargeStage(lambda: chain, "text", 4)(SmallStage(lambda: chain, "text")(table))
+    answered = _LargeStage(lambda: chain, "text", 4)(_SmallStage(lambda: chain, "text")(table))
     assert answered.schema.names == ["text", "more", *ANSWER_COLUMNS]
     assert [str(answered.schema.field(name).type) for name in ANSWER_COLUMNS] == list(ANSWER_COLUMNS.values())
     found = answered.to_pylist()
@@ -206,9 +206,9 @@ def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle:
             policy=Threshold(0.5, score=Margin()), labels=("a", "b"),
         )  # fmt: skip
 
-    tables = [SmallStage(lambda i=i: chain(i), "text")(arrow.table({"text": ["x", "unsure"]})) for i in range(2)]  # type: ignore[misc]
+    tables = [_SmallStage(lambda i=i: chain(i), "text")(arrow.table({"text": ["x", "unsure"]})) for i in range(2)]  # type: ignore[misc]
     both = arrow.concat_tables(tables)
-    found = LargeStage(lambda: chain(0), "text", 2)(both).to_pylist()
+    found = _LargeStage(lambda: chain(0), "text", 2)(both).to_pylist()
     assert [row["answer"] for row in found] == ["b", "L:unsure", "a", "L:unsure"]
 
 
@@ -236,14 +236,14 @@ def test_what_only_the_actors_see_is_told_with_the_first_batch(bundle: Path) -> 
         return ShuntRunnable(small=BundledSmallModel.at(bundle), large=large, pruning=None)
 
     with pytest.raises(ConfigurationError, match="has no column 'question'"):
-        SmallStage(make, "question")(arrow.table({"text": ["a"]}))
+        _SmallStage(make, "question")(arrow.table({"text": ["a"]}))
     with pytest.raises(ConfigurationError, match="would overwrite: answer"):
-        SmallStage(make, "text")(arrow.table({"text": ["a"], "answer": ["b"]}))
+        _SmallStage(make, "text")(arrow.table({"text": ["a"], "answer": ["b"]}))
     with pytest.raises(ConfigurationError, match="package's: datashunt_id"):
-        SmallStage(make, "text")(arrow.table({"text": ["a"], "datashunt_id": ["b"]}))
+        _SmallStage(make, "text")(arrow.table({"text": ["a"], "datashunt_id": ["b"]}))
     with pytest.raises(ConfigurationError, match="gave a str, no ShuntRunnable"):
-        SmallStage(lambda: "chain", "text")(arrow.table({"text": ["a"]}))  # type: ignore[arg-type, return-value]
+        _SmallStage(lambda: "chain", "text")(arrow.table({"text": ["a"]}))  # type: ignore[arg-type, return-value]
     with pytest.raises(BundleError):
-        LargeStage(lambda: make().model_copy(update={"small": BundledSmallModel.at("nowhere")}), "text", 1)(
+        _LargeStage(lambda: make().model_copy(update={"small": BundledSmallModel.at("nowhere")}), "text", 1)(
             arrow.table({"text": ["a"]})
         )
