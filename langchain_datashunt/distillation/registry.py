@@ -340,13 +340,8 @@ class RegistryModel(SmallModel):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        private = {
-            **(state["__pydantic_private__"] or {}),
-            "_model": None,
-            "_stamp": -1,
-            "_lock": None,
-            "_coming": None,
-        }
+        anew = {"_model": None, "_stamp": -1, "_lock": None, "_coming": None, "_failed": -1}
+        private = {**(state["__pydantic_private__"] or {}), **anew}
         return {**state, "__pydantic_private__": private}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:

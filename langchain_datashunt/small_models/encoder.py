@@ -95,7 +95,7 @@ class SentenceEncoder(Embeddings):
 
     def _forward(self, ids: list[list[int]]) -> torch.Tensor:
         if (packed := self.packing.of(self.network)) is None:
-            return self.embed_ids(self.network, ids)
+            return self._embed_padded(self.network, ids)  # a batch is of like lengths already
         states = packed(ids)
         pooled = states.first().float() if self.pooling == "cls" else states.mean()
         unit: torch.Tensor = require("torch", "torch").nn.functional.normalize(pooled, dim=-1)

@@ -39,13 +39,22 @@ AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], PackedStates]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """How far a state of the packed encoder may be from the library's own, relative to the largest, by number format."""
 
-_LOG = logging.getLogger(__name__)
 _LARGEST_EXPORT = 400_000_000
+"""Parameters of a network that is exported to ONNX unasked, at the most."""
+
 _PROBE_LENGTHS = (3, 7, 7, 12)
 _TRIAL_LENGTHS = (8, 10, 10, 12, 14, 16, 18, 20)
 _TRIAL_ROUNDS = 3
 _MUCH_SLOWER, _MUCH_SLOWER_THAN_ONNX = 1.2, 1.5
 """By how much the packed form must lose the trial to be left, to transformers and to ONNX Runtime."""
+
+_LOG = logging.getLogger(__name__)
+
+_LEFT_ALONE: list[Any] = []
+"""What a forked child has of its parent and must not end."""
+
+_SAID: set[str] = set()
+"""Architectures of which it was said that they have no packed form."""
 
 
 class PackedEncoder:
@@ -178,12 +187,6 @@ def _chosen(seconds: dict[str, float]) -> str:
     return best
 
 
-_LEFT_ALONE: list[Any] = []
-"""What a forked child has of its parent and must not end."""
-
-_SAID: set[str] = set()
-
-
 def say_once(kind: str) -> None:
     """That an architecture has no packed form is no failure, and worth knowing where speed counts."""
     if kind not in _SAID:
@@ -277,7 +280,7 @@ def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
 def packed(network: torch.nn.Module) -> PackedEncoder | None:
     """The packed form of an encoder that transformers made, None where it cannot be had.
 
-    It is had for the architectures of `packed_layers` on the CPU and on CUDA, after its states were compared with the
+    It is had for what `ARCHITECTURES` names, on the CPU and on CUDA, after its states were compared with the
     library's own. That it is not had for another architecture is no failure; that results differ is a warning.
     """
     kind, one = str(getattr(network.config, "model_type", "")), next(network.parameters())
