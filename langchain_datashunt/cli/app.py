@@ -205,6 +205,10 @@ def distill(
     out: Annotated[Path, typer.Option(help="Folder of the model registry; made where it is not there.")],
     text: TextColumn = "text",
     label: Annotated[str, typer.Option(help="Column with the true label.")] = "label",
+    large_label: Annotated[
+        str | None,
+        typer.Option(help="Column of HOLDOUT with the large model's answer: the log's answers are compared with it."),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Only records of this task.")] = None,
     mode: Annotated[str, typer.Option(help="posterior, teacher or paper.")] = "posterior",
     watch: Annotated[bool, typer.Option(help="Go on: distil whenever --every new answers are there.")] = False,
@@ -230,7 +234,7 @@ def distill(
         "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
         "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,
     }  # fmt: skip
-    asked = DistillTask(bundle, store, holdout, out, text, label, task, mode, training)
+    asked = DistillTask(bundle, store, holdout, out, text, label, task, mode, training, large_label)
     if watch:
         with errors():
             watch_store(asked, every)

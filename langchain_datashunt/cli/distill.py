@@ -26,6 +26,7 @@ class DistillTask:
         task: Only records of this task.
         mode: What S2 learns in stage A.
         training: Training settings that were given.
+        large_label: Column of the held-out file with the large model's answer.
     """
 
     bundle: Path
@@ -37,6 +38,7 @@ class DistillTask:
     task: str | None
     mode: str
     training: dict[str, Any]
+    large_label: str | None = None
 
     def settings(self) -> Any:
         """As `DistillationSettings`."""
@@ -46,12 +48,37 @@ class DistillTask:
         given = {name: value for name, value in self.training.items() if value is not None}
         return DistillationSettings(mode=self.mode, training=TrainingSettings(**given))
 
-    def records(self) -> Iterator[Any]:
-        """The records, in batches."""
+    def records(self, **which: Any) -> Iterator[Any]:
+        """The records, in batches; `which` as for `CallFilter`."""
         from langchain_datashunt.distillation import CallFilter, DistillationStore
 
         with DistillationStore(self.store) as opened:
-            yield from opened.iterate(CallFilter(task=self.task))
+            yield from opened.iterate(CallFilter(task=self.task, **which))
+
+    def teacher(self, registry: Any, examples: HeldOut) -> Any:
+        """What is to be thought of the answers since the version in service took over; None without held-out ones."""
+        from langchain_datashunt.distillation import TeacherCheck
+
+        if examples.large is None:
+            return None
+        newer = self.records(asked=True, since=registry.in_service_since())
+        calls = (call for batch in newer for call in batch)
+        return TeacherCheck().test(registry.load(), calls, examples.texts, examples.large)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples that nobody learns from.
+
+    Attributes:
+        texts: `n` inputs.
+        labels: Their true labels.
+        large: The large model's answers, where they are known.
+    """
+
+    texts: list[str]
+    labels: list[str]
+    large: list[str | None] | None
 
 
 def distill_bundle(task: DistillTask) -> dict[str, Any]:
@@ -68,12 +95,15 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
     from langchain_datashunt.small_models.processes import processes
 
     started, small = time.perf_counter(), load_small_model(task.bundle)
-    texts, labels = processes().share(lambda: begin(task, small))
+    held = processes().share(lambda: begin(task, small))
     distilled = TwoStageDistiller(task.settings()).distill(small, task.records())
 
     def consider() -> dict[str, Any]:
         registry, told = ModelRegistry(task.out), vars(distilled.report)
-        version, verdict = registry.consider(distilled.model, texts, labels, metrics={"distillation": told})
+        version, verdict = registry.consider(
+            distilled.model, held.texts, held.labels,
+            metrics={"distillation": told}, teacher=task.teacher(registry, held),
+        )  # fmt: skip
         return {
             "version": version,
             "promoted": verdict.passed,
@@ -81,6 +111,7 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
             "n": verdict.n,
             "old_accuracy": round(verdict.old_accuracy, 6),
             "new_accuracy": round(verdict.new_accuracy, 6),
+            **({} if verdict.teacher is None else {"answers": verdict.teacher.reason}),
             **told,
             "bundle": str(registry.bundle(version)),
             "processes": processes().count,
@@ -90,13 +121,13 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
     return processes().share(consider)
 
 
-def begin(task: DistillTask, small: Any) -> tuple[list[str], list[str]]:
+def begin(task: DistillTask, small: Any) -> HeldOut:
     """See to it that the registry has a version in service; the gate's examples."""
-    from langchain_datashunt.data.reading import labelled_texts
+    from langchain_datashunt.cli.calibrate import LabelledFile
     from langchain_datashunt.distillation import ModelRegistry
 
     registry = ModelRegistry(task.out)
-    texts, labels = labelled_texts(task.holdout, task.text, task.label)
+    texts, labels, large, _ = LabelledFile(task.holdout, task.text, task.label, task.large_label).read()
     if strange := sorted(set(labels) - set(small.labels)):
         raise DataError(
             f"{task.holdout} has labels that the small model does not know: {', '.join(strange[:5])}. "
@@ -104,7 +135,7 @@ def begin(task: DistillTask, small: Any) -> tuple[list[str], list[str]]:
         )
     if registry.current_version() is None:
         registry.promote(registry.add(small), "the model that distillation began with")
-    return texts, labels
+    return HeldOut(texts, labels, large)
 
 
 def watch_store(task: DistillTask, every: int) -> None:
@@ -112,10 +143,11 @@ def watch_store(task: DistillTask, every: int) -> None:
     from langchain_datashunt.distillation import ContinualDistiller
     from langchain_datashunt.small_models import load_small_model
 
-    examples = begin(task, load_small_model(task.bundle))
+    held = begin(task, load_small_model(task.bundle))
     watcher = ContinualDistiller(
-        task.out, task.store, every=every, holdout=examples, task=task.task, settings=task.settings()
-    )
+        task.out, task.store, every=every, holdout=(held.texts, held.labels), holdout_large=held.large,
+        task=task.task, settings=task.settings(),
+    )  # fmt: skip
     console.print(f"Watching {task.store}; a round every {every} new answers. Stop with Ctrl-C.", highlight=False)
     try:
         watcher.run()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.distillation.recorder import Recorder, RecorderCounters
     from langchain_datashunt.distillation.registry import ModelRegistry, ModelVersion, RegistryModel
     from langchain_datashunt.distillation.store import DistillationStore
+    from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherVerdict
 
 _WHERE = {
     "CallFilter": "filters",
@@ -48,6 +49,8 @@ _WHERE = {
     "RoutedCall": "record",
     "SharedControl": "controls",
     "SharedLedger": "ledger",
+    "TeacherCheck": "teacher",
+    "TeacherVerdict": "teacher",
     "TwoStageDistiller": "distiller",
     "Verdict": "gate",
 }
@@ -72,6 +75,8 @@ __all__ = [
     "RoutedCall",
     "SharedControl",
     "SharedLedger",
+    "TeacherCheck",
+    "TeacherVerdict",
     "TwoStageDistiller",
     "Verdict",
     "cold_start",

@@ -20,6 +20,7 @@ from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.registry import ModelRegistry
 from langchain_datashunt.distillation.store import DistillationStore
+from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherVerdict
 from langchain_datashunt.exceptions import DataError, ShuntError
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,12 @@ class ContinualDistiller:
         every: New records with a large answer after which a round is due.
         holdout: Texts and true labels for the gate. None tests on held-out large answers: then the gate bounds
             disagreement with the large model, not error.
+        holdout_large: The large model's answers to the texts of `holdout`: a candidate is then rejected, too, where
+            the log's answers are no longer like these (`TeacherCheck`).
         task: Only records of this task.
         settings: How S2 is taught.
         gate: What a candidate must pass.
+        teacher_check: How the log's answers are compared with `holdout_large`.
         labelled: Texts and true labels to learn beside the log.
         poll_seconds: How often the store is looked at.
         nice: How much lower than normal the priority of the background process is.
@@ -62,9 +66,11 @@ class ContinualDistiller:
         *,
         every: int = 500,
         holdout: tuple[Sequence[str], Sequence[str]] | None = None,
+        holdout_large: Sequence[str | None] | None = None,
         task: str | None = None,
         settings: DistillationSettings | None = None,
         gate: PromotionGate | None = None,
+        teacher_check: TeacherCheck | None = None,
         labelled: tuple[Sequence[str], Sequence[str]] | None = None,
         poll_seconds: float = 10.0,
         nice: int = 10,
@@ -73,9 +79,11 @@ class ContinualDistiller:
         self.store = str(store)
         self.every = every
         self.holdout = holdout
+        self.holdout_large = holdout_large
         self.task = task
         self.settings = settings or DistillationSettings()
         self.gate = gate or PromotionGate()
+        self.teacher_check = teacher_check or TeacherCheck()
         self.labelled = labelled
         self.poll_seconds = poll_seconds
         self.nice = nice
@@ -104,7 +112,9 @@ class ContinualDistiller:
         try:
             distilled = TwoStageDistiller(self.settings).distill(small, learn, labelled=self.labelled)
             metrics = {"distillation": vars(distilled.report), "answers": answers}
-            found = self.registry.consider(distilled.model, texts, labels, gate=self.gate, metrics=metrics)
+            found = self.registry.consider(
+                distilled.model, texts, labels, gate=self.gate, metrics=metrics, teacher=self._teacher(calls)
+            )
         except DataError as error:
             logger.info("Nothing distilled yet: %s", error)
             found = None
@@ -124,6 +134,14 @@ class ContinualDistiller:
             else:
                 learn.append(call)
         return learn, texts, labels
+
+    def _teacher(self, calls: list[RoutedCall]) -> TeacherVerdict | None:
+        """What is to be thought of the answers since the version in service took over."""
+        if self.holdout is None or self.holdout_large is None:
+            return None
+        since = self.registry.in_service_since()
+        newer = (call for call in calls if call.time >= since)
+        return self.teacher_check.test(self.registry.load(), newer, self.holdout[0], self.holdout_large)
 
     def _state(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
@@ -155,9 +173,11 @@ class ContinualDistiller:
             "store": self.store,
             "every": self.every,
             "holdout": self.holdout,
+            "holdout_large": self.holdout_large,
             "task": self.task,
             "settings": self.settings.model_dump(),
             "gate": asdict(self.gate),
+            "teacher_check": asdict(self.teacher_check),
             "labelled": self.labelled,
             "nice": self.nice,
         }
@@ -198,6 +218,6 @@ def _round(arguments: dict[str, Any]) -> None:
         os.nice(arguments["nice"])
     require("torch", "torch").set_num_threads(1)
     settings = DistillationSettings(**arguments.pop("settings"))
-    gate = PromotionGate(**arguments.pop("gate"))
+    gate, check = PromotionGate(**arguments.pop("gate")), TeacherCheck(**arguments.pop("teacher_check"))
     registry, store = arguments.pop("registry"), arguments.pop("store")
-    ContinualDistiller(registry, store, settings=settings, gate=gate, **arguments).step()
+    ContinualDistiller(registry, store, settings=settings, gate=gate, teacher_check=check, **arguments).step()

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.base import SmallModel
@@ -30,6 +31,7 @@ class Verdict:
         lower_bound: One-sided lower bound of new less old accuracy.
         proficient_lower_bound: The same over the labels that the old model was proficient in; None without such.
         forgotten: Proficient labels that lost more than they may, with their loss.
+        teacher: What was found of the answers that taught the candidate; None where nothing was looked at.
     """
 
     passed: bool
@@ -40,6 +42,7 @@ class Verdict:
     lower_bound: float
     proficient_lower_bound: float | None = None
     forgotten: dict[str, float] = field(default_factory=dict)
+    teacher: TeacherVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class PromotionGate:
     What cannot be shown is rejected: where both models are equally good and one in twenty answers changes, a margin
     of 0.01 needs some 3,000 held-out examples. Labels that the old model is good at are a part of the examples only,
     so their margin is wider.
+
+    A candidate is also rejected where a `TeacherCheck` found that the answers which taught it are not as the large
+    model's were.
 
     Attributes:
         margin: Accuracy that may be lost over all examples, in [0, 1].
@@ -70,8 +76,23 @@ class PromotionGate:
     min_examples: int = 10
     label_margin: float = 0.15
 
-    def test(self, old: SmallModel, new: SmallModel, texts: Sequence[str], labels: Sequence[str]) -> Verdict:
+    def test(
+        self,
+        old: SmallModel,
+        new: SmallModel,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        teacher: TeacherVerdict | None = None,
+    ) -> Verdict:
         """Compare two models on the same held-out examples.
+
+        Args:
+            old: The model in service.
+            new: The candidate.
+            texts: `n` held-out inputs.
+            labels: Their true labels.
+            teacher: What a `TeacherCheck` found of the answers that taught the candidate.
 
         Raises:
             DataError: There are no examples.
@@ -86,6 +107,8 @@ class PromotionGate:
         among = self._among_proficient(truth, before)
         lower_proficient = self.lower_bound(before[among], after[among]) if among.any() else None
         reason = self._reason(lower, lower_proficient, forgotten)
+        if not reason and teacher is not None and not teacher.passed:
+            reason = teacher.reason
         return Verdict(
             not reason,
             reason or f"not inferior by more than {self.margin:.3f} at {100 * self.level:.0f}% confidence",
@@ -95,6 +118,7 @@ class PromotionGate:
             lower,
             lower_proficient,
             forgotten,
+            teacher,
         )
 
     def lower_bound(self, before: BoolArray, after: BoolArray) -> float:

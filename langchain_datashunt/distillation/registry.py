@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import RegistryError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.small_models.base import SmallModel
@@ -125,6 +126,14 @@ class ModelRegistry:
             raise RegistryError(f"{self.folder} has no version in service. Promote one: registry.promote(number).")
         return int((state["before"] or [state["version"]])[0])
 
+    def in_service_since(self) -> float:
+        """From when calls are those of the version in service, seconds since 1970 UTC.
+
+        0.0 for the first version, which may have answered before there was a registry, and where there is none.
+        """
+        state = self._state()
+        return self.version(state["version"]).created if state["before"] else 0.0
+
     def promote(self, number: int, reason: str = "promoted by hand") -> None:
         """Put a version into service, at once for all readers."""
         with self._locked():
@@ -164,14 +173,23 @@ class ModelRegistry:
         *,
         gate: PromotionGate | None = None,
         metrics: dict[str, Any] | None = None,
+        teacher: TeacherVerdict | None = None,
     ) -> tuple[int, Verdict]:
         """Add a candidate, test it against the version in service, and promote or reject it with the reason.
+
+        Args:
+            candidate: What may take over.
+            texts: Held-out inputs.
+            labels: Their true labels.
+            gate: What it must pass; None for the defaults.
+            metrics: To be kept with the version.
+            teacher: What a `TeacherCheck` found of the answers that taught it.
 
         Raises:
             RegistryError: Nothing is in service to compare with.
             DataError: There are no held-out examples.
         """
-        verdict = (gate or PromotionGate()).test(self.load(), candidate, texts, labels)
+        verdict = (gate or PromotionGate()).test(self.load(), candidate, texts, labels, teacher=teacher)
         number = self.add(candidate, {**(metrics or {}), **_figures(verdict)})
         if verdict.passed:
             self.promote(number, verdict.reason)
@@ -357,7 +375,13 @@ def _figures(verdict: Verdict) -> dict[str, Any]:
         "lower_bound": verdict.lower_bound,
         "proficient_lower_bound": verdict.proficient_lower_bound,
         "forgotten": verdict.forgotten,
+        **({} if verdict.teacher is None else {"teacher": _finite(vars(verdict.teacher))}),
     }
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """As JSON can have them: None for a number that there is not."""
+    return {name: None if value != value else value for name, value in figures.items()}
 
 
 def _replace(file: Path, text: str) -> None:

@@ -23,7 +23,13 @@ import numpy as np
 
 from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
 from langchain_datashunt.data.reading import sample_per_label
-from langchain_datashunt.distillation import DistillationSettings, PromotionGate, RoutedCall, TwoStageDistiller
+from langchain_datashunt.distillation import (
+    DistillationSettings,
+    PromotionGate,
+    RoutedCall,
+    TeacherCheck,
+    TwoStageDistiller,
+)
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
 from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
@@ -204,12 +210,23 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
             "2CD that believes every answer": credulous.distill(s1, records, labelled=(texts, labels)).model,
             "plain fine-tuning": plain_fine_tuning(s1, records),
         }
+        teacher = TeacherCheck().test(s1, records, task.dev.texts, task.dev.large)
         for old_name, old in in_service.items():
             for name, candidate in candidates.items():
                 verdict = PromotionGate().test(old, candidate, task.dev.texts, task.dev.labels)
-                gain = verdict.new_accuracy - verdict.old_accuracy
-                same = {"candidate": name, "how": how, "flipped": share, "in_service": old_name}
-                found.append({**same, "gain": gain, "promoted": verdict.passed})
+                found.append(
+                    {
+                        "candidate": name,
+                        "how": how,
+                        "flipped": share,
+                        "in_service": old_name,
+                        "gain": verdict.new_accuracy - verdict.old_accuracy,
+                        "promoted_by_accuracy": verdict.passed,
+                        "promoted": verdict.passed and teacher.passed,
+                        "surprising": teacher.surprising,
+                        "expected": teacher.expected,
+                    }
+                )
         if share == 0.0:
             in_service["S2"] = candidates["our 2CD"]
     return found
@@ -223,7 +240,8 @@ def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "how": same[0]["how"],
             "flipped": same[0]["flipped"],
             "in_service": same[0]["in_service"],
-            "gain": float(np.mean([run["gain"] for run in same])),
+            **{name: float(np.mean([run[name] for run in same])) for name in ("gain", "surprising", "expected")},
+            "promoted_by_accuracy": sum(run["promoted_by_accuracy"] for run in same),
             "promoted": sum(run["promoted"] for run in same),
             "seeds": len(same),
         }
@@ -243,12 +261,16 @@ def table(result: dict[str, Any]) -> str:
             f"{100 * row['shunt_accuracy']:.1f}% | "
             f"{100 * row['forgetting'][0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
         )
-    lines += ["", "| candidate | answers replaced | in service | gain (points) | promoted |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| candidate | answers replaced | surprising | in service | gain (points) | by accuracy | promoted |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in result["gate"]:
         replaced = f"{100 * row['flipped']:.0f}%, {row['how']}" if row["flipped"] else "none"
         lines.append(
-            f"| {row['candidate']} | {replaced} | {row['in_service']} | {100 * row['gain']:+.1f} | "
-            f"{row['promoted']} of {row['seeds']} |"
+            f"| {row['candidate']} | {replaced} | {100 * row['surprising']:.0f}% | {row['in_service']} | "
+            f"{100 * row['gain']:+.1f} | {row['promoted_by_accuracy']} | {row['promoted']} of {row['seeds']} |"
         )
     return "\n".join(lines)
 

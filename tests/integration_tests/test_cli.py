@@ -340,13 +340,14 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     assert json.loads(command("store", "stats", "--store", url, "--json").stdout)["labelled"] == 3
 
     words = ["distill", "--bundle", work / "bundle", "--store", url, "--holdout", work / "data.csv",
-             "--out", tmp_path / "models", "--json"]  # fmt: skip
+             "--large-label", "label", "--out", tmp_path / "models", "--json"]  # fmt: skip
     distilled = command(*words)
     assert distilled.exit_code == 0, distilled.output
     summary = json.loads(distilled.stdout)
     assert summary["promoted"]
     assert summary["new_accuracy"] > summary["old_accuracy"]
     assert summary["stage_a"] > 0
+    assert "surprise the small one" in summary["answers"]
     assert load_small_model(summary["bundle"]).lineage["distillation"]["mode"] == "posterior"
     again = command(*words)
     assert again.exit_code == 1, "S1 distilled once more is no better than the version in service by chance alone"
