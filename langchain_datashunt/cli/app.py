@@ -58,6 +58,9 @@ def train(
         float, typer.Option(min=1.0, help="Seconds for --model auto, which tries all kinds.")
     ] = 300.0,
     name_labels: Annotated[bool, typer.Option("--name-labels", help="Learn each label's own name, too.")] = False,
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="File with more texts of the kind, whose labels nobody knows; for contrastive.")
+    ] = None,
     precision: Precision = None,
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = 200,
@@ -71,7 +74,7 @@ def train(
         summary = train_bundle(
             data, text, label, model, out,
             per_label=per_label, validation=validation, device=device, name_labels=name_labels,
-            time_budget=time_budget,
+            unlabelled=unlabelled, time_budget=time_budget,
             settings={
                 "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
                 "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,

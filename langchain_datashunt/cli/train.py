@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_datashunt.cli.output import console
-from langchain_datashunt.data.reading import labelled_texts, sample_per_label
+from langchain_datashunt.data.reading import labelled_texts, sample_per_label, texts_of
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.small_models import SmallModel, small_model_class
 from langchain_datashunt.small_models.selection import Candidate, train_best
@@ -21,6 +21,9 @@ ON_EMBEDDINGS = ("embedding", "neighbours", "ensemble")
 
 READ_NAMES = (*ON_EMBEDDINGS, "contrastive")
 """Kinds that can learn what labels mean."""
+
+READ_UNLABELLED = ("contrastive",)
+"""Kinds that can learn from texts without labels."""
 
 WITH_BASE = ("contrastive", "transformers")
 """Kinds that fine-tune an encoder, which may be named after a colon."""
@@ -37,6 +40,7 @@ def train_bundle(
     validation: Path | None,
     device: str | None,
     name_labels: bool = False,
+    unlabelled: Path | None = None,
     time_budget: float = 300.0,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -63,18 +67,23 @@ def train_bundle(
     names = {name: name.replace("_", " ") for name in sorted(set(labels))} if name_labels else None
     if name_labels and kind not in (*READ_NAMES, AUTO):
         raise ConfigurationError(f"--name-labels is for {', '.join(READ_NAMES)}; {kind} does not read names.")
+    if unlabelled is not None and kind not in (*READ_UNLABELLED, AUTO):
+        raise ConfigurationError(
+            f"--unlabelled is for --model {' or '.join(READ_UNLABELLED)}; {kind} learns from labelled texts only."
+        )
+    others = None if unlabelled is None else texts_of(unlabelled, text)
     chosen = TrainingSettings(**{key: value for key, value in settings.items() if value is not None})
     table: list[Candidate] = []
     trained: SmallModel
     if kind == AUTO:
-        options = {one: _options(one, device, names) for one in TRAINABLE}
+        options = {one: _options(one, device, names, others) for one in TRAINABLE}
         trained, table = train_best(
             texts, labels, validation=held_out, settings=chosen, time_budget=time_budget, options=options,
             on_candidate=lambda found: console.print(_line(found), highlight=False),
         )  # fmt: skip
         kind = type(trained).kind()
     else:
-        more = _options(kind, device, names) | ({"base": base} if base else {})
+        more = _options(kind, device, names, others) | ({"base": base} if base else {})
         kind_class: Any = small_model_class(kind)
         trained = kind_class.train(texts, labels, validation=held_out, settings=chosen, **more)
     trained.save(out)
@@ -83,6 +92,7 @@ def train_bundle(
         "kind": kind,
         "labels": len(trained.labels),
         "examples": lineage["examples"],
+        **({"unlabelled": lineage["unlabelled"]} if lineage.get("unlabelled") else {}),
         "validation_examples": lineage["validation_examples"],
         "validation_nll": round(lineage["validation_nll"], 4),
         "temperature": round(trained.temperature, 4),
@@ -92,7 +102,9 @@ def train_bundle(
     }
 
 
-def _options(kind: str, device: str | None, names: dict[str, str] | None) -> dict[str, Any]:
+def _options(
+    kind: str, device: str | None, names: dict[str, str] | None, unlabelled: list[str] | None
+) -> dict[str, Any]:
     """What a kind's `train` takes of the command line."""
     options: dict[str, Any] = {}
     if device is not None and kind in ON_EMBEDDINGS:
@@ -103,6 +115,8 @@ def _options(kind: str, device: str | None, names: dict[str, str] | None) -> dic
         options["device"] = device
     if names is not None and kind in READ_NAMES:
         options["label_texts"] = names
+    if unlabelled is not None and kind in READ_UNLABELLED:
+        options["unlabelled"] = unlabelled
     return options
 
 

@@ -69,6 +69,20 @@ def labelled_texts(file: str | Path, text: str, label: str) -> tuple[list[str], 
     return texts, labels
 
 
+def texts_of(file: str | Path, text: str) -> list[str]:
+    """The texts of a file.
+
+    Raises:
+        DataError: The column is missing, or empty in a row; the message names the row.
+    """
+    require_columns(file, text)
+    texts = [row.get(text) for row in read_rows(file)]
+    for i, found in enumerate(texts, start=1):
+        if found is None or not str(found).strip():
+            raise DataError(f"{Path(file).name}, row {i}: column {text!r} is empty. Fill or remove the row.")
+    return [str(found) for found in texts]
+
+
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.calibration.temperature import fit_temperature
-from langchain_datashunt.exceptions import BundleMismatchError
+from langchain_datashunt.exceptions import BundleMismatchError, DataError
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo
 from langchain_datashunt.small_models.embedding import EmbeddingClassifier
@@ -22,6 +22,7 @@ from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, Sent
 from langchain_datashunt.small_models.ensemble import EnsembleClassifier, log_probabilities
 from langchain_datashunt.small_models.fitting import Stage, fit_network
 from langchain_datashunt.small_models.neighbours import NeighbourClassifier
+from langchain_datashunt.small_models.scores import softmax
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -30,6 +31,7 @@ from langchain_datashunt.small_models.training import (
     lineage_of,
     one_hot,
     split_examples,
+    text_hashes,
     write_metrics,
 )
 
@@ -44,6 +46,9 @@ HELD_OUT = 0.2
 
 PAIRS_AN_EPOCH = 1_600
 """Pairs of an epoch at the most; small training sets are paired twice over."""
+
+SHARPENING = 0.7
+"""By which the temperature of pseudo-labels is multiplied."""
 
 SAMPLE = 256
 """Training pairs that are measured where nothing is held out."""
@@ -76,12 +81,16 @@ class ContrastiveClassifier(EnsembleClassifier):
         model_id: str = "contrastive",
         input_key: str = "input",
         label_texts: Mapping[str, str] | None = None,
+        unlabelled: Sequence[str] = (),
     ) -> Self:
         """Fine-tune the encoder, train the members, and pool them with equal weights.
 
         Held out is the validation set where one is given, else a fifth of each label's examples: it stops the tuning
         and calibrates members and pool. Without a validation set, encoder and members are then trained once more on
         all examples, for as many epochs as were best.
+
+        Unlabelled texts are given labels by the pool, sharpened, and the members are trained once more on both
+        (self-training with soft pseudo-labels; Lee 2013, sharpened as by Berthelot et al. 2019).
 
         Args:
             texts: `n` training texts.
@@ -94,6 +103,8 @@ class ContrastiveClassifier(EnsembleClassifier):
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is learnt as one more example of its label.
+            unlabelled: Texts of the same kind without labels; the neighbours remember each. They count as trained on:
+                nothing can be calibrated on them.
 
         Raises:
             DataError: The training set cannot be used; the message says why.
@@ -103,30 +114,31 @@ class ContrastiveClassifier(EnsembleClassifier):
         held = chosen.model_copy(update={"validation_fraction": HELD_OUT})
         split = split_examples(texts, labels, validation=validation, settings=held, label_set=label_set)
         one_hot(list(label_texts or {}), split.labels)  # a name of no label is refused before hours of training
+        own = [*split.train.texts, *split.validation.texts]
+        others, names = _without_labels(unlabelled, own), dict(label_texts or {})
         original = shared_encoder(base, device)
-        first = _Trial(split.train, split.validation, split.labels, dict(label_texts or {}))
+        frozen = PrecomputedEmbeddings(original, [*own, *names.values(), *others])
+        first = _Trial(split.train, split.validation, split.labels, names, others)
         tuned, report = first.tune(SentenceEncoder(base, device=device), chosen, "held-out")
-        members = first.members(original, tuned)
-        temperature = 1.0
-        if len(split.validation) >= MIN_EXAMPLES_FOR_CALIBRATION:
-            pooled = np.mean([log_probabilities(member, split.validation.texts) for member in members], axis=0)
-            temperature = fit_temperature(pooled, split.validation.targets.argmax(axis=1))
+        pool = first.pool(frozen, tuned)
         if not split.validation_given:
             everything = Examples(list(texts), one_hot(labels, split.labels))
-            second = _Trial(everything, None, split.labels, first.label_texts)
+            second = _Trial(everything, None, split.labels, names, others)
             epochs = max(1, report.best_step)
             again = chosen.model_copy(update={"epochs": epochs, "log": None})
             tuned, _ = second.tune(SentenceEncoder(base, device=device), again, "all")
-            members = second.members(original, tuned, like=members)
+            pool = second.pool(frozen, tuned, like=pool)
         report.seconds = time.perf_counter() - started
         write_metrics(chosen, report, "contrastive fine-tuning")
+        lineage = lineage_of(split, chosen, report, base=original.name, unlabelled=len(others))
+        hashes = sorted({*lineage["training_text_hashes"], *text_hashes(others)})
         return cls(
             labels=split.labels,
             model_id=model_id,
             input_key=input_key,
-            temperature=temperature,
-            members=members,
-            lineage=lineage_of(split, chosen, report, base=original.name),
+            temperature=pool.temperature,
+            members=pool.reading(original, tuned),
+            lineage={**lineage, "training_text_hashes": hashes},
         )
 
     @property
@@ -161,6 +173,28 @@ class ContrastiveClassifier(EnsembleClassifier):
 
 
 @dataclass(frozen=True)
+class _Pool:
+    """Members of which the first half reads the original encoder, and their common temperature."""
+
+    members: tuple[SmallModel, ...]
+    temperature: float
+    teacher: _Pool | None = None
+    """What gave unlabelled texts the labels that these learnt."""
+
+    def pseudo_labelled(self, texts: list[str]) -> Examples:
+        """Texts with what the pool makes of them, sharpened."""
+        pooled = np.mean([log_probabilities(member, texts) for member in self.members], axis=0)
+        return Examples(texts, np.asarray(softmax(pooled, self.temperature * SHARPENING), dtype=np.float64))
+
+    def reading(self, original: SentenceEncoder, tuned: SentenceEncoder) -> tuple[SmallModel, ...]:
+        """The members with the encoders themselves, not with what those said of the training texts."""
+        half = len(self.members) // 2
+        encoders = [original] * half + [tuned] * half
+        pairs = zip(self.members, encoders, strict=True)
+        return tuple(member.model_copy(update={"embeddings": encoder}) for member, encoder in pairs)
+
+
+@dataclass(frozen=True)
 class _Trial:
     """What encoder and heads are trained on, and what judges them."""
 
@@ -168,6 +202,7 @@ class _Trial:
     validation: Examples | None
     labels: tuple[str, ...]
     label_texts: dict[str, str]
+    unlabelled: list[str]
 
     def tune(
         self, encoder: SentenceEncoder, settings: TrainingSettings, what: str
@@ -206,37 +241,50 @@ class _Trial:
         encoder.name = f"fine-tuned {encoder.name}"
         return encoder, report
 
-    def members(
-        self, original: SentenceEncoder, tuned: SentenceEncoder, like: Sequence[SmallModel] = ()
-    ) -> tuple[SmallModel, ...]:
-        """A linear head and neighbours on each encoder; where `like` is given, with the settings of those.
+    def pool(self, frozen: PrecomputedEmbeddings, tuned: SentenceEncoder, like: _Pool | None = None) -> _Pool:
+        """A linear head and neighbours on each encoder; on unlabelled texts, too, once such a pool has labelled them.
 
-        What the tuned encoder has seen cannot show how sure a head on it may be: without held-out texts, strength,
-        width and temperature are those that were chosen when there were some.
+        What the tuned encoder has seen cannot show how sure a head on it may be: without held-out texts, strengths,
+        widths and temperatures are those of `like`, chosen when there were some.
         """
+        judges = [] if self.validation is None else self.validation.texts
+        known = [*self.train.texts, *judges, *self.label_texts.values(), *self.unlabelled]
+        encoders = (frozen, PrecomputedEmbeddings(tuned, known))
+        teacher = self._pool(encoders, None, like if like is None else like.teacher or like)
+        if not self.unlabelled:
+            return teacher
+        found = self._pool(encoders, teacher.pseudo_labelled(self.unlabelled), like)
+        return replace(found, teacher=teacher)
+
+    def _pool(
+        self, encoders: Sequence[PrecomputedEmbeddings], pseudo_labelled: Examples | None, like: _Pool | None
+    ) -> _Pool:
         texts, names = self.train.texts, [self.labels[i] for i in self.train.targets.argmax(axis=1)]
         judged: Any = None
         if self.validation is not None:
             judged = (self.validation.texts, [self.labels[i] for i in self.validation.targets.argmax(axis=1)])
         trained: list[SmallModel] = []
-        for encoder in (original, tuned):
-            known = [*texts, *self.label_texts.values(), *(judged[0] if judged else ())]
+        for encoder in encoders:
             more: dict[str, Any] = {
-                "embeddings": PrecomputedEmbeddings(encoder, known),
+                "embeddings": encoder,
                 "validation": judged,
                 "label_set": self.labels,
                 "label_texts": self.label_texts,
+                "pseudo_labelled": pseudo_labelled,
                 "settings": TrainingSettings(progress=False),
             }
             for kind, option, chosen in _HEADS:
-                model = like[len(trained)] if like else None
+                model = None if like is None else like.members[len(trained)]
                 fixed = {} if model is None else {option: (model.lineage[chosen],)}
                 head: SmallModel = kind.train(texts, names, **more, **fixed)
-                changed: dict[str, Any] = {"embeddings": encoder}
-                if model is not None:
-                    changed["temperature"] = model.temperature
-                trained.append(head.model_copy(update=changed))
-        return tuple(trained)
+                trained.append(head if model is None else head.model_copy(update={"temperature": model.temperature}))
+        return _Pool(tuple(trained), self._temperature(trained) if like is None else like.temperature)
+
+    def _temperature(self, members: Sequence[SmallModel]) -> float:
+        if self.validation is None or len(self.validation) < MIN_EXAMPLES_FOR_CALIBRATION:
+            return 1.0
+        pooled = np.mean([log_probabilities(member, self.validation.texts) for member in members], axis=0)
+        return fit_temperature(pooled, self.validation.targets.argmax(axis=1))
 
 
 _HEADS: tuple[tuple[Any, str, str], ...] = (
@@ -244,6 +292,18 @@ _HEADS: tuple[tuple[Any, str, str], ...] = (
     (NeighbourClassifier, "widths", "width"),
 )
 """Kinds of member, the argument of `train` that fixes what they choose, and where the lineage tells what it was."""
+
+
+def _without_labels(texts: Sequence[str], labelled: Sequence[str]) -> list[str]:
+    """The texts once each, without those that have a label.
+
+    Raises:
+        DataError: One is empty.
+    """
+    if empty := [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]:
+        raise DataError(f"Unlabelled text {empty[0]} is empty ({len(empty)} in all); remove such rows.")
+    known = set(labelled)
+    return [text for text in dict.fromkeys(texts) if text not in known]
 
 
 def contrastive_loss(pairs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

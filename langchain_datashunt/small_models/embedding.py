@@ -94,6 +94,7 @@ class EmbeddingClassifier(OnEmbeddings):
         model_id: str = "embedding",
         input_key: str = "input",
         label_texts: Mapping[str, str] | None = None,
+        pseudo_labelled: Examples | None = None,
         strengths: Sequence[float] = REGULARISATION_PATH,
     ) -> Self:
         """Train a head.
@@ -113,6 +114,8 @@ class EmbeddingClassifier(OnEmbeddings):
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is learnt as one more example of its label.
+            pseudo_labelled: Texts with distributions that another model gave them (Lee 2013), in the order of the
+                label set: learnt beside the others, and never held out.
             strengths: Inverse strengths C of the penalty that are tried, from strong to weak.
 
         Raises:
@@ -123,11 +126,15 @@ class EmbeddingClassifier(OnEmbeddings):
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
         encoder = embeddings if embeddings is not None else shared_encoder()
         started, report = time.perf_counter(), TrainingReport()
-        vectors = embed(encoder, [*split.train.texts, *split.validation.texts])[0]
-        targets = np.concatenate([split.train.targets, split.validation.targets])
-        folds = _folds(split, targets.argmax(axis=1), chosen)
+        known = (split.train, split.validation)
+        truth = np.concatenate([part.targets.argmax(axis=1) for part in known])
+        parts = (*known, *(() if pseudo_labelled is None else (pseudo_labelled,)))
+        vectors = embed(encoder, [text for part in parts for text in part.texts])[0]
+        targets = np.concatenate([part.targets for part in parts])
+        beside = np.arange(len(truth), len(targets))
+        folds = _folds(split, truth, chosen, beside)
         strength, logits, wanted = _walk_path(vectors, targets, folds, strengths, chosen, report)
-        own = np.arange(len(split.train) if split.validation_given else len(vectors))
+        own = np.concatenate([np.arange(len(split.train) if split.validation_given else len(truth)), beside])
         head, bias = _fit_head(vectors[own], targets[own], strength, chosen)
         temperature = 1.0
         if len(wanted) >= MIN_EXAMPLES_FOR_CALIBRATION:
@@ -205,18 +212,21 @@ class EmbeddingClassifier(OnEmbeddings):
         )
 
 
-def _folds(split: Split, truth: NDArray[np.intp], settings: TrainingSettings) -> list[Fold]:
-    """What to train on and what to hold out, once or several times; rows of training then validation examples."""
+def _folds(split: Split, truth: NDArray[np.intp], settings: TrainingSettings, beside: NDArray[np.intp]) -> list[Fold]:
+    """What to train on and what to hold out, once or several times; rows of training, validation, other examples.
+
+    `beside` are the rows of examples that are always trained on.
+    """
     n = len(split.train)
     if split.validation_given or len(truth) > CROSS_VALIDATE_UP_TO:
-        return [Fold(np.arange(n), np.arange(n, len(truth)))]
+        return [Fold(np.concatenate([np.arange(n), beside]), np.arange(n, len(truth)))]
     rng, fold_of = np.random.default_rng(settings.seed), np.full(len(truth), -1)
     for label in np.unique(truth):
         rows = rng.permutation(np.flatnonzero(truth == label))
         if len(rows) > 1:  # a single example of a label is always trained on
             fold_of[rows] = np.arange(len(rows)) % FOLDS
     return [
-        Fold(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold))
+        Fold(np.concatenate([np.flatnonzero(fold_of != fold), beside]), np.flatnonzero(fold_of == fold))
         for fold in range(FOLDS)
         if (fold_of == fold).any()
     ]

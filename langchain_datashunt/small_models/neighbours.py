@@ -82,6 +82,7 @@ class NeighbourClassifier(OnEmbeddings):
         model_id: str = "neighbours",
         input_key: str = "input",
         label_texts: Mapping[str, str] | None = None,
+        pseudo_labelled: Examples | None = None,
         widths: Sequence[float] = WIDTHS,
     ) -> Self:
         """Remember the training texts; width and temperature are those with the least held-out loss.
@@ -98,6 +99,8 @@ class NeighbourClassifier(OnEmbeddings):
             model_id: Name of the model in predictions and records.
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is remembered as one more example of its label.
+            pseudo_labelled: Texts with distributions that another model gave them (Lee 2013), in the order of the
+                label set: remembered beside the others, and never held out.
             widths: Kernel widths that are tried, in cosine distance.
 
         Raises:
@@ -108,15 +111,17 @@ class NeighbourClassifier(OnEmbeddings):
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
         own = Examples(list(texts), one_hot(labels, split.labels))
         encoder = embeddings if embeddings is not None else shared_encoder()
-        vectors = _unit(embed(encoder, own.texts)[0])
+        n, beside = len(own), pseudo_labelled or Examples([], np.zeros((0, len(split.labels))))
+        vectors = _unit(embed(encoder, [*own.texts, *beside.texts])[0])
+        targets = np.concatenate([own.targets, beside.targets])
         if split.validation_given:
             asked = _unit(embed(encoder, split.validation.texts)[0])
             likeness, wanted = asked @ vectors.T, split.validation.targets
         else:
-            rows = np.random.default_rng(chosen.seed).permutation(len(vectors))[:JUDGES]
+            rows = np.random.default_rng(chosen.seed).permutation(n)[:JUDGES]
             likeness, wanted = vectors[rows] @ vectors.T, own.targets[rows]
             likeness[np.arange(len(rows)), rows] = -np.inf
-        width, temperature = _best_width(likeness, own.targets, wanted, widths, report)
+        width, temperature = _best_width(likeness, targets, wanted, widths, report)
         report.seconds = time.perf_counter() - started
         write_metrics(chosen, report, "kernel widths")
         return cls(
@@ -126,7 +131,7 @@ class NeighbourClassifier(OnEmbeddings):
             temperature=temperature,
             embeddings=encoder,
             vectors=vectors,
-            targets=own.targets.astype(np.float32),
+            targets=targets.astype(np.float32),
             width=width,
             lineage=lineage_of(split, chosen, report, width=width),
         )

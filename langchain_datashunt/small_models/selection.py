@@ -86,6 +86,8 @@ def train_best(
     split = split_examples(texts, labels, validation=validation, settings=held)
     learn = (split.train.texts, [split.labels[i] for i in split.train.targets.argmax(axis=1)])
     judged = (split.validation.texts, [split.labels[i] for i in split.validation.targets.argmax(axis=1)])
+    judges = set(judged[0])  # a text whose label a candidate had guessed would flatter it
+    trials = {kind: _without(judges, dict((options or {}).get(kind, {}))) for kind in kinds}
     table: list[Candidate] = []
     models: dict[str, SmallModel] = {}
     for kind in kinds:
@@ -93,7 +95,7 @@ def train_best(
         if left <= 0:
             found = Candidate(kind, note="not tried: the time budget was used up")
         else:
-            found, model = _tried(kind, learn, judged, split.labels, chosen, left, dict((options or {}).get(kind, {})))
+            found, model = _tried(kind, learn, judged, split.labels, chosen, left, trials[kind])
             if model is not None:
                 models[kind] = model
         table.append(found)
@@ -110,6 +112,13 @@ def train_best(
         list(texts), list(labels), settings=bounded, label_set=split.labels, **dict((options or {}).get(best.kind, {}))
     )
     return final, table
+
+
+def _without(texts: set[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `train` with these texts not among the unlabelled ones."""
+    if "unlabelled" not in options:
+        return options
+    return {**options, "unlabelled": [text for text in options["unlabelled"] if text not in texts]}
 
 
 def _best(candidates: list[Candidate]) -> Candidate:

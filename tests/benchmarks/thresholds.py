@@ -3,7 +3,8 @@
     python -m tests.benchmarks.thresholds [--json F] [--seeds N] [--risk-seeds N]
 
 Banking77 with GPT-4's answers: 10 examples per label of train.csv, a linear head and kernel neighbours on MiniLM
-embeddings before and after contrastive fine-tuning that also learn each label's name (`--frozen`: without tuning);
+embeddings before and after contrastive fine-tuning that also learn each label's name, and the other texts of train.csv
+without their labels (`--labelled-only`: not these; `--frozen`: without tuning, and without these);
 temperature, fusion and threshold from dev.csv alone; scored once on test.csv. Risk: 20 training samples, at most 5%
 wrong among the kept with 95% confidence, shown on dev.csv and checked on test.csv. MMLU and GSM8K of RouteLLM
 (Mixtral-8x7B, GPT-4): who is right is learnt from the question's embedding, 5-fold cross-validated, read as APGR and
@@ -62,14 +63,16 @@ def right(names: list[Any], labels: list[str]) -> BoolArray:
     return np.array([a == b for a, b in zip(names, labels, strict=True)])
 
 
-def one_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int, contrastive: bool) -> dict[str, Any]:
+def one_seed(
+    task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int, contrastive: bool, unlabelled: list[str]
+) -> dict[str, Any]:
     """Everything chosen on dev.csv, scored on test.csv."""
     texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
     names = {label: label.replace("_", " ") for label in set(labels)}
     settings = QUIET.model_copy(update={"seed": seed})
     small: SmallModel
     if contrastive:
-        small = ContrastiveClassifier.train(texts, labels, settings=settings, label_texts=names)
+        small = ContrastiveClassifier.train(texts, labels, settings=settings, label_texts=names, unlabelled=unlabelled)
     else:
         small = EnsembleClassifier.train(texts, labels, settings=settings, embeddings=encoder, label_texts=names)
     small = calibrated(small, task.dev.texts, task.dev.labels)
@@ -104,10 +107,12 @@ def fused(fusion: AnswerFusion, batch: PredictionBatch, answers: list[Any]) -> l
     return best
 
 
-def banking(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int, contrastive: bool) -> dict[str, Any]:
+def banking(
+    task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int, contrastive: bool, unlabelled: list[str]
+) -> dict[str, Any]:
     runs = []
     for seed in range(seeds):
-        runs.append(one_seed(task, encoder, seed, contrastive))
+        runs.append(one_seed(task, encoder, seed, contrastive, unlabelled))
         told = {name: round(float(values.mean()), 4) for name, values in runs[-1].items()}
         print(f"seed {seed}: {told}", file=sys.stderr, flush=True)
     mean = {name: float(np.mean([run[name].mean() for run in runs])) for name in runs[0]}
@@ -124,6 +129,7 @@ def banking(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int, con
         "match_large_share": mean["match_large_asked"],
         "random_mix_at_plain_share": (1 - mean["plain_asked"]) * mean["small"] + mean["plain_asked"] * mean["large"],
         "seeds": seeds,
+        "unlabelled": len(unlabelled),
     }
 
 
@@ -182,6 +188,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--risk-seeds", type=int, default=20)
     parser.add_argument("--frozen", action="store_true", help="an ensemble on the encoder as it is")
+    parser.add_argument("--labelled-only", action="store_true", help="without the unlabelled texts of train.csv")
     options = parser.parse_args()
     folder = banking77_folder()
     if folder is None:
@@ -191,7 +198,12 @@ def main() -> None:
     encoder = PrecomputedEmbeddings(
         shared_encoder(), [*task.train.texts, *task.dev.texts, *task.test.texts, *sorted(names)]
     )
-    result = banking(task, encoder, options.seeds, not options.frozen) | risk(task, encoder, options.risk_seeds)
+    asked_of = {*task.dev.texts, *task.test.texts}
+    unlabelled = [text for text in task.train.texts if text not in asked_of]
+    if options.frozen or options.labelled_only:
+        unlabelled = []
+    result = banking(task, encoder, options.seeds, not options.frozen, unlabelled)
+    result |= risk(task, encoder, options.risk_seeds)
     llm = folder.parent / "routellm"
     if llm.is_dir():
         for name, files in (("mmlu", sorted((llm / "mmlu").glob("*.csv"))), ("gsm8k", [llm / "gsm8k_responses.csv"])):

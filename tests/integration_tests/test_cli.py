@@ -128,6 +128,22 @@ def test_train_explains_what_it_cannot_use(work: Path, tmp_path: Path) -> None:
     assert "train" in command("--help").stdout
 
 
+def test_a_contrastive_model_learns_from_a_file_without_labels(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("langchain_datashunt.small_models.contrastive.PAIRS_AN_EPOCH", 1)
+    (tmp_path / "new.jsonl").write_text('{"text": "where is it now"}\n{"text": "send it back"}\n')
+    words = ["train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--per-label", "4",
+             "--epochs", "1", "--unlabelled", tmp_path / "new.jsonl", "--out", tmp_path / "b", "--json"]  # fmt: skip
+    done = command(*words, "--model", "contrastive")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["unlabelled"] == 2
+    refused = command(*words, "--model", "textcnn")
+    assert refused.exit_code == 2
+    assert "--unlabelled is for --model contrastive" in " ".join(refused.output.split())
+    (tmp_path / "new.jsonl").write_text('{"text": "where is it now"}\n{"text": " "}\n')
+    empty = command(*words, "--model", "contrastive")
+    assert "row 2: column 'text' is empty" in " ".join(empty.output.split())
+
+
 @pytest.mark.parametrize("model", ["embedding", "lstm"])
 def test_train_makes_bundles_that_load(work: Path, tmp_path: Path, model: str) -> None:
     done = command(

@@ -43,6 +43,7 @@ from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
 from langchain_datashunt.small_models.contrastive import contrastive_loss
 from langchain_datashunt.small_models.encoder import shared_encoder
 from langchain_datashunt.small_models.scores import softmax
+from langchain_datashunt.small_models.training import Examples, one_hot, seen_in_training
 from tests.support.handlers import RunBook
 from tests.support.models import LetterEmbeddings, WordModel
 
@@ -622,6 +623,66 @@ def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alon
         ContrastiveClassifier.train(texts, labels, settings=settings, label_texts={"no such label": "?"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "fixed"), [(EmbeddingClassifier, {"strengths": (20.0,)}), (NeighbourClassifier, {"widths": (0.08,)})]
+)
+def test_pseudo_labels_that_are_certain_teach_what_labels_do(kind: Any, fixed: Any, shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    given: dict[str, Any] = {"validation": (texts[100:], labels[100:]), "settings": QUIET, **fixed}
+    names = tuple(sorted(set(labels)))
+    all_labelled = kind.train(texts[:100], labels[:100], label_set=names, **given)
+    beside = Examples(list(texts[40:100]), one_hot(labels[40:100], names))
+    some = kind.train(texts[:40], labels[:40], label_set=names, pseudo_labelled=beside, **given)
+    wanted, found = (model.predict_batch(texts[100:]).probabilities for model in (all_labelled, some))
+    assert np.allclose(found, wanted, atol=2e-3)
+    few = kind.train(texts[:40], labels[:40], label_set=names, **given)
+    assert not np.allclose(few.predict_batch(texts[100:]).probabilities, wanted, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [EmbeddingClassifier, NeighbourClassifier])
+def test_pseudo_labels_are_never_held_out(kind: Any, shop_messages: Any) -> None:
+    """Wrong ones with certainty: were they judged on, the temperature and the held-out loss would show it."""
+    texts, labels = shop_messages
+    names = tuple(sorted(set(labels)))
+    wrong = [names[(names.index(label) + 1) % len(names)] for label in labels[100:]]
+    beside = Examples([f"zz {i} qq xx" for i in range(len(wrong))], one_hot(wrong, names))
+    model = kind.train(texts[:100], labels[:100], label_set=names, pseudo_labelled=beside, settings=QUIET)
+    plain = kind.train(texts[:100], labels[:100], label_set=names, settings=QUIET)
+    assert model.lineage["examples"] == plain.lineage["examples"]
+    assert model.lineage["validation_nll"] < plain.lineage["validation_nll"] + 0.3
+
+
+def test_unlabelled_texts_teach_a_contrastive_classifier(shop_messages: Any, tmp_path: Path) -> None:
+    texts, labels = shop_messages
+    order = np.random.default_rng(1).permutation(len(texts)).tolist()
+    few = [i for label in sorted(set(labels)) for i in [j for j in order if labels[j] == label][:3]]
+    asked, others = ([i for i in order if i not in few][part] for part in (slice(0, 60), slice(60, None)))
+    take = lambda rows: ([texts[i] for i in rows], [labels[i] for i in rows])  # noqa: E731
+    held, settings = take(asked[:30]), TrainingSettings(progress=False, epochs=1, batch_size=16)
+    unlabelled = [*take(others)[0], take(others)[0][0], take(few)[0][0], held[0][0]]
+    plain = ContrastiveClassifier.train(*take(few), validation=held, settings=settings)
+    model = ContrastiveClassifier.train(*take(few), validation=held, settings=settings, unlabelled=unlabelled)
+    assert (plain.lineage["unlabelled"], model.lineage["unlabelled"]) == (0, len(others)), "each once, none labelled"
+    assert [len(m.vectors) for m in model.members if isinstance(m, NeighbourClassifier)] == [12 + len(others)] * 2
+    seen = seen_in_training(model.lineage, take(others)[0])
+    assert len(seen) == len(others), "nothing can be calibrated on them"
+    assert not seen_in_training(plain.lineage, take(others)[0])
+
+    def loss(small: SmallModel) -> float:
+        new, truth = take(asked[30:])
+        p = small.predict_batch(new).probabilities
+        return float(-np.log(p[np.arange(len(new)), [small.labels.index(label) for label in truth]]).mean())
+
+    assert loss(model) < loss(plain) + 0.05
+    assert not np.allclose(
+        model.predict_batch(texts).probabilities, plain.predict_batch(texts).probabilities, atol=0.01
+    )
+    again = load_small_model(model.save(tmp_path / "bundle"))
+    assert np.allclose(again.predict_batch(texts).probabilities, model.predict_batch(texts).probabilities, atol=1e-5)
+    with pytest.raises(DataError, match="Unlabelled text 1 is empty"):
+        ContrastiveClassifier.train(*take(few), settings=settings, unlabelled=["a", " "])
+
+
 def test_a_contrastive_bundle_without_its_encoder_is_refused(trained: Any, tmp_path: Path) -> None:
     folder = trained["contrastive"].save(tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
@@ -659,6 +720,26 @@ def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
     )
     assert type(model).kind() == "embedding"
     assert table[1].note
+
+
+def test_a_text_that_judges_kinds_is_not_learnt_without_its_label(shop_messages: Any, monkeypatch: Any) -> None:
+    from langchain_datashunt.small_models.selection import train_best
+
+    texts, labels = shop_messages
+    seen: list[list[str]] = []
+
+    def train(*args: Any, unlabelled: Any, **more: Any) -> SmallModel:
+        seen.append(list(unlabelled))
+        return EmbeddingClassifier.train(*args, **more)
+
+    monkeypatch.setattr(ContrastiveClassifier, "train", train)
+    held = (texts[:40], labels[:40])
+    train_best(
+        texts[40:], labels[40:], validation=held, settings=QUIET, kinds=("contrastive",),
+        options={"contrastive": {"unlabelled": texts}},
+    )  # fmt: skip
+    assert [set(one) & set(held[0]) for one in seen] == [set()]
+    assert set(seen[0]) == set(texts) - set(held[0])
 
 
 def test_a_network_stops_when_its_time_is_up(shop_messages: Any) -> None:
