@@ -12,10 +12,13 @@ import pytest
 from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, Threshold, TrainingSettings
 from langchain_datashunt.data.benchmark_task import load_banking77
 from langchain_datashunt.distillation import DistillationStore, Recorder
+from langchain_datashunt.small_models.devices import cpu_has_bfloat16
 from langchain_datashunt.small_models.encoder import SentenceEncoder, shared_encoder
 
+WHOLE = pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
-@pytest.mark.parametrize("n", [400, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+
+@pytest.mark.parametrize("n", [400, WHOLE])
 def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tmp_path: Path, n: int | None) -> None:
     task = load_banking77(banking77)
     texts = list(task.test.texts)[:n]
@@ -57,3 +60,25 @@ def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tm
             assert [getattr(one, field) for field in same] == [getattr(two, field) for field in same], name
             assert one.confidence == pytest.approx(two.confidence, abs=1e-3)  # half-precision on disk
     assert remembering.cache is not None
+
+
+@pytest.mark.parametrize("n", [600, WHOLE])
+@pytest.mark.parametrize(("dtype", "furthest", "of_a_hundred"), [("float32", 1e-4, 1e-5), ("bfloat16", 0.03, 0.015)])
+def test_the_engine_agrees_with_transformers_on_real_questions(
+    banking77: Path, n: int | None, dtype: str, furthest: float, of_a_hundred: float
+) -> None:
+    """The largest difference of a probability, for all questions and for 99 of 100, and the labels."""
+    if dtype == "bfloat16" and not cpu_has_bfloat16():
+        pytest.skip("this processor has no bfloat16 arithmetic, and emulates it too slowly")
+    task = load_banking77(banking77)
+    texts = list(task.test.texts)[:n]
+    plain = EmbeddingClassifier.train(
+        task.train.texts[::12], task.train.labels[::12], settings=TrainingSettings(progress=False),
+        embeddings=SentenceEncoder(engine="plain"),
+    )  # fmt: skip
+    quick = plain.model_copy(update={"embeddings": SentenceEncoder(engine="packed", dtype=dtype)})
+    wanted, found = plain.predict_batch(texts), quick.predict_batch(texts)
+    far = np.abs(wanted.probabilities - found.probabilities).max(axis=1)
+    assert far.max() <= furthest
+    assert np.quantile(far, 0.99) <= of_a_hundred
+    assert (wanted.best == found.best).mean() >= (1.0 if dtype == "float32" else 0.995)
