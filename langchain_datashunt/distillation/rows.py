@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -77,7 +79,7 @@ def rows_of(
         [_ROUTES[r.route] for r in records],
         [_REASONS[r.reason] for r in records],
         [p.index(best) if p else None for p, best in zip(distributions, confidences, strict=True)],
-        [None if r.label is None else _positions(r.labels).get(r.label, OUTSIDE) for r in records],
+        _label_positions(records),
         [r.input_tokens for r in records],
         [r.output_tokens for r in records],
         [r.cost_usd for r in records],
@@ -102,9 +104,14 @@ def _of_written(row: Row, record: RoutedCall) -> Row:
     )
 
 
-@lru_cache(maxsize=64)
-def _positions(labels: tuple[str, ...]) -> dict[str, int]:
-    return {label: i for i, label in enumerate(labels)}
+def _label_positions(records: Sequence[RoutedCall]) -> list[int | None]:
+    """The large model's label of each record in its label set."""
+    found: list[int | None] = []
+    for labels, alike in groupby(records, key=attrgetter("labels")):
+        positions: dict[str | None, int | None] = {label: i for i, label in enumerate(labels)}
+        positions[None] = None
+        found.extend(positions.get(r.label, OUTSIDE) for r in alike)
+    return found
 
 
 @lru_cache(maxsize=256)

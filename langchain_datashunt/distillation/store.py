@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from itertools import groupby, repeat
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -193,10 +194,10 @@ class DistillationStore:
         self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]
     ) -> list[int]:
         """For each record the row of what it shares with others; made, and added to `known`, where it is new."""
-        shared = [_SHARED_FIELDS(record) for record in records]
-        for new in sorted(set(shared) - known.keys()):
+        alike = [(one, len(list(same))) for one, same in groupby(map(_SHARED_FIELDS, records))]  # seldom more than one
+        for new in sorted({one for one, _ in alike} - known.keys()):
             known[new] = self._context(connection, dict(zip(SHARED, new, strict=True)))
-        return [known[each] for each in shared]
+        return [number for one, n in alike for number in repeat(known[one], n)]
 
     def _context(self, connection: Connection, shared: dict[str, Any]) -> int:
         shared["labels"] = json.dumps(shared["labels"], ensure_ascii=False)

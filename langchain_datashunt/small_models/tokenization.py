@@ -46,7 +46,7 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], BoolArray]:
         """Ids of each text, and which texts were cut, shape `[n]`; the closing special token is kept."""
-        encodings = self.backend.encode_batch(list(texts))
+        encodings = self.backend.encode_batch_fast(list(texts))  # which keeps no places of tokens in the text
         ids = [encoding.ids or [self.pad_id] for encoding in encodings]  # no text is without a token
         cut = np.array([len(one) > self.max_length for one in ids], dtype=np.bool_)
         for i in np.flatnonzero(cut).tolist():
