@@ -249,6 +249,26 @@ def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ]
 
 
+def compared(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dict[str, int]:
+    """How many logs the comparison of answers refuses: untouched ones, and such with 10% replaced by random labels."""
+    refused, ours = {"logs": 0, "untouched": 0, "replaced": 0}, TwoStageDistiller(DistillationSettings(training=QUIET))
+    for seed in range(seeds):
+        for per_label in (PER_LABEL, GATE_PER_LABEL):
+            texts, labels = sample_per_label(task.train.texts, task.train.labels, per_label, seed)
+            small: SmallModel = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
+            rng = np.random.default_rng(seed)
+            for half in np.array_split(rng.permutation(len(task.test)), 2):
+                seen, own = ([column[i] for i in half.tolist()] for column in (task.test.texts, task.test.large))
+                records = records_of(small, seen, own)
+                asked = [call.label for call in records if call.label is not None]
+                replaced = records_of(small, seen, flipped(own, asked, "random", 0.1, rng))
+                for name, log in (("untouched", records), ("replaced", replaced)):
+                    refused[name] += not TeacherCheck().test(small, log, task.dev.texts, task.dev.large).passed
+                refused["logs"] += 1
+                small = ours.distill(small, records, labelled=(texts, labels)).model
+    return refused
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         "| model | accuracy alone | share asked | shunt | lost where S1 was good (points) |",
@@ -272,6 +292,9 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['candidate']} | {replaced} | {100 * row['surprising']:.0f}% | {row['in_service']} | "
             f"{100 * row['gain']:+.1f} | {row['promoted_by_accuracy']} | {row['promoted']} of {row['seeds']} |"
         )
+    told = result["compared"]
+    lines += ["", f"Comparing answers: of {told['logs']} logs {told['untouched']} untouched ones are refused,"]
+    lines += [f"and {told['replaced']} with 10% of the answers replaced."]
     return "\n".join(lines)
 
 
@@ -294,6 +317,7 @@ def main() -> None:
     runs = [one_seed(task, encoder, seed) for seed in range(options.seeds)]
     gate = gate_summary([gate_seed(task, encoder, seed) for seed in range(options.seeds)])
     result = {"seeds": options.seeds, "data": task.source, **summary(runs), "gate": gate}
+    result["compared"] = compared(task, encoder, options.seeds)
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
