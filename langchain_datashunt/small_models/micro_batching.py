@@ -388,10 +388,20 @@ def _resolve(settled: list[tuple[asyncio.Future[Any], Any]]) -> None:
 
 
 def share_of_threads(workers: int) -> None:
-    """Have this thread's torch and BLAS products use its share of the process's threads, where several work."""
+    """Have this thread's torch and BLAS products use its share of the process's threads, where several work.
+
+    Torch's number of threads is the calling thread's own, for OpenMP and for MKL, and what threads to come begin with;
+    so another thread puts the latter back. OpenMP alone would not do: once somebody has set torch's number, MKL has
+    every small product of attention shared among as many threads, which then wait for each other.
+    """
     torch = sys.modules.get("torch")
     if workers == 1 or torch is None:
         return
-    with suppress(MissingExtraError):  # without it, threads compete
-        each = max(1, int(torch.get_num_threads()) // workers)
+    every = int(torch.get_num_threads())
+    each = max(1, every // workers)
+    torch.set_num_threads(each)
+    restoring = threading.Thread(target=torch.set_num_threads, args=(every,))
+    restoring.start()
+    restoring.join()
+    with suppress(MissingExtraError):  # what else computes by OpenMP
         require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")
