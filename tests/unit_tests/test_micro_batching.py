@@ -617,6 +617,30 @@ class TestSmallModels:
         assert found == [1]
         assert torch.get_num_threads() == before
 
+    def test_its_share_counts_for_the_matrix_library_too(self) -> None:
+        """Once somebody has set torch's number of threads, MKL no longer follows OpenMP's, which are set by thread."""
+        torch = pytest.importorskip("torch")
+        if "mkl_get_max_threads" not in torch.__config__.parallel_info():
+            pytest.skip("this torch computes without MKL")
+        program = """
+import re, threading, torch
+from langchain_datashunt.small_models.micro_batching import share_of_threads
+torch.set_num_threads(4)
+def told():
+    torch.ones(10) + 1
+    print(*re.findall(r"(?:omp|mkl)_get_max_threads\\(\\) : (\\d+)", torch.__config__.parallel_info()))
+def worker():
+    share_of_threads(4)
+    told()
+for work in (worker, told):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+told()
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.splitlines() == ["1 1", "4 4", "4 4"], "the worker's, a new thread's, the first thread's"
+
     def test_the_threads_of_a_model_have_their_share(self) -> None:
         pytest.importorskip("torch")
         program = """
