@@ -57,6 +57,9 @@ class ContinualDistiller:
         labelled: Texts and true labels to learn beside the log.
         poll_seconds: How often the store is looked at.
         nice: How much lower than normal the priority of the background process is.
+
+    Raises:
+        DataError: `holdout_large` does not belong to `holdout`.
     """
 
     def __init__(
@@ -78,6 +81,12 @@ class ContinualDistiller:
         self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
         self.store = str(store)
         self.every = every
+        n = 0 if holdout is None else len(holdout[0])
+        if holdout_large is not None and len(holdout_large) != n:
+            raise DataError(
+                f"{len(holdout_large)} large answers for {n} held-out texts: give one for each text of `holdout`, None "
+                f"where the large model gave no label."
+            )
         self.holdout = holdout
         self.holdout_large = holdout_large
         self.task = task

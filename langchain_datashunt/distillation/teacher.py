@@ -86,7 +86,9 @@ class TeacherCheck:
         held = held[held[:, 0] <= limits[-1]]  # the others would not have been asked
         if len(held) < self.min_examples:
             return self._nothing(len(taught), len(held))
-        difference, deviation = _stratified(taught, held, limits)
+        if (found := _stratified(taught, held, limits)) is None:
+            return self._nothing(len(taught), 0)
+        difference, deviation = found
         lower = difference - NormalDist().inv_cdf(self.level) * deviation
         surprising, expected = float(taught[:, 1].mean()), float(held[:, 1].mean())
         told = f"{100 * surprising:.0f}% of the large model's answers surprise the small one, {100 * expected:.0f}% of "
@@ -121,8 +123,11 @@ def _of_examples(small: SmallModel, texts: Sequence[str], answers: Sequence[str]
     return np.column_stack([p.max(axis=1), said < 1.0 / p.shape[1]])
 
 
-def _stratified(taught: FloatArray, held: FloatArray, limits: FloatArray) -> tuple[float, float]:
-    """Mantel-Haenszel difference of the shares over strata of confidence, and its standard deviation (Sato 1989)."""
+def _stratified(taught: FloatArray, held: FloatArray, limits: FloatArray) -> tuple[float, float] | None:
+    """Mantel-Haenszel difference of the shares over strata of confidence, and its standard deviation (Sato 1989).
+
+    None where no stratum has both.
+    """
     weights = difference = first = second = 0.0
     for rows, others in zip(_strata(taught, limits), _strata(held, limits), strict=True):
         a, m, b, n = rows.sum(), len(rows), others.sum(), len(others)
@@ -132,6 +137,8 @@ def _stratified(taught: FloatArray, held: FloatArray, limits: FloatArray) -> tup
         difference += (a * n - b * m) / (m + n)
         first += (m**2 * b - n**2 * a + m * n * (n - m) / 2) / (m + n) ** 2
         second += (a * (n - b) + b * (m - a)) / (2 * (m + n))
+    if not weights:
+        return None
     found = difference / weights
     return float(found), math.sqrt(max(0.0, found * first + second)) / weights
 

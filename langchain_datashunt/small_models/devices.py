@@ -1,16 +1,18 @@
-"""Where a torch model runs, and in which number format."""
+"""Where a torch model runs, in which number format, and with how many threads."""
 
 from __future__ import annotations
 
 import logging
 import platform
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError
 
 if TYPE_CHECKING:
     import torch
@@ -99,3 +101,23 @@ def quiet_transformers() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def share_of_threads(workers: int) -> None:
+    """Have this thread's torch and BLAS products use its share of the process's threads, where several work.
+
+    Torch's number of threads is the calling thread's own, for OpenMP and for MKL, and what threads to come begin with;
+    so another thread puts the latter back. OpenMP alone would not do: once somebody has set torch's number, MKL has
+    every small product of attention shared among as many threads, which then wait for each other.
+    """
+    torch = sys.modules.get("torch")
+    if workers == 1 or torch is None:
+        return
+    every = int(torch.get_num_threads())
+    each = max(1, every // workers)
+    torch.set_num_threads(each)
+    restoring = threading.Thread(target=torch.set_num_threads, args=(every,))
+    restoring.start()
+    restoring.join()
+    with suppress(MissingExtraError):  # what else computes by OpenMP
+        require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")

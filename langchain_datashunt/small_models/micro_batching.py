@@ -7,7 +7,6 @@ line, and whoever is free next takes all that stand there, first come first serv
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,9 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
-from langchain_datashunt._extras import require
 from langchain_datashunt.configured import Strategy
-from langchain_datashunt.exceptions import MissingExtraError, PredictionError, QueueFullError
+from langchain_datashunt.exceptions import PredictionError, QueueFullError
 from langchain_datashunt.small_models.forking import AFTER_FORK
 
 Compute = Callable[[list[Any]], Sequence[Any]]
@@ -385,23 +383,3 @@ def _resolve(settled: list[tuple[asyncio.Future[Any], Any]]) -> None:
             future.set_exception(answer)
         else:
             future.set_result(answer)
-
-
-def share_of_threads(workers: int) -> None:
-    """Have this thread's torch and BLAS products use its share of the process's threads, where several work.
-
-    Torch's number of threads is the calling thread's own, for OpenMP and for MKL, and what threads to come begin with;
-    so another thread puts the latter back. OpenMP alone would not do: once somebody has set torch's number, MKL has
-    every small product of attention shared among as many threads, which then wait for each other.
-    """
-    torch = sys.modules.get("torch")
-    if workers == 1 or torch is None:
-        return
-    every = int(torch.get_num_threads())
-    each = max(1, every // workers)
-    torch.set_num_threads(each)
-    restoring = threading.Thread(target=torch.set_num_threads, args=(every,))
-    restoring.start()
-    restoring.join()
-    with suppress(MissingExtraError):  # what else computes by OpenMP
-        require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.small_models.caching import ResultCache
+from langchain_datashunt.small_models.devices import share_of_threads
 from langchain_datashunt.small_models.forking import AFTER_FORK
-from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
+from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
 
 if TYPE_CHECKING:
     from langchain_datashunt.predictions import Prediction

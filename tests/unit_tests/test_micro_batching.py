@@ -37,7 +37,8 @@ from langchain_datashunt import (
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, QueueFullError
 from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings, Scores
 from langchain_datashunt.small_models.caching import ResultCache
-from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching, share_of_threads
+from langchain_datashunt.small_models.devices import share_of_threads
+from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
 from tests.support.handlers import RunBook
 from tests.support.models import LABELS, LetterEmbeddings, WordModel, failing_word_model
 
@@ -624,7 +625,7 @@ class TestSmallModels:
             pytest.skip("this torch computes without MKL")
         program = """
 import re, threading, torch
-from langchain_datashunt.small_models.micro_batching import share_of_threads
+from langchain_datashunt.small_models.devices import share_of_threads
 torch.set_num_threads(4)
 def told():
     torch.ones(10) + 1

@@ -155,6 +155,25 @@ def test_too_few_answers_are_not_compared() -> None:
         TeacherCheck().test(world.small, calls, texts, answers[:5])
 
 
+def test_inputs_of_which_it_was_never_equally_sure_are_not_compared() -> None:
+    """Logged inputs at 0.2 and 0.9 alone, held-out ones between: no stratum has both."""
+    world = World(200, 5)
+    for i in range(200):
+        top = (0.2 if i < 50 else 0.9) if i < 100 else 0.4
+        world.p[i] = (1.0 - top) / (K - 1)
+        world.p[i, 0] = top
+    calls = [call(input=str(i), probabilities=tuple(world.p[i].tolist()), label=LABELS[0]) for i in range(100)]
+    verdict = TeacherCheck().test(world.small, calls, *world.held_out(range(100, 200)))
+    assert verdict.passed
+    assert "too few to compare" in verdict.reason
+
+
+def test_held_out_answers_that_belong_to_no_texts_are_refused(tmp_path: Path) -> None:
+    for holdout in (None, (["a", "b"], ["x", "y"])):
+        with pytest.raises(DataError, match="give one for each text of `holdout`"):
+            ContinualDistiller(tmp_path / "models", tmp_path / "c.db", holdout=holdout, holdout_large=["x"])
+
+
 def test_the_gate_refuses_what_such_answers_taught_and_says_why() -> None:
     world = World(2000, 4)
     texts, labels = [str(i) for i in range(2000)], [LABELS[i] for i in world.truth]
