@@ -29,6 +29,7 @@ from langchain_datashunt.small_models.training import (
     TrainingSettings,
     lineage_of,
     progress_bar,
+    pseudo_labels,
     soft_cross_entropy,
     split_examples,
     write_metrics,
@@ -115,7 +116,8 @@ class EmbeddingClassifier(OnEmbeddings):
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is learnt as one more example of its label.
             pseudo_labelled: Texts with distributions that another model gave them (Lee 2013), in the order of the
-                label set: learnt beside the others, and never held out.
+                label set: learnt beside the others, and never held out. Where that model has seen what is held out
+                here, this one is calibrated too surely.
             strengths: Inverse strengths C of the penalty that are tried, from strong to weak.
 
         Raises:
@@ -128,7 +130,7 @@ class EmbeddingClassifier(OnEmbeddings):
         started, report = time.perf_counter(), TrainingReport()
         known = (split.train, split.validation)
         truth = np.concatenate([part.targets.argmax(axis=1) for part in known])
-        parts = (*known, *(() if pseudo_labelled is None else (pseudo_labelled,)))
+        parts = (*known, pseudo_labels(pseudo_labelled, split.labels))
         vectors = embed(encoder, [text for part in parts for text in part.texts])[0]
         targets = np.concatenate([part.targets for part in parts])
         beside = np.arange(len(truth), len(targets))

@@ -26,6 +26,7 @@ from langchain_datashunt.small_models.training import (
     TrainingSettings,
     lineage_of,
     one_hot,
+    pseudo_labels,
     split_examples,
     write_metrics,
 )
@@ -100,7 +101,8 @@ class NeighbourClassifier(OnEmbeddings):
             input_key: Where mappings hold the text.
             label_texts: What labels mean, in words: each is remembered as one more example of its label.
             pseudo_labelled: Texts with distributions that another model gave them (Lee 2013), in the order of the
-                label set: remembered beside the others, and never held out.
+                label set: remembered beside the others, and never held out. Where that model has seen what is held out
+                here, this one is calibrated too surely.
             widths: Kernel widths that are tried, in cosine distance.
 
         Raises:
@@ -111,7 +113,7 @@ class NeighbourClassifier(OnEmbeddings):
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
         own = Examples(list(texts), one_hot(labels, split.labels))
         encoder = embeddings if embeddings is not None else shared_encoder()
-        n, beside = len(own), pseudo_labelled or Examples([], np.zeros((0, len(split.labels))))
+        n, beside = len(own), pseudo_labels(pseudo_labelled, split.labels)
         vectors = _unit(embed(encoder, [*own.texts, *beside.texts])[0])
         targets = np.concatenate([own.targets, beside.targets])
         if split.validation_given:

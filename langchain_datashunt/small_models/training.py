@@ -184,6 +184,21 @@ def _held_out_rows(truth: NDArray[np.intp], settings: TrainingSettings) -> NDArr
     return chosen
 
 
+def pseudo_labels(given: Examples | None, names: Sequence[str]) -> Examples:
+    """Examples that another model labelled, none where there are none.
+
+    Raises:
+        DataError: They are not one distribution over these labels for each text.
+    """
+    found = given or Examples([], np.zeros((0, len(names))))
+    if found.targets.shape != (len(found), len(names)) or not np.allclose(found.targets.sum(axis=1), 1.0, atol=1e-3):
+        raise DataError(
+            f"{len(found)} pseudo-labelled texts with targets of shape {list(found.targets.shape)}: give one "
+            f"distribution over the {len(names)} labels for each text, in the order of the label set."
+        )
+    return found
+
+
 def one_hot(labels: Sequence[str], names: Sequence[str]) -> FloatArray:
     """Target distributions of gold labels, shape `[n, k]`.
 

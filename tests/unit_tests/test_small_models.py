@@ -635,6 +635,10 @@ def test_pseudo_labels_that_are_certain_teach_what_labels_do(kind: Any, fixed: A
     some = kind.train(texts[:40], labels[:40], label_set=names, pseudo_labelled=beside, **given)
     wanted, found = (model.predict_batch(texts[100:]).probabilities for model in (all_labelled, some))
     assert np.allclose(found, wanted, atol=2e-3)
+    for odd in (np.ones((60, len(names) + 1)), one_hot(labels[40:99], names), np.ones((60, len(names)))):
+        with pytest.raises(DataError, match="one distribution over the"):
+            odd_ones = Examples(list(texts[40:100]), odd)
+            kind.train(texts[:40], labels[:40], label_set=names, pseudo_labelled=odd_ones, **given)
     few = kind.train(texts[:40], labels[:40], label_set=names, **given)
     assert not np.allclose(few.predict_batch(texts[100:]).probabilities, wanted, atol=2e-2)
 
