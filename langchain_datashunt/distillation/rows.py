@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 from itertools import groupby
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from langchain_datashunt.distillation.record import SUBJECT_HASH, RoutedCall, hash_input, hash_subject, id_bytes
+from langchain_datashunt.distillation.record import (
+    SUBJECT_HASH,
+    Columns,
+    RoutedCall,
+    columns_of,
+    hash_input,
+    hash_subject,
+    hashes_of,
+    ids_bytes,
+)
 from langchain_datashunt.distillation.sealing import Seal
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.predictions import Reason, Route
@@ -27,28 +36,28 @@ OUTSIDE = -1
 """Stands for a label that is not in the label set; its name is in the segment."""
 
 
-class Row(NamedTuple):
-    """The values of a row of `calls`, in the order of its columns."""
+class Rows(NamedTuple):
+    """The values of rows of `calls`, `n` of each column, in the order of its columns."""
 
-    number: int
-    key: bytes
-    id: bytes
-    context: int
-    time: float
-    confidence: float | None
-    score: float | None
-    threshold: float | None
-    route: int
-    reason: int
-    small_label: int | None
-    label: int | None
-    input_tokens: int | None
-    output_tokens: int | None
-    cost_usd: float | None
-    gold: str | None
-    gold_source: str | None
-    subject: bytes | None
-    count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed here
+    number: Sequence[int]
+    key: Sequence[bytes]
+    id: Sequence[bytes]
+    context: Sequence[int]
+    time: Sequence[float]
+    confidence: Sequence[float | None]
+    score: Sequence[float | None]
+    threshold: Sequence[float | None]
+    route: Sequence[int]
+    reason: Sequence[int]
+    small_label: Sequence[int | None]
+    label: Sequence[int | None]
+    input_tokens: Sequence[int | None]
+    output_tokens: Sequence[int | None]
+    cost_usd: Sequence[float | None]
+    gold: Sequence[str | None]
+    gold_source: Sequence[str | None]
+    subject: Sequence[bytes | None]
+    count: Sequence[int]  # type: ignore[assignment]  # a tuple's own `count` is not needed here
 
 
 def number_of(segment: int, place: int) -> int:
@@ -62,55 +71,55 @@ def segment_and_place(number: int) -> tuple[int, int]:
 
 
 def rows_of(
-    records: Sequence[RoutedCall], keys: Sequence[bytes], contexts: Sequence[int], segment: int
-) -> list[tuple[Any, ...]]:
-    """Records of one segment as values of `Row`; `contexts` are the ids of what each shares with others."""
-    distributions = [r.probabilities for r in records]
-    confidences = [max(p) if p else None for p in distributions]
-    columns = (
-        range(number_of(segment, 0), number_of(segment, len(records))),
-        keys,
-        [id_bytes(r.id) for r in records],
-        contexts,
-        [r.time for r in records],
-        confidences,
-        [r.score for r in records],
-        [r.threshold for r in records],
-        [_ROUTES[r.route] for r in records],
-        [_REASONS[r.reason] for r in records],
-        [p.index(best) if p else None for p, best in zip(distributions, confidences, strict=True)],
-        _label_positions(records),
-        [r.input_tokens for r in records],
-        [r.output_tokens for r in records],
-        [r.cost_usd for r in records],
-        [r.gold for r in records],
-        [r.gold_source for r in records],
-        [None if r.subject is None else hash_subject(r.subject) for r in records],
-        [r.count for r in records],
+    columns: Columns, keys: Sequence[bytes], contexts: Sequence[int], segment: Segment, segment_number: int
+) -> Rows:
+    """The rows of one segment's records.
+
+    Args:
+        columns: Of `n` records, in the order of their places.
+        keys: Of each.
+        contexts: For each the number of what it shares with others.
+        segment: What rows do not say of them.
+        segment_number: Where it stands.
+    """
+    distributions, answers = columns["probabilities"], columns["label"]
+    confidences, small_labels = segment.tops()
+    positions = _label_positions(columns["labels"], answers)
+    for place, written in enumerate(columns["small_answer"]):
+        if written is not None:  # equal where both wrote the same, so that agreement can be asked for in SQL
+            confidences[place] = distributions[place][0] if distributions[place] else None
+            small_labels[place] = OUTSIDE if written == answers[place] else 0
+            positions[place] = None if answers[place] is None else OUTSIDE
+    return Rows(
+        number=range(number_of(segment_number, 0), number_of(segment_number, len(keys))),
+        key=keys,
+        id=ids_bytes(columns["id"]),
+        context=contexts,
+        time=columns["time"],
+        confidence=confidences,
+        score=columns["score"],
+        threshold=columns["threshold"],
+        route=[_ROUTES[route] for route in columns["route"]],
+        reason=[_REASONS[reason] for reason in columns["reason"]],
+        small_label=small_labels,
+        label=positions,
+        input_tokens=columns["input_tokens"],
+        output_tokens=columns["output_tokens"],
+        cost_usd=columns["cost_usd"],
+        gold=columns["gold"],
+        gold_source=columns["gold_source"],
+        subject=[None if subject is None else hash_subject(subject) for subject in columns["subject"]],
+        count=columns["count"],
     )
-    rows: list[tuple[Any, ...]] = list(zip(*columns, strict=True))
-    for place, record in enumerate(records):
-        if record.small_answer is not None:
-            rows[place] = _of_written(Row._make(rows[place]), record)
-    return rows
 
 
-def _of_written(row: Row, record: RoutedCall) -> Row:
-    """The labels' columns are equal where both models wrote the same, so that agreement can be asked for in SQL."""
-    return row._replace(
-        confidence=record.confidence,
-        small_label=OUTSIDE if record.small_answer == record.label else 0,
-        label=None if record.label is None else OUTSIDE,
-    )
-
-
-def _label_positions(records: Sequence[RoutedCall]) -> list[int | None]:
-    """The large model's label of each record in its label set."""
+def _label_positions(label_sets: Sequence[tuple[str, ...]], answers: Sequence[str | None]) -> list[int | None]:
+    """The place of each answer in its label set; None where there is none."""
     found: list[int | None] = []
-    for labels, alike in groupby(records, key=attrgetter("labels")):
+    for labels, alike in groupby(zip(label_sets, answers, strict=True), key=itemgetter(0)):
         positions: dict[str | None, int | None] = {label: i for i, label in enumerate(labels)}
         positions[None] = None
-        found.extend(positions.get(r.label, OUTSIDE) for r in alike)
+        found.extend(positions.get(answer, OUTSIDE) for _, answer in alike)
     return found
 
 
@@ -121,7 +130,7 @@ def _asked(task: str, large_model: str) -> bytes:
 
 def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
     """16 bytes that stand for (task, input, large model)."""
-    return hashlib.sha256(_asked(task, large_model) + input_hash).digest()[:16]
+    return sha256(_asked(task, large_model) + input_hash).digest()[:16]
 
 
 def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -> list[bytes]:
@@ -130,21 +139,22 @@ def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -
     return [plain] if seal is None else [*seal.hashes(plain), plain]
 
 
-def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], list[RoutedCall]]:
-    """One record a key, the newest with the counts of all: a statement must not update a row twice."""
-    if seal is None:
-        keys = [key_of(r.task, r.large_model, hash_input(r.input)) for r in records]
-    else:
-        keys = [keys_of(r.task, r.large_model, hash_input(r.input), seal)[0] for r in records]
+def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns]:
+    """Keys, and the columns of one record a key, the newest with the counts of all: no statement may write a row twice."""
+    columns = columns_of(records)
+    asked = zip(columns["task"], columns["large_model"], hashes_of(columns["input"]), strict=True)
+    keys = [sha256(_asked(task, large_model) + input_hash).digest()[:16] for task, large_model, input_hash in asked]
+    if seal is not None:
+        keys = [seal.hashes(key)[0] for key in keys]
     if len(set(keys)) == len(keys):
-        return keys, list(records)
+        return keys, columns
     by_key: dict[bytes, RoutedCall] = {}
     for key, record in zip(keys, records, strict=True):
         if (older := by_key.get(key)) is not None:
             kept = {name: getattr(older, name) for name in KEPT if getattr(record, name) is None}
             record = record.model_copy(update={**kept, "count": record.count + older.count})
         by_key[key] = record
-    return list(by_key), list(by_key.values())
+    return list(by_key), columns_of(list(by_key.values()))
 
 
 def record_of(row: Any, segment: Segment) -> RoutedCall:

@@ -6,14 +6,16 @@ import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate, chain
+from functools import cached_property
+from itertools import accumulate, chain, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.record import Columns
 
 MAX_RECORDS = 4096
 """Of one segment: the place of a record in its segment has so many values."""
@@ -48,7 +50,7 @@ class Content(NamedTuple):
     large_confidence: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segment:
     """Columns of `n` records in the order of their places; a record that was erased has no input."""
 
@@ -64,19 +66,20 @@ class Segment:
     large_confidences: list[float | None]
 
     @classmethod
-    def of(cls, records: Sequence[RoutedCall]) -> Self:
-        """The columns of records."""
+    def of(cls, columns: Columns) -> Self:
+        """What the columns of records say that rows do not."""
+        small_answers = columns["small_answer"]
         return cls(
-            inputs=[r.input for r in records],
-            raw_outputs=[r.raw_output for r in records],
-            strange_labels=[strange_label(r) for r in records],
-            small_answers=[r.small_answer for r in records],
-            probabilities=[r.probabilities for r in records],
-            large_probabilities=[r.large_probabilities for r in records],
-            audits=[r.audit for r in records],
-            small_seconds=[r.small_seconds for r in records],
-            large_seconds=[r.large_seconds for r in records],
-            large_confidences=[r.large_confidence for r in records],
+            inputs=columns["input"],
+            raw_outputs=columns["raw_output"],
+            strange_labels=strange_labels(columns["labels"], columns["label"], small_answers),
+            small_answers=small_answers,
+            probabilities=columns["probabilities"],
+            large_probabilities=columns["large_probabilities"],
+            audits=columns["audit"],
+            small_seconds=columns["small_seconds"],
+            large_seconds=columns["large_seconds"],
+            large_confidences=columns["large_confidence"],
         )
 
     def __len__(self) -> int:
@@ -112,6 +115,20 @@ class Segment:
 
         return Segment(**{field.name: column(field.name) for field in fields(self)})
 
+    @cached_property
+    def _numbers(self) -> dict[str, NDArray[np.float64]]:
+        return {name: _flat(getattr(self, name)) for name in _DISTRIBUTIONS}
+
+    def tops(self) -> tuple[list[float | None], list[int | None]]:
+        """The highest number of each of the small model's distributions, and where it stands first."""
+        k = len(self.probabilities[0] or ()) if self.probabilities else 0
+        if k and all(p is not None and len(p) == k for p in self.probabilities):
+            p = self._numbers["probabilities"].reshape(-1, k)
+            places = p.argmax(axis=1)
+            return p[np.arange(len(p)), places].tolist(), places.tolist()
+        highest = [max(p) if p else None for p in self.probabilities]
+        return highest, [p.index(max(p)) if p else None for p in self.probabilities]
+
     # As bytes
 
     def pack(self) -> bytes:
@@ -126,7 +143,7 @@ class Segment:
                 _COUNT.pack(len(self)),
                 *(_lengths(column) for column in (*texts, *distributions)),
                 *(_fixed(getattr(self, name), kind) for name, kind in _FORMATS.items()),
-                *(_flat(column).astype("<f2").tobytes() for column in distributions),
+                *(numbers.astype("<f2").tobytes() for numbers in self._numbers.values()),
                 *("".join(filter(None, column)).encode(errors="surrogatepass") for column in texts),
             )
         )
@@ -165,15 +182,21 @@ class Segment:
         return cls(**columns)
 
 
-def strange_label(record: RoutedCall) -> str | None:
-    """A record's label where its label set does not have it, or where answers are written; else None."""
-    label = record.label
-    return None if label is None or (record.small_answer is None and label in record.labels) else label
+def strange_labels(
+    label_sets: list[tuple[str, ...]], answers: Sequence[str | None], small_answers: Sequence[str | None]
+) -> list[str | None]:
+    """The labels that their label sets do not have, or that are written answers; None for all others."""
+    found: list[str | None] = []
+    for labels, alike in groupby(zip(label_sets, answers, small_answers, strict=True), key=itemgetter(0)):
+        known = frozenset((*labels, None))
+        found += [None if answer in known and written is None else answer for _, answer, written in alike]
+    return found
 
 
 def _flat(distributions: Sequence[Distribution | None]) -> NDArray[np.float64]:
     """All their numbers one after the other."""
-    return np.fromiter(chain.from_iterable(filter(None, distributions)), dtype=np.float64)
+    numbers = list(chain.from_iterable(filter(None, distributions)))
+    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # the quickest way from tuples to an array
 
 
 def _lengths(column: Sequence[Any]) -> bytes:

@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from itertools import groupby, repeat
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from langchain_datashunt.distillation.record import RoutedCall, hash_subject, id_bytes
+from langchain_datashunt.distillation.record import Columns, RoutedCall, hash_subject, id_bytes
 from langchain_datashunt.distillation.rows import (
     fits,
     id_of,
@@ -52,7 +51,7 @@ try:
     from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
     from langchain_datashunt.distillation.segment_table import drop_empty, erase, wasteful, write_segment
     from langchain_datashunt.distillation.totals import totals
-    from langchain_datashunt.distillation.upserting import upsert_statement
+    from langchain_datashunt.distillation.upserting import Upsert
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
@@ -63,14 +62,13 @@ PRAGMAS = (
     "cache_size=-65536",
     "wal_autocheckpoint=16384",
     "secure_delete=ON",
+    "temp_store=MEMORY",
 )
-"""Of every SQLite connection. What is deleted is overwritten. Keys are hashes, so each record dirties a random page of
-their index: a cache of 64 MiB holds the index of a million records, and a log of 64 MiB lets many changes of one page
+"""Of every SQLite connection. What is deleted is overwritten, and nothing stands in temporary files, where a statement of
+many rows would otherwise keep how the pages were that it changes. Keys are hashes, so each record dirties a random page
+of their index: a cache of 64 MiB holds the index of a million records, and a log of 64 MiB lets many changes of one page
 be written at once."""
 
-
-_SHARED_FIELDS = attrgetter(*SHARED)
-_BY_KEY = itemgetter(1)
 
 _JOINED = calls.c.context == contexts.c.id
 
@@ -116,7 +114,7 @@ class DistillationStore:
         self._appended = 0
         self._lock = threading.Lock()
         self.engine = self._open()
-        self._upsert = upsert_statement(self.engine)
+        self._upsert = Upsert(self.engine)
         try:
             with self.engine.begin() as connection:
                 migrate(connection)
@@ -168,14 +166,12 @@ class DistillationStore:
             self._contexts.update(known)
 
     def _append(self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]) -> None:
-        keys, newest = merged(records, self.seal)
-        shared = self._shared(connection, newest, known)
-        number = write_segment(connection, Segment.of(newest), self.seal)
-        rows = rows_of(newest, keys, shared, number)
-        if self.url.get_backend_name() == "postgresql":
-            rows.sort(key=_BY_KEY)  # in one order, so that two writers do not wait for each other
-        connection.exec_driver_sql(self._upsert, rows)
-        self._appended += len(newest)
+        keys, columns = merged(records, self.seal)
+        shared = self._shared(connection, columns, known)
+        segment = Segment.of(columns)
+        number = write_segment(connection, segment, self.seal)
+        self._upsert.write(connection, rows_of(columns, keys, shared, segment, number))
+        self._appended += len(keys)
         if self._appended >= TIDY_EVERY:
             self._appended = 0
             if wasteful(connection):
@@ -190,11 +186,10 @@ class DistillationStore:
         except SQLAlchemyError as error:
             raise _in_words(self, error) from error
 
-    def _shared(
-        self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]
-    ) -> list[int]:
+    def _shared(self, connection: Connection, columns: Columns, known: dict[tuple[Any, ...], int]) -> list[int]:
         """For each record the row of what it shares with others; made, and added to `known`, where it is new."""
-        alike = [(one, len(list(same))) for one, same in groupby(map(_SHARED_FIELDS, records))]  # seldom more than one
+        shared = zip(*(columns[name] for name in SHARED), strict=True)
+        alike = [(one, len(list(same))) for one, same in groupby(shared)]  # seldom more than one
         for new in sorted({one for one, _ in alike} - known.keys()):
             known[new] = self._context(connection, dict(zip(SHARED, new, strict=True)))
         return [number for one, n in alike for number in repeat(known[one], n)]

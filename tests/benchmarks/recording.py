@@ -4,8 +4,9 @@
 
 Records have a 400-character input, a 200-character answer and 20 probabilities, all different; SQLite with
 synchronous=FULL, groups of 2,048, as the recorder makes them; in turn with it, the same texts are inserted into a bare
-table without keys, segments or compression. With --large a store of so many records is written, and a fresh process
-reads its statistics and exports it: its resident memory before, and at its highest.
+table without keys, segments or compression; and the recorder writes while another thread computes. With --large a store
+of so many records is written, and a fresh process reads its statistics and exports it: its resident memory before, and
+at its highest.
 """
 
 from __future__ import annotations
@@ -105,6 +106,18 @@ def on_the_callers_path(file: Path, records: list[RoutedCall]) -> float:
         return (time.perf_counter() - started) / len(makers)
 
 
+def beside_a_busy_thread(file: Path, records: list[RoutedCall]) -> float:
+    """Records a second of the writer while this thread computes without a pause."""
+    with DistillationStore(file, durability="record") as store, Recorder(store) as recorder:
+        makers: list[Callable[[], RoutedCall]] = [lambda record=record: record for record in records]  # type: ignore[misc]
+        started = time.perf_counter()
+        for start in range(0, len(makers), 64):
+            recorder.record(makers[start : start + 64])
+        while recorder.counters.written < len(records):
+            sum(range(1000))
+        return len(records) / (time.perf_counter() - started)
+
+
 def peak_mib() -> float:
     """The highest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -165,6 +178,7 @@ def main() -> None:
             rounds.append(written(folder / f"{i}.db", records))
             plain.append(plainly_inserted(folder / f"plain{i}.db", records))
         caller = statistics.median(on_the_callers_path(folder / f"c{i}.db", records[:2000]) for i in range(ROUNDS))
+        busy = statistics.median(beside_a_busy_thread(folder / f"b{i}.db", records) for i in range(ROUNDS))
         figures: dict[str, Any] = {
             "records": asked.records,
             "records_per_second": round(statistics.median(rate for rate, _ in rounds)),
@@ -173,6 +187,7 @@ def main() -> None:
             "share_of_plain_insert": round(
                 statistics.median(own / other for (own, _), other in zip(rounds, plain, strict=True)), 3
             ),
+            "records_per_second_beside_a_busy_thread": round(busy),
             "bytes_per_record": round(rounds[0][1], 1),
             "caller_us": round(1e6 * caller, 2),
         }

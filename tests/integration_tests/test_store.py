@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.prompts import ChatPromptTemplate
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from langchain_datashunt import ConfidenceRouterChain, ShuntRunnable
 from langchain_datashunt.distillation import (
@@ -31,7 +31,7 @@ from langchain_datashunt.distillation import (
     RecordingCallbackHandler,
     RoutedCall,
 )
-from langchain_datashunt.distillation.record import hash_input, label_distribution
+from langchain_datashunt.distillation.record import columns_of, hash_input, id_bytes, ids_bytes, label_distribution
 from langchain_datashunt.distillation.schema import FIRST, STEPS
 from langchain_datashunt.distillation.segments import Segment
 from langchain_datashunt.distillation.watching import stated_confidence
@@ -321,6 +321,66 @@ def test_a_group_that_failed_leaves_no_trace_in_the_next(store: DistillationStor
     }
 
 
+def test_a_large_group_of_all_kinds_comes_back_as_it_went_in(store: DistillationStore) -> None:
+    def kind(i: int, again: int = 0) -> RoutedCall:
+        k = 2 + i % 5
+        some: dict[str, Any] = [
+            {"probabilities": None, "score": None},
+            {"gold": f"label {i}", "gold_source": "user"},
+            {"subject": "sha256:" + f"{i:032x}"},
+            {"label": "a label of its own", "cost_usd": None},
+            {"labels": ("answer", "other"), "probabilities": (0.75, 0.25), "small_answer": "so", "label": "so"},
+            {"id": f"no UUID {i} {again}"},
+            {"route": "small", "reason": "confident", "large_model": "", "raw_output": None, "label": None},
+        ][i % 7]
+        p = {"labels": tuple(f"l{j}" for j in range(k)), "probabilities": (0.5, 0.5, *[0.0] * (k - 2)), "label": "l1"}
+        return call(i + 1_000 * again, **{**p, "input": f"question {i}", "time": 1000.0 + i + again / 10, **some})
+
+    first = [kind(i) for i in range(1_300)]
+    store.append(first)
+    written = {r.input: r for r in everything(store)}
+    assert len(written) == store.count() == 1_300
+    for record in first:
+        back = written[record.input]
+        assert back.model_copy(update={"id": record.id}) == record
+        assert store.get(record.id) == back
+    store.append([kind(i, again=1) for i in range(600, 1_900)])
+    assert store.count() == 1_900
+    assert [r.count for r in everything(store)] == [1] * 600 + [2] * 700 + [1] * 600
+    assert store.verify() == []
+
+
+def test_a_group_takes_few_statements(tmp_path: Path) -> None:
+    """Each of them gives the interpreter up, and waits for it where other threads compute."""
+    with DistillationStore(tmp_path / "calls.db") as store:
+        statements: list[str] = []
+        event.listen(store.engine, "before_cursor_execute", lambda _c, _u, sql, *_: statements.append(sql))
+        store.append([call(i) for i in range(2_048)])
+        assert len(statements) < 12
+        assert store.count() == 2_048
+
+
+def test_a_sqlite_of_few_parameters_is_written_in_more_statements(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "calls.db") as store:
+
+        @event.listens_for(store.engine, "connect")
+        def limit(connection: Any, _: Any) -> None:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+
+        store.engine.dispose()
+        store.append([call(i) for i in range(300)])
+        assert store.count() == 300
+
+
+UUIDS = st.uuids().map(str) | st.uuids().map(lambda one: one.hex)
+IDS = UUIDS | st.text(max_size=40) | st.text("0123456789abcdef- ", min_size=36, max_size=36)
+
+
+@given(st.lists(IDS, max_size=6))
+def test_ids_are_the_same_together_as_alone(ids: list[str]) -> None:
+    assert ids_bytes(ids) == [id_bytes(one) for one in ids]
+
+
 def test_a_filter_that_few_records_pass_opens_one_group_at_a_time(store: DistillationStore, monkeypatch: Any) -> None:
     for group in range(12):
         store.append([call(100 * group + i, gold="refund" if i == 0 else None) for i in range(3)])
@@ -367,7 +427,7 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
         store.append([call(i)])
     assert store.verify() == []
     with store.engine.begin() as connection:
-        other = Segment.of([call(4)]).pack()
+        other = Segment.of(columns_of([call(4)])).pack()
         for number, content in ((1, b"pnonsense"), (2, other)):
             statement = text("UPDATE datashunt_segments SET content = :c WHERE number = :n")
             connection.execute(statement, {"c": content, "n": number})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from langchain_datashunt import Subtask, TextCNN, TrainingSettings, load_small_model
 from langchain_datashunt.data.reading import labelled_texts, read_rows
-from langchain_datashunt.distillation.record import RoutedCall
-from langchain_datashunt.distillation.rows import Row, record_of, rows_of
+from langchain_datashunt.distillation.record import RoutedCall, columns_of
+from langchain_datashunt.distillation.rows import Rows, record_of, rows_of
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
 from langchain_datashunt.parsing import LabelParser
@@ -147,10 +147,12 @@ def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: s
         input=text, raw_output=raw, label=label, labels=labels, small_answer=written,
         probabilities=tuple(1.0 / len(labels) for _ in labels), large_model="m",
     )  # fmt: skip
-    (row,) = rows_of([record], [b"key"], [1], segment=7)
+    columns = columns_of([record])
+    segment = Segment.of(columns)
+    (row,) = zip(*rows_of(columns, [b"key"], [1], segment, segment_number=7), strict=True)
     shared = {"task": record.task, "small_model": "", "large_model": "m", "policy": "", "labels": json.dumps(labels)}
     back = record_of(
-        {**dict(zip(Row._fields, row, strict=True)), **shared}, Segment.unpack(Segment.of([record]).pack())
+        {**dict(zip(Rows._fields, row, strict=True)), **shared}, Segment.unpack(segment.pack())
     )
     assert (back.input, back.raw_output, back.label, back.small_answer) == (text, raw, label, written)
 
@@ -158,7 +160,7 @@ def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: s
 @FUZZ
 @given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from([b"", b"p", b"z"]))
 def test_a_damaged_segment_is_an_error(noise: bytes, at: int, kind: bytes) -> None:
-    sound = Segment.of([RoutedCall(input=f"text {i}" * 9, labels=LABELS) for i in range(3)]).pack()
+    sound = Segment.of(columns_of([RoutedCall(input=f"text {i}" * 9, labels=LABELS) for i in range(3)])).pack()
     for content in (kind + noise, sound[:at] + noise, sound[:at] + noise + sound[at + len(noise) :]):
         try:
             segment = Segment.unpack(content)
@@ -179,7 +181,7 @@ def test_what_is_erased_leaves_the_rest_where_it_was(told: list[tuple[str, str |
         for text, raw, k in told
     ]  # fmt: skip
     gone = data.draw(st.sets(st.integers(0, max(0, len(told) - 1)))) if told else set()
-    whole = Segment.unpack(Segment.of(records).pack())
+    whole = Segment.unpack(Segment.of(columns_of(records)).pack())
     left = Segment.unpack(whole.without(gone).pack())
     for place in range(len(records)):
         if place not in gone:
