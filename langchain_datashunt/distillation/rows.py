@@ -140,7 +140,7 @@ def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -
 
 
 def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns]:
-    """Keys, and the columns of one record a key, the newest with the counts of all: no statement may write a row twice."""
+    """Keys, and the columns of one record a key, the newest with the counts of all: a row must not be written twice."""
     columns = columns_of(records)
     asked = zip(columns["task"], columns["large_model"], hashes_of(columns["input"]), strict=True)
     keys = [sha256(_asked(task, large_model) + input_hash).digest()[:16] for task, large_model, input_hash in asked]

@@ -64,10 +64,10 @@ PRAGMAS = (
     "secure_delete=ON",
     "temp_store=MEMORY",
 )
-"""Of every SQLite connection. What is deleted is overwritten, and nothing stands in temporary files, where a statement of
-many rows would otherwise keep how the pages were that it changes. Keys are hashes, so each record dirties a random page
-of their index: a cache of 64 MiB holds the index of a million records, and a log of 64 MiB lets many changes of one page
-be written at once."""
+"""Of every SQLite connection. What is deleted is overwritten, and nothing stands in temporary files, where a statement
+of many rows would otherwise keep how the pages were that it changes. Keys are hashes, so each record dirties a random
+page of their index: a cache of 64 MiB holds the index of a million records, and a log of 64 MiB lets many changes of
+one page be written at once."""
 
 
 _JOINED = calls.c.context == contexts.c.id
