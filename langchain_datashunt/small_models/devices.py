@@ -62,6 +62,19 @@ def choose_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
     return chosen
 
 
+def kept_dtype(dtype: torch.dtype, device: torch.device | str, engine: str) -> torch.dtype:
+    """The number format that a network is kept in which an engine computes in another.
+
+    On a CPU the packed form takes float32 and computes products alone in bfloat16: it is as quick, and half as far
+    from float32.
+    """
+    torch_, on_cpu = require("torch", "torch"), getattr(device, "type", device) == "cpu"
+    kept: torch.dtype = (
+        torch_.float32 if on_cpu and dtype == torch_.bfloat16 and engine in ("auto", "packed") else dtype
+    )
+    return kept
+
+
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
     """Whether an x86 processor multiplies bfloat16 itself; True for others, where torch does not tell."""

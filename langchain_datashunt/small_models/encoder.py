@@ -16,7 +16,7 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.caching import ResultCache
-from langchain_datashunt.small_models.devices import choose_device, choose_dtype, quiet_transformers
+from langchain_datashunt.small_models.devices import choose_device, choose_dtype, kept_dtype, quiet_transformers
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
 from langchain_datashunt.small_models.tokenization import TextTokenizer, pad
@@ -46,7 +46,8 @@ class SentenceEncoder(Embeddings):
     Args:
         model: A folder or hub id; None for the bundled package.
         device: cuda, mps or cpu; None chooses.
-        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. The packed
+            form computes products alone in bfloat16 on a CPU.
         batch_size: Texts computed at once at the most; None for as many as the token budget of the device holds.
         max_length: Tokens of a text at the most; None for what the model's own settings say.
         engine: What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses.
@@ -62,16 +63,17 @@ class SentenceEncoder(Embeddings):
         max_length: int | None = None,
         engine: Engine = "auto",
     ) -> None:
-        self.packing = Packing(engine)
         self.name = BUNDLED_ENCODER if model is None else model
         self.path = bundled_encoder_path() if model is None else model
         self.device = choose_device(device)
         self.dtype = dtype
+        products = choose_dtype(dtype, self.device)
+        self.packing = Packing(engine, products)
         self.batch_size = batch_size
         self.pooling = _pooling(self.path)
         auto = require("transformers", "torch").AutoModel
         with quiet_transformers():
-            network = auto.from_pretrained(self.path, dtype=choose_dtype(dtype, self.device))
+            network = auto.from_pretrained(self.path, dtype=kept_dtype(products, self.device, engine))
         self.network = network.to(self.device).eval()
         limit = max_length or _max_length(self.path) or self.network.config.max_position_embeddings
         self.auto_tokenizer = require("transformers", "torch").AutoTokenizer.from_pretrained(self.path)

@@ -8,6 +8,7 @@ computed by transformers as ever.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import threading
@@ -24,7 +25,7 @@ from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.packed_architectures import ARCHITECTURES, Parts
-from langchain_datashunt.small_models.packed_layers import PackedStates, Tokens, has_variable_length
+from langchain_datashunt.small_models.packed_layers import PackedStates, Products, Tokens, has_variable_length
 from langchain_datashunt.small_models.tokenization import pad
 
 if TYPE_CHECKING:
@@ -83,12 +84,15 @@ class Packing:
     Args:
         engine: "plain" is transformers, "packed" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime; "auto"
             takes the quickest of the first three that can be had and agree, which a few texts at the first use tell.
+        dtype: The number format of matrix products; None is the network's own. Of a network in float32 the packed form
+            computes products alone in another format, and sums, norms and embeddings as they are.
     """
 
-    def __init__(self, engine: Engine = "auto") -> None:
+    def __init__(self, engine: Engine = "auto", dtype: torch.dtype | None = None) -> None:
         if engine not in get_args(Engine):
             raise ConfigurationError(f"There is no engine {engine!r}; use one of {', '.join(get_args(Engine))}.")
         self.engine: Engine = engine
+        self.dtype = dtype
         self.seconds: dict[str, float] = {}
         """What each engine took for the texts of the trial, where "auto" had a choice."""
         self._made: AnyEncoder | None = None
@@ -108,13 +112,17 @@ class Packing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what was made, which no pickle holds; copies make their own."""
-        return Packing, (self.engine,)
+        return Packing, (self.engine, self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Packing:
-        return Packing(self.engine)
+        return Packing(self.engine, self.dtype)
 
-    def of(self, network: torch.nn.Module) -> AnyEncoder | None:
-        """The engine, None where transformers is to compute.
+    def of(self, network: torch.nn.Module, whole: torch.nn.Module | None = None) -> AnyEncoder | None:
+        """The engine, None where transformers is to compute, to whose number format the network is brought then.
+
+        Args:
+            network: The encoder.
+            whole: What it is a part of, and is computed with; None for nothing.
 
         Raises:
             ConfigurationError: The engine that was asked for cannot compute this network.
@@ -128,6 +136,10 @@ class Packing:
                     self._watched = _parts_of(network)
                     stamp = self._stamp_now()
                     self._made = self._engine_of(network)
+                    if self._made is None and self.dtype not in (None, next(network.parameters()).dtype):
+                        (whole or network).to(self.dtype)
+                        self._watched = _parts_of(network)
+                        stamp = self._stamp_now()
                     self.network, self._stamp = network, stamp
         if self._made is None and self.engine == "packed":
             raise ConfigurationError(
@@ -163,12 +175,12 @@ class Packing:
     def _engine_of(self, network: torch.nn.Module) -> AnyEncoder | None:
         if self.engine.startswith("onnx"):
             return OnnxEncoder(network, int8=self.engine == "onnx-int8")
-        made = packed(network)
+        made = packed(network, self.dtype)
         if self.engine == "packed":
             return None if made is None else graphed(made)
         if made is None:
             say_once(str(getattr(network.config, "model_type", "?")))
-        self.seconds, engines = _tried(network, made)
+        self.seconds, engines = _tried(network, made, self.dtype)
         name = _chosen(self.seconds)
         if name == "onnx":
             return engines.get("onnx") or _onnx(network)
@@ -226,7 +238,9 @@ _TRIALS: dict[tuple[Any, ...], dict[str, float]] = {}
 _TRIALS_LOCK = threading.Lock()
 
 
-def _tried(network: torch.nn.Module, made: PackedEncoder | None) -> tuple[dict[str, float], dict[str, AnyEncoder]]:
+def _tried(
+    network: torch.nn.Module, made: PackedEncoder | None, dtype: torch.dtype | None
+) -> tuple[dict[str, float], dict[str, AnyEncoder]]:
     """What each takes, tried once in a process for networks of one form, so that equal ones are computed alike.
 
     ONNX Runtime, which takes seconds to be made, is tried where the packed form is missing or gains little over
@@ -234,17 +248,22 @@ def _tried(network: torch.nn.Module, made: PackedEncoder | None) -> tuple[dict[s
     """
     one, torch_ = next(network.parameters()), require("torch", "torch")
     sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
-    form = (*(getattr(network.config, name, None) for name in sizes), one.dtype, one.device, torch_.get_num_threads())
-    engines: dict[str, AnyEncoder] = {"plain": plain_encoder(network)}
+    own = dtype in (None, one.dtype)
+    form = (
+        *(getattr(network.config, name, None) for name in sizes), dtype or one.dtype, one.device,
+        torch_.get_num_threads(),
+    )  # fmt: skip
+    engines: dict[str, AnyEncoder] = {}
     vocabulary = int(getattr(network.config, "vocab_size", 2))
     with _TRIALS_LOCK:
         if form not in _TRIALS:
+            engines["plain"] = plain_encoder(network if own else copy.deepcopy(network).to(dtype))
             found = {"plain": 0.0}
             if made is not None:
                 engines["packed"] = made
                 found = trial(engines, vocabulary)
             gains = found.get("packed", float("inf")) * _MUCH_SLOWER < found["plain"]
-            if not gains and (onnx := _onnx(network)) is not None:
+            if not gains and own and (onnx := _onnx(network)) is not None:
                 engines["onnx"] = onnx
                 found = trial(engines, vocabulary)
             _TRIALS[form] = found
@@ -277,8 +296,8 @@ def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
     return encode
 
 
-def packed(network: torch.nn.Module) -> PackedEncoder | None:
-    """The packed form of an encoder that transformers made, None where it cannot be had.
+def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> PackedEncoder | None:
+    """The packed form of an encoder that transformers made, its products in a format, None where it cannot be had.
 
     It is had for what `ARCHITECTURES` names, on the CPU and on CUDA, after its states were compared with the
     library's own. That it is not had for another architecture is no failure; that results differ is a warning.
@@ -286,11 +305,11 @@ def packed(network: torch.nn.Module) -> PackedEncoder | None:
     kind, one = str(getattr(network.config, "model_type", "")), next(network.parameters())
     if kind not in ARCHITECTURES or one.device.type not in ("cpu", "cuda") or network.training:
         return None
-    dtype = one.dtype
+    dtype = dtype or one.dtype
     if str(dtype).removeprefix("torch.") not in TOLERANCE or any(part._forward_hooks for part in network.modules()):
         return None  # hooks want to see every layer's call
     try:
-        parts = ARCHITECTURES[kind](network, network.config)
+        parts = ARCHITECTURES[kind](network, network.config, Products(dtype))
         if parts is None:
             return None
         made = PackedEncoder(parts, one.device, dtype)

@@ -1,6 +1,7 @@
 """The architectures that have a packed form: each a function from the transformers network to its `Parts`.
 
-A new one is such a function, and a line in `ARCHITECTURES`.
+The function is given the network, its configuration, and what makes its products; a new one has a line in
+`ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from langchain_datashunt.small_models.packed_deberta import DisentangledAttentio
 from langchain_datashunt.small_models.packed_layers import (
     Attention,
     Layer,
-    Linear,
     PostNormLayer,
     PreNormGatedLayer,
+    Products,
     Rotation,
     Tokens,
 )
@@ -70,7 +71,7 @@ def _places_after(tokens: Tokens, padding: int) -> torch.Tensor:
     return found
 
 
-def _bert(network: Any, config: Any) -> Parts:
+def _bert(network: Any, config: Any, products: Products) -> Parts:
     """BERT, RoBERTa and XLM-RoBERTa: the same parts, but RoBERTa counts places from after the padding's."""
     if getattr(config, "position_embedding_type", "absolute") != "absolute" or getattr(config, "is_decoder", False):
         raise TypeError("only absolute places, and no decoder")
@@ -82,12 +83,12 @@ def _bert(network: Any, config: Any) -> Parts:
         inner, out = layer.attention.self, layer.attention.output
         layers.append(
             PostNormLayer(
-                Linear.joined((inner.query, inner.key, inner.value)),
+                products.joined((inner.query, inner.key, inner.value)),
                 attention,
-                Linear.of(out.dense),
+                products.of(out.dense),
                 out.LayerNorm,
-                Linear.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
-                Linear.of(layer.output.dense),
+                products.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
+                products.of(layer.output.dense),
                 layer.output.LayerNorm,
             )
         )
@@ -96,16 +97,16 @@ def _bert(network: Any, config: Any) -> Parts:
     return Parts(_embedder(own.word_embeddings.weight, places, own.LayerNorm, after), layers)
 
 
-def _distilbert(network: Any, config: Any) -> Parts:
+def _distilbert(network: Any, config: Any, products: Products) -> Parts:
     own, attention = network.embeddings, Attention(int(config.n_heads))
     layers = [
         PostNormLayer(
-            Linear.joined((layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin)),
+            products.joined((layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin)),
             attention,
-            Linear.of(layer.attention.out_lin),
+            products.of(layer.attention.out_lin),
             layer.sa_layer_norm,
-            Linear.of(layer.ffn.lin1, layer.ffn.activation),
-            Linear.of(layer.ffn.lin2),
+            products.of(layer.ffn.lin1, layer.ffn.activation),
+            products.of(layer.ffn.lin2),
             layer.output_layer_norm,
         )
         for layer in network.transformer.layer
@@ -113,7 +114,7 @@ def _distilbert(network: Any, config: Any) -> Parts:
     return Parts(_embedder(own.word_embeddings.weight, own.position_embeddings.weight, own.LayerNorm), layers)
 
 
-def _modernbert(network: Any, config: Any) -> Parts | None:
+def _modernbert(network: Any, config: Any, products: Products) -> Parts | None:
     """ModernBERT: rotated queries and keys, and a window in most layers."""
     if not hasattr(config, "layer_types") or not hasattr(config, "sliding_window"):
         return None  # this version of transformers lays it out otherwise
@@ -127,13 +128,13 @@ def _modernbert(network: Any, config: Any) -> Parts | None:
     layers = [
         PreNormGatedLayer(
             layer.attn_norm,
-            Linear.of(layer.attn.Wqkv),
+            products.of(layer.attn.Wqkv),
             kinds[layer.attention_type],
-            Linear.of(layer.attn.Wo),
+            products.of(layer.attn.Wo),
             layer.mlp_norm,
-            Linear.of(layer.mlp.Wi),
+            products.of(layer.mlp.Wi),
             layer.mlp.act,
-            Linear.of(layer.mlp.Wo),
+            products.of(layer.mlp.Wo),
         )
         for layer in network.layers
     ]
@@ -161,19 +162,19 @@ def _rotation(rotary: Any, kind: str) -> Rotation:
     return rotate
 
 
-def _deberta(network: Any, config: Any) -> Parts | None:
+def _deberta(network: Any, config: Any, products: Products) -> Parts | None:
     """DeBERTa v2 and v3: attention by content and by relative place; not the convolution of the largest ones."""
     if not config.relative_attention or network.encoder.conv is not None:
         return None
     relative = network.encoder.get_rel_embedding().detach()
     layers = [
         PostNormLayer(
-            Linear.joined((own.query_proj, own.key_proj, own.value_proj)),
-            DisentangledAttention.of(own, relative),
-            Linear.of(layer.attention.output.dense),
+            products.joined((own.query_proj, own.key_proj, own.value_proj)),
+            DisentangledAttention.of(own, relative, products.dtype),
+            products.of(layer.attention.output.dense),
             layer.attention.output.LayerNorm,
-            Linear.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
-            Linear.of(layer.output.dense),
+            products.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
+            products.of(layer.output.dense),
             layer.output.LayerNorm,
         )
         for layer in network.encoder.layer
@@ -195,7 +196,7 @@ def _deberta(network: Any, config: Any) -> Parts | None:
     return Parts(embed, layers, window=max(0, int(getattr(config, "position_buckets", 0))) // 2, by_length=True)
 
 
-ARCHITECTURES: dict[str, Callable[[Any, Any], Parts | None]] = {
+ARCHITECTURES: dict[str, Callable[[Any, Any, Products], Parts | None]] = {
     "bert": _bert,
     "roberta": _bert,
     "xlm-roberta": _bert,

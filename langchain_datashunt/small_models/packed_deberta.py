@@ -35,15 +35,15 @@ class DisentangledAttention:
     place_queries: torch.Tensor | None
 
     @classmethod
-    def of(cls, own: Any, relative: torch.Tensor) -> Self:
-        """That of a layer of transformers, with the embeddings of relative places `[2 * span, d]`."""
+    def of(cls, own: Any, relative: torch.Tensor, dtype: torch.dtype) -> Self:
+        """That of a layer of transformers, with the embeddings of relative places `[2 * span, d]`, for such queries."""
         heads, span = int(own.num_attention_heads), int(own.pos_ebd_size)
         shared = own.share_att_key
 
         def projected(layer: Any) -> torch.Tensor:
             with require("torch", "torch").inference_mode():
                 found: torch.Tensor = layer(relative[: 2 * span]).view(2 * span, heads, -1).permute(1, 2, 0)
-            return found.contiguous()
+            return found.to(dtype).contiguous()
 
         keys = projected(own.key_proj if shared else own.pos_key_proj) if "c2p" in own.pos_att_type else None
         queries = projected(own.query_proj if shared else own.pos_query_proj) if "p2c" in own.pos_att_type else None

@@ -121,7 +121,7 @@ class Linear:
     ) -> None:
         own: Any = require("torch", "torch")
         self.weight, self.activation = weight.detach().contiguous(), activation
-        self.bias = None if bias is None else bias.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().to(weight.dtype).contiguous()
         self.fused = isinstance(activation, own.nn.Module) and type(activation).__name__ == "GELUActivation"
         self.packed: Any = None
         if weight.device.type != "cpu":
@@ -131,27 +131,48 @@ class Linear:
             self._product: Any = own.ops.mkldnn._linear_pointwise
         except (AttributeError, RuntimeError):
             self.packed = None
-
-    @classmethod
-    def of(cls, layer: torch.nn.Linear, activation: Callable[[Any], Any] | None = None) -> Linear:
-        """That of a torch layer."""
-        return cls(layer.weight, layer.bias, activation)
-
-    @classmethod
-    def joined(cls, layers: Sequence[torch.nn.Linear]) -> Linear:
-        """Several of the same input as one."""
-        torch_ = require("torch", "torch")
-        biases = [layer.bias for layer in layers]
-        return cls(torch_.cat([layer.weight for layer in layers]), None if biases[0] is None else torch_.cat(biases))
+            return
+        if bias is not None and bias.dtype != weight.dtype:
+            try:  # what is added needs not be rounded as what is multiplied
+                self._product(self.weight[:1], self.packed, bias.detach(), "none", [], "")
+                self.bias = bias.detach().contiguous()
+            except RuntimeError:
+                pass
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product, `[n, out]` of `[n, in]`."""
+        """The product, `[n, out]` of `[n, in]`, in the weight's number format."""
+        x = x.to(self.weight.dtype)
         if self.packed is not None:
             after, algorithm = ("gelu", "none") if self.fused else ("none", "")
             found: torch.Tensor = self._product(x, self.packed, self.bias, after, [], algorithm)
             return found if self.fused or self.activation is None else self.activation(found)
         plain: torch.Tensor = require("torch.nn.functional", "torch").linear(x, self.weight, self.bias)
         return plain if self.activation is None else self.activation(plain)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Makes linear layers of a number format from those of a network.
+
+    Attributes:
+        dtype: The format of their weights, inputs and results; sums and norms between them stay in the network's.
+    """
+
+    dtype: torch.dtype
+
+    def of(self, layer: torch.nn.Linear, activation: Callable[[Any], Any] | None = None) -> Linear:
+        """That of a torch layer."""
+        return self._made(layer.weight, layer.bias, activation)
+
+    def joined(self, layers: Sequence[torch.nn.Linear]) -> Linear:
+        """Several of the same input as one."""
+        torch_ = require("torch", "torch")
+        biases = [layer.bias for layer in layers]
+        weight = torch_.cat([layer.weight for layer in layers])
+        return self._made(weight, None if biases[0] is None else torch_.cat(biases))
+
+    def _made(self, weight: Any, bias: Any, activation: Callable[[Any], Any] | None = None) -> Linear:
+        return Linear(weight.to(self.dtype), bias, activation)
 
 
 Rotation: TypeAlias = Callable[["torch.Tensor", Tokens], "torch.Tensor"]
@@ -247,8 +268,8 @@ class PostNormLayer:
 
     def __call__(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """Compute it."""
-        x = self.norm1(self.out(self.attention(self.qkv(x), tokens)).add_(x))
-        found: torch.Tensor = self.norm2(self.down(self.up(x)).add_(x))
+        x = self.norm1(x.add_(self.out(self.attention(self.qkv(x), tokens))))
+        found: torch.Tensor = self.norm2(x.add_(self.down(self.up(x))))
         return found
 
 

@@ -16,7 +16,13 @@ from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
 from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
-from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
+from langchain_datashunt.small_models.devices import (
+    choose_device,
+    choose_dtype,
+    cpu_workers,
+    kept_dtype,
+    quiet_transformers,
+)
 from langchain_datashunt.small_models.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
@@ -74,8 +80,8 @@ class TransformersClassifier(SmallModel):
     """cuda, mps or cpu; None chooses the first there is."""
 
     dtype: str = "float32"
-    """float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. A threshold used
-    under one format is best calibrated under it."""
+    """float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. The packed form
+    computes products alone in bfloat16 on a CPU. A threshold used under one format is best calibrated under it."""
 
     batch_size: int | None = Field(default=None, ge=1)
     """Texts computed at once at the most; None for as many as the token budget of the device holds."""
@@ -111,8 +117,10 @@ class TransformersClassifier(SmallModel):
         self._take(network, TextTokenizer.from_pretrained(self.model, limit))
 
     def _take(self, network: Any, tokenizer: TextTokenizer) -> None:
-        device = choose_device(self.device)
-        self._network = network.to(device, choose_dtype(self.dtype, device)).eval()
+        device, engine = choose_device(self.device), self.engine if type(network).__name__ in HEADS else "plain"
+        products = choose_dtype(self.dtype, device)
+        self._network = network.to(device, kept_dtype(products, device, engine)).eval()
+        self._packing = Packing(self.engine, products)
         self._tokenizer = tokenizer
 
     def _ready(self) -> TextTokenizer:
@@ -153,14 +161,14 @@ class TransformersClassifier(SmallModel):
             if self.engine == "auto":
                 say_once(str(self._network.config.model_type))
             return self.logits_of(self._network, ids)
-        encoder = self._own_packing().of(self._network.base_model)
+        encoder = self._own_packing().of(self._network.base_model, self._network)
         return self.logits_of(self._network, ids) if encoder is None else head(self._network, encoder(ids))
 
     def _own_packing(self) -> Packing:
         """The engine of this model's network; a copy with another network, or another engine, has another."""
         packing = self._packing
         if packing.engine != self.engine or packing.network not in (None, self._network.base_model):
-            packing = self._packing = Packing(self.engine)
+            packing = self._packing = Packing(self.engine, packing.dtype)
         return packing
 
     @classmethod

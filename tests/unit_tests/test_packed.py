@@ -109,12 +109,38 @@ def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts
     if kind.startswith("modernbert") and not hasattr(network(kind).config, "sliding_window"):
         assert packed(network(kind).base_model) is None
         pytest.skip("this version of transformers lays ModernBERT out otherwise, and computes it itself")
-    plain = TransformersClassifier(model=folder, engine="plain", dtype=dtype, max_length=100)
+    plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
     quick = TransformersClassifier(model=folder, engine="packed", dtype=dtype, max_length=100)
     one, two = plain.predict_batch(texts), quick.predict_batch(texts)
     assert np.abs(one.probabilities - two.probabilities).max() <= (1e-4 if dtype == "float32" else 1e-2)
     assert (one.best == two.best).mean() >= 0.995
     assert quick.invoke(texts[0]).label == plain.invoke(texts[0]).label
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "deberta"])
+def test_only_products_are_rounded_on_a_cpu(kind: str, texts: list[str], tmp_path: Path) -> None:
+    """So that half precision is nearer to float32 than a network that is rounded as a whole."""
+    folder = saved(kind, tmp_path)
+    exact = TransformersClassifier(model=folder, engine="plain", max_length=100)
+    whole = TransformersClassifier(model=folder, engine="plain", dtype="bfloat16", max_length=100)
+    products = TransformersClassifier(model=folder, dtype="bfloat16", engine="packed", max_length=100)
+    wanted = exact.predict_batch(texts).probabilities
+    far = [np.abs(one.predict_batch(texts).probabilities - wanted).mean() for one in (whole, products)]
+    assert 0 < far[1] < 0.9 * far[0]
+    assert products._network.dtype == torch.float32, "what is saved or learns further is not rounded"
+    assert whole._network.dtype == torch.bfloat16
+
+
+def test_where_transformers_computes_all_is_in_the_format_that_was_asked_for(texts: list[str]) -> None:
+    base = network("electra").base_model
+    packing = pickle.loads(pickle.dumps(Packing("auto", torch.bfloat16)))
+    assert packing.of(base) is None
+    assert base.dtype == torch.bfloat16
+    assert packing.of(base) is None
+    whole = network("bert")
+    whole.base_model.register_forward_hook(lambda *_: None)
+    assert Packing("auto", torch.bfloat16).of(whole.base_model, whole) is None
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
