@@ -248,11 +248,11 @@ def engine_share(models: Models, texts: list[str], rounds: int) -> Verdict:
 
 def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
     """The products of the model's linear layers alone, as the engine computes them, for batches of so many tokens."""
-    config, one = model._network.config, next(model._network.parameters())
+    config, dtype = model._network.config, model._packing.dtype
     d, inner = config.hidden_size, config.intermediate_size
     shapes = ((3 * d, d), (d, d), (inner, d), (d, inner))
-    layers = [Linear(torch.randn(shape, dtype=one.dtype), torch.zeros(shape[0], dtype=one.dtype)) for shape in shapes]
-    inputs = {size: torch.randn(max(tokens), size, dtype=one.dtype) for size in (d, inner)}
+    layers = [Linear(torch.randn(shape, dtype=dtype), torch.zeros(shape[0], dtype=dtype)) for shape in shapes]
+    inputs = {size: torch.randn(max(tokens), size, dtype=dtype) for size in (d, inner)}
 
     def work() -> None:
         with torch.inference_mode():
