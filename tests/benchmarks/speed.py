@@ -149,7 +149,7 @@ def _train_head(network: Any, tokenizer: Any) -> list[str]:
     inputs = tokenizer([text for text, _ in pairs], return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
         pooled = network.bert(**inputs).pooler_output.numpy()
-        fitted = LogisticRegression(max_iter=1000).fit(pooled, [label for _, label in pairs])
+        fitted = LogisticRegression(C=100.0, max_iter=5000).fit(pooled, [label for _, label in pairs])
         network.classifier.weight.copy_(torch.from_numpy(fitted.coef_))
         network.classifier.bias.copy_(torch.from_numpy(fitted.intercept_))
     others = [*zip(task.dev.texts, task.dev.labels, strict=True), *zip(task.test.texts, task.test.labels, strict=True)]
