@@ -5,14 +5,15 @@
 Records have a 400-character input, a 200-character answer and 20 probabilities, all different; SQLite with
 synchronous=FULL, groups of 2,048, as the recorder makes them; in turn with it, the same texts are inserted into a bare
 table without keys, segments or compression; and the recorder writes while another thread computes. With --large a store
-of so many records is written, and a fresh process reads its statistics and exports it: its resident memory before, and
-at its highest.
+of so many records is written, and as many random keys alone; a fresh process reads the store's statistics and exports
+it: its resident memory before, and at its highest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import sqlite3
@@ -29,6 +30,7 @@ from typing import Any
 from langchain_datashunt.data.benchmark_task import load_messages
 from langchain_datashunt.distillation import DistillationStore, Recorder, RoutedCall
 from langchain_datashunt.distillation.export import export
+from langchain_datashunt.distillation.store import PRAGMAS
 
 LABELS = tuple(f"label_{i}" for i in range(20))
 GROUP = 2048
@@ -96,6 +98,30 @@ def plainly_inserted(file: Path, records: list[RoutedCall]) -> float:
     return len(records) / seconds
 
 
+def keys_alone(file: Path, n: int) -> dict[str, float]:
+    """Records a second of the least that finds repeats, a unique random key: over all, and of the last ones."""
+    connection = sqlite3.connect(file, isolation_level=None)
+    for pragma in (*PRAGMAS, "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("CREATE TABLE keys (number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE)")
+    statement = f"INSERT INTO keys (key) VALUES {', '.join(['(?)'] * 512)}"
+    seconds = []
+    for _ in range(-(-n // GROUP)):
+        keys = [os.urandom(16) for _ in range(GROUP)]
+        started = time.perf_counter()
+        connection.execute("BEGIN IMMEDIATE")
+        for start in range(0, GROUP, 512):
+            connection.execute(statement, keys[start : start + 512])
+        connection.execute("COMMIT")
+        seconds.append(time.perf_counter() - started)
+    connection.close()
+    last = seconds[-50:]
+    return {
+        "keys_alone_records_per_second": round(GROUP * len(seconds) / sum(seconds)),
+        "keys_alone_records_per_second_at_the_end": round(GROUP * len(last) / sum(last)),
+    }
+
+
 def on_the_callers_path(file: Path, records: list[RoutedCall]) -> float:
     """Seconds that `Recorder.record` takes of the caller."""
     with Recorder(file) as recorder:
@@ -156,6 +182,7 @@ def large_store(n: int, folder: Path) -> dict[str, Any]:
                 group = []
         store.append(group)
     figures = {"records": n, "records_per_second": round(n / seconds), "bytes_per_record": file.stat().st_size / n}
+    figures |= keys_alone(folder / "keys.db", n)
     command = [sys.executable, "-m", "tests.benchmarks.recording", "--read", str(file)]
     return {**figures, **json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)}
 
