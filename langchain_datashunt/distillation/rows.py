@@ -143,7 +143,7 @@ def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes
     """Keys, and the columns of one record a key, the newest with the counts of all: a row must not be written twice."""
     columns = columns_of(records)
     asked = zip(columns["task"], columns["large_model"], hashes_of(columns["input"]), strict=True)
-    keys = [sha256(_asked(task, large_model) + input_hash).digest()[:16] for task, large_model, input_hash in asked]
+    keys = [key_of(*one) for one in asked]
     if seal is not None:
         keys = [seal.hashes(key)[0] for key in keys]
     if len(set(keys)) == len(keys):
