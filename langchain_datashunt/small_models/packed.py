@@ -25,7 +25,8 @@ from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.packed_architectures import ARCHITECTURES, Parts
-from langchain_datashunt.small_models.packed_layers import PackedStates, Products, Tokens, has_variable_length
+from langchain_datashunt.small_models.packed_attention import has_variable_length
+from langchain_datashunt.small_models.packed_layers import PackedStates, Products, Tokens
 from langchain_datashunt.small_models.tokenization import pad
 
 if TYPE_CHECKING:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from langchain_datashunt._extras import require
+from langchain_datashunt.small_models.packed_attention import Attention, Rotation
 from langchain_datashunt.small_models.packed_deberta import DisentangledAttention
 from langchain_datashunt.small_models.packed_layers import (
-    Attention,
     Layer,
     PostNormLayer,
     PreNormGatedLayer,
     Products,
-    Rotation,
     Tokens,
 )
 

@@ -1,11 +1,9 @@
-"""What a packed encoder is built of: tokens without padding, products, attention, and layers."""
+"""What a packed encoder is built of: tokens without padding, products, and layers; attention is a module of its own."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -173,78 +171,6 @@ class Products:
 
     def _made(self, weight: Any, bias: Any, activation: Callable[[Any], Any] | None = None) -> Linear:
         return Linear(weight.to(self.dtype), bias, activation)
-
-
-Rotation: TypeAlias = Callable[["torch.Tensor", Tokens], "torch.Tensor"]
-"""Turns queries or keys `[tokens, heads, width]` by their places."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Self-attention of each text to itself.
-
-    Attributes:
-        heads: How many.
-        window: How far a token sees to either side; None for the whole text.
-        rotation: What is done with queries and keys first; None for nothing.
-    """
-
-    heads: int
-    window: int | None = None
-    rotation: Rotation | None = None
-
-    def __call__(self, qkv: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """From queries, keys and values side by side, `[tokens, 3 * d]`, to `[tokens, d]`."""
-        width = qkv.shape[1] // 3
-        q, k, v = qkv.view(len(qkv), 3, self.heads, width // self.heads).unbind(1)
-        if self.rotation is not None:
-            q, k = self.rotation(q, tokens), self.rotation(k, tokens)
-        if (kernel := _variable_length_kernel(qkv)) is not None:
-            reach = (-1, -1) if self.window is None else (self.window, self.window)
-            bounds, longest = tokens.bounds(), tokens.longest
-            seen: torch.Tensor = kernel(q, k, v, bounds, bounds, longest, longest, window_size=reach)
-            return seen.reshape(-1, width)
-        torch_ = require("torch", "torch")
-        parts = [self._run(q, k, v, run, tokens).reshape(-1, width) for run in tokens.runs]
-        return parts[0] if len(parts) == 1 else torch_.cat(parts)
-
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, tokens: Tokens) -> torch.Tensor:
-        own = slice(run.start, run.start + run.texts * run.length)
-        shape = (run.texts, run.length, self.heads, q.shape[-1])
-        three = [part[own].reshape(shape).transpose(1, 2) for part in (q, k, v)]
-        mask = self._mask(run.length, tokens, q.device)
-        functional = require("torch.nn.functional", "torch")
-        seen: torch.Tensor = functional.scaled_dot_product_attention(*three, attn_mask=mask)
-        return seen.transpose(1, 2)
-
-    def _mask(self, length: int, tokens: Tokens, device: torch.device) -> torch.Tensor | None:
-        if self.window is None or length <= self.window + 1:
-            return None
-        torch_, key = require("torch", "torch"), ("mask", self.window, length)
-        if key not in tokens.kept:
-            places = torch_.arange(length, device=device)
-            tokens.kept[key] = (places[:, None] - places[None]).abs() <= self.window
-        found: torch.Tensor = tokens.kept[key]
-        return found
-
-
-def _variable_length_kernel(qkv: torch.Tensor) -> Any:
-    """Torch's attention over texts of any length in one call; None where there is none."""
-    if not has_variable_length(qkv.device, qkv.dtype):
-        return None
-    return require("torch.nn.attention.varlen", "torch").varlen_attn
-
-
-def has_variable_length(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention over texts of any length is one call: on CUDA in half precision, where this torch has it."""
-    if device.type != "cuda" or str(dtype) not in ("torch.bfloat16", "torch.float16"):
-        return False
-    return _torch_has_it()
-
-
-@lru_cache(maxsize=1)
-def _torch_has_it() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 SelfAttention: TypeAlias = Callable[["torch.Tensor", Tokens], "torch.Tensor"]
