@@ -84,7 +84,8 @@ class Recorder:
         durability: "group" returns at once, and a crash may lose what was not committed yet: at most `queue_size`
             records, usually the last group. "record" returns when the record is safe on disk.
         queue_size: Groups that may wait.
-        group_size: Records of one commit at the most.
+        group_size: Records of one commit, no further call is added to it above this; what waits is written at once,
+            so that a group is as large as this only where calls come faster than a disk takes them.
         max_wait_ms: How long a caller waits for a full queue, in milliseconds.
         spool: File of the spool; None makes one beside a SQLite store, or in the temporary folder.
         retry_seconds: Pause between attempts to reach a database that was away.
@@ -100,7 +101,7 @@ class Recorder:
         sample_small: float = 0.1,
         durability: Literal["group", "record"] = "group",
         queue_size: int = 10_000,
-        group_size: int = 2048,
+        group_size: int = 32_768,
         max_wait_ms: float = 50.0,
         spool: str | Path | None = None,
         retry_seconds: float = 5.0,
@@ -192,10 +193,13 @@ class Recorder:
                 first = self._queue.get(timeout=self.retry_seconds)
                 closing = first is None
                 groups = [] if first is None else [first]
-                while not closing and sum(len(group.makers) for group in groups) < self.group_size:
+                waiting = 0 if first is None else len(first.makers)
+                while not closing and waiting < self.group_size:
                     more = self._queue.get_nowait()
                     closing = more is None
-                    groups += [] if more is None else [more]
+                    if more is not None:
+                        groups.append(more)
+                        waiting += len(more.makers)
             except queue.Empty:
                 pass
             records = [record for group in groups for record in self._made(group)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from langchain_datashunt.calibration import MaxAccuracy, RiskControl, select_thr
 from langchain_datashunt.evaluation import evaluate
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.predictions import PredictionBatch
+from tests.benchmarks.memory import peak_mib
 
 
 def made(n: int, k: int) -> tuple[PredictionBatch, list[str], list[str]]:
@@ -34,10 +34,6 @@ def made(n: int, k: int) -> tuple[PredictionBatch, list[str], list[str]]:
     return PredictionBatch(tuple(names), p), [names[i] for i in truth], [names[i] for i in large]
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -48,14 +44,14 @@ def main() -> None:
     result: dict[str, Any] = {
         "rows": options.rows,
         "labels": options.labels,
-        "gib_with_rows": round(peak_gib(), 2),
+        "gib_with_rows": round(peak_mib() / 1024, 2),
     }
 
     def timed(name: str, step: Any) -> Any:
         started = time.perf_counter()
         found = step()
         result[f"{name}_seconds"] = round(time.perf_counter() - started, 2)
-        result[f"{name}_peak_gib"] = round(peak_gib(), 2)
+        result[f"{name}_peak_gib"] = round(peak_mib() / 1024, 2)
         return found
 
     timed("select", lambda: select_threshold(batch, truth, large=large, objective=MaxAccuracy()))

@@ -705,6 +705,32 @@ def test_a_full_queue_makes_callers_wait_a_little_then_spool(tmp_path: Path) -> 
         assert spool.count() == 1, "what comes after closing is spooled"
 
 
+def test_what_waits_is_written_in_one_group(tmp_path: Path) -> None:
+    """Nine thousand calls that came while the writer was busy: one commit, as large groups are the cheaper ones."""
+    written: list[int] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    class Watched(DistillationStore):
+        def append(self, records: Any) -> None:
+            written.append(len(records))
+            began.set()
+            assert go_on.wait(60)
+            super().append(records)
+
+    with Recorder(Watched(tmp_path / "c.db")) as recorder:
+        recorder.record([lambda: call(0)])
+        assert began.wait(60)
+        for i in range(1, 9001):
+            recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+        go_on.set()
+        recorder.flush()
+        assert written == [1, 9000]
+        assert recorder.counters.written == 9001
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 9001
+        assert [record.input for group in store.iterate() for record in group] == [call(i).input for i in range(9001)]
+
+
 def test_what_cannot_be_written_anywhere_is_counted_and_the_call_goes_on(tmp_path: Path, caplog: Any) -> None:
     store = AwayStore(tmp_path / "c.db")
     store.away = True
