@@ -38,8 +38,8 @@ _LONGEST_BY_PRODUCTS = 64
 _LONGEST_IN_SINGLE = 24
 """Up to this length single precision costs hardly more than bfloat16, and is that much nearer to the truth."""
 
-_SAFE_POWER = 100.0
-"""Powers of two up to this, summed over any text, are far from what a number format holds; so are their inverses."""
+_SAFE_SUMS = (2.0**-100, 2.0**115)
+"""Between these a sum of powers, also times values of some thousands, is far from the ends of a number format."""
 
 
 class Group(NamedTuple):
@@ -198,7 +198,7 @@ def attend_by_products(texts: torch.Tensor, real: torch.Tensor | None, out: torc
     """Attention by plain products, exponentials of all scores at once, and a division by their sums at the end.
 
     Weights are powers of the scores as they are, without their row's largest being taken off first, which for short
-    rows costs more than all else; where a power or a sum comes near to what a number holds, it is taken off.
+    rows costs more than all else; where sums come near to the ends of what a number holds, it is taken off.
 
     Args:
         texts: Queries, keys and values, shape `[texts, length, 3, heads, width]`.
@@ -213,13 +213,13 @@ def attend_by_products(texts: torch.Tensor, real: torch.Tensor | None, out: torc
     q, k, v = own.view(3, n * heads, length, width)
     q.mul_(width**-0.5 / math.log(2))
     weights = torch_.bmm(q, k.transpose(1, 2))
-    sums = None
-    if weights.max() < _SAFE_POWER:
-        sums = _powers(weights.view(n, heads, length, length), real)
-    if sums is None or not sums.min() > 2**-_SAFE_POWER:
+    by_text = weights.view(n, heads, length, length)
+    sums = _powers(by_text, real)
+    lowest, highest = sums.aminmax()
+    if not (lowest > _SAFE_SUMS[0] and highest < _SAFE_SUMS[1]):
         torch_.bmm(q, k.transpose(1, 2), out=weights)
         weights.sub_(weights.amax(-1, keepdim=True))
-        sums = _powers(weights.view(n, heads, length, length), real)
+        sums = _powers(by_text, real)
     seen = torch_.bmm(weights, v).view(n, heads, length, width)
     torch_.div(seen.transpose(1, 2), sums.transpose(1, 2), out=out)
 
