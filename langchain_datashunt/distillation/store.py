@@ -188,8 +188,12 @@ class DistillationStore:
 
     def _shared(self, connection: Connection, columns: Columns, known: dict[tuple[Any, ...], int]) -> list[int]:
         """For each record the row of what it shares with others; made, and added to `known`, where it is new."""
-        shared = zip(*(columns[name] for name in SHARED), strict=True)
-        alike = [(one, len(list(same))) for one, same in groupby(shared)]  # seldom more than one
+        values = [columns[name] for name in SHARED]
+        n = len(values[0])
+        if all(column.count(column[0]) == n for column in values):  # as nearly always
+            alike = [(tuple(column[0] for column in values), n)]
+        else:
+            alike = [(one, sum(1 for _ in same)) for one, same in groupby(zip(*values, strict=True))]
         for new in sorted({one for one, _ in alike} - known.keys()):
             known[new] = self._context(connection, dict(zip(SHARED, new, strict=True)))
         return [number for one, n in alike for number in repeat(known[one], n)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -358,6 +359,27 @@ def test_a_group_takes_few_statements(tmp_path: Path) -> None:
         store.append([call(i) for i in range(2_048)])
         assert len(statements) < 12
         assert store.count() == 2_048
+
+
+def test_a_group_is_taken_apart_without_an_object_for_each_record(tmp_path: Path) -> None:
+    """Which the garbage collector would look through, with all records that wait, again and again."""
+    records = [call(i) for i in range(8_192)]
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append(records[:1])
+        collected: list[int] = []
+
+        def note(phase: str, found: dict[str, int]) -> None:
+            if phase == "stop":
+                collected.append(found["generation"])
+
+        gc.collect()
+        gc.callbacks.append(note)
+        try:
+            store.append(records)
+        finally:
+            gc.callbacks.remove(note)
+        assert len(collected) <= 2
+        assert store.count() == 8_192
 
 
 def test_a_sqlite_of_few_parameters_is_written_in_more_statements(tmp_path: Path) -> None:
