@@ -32,8 +32,8 @@ _STEP = 8
 _GROUP_TOKENS = 512
 """Tokens of one group at the most, so that its scores stay in a core's own cache."""
 
-_LONGEST_BY_PRODUCTS = 64
-"""In single precision torch's own attention is quicker for longer texts."""
+_LONGEST_BY_PRODUCTS, _LONGEST_ROUNDED = 64, 1024
+"""In single precision, in bfloat16; above it torch's own attention, which never holds all scores, is as quick."""
 
 _LONGEST_IN_SINGLE = 24
 """Up to this length single precision costs hardly more than bfloat16, and is that much nearer to the truth."""
@@ -71,7 +71,7 @@ class Groups:
     order: torch.Tensor | None
 
     @classmethod
-    def of(cls, runs: Sequence[Run], longest: float) -> Groups:
+    def of(cls, runs: Sequence[Run], longest: int) -> Groups:
         """Texts up to a length with others that are little shorter or longer, those above it with equal ones alone."""
         torch_ = require("torch", "torch")
         alike: dict[int, list[Run]] = {}
@@ -150,7 +150,8 @@ class Attention:
 
     def _in_groups(self, three: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """From `[tokens, 3, heads, width]` to `[tokens, heads, width]`."""
-        longest = math.inf if three.dtype == require("torch", "torch").bfloat16 else _LONGEST_BY_PRODUCTS
+        rounded = three.dtype == require("torch", "torch").bfloat16
+        longest = _LONGEST_ROUNDED if rounded else _LONGEST_BY_PRODUCTS
         if self.window is not None:
             longest = min(longest, self.window + 1)
         key = ("groups", longest)
