@@ -35,6 +35,9 @@ _GROUP_TOKENS = 512
 _LONGEST_BY_PRODUCTS, _LONGEST_ROUNDED = 64, 1024
 """In single precision, in bfloat16; above it torch's own attention, which never holds all scores, is as quick."""
 
+_FEW_TOKENS = 32
+"""Up to so many in a group, as of a short text alone, torch's own attention is quicker, being fewer calls."""
+
 _LONGEST_IN_SINGLE = 24
 """Up to this length single precision costs hardly more than bfloat16, and is that much nearer to the truth."""
 
@@ -143,7 +146,7 @@ class Attention:
             bounds, longest = tokens.bounds(), tokens.longest
             seen: torch.Tensor = kernel(*three.unbind(1), bounds, bounds, longest, longest, window_size=reach)
             return seen.reshape(-1, width)
-        if qkv.device.type == "cpu":
+        if qkv.device.type == "cpu" and len(qkv) > _FEW_TOKENS:
             return self._in_groups(three, tokens).view(-1, width)
         parts = [self._by_torch(_texts_of(three, run), tokens).reshape(-1, width) for run in tokens.runs]
         return parts[0] if len(parts) == 1 else torch_.cat(parts)
@@ -165,7 +168,7 @@ class Attention:
             mine = three[group.rows] if isinstance(group.rows, slice) else three.index_select(0, group.rows)
             texts = mine.view(group.texts, group.length, *three.shape[1:])
             out = seen[at : at + rows].view(group.texts, group.length, *three.shape[2:])
-            if group.real is not None or group.length <= longest:
+            if group.real is not None or (group.length <= longest and rows > _FEW_TOKENS):
                 attend_by_products(texts, group.real, out)
             else:
                 out.copy_(self._by_torch(texts, tokens))

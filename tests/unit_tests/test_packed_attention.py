@@ -120,6 +120,22 @@ def test_equal_texts_are_taken_as_they_stand(monkeypatch: Any) -> None:
     assert seen == [((5, 13), None)]
 
 
+@pytest.mark.parametrize("lengths", [[32], [10, 10, 12], [40, 40, 20, 50]])
+def test_few_tokens_are_torchs_own(lengths: list[int], monkeypatch: Any) -> None:
+    """A short text alone, or the only one of its length among others, is not worth the calls that a group takes."""
+    grouped = []
+
+    def noted(texts: torch.Tensor, *rest: Any) -> None:
+        grouped.append(tuple(texts.shape[:2]))
+        attend_by_products(texts, *rest)
+
+    monkeypatch.setattr(packed_attention, "attend_by_products", noted)
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    found = Attention(HEADS)(qkv, tokens_of(lengths))
+    assert grouped == ([] if sum(lengths) <= 32 else [(2, 40), (1, 50)])
+    assert (found.double() - text_by_text(qkv, lengths)).abs().max() <= HOW_FAR[torch.float32]
+
+
 def test_long_texts_are_torchs_own(monkeypatch: Any) -> None:
     """Which never holds all scores of a text; in bfloat16 only where they are very many."""
     calls = []
