@@ -23,6 +23,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +168,11 @@ def large_store(n: int, folder: Path) -> dict[str, Any]:
     """Write a large store here, read it in another process."""
     file, seconds = folder / "large.db", 0.0
     with DistillationStore(file, durability="record") as store:
-        group: list[RoutedCall] = []
-        for record in stream(n, seed=1):
-            group.append(record)
-            if len(group) == GROUP:
-                started = time.perf_counter()
-                store.append(group)
-                seconds += time.perf_counter() - started
-                group = []
-        store.append(group)
+        coming = stream(n, seed=1)
+        while group := list(islice(coming, GROUP)):
+            started = time.perf_counter()
+            store.append(group)
+            seconds += time.perf_counter() - started
     figures = {"records": n, "records_per_second": round(n / seconds), "bytes_per_record": file.stat().st_size / n}
     figures |= keys_alone(folder / "keys.db", n)
     command = [sys.executable, "-m", "tests.benchmarks.recording", "--read", str(file)]
