@@ -81,8 +81,9 @@ class Recorder:
         store: A store, or its URL.
         task: Name under which records are kept.
         sample_small: Share of the calls that the small models answered which is recorded, in [0, 1].
-        durability: "group" returns at once, and a crash may lose what was not committed yet: usually the last group, at
-            most `group_size` records and the `queue_size` calls that wait behind them. "record" returns when the record is safe on disk.
+        durability: "group" returns at once, and a crash may lose what was not committed yet: usually the last group,
+            at most `group_size` records and the `queue_size` calls that wait behind them. "record" returns when the
+            record is safe on disk.
         queue_size: Groups that may wait.
         group_size: Records of one commit, no further call is added to it above this; what waits is written at once,
             so that a group is as large as this only where calls come faster than a disk takes them.
