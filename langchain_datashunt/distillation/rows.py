@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from itertools import groupby
+from itertools import compress, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -58,6 +58,11 @@ class Rows(NamedTuple):
     gold_source: Sequence[str | None]
     subject: Sequence[bytes | None]
     count: Sequence[int]  # type: ignore[assignment]  # a tuple's own `count` is not needed here
+
+    def only(self, chosen: Sequence[bool]) -> Rows:
+        """The rows that are chosen, of `n` flags."""
+        columns: Iterator[Any] = (list(compress(column, chosen)) for column in self)
+        return Rows(*columns)
 
 
 def number_of(segment: int, place: int) -> int:
@@ -130,7 +135,13 @@ def _asked(task: str, large_model: str) -> bytes:
 
 def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
     """16 bytes that stand for (task, input, large model)."""
-    return sha256(_asked(task, large_model) + input_hash).digest()[:16]
+    return each_key_of([task], [large_model], [input_hash])[0]
+
+
+def each_key_of(tasks: Sequence[str], large_models: Sequence[str], input_hashes: Sequence[bytes]) -> list[bytes]:
+    """`key_of` of each."""
+    asked = zip(map(_asked, tasks, large_models), input_hashes, strict=True)
+    return [sha256(before + input_hash).digest()[:16] for before, input_hash in asked]
 
 
 def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -> list[bytes]:
@@ -142,8 +153,7 @@ def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -
 def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns]:
     """Keys, and the columns of one record a key, the newest with the counts of all: a row must not be written twice."""
     columns = columns_of(records)
-    asked = zip(columns["task"], columns["large_model"], hashes_of(columns["input"]), strict=True)
-    keys = [key_of(*one) for one in asked]
+    keys = each_key_of(columns["task"], columns["large_model"], hashes_of(columns["input"]))
     if seal is not None:
         keys = [seal.hashes(key)[0] for key in keys]
     if len(set(keys)) == len(keys):

@@ -322,6 +322,17 @@ def test_a_group_that_failed_leaves_no_trace_in_the_next(store: DistillationStor
     }
 
 
+def test_two_inputs_cannot_have_one_id(store: DistillationStore) -> None:
+    """Neither takes the other's place unsaid, nor is anything of their group stored."""
+    first = call(1)
+    store.append([first])
+    for group in ([call(2), call(3, id=first.id)], [call(1), call(4), call(5, id=(twice := call(6)).id), twice]):
+        with pytest.raises(StoreError, match="(?i)unique"):
+            store.append(group)
+        assert [(one.id, one.input, one.count) for one in everything(store)] == [(first.id, first.input, 1)]
+    assert store.verify() == []
+
+
 def test_a_large_group_of_all_kinds_comes_back_as_it_went_in(store: DistillationStore) -> None:
     def kind(i: int, again: int = 0) -> RoutedCall:
         k = 2 + i % 5
@@ -358,7 +369,10 @@ def test_a_group_takes_few_statements(tmp_path: Path) -> None:
         event.listen(store.engine, "before_cursor_execute", lambda _c, _u, sql, *_: statements.append(sql))
         store.append([call(i) for i in range(2_048)])
         assert len(statements) < 12
-        assert store.count() == 2_048
+        statements.clear()
+        store.append([call(i) for i in range(1_024, 3_072)])  # half of them repeat
+        assert len(statements) < 18
+        assert store.count() == 3_072
 
 
 def test_a_group_is_taken_apart_without_an_object_for_each_record(tmp_path: Path) -> None:
