@@ -24,9 +24,6 @@ Compute = Callable[[list[Any]], Sequence[Any]]
 """From `n` inputs to `n` answers, an exception in the place of an answer that failed."""
 
 
-_MOST_THREADS = 64
-
-
 class MicroBatching(Strategy):
     """How single requests to one small model are joined."""
 
@@ -44,11 +41,17 @@ class MicroBatching(Strategy):
 
 
 class _Shift:
-    """One turn of a thread at serving; revoked where it could not be begun, though it may stand in the pool's queue."""
+    """One turn of a thread at serving.
 
-    __slots__ = ("revoked",)
+    Attributes:
+        worker: The thread, which is idle again afterwards; None where it is a caller's own.
+        revoked: Whether it could not be begun, though it may stand in the worker's queue.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("revoked", "worker")
+
+    def __init__(self, worker: ThreadPoolExecutor | None = None) -> None:
+        self.worker = worker
         self.revoked = False
 
 
@@ -91,7 +94,9 @@ class MicroBatcher:
         self._again: deque[list[_Request]] = deque()
         self._waiting = 0
         self._busy = 0
-        self._threads: ThreadPoolExecutor | None = None
+        self._closed = False
+        self._hired: set[ThreadPoolExecutor] = set()
+        self._idle: list[ThreadPoolExecutor] = []
         self._here = threading.local()
 
     after_fork = _begin
@@ -181,20 +186,24 @@ class MicroBatcher:
     def _staff(self) -> _Shift | None:
         """Put one more thread to work, where there is work and may be one; the mutex is held.
 
+        It is the one that worked last, whose caches are warm, and a new one only where none is idle.
+
         Returns:
             A turn that the caller is to take itself, because no thread can be had; None for none.
         """
         if not (self._waiting or self._again) or self._busy >= self._workers:
             return None
         self._busy += 1
-        shift = _Shift()
+        if self._closed:
+            return _Shift()
+        worker = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "datashunt")
+        shift = _Shift(worker)
         try:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_MOST_THREADS, "datashunt")
-            self._threads.submit(self._serve, shift)
-        except RuntimeError:  # closed, or the process is ending, or no thread can be started
+            worker.submit(self._serve, shift)
+        except RuntimeError:  # the process is ending, or no thread can be started
             shift.revoked = True
             return _Shift()
+        self._hired.add(worker)
         return None
 
     def _freed(self) -> None:
@@ -209,7 +218,7 @@ class MicroBatcher:
         if shift.revoked:
             return
         self._prepare()
-        while batch := self._next_batch():
+        while batch := self._next_batch(shift):
             self._work(batch)
             del batch
 
@@ -223,8 +232,8 @@ class MicroBatcher:
                 if threading.current_thread().name.startswith("datashunt"):
                     self._prepare_worker(self._workers)
 
-    def _next_batch(self) -> list[_Request]:
-        """Who is next; empty, and this thread no longer busy, where nobody is."""
+    def _next_batch(self, shift: _Shift) -> list[_Request]:
+        """Who is next; empty, and the shift at its end, where nobody is."""
         batch: list[_Request] = []
         with self._mutex:
             if self._again:
@@ -237,6 +246,8 @@ class MicroBatcher:
                     batch.append(request)
             if not batch:
                 self._busy -= 1
+                if shift.worker is not None:
+                    self._idle.append(shift.worker)
         return batch
 
     def _work(self, batch: list[_Request]) -> None:
@@ -284,10 +295,10 @@ class MicroBatcher:
     def close(self) -> None:
         """End the threads when all that stand in line are answered; later requests are computed by who makes them."""
         with self._mutex:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(1)
-            threads = self._threads
-        threads.shutdown(wait=True)
+            self._closed = True
+            hired = list(self._hired)
+        for worker in hired:
+            worker.shutdown(wait=True)
 
 
 def _wrapped(error: BaseException) -> PredictionError:
