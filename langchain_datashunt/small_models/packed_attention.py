@@ -79,7 +79,7 @@ class Groups:
         torch_ = require("torch", "torch")
         alike: dict[int, list[Run]] = {}
         for run in runs:
-            alike.setdefault(-(-run.length // _STEP) if run.length <= longest else -run.length, []).append(run)
+            alike.setdefault(_rounded_up(run.length) if run.length <= longest else -run.length, []).append(run)
         groups: list[Group] = []
         tokens: list[Any] = []
         for bucket in alike.values():
@@ -99,8 +99,12 @@ class Groups:
         return cls(groups, torch_.from_numpy(order))
 
 
+def _rounded_up(length: int) -> int:
+    return -(-length // _STEP) * _STEP
+
+
 def _portions(texts: int, length: int) -> Iterator[slice]:
-    most = max(1, _GROUP_TOKENS // (-(-length // _STEP) * _STEP))
+    most = max(1, _GROUP_TOKENS // _rounded_up(length))
     for start in range(0, texts, most):
         yield slice(start, min(texts, start + most))
 
@@ -112,7 +116,7 @@ def _group_of(starts: Any, lengths: Any) -> tuple[Group, Any]:
     if equal and (np.diff(starts) == longest).all():
         first, last = int(starts[0]), int(starts[0]) + texts * longest
         return Group(slice(first, last), texts, longest), np.arange(first, last)
-    length = longest if equal else -(-longest // _STEP) * _STEP
+    length = longest if equal else _rounded_up(longest)
     real = np.arange(length) < lengths[:, None]
     rows = starts[:, None] + np.where(real, np.arange(length), 0)
     missing = None if equal else torch_.from_numpy(real[:, None, None])
