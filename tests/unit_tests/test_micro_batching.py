@@ -118,6 +118,29 @@ class TestWhoIsComputedWithWhom:
         with ThreadPoolExecutor(6) as pool:
             assert sorted(pool.map(batcher.call, range(6))) == list(range(6))
 
+    async def test_the_worker_that_was_last_at_work_is_taken_first(self) -> None:
+        """Its caches are warm; if the idle ones took turns, each would compute with cold ones."""
+        gates = [threading.Event(), threading.Event()]
+        ran: dict[int, int] = {}
+
+        def compute(values: list[Any]) -> list[Any]:
+            ran[values[0]] = threading.get_ident()
+            assert values[0] > 1 or gates[values[0]].wait(20)
+            return values
+
+        batcher = batcher_of(compute, workers=2, max_batch=1)
+        both = [asyncio.create_task(batcher.acall(i)) for i in (0, 1)]
+        await asyncio.to_thread(until, lambda: len(ran) == 2)
+        for i in (1, 0):
+            gates[i].set()
+            await both[i]
+            await asyncio.to_thread(until, lambda left=i: batcher._busy == left)  # type: ignore[misc]
+        for i in range(2, 6):
+            assert await batcher.acall(i) == i
+            await asyncio.to_thread(until, lambda: batcher._busy == 0)
+        assert ran[0] != ran[1]
+        assert [ran[i] for i in range(2, 6)] == [ran[0]] * 4
+
     def test_threads_and_several_event_loops_at_once(self) -> None:
         batcher = batcher_of(lambda values: [value * 2 for value in values], workers=2, max_batch=8)
 
