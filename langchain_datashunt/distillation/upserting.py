@@ -1,4 +1,4 @@
-"""The one statement that writes calls: insert, or replace an older call with the same input."""
+"""How calls are written: a new one is inserted, one with the input of an older call replaces it."""
 
 from __future__ import annotations
 
