@@ -262,9 +262,9 @@ class PredictionBatch(Sequence[Prediction]):
     def sound(self) -> BoolArray:
         """Which rows are distributions (finite, not negative, summing to 1), shape `[n]`."""
         rows = self.probabilities
-        with np.errstate(invalid="ignore"):
-            proper = (rows >= 0.0).all(axis=1) & (np.abs(rows.sum(axis=1) - 1.0) <= _SUM_TOLERANCE)
-        return np.asarray(proper & np.isfinite(rows).all(axis=1), dtype=np.bool_)
+        with np.errstate(invalid="ignore"):  # what is not finite has no such least value, or no such sum
+            proper = np.minimum.reduce(rows, axis=1, initial=0.0) >= 0.0
+            return np.asarray(proper & (np.abs(np.add.reduce(rows, axis=1) - 1.0) <= _SUM_TOLERANCE), dtype=np.bool_)
 
     def complaint(self, row: int) -> str:
         """What is wrong with a row that is not sound, in words."""

@@ -109,7 +109,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             rows = where.tolist()
             if not rows:
                 return Outcome(None, where, errors)
-        if batch.sound.all():
+        if np.count_nonzero(batch.sound) == len(batch):  # as nearly always
             return Outcome(batch, where, errors)
         for i in np.flatnonzero(~batch.sound).tolist():
             errors[rows[i]] = PredictionError(batch.complaint(i))
@@ -219,7 +219,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         logits = np.asarray(scores.logits, dtype=np.float64)
         if logits.shape != (n, len(self.labels)):
             raise PredictionError(self._misshapen(logits, n))
-        if scores.truncated is not None and scores.truncated.any():
+        if scores.truncated is not None and np.count_nonzero(scores.truncated):
             warnings.warn(
                 f"{int(scores.truncated.sum())} of {n} inputs were cut to the maximal length of "
                 f"{self.model_id!r}; their predictions are marked `truncated`.",

@@ -69,5 +69,5 @@ def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np
     """Row-wise softmax of `logits / temperature`, shape `[n, k]`; NaN where a row has NaN or infinity."""
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = logits / temperature
-        raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return np.asarray(raised / raised.sum(axis=1, keepdims=True))
+        raised = np.exp(scaled - np.maximum.reduce(scaled, axis=1, keepdims=True))
+        return np.asarray(raised / np.add.reduce(raised, axis=1, keepdims=True))

@@ -59,6 +59,10 @@ def compute_texts(
         budget: Tokens of one batch at the most, padding counted.
         batch_size: Texts of one batch at the most; None for no bound but the budget.
     """
+    if len(texts) == 1:  # each step of what follows is slow after a network has filled the caches
+        ids, cut = tokenize(texts)
+        with require("torch", "torch").inference_mode():
+            return _on_host([forward(ids).float()]).copy(), cut  # it may be a part of all states
     found, cut = np.empty((len(texts), width), dtype=np.float32), np.zeros(len(texts), dtype=np.bool_)
     for start, ids, cut_here in _tokenized(tokenize, texts):
         chunk = slice(start, start + len(ids))

@@ -48,9 +48,10 @@ class TextTokenizer:
         """Ids of each text, and which texts were cut, shape `[n]`; the closing special token is kept."""
         encodings = self.backend.encode_batch_fast(list(texts))  # which keeps no places of tokens in the text
         ids = [encoding.ids or [self.pad_id] for encoding in encodings]  # no text is without a token
-        cut = np.array([len(one) > self.max_length for one in ids], dtype=np.bool_)
-        for i in np.flatnonzero(cut).tolist():
-            ids[i] = self._cut(ids[i])
+        cut = np.zeros(len(ids), dtype=np.bool_)
+        for i, one in enumerate(ids):
+            if len(one) > self.max_length:
+                ids[i], cut[i] = self._cut(one), True
         return ids, cut
 
     def _cut(self, ids: list[int]) -> list[int]:
