@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any, Self, TypeAlias
 from uuid import UUID, uuid5
@@ -147,8 +148,24 @@ class RoutedCall(BaseModel):
 
 def columns_of(records: Sequence[RoutedCall]) -> Columns:
     """Records column by column: in one pass, for many at a time are larger than a processor's cache."""
-    values = [vars(record) for record in records]
-    return {field: list(map(itemgetter(field), values)) for field in RoutedCall.model_fields}
+    fields, values = tuple(RoutedCall.model_fields), list(map(vars, records))
+    if values and tuple(values[0]) == fields and set(map(len, values)) == {len(fields)}:
+        flat = list(chain.from_iterable(map(dict.values, values)))  # pydantic keeps fields in their order
+        return {field: flat[i :: len(fields)] for i, field in enumerate(fields)}
+    return {field: list(map(itemgetter(field), values)) for field in fields}
+
+
+def runs(column: Sequence[Any]) -> Iterator[tuple[Any, slice]]:
+    """Each run of equal neighbours: their value, and where they stand."""
+    n = len(column)
+    if n and column.count(column[0]) == n:  # as nearly always
+        yield column[0], slice(0, n)
+        return
+    start = 0
+    for value, alike in groupby(column):
+        end = start + sum(1 for _ in alike)
+        yield value, slice(start, end)
+        start = end
 
 
 def hash_input(text: str) -> bytes:

@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from itertools import compress, groupby
-from operator import itemgetter
+from itertools import compress
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -20,6 +19,7 @@ from langchain_datashunt.distillation.record import (
     hash_subject,
     hashes_of,
     ids_bytes,
+    runs,
 )
 from langchain_datashunt.distillation.sealing import Seal
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
@@ -121,10 +121,10 @@ def rows_of(
 def _label_positions(label_sets: Sequence[tuple[str, ...]], answers: Sequence[str | None]) -> list[int | None]:
     """The place of each answer in its label set; None where there is none."""
     found: list[int | None] = []
-    for labels, alike in groupby(zip(label_sets, answers, strict=True), key=itemgetter(0)):
+    for labels, these in runs(label_sets):
         positions: dict[str | None, int | None] = {label: i for i, label in enumerate(labels)}
         positions[None] = None
-        found.extend(positions.get(answer, OUTSIDE) for _, answer in alike)
+        found += [positions.get(answer, OUTSIDE) for answer in answers[these]]
     return found
 
 

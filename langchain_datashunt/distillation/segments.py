@@ -7,15 +7,14 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate, chain, groupby
-from operator import itemgetter
+from itertools import accumulate, chain, starmap
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.distillation.record import Columns
+from langchain_datashunt.distillation.record import Columns, runs
 
 MAX_RECORDS = 4096
 """Of one segment: the place of a record in its segment has so many values."""
@@ -187,23 +186,30 @@ def strange_labels(
 ) -> list[str | None]:
     """The labels that their label sets do not have, or that are written answers; None for all others."""
     found: list[str | None] = []
-    for labels, alike in groupby(zip(label_sets, answers, small_answers, strict=True), key=itemgetter(0)):
-        known = frozenset((*labels, None))
-        found += [None if answer in known and written is None else answer for _, answer, written in alike]
+    for labels, these in runs(label_sets):
+        known, pairs = frozenset((*labels, None)), zip(answers[these], small_answers[these], strict=True)
+        found += [None if answer in known and written is None else answer for answer, written in pairs]
     return found
 
 
 def _flat(distributions: Sequence[Distribution | None]) -> NDArray[np.float64]:
     """All their numbers one after the other."""
-    numbers = list(chain.from_iterable(filter(None, distributions)))
-    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # the quickest way from tuples to an array
+    given = list(filter(None, distributions))
+    if len(lengths := set(map(len, given))) == 1:
+        as_bytes = struct.Struct(f"{lengths.pop()}d").pack
+        return np.frombuffer(b"".join(starmap(as_bytes, given)))  # the quickest way from tuples to an array
+    return np.array(list(chain.from_iterable(given)), dtype=np.float64)
 
 
 def _lengths(column: Sequence[Any]) -> bytes:
+    if column.count(None) == len(column):
+        return np.full(len(column), -1, dtype="<i4").tobytes()
     return np.array([-1 if value is None else len(value) for value in column], dtype="<i4").tobytes()
 
 
 def _fixed(column: Sequence[Any], kind: str) -> bytes:
+    if column and column.count(None) == len(column):
+        return np.full(len(column), np.nan, dtype=kind).tobytes()
     return np.array(column, dtype=kind).tobytes()
 
 

@@ -55,7 +55,7 @@ class Upsert:
 def _write_many(connection: Connection, sql: str, rows: Rows) -> int:
     """Write rows into SQLite with as few statements as may be; returns how many rows they changed."""
     n, changed = len(rows.key), 0
-    filled = tuple(column.count(None) < n for column in rows)
+    filled = tuple(column[0] is not None or column.count(None) < n for column in rows)
     width = sum(filled)
     values: list[Any] = [None] * (n * width)
     for i, column in enumerate(compress(rows, filled)):

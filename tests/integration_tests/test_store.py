@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import sqlite3
 import stat
@@ -415,6 +417,26 @@ IDS = UUIDS | st.text(max_size=40) | st.text("0123456789abcdef- ", min_size=36, 
 @given(st.lists(IDS, max_size=6))
 def test_ids_are_the_same_together_as_alone(ids: list[str]) -> None:
     assert ids_bytes(ids) == [id_bytes(one) for one in ids]
+
+
+class _NotedCall(RoutedCall):
+    note: str = ""
+
+
+def test_columns_are_those_of_the_fields_however_a_record_was_made() -> None:
+    whole = call(1, gold="food", gold_source="user")
+    values = dict(reversed(whole.model_dump().items()))
+    records = [
+        whole,
+        RoutedCall(**values),
+        RoutedCall.model_construct(**values),
+        RoutedCall.model_validate_json(whole.model_dump_json()),
+        whole.model_copy(update={"count": 7, "input": "another"}),
+        copy.deepcopy(whole),
+        pickle.loads(pickle.dumps(whole)),
+    ]
+    for some in (records, [*records, _NotedCall(**values, note="more than a call")], [_NotedCall(**values)], []):
+        assert columns_of(some) == {name: [getattr(one, name) for one in some] for name in RoutedCall.model_fields}
 
 
 def test_a_filter_that_few_records_pass_opens_one_group_at_a_time(store: DistillationStore, monkeypatch: Any) -> None:
