@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
@@ -54,8 +55,10 @@ def export(
 
 def plain(call: RoutedCall) -> dict[str, Any]:
     """A record as JSON-ready values, with what is computed from it; the subject's hash stays in the store."""
-    values = call.model_dump(mode="json", exclude={"subject"})
-    return {**values, "small_label": call.small_label, "confidence": call.confidence, "input_hash": call.input_hash}
+    computed = {"small_label": call.small_label, "confidence": call.confidence, "input_hash": call.input_hash}
+    values = {**vars(call), **computed}
+    del values["subject"]
+    return values
 
 
 def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
@@ -80,9 +83,9 @@ def _calls(store: DistillationStore, which: CallFilter) -> Iterator[RoutedCall]:
 
 def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     n = 0
-    with path.open("w", encoding="utf-8") as stream:
+    with path.open("wb") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(to_json(row) + b"\n")
             n += 1
     return n
 

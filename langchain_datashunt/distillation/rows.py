@@ -8,7 +8,6 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import compress
 from typing import Any, NamedTuple
-from uuid import UUID
 
 from langchain_datashunt.distillation.record import (
     SUBJECT_HASH,
@@ -34,6 +33,8 @@ KEPT = ("gold", "gold_source", "subject")
 
 OUTSIDE = -1
 """Stands for a label that is not in the label set; its name is in the segment."""
+
+_ID_BYTES = 16
 
 
 class Rows(NamedTuple):
@@ -171,9 +172,11 @@ def record_of(row: Any, segment: Segment) -> RoutedCall:
     """The record of a row with its context's columns.
 
     Raises:
-        ValueError: Its segment says nothing of it.
+        ValueError: Its segment says nothing of it, or its id is damaged.
     """
     said = segment[segment_and_place(row["number"])[1]]
+    if len(row["id"]) != _ID_BYTES:
+        raise ValueError(f"its id has {len(row['id'])} bytes and not {_ID_BYTES}")
     labels = label_set(row["labels"])
     label = None if row["label"] is None else labels[row["label"]] if row["label"] >= 0 else said.strange_label
     same = (
@@ -194,8 +197,10 @@ def record_of(row: Any, segment: Segment) -> RoutedCall:
 
 
 def id_of(row: Any) -> str:
-    """The id of a row's call."""
-    return str(UUID(bytes=bytes(row["id"])))
+    """The id of a row's call; one that is damaged, as it is."""
+    value = row["id"]
+    digits = bytes(value).hex() if isinstance(value, (bytes, memoryview)) else str(value)
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def fits(row: Any, record: RoutedCall, seal: Seal | None) -> bool:

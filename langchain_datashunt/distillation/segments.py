@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate, chain, starmap
+from itertools import chain, starmap
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -169,7 +169,7 @@ class Segment:
         columns["audits"] = [bool(audit) for audit in columns["audits"]]
         columns["large_confidences"] = [None if p != p else p for p in columns["large_confidences"]]
         for name in _DISTRIBUTIONS:
-            columns[name] = list(_distributions(read, lengths[name]))
+            columns[name] = _distributions(read, lengths[name])
         texts, at = read.rest().decode(errors="surrogatepass"), 0
         for name in _TEXTS:
             columns[name] = [
@@ -254,23 +254,20 @@ def _total(lengths: NDArray[Any]) -> int:
     return int(lengths.clip(0).sum(dtype=np.int64))
 
 
-def _parts(lengths: NDArray[Any]) -> Iterator[tuple[int, int] | None]:
+def _parts(lengths: NDArray[Any]) -> list[tuple[int, int] | None]:
     """Start and end of each part, None where there is none."""
     if (lengths < -1).any():
         raise ValueError("its segment has a negative length")
-    ends = accumulate(max(0, n) for n in lengths.tolist())
-    for n, end in zip(lengths.tolist(), ends, strict=True):
-        yield None if n < 0 else (end - n, end)
+    ends = lengths.clip(0).cumsum(dtype=np.int64).tolist()
+    return [None if n < 0 else (end - n, end) for n, end in zip(lengths.tolist(), ends, strict=True)]
 
 
-def _distributions(read: _Reader, lengths: NDArray[Any]) -> Iterator[Distribution | None]:
+def _distributions(read: _Reader, lengths: NDArray[Any]) -> list[Distribution | None]:
     """Distributions again: half-precision numbers no longer sum to 1, so they are scaled."""
-    parts = list(_parts(lengths))
+    parts, given = _parts(lengths), lengths[lengths > 0]
     numbers = read.numbers("<f2", _total(lengths)).astype(np.float64)
-    for part in parts:
-        if part is None:
-            yield None
-        else:
-            p = numbers[slice(*part)]
-            total = p.sum()
-            yield tuple((p / total if total > 0 else p).tolist())
+    if len(given):
+        sums = np.add.reduceat(numbers, given.cumsum(dtype=np.int64) - given)
+        numbers /= np.repeat(np.where(sums > 0, sums, 1.0), given)
+    values = numbers.tolist()
+    return [None if part is None else tuple(values[slice(*part)]) for part in parts]

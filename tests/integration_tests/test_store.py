@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -34,6 +35,7 @@ from langchain_datashunt.distillation import (
     RecordingCallbackHandler,
     RoutedCall,
 )
+from langchain_datashunt.distillation.export import export
 from langchain_datashunt.distillation.record import columns_of, hash_input, id_bytes, ids_bytes, label_distribution
 from langchain_datashunt.distillation.schema import FIRST, STEPS
 from langchain_datashunt.distillation.segments import Segment
@@ -496,6 +498,42 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
     with store.engine.begin() as connection:
         connection.execute(text("DELETE FROM datashunt_contexts"))
     assert "context" in store.verify()[0]
+
+
+def test_verify_finds_an_id_that_was_damaged(store: DistillationStore) -> None:
+    store.append([call(i) for i in range(3)])
+    with store.engine.begin() as connection:
+        damaged = connection.execute(text("SELECT min(number) FROM datashunt_calls")).scalar()
+        statement = text("UPDATE datashunt_calls SET id = :id WHERE number = :number")
+        connection.execute(statement, {"id": bytes(5), "number": damaged})
+    (problem,) = store.verify()
+    assert "00000000-00" in problem
+    assert "its id has 5 bytes" in problem
+
+
+def test_what_is_exported_is_what_is_stored(store: DistillationStore, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    odd = 'a line\nof "text"\u2028 über 😀 \x00'
+    store.append(
+        [
+            call(1, input=odd, raw_output=odd, gold=None, cost_usd=1e-7, time=1.7e9, subject="alice"),
+            call(2, probabilities=None, score=None, label="a label of its own", audit=True),
+        ]
+    )
+    stored = [record for batch in store.iterate() for record in batch]
+    export(store, tmp_path / "calls.jsonl")
+    export(store, tmp_path / "calls.parquet")
+    lines = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_bytes().split(b"\n")[:-1]]
+    rows = parquet.read_table(tmp_path / "calls.parquet").to_pylist()
+    for record, line, row in zip(stored, lines, rows, strict=True):
+        computed = {"input_hash": record.input_hash, "confidence": record.confidence, "small_label": record.small_label}
+        assert line == {**record.model_dump(mode="json", exclude={"subject"}), **computed}
+        assert {name: row[name] for name in line} == {
+            **line,
+            "probabilities": line["probabilities"] and pytest.approx(line["probabilities"]),
+        }
 
 
 def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str) -> None:
