@@ -281,12 +281,17 @@ class Recorder:
             return self._spool
 
     def _drain(self) -> None:
-        """Move what was spooled, also by an earlier process, to the database once it can be reached."""
+        """Move what was spooled, also by an earlier process, to the database once it can be reached.
+
+        What waits to be written comes first: where calls come in meanwhile, one batch is moved, and the rest later.
+        """
         if not (self._spool is not None or self._spool_file.exists()) or not self._reachable() or self._store is None:
             return
         try:
-            if moved := self._spool_store().move_to(self._store):
+            while moved := self._spool_store().move_to(self._store, batches=1):
                 self._count(drained=moved)
+                if not self._queue.empty():
+                    break
         except (ShuntError, OSError) as error:
             self._went_away(error)
 

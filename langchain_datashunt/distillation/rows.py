@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from langchain_datashunt.distillation.record import (
@@ -17,6 +18,7 @@ from langchain_datashunt.distillation.record import (
     hash_input,
     hash_subject,
     hashes_of,
+    id_bytes,
     ids_bytes,
     runs,
 )
@@ -151,21 +153,35 @@ def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -
     return [plain] if seal is None else [*seal.hashes(plain), plain]
 
 
-def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns]:
-    """Keys, and the columns of one record a key, the newest with the counts of all: a row must not be written twice."""
+def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns, list[tuple[bytes, bytes]]]:
+    """Keys, the columns of one record a key, and the ids of the others with their keys: no row is written twice.
+
+    The newest record stands for its key, with the counts of all; one that is there twice, by its id, counts once.
+    """
     columns = columns_of(records)
     keys = each_key_of(columns["task"], columns["large_model"], hashes_of(columns["input"]))
     if seal is not None:
         keys = [seal.hashes(key)[0] for key in keys]
     if len(set(keys)) == len(keys):
-        return keys, columns
-    by_key: dict[bytes, RoutedCall] = {}
+        return keys, columns, []
+    alike: dict[bytes, dict[str, RoutedCall]] = {}
     for key, record in zip(keys, records, strict=True):
-        if (older := by_key.get(key)) is not None:
-            kept = {name: getattr(older, name) for name in KEPT if getattr(record, name) is None}
-            record = record.model_copy(update={**kept, "count": record.count + older.count})
-        by_key[key] = record
-    return list(by_key), columns_of(list(by_key.values()))
+        alike.setdefault(key, {})[record.id] = record
+    newest = {key: _joined(sorted(same.values(), key=attrgetter("time"))) for key, same in alike.items()}
+    others = [
+        (id_bytes(record_id), key) for key, same in alike.items() for record_id in same if record_id != newest[key].id
+    ]
+    return list(newest), columns_of(list(newest.values())), others
+
+
+def _joined(calls: Sequence[RoutedCall]) -> RoutedCall:
+    """The last of calls with one input, with the counts of all, and what only older ones know."""
+    last = calls[-1]
+    if len(calls) == 1:
+        return last
+    known = {name: [value for call in calls if (value := getattr(call, name)) is not None] for name in KEPT}
+    kept = {name: values[-1] for name, values in known.items() if values}
+    return last.model_copy(update={**kept, "count": sum(call.count for call in calls)})
 
 
 def record_of(row: Any, segment: Segment) -> RoutedCall:

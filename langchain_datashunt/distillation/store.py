@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from itertools import groupby, repeat
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -86,8 +86,9 @@ class DistillationStore:
         ...
     ```
 
-    One row stands for each (task, input, large model): a repeated call replaces the row and is counted. Many
-    processes may write at once.
+    One row stands for each (task, input, large model): a newer call with the same input replaces an older one, and both
+    are counted; the same call, by its id, is counted once, however often it is written. Many processes may write at
+    once.
 
     Args:
         url: A SQLAlchemy URL, or the path of a SQLite file (made with mode 0600).
@@ -167,11 +168,11 @@ class DistillationStore:
             self._contexts.update(known)
 
     def _append(self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]) -> None:
-        keys, columns = merged(records, self.seal)
+        keys, columns, others = merged(records, self.seal)
         shared = self._shared(connection, columns, known)
         segment = Segment.of(columns)
         number = write_segment(connection, segment, self.seal)
-        self._upsert.write(connection, rows_of(columns, keys, shared, segment, number))
+        self._upsert.write(connection, rows_of(columns, keys, shared, segment, number), others)
         self._appended += len(keys)
         if self._appended >= TIDY_EVERY:
             self._appended = 0
@@ -333,10 +334,16 @@ class DistillationStore:
                 gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
         return gone
 
-    def move_to(self, other: DistillationStore, *, batch_size: int = 2048) -> int:
-        """Move all records into another store, batch by batch, each deleted here only when it is safe there."""
+    def move_to(self, other: DistillationStore, *, batch_size: int = 2048, batches: int | None = None) -> int:
+        """Move records into another store, batch by batch, each deleted here only when it is safe there.
+
+        Args:
+            other: Where to. A batch that another process moves at the same time is there once.
+            batch_size: Records of a batch.
+            batches: How many to move at the most; None moves all.
+        """
         moved = 0
-        for batch in self.iterate(batch_size=batch_size):
+        for batch in islice(self.iterate(batch_size=batch_size), batches):
             other.append(batch)
             with self._writing() as connection:
                 some = [id_bytes(record.id) for record in batch]

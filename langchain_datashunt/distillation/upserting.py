@@ -1,17 +1,31 @@
-"""How calls are written: a new one is inserted, one with the input of an older call replaces it."""
+"""How calls are written: a new one is inserted; of two with one input the newer stays, and both are counted."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import compress
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Insert, func, insert, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Insert,
+    Table,
+    case,
+    exists,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+)
 
 from langchain_datashunt.distillation.rows import KEPT, Rows
-from langchain_datashunt.distillation.schema import calls
+from langchain_datashunt.distillation.schema import calls, dead, replaced
 
 _MOST_ROWS = 512
 """Of one statement of SQLite."""
@@ -20,7 +34,11 @@ _BY_KEY = itemgetter(Rows._fields.index("key"))
 
 
 class Upsert:
-    """Inserts rows, or replaces older ones of the same key, adding the counts and keeping what only the old one knew.
+    """Inserts rows; of two with one key the newer call stays, with the counts of both and what only the other knew.
+
+    A call that is written again, by its id, is not counted again: a spool may be drained by two processes, or by one
+    that died before it noted how far it was. What a call said that came late, after a newer one, is noted as dead, and
+    its id among those that were replaced, so that feedback on it finds its row.
 
     SQLite gets many rows in one statement: the interpreter is given up, and has to be won back, once a statement, for
     which a thread that has other threads computing beside it waits some milliseconds. A column that no row fills is no
@@ -38,18 +56,42 @@ class Upsert:
     def __init__(self, engine: Engine) -> None:
         self._upsert = _upsert(engine)
         self._insert_new = _insert_new(engine) if engine.dialect.name == "sqlite" else None
+        self._insert_replaced = _dialect_insert(engine, replaced).on_conflict_do_nothing()
 
-    def write(self, connection: Connection, rows: Rows) -> None:
-        """Write rows, no two of which have the same key or number."""
+    def write(self, connection: Connection, rows: Rows, replaced_ids: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Write rows, no two of which have the same key or number.
+
+        Args:
+            connection: Inside a transaction.
+            rows: In the order of their numbers, which are those of one segment.
+            replaced_ids: Ids and keys of calls for which one of the rows stands, too.
+        """
+        late = self._write(connection, rows)
+        ids = [*replaced_ids, *zip(late.id, late.key, strict=True)]
+        if late.number:
+            connection.execute(insert(dead), [{"number": number} for number in late.number])
+        if ids:
+            connection.execute(self._insert_replaced, [{"id": one, "key": key} for one, key in ids])
+
+    def _write(self, connection: Connection, rows: Rows) -> Rows:
+        """Write rows; returns those that came late."""
         if self._insert_new is None:
             connection.exec_driver_sql(self._upsert, sorted(zip(*rows, strict=True), key=_BY_KEY))
-            return
-        n = len(rows.key)
-        if _write_many(connection, self._insert_new, rows) < n:
-            of_these = calls.c.number.between(min(rows.number), max(rows.number))
-            written = set(connection.execute(select(calls.c.number).where(of_these)).scalars())
-            left_out = [number not in written for number in rows.number]
-            _write_many(connection, self._upsert, rows.only(left_out))
+        elif _write_many(connection, self._insert_new, rows) == len(rows.key):
+            return rows.only([])
+        else:
+            _write_many(connection, self._upsert, _not_there(connection, rows))
+        return _not_there(connection, rows)
+
+
+def _not_there(connection: Connection, rows: Rows) -> Rows:
+    """The rows whose numbers no row of the table has."""
+    where = calls.c.number.between(rows.number[0], rows.number[-1])
+    there = connection.execute(select(func.count()).select_from(calls).where(where)).scalar_one()
+    if there == len(rows.number):
+        return rows.only([])
+    numbers = set(connection.execute(select(calls.c.number).where(where)).scalars())
+    return rows.only([number not in numbers for number in rows.number])
 
 
 def _write_many(connection: Connection, sql: str, rows: Rows) -> int:
@@ -90,25 +132,37 @@ def _insert_new(engine: Engine) -> str:
 
 
 def _upsert(engine: Engine) -> str:
-    """The statement that inserts a row, or replaces that of its key."""
-    statement: Any
+    """The statement that inserts a row, or joins it with that of its key."""
+    statement = _dialect_insert(engine, calls)
+    new = statement.excluded
+    late = new.time < calls.c.time
+    newest = {
+        column.name: case((late, column), else_=new[column.name])
+        for column in calls.c
+        if column.name not in ("key", "count", *KEPT)
+    }
+    kept = {
+        name: case((late, func.coalesce(calls.c[name], new[name])), else_=func.coalesce(new[name], calls.c[name]))
+        for name in KEPT
+    }
+    written_id: ColumnElement[bytes] = literal_column("excluded.id")
+    again = or_(written_id == calls.c.id, exists(select(replaced.c.id).where(replaced.c.id == written_id)))
+    count = calls.c.count + case((again, literal_column("0")), else_=new["count"])
+    return _with_a_parameter_for_each_field(
+        engine,
+        statement.on_conflict_do_update(index_elements=[calls.c.key], set_={**newest, **kept, "count": count}),
+    )
+
+
+def _dialect_insert(engine: Engine, table: Table) -> Any:
+    """The insert that knows what to do in a conflict."""
     if engine.dialect.name == "sqlite":
         from sqlalchemy.dialects.sqlite import insert as dialect_insert
 
-        statement = dialect_insert(calls)
-    else:
-        from sqlalchemy.dialects.postgresql import insert as postgres_insert
+        return dialect_insert(table)
+    from sqlalchemy.dialects.postgresql import insert as postgres_insert
 
-        statement = postgres_insert(calls)
-    new = statement.excluded
-    newest = {column.name: new[column.name] for column in calls.c if column.name not in ("key", "count", *KEPT)}
-    kept = {name: func.coalesce(new[name], calls.c[name]) for name in KEPT}
-    return _with_a_parameter_for_each_field(
-        engine,
-        statement.on_conflict_do_update(
-            index_elements=[calls.c.key], set_={**newest, **kept, "count": calls.c.count + new["count"]}
-        ),
-    )
+    return postgres_insert(table)
 
 
 def _with_a_parameter_for_each_field(engine: Engine, statement: Insert) -> str:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -161,6 +162,69 @@ def test_feedback_finds_also_a_call_that_was_replaced(store: DistillationStore) 
     assert (back.gold, back.gold_source) == ("cancel", "review")
     with pytest.raises(StoreError, match="No call with the id"):
         store.label(str(uuid4()), "cancel")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("together", [True, False])
+def test_the_newest_call_stays_whatever_comes_last(
+    store: DistillationStore, order: tuple[int, ...], together: bool
+) -> None:
+    """A spool is drained after newer calls were written; feedback on any of them finds their row."""
+    made = [
+        call(1, time=1, label="refund", gold="food", gold_source="user", raw_output="the oldest"),
+        call(1, time=2, label="status", subject="jane", raw_output="the one between"),
+        call(1, time=3, label="cancel", raw_output="the newest"),
+    ]
+    groups = [[made[i] for i in order]] if together else [[made[i]] for i in order]
+    for group in groups:
+        store.append([*group, *(call(100 + len(group) + i) for i in order)])
+    (back,) = [one for one in everything(store) if one.input == "question 1"]
+    assert (back.id, back.time, back.label, back.raw_output) == (made[2].id, 3, "cancel", "the newest")
+    assert (back.count, back.gold, back.gold_source) == (3, "food", "user")
+    for one, gold in zip(made, LABELS, strict=True):
+        store.label(one.id, gold)
+        assert store.get(made[2].id).gold == gold  # type: ignore[union-attr]
+    assert store.delete(subject="jane") == 1, "whose a call was is kept when another replaces it"
+    assert "question 1" not in stored_texts(store)
+    assert store.verify() == []
+
+
+def test_a_call_that_is_written_again_is_counted_once(store: DistillationStore) -> None:
+    """As a spool that two processes drain, or one that died, delivers it."""
+    first, second = call(1, time=1, count=3), call(1, time=2)
+    store.append([first, call(2), first])
+    store.append([first])
+    assert [one.count for one in everything(store)] == [3, 1]
+    store.append([second])
+    store.append([first])
+    store.append([second, first])
+    assert [(one.id, one.count) for one in everything(store) if one.input == "question 1"] == [(second.id, 4)]
+    assert store.verify() == []
+
+
+def test_two_that_drain_one_spool_move_each_record_once(url: str, tmp_path: Path) -> None:
+    spool = tmp_path / "spool.db"
+    with DistillationStore(spool) as own:
+        own.append([call(i) for i in range(3_000)])
+    failed: list[Exception] = []
+
+    def drain() -> None:
+        try:
+            with DistillationStore(spool) as mine, DistillationStore(url) as there:
+                mine.move_to(there, batch_size=100)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=drain) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    with DistillationStore(url) as there, DistillationStore(spool) as own:
+        assert own.count() == 0
+        assert {one.count for one in everything(there)} == {1}
+        assert there.count() == 3_000
 
 
 def test_filters_mean_what_they_say(store: DistillationStore) -> None:
@@ -764,6 +828,42 @@ def test_with_the_database_away_nothing_is_lost(tmp_path: Path) -> None:
         assert store.count() == 50
         assert recorder.counters.drained == 49
         assert store.verify() == []
+
+
+class NotingStore(DistillationStore):
+    """A store that notes how many records it is given, and calls back at the first of them."""
+
+    def __init__(self, url: str | Path, at_first: Callable[[], None]) -> None:
+        super().__init__(url)
+        self.given: list[int] = []
+        self.at_first = at_first
+
+    def append(self, records: Any) -> None:
+        if not self.given:
+            self.at_first()
+        self.given.append(len(records))
+        super().append(records)
+
+
+def test_what_is_called_while_a_spool_is_drained_does_not_wait_for_all_of_it(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "spool.db") as spool:
+        for start in range(0, 6_000, 3_000):
+            spool.append([call(i) for i in range(start, start + 3_000)])
+    ready = threading.Event()
+
+    def one_more() -> None:
+        ready.wait()
+        recorder.record([lambda: call(10_000)])
+
+    store = NotingStore(tmp_path / "c.db", one_more)
+    with Recorder(store, spool=tmp_path / "spool.db", retry_seconds=0.05) as recorder:
+        ready.set()
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 6_000 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert recorder.counters.drained == 6_000
+        assert recorder.counters.written == 1
+    assert store.given == [2048, 1, 2048, 6_000 - 2 * 2048]
 
 
 def test_what_an_earlier_process_spooled_is_drained(tmp_path: Path) -> None:
