@@ -17,6 +17,7 @@
     * BundleMismatchError      its labels, its weights and its encoder disagree
   * ReplayError                recorded answers cannot be replayed
   * StoreError                 the store of routed calls cannot be used
+    * RecordRefusedError       it is there, and does not take a record
   * RegistryError              a version of a model that is asked for is not there
 
 * ShuntWarning
@@ -166,6 +167,10 @@ class ReplayError(ShuntError):
 
 class StoreError(ShuntError):
     """The store of routed calls cannot be used."""
+
+
+class RecordRefusedError(StoreError):
+    """The database is there, and does not take what was to be written: trying again does not help."""
 
 
 class RegistryError(ShuntError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,17 @@ def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     n = 0
     with path.open("wb") as stream:
         for row in rows:
-            stream.write(to_json(row) + b"\n")
+            stream.write(_as_json(row) + b"\n")
             n += 1
     return n
+
+
+def _as_json(row: dict[str, Any]) -> bytes:
+    """One line; a lone half of a surrogate pair, which no file can hold, becomes a question mark."""
+    try:
+        return to_json(row)
+    except ValueError:
+        return json.dumps(row, ensure_ascii=False).encode(errors="replace")
 
 
 def _schema(pa: Any) -> Any:
@@ -118,7 +127,12 @@ def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
     n, schema = 0, _schema(pa)
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in store.iterate(which, batch_size=5000):
-            writer.write_table(pa.Table.from_pylist([plain(call) for call in batch], schema=schema))
+            rows = [plain(call) for call in batch]
+            try:
+                table = pa.Table.from_pylist(rows, schema=schema)
+            except UnicodeEncodeError:
+                table = pa.Table.from_pylist([json.loads(_as_json(row)) for row in rows], schema=schema)
+            writer.write_table(table)
             n += len(batch)
     return n
 

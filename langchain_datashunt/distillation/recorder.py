@@ -25,13 +25,16 @@ from sqlalchemy import URL, make_url
 from langchain_datashunt.distillation.keeping import Keeping
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.store import DistillationStore, url_of
-from langchain_datashunt.exceptions import ConfigurationError, ShuntError, StoreError
+from langchain_datashunt.exceptions import ConfigurationError, RecordRefusedError, ShuntError, StoreError
 from langchain_datashunt.predictions import Route
 
 logger = logging.getLogger(__name__)
 
 MakeRecord = Callable[[], RoutedCall]
 """A record, or how to make it: the writer's thread does that, not the caller's."""
+
+_UNREADABLE_SECONDS = 60.0
+"""How long a spool is left alone in which only what cannot be read is left."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Recorder:
         self._counters = RecorderCounters()
         self._closed = False
         self._away_until = 0.0
+        self._drain_after = 0.0
         self._start()
         if self._store is None:
             self._try_open()
@@ -226,38 +230,36 @@ class Recorder:
         """Write to the database, else to the spool, else count and report."""
         if not records:
             return
+        refused: set[str] = set()
+        refuse = self._refusing(refused)
         if not spool and self._reachable() and self._store is not None:
             try:
-                self._store.append(records)
+                self._store.append_each(records, refuse)
             except ShuntError as error:
                 self._went_away(error)
-            except Exception:
-                self._write_singly(records)
-                return
+                records = [record for record in records if record.id not in refused]
+                refused.clear()
             else:
-                self._count(written=len(records))
+                self._count(written=len(records) - len(refused))
                 return
         try:
-            self._spool_store().append(records)
+            self._spool_store().append_each(records, refuse)
         except Exception as error:
-            logger.error("%d records could not be written anywhere: %s: %s", len(records), type(error).__name__, error)
-            self._count(failed=len(records))
+            lost = len(records) - len(refused)
+            logger.error("%d records could not be written anywhere: %s: %s", lost, type(error).__name__, error)
+            self._count(failed=lost)
         else:
-            self._count(spooled=len(records))
+            self._count(spooled=len(records) - len(refused))
 
-    def _write_singly(self, records: list[RoutedCall]) -> None:
-        """Find the records of a group that no database takes; the others are written."""
-        for record in records:
-            try:
-                self._store.append([record])  # type: ignore[union-attr]
-            except ShuntError as error:
-                self._went_away(error)
-                self._write([record], spool=True)
-            except Exception as error:
-                logger.error("The record %s cannot be written: %s", record.id, type(error).__name__)
-                self._count(failed=1)
-            else:
-                self._count(written=1)
+    def _refusing(self, refused: set[str]) -> Callable[[RoutedCall, Exception], None]:
+        """Counts and names a record that the database does not take, and adds its id to these."""
+
+        def refuse(record: RoutedCall, error: Exception) -> None:
+            logger.error("The record %s cannot be written: %s", record.id, _said_of(error))
+            self._count(failed=1)
+            refused.add(record.id)
+
+        return refuse
 
     def _reachable(self) -> bool:
         return time.monotonic() >= self._away_until and (self._store is not None or self._try_open())
@@ -285,15 +287,22 @@ class Recorder:
 
         What waits to be written comes first: where calls come in meanwhile, one batch is moved, and the rest later.
         """
-        if not (self._spool is not None or self._spool_file.exists()) or not self._reachable() or self._store is None:
+        if time.monotonic() < self._drain_after or not (self._spool is not None or self._spool_file.exists()):
             return
+        if not self._reachable() or self._store is None:
+            return
+        refused: set[str] = set()
         try:
-            while moved := self._spool_store().move_to(self._store, batches=1):
-                self._count(drained=moved)
+            while moved := self._spool_store().move_to(self._store, batches=1, refused=self._refusing(refused)):
+                self._count(drained=moved - len(refused))
+                refused.clear()
                 if not self._queue.empty():
-                    break
-        except (ShuntError, OSError) as error:
-            self._went_away(error)
+                    return
+            if self._spool_store().count():  # nobody can read it; it is not looked at for each group
+                self._drain_after = time.monotonic() + _UNREADABLE_SECONDS
+        except Exception as error:  # of the spool, too, whose trouble must not stop what is written otherwise
+            logger.warning("The spool %s cannot be drained now: %s: %s", self._spool_file, type(error).__name__, error)
+            self._drain_after = time.monotonic() + self.retry_seconds
 
     # Life
 
@@ -359,6 +368,11 @@ class Recorder:
                 )  # fmt: skip
             },
         )
+
+
+def _said_of(error: Exception) -> str:
+    """What may stand in a log: the database names columns and ids; another error may quote a text."""
+    return str(error) if isinstance(error, RecordRefusedError) else type(error).__name__
 
 
 def _restored(url: str, settings: dict[str, Any]) -> Recorder:

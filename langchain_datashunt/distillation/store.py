@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from itertools import groupby, islice, repeat
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from langchain_datashunt.distillation.record import Columns, RoutedCall, hash_subject, id_bytes
 from langchain_datashunt.distillation.rows import (
@@ -25,7 +26,7 @@ from langchain_datashunt.distillation.rows import (
 )
 from langchain_datashunt.distillation.sealing import Seal
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
-from langchain_datashunt.exceptions import MissingExtraError, StoreError
+from langchain_datashunt.exceptions import MissingExtraError, RecordRefusedError, StoreError
 
 try:
     from sqlalchemy import (
@@ -44,7 +45,7 @@ try:
         update,
     )
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
 
     from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
     from langchain_datashunt.distillation.reading import SHARED, Reader
@@ -70,6 +71,11 @@ of many rows would otherwise keep how the pages were that it changes. Keys are h
 page of their index: pages of 8 KiB are fewer to find, a cache of 64 MiB holds the index of a million records, and a log
 of 64 MiB lets many changes of one page be written at once. A file that is there keeps the size of its pages."""
 
+
+_LOG = logging.getLogger(__name__)
+
+Refused: TypeAlias = Callable[[RoutedCall, Exception], None]
+"""Is told of a record that a database does not take, and why."""
 
 _JOINED = calls.c.context == contexts.c.id
 
@@ -152,6 +158,7 @@ class DistillationStore:
 
         Raises:
             StoreError: The database is away or full; nothing of these records is stored.
+            RecordRefusedError: It does not take one of them: a number is too large, or its id is another input's.
         """
         if not records:
             return
@@ -166,6 +173,31 @@ class DistillationStore:
             raise
         with self._lock:  # only now are they there for others
             self._contexts.update(known)
+
+    def append_each(self, records: Sequence[RoutedCall], refused: Refused) -> None:
+        """Store records but those that the database does not take, which are found by halves.
+
+        Args:
+            records: What to store.
+            refused: Is told of each record that cannot be stored, and why.
+
+        Raises:
+            StoreError: The database is away or full; some of these records may be stored.
+        """
+        try:
+            self.append(records)
+            return
+        except RecordRefusedError as error:
+            reason: Exception = error
+        except StoreError:
+            raise
+        except Exception as error:  # whatever a driver says to a value
+            reason = error
+        if len(records) == 1:
+            refused(records[0], reason)
+            return
+        for half in (records[: len(records) // 2], records[len(records) // 2 :]):
+            self.append_each(half, refused)
 
     def _append(self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]) -> None:
         keys, columns, others = merged(records, self.seal)
@@ -334,17 +366,40 @@ class DistillationStore:
                 gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
         return gone
 
-    def move_to(self, other: DistillationStore, *, batch_size: int = 2048, batches: int | None = None) -> int:
+    def move_to(
+        self,
+        other: DistillationStore,
+        *,
+        batch_size: int = 2048,
+        batches: int | None = None,
+        refused: Refused | None = None,
+    ) -> int:
         """Move records into another store, batch by batch, each deleted here only when it is safe there.
+
+        What cannot be read (it is damaged, or encrypted with another key) stays here, and is named in the log.
 
         Args:
             other: Where to. A batch that another process moves at the same time is there once.
             batch_size: Records of a batch.
             batches: How many to move at the most; None moves all.
+            refused: Is told of a record that the other store does not take, which is then deleted here; None raises.
+
+        Returns:
+            How many are no longer here.
+
+        Raises:
+            StoreError: One of the stores is away; what was moved before stays moved.
         """
-        moved = 0
-        for batch in islice(self.iterate(batch_size=batch_size), batches):
-            other.append(batch)
+        moved, reader = 0, Reader(self)
+        pages = iter(lambda: reader.page(_JOINED, batch_size), [])
+        for page in islice(pages, batches):
+            batch = [found for _, found in page if not isinstance(found, Exception)]
+            if len(batch) < len(page):
+                _LOG.error("%d records in %r cannot be read and stay there.", len(page) - len(batch), self)
+            if refused is None:
+                other.append(batch)
+            else:
+                other.append_each(batch, refused)
             with self._writing() as connection:
                 some = [id_bytes(record.id) for record in batch]
                 for start in range(0, len(some), 500):
@@ -401,4 +456,11 @@ def url_of(url: str | Path) -> str:
 
 
 def _in_words(store: DistillationStore, error: SQLAlchemyError) -> StoreError:
-    return StoreError(f"{store!r} cannot be used: {type(error).__name__}: {getattr(error, 'orig', None) or error}")
+    """An error of the database, or of a value that it does not take, as ours."""
+    of_values = isinstance(error, (DataError, IntegrityError)) or type(error) is StatementError
+    told = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
+    return (
+        RecordRefusedError(f"{store!r} refuses this: {told}")
+        if of_values
+        else StoreError(f"{store!r} cannot be used: {told}")
+    )

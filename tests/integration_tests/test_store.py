@@ -41,7 +41,7 @@ from langchain_datashunt.distillation.record import columns_of, hash_input, id_b
 from langchain_datashunt.distillation.schema import FIRST, STEPS
 from langchain_datashunt.distillation.segments import Segment
 from langchain_datashunt.distillation.watching import stated_confidence
-from langchain_datashunt.exceptions import ConfigurationError, DataError, StoreError
+from langchain_datashunt.exceptions import ConfigurationError, DataError, RecordRefusedError, StoreError
 from tests.support.faulty_server import FaultyServer
 from tests.support.models import LABELS, CountingLarge, HttpError, WordModel
 
@@ -538,6 +538,69 @@ def test_a_record_that_no_database_takes_harms_no_other(tmp_path: Path, caplog: 
         assert [one.input for one in everything(store)] == ["lone \ud800 surrogate", "question 2", "question 4"]
 
 
+def test_a_record_that_the_database_refuses_does_not_make_it_away(url: str, tmp_path: Path, caplog: Any) -> None:
+    """Neither in a group nor in the spool: the others are written, and it is named and counted."""
+    with DistillationStore(url) as store:
+        store.append([call(0, id=(taken := str(uuid4())))])
+    poison = call(50, id=taken)
+    with DistillationStore(tmp_path / "spool.db") as spool:
+        spool.append([*(call(i) for i in range(100, 120)), poison, *(call(i) for i in range(120, 140))])
+    makers = [lambda i=i: call(i) for i in range(1, 40)]  # type: ignore[misc]
+    with Recorder(url, spool=tmp_path / "spool.db", retry_seconds=0.1) as recorder:
+        recorder.record([*makers, lambda: call(60, id=taken)])
+        recorder.flush()
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 40 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        counters = recorder.counters
+        assert (counters.written, counters.spooled, counters.drained, counters.failed) == (39, 0, 40, 2)
+        recorder.record([lambda: call(200)])
+        recorder.flush()
+        assert recorder.counters.written == 40
+    assert caplog.text.count(f"The record {taken} cannot be written") == 2
+    with DistillationStore(url) as store, DistillationStore(tmp_path / "spool.db") as spool:
+        assert (store.count(), spool.count()) == (81, 0)
+        with pytest.raises(RecordRefusedError):
+            store.append([call(61, id=taken)])
+
+
+def test_a_record_that_no_spool_takes_harms_no_other(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.away = True
+    with Recorder(store, spool=tmp_path / "spool.db", retry_seconds=60) as recorder:
+        recorder.record([lambda: call(1), lambda: call(2, input_tokens=2**70), lambda: call(3)])
+        recorder.flush()
+        assert (recorder.counters.spooled, recorder.counters.failed) == (2, 1)
+
+
+@pytest.mark.parametrize("damage", ["a record", "its pages", "the file"])
+def test_a_damaged_spool_harms_no_other_record(url: str, tmp_path: Path, caplog: Any, damage: str) -> None:
+    """What can be read of it is drained, what cannot stays where it is, and new calls are written as ever."""
+    file = tmp_path / "spool.db"
+    with DistillationStore(file) as spool:
+        spool.append([call(i) for i in range(100, 110)])
+        spool.append([call(i) for i in range(110, 140)])
+        if damage == "a record":
+            with spool.engine.begin() as connection:
+                connection.execute(text("UPDATE datashunt_segments SET content = :c WHERE number = 1"), {"c": b"pno"})
+    whole = file.read_bytes()
+    if damage == "the file":
+        file.write_bytes(bytes(4096) + whole[4096:])
+    elif damage == "its pages":
+        file.write_bytes(whole[:8192] + b"x" * len(whole[8192:]))
+    with Recorder(url, spool=file, retry_seconds=0.1) as recorder:
+        for i in range(3):
+            recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+            recorder.flush()
+            time.sleep(0.15)
+        assert (recorder.counters.written, recorder.counters.spooled) == (3, 0)
+        assert recorder.counters.drained == (30 if damage == "a record" else 0)
+    assert ("cannot be read and stay there" if damage == "a record" else "cannot be drained now") in caplog.text
+    if damage == "a record":
+        with DistillationStore(file) as spool:
+            assert spool.count() == 10
+
+
 def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
     store.append([call(i, time=time.time() - (9 - i) * 100) for i in range(10)])
     assert store.prune(max_age_seconds=550) == 4
@@ -579,11 +642,13 @@ def test_what_is_exported_is_what_is_stored(store: DistillationStore, tmp_path: 
     pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
+    lone = call(3, input="half a \ud800 pair")
     odd = 'a line\nof "text"\u2028 über 😀 \x00'
     store.append(
         [
             call(1, input=odd, raw_output=odd, gold=None, cost_usd=1e-7, time=1.7e9, subject="alice"),
             call(2, probabilities=None, score=None, label="a label of its own", audit=True),
+            lone,
         ]
     )
     stored = [record for batch in store.iterate() for record in batch]
@@ -593,7 +658,8 @@ def test_what_is_exported_is_what_is_stored(store: DistillationStore, tmp_path: 
     rows = parquet.read_table(tmp_path / "calls.parquet").to_pylist()
     for record, line, row in zip(stored, lines, rows, strict=True):
         computed = {"input_hash": record.input_hash, "confidence": record.confidence, "small_label": record.small_label}
-        assert line == {**record.model_dump(mode="json", exclude={"subject"}), **computed}
+        whole = record.model_copy(update={"input": record.input.replace("\ud800", "?")})
+        assert line == {**whole.model_dump(mode="json", exclude={"subject"}), **computed}
         assert {name: row[name] for name in line} == {
             **line,
             "probabilities": line["probabilities"] and pytest.approx(line["probabilities"]),
