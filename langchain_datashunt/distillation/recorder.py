@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import multiprocessing.util
 import os
 import queue
 import random
@@ -22,6 +23,7 @@ from typing import Any, Literal, Self
 
 from sqlalchemy import URL, make_url
 
+from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.distillation.keeping import Keeping
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.store import DistillationStore, url_of
@@ -138,6 +140,11 @@ class Recorder:
         if self._store is None:
             self._try_open()
         _at_exit(self)
+        AFTER_FORK.add(self)
+
+    def after_fork(self) -> None:
+        """Begin with a lock that nobody holds; the writer's thread is started when a record comes."""
+        self._lock = threading.Lock()
 
     def _start(self) -> None:
         """A fresh queue and writer thread for this process."""
@@ -180,6 +187,7 @@ class Recorder:
             return False
         if os.getpid() != self._pid:
             self._start()  # a child process has no writer thread yet
+            _at_the_end_of_a_worker()
         deadline = time.monotonic() + self.max_wait_ms / 1000.0
         while self._queue.qsize() >= self.queue_size:
             if time.monotonic() >= deadline:
@@ -398,6 +406,7 @@ def _at_exit(recorder: Recorder) -> None:
         return
     _installed = True
     atexit.register(_close_all)
+    _at_the_end_of_a_worker()
     if threading.current_thread() is threading.main_thread():
         previous = signal.getsignal(signal.SIGTERM)
 
@@ -412,6 +421,12 @@ def _at_exit(recorder: Recorder) -> None:
 
         with suppress(ValueError):
             signal.signal(signal.SIGTERM, flush_then)
+
+
+def _at_the_end_of_a_worker() -> None:
+    """Have recorders closed where this is a process of multiprocessing, which ends without what `atexit` would do."""
+    if multiprocessing.parent_process() is not None:
+        multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
 
 
 def _close_all() -> None:

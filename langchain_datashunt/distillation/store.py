@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from langchain_datashunt._forking import AFTER_FORK, LEFT_ALONE
 from langchain_datashunt.distillation.record import Columns, RoutedCall, hash_subject, id_bytes
 from langchain_datashunt.distillation.rows import (
     fits,
@@ -122,12 +123,19 @@ class DistillationStore:
         self._appended = 0
         self._lock = threading.Lock()
         self.engine = self._open()
+        AFTER_FORK.add(self)
         self._upsert = Upsert(self.engine)
         try:
             with self.engine.begin() as connection:
                 migrate(connection)
         except SQLAlchemyError as error:
             raise _in_words(self, error) from error
+
+    def after_fork(self) -> None:
+        """Leave the parent's connections to the parent, which goes on speaking through them."""
+        self._lock = threading.Lock()
+        LEFT_ALONE.append(self.engine.pool)
+        self.engine.dispose(close=False)
 
     def _open(self) -> Engine:
         if self.url.get_backend_name() != "sqlite":

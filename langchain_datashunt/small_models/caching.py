@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.inputs import text_reader
-from langchain_datashunt.small_models.forking import AFTER_FORK
 
 V = TypeVar("V")
 

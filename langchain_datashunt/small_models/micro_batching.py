@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import Field
 
+from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.configured import Strategy
 from langchain_datashunt.exceptions import PredictionError, QueueFullError
-from langchain_datashunt.small_models.forking import AFTER_FORK
 
 Compute = Callable[[list[Any]], Sequence[Any]]
 """From `n` inputs to `n` answers, an exception in the place of an answer that failed."""

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from langchain_datashunt._extras import require
+from langchain_datashunt._forking import AFTER_FORK, LEFT_ALONE
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
-from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.packed_architectures import ARCHITECTURES, Parts
 from langchain_datashunt.small_models.packed_attention import has_variable_length
@@ -51,9 +51,6 @@ _MUCH_SLOWER, _MUCH_SLOWER_THAN_ONNX = 1.2, 1.5
 """By how much the packed form must lose the trial to be left, to transformers and to ONNX Runtime."""
 
 _LOG = logging.getLogger(__name__)
-
-_LEFT_ALONE: list[Any] = []
-"""What a forked child has of its parent and must not end."""
 
 _SAID: set[str] = set()
 """Architectures of which it was said that they have no packed form."""
@@ -108,7 +105,7 @@ class Packing:
         """Begin with a lock that nobody holds; what has threads of its own, which a child has not, is made anew."""
         self._lock = threading.Lock()
         if isinstance(self._made, OnnxEncoder):
-            _LEFT_ALONE.append(self._made)  # its end would wait for these threads
+            LEFT_ALONE.append(self._made)  # its end would wait for these threads
             self._made = self.network = None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import share_of_threads
-from langchain_datashunt.small_models.forking import AFTER_FORK
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
 
 if TYPE_CHECKING:

@@ -1101,6 +1101,48 @@ def test_a_child_process_gets_a_writer_of_its_own(tmp_path: Path) -> None:
     assert "c.db" in repr(recorder)
 
 
+def test_forked_processes_do_not_share_a_connection(url: str, tmp_path: Path) -> None:
+    """As those of a server that makes its recorder before it forks."""
+    with Recorder(url, spool=tmp_path / "spool.db") as recorder:
+        recorder.record([lambda: call(-1)])
+        recorder.flush()
+        children = []
+        for child in range(4):
+            if (pid := os.fork()) == 0:
+                for i in range(100):
+                    recorder.record([lambda i=i, c=child: call(1_000 * c + i)])  # type: ignore[misc]
+                    recorder.flush()
+                os._exit(0 if recorder.flush(20) and not recorder.counters.spooled else 1)
+            children.append(pid)
+        for i in range(100):
+            recorder.record([lambda i=i: call(10_000 + i)])  # type: ignore[misc]
+            recorder.flush()
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+        assert recorder.counters.spooled == 0
+    with DistillationStore(url) as store:
+        assert store.count() == 501
+        assert store.verify() == []
+
+
+def _record_and_end(recorder: Recorder, start: int) -> None:
+    for i in range(start, start + 50):
+        recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_a_worker_process_has_pending_is_written_when_it_ends(tmp_path: Path, method: str) -> None:
+    recorder = Recorder(tmp_path / "c.db")
+    context = multiprocessing.get_context(method)
+    workers = [context.Process(target=_record_and_end, args=(recorder, 100 * n)) for n in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    recorder.close()
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 100
+
+
 def test_threads_share_a_recorder(tmp_path: Path) -> None:
     with Recorder(tmp_path / "c.db", durability="record") as recorder:
         router = shunt(recorder)

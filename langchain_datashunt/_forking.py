@@ -1,11 +1,11 @@
-"""What a forked child begins anew: locks that another thread of the parent may have held, and threads it has not."""
+"""What a forked child begins anew: locks that another thread of the parent may have held, threads and connections."""
 
 from __future__ import annotations
 
 import os
 import sys
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Forked(Protocol):
@@ -17,6 +17,9 @@ class Forked(Protocol):
 
 AFTER_FORK: weakref.WeakSet[Forked] = weakref.WeakSet()
 """Whatever is to begin anew."""
+
+LEFT_ALONE: list[Any] = []
+"""What a forked child has of its parent and must not end: threads that it would wait for, the parent's connections."""
 
 
 def _begin_anew() -> None:
