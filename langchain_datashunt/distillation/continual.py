@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -105,8 +106,13 @@ class ContinualDistiller:
 
     def due(self) -> bool:
         """Whether enough new answers are there."""
+        state = self._state()
         with DistillationStore(self.store) as store:
-            return self._answers(store) - int(self._state().get("answers", 0)) >= self.every
+            more = self._answers(store) - int(state.get("answers", 0))
+            if more < self.every and "time" in state:  # where old records are pruned there are never more of them
+                since = CallFilter(task=self.task, asked=True, since=math.nextafter(state["time"], math.inf))
+                more = max(more, store.count(since, repeated=False))
+        return more >= self.every
 
     def _answers(self, store: DistillationStore) -> int:
         return store.count(CallFilter(task=self.task, asked=True))
@@ -127,7 +133,8 @@ class ContinualDistiller:
         except DataError as error:
             logger.info("Nothing distilled yet: %s", error)
             found = None
-        (self.registry.folder / _STATE).write_text(json.dumps({"answers": answers}), encoding="utf-8")
+        state = {"answers": answers, "time": max((call.time for call in calls), default=0.0)}
+        (self.registry.folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
         return found
 
     def _split(self, calls: list[RoutedCall], known: set[str]) -> tuple[list[RoutedCall], list[str], list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 
 from langchain_datashunt.distillation.schema import controls, disclosures
 from langchain_datashunt.distillation.store import DistillationStore
@@ -42,8 +42,8 @@ class SharedLedger:
                         raise _AboveError(name)
         except _AboveError as above:
             return above.name
-        except SQLAlchemyError as error:
-            raise StoreError(f"{self.store!r} cannot count a budget: {type(error).__name__}.") from error
+        except StoreError as error:
+            raise StoreError(f"{self.store!r} cannot count a budget: {type(error.__cause__).__name__}.") from error
         return None
 
     @staticmethod
@@ -78,8 +78,8 @@ class SharedLedger:
         try:
             with self.store.connection() as connection:
                 connection.execute(insert(disclosures).values(**values))
-        except SQLAlchemyError as error:
-            raise StoreError(f"{self.store!r} cannot note a disclosure: {type(error).__name__}.") from error
+        except StoreError as error:
+            raise StoreError(f"{self.store!r} cannot note a disclosure: {type(error.__cause__).__name__}.") from error
 
     def trail(self, since: float = 0.0) -> Iterator[Disclosure]:
         """The lines of the trail, the oldest first."""

@@ -54,7 +54,7 @@ class Reader:
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         """A connection that sees rows and segments as of one moment."""
-        with self._store.engine.connect() as connection:
+        with self._store.reading() as connection:
             if connection.dialect.name == "postgresql":
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection

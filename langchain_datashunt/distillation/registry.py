@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
+from langchain_datashunt._extras import require
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import RegistryError
@@ -86,11 +87,12 @@ class ModelRegistry:
     def add(self, model: SmallModel, metrics: dict[str, Any] | None = None) -> int:
         """Save a model as a new candidate; returns its number."""
         with self._locked():
-            number = max((found.version for found in self.versions()), default=0) + 1
-            model.save(self.bundle(number))
-            self._note(
-                ModelVersion(version=number, status="candidate", metrics=metrics or {}, parent=self.current_version())
-            )
+            return self._add(model, metrics or {})
+
+    def _add(self, model: SmallModel, metrics: dict[str, Any]) -> int:
+        number = max((found.version for found in self.versions()), default=0) + 1
+        model.save(self.bundle(number))
+        self._note(ModelVersion(version=number, status="candidate", metrics=metrics, parent=self.current_version()))
         return number
 
     def bundle(self, number: int) -> Path:
@@ -137,11 +139,13 @@ class ModelRegistry:
     def promote(self, number: int, reason: str = "promoted by hand") -> None:
         """Put a version into service, at once for all readers."""
         with self._locked():
-            found = self.version(number)
-            state = self._state()
-            before = [*state["before"], *([state["version"]] if state["version"] is not None else [])]
-            self._note(found.model_copy(update={"status": "promoted", "reason": reason}))
-            self._set({"version": number, "before": before})
+            self._promote(number, reason)
+
+    def _promote(self, number: int, reason: str) -> None:
+        found, state = self.version(number), self._state()
+        before = [*state["before"], *([state["version"]] if state["version"] is not None else [])]
+        self._note(found.model_copy(update={"status": "promoted", "reason": reason}))
+        self._set({"version": number, "before": before})
 
     def rollback(self) -> int:
         """Put the version that was in service before back; returns its number.
@@ -187,17 +191,21 @@ class ModelRegistry:
 
         Raises:
             RegistryError: Nothing is in service to compare with.
-            DataError: There are no held-out examples.
+            DataError: There are no held-out examples; the candidate is not kept.
         """
-        verdict = (gate or PromotionGate()).test(self.load(), candidate, texts, labels, teacher=teacher)
-        number = self.add(candidate, {**(metrics or {}), **_figures(verdict)})
-        if verdict.passed:
-            self.promote(number, verdict.reason)
-        else:
+        while True:
+            in_service = self.current_version()
+            verdict = (gate or PromotionGate()).test(self.load(in_service), candidate, texts, labels, teacher=teacher)
             with self._locked():
-                rejected = {"status": "rejected", "reason": verdict.reason}
-                self._note(self.version(number).model_copy(update=rejected))
-        return number, verdict
+                if self.current_version() != in_service:
+                    continue  # another was promoted meanwhile: it is that which the candidate has to be as good as
+                number = self._add(candidate, {**(metrics or {}), **_figures(verdict)})
+                if verdict.passed:
+                    self._promote(number, verdict.reason)
+                else:
+                    rejected = {"status": "rejected", "reason": verdict.reason}
+                    self._note(self.version(number).model_copy(update=rejected))
+                return number, verdict
 
     def model(self, **overrides: Any) -> RegistryModel:
         """A small model that follows the version in service; `overrides` as for `load_small_model`."""
@@ -227,21 +235,10 @@ class ModelRegistry:
         return file.stat().st_mtime_ns if file.is_file() else 0
 
     @contextmanager
-    def _locked(self) -> Any:
-        """One writer at a time, also over processes; a lock left by a killed process is taken over after a minute."""
-        lock, deadline = self.folder / ".lock", time.monotonic() + 60.0
-        while True:
-            try:
-                os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-                break
-            except FileExistsError:
-                if time.monotonic() > deadline:
-                    lock.unlink(missing_ok=True)
-                time.sleep(0.02)
-        try:
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time, also over processes; a process that ends in whatever way gives the lock up."""
+        with require("filelock", "store").FileLock(self.folder / ".lock"):
             yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 class RegistryModel(SmallModel):

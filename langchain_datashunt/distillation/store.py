@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from itertools import groupby, islice, repeat
 from pathlib import Path
 from types import TracebackType
@@ -125,11 +125,8 @@ class DistillationStore:
         self.engine = self._open()
         AFTER_FORK.add(self)
         self._upsert = Upsert(self.engine)
-        try:
-            with self.engine.begin() as connection:
-                migrate(connection)
-        except SQLAlchemyError as error:
-            raise _in_words(self, error) from error
+        with self.connection() as connection:
+            migrate(connection)
 
     def after_fork(self) -> None:
         """Leave the parent's connections to the parent, which goes on speaking through them."""
@@ -173,7 +170,7 @@ class DistillationStore:
         with self._lock:
             known = dict(self._contexts)
         try:
-            with self._writing() as connection:
+            with self.connection() as connection:
                 for start in range(0, len(records), MAX_RECORDS):
                     self._append(connection, records[start : start + MAX_RECORDS], known)
         except StoreError:
@@ -219,15 +216,6 @@ class DistillationStore:
             if wasteful(connection):
                 erase(connection, self.seal)
 
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """A transaction, with errors of the database as ours."""
-        try:
-            with self.engine.begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            raise _in_words(self, error) from error
-
     def _shared(self, connection: Connection, columns: Columns, known: dict[tuple[Any, ...], int]) -> list[int]:
         """For each record the row of what it shares with others; made, and added to `known`, where it is new."""
         values = [columns[name] for name in SHARED]
@@ -262,7 +250,7 @@ class DistillationStore:
             StoreError: No call with this id is stored.
         """
         wanted = id_bytes(record_id)
-        with self._writing() as connection:
+        with self.connection() as connection:
             older = select(replaced.c.key).where(replaced.c.id == wanted).scalar_subquery()
             done = connection.execute(
                 update(calls)
@@ -304,10 +292,12 @@ class DistillationStore:
         rows = Reader(self).page(and_(_JOINED, calls.c.id == id_bytes(record_id)), 1)
         return self._read(*rows[0]) if rows else None
 
-    def count(self, which: CallFilter = EVERYTHING) -> int:
-        """How many records there are."""
-        with self.engine.connect() as connection:
+    def count(self, which: CallFilter = EVERYTHING, *, repeated: bool | None = None) -> int:
+        """How many records there are; True counts those of inputs that came more than once, False the others."""
+        with self.reading() as connection:
             statement = select(func.count()).select_from(calls, contexts).where(which.where())
+            if repeated is not None:
+                statement = statement.where(calls.c.count > 1 if repeated else calls.c.count == 1)
             return int(connection.execute(statement).scalar_one())
 
     def stats(self, which: CallFilter = EVERYTHING) -> dict[str, Any]:
@@ -321,7 +311,7 @@ class DistillationStore:
     def verify(self) -> list[str]:
         """What is wrong with the store, in words; an empty list where nothing is."""
         problems: list[str] = []
-        with self.engine.connect() as connection:
+        with self.reading() as connection:
             if self.url.get_backend_name() == "sqlite":
                 found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
                 problems += [f"SQLite: {line}" for line in found if line != "ok"]
@@ -356,7 +346,7 @@ class DistillationStore:
 
     def _keys(self, input_hash: bytes) -> list[bytes]:
         """The keys that an input has with all tasks and large models that were ever recorded."""
-        with self.engine.connect() as connection:
+        with self.reading() as connection:
             known = connection.execute(select(contexts.c.task, contexts.c.large_model).distinct()).all()
         return [key for row in known for key in keys_of(row.task, row.large_model, input_hash, self.seal)]
 
@@ -368,7 +358,7 @@ class DistillationStore:
         if max_records is not None:
             order = (calls.c.time.desc(), calls.c.number.desc())
             edge = select(calls.c.time, calls.c.number).order_by(*order).offset(max_records).limit(1)
-            with self.engine.connect() as connection:
+            with self.reading() as connection:
                 found = connection.execute(edge).first()
             if found is not None:
                 gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
@@ -408,7 +398,7 @@ class DistillationStore:
                 other.append(batch)
             else:
                 other.append_each(batch, refused)
-            with self._writing() as connection:
+            with self.connection() as connection:
                 some = [id_bytes(record.id) for record in batch]
                 for start in range(0, len(some), 500):
                     self._drop(connection, calls.c.id.in_(some[start : start + 500]))
@@ -418,11 +408,12 @@ class DistillationStore:
 
     def _delete(self, where: ColumnElement[bool]) -> int:
         """Delete rows, and erase what they said, with all else that no row refers to."""
-        with self._writing() as connection:
+        with self.connection() as connection:
             numbers = self._drop(connection, where)
             erase(connection, self.seal, {segment_and_place(number)[0] for number in numbers})
         if numbers and self.url.get_backend_name() == "sqlite":
-            with closing(self.engine.raw_connection()) as raw:  # else it stands in the write-ahead log for some time
+            # else it stands in the write-ahead log for some time
+            with self._in_words(), closing(self.engine.raw_connection()) as raw:
                 raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return len(numbers)
 
@@ -437,9 +428,37 @@ class DistillationStore:
 
     # Life
 
-    def connection(self) -> AbstractContextManager[Connection]:
-        """A connection inside a transaction, for what is kept beside the records."""
-        return self.engine.begin()
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection inside a transaction, also for what is kept beside the records.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        with self._in_words(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that changes nothing.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        with self._in_words(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Errors of the database, and of values that it does not take, as ours."""
+        try:
+            yield
+        except SQLAlchemyError as error:
+            of_values = isinstance(error, (DataError, IntegrityError)) or type(error) is StatementError
+            told = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
+            if of_values:
+                raise RecordRefusedError(f"{self!r} refuses this: {told}") from error
+            raise StoreError(f"{self!r} cannot be used: {told}") from error
 
     def close(self) -> None:
         """Close all connections."""
@@ -461,14 +480,3 @@ def url_of(url: str | Path) -> str:
     """A SQLAlchemy URL as it is; a path as that of a SQLite file."""
     text = str(url)
     return text if "://" in text else f"sqlite:///{text}"
-
-
-def _in_words(store: DistillationStore, error: SQLAlchemyError) -> StoreError:
-    """An error of the database, or of a value that it does not take, as ours."""
-    of_values = isinstance(error, (DataError, IntegrityError)) or type(error) is StatementError
-    told = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
-    return (
-        RecordRefusedError(f"{store!r} refuses this: {told}")
-        if of_values
-        else StoreError(f"{store!r} cannot be used: {told}")
-    )

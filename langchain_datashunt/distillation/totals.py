@@ -37,7 +37,7 @@ def totals(store: DistillationStore, which: CallFilter) -> dict[str, Any]:
         func.min(c.time).label("oldest"),
         func.max(c.time).label("newest"),
     ).where(which.where())
-    with store.engine.connect() as connection:
+    with store.reading() as connection:
         row = connection.execute(statement).one()._mapping
     return {
         key: value if value is None or isinstance(value, (int, float)) else float(value) for key, value in row.items()

@@ -711,6 +711,19 @@ def test_a_store_that_cannot_be_opened_is_explained(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_database_that_breaks_while_it_is_read_is_explained(store: DistillationStore) -> None:
+    store.append([call(1)])
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP TABLE datashunt_segments"))
+    with pytest.raises(StoreError, match="cannot be read"):
+        everything(store)
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP TABLE datashunt_calls"))
+    for read in (store.count, store.stats, store.verify, lambda: everything(store), lambda: store.get(str(uuid4()))):
+        with pytest.raises(StoreError, match="cannot be used"):
+            read()
+
+
 def test_the_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
     with DistillationStore(tmp_path / "calls.db") as store:
         store.append([call()])
@@ -1037,7 +1050,8 @@ for i in range(int(sys.argv[3])):
     if sys.argv[2] == "record":
         print(i, flush=True)
 print("done", flush=True)
-time.sleep(60 if sys.argv[4] == "wait" else 0)
+for _ in range(600 if sys.argv[4] == "wait" else 0):
+    time.sleep(0.1)  # Python would see a signal that comes just before a long sleep only after it
 """
 
 

@@ -89,10 +89,10 @@ def test_an_encrypted_store_shows_nothing_without_its_key(url: str, tmp_path: Pa
     records = [call(1, input=SECRET, raw_output=f"about {SECRET}"), call(2, input="x", small_answer=None)]
     with DistillationStore(url, key=key) as store:
         store.append(records)
-        store.append([records[0]])
-        assert [(one.input, one.count) for one in everything(store)] == [(SECRET, 2), ("x", 1)]
+        store.append([again := call(1, input=SECRET, raw_output=f"about {SECRET}")])
+        assert sorted((one.input, one.count) for one in everything(store)) == [(SECRET, 2), ("x", 1)]
         assert not store.verify()
-        assert store.get(records[0].id) is not None
+        assert store.get(again.id) is not None
     if url.startswith("sqlite"):
         assert b"secret of" not in on_disk(tmp_path)
         assert hash_input(SECRET) not in on_disk(tmp_path)

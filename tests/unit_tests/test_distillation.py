@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import threading
 import time
@@ -313,6 +314,48 @@ def test_candidates_pass_the_gate_or_stay_as_rejected(registry: ModelRegistry, s
     assert registry.version(3).reason == verdict.reason
 
 
+def test_a_candidate_is_tested_against_what_is_in_service_when_it_is_promoted(registry: ModelRegistry) -> None:
+    """Another distiller promotes while the gate looks at it."""
+    load = registry.load
+    registry.load = lambda *number: load(*number, embeddings=LetterEmbeddings())  # type: ignore[method-assign]
+    registry.promote(registry.add(head(1.0)))
+    seen: list[str] = []
+
+    class SlowGate(PromotionGate):
+        def test(self, old: Any, new: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(old.model_id)
+            if len(seen) == 1:
+                registry.promote(registry.add(head(2.0)))
+            return super().test(old, new, *args, **kwargs)
+
+    number, _ = registry.consider(head(3.0), ["a", "b"] * 200, ["a", "b"] * 200, gate=SlowGate())
+    assert seen == [head(1.0).model_id, head(2.0).model_id]
+    assert number == 3
+    assert [found.version for found in registry.versions()] == [1, 2, 3]
+
+
+def _hold(folder: str, ready: Any) -> None:
+    with ModelRegistry(folder)._locked():
+        ready.set()
+        time.sleep(60)
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(registry: ModelRegistry) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    other = context.Process(target=_hold, args=(str(registry.folder), ready))
+    other.start()
+    assert ready.wait(60)
+    done = threading.Event()
+    adding = threading.Thread(target=lambda: (registry.add(head(1.0)), done.set()))
+    adding.start()
+    assert not done.wait(0.5), "one writer at a time"
+    other.kill()
+    assert done.wait(10)
+    adding.join()
+    other.join()
+
+
 def test_a_running_shunt_follows_promotions_without_losing_a_call(registry: ModelRegistry) -> None:
     registry.promote(registry.add(head(50.0)))
     follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
@@ -442,6 +485,21 @@ def test_a_round_is_due_after_so_many_new_answers(logged: Any, s1: Any, halves: 
     with DistillationStore(url) as store:
         store.append([RoutedCall(input=f"new {i}", large_model="m", label="promo_code") for i in range(40)])
     assert continual.due()
+
+
+def test_a_round_is_due_also_where_old_records_are_pruned(logged: Any) -> None:
+    from langchain_datashunt.distillation import ContinualDistiller, DistillationStore
+
+    registry, url, holdout = logged
+    continual = ContinualDistiller(registry, url, every=40, holdout=holdout, gate=PromotionGate(min_examples=10**6))
+    (registry.folder / "continual.json").write_text(json.dumps({"answers": 80, "time": time.time()}))
+    assert not continual.due()
+    with DistillationStore(url) as store:
+        for i in range(40):
+            store.append([RoutedCall(input=f"new {i}", large_model="m", label="promo_code")])
+            store.prune(max_records=80)
+            assert store.count() == 80
+            assert continual.due() == (i == 39)
 
 
 def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
