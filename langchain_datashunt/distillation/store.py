@@ -78,6 +78,9 @@ _LOG = logging.getLogger(__name__)
 Refused: TypeAlias = Callable[[RoutedCall, Exception], None]
 """Is told of a record that a database does not take, and why."""
 
+_READS = "datashunt_reads"
+"""An execution option: nothing is written in this transaction."""
+
 _JOINED = calls.c.context == contexts.c.id
 
 TIDY_EVERY = 65_536
@@ -152,7 +155,8 @@ class DistillationStore:
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            reads = connection.get_execution_options().get(_READS, False)
+            connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
         return engine
 
@@ -440,13 +444,13 @@ class DistillationStore:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that changes nothing.
+        """A connection that changes nothing, and does not wait for those that do, nor they for it.
 
         Raises:
             StoreError: The database cannot be used.
         """
         with self._in_words(), self.engine.connect() as connection:
-            yield connection
+            yield connection.execution_options(**{_READS: True})
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:

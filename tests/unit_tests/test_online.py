@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from langchain_datashunt import (
     SoftPrompt,
     Threshold,
 )
-from langchain_datashunt.distillation import CallFilter, DistillationStore, Recorder, SharedControl
-from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.distillation import CallFilter, DistillationStore, Recorder, RoutedCall, SharedControl
+from langchain_datashunt.exceptions import ConfigurationError, StoreError
 from langchain_datashunt.online_control import LocalControl
 from tests.support.models import WordModel
 
@@ -123,6 +124,58 @@ def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert one.current == pytest.approx(before + 0.08), "no change is lost"
+
+
+class CutStore(DistillationStore):
+    """A store whose database can be taken away."""
+
+    away = False
+    asked = 0
+
+    @contextmanager
+    def connection(self) -> Any:
+        self.asked += 1
+        if self.away:
+            raise StoreError("the database is away")
+        with super().connection() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Any:
+        self.asked += 1
+        if self.away:
+            raise StoreError("the database is away")
+        with super().reading() as connection:
+            yield connection
+
+
+def test_a_shared_budget_goes_on_while_the_database_is_away(tmp_path: Path, caplog: Any) -> None:
+    store, other = CutStore(tmp_path / "c.db"), SharedControl(tmp_path / "c.db", "support")
+    control = SharedControl(store, "support", retry_seconds=0.2)
+    control.add(0.5, 0.1)
+    store.away, store.asked = True, 0
+    policy = QueryBudget(share=0.3, start=0.5, control=control)
+    shunt = ShuntRunnable(small=WordModel(), large=lambda asked: "large", policy=policy)
+    assert len(shunt.batch(["x"] * 5)) == 5
+    moved = control.get(0.5) - 0.6
+    assert moved != 0
+    assert store.asked == 1, "a database that is away is not asked each time"
+    assert "until the database is back" in caplog.text
+    other.add(0.5, 0.05)
+    store.away = False
+    time.sleep(0.3)
+    assert control.get(0.5) == pytest.approx(0.65 + moved)
+    assert other.get(0.5) == pytest.approx(0.65 + moved)
+
+
+def test_readers_and_writers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "c.db") as reader, DistillationStore(tmp_path / "c.db") as writer:
+        with reader.reading() as connection:
+            connection.exec_driver_sql("SELECT count(*) FROM datashunt_calls").scalar()
+            started = time.monotonic()
+            writer.append([RoutedCall(input="x", large_model="m")])
+            assert time.monotonic() - started < 10
+        assert reader.count() == 1
 
 
 def test_looking_at_predictions_does_not_move_a_budget() -> None:
