@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hashlib
 import logging
 import multiprocessing.util
 import os
 import queue
 import random
 import signal
+import stat
 import tempfile
 import threading
 import time
@@ -93,7 +95,8 @@ class Recorder:
         group_size: Records of one commit, no further call is added to it above this; what waits is written at once,
             so that a group is as large as this only where calls come faster than a disk takes them.
         max_wait_ms: How long a caller waits for a full queue, in milliseconds.
-        spool: File of the spool; None makes one beside a SQLite store, or in the temporary folder.
+        spool: File of the spool; None makes one beside a SQLite store, or for another database one of its own in the
+            user's state folder (XDG_STATE_HOME, else ~/.local/state), which other processes with this store share.
         retry_seconds: Pause between attempts to reach a database that was away.
         seed: Of the sampling.
         keep: How each text of a record is kept; None keeps all as it is.
@@ -388,10 +391,32 @@ def _restored(url: str, settings: dict[str, Any]) -> Recorder:
 
 
 def _default_spool(store: DistillationStore | str | Path) -> Path:
-    url = str(store.url if isinstance(store, DistillationStore) else store)
-    if url.startswith("sqlite:///") or "://" not in url:
-        return Path(url.removeprefix("sqlite:///") + ".spool")
-    return Path(tempfile.gettempdir()) / f"datashunt-spool-{os.getuid() if hasattr(os, 'getuid') else 0}.db"
+    """Beside a SQLite file; for another database a file of its own, so that its records reach no other."""
+    url = make_url(url_of(store.url.render_as_string() if isinstance(store, DistillationStore) else store))
+    if url.get_backend_name() == "sqlite":
+        return Path(f"{url.database}.spool")
+    digest = hashlib.sha256(url.render_as_string(hide_password=True).encode()).hexdigest()[:16]
+    return _state_folder() / f"spool-{digest}.db"
+
+
+def _state_folder() -> Path:
+    """Where a user's programs keep what is to survive a restart; without a home, a private temporary folder.
+
+    Raises:
+        ConfigurationError: The temporary folder is another user's.
+    """
+    with suppress(RuntimeError):
+        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        there = next(folder for folder in (home, *home.parents) if folder.is_dir())
+        if os.access(there, os.W_OK):
+            return home / "langchain-datashunt"
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"langchain-datashunt-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if hasattr(os, "getuid") and (found.st_uid != user or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077):
+        raise ConfigurationError(f"{folder} can be used by others; say where to spool: Recorder(..., spool='FILE').")
+    return folder
 
 
 _living: weakref.WeakSet[Recorder] = weakref.WeakSet()

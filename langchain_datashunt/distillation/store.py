@@ -402,6 +402,7 @@ class DistillationStore:
                 other.append(batch)
             else:
                 other.append_each(batch, refused)
+            other._note_replaced(self._replaced([row["key"] for row, _ in page]))
             with self.connection() as connection:
                 some = [id_bytes(record.id) for record in batch]
                 for start in range(0, len(some), 500):
@@ -409,6 +410,20 @@ class DistillationStore:
                 drop_empty(connection)
             moved += len(batch)
         return moved
+
+    def _replaced(self, keys: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+        """Ids, with their keys, of older calls for which the rows of these keys stand, too."""
+        found: list[tuple[bytes, bytes]] = []
+        with self.reading() as connection:
+            for start in range(0, len(keys), 500):
+                some = select(replaced.c.id, replaced.c.key).where(replaced.c.key.in_(keys[start : start + 500]))
+                found += [(row.id, row.key) for row in connection.execute(some)]
+        return found
+
+    def _note_replaced(self, ids: Sequence[tuple[bytes, bytes]]) -> None:
+        if ids:
+            with self.connection() as connection:
+                self._upsert.note_replaced(connection, ids)
 
     def _delete(self, where: ColumnElement[bool]) -> int:
         """Delete rows, and erase what they said, with all else that no row refers to."""

@@ -67,9 +67,12 @@ class Upsert:
             replaced_ids: Ids and keys of calls for which one of the rows stands, too.
         """
         late = self._write(connection, rows)
-        ids = [*replaced_ids, *zip(late.id, late.key, strict=True)]
         if late.number:
             connection.execute(insert(dead), [{"number": number} for number in late.number])
+        self.note_replaced(connection, [*replaced_ids, *zip(late.id, late.key, strict=True)])
+
+    def note_replaced(self, connection: Connection, ids: Sequence[tuple[bytes, bytes]]) -> None:
+        """Note ids, with their keys, of calls for which another with the same input stands, too."""
         if ids:
             connection.execute(self._insert_replaced, [{"id": one, "key": key} for one, key in ids])
 

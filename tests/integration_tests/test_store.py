@@ -14,6 +14,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from langchain_datashunt.distillation import (
 )
 from langchain_datashunt.distillation.export import export
 from langchain_datashunt.distillation.record import columns_of, hash_input, id_bytes, ids_bytes, label_distribution
+from langchain_datashunt.distillation.recorder import _default_spool
 from langchain_datashunt.distillation.schema import FIRST, STEPS
 from langchain_datashunt.distillation.segments import Segment
 from langchain_datashunt.distillation.watching import stated_confidence
@@ -200,6 +202,20 @@ def test_a_call_that_is_written_again_is_counted_once(store: DistillationStore) 
     store.append([second, first])
     assert [(one.id, one.count) for one in everything(store) if one.input == "question 1"] == [(second.id, 4)]
     assert store.verify() == []
+
+
+def test_feedback_finds_also_a_call_that_was_replaced_in_the_spool(store: DistillationStore, tmp_path: Path) -> None:
+    first, second, third, fourth = (call(1, time=time) for time in range(1, 5))
+    with DistillationStore(tmp_path / "spool.db") as spool:
+        spool.append([first, second])
+        spool.append([third, call(2)])
+        store.append([fourth])
+        assert spool.move_to(store) == 2
+        assert spool.count() == 0
+    assert [(one.id, one.count) for one in everything(store) if one.input == "question 1"] == [(fourth.id, 4)]
+    for older, gold in zip((first, second, third), LABELS, strict=True):
+        store.label(older.id, gold)
+        assert store.get(fourth.id).gold == gold  # type: ignore[union-attr]
 
 
 def test_two_that_drain_one_spool_move_each_record_once(url: str, tmp_path: Path) -> None:
@@ -943,6 +959,23 @@ def test_what_is_called_while_a_spool_is_drained_does_not_wait_for_all_of_it(tmp
         assert recorder.counters.drained == 6_000
         assert recorder.counters.written == 1
     assert store.given == [2048, 1, 2048, 6_000 - 2 * 2048]
+
+
+def test_each_database_has_a_spool_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:
+    """What one was to get reaches no other; nobody else can put a file there."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    one, two = "postgresql+psycopg://joe:secret@host/one", "postgresql+psycopg://joe@host/two"
+    assert _default_spool(one) == _default_spool(one.replace("secret", "changed")) != _default_spool(two)
+    assert _default_spool(one).parent == tmp_path / "state" / "langchain-datashunt"
+    assert _default_spool(tmp_path / "c.db") == tmp_path / "c.db.spool"
+    assert _default_spool("sqlite:///calls.db") == Path("calls.db.spool")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = _default_spool(one).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(ConfigurationError, match="can be used by others"):
+        _default_spool(one)
 
 
 def test_what_an_earlier_process_spooled_is_drained(tmp_path: Path) -> None:
