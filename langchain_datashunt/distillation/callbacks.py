@@ -10,6 +10,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
+from langchain_core.runnables.config import ensure_config
 from typing_extensions import override
 
 from langchain_datashunt.distillation.record import RoutedCall
@@ -17,6 +18,7 @@ from langchain_datashunt.distillation.recorder import Recorder
 from langchain_datashunt.distillation.watching import LargeCallWatcher, large_sureness, message_of
 from langchain_datashunt.exceptions import InputError, ShuntError
 from langchain_datashunt.inputs import text_of
+from langchain_datashunt.privacy.gate import SUBJECT_KEY
 
 
 class RecordingCallbackHandler(BaseCallbackHandler):
@@ -25,6 +27,9 @@ class RecordingCallbackHandler(BaseCallbackHandler):
     ```python
     chain.invoke(question, {"callbacks": [RecordingCallbackHandler(recorder, labels=[...])]})
     ```
+
+    Whose data a call is, `config["metadata"]["shunt_subject"]` says; also `config["configurable"]["shunt_subject"]`, as
+    for a shunt, but LangChain tells handlers of that in single calls of a chain alone, not in its batches.
 
     Args:
         recorder: Where records go.
@@ -38,7 +43,7 @@ class RecordingCallbackHandler(BaseCallbackHandler):
         self.recorder = recorder
         self.labels = tuple(labels)
         self.parse = parse
-        self._started: dict[UUID, tuple[str, float]] = {}
+        self._started: dict[UUID, tuple[str, str | None, float]] = {}
 
     @override
     def on_chat_model_start(
@@ -48,7 +53,7 @@ class RecordingCallbackHandler(BaseCallbackHandler):
             text = text_of(messages[0])
         except (InputError, IndexError):
             return
-        self._started[run_id] = (text, time.perf_counter())
+        self._started[run_id] = (text, _subject_of(kwargs.get("metadata") or {}), time.perf_counter())
 
     @override
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
@@ -61,17 +66,20 @@ class RecordingCallbackHandler(BaseCallbackHandler):
             return
         watcher = LargeCallWatcher()
         watcher.on_llm_end(response)
-        text, since = started
+        text, subject, since = started
         seconds = time.perf_counter() - since
-        self.recorder.record([lambda: self._record(str(run_id), text, seconds, watcher)])
+        self.recorder.record([lambda: self._record(str(run_id), text, subject, seconds, watcher)])
 
-    def _record(self, run_id: str, text: str, seconds: float, watcher: LargeCallWatcher) -> RoutedCall:
+    def _record(
+        self, run_id: str, text: str, subject: str | None, seconds: float, watcher: LargeCallWatcher
+    ) -> RoutedCall:
         label = self._label(watcher.text or "")
         distribution, confidence = large_sureness(watcher, self.labels, label)
         return RoutedCall(
             id=run_id,
             task=self.recorder.task,
             input=text,
+            subject=subject,
             labels=self.labels,
             large_model=watcher.model or "unknown",
             raw_output=watcher.text,
@@ -89,3 +97,8 @@ class RecordingCallbackHandler(BaseCallbackHandler):
             return self.parse(text)
         except ShuntError:
             return None
+
+
+def _subject_of(metadata: dict[str, Any]) -> str | None:
+    found = metadata.get(SUBJECT_KEY) or ensure_config().get("configurable", {}).get(SUBJECT_KEY)
+    return None if found is None else str(found)

@@ -892,6 +892,30 @@ def test_any_chain_can_be_recorded_by_a_handler(url: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "batch", "stream", "model"])
+def test_a_person_can_be_forgotten_whose_calls_a_handler_recorded(url: str, how: str) -> None:
+    model = FakeListChatModel(responses=["refund"])
+    chain = ChatPromptTemplate.from_template("{q}") | model
+    with Recorder(url) as recorder:
+        handler = RecordingCallbackHandler(recorder, labels=LABELS)
+        jane: Any = {"callbacks": [handler], "configurable": {"shunt_subject": "jane"}}
+        if how == "model":
+            model.invoke("hers", {"callbacks": [handler], "metadata": {"shunt_subject": "jane"}})
+        elif how == "ainvoke":
+            asyncio.run(chain.ainvoke({"q": "hers"}, jane))
+        elif how == "batch":
+            chain.batch([{"q": "hers"}], {"callbacks": [handler], "metadata": {"shunt_subject": "jane"}})
+        elif how == "stream":
+            list(chain.stream({"q": "hers"}, jane))
+        else:
+            chain.invoke({"q": "hers"}, jane)
+        chain.invoke({"q": "nobody's"}, {"callbacks": [handler]})
+        recorder.flush()
+        with DistillationStore(url) as store:
+            assert store.delete(subject="jane") == 1
+            assert [one.input for one in everything(store)] == ["nobody's"]
+
+
 class AwayStore(DistillationStore):
     """A store whose database can be taken away."""
 
