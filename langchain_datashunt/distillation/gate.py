@@ -133,16 +133,18 @@ class PromotionGate:
     def _among_proficient(self, truth: Labels, before: BoolArray) -> BoolArray:
         """Which examples have a label that the old model was good at, shape `[n]`.
 
-        Each half is judged by the other: were a label chosen and tested on the same examples, the old model's luck on
-        them would count against every candidate.
+        Each half of a label's examples is judged by the other: were a label chosen and tested on the same examples, the
+        old model's luck on them would count against every candidate.
         """
-        half = np.arange(len(truth)) % 2 == 0
         among = np.zeros(len(truth), dtype=np.bool_)
-        for mine in (half, ~half):
-            for label in set(truth[mine].tolist()):
-                elsewhere = ~mine & (truth == label)
-                if elsewhere.any() and before[elsewhere].mean() >= self.proficiency:
-                    among |= mine & (truth == label)
+        for label in set(truth.tolist()):
+            mine = np.flatnonzero(truth == label)
+            even, odd = mine[mine % 2 == 0], mine[mine % 2 == 1]
+            if not (len(even) and len(odd)):  # labels that come in turn
+                even, odd = mine[::2], mine[1::2]
+            for half, other in ((even, odd), (odd, even)):
+                if len(other) and before[other].mean() >= self.proficiency:
+                    among[half] = True
         return among
 
     def _forgotten(self, truth: Labels, before: BoolArray, after: BoolArray) -> dict[str, float]:

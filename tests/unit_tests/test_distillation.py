@@ -306,7 +306,7 @@ def test_candidates_pass_the_gate_or_stay_as_rejected(registry: ModelRegistry, s
     registry.promote(registry.add(s1))
     better = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]), labelled=(halves[0], halves[1])).model
     number, verdict = registry.consider(better, texts, labels, metrics={"run": 7})
-    assert (number, registry.current_version()) == (2, 2)
+    assert (number, registry.current_version()) == (2, 2), verdict
     assert registry.version(2).metrics["new_accuracy"] == verdict.new_accuracy
     assert registry.version(2).metrics["run"] == 7
     number, verdict = registry.consider(s1, texts, labels)

@@ -90,3 +90,18 @@ def test_a_loss_where_the_old_model_was_good_is_not_made_good_elsewhere() -> Non
     """Ten points lost on the labels with an accuracy of 0.9 and more, five won on the others."""
     gains = np.where(np.linspace(0.70, 0.95, 10) > 0.9, -0.10, 0.05)
     assert share_promoted(gains, 3000, 40) <= 0.1
+
+
+@pytest.mark.parametrize("order", ["in turn", "one after the other", "at random"])
+def test_labels_that_the_old_model_was_good_at_are_found_in_any_order(order: str) -> None:
+    truth = np.arange(400) % 2
+    if order != "in turn":
+        truth = np.sort(truth) if order == "one after the other" else np.random.default_rng(0).permutation(truth)
+    before = np.ones(400, dtype=np.bool_)
+    after = ~((truth == 0) & (np.cumsum(truth == 0) <= 20))
+    texts, labels = [str(i) for i in range(400)], ("a", "b")
+    verdict = PromotionGate(margin=0.5).test(
+        recorded(labels, truth, before), recorded(labels, truth, after), texts, [labels[i] for i in truth]
+    )
+    assert verdict.proficient_lower_bound == verdict.lower_bound
+    assert not verdict.passed
