@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from typer.testing import CliRunner
@@ -43,7 +44,7 @@ def filled(store: DistillationStore) -> None:
     ]
     kept: dict[str, Any] = {"route": "small", "reason": "confident", "large_model": "", "label": None, "cost_usd": None}
     store.append([*asked, call(7, time=monday + 2, gold="cancel", **kept), call(8, time=monday + 9 * DAY, **kept)])
-    store.append([asked[2]])
+    store.append([asked[2].model_copy(update={"id": str(uuid4())})])
 
 
 def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: DistillationStore) -> None:
