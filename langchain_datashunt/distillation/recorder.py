@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import hashlib
 import logging
 import multiprocessing.util
 import os
 import queue
 import random
 import signal
-import stat
-import tempfile
 import threading
 import time
 import weakref
@@ -28,6 +25,7 @@ from sqlalchemy import URL, make_url
 from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.distillation.keeping import Keeping
 from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.spool_place import spool_of
 from langchain_datashunt.distillation.store import DistillationStore, url_of
 from langchain_datashunt.exceptions import ConfigurationError, RecordRefusedError, ShuntError, StoreError
 from langchain_datashunt.predictions import Route
@@ -132,7 +130,7 @@ class Recorder:
         self._random = random.Random(seed)
         self._url = store.url if isinstance(store, DistillationStore) else store
         self._store = store if isinstance(store, DistillationStore) else None
-        self._spool_file = Path(spool) if spool is not None else _default_spool(store)
+        self._spool_file = Path(spool) if spool is not None else spool_of(store)
         self._spool: DistillationStore | None = None
         self._lock = threading.Lock()
         self._counters = RecorderCounters()
@@ -388,35 +386,6 @@ def _said_of(error: Exception) -> str:
 
 def _restored(url: str, settings: dict[str, Any]) -> Recorder:
     return Recorder(url, **settings)
-
-
-def _default_spool(store: DistillationStore | str | Path) -> Path:
-    """Beside a SQLite file; for another database a file of its own, so that its records reach no other."""
-    url = make_url(url_of(store.url.render_as_string() if isinstance(store, DistillationStore) else store))
-    if url.get_backend_name() == "sqlite":
-        return Path(f"{url.database}.spool")
-    digest = hashlib.sha256(url.render_as_string(hide_password=True).encode()).hexdigest()[:16]
-    return _state_folder() / f"spool-{digest}.db"
-
-
-def _state_folder() -> Path:
-    """Where a user's programs keep what is to survive a restart; without a home, a private temporary folder.
-
-    Raises:
-        ConfigurationError: The temporary folder is another user's.
-    """
-    with suppress(RuntimeError):
-        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        there = next(folder for folder in (home, *home.parents) if folder.is_dir())
-        if os.access(there, os.W_OK):
-            return home / "langchain-datashunt"
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"langchain-datashunt-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if hasattr(os, "getuid") and (found.st_uid != user or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077):
-        raise ConfigurationError(f"{folder} can be used by others; say where to spool: Recorder(..., spool='FILE').")
-    return folder
 
 
 _living: weakref.WeakSet[Recorder] = weakref.WeakSet()

@@ -39,9 +39,9 @@ from langchain_datashunt.distillation import (
 )
 from langchain_datashunt.distillation.export import export
 from langchain_datashunt.distillation.record import columns_of, hash_input, id_bytes, ids_bytes, label_distribution
-from langchain_datashunt.distillation.recorder import _default_spool
 from langchain_datashunt.distillation.schema import FIRST, STEPS
 from langchain_datashunt.distillation.segments import Segment
+from langchain_datashunt.distillation.spool_place import spool_of
 from langchain_datashunt.distillation.watching import stated_confidence
 from langchain_datashunt.exceptions import ConfigurationError, DataError, RecordRefusedError, StoreError
 from tests.support.faulty_server import FaultyServer
@@ -989,17 +989,17 @@ def test_each_database_has_a_spool_of_its_own(tmp_path: Path, monkeypatch: Any) 
     """What one was to get reaches no other; nobody else can put a file there."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     one, two = "postgresql+psycopg://joe:secret@host/one", "postgresql+psycopg://joe@host/two"
-    assert _default_spool(one) == _default_spool(one.replace("secret", "changed")) != _default_spool(two)
-    assert _default_spool(one).parent == tmp_path / "state" / "langchain-datashunt"
-    assert _default_spool(tmp_path / "c.db") == tmp_path / "c.db.spool"
-    assert _default_spool("sqlite:///calls.db") == Path("calls.db.spool")
+    assert spool_of(one) == spool_of(one.replace("secret", "changed")) != spool_of(two)
+    assert spool_of(one).parent == tmp_path / "state" / "langchain-datashunt"
+    assert spool_of(tmp_path / "c.db") == tmp_path / "c.db.spool"
+    assert spool_of("sqlite:///calls.db") == Path("calls.db.spool")
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = _default_spool(one).parent
+    folder = spool_of(one).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)
     with pytest.raises(ConfigurationError, match="can be used by others"):
-        _default_spool(one)
+        spool_of(one)
 
 
 def test_what_an_earlier_process_spooled_is_drained(tmp_path: Path) -> None:
