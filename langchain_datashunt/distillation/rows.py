@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from itertools import compress
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from langchain_datashunt.distillation.record import (
     SUBJECT_HASH,
@@ -38,12 +39,17 @@ OUTSIDE = -1
 
 _ID_BYTES = 16
 
+Key: TypeAlias = tuple[int, int]
+"""16 bytes that stand for (task, input, large model), as two numbers of 64 bits, which SQLite compares in half the time
+that it takes for bytes."""
+
 
 class Rows(NamedTuple):
     """The values of rows of `calls`, `n` of each column, in the order of its columns."""
 
     number: Sequence[int]
-    key: Sequence[bytes]
+    key_high: Sequence[int]
+    key_low: Sequence[int]
     id: Sequence[bytes]
     context: Sequence[int]
     time: Sequence[float]
@@ -91,6 +97,7 @@ def rows_of(
         segment_number: Where it stands.
     """
     distributions, answers = columns["probabilities"], columns["label"]
+    halves = _halves(keys)
     confidences, small_labels = segment.tops()
     positions = _label_positions(columns["labels"], answers)
     for place, written in enumerate(columns["small_answer"]):
@@ -100,7 +107,8 @@ def rows_of(
             positions[place] = None if answers[place] is None else OUTSIDE
     return Rows(
         number=range(number_of(segment_number, 0), number_of(segment_number, len(keys))),
-        key=keys,
+        key_high=halves[::2],
+        key_low=halves[1::2],
         id=ids_bytes(columns["id"]),
         context=contexts,
         time=columns["time"],
@@ -136,30 +144,36 @@ def _asked(task: str, large_model: str) -> bytes:
     return b"\0".join((task.encode(errors="surrogatepass"), large_model.encode(errors="surrogatepass"), b""))
 
 
-def key_of(task: str, large_model: str, input_hash: bytes) -> bytes:
-    """16 bytes that stand for (task, input, large model)."""
-    return each_key_of([task], [large_model], [input_hash])[0]
-
-
-def each_key_of(tasks: Sequence[str], large_models: Sequence[str], input_hashes: Sequence[bytes]) -> list[bytes]:
-    """`key_of` of each."""
+def _each_key_of(tasks: Sequence[str], large_models: Sequence[str], input_hashes: Sequence[bytes]) -> list[bytes]:
+    """The keys of records, as bytes."""
     asked = zip(map(_asked, tasks, large_models), input_hashes, strict=True)
     return [sha256(before + input_hash).digest()[:16] for before, input_hash in asked]
 
 
-def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -> list[bytes]:
+def _halves(keys: Sequence[bytes]) -> tuple[int, ...]:
+    """The two numbers of each key, one after the other."""
+    return struct.unpack(f">{2 * len(keys)}q", b"".join(keys))
+
+
+def key_of_bytes(key: bytes) -> Key:
+    """A key as the two numbers by which rows are found."""
+    high, low = _halves([key])
+    return high, low
+
+
+def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -> list[Key]:
     """The keys that a row may have: keyed hashes where the store is encrypted, the newest key's first."""
-    plain = key_of(task, large_model, input_hash)
-    return [plain] if seal is None else [*seal.hashes(plain), plain]
+    (plain,) = _each_key_of([task], [large_model], [input_hash])
+    return list(map(key_of_bytes, [plain] if seal is None else [*seal.hashes(plain), plain]))
 
 
-def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns, list[tuple[bytes, bytes]]]:
+def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns, list[tuple[bytes, Key]]]:
     """Keys, the columns of one record a key, and the ids of the others with their keys: no row is written twice.
 
     The newest record stands for its key, with the counts of all; one that is there twice, by its id, counts once.
     """
     columns = columns_of(records)
-    keys = each_key_of(columns["task"], columns["large_model"], hashes_of(columns["input"]))
+    keys = _each_key_of(columns["task"], columns["large_model"], hashes_of(columns["input"]))
     if seal is not None:
         keys = [seal.hashes(key)[0] for key in keys]
     if len(set(keys)) == len(keys):
@@ -169,7 +183,10 @@ def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes
         alike.setdefault(key, {})[record.id] = record
     newest = {key: _joined(sorted(same.values(), key=attrgetter("time"))) for key, same in alike.items()}
     others = [
-        (id_bytes(record_id), key) for key, same in alike.items() for record_id in same if record_id != newest[key].id
+        (id_bytes(record_id), key_of_bytes(key))
+        for key, same in alike.items()
+        for record_id in same
+        if record_id != newest[key].id
     ]
     return list(newest), columns_of(list(newest.values())), others
 
@@ -221,7 +238,7 @@ def id_of(row: Any) -> str:
 
 def fits(row: Any, record: RoutedCall, seal: Seal | None) -> bool:
     """Whether a row's hash is that of its record."""
-    return bytes(row["key"]) in keys_of(record.task, record.large_model, hash_input(record.input), seal)
+    return (row["key_high"], row["key_low"]) in keys_of(record.task, record.large_model, hash_input(record.input), seal)
 
 
 @lru_cache(maxsize=64)

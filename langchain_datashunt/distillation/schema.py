@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     Float,
     Index,
@@ -17,9 +20,12 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
+    and_,
     inspect,
     select,
     text,
+    tuple_,
 )
 
 from langchain_datashunt.exceptions import StoreError
@@ -52,7 +58,8 @@ calls = Table(
     "datashunt_calls",
     metadata,
     Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
-    Column("key", LargeBinary(16), nullable=False, unique=True),
+    Column("key_high", BigInteger, nullable=False),
+    Column("key_low", BigInteger, nullable=False),
     Column("id", LargeBinary(16), nullable=False, unique=True),
     Column("context", Integer, nullable=False),
     Column("time", Float(53), nullable=False),
@@ -70,6 +77,7 @@ calls = Table(
     Column("gold_source", String),
     Column("subject", LargeBinary(16)),
     Column("count", BigInteger, nullable=False),
+    UniqueConstraint("key_high", "key_low"),
 )
 """One row for each (task, input, large model): the newest call, and how many there were.
 
@@ -82,7 +90,8 @@ replaced = Table(
     "datashunt_replaced",
     metadata,
     Column("id", LargeBinary(16), primary_key=True),
-    Column("key", LargeBinary(16), nullable=False),
+    Column("key_high", BigInteger, nullable=False),
+    Column("key_low", BigInteger, nullable=False),
 )
 """Ids of calls that a newer one with the same input replaced, so that feedback on them still finds its row."""
 
@@ -130,19 +139,34 @@ def _calls(connection: Connection) -> None:
 
 _TRIGGERS = {
     "datashunt_replaced_ids": (
-        "UPDATE OF id", "OLD.id IS DISTINCT FROM NEW.id", "datashunt_replaced (id, key) VALUES (OLD.id, OLD.key)"
+        "UPDATE OF id",
+        "OLD.id IS DISTINCT FROM NEW.id",
+        "datashunt_replaced (id, key_high, key_low) VALUES (OLD.id, OLD.key_high, OLD.key_low)",
     ),
     "datashunt_moved": (
-        "UPDATE OF number", "OLD.number <> NEW.number", "datashunt_dead (number) VALUES (OLD.number)"
+        "UPDATE OF number",
+        "OLD.number <> NEW.number",
+        "datashunt_dead (number) VALUES (OLD.number)",
     ),
     "datashunt_deleted": ("DELETE", "", "datashunt_dead (number) VALUES (OLD.number)"),
-}  # fmt: skip
+}
 """What the database notes by itself when a row of `calls` changes: the event, the condition, what is inserted."""
 
 
 def _notes(connection: Connection) -> None:
     replaced.create(connection)
     dead.create(connection)
+    _create_triggers(connection)
+
+
+def _drop_triggers(connection: Connection) -> None:
+    on_postgresql = connection.dialect.name == "postgresql"
+    for name in _TRIGGERS:
+        gone = f"FUNCTION IF EXISTS {name}() CASCADE" if on_postgresql else f"TRIGGER IF EXISTS {name}"
+        connection.execute(text(f"DROP {gone}"))
+
+
+def _create_triggers(connection: Connection) -> None:
     for name, (event, condition, insertion) in _TRIGGERS.items():
         when = f"WHEN ({condition}) " if condition else ""
         if connection.dialect.name == "postgresql":
@@ -167,8 +191,65 @@ def _disclosures(connection: Connection) -> None:
     disclosures.create(connection)
 
 
-STEPS: tuple[Callable[[Connection], None], ...] = (_calls, _notes, _controls, _disclosures)
+def _keys_as_numbers(connection: Connection) -> None:
+    """Two numbers instead of the 16 bytes that keys were before; what the steps above make now has them already."""
+    before = [table for table in (calls, replaced) if "key" in _columns_of(connection, table)]
+    if not before:
+        return
+    _drop_triggers(connection)
+    for table in before:
+        if connection.dialect.name == "postgresql":
+            _halve_in_postgresql(connection, table)
+        else:
+            _halve_in_sqlite(connection, table)
+    _create_triggers(connection)
+
+
+def _columns_of(connection: Connection, table: Table) -> list[str]:
+    return [column["name"] for column in inspect(connection).get_columns(table.name)]
+
+
+def _halve_in_postgresql(connection: Connection, table: Table) -> None:
+    def half(start: int) -> str:
+        return f"CAST(CAST('x' || encode(substring(key FROM {start} FOR 8), 'hex') AS bit(64)) AS bigint)"
+
+    unique = ", ADD UNIQUE (key_high, key_low)" if table is calls else ""
+    for statement in (
+        f"ALTER TABLE {table.name} ADD COLUMN key_high BIGINT, ADD COLUMN key_low BIGINT",
+        f"UPDATE {table.name} SET key_high = {half(1)}, key_low = {half(9)}",
+        f"ALTER TABLE {table.name} ALTER COLUMN key_high SET NOT NULL, ALTER COLUMN key_low SET NOT NULL, "
+        f"DROP COLUMN key{unique}",
+    ):
+        connection.execute(text(statement))
+
+
+def _halve_in_sqlite(connection: Connection, table: Table) -> None:
+    """The table is made anew: SQLite does not drop a column that has to be unique."""
+    driver: Any = connection.connection.driver_connection
+    driver.create_function("datashunt_half", 2, lambda key, i: struct.unpack(">qq", key)[i], deterministic=True)
+    old = f"{table.name}_before"
+    names = ", ".join(name for name in _columns_of(connection, table) if name != "key")
+    for index in table.indexes:
+        index.drop(connection)
+    connection.execute(text(f"ALTER TABLE {table.name} RENAME TO {old}"))
+    table.create(connection)
+    connection.execute(
+        text(
+            f"INSERT INTO {table.name} (key_high, key_low, {names}) "
+            f"SELECT datashunt_half(key, 0), datashunt_half(key, 1), {names} FROM {old}"
+        )
+    )
+    connection.execute(text(f"DROP TABLE {old}"))
+
+
+STEPS: tuple[Callable[[Connection], None], ...] = (_calls, _notes, _controls, _disclosures, _keys_as_numbers)
 """Step i brings version FIRST + i - 1 to version FIRST + i. Never change one that was released; add another."""
+
+
+def has_key(table: Table, keys: Sequence[tuple[int, int]]) -> ColumnElement[bool]:
+    """Whether a row of `calls` or `replaced` has one of these keys."""
+    # SQLite uses the index for the first half alone, not for pairs
+    return and_(table.c.key_high.in_([high for high, _ in keys]), tuple_(table.c.key_high, table.c.key_low).in_(keys))
 
 
 def migrate(connection: Connection) -> int:

@@ -81,6 +81,11 @@ class Seal:
         raise TypeError("A store key is not pickled; let each process read it from the environment.")
 
 
+def sealed(data: bytes, seal: Seal | None) -> bytes:
+    """Content as it is stored: encrypted where there is a key."""
+    return data if seal is None else seal.seal(data)
+
+
 def opened(data: bytes, seal: Seal | None) -> bytes:
     """Content that may be encrypted, decrypted.
 

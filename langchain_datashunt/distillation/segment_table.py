@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, ColumnElement, Connection, cast, delete, exis
 
 from langchain_datashunt.distillation.rows import number_of, segment_and_place
 from langchain_datashunt.distillation.schema import calls, dead, segments
-from langchain_datashunt.distillation.sealing import Seal, opened
+from langchain_datashunt.distillation.sealing import Seal, opened, sealed
 from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.exceptions import StoreError
 
@@ -20,9 +20,8 @@ _AT_ONCE = 500
 """Numbers in one statement."""
 
 
-def write_segment(connection: Connection, segment: Segment, seal: Seal | None) -> int:
-    """Store a segment; returns its number."""
-    content = _sealed(segment, seal)
+def write_segment(connection: Connection, content: bytes) -> int:
+    """Store a segment as it is stored; returns its number."""
     return int(connection.execute(insert(segments).values(content=content)).inserted_primary_key[0])  # type: ignore[index]
 
 
@@ -83,7 +82,7 @@ def _erase_places(connection: Connection, number: int, places: set[int], seal: S
         connection.execute(delete(calls).where(own))
         connection.execute(delete(segments).where(this))
         return
-    connection.execute(update(segments).where(this).values(content=_sealed(left, seal)))
+    connection.execute(update(segments).where(this).values(content=sealed(left.pack(), seal)))
 
 
 def drop_empty(connection: Connection) -> None:
@@ -112,8 +111,3 @@ def _between(column: ColumnElement[int], number: int) -> ColumnElement[bool]:
 def _parts(numbers: list[int]) -> Iterator[list[int]]:
     for start in range(0, len(numbers), _AT_ONCE):
         yield numbers[start : start + _AT_ONCE]
-
-
-def _sealed(segment: Segment, seal: Seal | None) -> bytes:
-    packed = segment.pack()
-    return packed if seal is None else seal.seal(packed)

@@ -131,13 +131,17 @@ class Segment:
     # As bytes
 
     def pack(self) -> bytes:
-        """All of it, compressed: how many, lengths (of texts in characters), columns of fixed width, numbers, texts.
+        """All of it, compressed."""
+        return compressed(self.body())
+
+    def body(self) -> bytes:
+        """All of it: how many, lengths (of texts in characters), columns of fixed width, numbers, texts.
 
         Distributions are kept as half-precision numbers.
         """
         texts = [getattr(self, name) for name in _TEXTS]
         distributions = [getattr(self, name) for name in _DISTRIBUTIONS]
-        body = b"".join(
+        return b"".join(
             (
                 _COUNT.pack(len(self)),
                 *(_lengths(column) for column in (*texts, *distributions)),
@@ -146,12 +150,6 @@ class Segment:
                 *("".join(filter(None, column)).encode(errors="surrogatepass") for column in texts),
             )
         )
-        if len(body) < _SHORT:
-            return _PLAIN + body
-        if (compressor := getattr(_local, "compressor", None)) is None:
-            compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
-        compressed: bytes = compressor.compress(body)
-        return _COMPRESSED + compressed
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -211,6 +209,15 @@ def _fixed(column: Sequence[Any], kind: str) -> bytes:
     if column and column.count(None) == len(column):
         return np.full(len(column), np.nan, dtype=kind).tobytes()
     return np.array(column, dtype=kind).tobytes()
+
+
+def compressed(body: bytes) -> bytes:
+    """What `Segment.unpack` reads, from a segment's `body`."""
+    if len(body) < _SHORT:
+        return _PLAIN + body
+    if (compressor := getattr(_local, "compressor", None)) is None:
+        compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
+    return _COMPRESSED + bytes(compressor.compress(body))
 
 
 def _decompressed(data: bytes) -> bytes:

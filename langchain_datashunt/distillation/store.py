@@ -16,17 +16,17 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from langchain_datashunt._forking import AFTER_FORK, LEFT_ALONE
+from langchain_datashunt.distillation.groups import Group, groups_of
 from langchain_datashunt.distillation.record import Columns, RoutedCall, hash_subject, id_bytes
 from langchain_datashunt.distillation.rows import (
+    Key,
     fits,
     id_of,
     keys_of,
-    merged,
     rows_of,
     segment_and_place,
 )
 from langchain_datashunt.distillation.sealing import Seal
-from langchain_datashunt.distillation.segments import MAX_RECORDS, Segment
 from langchain_datashunt.exceptions import MissingExtraError, RecordRefusedError, StoreError
 
 try:
@@ -40,7 +40,6 @@ try:
         event,
         func,
         insert,
-        or_,
         select,
         tuple_,
         update,
@@ -50,7 +49,7 @@ try:
 
     from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
     from langchain_datashunt.distillation.reading import SHARED, Reader
-    from langchain_datashunt.distillation.schema import calls, contexts, migrate, replaced
+    from langchain_datashunt.distillation.schema import calls, contexts, has_key, migrate, replaced
     from langchain_datashunt.distillation.segment_table import drop_empty, erase, wasteful, write_segment
     from langchain_datashunt.distillation.totals import totals
     from langchain_datashunt.distillation.upserting import Upsert
@@ -80,6 +79,9 @@ Refused: TypeAlias = Callable[[RoutedCall, Exception], None]
 
 _READS = "datashunt_reads"
 """An execution option: nothing is written in this transaction."""
+
+_KEYS_AT_ONCE = 300
+"""In one statement, three values for each."""
 
 _JOINED = calls.c.context == contexts.c.id
 
@@ -175,8 +177,8 @@ class DistillationStore:
             known = dict(self._contexts)
         try:
             with self.connection() as connection:
-                for start in range(0, len(records), MAX_RECORDS):
-                    self._append(connection, records[start : start + MAX_RECORDS], known)
+                for group in groups_of(records, self.seal):
+                    self._append(connection, group, known)
         except StoreError:
             self._contexts.clear()
             raise
@@ -208,13 +210,12 @@ class DistillationStore:
         for half in (records[: len(records) // 2], records[len(records) // 2 :]):
             self.append_each(half, refused)
 
-    def _append(self, connection: Connection, records: Sequence[RoutedCall], known: dict[tuple[Any, ...], int]) -> None:
-        keys, columns, others = merged(records, self.seal)
-        shared = self._shared(connection, columns, known)
-        segment = Segment.of(columns)
-        number = write_segment(connection, segment, self.seal)
-        self._upsert.write(connection, rows_of(columns, keys, shared, segment, number), others)
-        self._appended += len(keys)
+    def _append(self, connection: Connection, group: Group, known: dict[tuple[Any, ...], int]) -> None:
+        shared = self._shared(connection, group.columns, known)
+        number = write_segment(connection, group.content())
+        rows = rows_of(group.columns, group.keys, shared, group.segment, number)
+        self._upsert.write(connection, rows, group.others)
+        self._appended += len(group.keys)
         if self._appended >= TIDY_EVERY:
             self._appended = 0
             if wasteful(connection):
@@ -255,13 +256,13 @@ class DistillationStore:
         """
         wanted = id_bytes(record_id)
         with self.connection() as connection:
-            older = select(replaced.c.key).where(replaced.c.id == wanted).scalar_subquery()
-            done = connection.execute(
-                update(calls)
-                .where(or_(calls.c.id == wanted, calls.c.key == older))
-                .values(gold=label, gold_source=source)
-            )
-        if not done.rowcount:
+            noted = update(calls).values(gold=label, gold_source=source)
+            done = connection.execute(noted.where(calls.c.id == wanted)).rowcount
+            if not done:
+                older = select(replaced.c.key_high, replaced.c.key_low).where(replaced.c.id == wanted)
+                keys = [(row.key_high, row.key_low) for row in connection.execute(older)]
+                done = connection.execute(noted.where(has_key(calls, keys))).rowcount
+        if not done:
             raise StoreError(
                 f"No call with the id {record_id!r} is stored. Ids are those of `ShuntResult.record_id`; records are "
                 f"written with a short delay (Recorder.flush()) and pruned by the store's retention."
@@ -343,12 +344,12 @@ class DistillationStore:
             raise StoreError("Give an input_hash or a subject; to delete by age or number use prune().")
         tests: list[ColumnElement[bool]] = []
         if input_hash is not None:
-            tests.append(calls.c.key.in_(self._keys(bytes.fromhex(input_hash))))
+            tests.append(has_key(calls, self._keys(bytes.fromhex(input_hash))))
         if subject is not None:
             tests.append(calls.c.subject == hash_subject(subject))
         return self._delete(and_(*tests))
 
-    def _keys(self, input_hash: bytes) -> list[bytes]:
+    def _keys(self, input_hash: bytes) -> list[Key]:
         """The keys that an input has with all tasks and large models that were ever recorded."""
         with self.reading() as connection:
             known = connection.execute(select(contexts.c.task, contexts.c.large_model).distinct()).all()
@@ -402,7 +403,7 @@ class DistillationStore:
                 other.append(batch)
             else:
                 other.append_each(batch, refused)
-            other._note_replaced(self._replaced([row["key"] for row, _ in page]))
+            other._note_replaced(self._replaced([(row["key_high"], row["key_low"]) for row, _ in page]))
             with self.connection() as connection:
                 some = [id_bytes(record.id) for record in batch]
                 for start in range(0, len(some), 500):
@@ -411,16 +412,16 @@ class DistillationStore:
             moved += len(batch)
         return moved
 
-    def _replaced(self, keys: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    def _replaced(self, keys: Sequence[Key]) -> list[tuple[bytes, Key]]:
         """Ids, with their keys, of older calls for which the rows of these keys stand, too."""
-        found: list[tuple[bytes, bytes]] = []
+        found: list[tuple[bytes, Key]] = []
         with self.reading() as connection:
-            for start in range(0, len(keys), 500):
-                some = select(replaced.c.id, replaced.c.key).where(replaced.c.key.in_(keys[start : start + 500]))
-                found += [(row.id, row.key) for row in connection.execute(some)]
+            for start in range(0, len(keys), _KEYS_AT_ONCE):
+                some = select(replaced).where(has_key(replaced, keys[start : start + _KEYS_AT_ONCE]))
+                found += [(row.id, (row.key_high, row.key_low)) for row in connection.execute(some)]
         return found
 
-    def _note_replaced(self, ids: Sequence[tuple[bytes, bytes]]) -> None:
+    def _note_replaced(self, ids: Sequence[tuple[bytes, Key]]) -> None:
         if ids:
             with self.connection() as connection:
                 self._upsert.note_replaced(connection, ids)
@@ -439,10 +440,11 @@ class DistillationStore:
     @staticmethod
     def _drop(connection: Connection, where: ColumnElement[bool]) -> Sequence[int]:
         """Delete rows; the numbers that they had, which the database notes as dead."""
-        gone = connection.execute(delete(calls).where(where).returning(calls.c.number, calls.c.key)).all()
-        for start in range(0, len(gone), 500):
-            keys = [row.key for row in gone[start : start + 500]]
-            connection.execute(delete(replaced).where(replaced.c.key.in_(keys)))
+        returned = (calls.c.number, calls.c.key_high, calls.c.key_low)
+        gone = connection.execute(delete(calls).where(where).returning(*returned)).all()
+        for start in range(0, len(gone), _KEYS_AT_ONCE):
+            keys = [(row.key_high, row.key_low) for row in gone[start : start + _KEYS_AT_ONCE]]
+            connection.execute(delete(replaced).where(has_key(replaced, keys)))
         return [row.number for row in gone]
 
     # Life

@@ -24,13 +24,15 @@ from sqlalchemy import (
     select,
 )
 
-from langchain_datashunt.distillation.rows import KEPT, Rows
+from langchain_datashunt.distillation.rows import KEPT, Key, Rows
 from langchain_datashunt.distillation.schema import calls, dead, replaced
 
 _MOST_ROWS = 512
 """Of one statement of SQLite."""
 
-_BY_KEY = itemgetter(Rows._fields.index("key"))
+_KEY = ("key_high", "key_low")
+
+_BY_KEY = itemgetter(*map(Rows._fields.index, _KEY))
 
 
 class Upsert:
@@ -58,7 +60,7 @@ class Upsert:
         self._insert_new = _insert_new(engine) if engine.dialect.name == "sqlite" else None
         self._insert_replaced = _dialect_insert(engine, replaced).on_conflict_do_nothing()
 
-    def write(self, connection: Connection, rows: Rows, replaced_ids: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    def write(self, connection: Connection, rows: Rows, replaced_ids: Sequence[tuple[bytes, Key]] = ()) -> None:
         """Write rows, no two of which have the same key or number.
 
         Args:
@@ -69,18 +71,20 @@ class Upsert:
         late = self._write(connection, rows)
         if late.number:
             connection.execute(insert(dead), [{"number": number} for number in late.number])
-        self.note_replaced(connection, [*replaced_ids, *zip(late.id, late.key, strict=True)])
+        late_keys = zip(late.key_high, late.key_low, strict=True)
+        self.note_replaced(connection, [*replaced_ids, *zip(late.id, late_keys, strict=True)])
 
-    def note_replaced(self, connection: Connection, ids: Sequence[tuple[bytes, bytes]]) -> None:
+    def note_replaced(self, connection: Connection, ids: Sequence[tuple[bytes, Key]]) -> None:
         """Note ids, with their keys, of calls for which another with the same input stands, too."""
         if ids:
-            connection.execute(self._insert_replaced, [{"id": one, "key": key} for one, key in ids])
+            noted = [{"id": one, "key_high": high, "key_low": low} for one, (high, low) in ids]
+            connection.execute(self._insert_replaced, noted)
 
     def _write(self, connection: Connection, rows: Rows) -> Rows:
         """Write rows; returns those that came late."""
         if self._insert_new is None:
             connection.exec_driver_sql(self._upsert, sorted(zip(*rows, strict=True), key=_BY_KEY))
-        elif _write_many(connection, self._insert_new, rows) == len(rows.key):
+        elif _write_many(connection, self._insert_new, rows) == len(rows.number):
             return rows.only([])
         else:
             _write_many(connection, self._upsert, _not_there(connection, rows))
@@ -99,7 +103,7 @@ def _not_there(connection: Connection, rows: Rows) -> Rows:
 
 def _write_many(connection: Connection, sql: str, rows: Rows) -> int:
     """Write rows into SQLite with as few statements as may be; returns how many rows they changed."""
-    n, changed = len(rows.key), 0
+    n, changed = len(rows.number), 0
     filled = tuple(column[0] is not None or column.count(None) < n for column in rows)
     width = sum(filled)
     values: list[Any] = [None] * (n * width)
@@ -142,7 +146,7 @@ def _upsert(engine: Engine) -> str:
     newest = {
         column.name: case((late, column), else_=new[column.name])
         for column in calls.c
-        if column.name not in ("key", "count", *KEPT)
+        if column.name not in (*_KEY, "count", *KEPT)
     }
     kept = {
         name: case((late, func.coalesce(calls.c[name], new[name])), else_=func.coalesce(new[name], calls.c[name]))
@@ -153,7 +157,9 @@ def _upsert(engine: Engine) -> str:
     count = calls.c.count + case((again, literal_column("0")), else_=new["count"])
     return _with_a_parameter_for_each_field(
         engine,
-        statement.on_conflict_do_update(index_elements=[calls.c.key], set_={**newest, **kept, "count": count}),
+        statement.on_conflict_do_update(
+            index_elements=[calls.c[name] for name in _KEY], set_={**newest, **kept, "count": count}
+        ),
     )
 
 

@@ -9,9 +9,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -691,6 +693,88 @@ def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str)
         DistillationStore(url)
 
 
+BLOB_KEYS = {
+    "sqlite": """
+        CREATE TABLE datashunt_calls (
+            number INTEGER NOT NULL, "key" BLOB NOT NULL, id BLOB NOT NULL, context INTEGER NOT NULL,
+            time FLOAT NOT NULL, confidence FLOAT, score FLOAT, threshold FLOAT, route SMALLINT NOT NULL,
+            reason SMALLINT NOT NULL, small_label INTEGER, label INTEGER, input_tokens INTEGER, output_tokens INTEGER,
+            cost_usd FLOAT, gold VARCHAR, gold_source VARCHAR, subject BLOB, count BIGINT NOT NULL,
+            PRIMARY KEY (number), UNIQUE ("key"), UNIQUE (id));
+        CREATE INDEX datashunt_calls_subject ON datashunt_calls (subject) WHERE subject IS NOT NULL;
+        CREATE TABLE datashunt_replaced (id BLOB NOT NULL, "key" BLOB NOT NULL, PRIMARY KEY (id));
+        CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls FOR EACH ROW
+            WHEN (OLD.id IS NOT NEW.id)
+            BEGIN INSERT OR IGNORE INTO datashunt_replaced (id, key) VALUES (OLD.id, OLD.key); END;
+        CREATE TRIGGER datashunt_deleted AFTER DELETE ON datashunt_calls FOR EACH ROW
+            BEGIN INSERT OR IGNORE INTO datashunt_dead (number) VALUES (OLD.number); END""",
+    "postgresql": """
+        CREATE TABLE datashunt_calls (
+            number BIGINT NOT NULL, key BYTEA NOT NULL, id BYTEA NOT NULL, context INTEGER NOT NULL,
+            time DOUBLE PRECISION NOT NULL, confidence REAL, score DOUBLE PRECISION, threshold DOUBLE PRECISION,
+            route SMALLINT NOT NULL, reason SMALLINT NOT NULL, small_label INTEGER, label INTEGER,
+            input_tokens INTEGER, output_tokens INTEGER, cost_usd DOUBLE PRECISION, gold VARCHAR, gold_source VARCHAR,
+            subject BYTEA, count BIGINT NOT NULL, PRIMARY KEY (number), UNIQUE (key), UNIQUE (id));
+        CREATE INDEX datashunt_calls_subject ON datashunt_calls (subject);
+        CREATE TABLE datashunt_replaced (id BYTEA NOT NULL, key BYTEA NOT NULL, PRIMARY KEY (id));
+        CREATE FUNCTION datashunt_replaced_ids() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO datashunt_replaced (id, key) VALUES (OLD.id, OLD.key) ON CONFLICT DO NOTHING; RETURN NULL;
+            END $$;
+        CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls FOR EACH ROW
+            WHEN (OLD.id IS DISTINCT FROM NEW.id) EXECUTE FUNCTION datashunt_replaced_ids()""",
+}
+"""The tables of version 8, whose keys are bytes."""
+
+
+def _with_keys_of_bytes(store: DistillationStore) -> None:
+    """Make a store one of version 8."""
+    backend = store.engine.dialect.name
+    with store.engine.begin() as connection:
+        rows = {
+            name: [dict(row) for row in connection.execute(text(f"SELECT * FROM {name}")).mappings()]
+            for name in ("datashunt_calls", "datashunt_replaced")
+        }
+        for name in ("replaced_ids", "moved", "deleted"):
+            gone = "TRIGGER" if backend == "sqlite" else "FUNCTION"
+            connection.execute(text(f"DROP {gone} datashunt_{name}{'' if backend == 'sqlite' else '() CASCADE'}"))
+        for name in rows:
+            connection.execute(text(f"DROP TABLE {name}"))
+        for statement in re.split(r";(?=\s+CREATE)", BLOB_KEYS[backend]):
+            connection.execute(text(statement))
+        for name, some in rows.items():
+            for row in some:
+                row["key"] = struct.pack(">qq", row.pop("key_high"), row.pop("key_low"))
+                values = ", ".join(f":{column}" for column in row)
+                connection.execute(text(f"INSERT INTO {name} ({', '.join(row)}) VALUES ({values})"), row)
+        connection.execute(text("DELETE FROM datashunt_schema WHERE version > 8"))
+
+
+def test_a_database_whose_keys_are_bytes_is_brought_up_to_date(store: DistillationStore, url: str) -> None:
+    first, again = call(1, time=1.0), call(1, time=2.0, subject="jane")
+    store.append([first])
+    store.append([again, *(call(i) for i in range(2, 30))])
+    before = everything(store)
+    _with_keys_of_bytes(store)
+    store.close()
+    with DistillationStore(url) as opened:
+        assert everything(opened) == before
+        assert opened.verify() == []
+        opened.label(first.id, "status")
+        assert opened.get(again.id).gold == "status"  # type: ignore[union-attr]
+        newest = call(2, time=5000.0)
+        opened.append([newest])
+        assert (opened.count(), opened.stats()["calls"]) == (29, 31)
+        opened.label(before[1].id, "refund")
+        assert opened.get(newest.id).gold == "refund", "the call that is replaced now is noted, too"  # type: ignore[union-attr]
+        assert opened.delete(input_hash=call(3).input_hash) == 1
+        assert opened.delete(subject="jane") == 1
+        assert opened.verify() == []
+        with opened.reading() as connection:
+            assert connection.execute(text("SELECT count(*) FROM datashunt_dead")).scalar() == 0
+    with DistillationStore(url) as opened:
+        assert opened.count() == 27
+
+
 def test_a_database_from_before_the_first_release_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "old.db") as plain:
         plain.execute("CREATE TABLE datashunt_schema (version INTEGER PRIMARY KEY)")
@@ -1130,6 +1214,22 @@ def test_pending_records_are_written_at_exit_and_on_sigterm(tmp_path: Path, end:
     assert program.wait(30) == (-signal.SIGTERM if end == "SIGTERM" else 0)
     with DistillationStore(tmp_path / "c.db") as store:
         assert store.count() == 3000
+
+
+def test_many_records_are_stored_by_what_runs_at_exit(tmp_path: Path) -> None:
+    """The interpreter starts no thread then that could compress them."""
+    code = """if True:
+        import atexit, sys
+        from langchain_datashunt.distillation import DistillationStore, RoutedCall
+        store = DistillationStore(sys.argv[1])
+        records = [RoutedCall(input=f"question {i}", labels=("a", "b"), raw_output="a" * 50) for i in range(9000)]
+        atexit.register(store.append, records)
+    """
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.db")], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert [len(batch) for batch in store.iterate(batch_size=8000)] == [8000, 1000]
+        assert store.verify() == []
 
 
 def test_after_sigkill_every_call_that_returned_has_its_record(tmp_path: Path) -> None:
