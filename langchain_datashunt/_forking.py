@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from typing import Any, Protocol
 
@@ -20,6 +21,30 @@ AFTER_FORK: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 LEFT_ALONE: list[Any] = []
 """What a forked child has of its parent and must not end: threads that it would wait for, the parent's connections."""
+
+
+class Mutex:
+    """A lock that nobody holds in a forked child, and that copies and pickles of its owner have anew."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        AFTER_FORK.add(self)
+
+    def after_fork(self) -> None:
+        """Begin anew."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Mutex:
+        return Mutex()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mutex, ()
 
 
 def _begin_anew() -> None:

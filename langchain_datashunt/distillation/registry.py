@@ -14,8 +14,10 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._extras import require
+from langchain_datashunt._forking import Mutex
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import RegistryError
@@ -230,9 +233,12 @@ class ModelRegistry:
         _replace(self.folder / "current.json", json.dumps(state))
 
     def stamp(self) -> int:
-        """Changes whenever another version is put into service."""
-        file = self.folder / "current.json"
-        return file.stat().st_mtime_ns if file.is_file() else 0
+        """Another number whenever another version is put into service; which is the later is not told by it."""
+        try:
+            said = (self.folder / "current.json").read_bytes()
+        except FileNotFoundError:
+            return 0
+        return int.from_bytes(sha256(said).digest()[:8], "big")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -261,9 +267,9 @@ class RegistryModel(SmallModel):
     _model: SmallModel | None = PrivateAttr(default=None)
     _stamp: int = PrivateAttr(default=-1)
     _checked: float = PrivateAttr(default=0.0)
-    _coming: threading.Thread | None = PrivateAttr(default=None)
+    _coming: weakref.ref[threading.Thread] | None = PrivateAttr(default=None)
     _failed: int = PrivateAttr(default=-1)
-    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    _lock: Any = PrivateAttr(default_factory=Mutex)
 
     @classmethod
     def following(cls, registry: ModelRegistry, *, check_seconds: float = 1.0, **overrides: Any) -> Self:
@@ -273,6 +279,7 @@ class RegistryModel(SmallModel):
             RegistryError: It has no version in service.
         """
         serving = {name: overrides.pop(name) for name in ("micro_batching",) if name in overrides}
+        stamp = registry.stamp()  # before what it stands for is loaded, which may take a while
         first = registry.load(**overrides)
         model = cls(
             **serving,
@@ -281,7 +288,7 @@ class RegistryModel(SmallModel):
             overrides=overrides,
             **{name: getattr(first, name) for name in ("labels", "model_id", "temperature", "threshold", "input_key")},
         )
-        model._model, model._stamp = first, registry.stamp()
+        model._model, model._stamp = first, stamp
         return model
 
     def reload(self, *, now: bool = True) -> SmallModel:
@@ -300,11 +307,11 @@ class RegistryModel(SmallModel):
             stamp = registry.stamp()
             if self._model is None or (now and stamp != self._stamp):
                 self._take(registry.load(**self.overrides), stamp)
-            elif stamp != self._stamp and not (self._coming is not None and self._coming.is_alive()):
-                self._coming = threading.Thread(
-                    target=self._prepare, args=(registry, stamp), name="datashunt-registry", daemon=True
-                )
-                self._coming.start()
+            elif stamp != self._stamp and not self._is_loading():
+                loads = (registry, stamp, self._stamp)
+                coming = threading.Thread(target=self._prepare, args=loads, name="datashunt-registry", daemon=True)
+                self._coming = weakref.ref(coming)
+                coming.start()
             self._checked = time.monotonic()
             assert self._model is not None
             return self._model
@@ -314,7 +321,11 @@ class RegistryModel(SmallModel):
         self.labels, self.temperature = model.labels, model.temperature
         self.model_id, self.threshold = model.model_id, model.threshold
 
-    def _prepare(self, registry: ModelRegistry, stamp: int) -> None:
+    def _is_loading(self) -> bool:
+        coming = None if self._coming is None else self._coming()
+        return coming is not None and coming.is_alive()
+
+    def _prepare(self, registry: ModelRegistry, stamp: int, before: int) -> None:
         """Load what is in service and have it compute something, so that the first call does not wait for that."""
         try:
             model = registry.load(**self.overrides)
@@ -326,7 +337,7 @@ class RegistryModel(SmallModel):
                 _LOG.warning("%s: the new version cannot be loaded, the one before it stays: %s", self.folder, error)
             return
         with self._lock:
-            if stamp >= self._stamp:  # nobody has loaded a later one meanwhile
+            if self._stamp == before:  # nobody has loaded another meanwhile
                 self._take(model, stamp)
 
     @property
@@ -355,13 +366,9 @@ class RegistryModel(SmallModel):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        anew = {"_model": None, "_stamp": -1, "_lock": None, "_coming": None, "_failed": -1}
+        anew = {"_model": None, "_stamp": -1, "_coming": None, "_failed": -1}
         private = {**(state["__pydantic_private__"] or {}), **anew}
         return {**state, "__pydantic_private__": private}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = threading.Lock()
 
 
 def _figures(verdict: Verdict) -> dict[str, Any]:

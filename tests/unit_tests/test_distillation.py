@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -437,6 +440,51 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it(registry: Mode
         follower.reload()
     registry.promote(registry.add(head(-50.0)))
     assert eventually(lambda: follower.predict("aaa").label == "b")
+
+
+def test_a_follower_does_not_go_by_clocks(registry: ModelRegistry) -> None:
+    """As where the folder is restored, shared by machines whose clocks differ, or written twice within one tick."""
+    registry.promote(registry.add(head(50.0)))
+    follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
+    current = registry.folder / "current.json"
+    second = current.stat().st_mtime_ns
+    for version, when, label in ((2, second - 10**12, "b"), (1, second - 10**12, "a"), (2, second - 2 * 10**12, "b")):
+        if version > len(registry.versions()):
+            registry.add(head(-50.0))
+        registry.promote(version)
+        os.utime(current, ns=(when, when))
+        assert eventually(lambda label=label: follower.predict("aaa").label == label, 5.0)  # type: ignore[misc]
+
+
+def test_a_version_that_is_promoted_while_a_follower_is_made_is_followed(
+    registry: ModelRegistry, monkeypatch: Any
+) -> None:
+    registry.promote(registry.add(head(50.0)))
+    later, load = registry.add(head(-50.0)), ModelRegistry.load
+
+    def slow(self: ModelRegistry, *given: Any, **overrides: Any) -> Any:
+        loaded = load(self, *given, **overrides)
+        if registry.current_version() != later:
+            registry.promote(later)
+        return loaded
+
+    monkeypatch.setattr(ModelRegistry, "load", slow)
+    follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
+    assert eventually(lambda: follower.predict("aaa").label == "b", 5.0)
+
+
+def test_a_follower_is_copied_and_forked(registry: ModelRegistry) -> None:
+    registry.promote(registry.add(head(50.0)))
+    follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
+    copied = copy.deepcopy(follower)
+    registry.promote(registry.add(head(-50.0)))
+    assert eventually(lambda: (follower.predict("aaa").label, copied.predict("aaa").label) == ("b", "b"))
+    with follower._lock:  # as another thread does while it loads
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if follower.predict("aaa").label == "b" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) -> None:
