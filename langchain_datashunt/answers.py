@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from langchain_core.messages import AIMessage, ToolCall
@@ -48,6 +48,7 @@ class AnswerForm:
         schema: What structured output must fit: a pydantic class, a TypedDict or a JSON schema; None for messages.
         closed: Whether only the large model can answer so.
         structured: Whether an object is wanted instead of a message.
+        bound: The keywords that say so, which those of a call are added to.
     """
 
     tools: frozenset[str] = frozenset()
@@ -56,12 +57,14 @@ class AnswerForm:
     schema: Any = None
     closed: bool = False
     structured: bool = False
+    bound: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def with_call(self, settings: Mapping[str, Any]) -> AnswerForm:
         """The same with what one call binds itself."""
         if self.structured or "response_format" in settings:
             return replace(self, closed=True)
-        return AnswerForm.of_tools(settings.get("tools") or (), settings.get("tool_choice"), settings)
+        all_told = {**self.bound, **settings}
+        return AnswerForm.of_tools(all_told.get("tools") or (), all_told.get("tool_choice"), all_told)
 
     def allows(self, message: AIMessage) -> bool:
         """Whether a message calls what it must, and nothing that is not there."""
@@ -87,7 +90,11 @@ class AnswerForm:
         else:
             must_call, only = tool_choice != "none", tool_choice if tool_choice in names else None
         return cls(
-            names if tool_choice != "none" else frozenset(), must_call, only, closed="response_format" in settings
+            names if tool_choice != "none" else frozenset(),
+            must_call,
+            only,
+            closed="response_format" in settings,
+            bound={**settings, "tools": tools, "tool_choice": tool_choice},
         )
 
 

@@ -63,15 +63,24 @@ class Auditor:
         """Which of these rows to audit."""
         return [i for i in rows if self._random.random() < self.rate] if self.rate > 0 else []
 
-    def submit(self, asked: Any, finished: FinishedCall | None, small_label: str, kwargs: dict[str, Any]) -> None:
-        """Ask in the background; returns at once."""
+    def submit(
+        self, asked: Any, finished: FinishedCall | None, small_label: str, configurable: dict[str, Any] | None = None
+    ) -> None:
+        """Ask in the background; returns at once.
+
+        Args:
+            asked: What the large model gets, or why it cannot.
+            finished: The call that is audited, for the recorder.
+            small_label: What the small model said.
+            configurable: Of that call's config: whose data it is, and which alternatives are chosen.
+        """
         with self._lock:
             if len(self._waiting) >= MOST_WAITING:
                 self.counters.left_out += 1
                 return
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="datashunt-audit")
-            future = self._pool.submit(self._audit, asked, finished, small_label, kwargs)
+            future = self._pool.submit(self._audit, asked, finished, small_label, dict(configurable or {}))
             self._waiting.add(future)
         future.add_done_callback(self._forget)
 
@@ -79,10 +88,10 @@ class Auditor:
         with self._lock:
             self._waiting.discard(future)
 
-    def _audit(self, asked: Any, finished: FinishedCall | None, small_label: str, kwargs: dict[str, Any]) -> None:
+    def _audit(self, asked: Any, finished: FinishedCall | None, small_label: str, configurable: dict[str, Any]) -> None:
         watcher, started = LargeCallWatcher(), time.perf_counter()
-        config = RunnableConfig(tags=[AUDIT_TAG], callbacks=[watcher])
-        effect = self.caller.one(asked, config, kwargs)
+        config = RunnableConfig(tags=[AUDIT_TAG], callbacks=[watcher], configurable=configurable)
+        effect = self.caller.one(asked, config, {})
         answer = asked if isinstance(asked, Exception) else _carried_out(effect.sync)
         answer = answer.output if isinstance(answer, ShuntResult) else answer
         silent = isinstance(answer, UnparsableAnswer)

@@ -269,7 +269,7 @@ class CallSteps:
                 snapshot = self.reader.snapshot(values[i])
                 finished = self._finished(plan.decision(i), snapshot, None, runs, i, own_id, latency, None)
             said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
-            auditor.submit(asked, finished, said, {})
+            auditor.submit(asked, finished, said, runs.config(i).get("configurable"))
 
     def conclude(
         self,

@@ -23,6 +23,19 @@ def answered(result: ShuntResult) -> AIMessage:
     return message
 
 
+def each_answered(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
+    """The answers of a batch; errors in their places, or the first of them raised."""
+    found: list[Any] = []
+    for result in results:
+        try:
+            found.append(result if isinstance(result, Exception) else answered(result))
+        except StaysLocal as error:
+            if not return_exceptions:
+                raise
+            found.append(error)
+    return found
+
+
 def said_by(result: ShuntResult) -> Any:
     """The output of a result.
 

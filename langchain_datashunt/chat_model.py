@@ -20,6 +20,7 @@ from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.chat_messages import (
     answered,
     as_chunk,
+    each_answered,
     legacy_config,
     llm_result,
     marked,
@@ -154,7 +155,7 @@ class ShuntChatModel(ShuntChatSettings):
         settings = self._settings(stop, kwargs)
         shunt = self._shunt_for(settings)
         results = shunt.batch(conversations, configs, return_exceptions=return_exceptions, **settings)
-        return [one if isinstance(one, Exception) else answered(one) for one in results]
+        return each_answered(results, return_exceptions)
 
     @override
     async def abatch(
@@ -170,7 +171,7 @@ class ShuntChatModel(ShuntChatSettings):
         settings = self._settings(stop, kwargs)
         shunt = self._shunt_for(settings)
         results = await shunt.abatch(conversations, configs, return_exceptions=return_exceptions, **settings)
-        return [one if isinstance(one, Exception) else answered(one) for one in results]
+        return each_answered(results, return_exceptions)
 
     @override
     def generate(

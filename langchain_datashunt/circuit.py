@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from langchain_datashunt.exceptions import CircuitOpenError, ConfigurationError
-from langchain_datashunt.retries import is_retryable
+from langchain_datashunt.retries import is_retryable, status_of
 
 State = Literal["closed", "open", "half-open"]
 
@@ -34,9 +34,10 @@ class CircuitBreaker:
     """Opens when a large model has failed several times in a row; for any number of threads, tasks and shunts.
 
     Only errors after which the same request may succeed count (time-outs, refused connections, 429, 5xx): a request
-    that is wrong says nothing of the model. While it is open, calls end at once with a `CircuitOpenError`, so that a
-    shunt with `on_large_error="small"` goes on answering. After `reset_seconds` it lets `probes` calls through at a
-    time: one that succeeds closes it, one that fails opens it again, for twice as long, up to ten times as long.
+    that is wrong, or that a gate keeps here, says nothing of the model. While it is open, calls end at once with a
+    `CircuitOpenError`, so that a shunt with `on_large_error="small"` goes on answering. After `reset_seconds` it lets
+    `probes` calls through at a time: one that succeeds closes it, one that fails opens it again, for twice as long, up
+    to ten times as long.
 
     Kept libraries hold a lock while they call, or know only one of sync and async; this is no more than a counter.
 
@@ -102,12 +103,16 @@ class CircuitBreaker:
             return True
 
     def note(self, error: BaseException | None, *, probe: bool = False) -> None:
-        """Take in how a call that was let through ended; None where it succeeded."""
+        """Take in how a call that was let through ended; None where it succeeded.
+
+        An error that neither may pass nor has the status of an answer tells nothing of the model: the request may never
+        have got to it.
+        """
         bad = isinstance(error, Exception) and is_retryable(error)
-        given_up = error is not None and not isinstance(error, Exception)  # cancelled: it tells nothing
+        tells_nothing = error is not None and not bad and status_of(error) is None  # cancelled, or never sent
         with self._lock:
             self._probing -= probe
-            if given_up:
+            if tells_nothing:
                 return
             if not bad:
                 self._failed, self._open_until, self._wait = 0, None, self.reset_seconds

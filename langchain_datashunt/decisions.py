@@ -44,8 +44,18 @@ class ShuntDecision:
             "shunt_threshold": self.threshold,
             "shunt_policy": self.policy,
             "shunt_model": None if self.prediction is None else self.prediction.model_id,
-            "shunt_error": self.error,
+            "shunt_error": None if self.error is None else _without_texts(self.error),
         }
+
+
+_WITHOUT_TEXTS = frozenset({"CircuitOpenError", "LargeTimeoutError", "PredictionError", "QueueFullError", "StaysLocal"})
+"""Errors whose messages quote no text."""
+
+
+def _without_texts(error: str) -> str:
+    """An error in words, where those cannot quote an input or an answer; else its kind alone."""
+    kind = error.partition(":")[0]
+    return error if kind in _WITHOUT_TEXTS else kind
 
 
 @dataclass(frozen=True, slots=True)

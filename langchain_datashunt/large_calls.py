@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -14,7 +13,6 @@ from langchain_core.runnables.utils import gather_with_concurrency
 
 from langchain_datashunt.circuit import CircuitBreaker
 from langchain_datashunt.effects import Effect, Steps
-from langchain_datashunt.exceptions import QueueFullError
 from langchain_datashunt.retries import CallLimiter, Retry, is_retryable, raise_control_flow
 
 END: Any = object()
@@ -37,31 +35,14 @@ class LargeCaller:
         self.limiter = limiter
         self.breaker = breaker
         self.max_pending = max_pending
-        self._pending = 0
-        self._lock = threading.Lock()
 
-    @contextmanager
-    def _admitted(self, calls: int = 1) -> Iterator[None]:
+    def _admitted(self, calls: int = 1) -> AbstractContextManager[None]:
         """Around calls that wait or are under way.
 
         Raises:
             QueueFullError: There are too many already.
         """
-        if self.max_pending is None:
-            yield
-            return
-        with self._lock:
-            if self._pending + calls > self.max_pending:
-                raise QueueFullError(
-                    f"{self._pending} calls of the large model wait or are under way, and with {calls} more there "
-                    f"would be more than the {self.max_pending} that may. Send fewer at once, or raise max_pending."
-                )
-            self._pending += calls
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pending -= calls
+        return nullcontext() if self.max_pending is None else self.limiter.pending.counted(calls, self.max_pending)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -142,6 +123,11 @@ class LargeCaller:
         each = [config] * len(results) if isinstance(config, dict) else config
         if self.retry.attempt_seconds is not None:  # how long one may take cannot be said of a group
             yield from self._each(results, ready, each, kwargs)
+            return results
+        while ready and self.breaker is not None and self.breaker.state == "half-open":
+            yield from self._each(results, ready[:1], each, kwargs)  # whether the model is back is seen by one call
+            del ready[0]
+        if not ready:
             return results
         given = config if isinstance(config, dict) else [each[j] for j in ready]
         call = partial(self._batch, [asked[j] for j in ready], given, kwargs)

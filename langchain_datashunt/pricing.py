@@ -13,8 +13,9 @@ def cost_usd(usage: Mapping[str, UsageMetadata]) -> float | None:
     """Price of token counts by model name, in USD; None where a model's price, or genai-prices, is missing."""
     total = 0.0
     for model, counts in usage.items():
-        cached = (counts.get("input_token_details") or {}).get("cache_read") or 0
-        price = token_price(model, counts["input_tokens"], counts["output_tokens"], cached)
+        details = counts.get("input_token_details") or {}
+        cached, written = details.get("cache_read") or 0, details.get("cache_creation") or 0
+        price = token_price(model, counts["input_tokens"], counts["output_tokens"], cached, written)
         if price is None:
             return None
         total += price
@@ -26,7 +27,9 @@ def _installed() -> bool:
     return find_spec("genai_prices") is not None
 
 
-def token_price(model: str, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
+def token_price(
+    model: str, input_tokens: int, output_tokens: int, cached_tokens: int = 0, written_tokens: int = 0
+) -> float | None:
     """Price in USD of one model's tokens, None where it is not known.
 
     Args:
@@ -34,13 +37,17 @@ def token_price(model: str, input_tokens: int, output_tokens: int, cached_tokens
         input_tokens: All input tokens, cached ones included.
         output_tokens: Output tokens.
         cached_tokens: Input tokens that were read from the provider's cache.
+        written_tokens: Input tokens that were written to it.
     """
     if not _installed():
         return None
     from genai_prices import Usage, calc_price
 
     try:
-        usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, cache_read_tokens=cached_tokens)
+        usage = Usage(
+            input_tokens=input_tokens, output_tokens=output_tokens, cache_read_tokens=cached_tokens,
+            cache_write_tokens=written_tokens,
+        )  # fmt: skip
         return float(calc_price(usage, model_ref=model).total_price)
     except LookupError:
         return None

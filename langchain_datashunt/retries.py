@@ -7,10 +7,10 @@ import queue
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from tenacity import (
 )
 
 from langchain_datashunt.configured import Strategy
-from langchain_datashunt.exceptions import LargeTimeoutError
+from langchain_datashunt.exceptions import LargeTimeoutError, QueueFullError
 
 T = TypeVar("T")
 
@@ -38,8 +38,12 @@ _RETRYABLE_NAMES = frozenset(
         "APIConnectionError",
         "APITimeoutError",
         "APIResponseValidationError",
+        "ChunkedEncodingError",
+        "ClientConnectionError",
+        "ClientPayloadError",
         "ConnectError",
         "ConnectTimeout",
+        "ConnectionError",
         "InternalServerError",
         "JSONDecodeError",
         "OverloadedError",
@@ -58,12 +62,19 @@ def is_retryable(error: BaseException) -> bool:
 
     Errors of client libraries are known by name, so that none of them is imported here.
     """
-    status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int) and status >= 400:  # an unreadable reply carries the status 200 that it came with
+    status = status_of(error)
+    if status is not None and status >= 400:  # an unreadable reply carries the status 200 that it came with
         return status in RETRYABLE_STATUS
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return any(kind.__name__ in _RETRYABLE_NAMES for kind in type(error).__mro__)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error says its answer had, by the names that client libraries have for it."""
+    response = getattr(error, "response", None)
+    said = (getattr(error, "status_code", None), getattr(response, "status_code", None), getattr(error, "status", None))
+    return next((status for status in said if isinstance(status, int) and status), None)
 
 
 def retry_after(error: BaseException | None) -> float | None:
@@ -218,27 +229,33 @@ async def _awithin(seconds: float, ask: Callable[[], Awaitable[T]]) -> T:
 class CallLimiter:
     """Lets at most `limit` large calls run at once: over all threads, and over all tasks of one event loop.
 
-    A grouped call takes as many places as it will use, so the bound holds for it too. Whoever holds a place because
-    of a stream that it has not read to its end may make further calls; they do not wait for themselves.
+    A grouped call takes as many places as it will use, so the bound holds for it too; whoever came first is served
+    first. Whoever holds a place because of a stream that it has not read to its end may make further calls, also from
+    tasks and threads that have its context; they do not wait for themselves.
+
+    Callers that share it share their count of pending calls, too.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+        self.pending = Pending()
         self._threads = _ThreadPlaces(limit) if limit else None
         self._loops: weakref.WeakKeyDictionary[Any, _TaskPlaces] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def slot(self, places: int = 1) -> Iterator[None]:
         """Hold places for a sync call."""
-        if self._threads is None or self.limit is None:
+        room = self._threads
+        if room is None or self.limit is None or _holds(room):
             yield
             return
-        holder = threading.get_ident()
-        taken = self._threads.take(min(places, self.limit), holder)
-        try:
-            yield
-        finally:
-            self._threads.give(taken, holder)
+        taken = min(places, self.limit)
+        room.take(taken)
+        with _holding(room):
+            try:
+                yield
+            finally:
+                room.give(taken)
 
     @asynccontextmanager
     async def aslot(self, places: int = 1) -> AsyncIterator[None]:
@@ -246,14 +263,19 @@ class CallLimiter:
         if self.limit is None:
             yield
             return
-        loop, holder = asyncio.get_running_loop(), id(asyncio.current_task())
+        loop = asyncio.get_running_loop()
         if (room := self._loops.get(loop)) is None:
             room = self._loops.setdefault(loop, _TaskPlaces(self.limit))
-        taken = await room.take(min(places, self.limit), holder)
-        try:
+        if _holds(room):
             yield
-        finally:
-            room.give(taken, holder)
+            return
+        taken = min(places, self.limit)
+        await room.take(taken)
+        with _holding(room):
+            try:
+                yield
+            finally:
+                room.give(taken)
 
     def bound(self, limit: int | None) -> int | None:
         """The tighter of this limit and a caller's."""
@@ -261,30 +283,83 @@ class CallLimiter:
         return min(given) if given else None
 
 
+class Pending:
+    """How many calls wait or are under way."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def counted(self, calls: int, most: int) -> Iterator[None]:
+        """Around calls.
+
+        Raises:
+            QueueFullError: With them there would be more than `most`.
+        """
+        with self._lock:
+            if self.calls + calls > most:
+                raise QueueFullError(
+                    f"{self.calls} calls of the large model wait or are under way, and with {calls} more there "
+                    f"would be more than the {most} that may. Send fewer at once, or raise max_pending."
+                )
+            self.calls += calls
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.calls -= calls
+
+
+class _Holding:
+    """That places of a room are held, until they are given back, by whoever has this in its context."""
+
+    def __init__(self, room: object) -> None:
+        self.room: object | None = room
+
+
+_HELD: ContextVar[tuple[_Holding, ...]] = ContextVar("datashunt_held", default=())
+
+
+def _holds(room: object) -> bool:
+    return any(holding.room is room for holding in _HELD.get())
+
+
+@contextmanager
+def _holding(room: object) -> Iterator[None]:
+    """While it lasts, this context holds places. A stream may end in another context than it began in."""
+    holding = _Holding(room)
+    _HELD.set((*_HELD.get(), holding))
+    try:
+        yield
+    finally:
+        holding.room = None
+        _HELD.set(tuple(one for one in _HELD.get() if one.room is not None))
+
+
 class _ThreadPlaces:
-    """Places that threads share. A thread that holds some already is given none, and passes."""
+    """Places that threads share, first come first served."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit
-        self._held: Counter[int] = Counter()
+        self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
-    def take(self, places: int, holder: int) -> int:
+    def take(self, places: int) -> None:
         with self._changed:
-            if self._held[holder]:
-                return 0
-            self._changed.wait_for(lambda: self._free >= places)
-            self._free -= places
-            self._held[holder] += places
-            return places
-
-    def give(self, places: int, holder: int) -> None:
-        if places:
-            with self._changed:
-                self._free += places
-                self._held[holder] -= places
-                self._held += Counter()  # drops holders of nothing
+            ticket = object()
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is ticket and self._free >= places)
+                self._free -= places
+            finally:
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
+
+    def give(self, places: int) -> None:
+        with self._changed:
+            self._free += places
+            self._changed.notify_all()
 
 
 class _TaskPlaces:
@@ -292,35 +367,27 @@ class _TaskPlaces:
 
     def __init__(self, limit: int) -> None:
         self._free = limit
-        self._held: Counter[int] = Counter()
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    async def take(self, places: int, holder: int) -> int:
-        if self._held[holder]:
-            return 0
-        if self._waiting or self._free < places:
-            ticket = (places, asyncio.get_running_loop().create_future())
-            self._waiting.append(ticket)
-            try:
-                await ticket[1]
-            except asyncio.CancelledError:
-                if ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                else:
-                    self._free += places
-                self._wake()
-                raise
-        else:
+    async def take(self, places: int) -> None:
+        if not self._waiting and self._free >= places:
             self._free -= places
-        self._held[holder] += places
-        return places
-
-    def give(self, places: int, holder: int) -> None:
-        if places:
-            self._free += places
-            self._held[holder] -= places
-            self._held += Counter()
+            return
+        ticket = (places, asyncio.get_running_loop().create_future())
+        self._waiting.append(ticket)
+        try:
+            await ticket[1]
+        except asyncio.CancelledError:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            else:
+                self._free += places
             self._wake()
+            raise
+
+    def give(self, places: int) -> None:
+        self._free += places
+        self._wake()
 
     def _wake(self) -> None:
         while self._waiting and self._waiting[0][0] <= self._free:

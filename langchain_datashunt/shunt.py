@@ -20,6 +20,7 @@ from langchain_datashunt.decisions import Latency, ShuntResult
 from langchain_datashunt.effects import arun, run
 from langchain_datashunt.large_calls import END
 from langchain_datashunt.outcomes import settled
+from langchain_datashunt.retries import raise_control_flow
 from langchain_datashunt.routing import AnyPlan
 from langchain_datashunt.shunt_settings import ShuntSettings
 from langchain_datashunt.telemetry import instrument_if_asked
@@ -234,6 +235,7 @@ class ShuntRunnable(ShuntSettings):
                 held.enter_context(steps.caller.place())
                 first, chunks = steps.caller.open(asked, config, kwargs)
             except Exception as error:
+                raise_control_flow(error)
                 latency = Latency(seconds, time.perf_counter() - started)
                 yield _raised(run(steps.conclude_one(plan, value, error, runs, latency, handler)))
                 return
@@ -280,6 +282,7 @@ class ShuntRunnable(ShuntSettings):
                 await held.enter_async_context(steps.caller.aplace())
                 first, chunks = await steps.caller.aopen(asked, config, kwargs)
             except Exception as error:
+                raise_control_flow(error)
                 latency = Latency(seconds, time.perf_counter() - started)
                 yield _raised(await arun(steps.conclude_one(plan, value, error, runs, latency, handler)))
                 return

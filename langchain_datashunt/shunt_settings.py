@@ -172,14 +172,20 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it."""
+        """Change a setting; the next call follows it. One that is refused leaves the shunt as it was."""
+        before = getattr(self, name, None)
         try:
             super().__setattr__(name, value)
         except ValidationError as error:
             raise ConfigurationError(in_words(type(self).__name__, error)) from error
         if name in type(self).model_fields:
-            self._lay_out()
-            self._check()
+            try:
+                self._lay_out()
+                self._check()
+            except Exception:
+                super().__setattr__(name, before)
+                self._lay_out()
+                raise
 
     def _lay_out(self) -> None:
         policy = policy_for(self.small, self.policy)

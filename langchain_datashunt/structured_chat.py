@@ -16,6 +16,7 @@ from langchain_datashunt.chat_messages import (
 )
 from langchain_datashunt.chat_model_settings import NO_QUESTION, ShuntChatSettings
 from langchain_datashunt.decisions import ShuntResult
+from langchain_datashunt.large_calls import END
 from langchain_datashunt.shunt import ShuntRunnable
 
 
@@ -54,7 +55,12 @@ class StructuredChat(Runnable[Any, Any]):
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
         messages, config, question = self._read(input, config)
         if not question:
-            yield from self.direct.large.stream(messages, config, **kwargs)
+            with self.direct.place():
+                first, chunks = self.direct.open(messages, config, kwargs)
+                with closing(chunks):
+                    if first is not END:
+                        yield first
+                        yield from chunks
             return
         with closing(self.shunt.stream(messages, config, **kwargs)) as results:  # type: ignore[type-var]
             for result in results:
@@ -64,12 +70,18 @@ class StructuredChat(Runnable[Any, Any]):
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         messages, config, question = self._read(input, config)
-        side: Any = self.shunt if question else self.direct.large
-        async with aclosing(side.astream(messages, config, **kwargs)) as results:
+        if not question:
+            async with self.direct.aplace():
+                first, chunks = await self.direct.aopen(messages, config, kwargs)
+                async with aclosing(chunks):
+                    if first is not END:
+                        yield first
+                        async for chunk in chunks:
+                            yield chunk
+            return
+        async with aclosing(self.shunt.astream(messages, config, **kwargs)) as results:  # type: ignore[type-var]
             async for result in results:
-                if not question:
-                    yield result
-                elif result.output is not None:
+                if result.output is not None:
                     yield parsed(result)
 
 

@@ -115,6 +115,7 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return False, ShuntDecision("large", "small_error", policy=str(self.policy), error=told)
 
     def _taken(self, response: ModelResponse[Any], decision: ShuntDecision) -> ModelResponse[Any]:
+        self.policy.observe(int(decision.route == "large"), 1)
         with self._lock:
             setattr(self.stats, decision.route, getattr(self.stats, decision.route) + 1)
         result = [marked(one, decision) if isinstance(one, AIMessage) else one for one in response.result]

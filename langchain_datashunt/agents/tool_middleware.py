@@ -217,7 +217,9 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _split(self, request: ModelRequest[Any], ranking: ToolRanking) -> tuple[list[Any], list[Any]]:
         """The tools that are offered, the likeliest first, and those that are left out."""
-        known, shortlist = frozenset(ranking.tools), frozenset(ranking.shortlist)
+        known, there = frozenset(ranking.tools), {_name(tool) for tool in request.tools}
+        likeliest = [tool for tool in ranking.tools if tool in there][: self.router.keep]
+        shortlist = frozenset(likeliest if self.router.mode == "hard" else ranking.shortlist)
         wanted = {message.additional_kwargs.get(REFUSED_KEY) for message in request.messages}
         forced = _forced(request.tool_choice)
         place = {tool: i for i, tool in enumerate(ranking.tools)}

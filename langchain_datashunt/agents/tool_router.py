@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import patch_config
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
 
@@ -183,8 +183,9 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
     def batch(
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[ToolRanking]:
-        def rank(values: list[Any]) -> list[ToolRanking | Exception]:
-            return list(self.rank_batch(values))
+        def rank(values: list[Any], run_manager: list[Any], config: list[RunnableConfig]) -> list[Any]:
+            answers = self.classifier.batch(values, _children(config, run_manager))
+            return list(self._rankings(PredictionBatch.stack(list(map(_checked, answers)))))
 
         if return_exceptions:  # one that fails, fails alone
             return super().batch(inputs, config, return_exceptions=True, **kwargs)
@@ -194,12 +195,19 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
     async def abatch(
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[ToolRanking]:
-        async def rank(values: list[Any]) -> list[ToolRanking | Exception]:
-            return list(await run_in_executor(None, self.rank_batch, values))
+        async def rank(values: list[Any], run_manager: list[Any], config: list[RunnableConfig]) -> list[Any]:
+            answers = await self.classifier.abatch(values, _children(config, run_manager))
+            return list(self._rankings(PredictionBatch.stack(list(map(_checked, answers)))))
 
         if return_exceptions:
             return await super().abatch(inputs, config, return_exceptions=True, **kwargs)
         return await self._abatch_with_config(rank, inputs, config)
+
+
+def _children(configs: Sequence[RunnableConfig], managers: Sequence[Any]) -> list[RunnableConfig]:
+    return [
+        patch_config(config, callbacks=manager.get_child()) for config, manager in zip(configs, managers, strict=True)
+    ]
 
 
 def _checked(answer: Any) -> Prediction:

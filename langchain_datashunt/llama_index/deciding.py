@@ -14,6 +14,7 @@ from llama_index_instrumentation.base import BaseEvent
 
 from langchain_datashunt.decisions import Latency, ShuntDecision
 from langchain_datashunt.distillation.watching import LargeCallWatcher
+from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.inputs import text_reader
 from langchain_datashunt.policies import Policy
 from langchain_datashunt.predictions import Prediction
@@ -90,7 +91,10 @@ class Decider:
         if not isinstance(prediction, Prediction):
             told = f"{type(prediction).__name__}: {prediction}"
             return ShuntDecision("large", "small_error", policy=words, error=told)
-        keep, score, limit = self.policy.evaluate_one(prediction)
+        try:
+            keep, score, limit = self.policy.evaluate_one(prediction)
+        except PredictionError as error:
+            return ShuntDecision("large", "small_error", policy=words, error=f"{type(error).__name__}: {error}")
         numbers = (score if score == score else None, limit if limit == limit else None)
         if keep:
             return ShuntDecision("small", "confident", prediction, *numbers, words)

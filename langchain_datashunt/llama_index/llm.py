@@ -149,7 +149,7 @@ class ShuntLLM(LLM):
         for one in answer if isinstance(answer, list) else [answer]:
             if isinstance(one, str) and not forced and "response_format" not in given:
                 return ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=one)])
-            if isinstance(one, ToolAnswer) and one.tool in offered:
+            if isinstance(one, ToolAnswer) and one.tool in offered and _may_be_called(one.tool, given):
                 call = ToolCallBlock(
                     tool_call_id=f"call_{uuid7().hex}", tool_name=one.tool, tool_kwargs=deepcopy(one.args)
                 )
@@ -397,3 +397,11 @@ class ShuntFunctionCallingLLM(ShuntLLM, PreparedByLarge):
             ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=arguments(call))
             for call in calls
         ]
+
+
+def _may_be_called(tool: str, given: dict[str, Any]) -> bool:
+    """Whether a call's `tool_choice` lets this tool be called."""
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        choice = choice.get("name") or (choice.get("function") or {}).get("name")
+    return choice in (None, "auto", "required", "any", tool)

@@ -13,10 +13,11 @@ import httpx
 import pytest
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.tools import BaseTool, StructuredTool, tool
 from langgraph.prebuilt import InjectedState
 
-from langchain_datashunt import AlwaysSmall, ConformalPrompt, Threshold
+from langchain_datashunt import AlwaysSmall, ConformalPrompt, QueryBudget, Threshold
 from langchain_datashunt.agents import (
     NoArguments,
     PatternArguments,
@@ -355,3 +356,36 @@ async def test_a_turn_of_calls_alone_is_not_judged_by_log_probabilities() -> Non
         first: Any = next(iter(agent.stream({"messages": [HumanMessage(UNSURE)]})))
         assert first["model"]["messages"][0].tool_calls[0]["name"] == "refund"
         assert first["model"]["messages"][0].response_metadata["shunt"]["route"] == "small"
+
+
+def test_the_shortlist_is_of_the_tools_that_are_there(server: ScriptedServer) -> None:
+    class Narrow(WordModel):
+        """Likes best what the agent does not have."""
+
+    present = [make_tool("status", "text"), make_tool("search")]
+    middleware = ShuntToolRouterMiddleware(ToolRouter(classifier=Narrow(), mode="hard", keep=1))
+    ask(create_agent(chat(server), present, middleware=[middleware]), "what about cancel")
+    assert sorted(offered(server.bodies[-1])) == ["search", "status"]
+
+
+def test_a_budget_of_turns_is_told_what_was_asked() -> None:
+    with ScriptedServer(small_turns(0.5)) as server:
+        policy = QueryBudget(share=0.2)
+        middleware = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True), policy=policy)
+        ask(create_agent(chat(server), [], middleware=[middleware]))
+        assert policy.current == pytest.approx(0.9 - 0.02 * 0.8)
+
+
+async def test_a_batch_of_rankings_hands_its_config_on() -> None:
+    seen: list[Any] = []
+
+    def classify(text: str, config: RunnableConfig) -> Any:
+        seen.append((config["configurable"].get("tenant"), "x" in config["tags"]))
+        return predict_words(text)
+
+    router, config = ToolRouter(classifier=RunnableLambda(classify), mode="hard", keep=1), RunBook()
+    given: Any = {"callbacks": [config], "tags": ["x"], "configurable": {"tenant": "t1"}}
+    router.batch(["a cancel", "a refund"], given)
+    await router.abatch(["a cancel", "a refund"], given)
+    assert seen == [("t1", True)] * 4
+    assert len(config.started) == 8, "each with a run below its own"

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ from typing_extensions import TypedDict
 from langchain_datashunt import AlwaysSmall, HardPrompt, NoHint, Retry, ShuntChatModel, Threshold, ToolAnswer
 from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.drafting import least_token_probability
-from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
+from langchain_datashunt.exceptions import ConfigurationError, QueueFullError, StaysLocal, ThresholdWarning
+from langchain_datashunt.privacy import OutboundGate
 from tests.support.faulty_server import FaultyServer
 from tests.support.handlers import RunBook
 from tests.support.models import WordModel, failing_word_model
@@ -442,3 +444,94 @@ def test_settings_that_change_are_followed_and_wrong_ones_refused(server: Script
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     seen = shunt(server).invoke([HumanMessage([{"type": "text", "text": SURE}, picture])])
     assert seen.response_metadata["shunt"]["route"] == "large", "the classifier has not seen the image"
+
+
+@pytest.mark.parametrize("on_local", ["abstain", "small", "raise"])
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+async def test_what_must_stay_loses_no_other_answer_of_its_batch(
+    server: ScriptedServer, on_local: Any, way: str
+) -> None:
+    gate = OutboundGate(local_where=lambda text: "secret" in text, on_local=on_local)
+    model = shunt(server, gate=gate, small=failing_word_model(ValueError("down")))
+    inputs: list[Any] = ["tell me", "a secret", "tell me more"]
+    if way == "batch":
+        found = model.batch(inputs, return_exceptions=True)
+    else:
+        found = await model.abatch(inputs, return_exceptions=True)
+    assert [type(one) for one in found] == [AIMessage, StaysLocal, AIMessage]
+    with pytest.raises(StaysLocal):
+        model.batch(inputs)
+
+
+def test_calls_with_tools_or_settings_of_their_own_wait_in_the_same_line() -> None:
+    gate = threading.Event()
+    large = ToolsChat(responses=["done"], wait=gate)
+    model = ShuntChatModel(small=WordModel(), large=large, max_pending=2, max_concurrency=1)
+    bound = [model.bind_tools([cancel_order]) for _ in range(6)]
+
+    def ask(one: Any) -> Any:
+        try:
+            return one.invoke(UNSURE)
+        except QueueFullError as error:
+            return error
+
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(ask, one) for one in bound]
+        while sum(one.done() for one in waiting) < 4:
+            time.sleep(0.01)
+        gate.set()
+        answered = [one.result(20) for one in waiting]
+    assert sum(isinstance(one, QueueFullError) for one in answered) == 4
+
+
+def test_a_structured_stream_without_a_question_keeps_to_the_limits(server: ScriptedServer) -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    class Counting(FakeListChatModel):
+        def with_structured_output(self, schema: Any, **kwargs: Any) -> Any:
+            def answer(_: Any) -> Intent:
+                with lock:
+                    now[0] += 1
+                    most[0] = max(most[0], now[0])
+                time.sleep(0.02)
+                with lock:
+                    now[0] -= 1
+                return Intent(intent="cancel")
+
+            return RunnableLambda(answer)
+
+    model = ShuntChatModel(small=WordModel(), large=Counting(responses=["x"]), max_concurrency=1)
+    structured = model.with_structured_output(Intent)
+    history = [HumanMessage("hi"), AIMessage("", tool_calls=[{"name": "t", "args": {}, "id": "1"}]),
+               ToolMessage("done", tool_call_id="1")]  # fmt: skip
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: list(structured.stream(history)), range(4)))
+    assert found == [[Intent(intent="cancel")]] * 4
+    assert most == [1]
+
+
+class ToolsChat(FakeListChatModel):
+    """A chat model that takes tools, and waits."""
+
+    wait: Any
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self.bind()
+
+    def _call(self, *args: Any, **kwargs: Any) -> str:
+        self.wait.wait(20)
+        return super()._call(*args, **kwargs)
+
+
+def test_what_a_call_gives_is_added_to_what_is_bound() -> None:
+    answers = {"cancel": [ToolAnswer("cancel_order"), "It is cancelled."]}
+    large = ToolsChat(responses=["LARGE"], wait=threading.Event())
+    large.wait.set()
+    model = ShuntChatModel(small=WordModel(), large=large, answers=answers)
+    held = model.bind_tools([cancel_order], response_format={"type": "json_object"})
+    assert held.invoke(SURE, tool_choice="auto").content == "LARGE"
+    forced = model.bind_tools([cancel_order], tool_choice="any")
+    other = {"type": "function", "function": {"name": "other", "parameters": {}}}
+    assert forced.invoke(SURE, tools=[other]).content == "LARGE", "a text is no call"
+    assert model.bind_tools([cancel_order]).invoke(SURE, tool_choice="cancel_order").tool_calls
+    assert model.bind_tools([cancel_order]).invoke(SURE, tool_choice="none").content == "It is cancelled."

@@ -31,6 +31,7 @@ from langchain_datashunt import (
     AlwaysLarge,
     ConformalPrompt,
     EmbeddingClassifier,
+    MeanTokenProbability,
     NoHint,
     Threshold,
     ToolAnswer,
@@ -161,7 +162,7 @@ async def test_what_the_small_side_cannot_answer_is_left_to_the_large_one() -> N
         assert one.additional_kwargs["shunt"]["policy"].startswith("the conversation does not end")
     broken = ShuntLLM(small=failing_word_model(ValueError("broken")), large=big)
     told = broken.chat(user(SURE)).additional_kwargs["shunt"]
-    assert (told["reason"], told["error"]) == ("small_error", "ValueError: broken")
+    assert (told["reason"], told["error"]) == ("small_error", "ValueError")
     framed = ShuntLLM(small=WordModel(), large=big, question_of=lambda prompt: prompt.split("Question: ")[1])
     assert framed.complete("cancel refund status\nQuestion: surely refund").text == "refund"
 
@@ -509,3 +510,20 @@ def test_the_global_settings_take_it() -> None:
         assert Settings.llm.complete("surely refund").text == "refund"
     finally:
         Settings._llm = before
+
+
+def test_the_small_side_calls_only_the_tool_that_may_be_called() -> None:
+    big = large()
+    llm: Any = ShuntLLM(small=WordModel(), large=big, answers={"cancel": ToolAnswer("cancel_order", {"order": "7"})})
+    tools = [FunctionTool.from_defaults(cancel_order).metadata.to_openai_tool()]
+    other = {"type": "function", "function": {"name": "another"}}
+    for choice, mine in (("auto", True), ("cancel_order", True), ("none", False), ("another", False), (other, False)):
+        blocks = llm.chat(user(SURE), tools=tools, tool_choice=choice).message.blocks
+        assert any(isinstance(block, ToolCallBlock) for block in blocks) == mine
+
+
+def test_a_prediction_without_a_score_goes_to_the_large_one() -> None:
+    llm = ShuntLLM(small=WordModel(), large=large(), policy=Threshold(0.5, score=MeanTokenProbability()))
+    response = llm.chat(user(SURE))
+    assert response.message.content == "From the large one."
+    assert response.additional_kwargs["shunt"]["reason"] == "small_error"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from langchain_core.runnables import Runnable, RunnableLambda
 
 from langchain_datashunt import AlwaysLarge, CircuitBreaker, NoHint, Retry, ShuntRunnable, Subtask, SubtaskShunt
-from langchain_datashunt.exceptions import CircuitOpenError, ConfigurationError, QueueFullError
+from langchain_datashunt.exceptions import CircuitOpenError, ConfigurationError, QueueFullError, StaysLocal
 from tests.support.handlers import RunBook
 from tests.support.models import HttpError, WordModel
 
@@ -202,7 +202,7 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
     threads = [threading.Thread(target=lambda: found.append(chain.invoke("x"))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    while chain._steps.caller._pending < 2:
+    while chain._steps.caller.limiter.pending.calls < 2:
         pass
     with pytest.raises(QueueFullError, match="max_pending"):
         chain.invoke("x")
@@ -235,3 +235,40 @@ def test_subtasks_have_it_too() -> None:
         with pytest.raises(error):
             triage.invoke("x")
     assert large.calls == 1
+
+
+def test_what_never_reached_the_model_tells_nothing_of_it() -> None:
+    clock, breaker = Clock(), CircuitBreaker(failures=2, reset_seconds=10.0)
+    breaker._clock = clock
+    breaker.note(HttpError(503))
+    breaker.note(StaysLocal("a rule of yours keeps it here"))
+    breaker.note(KeyError("a variable of the prompt"))
+    breaker.note(HttpError(503))
+    assert breaker.state == "open", "two failures in a row"
+    clock.now += 10.1
+    with pytest.raises(StaysLocal), breaker.watching():
+        raise StaysLocal("a rule of yours keeps it here")
+    assert breaker.state == "half-open", "the model was not asked"
+    with pytest.raises(HttpError), breaker.watching():
+        raise HttpError(400)
+    assert breaker.state == "closed", "it answers"
+
+
+@pytest.mark.parametrize("down", [True, False])
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+async def test_a_group_tries_a_half_open_breaker_with_one_call(down: bool, way: str) -> None:
+    clock, large = Clock(), Flaky(HttpError(503))
+    breaker = CircuitBreaker(failures=1, reset_seconds=10.0, clock=clock)
+    chain = shunt(large, breaker)
+    with pytest.raises(HttpError):
+        chain.invoke("refund")
+    clock.now += 10.1
+    large.calls, large.error = 0, HttpError(503) if down else None
+    inputs = ["refund"] * 20
+    if way == "batch":
+        found = chain.batch(inputs, return_exceptions=True)
+    else:
+        found = await chain.abatch(inputs, return_exceptions=True)
+    assert large.calls == (1 if down else 20)
+    assert breaker.counters.probes == 1
+    assert [type(one) for one in found] == ([HttpError] + [CircuitOpenError] * 19 if down else [str] * 20)

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -163,7 +164,8 @@ async def test_the_limiter_bounds_tasks() -> None:
 async def test_a_task_that_is_cancelled_while_it_waits_takes_no_place() -> None:
     limiter = CallLimiter(1)
     async with limiter.aslot():
-        waiting = [asyncio.create_task(limiter.aslot().__aenter__()) for _ in range(3)]
+        places = [limiter.aslot() for _ in range(3)]
+        waiting = [asyncio.create_task(place.__aenter__(), context=Context()) for place in places]  # of others
         await asyncio.sleep(0)
         waiting[1].cancel()
         await asyncio.sleep(0)
@@ -261,3 +263,83 @@ def test_a_call_within_a_stream_does_not_wait_for_its_own_place() -> None:
     assert next(stream) == "inner"
     assert inner.invoke("refund") == "inner"
     stream.close()
+
+
+async def test_whoever_reads_a_stream_does_not_wait_for_itself_in_tasks_and_threads_either() -> None:
+    limiter = CallLimiter(1)
+
+    async def call() -> str:
+        async with limiter.aslot():
+            return "done"
+
+    async with limiter.aslot():
+        assert await asyncio.wait_for(asyncio.gather(call(), call()), 5) == ["done"] * 2
+        stranger = asyncio.create_task(call(), context=Context())
+        await asyncio.sleep(0.01)
+        assert not stranger.done()
+    assert await asyncio.wait_for(stranger, 5) == "done"
+
+    def ask() -> str:
+        with limiter.slot():
+            return "done"
+
+    with ThreadPoolExecutor(1) as pool, limiter.slot():
+        assert pool.submit(copy_context().run, ask).result(5) == "done"
+        waits = pool.submit(ask)
+        with pytest.raises(TimeoutError):
+            waits.result(0.05)
+    assert waits.result(5) == "done"
+
+
+def test_a_stream_that_ends_in_another_thread_gives_its_place_back() -> None:
+    limiter = CallLimiter(1)
+
+    def stream() -> Any:
+        with limiter.slot():
+            yield 1
+            yield 2
+
+    with ThreadPoolExecutor(1) as pool:
+        first, second = stream(), stream()
+        assert pool.submit(Context().run, next, first).result(5) == 1
+        waits = pool.submit(Context().run, next, second)
+        with pytest.raises(TimeoutError):
+            waits.result(0.05)
+        assert list(first) == [2]
+        assert waits.result(5) == 1
+        second.close()
+        assert pool.submit(lambda: list(stream())).result(5) == [1, 2]
+
+
+def test_a_group_is_served_in_its_turn_while_single_calls_keep_coming() -> None:
+    limiter, stop = CallLimiter(2), threading.Event()
+
+    def singles() -> None:
+        while not stop.is_set():
+            with limiter.slot():
+                time.sleep(0.002)
+
+    threads = [threading.Thread(target=singles) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    served = threading.Event()
+
+    def group() -> None:
+        with limiter.slot(2):
+            served.set()
+
+    asking = threading.Thread(target=group)
+    asking.start()
+    found = served.wait(10)
+    stop.set()
+    for thread in (*threads, asking):
+        thread.join()
+    assert found
+
+
+def test_errors_of_other_http_clients_are_known() -> None:
+    refused = type("ConnectionError", (OSError,), {})()
+    cut = type("ServerDisconnectedError", (type("ClientConnectionError", (Exception,), {}),), {})()
+    busy, wrong = type("ClientResponseError", (Exception,), {})(), type("ClientResponseError", (Exception,), {})()
+    busy.status, wrong.status = 503, 404
+    assert [is_retryable(error) for error in (refused, cut, busy, wrong)] == [True, True, True, False]

@@ -469,3 +469,26 @@ def test_soft_prompt_is_the_default_and_nothing_else_is_disclosed() -> None:
         "input", "candidates", "candidate_probabilities", "small_label", "small_confidence",
     }  # fmt: skip
     assert len(large.invoked[0]["candidate_probabilities"]) == 1
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_what_is_a_message_to_the_framework_is_no_failure(way: str) -> None:
+    class GraphBubbleUp(Exception):
+        """Named as LangGraph names what interrupts are made of."""
+
+    def large(_: Any) -> str:
+        raise GraphBubbleUp
+
+    shunt = make(large=RunnableLambda(large), on_large_error="small")
+    with pytest.raises(GraphBubbleUp):
+        await call(shunt, way, "refund")
+
+
+def test_a_setting_that_is_refused_leaves_the_shunt_as_it_was() -> None:
+    prompt = ChatPromptTemplate.from_template("{candidate_probabilities} {input}")
+    shunt = make(large=prompt | FakeListChatModel(responses=["a"]) | StrOutputParser(), pruning=SoftPrompt())
+    with pytest.raises(ConfigurationError):
+        shunt.pruning = TopHint()
+    assert isinstance(shunt.pruning, SoftPrompt)
+    assert isinstance(shunt._steps.pruning, SoftPrompt)
+    assert shunt.invoke("refund") == "a"

@@ -12,7 +12,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
-from langchain_datashunt import Retry, ShuntRunnable
+from langchain_datashunt import Retry, ShuntDecision, ShuntRunnable
 from tests.support.handlers import RunBook
 from tests.support.models import CountingLarge, HttpError, WordModel, failing_word_model, predict_words
 
@@ -246,3 +246,11 @@ def test_usage_is_counted_once_and_priced() -> None:
         kept, asked = shunt.batch(["surely refund", "x"])
         assert (kept.usage, kept.cost_usd) == ({}, 0.0)
         assert asked.usage["gpt-4"]["input_tokens"] == 1000
+
+
+def test_an_error_that_quotes_a_text_is_told_by_its_kind() -> None:
+    told = [
+        ShuntDecision("large", "small_error", error=error).to_metadata()["shunt_error"]
+        for error in ("UnparsableAnswer: the model said 'jane's number is 4711'", "PredictionError: NaN", None)
+    ]
+    assert told == ["UnparsableAnswer", "PredictionError: NaN", None]
