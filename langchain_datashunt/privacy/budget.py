@@ -85,9 +85,13 @@ class LocalLedger:
         return None
 
     def _forget(self, newest: str) -> None:
-        """Forget what was spent in other periods than that of this name."""
-        period = newest.split(":")[2:3]
-        self._spent = {name: spent for name, spent in self._spent.items() if name.split(":")[2:3] == period}
+        """Forget what was spent in other periods of this name's budget."""
+        budget, period = newest.split(":")[1:3]
+        self._spent = {
+            name: spent
+            for name, spent in self._spent.items()
+            if name.split(":")[1] != budget or name.split(":")[2] == period
+        }
         self._room = 2 * max(50_000, len(self._spent))
 
     def note(self, entry: Disclosure) -> None:

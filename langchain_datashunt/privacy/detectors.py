@@ -108,14 +108,30 @@ class PresidioDetector:
 
 
 def find_entities(text: str, detectors: Sequence[Detector]) -> list[Entity]:
-    """The entities of a text without overlaps, in their order: of two that overlap the longer, or the first, counts."""
-    found = [entity for detector in detectors for entity in detector.find(text) if entity.end > entity.start]
-    found.sort(key=lambda entity: (entity.start - entity.end, entity.start))
-    taken: list[Entity] = []
-    for entity in found:
-        if all(entity.end <= other.start or other.end <= entity.start for other in taken):
-            taken.append(entity)
-    return sorted(taken, key=lambda entity: entity.start)
+    """The entities of a text without overlaps, in their order: what overlaps is one, of the kind of the longest."""
+    return [whole for whole, _ in without_overlaps(all_entities(text, detectors))]
+
+
+def all_entities(text: str, detectors: Sequence[Detector]) -> list[Entity]:
+    """All that detectors find, whether it overlaps or not."""
+    return [entity for detector in detectors for entity in detector.find(text) if entity.end > entity.start]
+
+
+def without_overlaps(found: Sequence[Entity]) -> list[tuple[Entity, list[Entity]]]:
+    """What overlaps as one entity that covers all of it, of the kind of its longest, or first, part; and its parts."""
+    groups: list[list[Entity]] = []
+    end = 0
+    for entity in sorted(found, key=lambda entity: entity.start):
+        if groups and entity.start < end:
+            groups[-1].append(entity)
+        else:
+            groups.append([entity])
+        end = max(end, entity.end)
+    wholes = (
+        Entity(max(parts, key=lambda part: part.end - part.start).kind, parts[0].start, max(part.end for part in parts))
+        for parts in groups
+    )
+    return list(zip(wholes, groups, strict=True))
 
 
 # Checksums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from langchain_datashunt.outcomes import settled
 from langchain_datashunt.predictions import Prediction
 from langchain_datashunt.privacy.budget import DisclosureBudget, LocalLedger
 from langchain_datashunt.privacy.detectors import DETECTORS, Detector
-from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer, texts_in
+from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer
 
 SUBJECT_KEY = "shunt_subject"
 """The key of `config["configurable"]` that says whose data an input is."""
@@ -134,11 +135,10 @@ class OutboundGate(Configured):
         """
         kinds = frozenset[str]() if self.redact == "none" else None if self.redact == "all" else self.redact
         found = Placeholders(
-            self.detectors, kinds=kinds, local=self.local_kinds, allow_binary=self.allow_binary
+            self.detectors, kinds=kinds, local=self.local_kinds, allow_binary=self.allow_binary,
+            local_where=self.local_where,
         )  # fmt: skip
         try:
-            if self.local_where is not None and any(self.local_where(text) for text in texts_in(value)):
-                raise StaysLocal("a rule of yours keeps it here")
             found.reserve(value)
             out = found.redact(value)
             if self.budget is not None:
@@ -249,16 +249,18 @@ class GatedModel(Runnable[Any, Any]):
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
         asked, placeholders = self.gate.outbound(input, subject_of(config))
         restorer = StreamRestorer(placeholders)
-        for chunk in self.large.stream(asked, config, **kwargs):
-            yield restorer.feed(chunk)
+        with closing(self.large.stream(asked, config, **kwargs)) as chunks:  # type: ignore[type-var]
+            for chunk in chunks:
+                yield restorer.feed(chunk)
         yield from restorer.rest()
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         asked, placeholders = self.gate.outbound(input, subject_of(config))
         restorer = StreamRestorer(placeholders)
-        async for chunk in self.large.astream(asked, config, **kwargs):
-            yield restorer.feed(chunk)
+        async with aclosing(self.large.astream(asked, config, **kwargs)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield restorer.feed(chunk)
         for chunk in restorer.rest():
             yield chunk
 

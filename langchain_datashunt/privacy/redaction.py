@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
@@ -17,13 +18,19 @@ from pydantic import BaseModel
 
 from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import StaysLocal
-from langchain_datashunt.privacy.detectors import Detector, Entity, find_entities
+from langchain_datashunt.privacy.detectors import Detector, Entity, all_entities, without_overlaps
 from langchain_datashunt.pruning import Candidates
 
 _PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]{0,40})_(\d{1,6})>", re.IGNORECASE)
+_IN_JSON = re.compile(r"(?:<|\\u003c)([A-Z][A-Z_]{0,40})_(\d{1,6})(?:>|\\u003e)", re.IGNORECASE)
+_UNFINISHED_IN_JSON = re.compile(r"(?:(?:<|\\u003c)\w{0,48})?(?:\\(?:u(?:0(?:0(?:3)?)?)?)?)?$", re.IGNORECASE)
 _LONGEST = 50
+_LONGEST_KIND = 40
 _BINARY = ("image", "image_url", "audio", "input_audio", "video", "file", "media", "document")
 """Types of content blocks in which no detector can look."""
+
+_JSON_FIELDS = ("args", "arguments", "partial_json")
+"""Fields of a message's parts that are texts in JSON."""
 
 
 class Placeholders:
@@ -34,6 +41,7 @@ class Placeholders:
         kinds: Kinds that are replaced; None for all that are found.
         local: Kinds that must not leave at all.
         allow_binary: Whether images, sound and files may leave, in which nobody looks.
+        local_where: Texts for which it is true must not leave; labels and questions of yours are not looked at.
     """
 
     def __init__(
@@ -43,7 +51,9 @@ class Placeholders:
         kinds: frozenset[str] | None = None,
         local: frozenset[str] = frozenset(),
         allow_binary: bool = False,
+        local_where: Callable[[str], bool] | None = None,
     ) -> None:
+        self.local_where = local_where
         self.detectors, self.kinds, self.local, self.allow_binary = detectors, kinds, local, allow_binary
         self.counts: dict[str, int] = {}
         """Entities by kind that were replaced."""
@@ -53,7 +63,8 @@ class Placeholders:
         """Characters of text that leave."""
         self._names: dict[tuple[str, str], str] = {}
         self._texts: dict[str, str] = {}
-        self._first: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._taken: set[tuple[str, int]] = set()
         self._seen = hashlib.sha256()
 
     @property
@@ -70,7 +81,7 @@ class Placeholders:
         """Leave out the numbers of placeholders that stand in a value already: an input must not name ours."""
         for text in texts_in(value):
             for kind, number in _PLACEHOLDER.findall(text):
-                self._first[kind.upper()] = max(self._first.get(kind.upper(), 0), int(number))
+                self._taken.add((kind.upper(), int(number)))
 
     def redact(self, value: Any) -> Any:
         """A copy of any structure with placeholders in its texts.
@@ -85,8 +96,8 @@ class Placeholders:
         if (own := getattr(value, "redacted_with", None)) is not None:
             return own(self.redact)
         if isinstance(value, Candidates):
-            told = {self._redact_text(k): self._redact_text(v) for k, v in value.descriptions.items()}
-            return Candidates([self._redact_text(one) for one in value], told)
+            told = {self._replaced(k): self._replaced(v) for k, v in value.descriptions.items()}
+            return Candidates([self._replaced(one) for one in value], told)
         if isinstance(value, BaseMessage):
             return self._redact_message(value)
         if isinstance(value, PromptValue):
@@ -111,7 +122,9 @@ class Placeholders:
             return replace(
                 value, **{one.name: self.redact(getattr(value, one.name)) for one in fields(value) if one.init}
             )
-        if isinstance(value, bool | int | float | complex) or value is None:
+        if isinstance(value, bool) or value is None:
+            return value
+        if isinstance(value, int | float | complex):
             return self._redact_number(value)
         if isinstance(value, bytes | bytearray | memoryview) and not self.allow_binary:
             raise StaysLocal(f"it holds {type(value).__name__}, in which nobody can look")
@@ -140,6 +153,8 @@ class Placeholders:
         if isinstance(message, AIMessage):
             changed["tool_calls"] = [{**call, "args": self.redact(call["args"])} for call in message.tool_calls]
             changed["invalid_tool_calls"] = self.redact(message.invalid_tool_calls)
+        if isinstance(message, AIMessageChunk):
+            changed["tool_call_chunks"] = _chunks_of(changed["tool_calls"], changed["invalid_tool_calls"])
         changed["additional_kwargs"] = self.redact(message.additional_kwargs)
         if (artifact := getattr(message, "artifact", None)) is not None:
             changed["artifact"] = self.redact(artifact)
@@ -147,6 +162,11 @@ class Placeholders:
         return message.model_copy(update=changed)
 
     def _redact_text(self, text: str) -> str:
+        if self.local_where is not None and self.local_where(text):
+            raise StaysLocal("a rule of yours keeps it here")
+        return self._replaced(text)
+
+    def _replaced(self, text: str) -> str:
         parts, at = [], 0
         for entity in self._entities(text):
             parts += [text[at : entity.start], self._name_of(entity.kind, text[entity.start : entity.end])]
@@ -160,21 +180,24 @@ class Placeholders:
     def _entities(self, text: str) -> list[Entity]:
         if not text:
             return []
-        found = find_entities(text, self.detectors)
+        found = all_entities(text, self.detectors)
         if here := sorted({entity.kind for entity in found} & self.local):
             raise StaysLocal(f"it holds {', '.join(here)}", kinds=tuple(here))
-        kept = [entity for entity in found if self.kinds is None or entity.kind in self.kinds]
-        if len(kept) < len(found):
-            for entity in found:
-                if entity not in kept:
-                    self.plain[entity.kind] = self.plain.get(entity.kind, 0) + 1
-        return kept
+        if self.kinds is None:
+            return [whole for whole, _ in without_overlaps(found)]
+        for whole, parts in without_overlaps(found):
+            if not any(part.kind in self.kinds for part in parts):
+                self.plain[whole.kind] = self.plain.get(whole.kind, 0) + 1
+        return [whole for whole, _ in without_overlaps([one for one in found if one.kind in self.kinds])]
 
     def _name_of(self, kind: str, text: str) -> str:
         if (kind, text) not in self._names:
             kind_name = re.sub(r"[^A-Z_]", "_", kind.upper())
-            number = self._first.get(kind_name, 0) + 1
-            self._first[kind_name] = number
+            kind_name = (kind_name if kind_name[:1].isalpha() else f"X{kind_name}")[:_LONGEST_KIND]
+            number = self._numbers.get(kind_name, 0) + 1
+            while (kind_name, number) in self._taken:
+                number += 1
+            self._numbers[kind_name] = number
             name = f"<{kind_name}_{number}>"
             self._names[kind, text], self._texts[name] = name, text
             self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -194,13 +217,13 @@ class Placeholders:
                 inner=self.restore(value.inner),
             )  # fmt: skip
         if isinstance(value, BaseMessage):
-            changed: dict[str, Any] = {"content": self.restore(value.content)}
-            changed["additional_kwargs"] = self.restore(value.additional_kwargs)
+            changed: dict[str, Any] = {"content": self.restore_parts(value.content)}
+            changed["additional_kwargs"] = self.restore_parts(value.additional_kwargs)
             if isinstance(value, AIMessage):
                 changed["tool_calls"] = self.restore(value.tool_calls)
-                changed["invalid_tool_calls"] = self.restore(value.invalid_tool_calls)
+                changed["invalid_tool_calls"] = self.restore_parts(value.invalid_tool_calls)
             if isinstance(value, AIMessageChunk):
-                changed["tool_call_chunks"] = self.restore(value.tool_call_chunks)
+                changed["tool_call_chunks"] = self.restore_parts(value.tool_call_chunks)
             return value.model_copy(update=changed)
         if isinstance(value, Document):
             return Document(page_content=self.restore(value.page_content), metadata=self.restore(value.metadata))
@@ -222,6 +245,26 @@ class Placeholders:
     def restore_text(self, text: str) -> str:
         """A text with ours replaced, in whatever case the model wrote them."""
         return _PLACEHOLDER.sub(lambda match: self._texts.get(match.group().upper(), match.group()), text)
+
+    def restore_json(self, text: str) -> str:
+        """As `restore_text`, of a part of a text in JSON: what is put in is escaped, so that it ends no string."""
+
+        def escaped(match: re.Match[str]) -> str:
+            known = self._texts.get(f"<{match.group(1)}_{match.group(2)}>".upper())
+            return match.group() if known is None else json.dumps(known, ensure_ascii=False)[1:-1]
+
+        return _IN_JSON.sub(escaped, text)
+
+    def restore_parts(self, value: Any) -> Any:
+        """As `restore`, of a message's own parts, in which arguments of tools stand as JSON in texts."""
+        if isinstance(value, Mapping):
+            return {
+                key: self.restore_json(one) if key in _JSON_FIELDS and isinstance(one, str) else self.restore_parts(one)
+                for key, one in value.items()
+            }
+        if isinstance(value, list):
+            return [self.restore_parts(one) for one in value]
+        return self.restore(value)
 
 
 class StreamRestorer:
@@ -251,8 +294,9 @@ class StreamRestorer:
         """What was held at the end of the stream, as chunks of the last one's kind."""
         held, self._held = {key: text for key, text in self._held.items() if text}, {}
         for key, text in held.items():
-            whole = self._placeholders.restore_text(text)
-            if isinstance(self._last, AIMessageChunk) and isinstance(key, int):
+            in_json = isinstance(self._last, AIMessageChunk) and isinstance(key, int)
+            whole = self._placeholders.restore_json(text) if in_json else self._placeholders.restore_text(text)
+            if in_json:
                 call = {"name": None, "args": whole, "id": None, "index": key, "type": "tool_call_chunk"}
                 yield AIMessageChunk(content="", tool_call_chunks=[call], id=self._last.id)
             elif isinstance(self._last, AIMessageChunk):
@@ -268,8 +312,15 @@ class StreamRestorer:
         self._held[key] = text[len(now) :]
         return self._placeholders.restore_text(now)
 
+    def _json(self, key: Any, new: str) -> str:
+        text = self._held.get(key, "") + new
+        unfinished = _UNFINISHED_IN_JSON.search(text)
+        now = text if unfinished is None else text[: unfinished.start()]
+        self._held[key] = text[len(now) :]
+        return self._placeholders.restore_json(now)
+
     def _message(self, chunk: AIMessageChunk) -> AIMessageChunk:
-        changed: dict[str, Any] = {}
+        changed: dict[str, Any] = {"additional_kwargs": self._placeholders.restore_parts(chunk.additional_kwargs)}
         if isinstance(chunk.content, str):
             changed["content"] = self._text("", chunk.content)
         else:
@@ -278,7 +329,7 @@ class StreamRestorer:
         for call in chunk.tool_call_chunks:
             made = copy.copy(call)
             if call.get("args"):
-                made["args"] = self._text(call.get("index") if call.get("index") is not None else 0, call["args"] or "")
+                made["args"] = self._json(call.get("index") if call.get("index") is not None else 0, call["args"] or "")
             calls.append(made)
         changed["tool_call_chunks"] = calls
         return AIMessageChunk(**{**_fields(chunk), **changed})
@@ -286,7 +337,17 @@ class StreamRestorer:
     def _block(self, block: Any) -> Any:
         if isinstance(block, Mapping) and isinstance(block.get("text"), str):
             return {**block, "text": self._text(("block", block.get("index")), block["text"])}
-        return self._placeholders.restore(block)
+        return self._placeholders.restore_parts(block)
+
+
+def _chunks_of(calls: Sequence[Any], invalid: Sequence[Any]) -> list[dict[str, Any]]:
+    """The chunks that a message with these calls is made of."""
+    told = [(call, json.dumps(call["args"], ensure_ascii=False)) for call in calls]
+    told += [(call, call.get("args") or "") for call in invalid]
+    return [
+        {"name": call.get("name"), "args": args, "id": call.get("id"), "index": i, "type": "tool_call_chunk"}
+        for i, (call, args) in enumerate(told)
+    ]
 
 
 def without_unfinished(text: str) -> str:
@@ -311,8 +372,9 @@ def texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, BaseMessage):
-        yield from texts_in(value.content)
-        yield from texts_in(getattr(value, "tool_calls", None))
+        yield from texts_in([value.content, value.name, value.additional_kwargs])
+        for name in ("tool_calls", "invalid_tool_calls", "artifact"):
+            yield from texts_in(getattr(value, name, None))
     elif isinstance(value, PromptValue):
         yield from texts_in(value.to_messages())
     elif isinstance(value, Document):

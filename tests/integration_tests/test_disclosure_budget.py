@@ -11,7 +11,7 @@ from langchain_datashunt import AlwaysLarge, ShuntRunnable
 from langchain_datashunt.distillation import DistillationStore, SharedLedger
 from langchain_datashunt.distillation.schema import controls
 from langchain_datashunt.exceptions import ConfigurationError, StaysLocal, StoreError
-from langchain_datashunt.privacy import Disclosure, DisclosureBudget, LocalLedger, OutboundGate
+from langchain_datashunt.privacy import Disclosure, DisclosureBudget, LocalLedger, OutboundGate, Placeholders
 from tests.integration_tests.test_store import url  # noqa: F401  # a fixture
 from tests.support.models import WordModel
 
@@ -157,3 +157,20 @@ def test_budgets_that_cannot_work_are_refused() -> None:
     with pytest.raises(StaysLocal, match="'request_characters'"):
         OutboundGate(budget=DisclosureBudget(request_characters=3)).outbound("hello")
     OutboundGate(budget=DisclosureBudget(request_characters=5)).outbound("hello")
+
+
+def test_a_short_budget_of_many_people_forgets_no_long_one() -> None:
+    now, ledger = [0.0], LocalLedger()
+    ledger._room = 500
+    day = DisclosureBudget(name="day", calls=3, ledger=ledger, clock=lambda: now[0])
+    minute = DisclosureBudget(name="minute", subject_calls=5, period_seconds=60.0, ledger=ledger, clock=lambda: now[0])
+    left = Placeholders(())
+    left.redact("text")
+    for _ in range(3):
+        day.spend(left, None)
+    for i in range(1000):
+        now[0] = float(i)
+        minute.spend(left, f"person {i}")
+    with pytest.raises(StaysLocal, match="'calls' of the budget 'day'"):
+        day.spend(left, None)
+    assert len(ledger._spent) < 1000

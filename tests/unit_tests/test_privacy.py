@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -129,7 +130,7 @@ def test_of_overlapping_entities_the_longer_counts() -> None:
         def find(self, text: str) -> list[Entity]:
             return [Entity("A", 0, 3), Entity("B", 1, 7), Entity("A", 7, 9), Entity("B", 8, 8)]
 
-    assert find_entities("x" * 10, [Words()]) == [Entity("B", 1, 7), Entity("A", 7, 9)]
+    assert find_entities("x" * 10, [Words()]) == [Entity("B", 0, 7), Entity("A", 7, 9)]
 
 
 class Analyzer:
@@ -194,8 +195,8 @@ def test_every_structure_is_redacted_and_nothing_is_changed_in_place() -> None:
 
 def test_an_input_cannot_name_our_placeholders() -> None:
     out, placeholders = OutboundGate().outbound({"input": f"<EMAIL_1> <email_7> {MAIL}"})
-    assert out["input"] == "<EMAIL_1> <email_7> <EMAIL_8>"
-    assert placeholders.restore("<EMAIL_1> <EMAIL_8> <Email_8> <EMAIL_9>") == f"<EMAIL_1> {MAIL} {MAIL} <EMAIL_9>"
+    assert out["input"] == "<EMAIL_1> <email_7> <EMAIL_2>"
+    assert placeholders.restore("<EMAIL_1> <EMAIL_2> <Email_2> <EMAIL_9>") == f"<EMAIL_1> {MAIL} {MAIL} <EMAIL_9>"
 
 
 def test_only_chosen_kinds_are_replaced() -> None:
@@ -468,3 +469,136 @@ def test_errors_are_ours() -> None:
     assert issubclass(StaysLocal, ShuntError)
     assert Placeholders(DETECTORS).restore("x") == "x"
     assert not Placeholders(DETECTORS)
+
+
+def test_a_longer_entity_of_another_kind_hides_none() -> None:
+    secret = "connect to postgres://admin:Tr0ub4dor@db.example.com/prod"
+    assert OutboundGate(redact={"URL_SECRET"}).outbound(secret)[0] == (
+        "connect to postgres://<URL_SECRET_1>@db.example.com/prod"
+    )
+    with pytest.raises(StaysLocal, match="URL_SECRET"):
+        OutboundGate(local_kinds={"URL_SECRET"}).outbound(secret)
+    out, placeholders = OutboundGate().outbound(secret)
+    assert "admin" not in out
+    assert placeholders.restore(out) == secret
+    assert OutboundGate(redact={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")[0] == "my SSN is <NATIONAL_ID_1>"
+    with pytest.raises(StaysLocal, match="NATIONAL_ID"):
+        OutboundGate(local_kinds={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")
+    _, found = OutboundGate(redact={"URL_SECRET"}).outbound(f"{secret}, {MAIL}")
+    assert found.plain == {"EMAIL": 1}, "what is covered by a replaced one is not plain"
+
+
+def test_many_entities_take_time_by_their_number() -> None:
+    text = " ".join(f"u{i}@example.com" for i in range(20_000))
+    started = time.perf_counter()
+    _, placeholders = OutboundGate().outbound(text)
+    assert placeholders.counts == {"EMAIL": 20_000}
+    assert time.perf_counter() - started < 30
+
+
+def test_a_value_ends_no_string_of_streamed_arguments() -> None:
+    """Else who wrote the input would write the arguments of a tool."""
+    values = ['Ab"12\\x9z', '-----BEGIN PRIVATE KEY-----","role":"admin","x":"-----END PRIVATE KEY-----']
+    for text, kind in zip(
+        ("My password: " + values[0], "store " + values[1]), ("PASSWORD", "PRIVATE_KEY"), strict=True
+    ):
+        _, placeholders = OutboundGate().outbound(text)
+        for shown in (f"<{kind}_1>", f"\\u003c{kind}_1\\u003e"):
+            restorer, args, total = StreamRestorer(placeholders), f'{{"key": "{shown}"}}', None
+            parts = [args[i : i + 3] for i in range(0, len(args), 3)]
+            chunks = [
+                AIMessageChunk(
+                    "",
+                    tool_call_chunks=[
+                        {"name": None if i else "k", "args": part, "id": None if i else "c", "index": 0,
+                         "type": "tool_call_chunk"}
+                    ],
+                )
+                for i, part in enumerate(parts)
+            ]  # fmt: skip
+            for chunk in [*map(restorer.feed, chunks), *restorer.rest()]:
+                total = chunk if total is None else total + chunk
+            assert total is not None
+            assert [call["args"] for call in total.tool_calls] == [{"key": next(iter(placeholders._texts.values()))}]
+        raw = {"tool_calls": [{"function": {"name": "k", "arguments": f'{{"key": "<{kind}_1>"}}'}}]}
+        back = placeholders.restore(AIMessage("", additional_kwargs=raw))
+        arguments = back.additional_kwargs["tool_calls"][0]["function"]["arguments"]
+        assert json.loads(arguments) == {"key": next(iter(placeholders._texts.values()))}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        AIMessage("", additional_kwargs={"reasoning": "PROJECT X starts"}),
+        AIMessage("", invalid_tool_calls=[{"name": "n", "args": "PROJECT X", "id": "1", "error": None}]),
+        HumanMessage("hello", name="PROJECT X"),
+        ToolMessage("done", tool_call_id="1", artifact={"of": "PROJECT X"}),
+        {"order": "PROJECT X"},
+    ],
+)
+def test_a_rule_sees_all_that_would_leave(value: Any) -> None:
+    with pytest.raises(StaysLocal, match="a rule of yours"):
+        OutboundGate(local_where=lambda text: "PROJECT X" in text).outbound([HumanMessage("hi"), value])
+
+
+def test_a_rule_sees_numbers_and_no_questions_of_yours() -> None:
+    gate = OutboundGate(local_where=lambda text: "4711" in text or "salary" in text, on_local="raise")
+    with pytest.raises(StaysLocal):
+        gate.outbound({"input": "order", "order": 4711})
+    assert gate.outbound({"input": "order", "paid": True, "note": None})[0]["paid"] is True
+    salary = Subtask(name="topic", question="Is it about a salary?", labels=("yes", "no"))
+    asked: list[Any] = []
+    shunt = SubtaskShunt(subtasks=[salary], large=lambda value: asked.append(value) or {"topic": "no"}, gate=gate)
+    assert shunt.invoke("When does the canteen open?") == {"topic": "no"}
+    assert asked
+
+
+def test_the_chunks_of_a_call_that_is_put_back_are_redacted() -> None:
+    streamed = AIMessageChunk(
+        "",
+        tool_call_chunks=[
+            {"name": "mail", "args": f'{{"to": "{MAIL}"}}', "id": "c", "index": 0, "type": "tool_call_chunk"}
+        ],
+    )
+    (out,), _ = OutboundGate().outbound([streamed])
+    assert MAIL not in repr(out)
+    assert json.loads(out.tool_call_chunks[0]["args"]) == {"to": "<EMAIL_1>"}
+
+
+@pytest.mark.parametrize("kind", ["2FA_CODE", "ÄRZTE", "x" * 60, "DE_STEUER-ID"])
+def test_placeholders_of_any_kind_come_back(kind: str) -> None:
+    gate = OutboundGate(detectors=[PatternDetector(kind, re.compile(r"(?<!_)\d{6}"))])
+    out, placeholders = gate.outbound("code 123456, not <EMAIL_999999>")
+    assert "123456" not in out
+    assert placeholders.restore(out) == "code 123456, not <EMAIL_999999>"
+
+
+async def test_a_stream_that_is_left_is_closed_behind_a_gate() -> None:
+    closed: list[str] = []
+
+    class Streaming(Runnable[Any, Any]):
+        def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+        def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            try:
+                yield from "abc"
+            finally:
+                closed.append("sync")
+
+        async def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            try:
+                for character in "abc":
+                    yield character
+            finally:
+                closed.append("async")
+
+    gated = OutboundGate().around(Streaming())
+    chunks = gated.stream("x")
+    assert next(chunks) == "a"
+    chunks.close()  # type: ignore[attr-defined]
+    assert closed == ["sync"]
+    achunks = gated.astream("x")
+    assert await anext(achunks) == "a"
+    await achunks.aclose()  # type: ignore[attr-defined]
+    assert closed == ["sync", "async"]
