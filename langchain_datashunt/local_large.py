@@ -53,7 +53,8 @@ def weigh(own: FloatArray, labels: Sequence[str], told: Told, *, heed: bool) -> 
     """
     p = np.array(own, dtype=np.float64)
     if told.candidates:
-        among = np.array([label in set(told.candidates) for label in labels])
+        candidates = set(told.candidates)
+        among = np.array([label in candidates for label in labels])
         if not among.any():
             raise ConfigurationError(
                 f"None of the candidates {', '.join(told.candidates[:5])} is a label of the large model, whose labels "
@@ -65,7 +66,9 @@ def weigh(own: FloatArray, labels: Sequence[str], told: Told, *, heed: bool) -> 
         share = max(0.0, 1.0 - sum(told.probabilities.values())) / max(1, len(rest))
         p = p * np.array([max(_LEAST, told.probabilities.get(label, share)) for label in labels])
     total = float(p.sum())
-    return p / total if total > 0 else np.asarray(own, dtype=np.float64)
+    if total > 0:
+        return p / total
+    return among / among.sum() if told.candidates else np.asarray(own, dtype=np.float64)
 
 
 class LocalLargeModel(Configured, RunnableSerializable[Any, Any]):

@@ -65,6 +65,11 @@ class Monitor:
         self.max_error, self.level, self.window, self.on_alarm = max_error, level, window, on_alarm
         self._stats = require("scipy.stats", "calibration")
         self._given = None if reference is None else np.asarray(reference, dtype=np.float64)
+        if self._given is not None and (not self._given.size or not np.isfinite(self._given).all()):
+            raise ConfigurationError(
+                f"The reference has {self._given.size} confidences, and must have some, none of them NaN: those of the "
+                f"examples that the threshold was chosen on."
+            )
         self.reference = self._given
         self.disagreement, self.error = ConfidenceSequence(level), ConfidenceSequence(level)
         self.alarms: list[Alarm] = []

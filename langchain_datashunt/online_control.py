@@ -120,7 +120,10 @@ class _Controlled(Policy):
     def observe(self, asked: int, total: int) -> None:
         """Move the threshold by what was asked; by a long batch no further than by `STEP_ROWS` inputs like it."""
         limit, part = self._control.get(self.start), min(1.0, STEP_ROWS / max(1, total))
-        self._control.add(self.start, self._move(limit, part * (asked - self._allowed(total))))
+        low, high = self.score.bounds(None)
+        furthest = STEP_ROWS * self.gain * (high - low)  # what did not come from the threshold it does not pay for
+        moved = limit + self._move(limit, part * (asked - self._allowed(total)))
+        self._control.add(self.start, min(max(moved, low - furthest), high + furthest) - limit)
 
     def _move(self, limit: float, surplus: float) -> float:
         """How far the threshold moves for so many asked too many."""
@@ -174,6 +177,12 @@ class CostBudget(_Controlled):
     clock: Callable[[], float] = Field(default=time.monotonic, exclude=True, repr=False)
 
     _last: LocalControl = PrivateAttr(default_factory=LocalControl)
+
+    @override
+    def observe(self, asked: int, total: int) -> None:
+        """Move the threshold by what was asked: all of it was paid, whatever it came from."""
+        limit = self._control.get(self.start)
+        self._control.add(self.start, self._move(limit, asked - self._allowed(total)))
 
     @override
     def _move(self, limit: float, surplus: float) -> float:

@@ -88,7 +88,8 @@ class Pruning(Strategy):
         if batch.answers is not None:
             written = zip(batch.answers, batch.confidence.tolist(), strict=True)
             return [self._of_answer(answer_text(answer), p) for answer, p in written]
-        unknown = [label for label in labels or () if label not in set(batch.labels)]
+        known = set(batch.labels)
+        unknown = [label for label in labels or () if label not in known]
         keep, show = self.candidates(batch), self.shown(batch)
         rounded = np.round(batch.probabilities, self.decimals)
         order = np.argsort(-batch.probabilities, axis=1, kind="stable")

@@ -51,7 +51,7 @@ def risk_p_values(score: FloatArray, right: BoolArray, grid: FloatArray, alpha: 
 
 def examples_needed(alpha: float, confidence: float) -> int:
     """Kept examples without a single error from which a bound on the error can be shown: (1 - alpha)^n <= level."""
-    return max(1, math.ceil(math.log(1.0 - confidence) / math.log(1.0 - alpha) - 1e-9))
+    return max(1, math.ceil(math.log(1.0 - confidence) / math.log1p(-alpha) - 1e-9))
 
 
 START_ERRORS = 2
@@ -63,7 +63,7 @@ def examples_to_start(alpha: float, level: float, n: int) -> int:
     """Kept examples with which the walk begins: from alpha, level and the number of examples alone."""
     stats, needed = require("scipy.stats", "calibration"), examples_needed(alpha, 1.0 - level)
     wanted = needed
-    while stats.binom.cdf(START_ERRORS, wanted, alpha) > level:
+    while wanted < n // 2 and stats.binom.cdf(START_ERRORS, wanted, alpha) > level:
         wanted += 1
     return max(needed, min(wanted, n // 2))
 

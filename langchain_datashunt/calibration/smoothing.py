@@ -22,7 +22,7 @@ def smoothed_right(score: FloatArray, bounds: tuple[float, float], right: BoolAr
         right: Shape `[n]`.
     """
     low, high = bounds
-    share = np.clip((score - low) / (high - low), 1e-4, 1.0 - 1e-4)
+    share = np.clip((score - low) / (high - low), 1e-9, 1.0 - 1e-9)
     logit = np.log(share / (1.0 - share))
     columns = np.column_stack([np.ones(len(score)), logit, logit**2 / 4.0])
     weights = np.zeros(columns.shape[1])

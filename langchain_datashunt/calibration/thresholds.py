@@ -142,13 +142,13 @@ def calibration_data(
     alone = after = None
     if large is not None:
         answers = positions(predictions.labels, large)
-        alone = after = (answers == truth) & (truth != OTHER)
+        alone = after = np.array([answer == label for answer, label in zip(large, labels, strict=True)], dtype=np.bool_)
         if fusion is not None:
             after = fused_right(fusion, predictions, truth, answers)
     values = measure(predictions)
     return CalibrationData(
         score=values,
-        bounds=measure.bounds(len(predictions.labels)),
+        bounds=measure.bounds(None if predictions.answers is not None else len(predictions.labels)),
         predicted=predictions.best,
         labels=predictions.labels,
         small_right=predictions.best == truth,
@@ -191,6 +191,8 @@ def _check(
             f"{n} predictions, {len(labels)} labels{answers}: "
             f"give one of each for every example, and at least one example."
         )
+    if strange := [label for label in labels if not isinstance(label, str)]:
+        raise DataError(f"The label {strange[0]!r} is no text. Leave examples without a label out.")
     if not predictions.sound.all():
         bad = np.flatnonzero(~predictions.sound)
         raise DataError(
@@ -198,16 +200,19 @@ def _check(
         )
     if len(set(labels)) < 2:
         raise DataError(
-            f"All {n} examples have the label {labels[0]!r}: nothing can be learnt about when to ask. Give examples of "
-            f"two labels at least, as they come in your traffic."
+            f"All {n} examples have the label {next(iter(labels))!r}: nothing can be learnt about when to ask. Give "
+            f"examples of two labels at least, as they come in your traffic."
         )
     if large is not None and len(set(large)) == 1:
         raise DataError(
-            f"The large model's answer is {large[0]!r} for all {n} examples. That is the wrong column, or a model that "
-            f"does not read its input; check the column of large answers."
+            f"The large model's answer is {next(iter(large))!r} for all {n} examples. That is the wrong column, or a "
+            f"model that does not read its input; check the column of large answers."
         )
     if large_cost is not None:
-        cost = np.asarray(large_cost, dtype=np.float64)
+        try:
+            cost = np.asarray(large_cost, dtype=np.float64)
+        except (TypeError, ValueError):
+            cost = np.array(np.nan)
         if cost.shape not in ((), (n,)) or not np.isfinite(cost).all() or (cost < 0).any():
             raise DataError("`large_cost` is USD of asking: one number, or one for each example, none negative or NaN.")
 

@@ -95,13 +95,25 @@ class PromotionGate:
             teacher: What a `TeacherCheck` found of the answers that taught the candidate.
 
         Raises:
-            DataError: There are no examples.
+            DataError: There are no examples, none has a label that the old model knows, or a model writes its answers,
+                of which no label tells whether they are right.
         """
         if not texts or len(texts) != len(labels):
             raise DataError(f"{len(texts)} texts and {len(labels)} labels: the gate needs held-out labelled examples.")
         truth = np.array(labels, dtype=object)
-        before = np.array(old.predict_batch(texts).label_names(), dtype=object) == truth
-        after = np.array(new.predict_batch(texts).label_names(), dtype=object) == truth
+        predicted = old.predict_batch(texts), new.predict_batch(texts)
+        if any(batch.answers is not None for batch in predicted):
+            raise DataError(
+                "A model that writes its answers cannot be tested by labels. Judge the candidate yourself, and put it "
+                "into service by registry.promote(number)."
+            )
+        if not set(labels) & set(predicted[0].labels):
+            raise DataError(
+                f"No held-out example has a label that the model in service knows: they have "
+                f"{', '.join(map(repr, sorted(set(map(str, labels)))[:3]))}, and it knows "
+                f"{', '.join(map(repr, predicted[0].labels[:3]))}. Check how labels are written."
+            )
+        before, after = (np.array(batch.label_names(), dtype=object) == truth for batch in predicted)
         forgotten = self._forgotten(truth, before, after)
         lower = self.lower_bound(before, after)
         among = self._among_proficient(truth, before)

@@ -42,8 +42,9 @@ class OverviewRow:
         replaced: Entities that left as placeholders, by kind.
         plain: Entities that left as they were, by kind.
         agreement: How often both models said the same, where both did.
-        labelled: Calls whose true label is known.
-        accuracy: Of the answers that were given, among those.
+        labelled: Answered calls whose true label is known.
+        accuracy: Among those, of the small model's answers and, where it was asked, the large one's; what fusion made
+            of the two is not recorded.
         small_accuracy: Of the small model, among those.
         large_accuracy: Of the large model, among those that it answered.
     """
@@ -186,6 +187,8 @@ def _right(store: DistillationStore, by: str, which: CallFilter) -> dict[float, 
     told = defaultdict[float, Counter[str]](Counter)
     for batch in store.iterate(replace(which, labelled=True)):
         for call in batch:
+            if call.route == "large" and call.reason == "large_error":
+                continue  # it was not answered
             now = told[_start(int((call.time - _offset(by)) // _SECONDS[by]), by)]
             answer = call.label if call.route == "large" and call.label is not None else call.small_label
             now["labelled"] += 1

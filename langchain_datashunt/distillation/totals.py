@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, select
 
 from langchain_datashunt.distillation.filters import CallFilter
 from langchain_datashunt.distillation.rows import ROUTES
@@ -19,21 +19,20 @@ def totals(store: DistillationStore, which: CallFilter) -> dict[str, Any]:
     c = calls.c
     spared = and_(c.route == ROUTES.index("large"), c.score >= c.threshold)
     both = and_(c.small_label.isnot(None), c.label.isnot(None))
-    routes = [func.count().filter(c.route == i).label(f"route_{name}") for i, name in enumerate(ROUTES)]
     statement = select(
         func.count().label("records"),
-        func.coalesce(func.sum(c.count), 0).label("calls"),
-        *routes,
+        _calls().label("calls"),
+        *(_calls(c.route == i).label(f"route_{name}") for i, name in enumerate(ROUTES)),
         func.count().filter(both).label("compared"),
         func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
         func.count().filter(c.gold.isnot(None)).label("labelled"),
-        func.count().filter(spared).label("would_be_kept"),
-        func.count().filter(and_(spared, c.small_label == c.label)).label("would_be_kept_agreeing"),
-        func.coalesce(func.sum(c.cost_usd).filter(spared), 0.0).label("would_be_saved_usd"),
+        _calls(spared).label("would_be_kept"),
+        _calls(and_(spared, c.small_label == c.label)).label("would_be_kept_agreeing"),
+        func.coalesce(func.sum(c.cost_usd * c.count).filter(spared), 0.0).label("would_be_saved_usd"),
         func.count().filter(c.label == -1).label("outside_label_set"),
-        func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
-        func.coalesce(func.sum(c.input_tokens), 0).label("input_tokens"),
-        func.coalesce(func.sum(c.output_tokens), 0).label("output_tokens"),
+        func.coalesce(func.sum(c.cost_usd * c.count), 0.0).label("cost_usd"),
+        _whole(func.sum(c.input_tokens * c.count)).label("input_tokens"),
+        _whole(func.sum(c.output_tokens * c.count)).label("output_tokens"),
         func.min(c.time).label("oldest"),
         func.max(c.time).label("newest"),
     ).where(which.where())
@@ -42,3 +41,12 @@ def totals(store: DistillationStore, which: CallFilter) -> dict[str, Any]:
     return {
         key: value if value is None or isinstance(value, (int, float)) else float(value) for key, value in row.items()
     }
+
+
+def _calls(where: ColumnElement[bool] | None = None) -> ColumnElement[int]:
+    total = func.sum(calls.c.count)
+    return _whole(total if where is None else total.filter(where))
+
+
+def _whole(total: ColumnElement[Any]) -> ColumnElement[int]:
+    return cast(func.coalesce(total, 0), BigInteger)

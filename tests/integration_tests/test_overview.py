@@ -198,3 +198,10 @@ def test_money_is_a_bound_too() -> None:
         exact.outbound("x")
     with pytest.raises(ConfigurationError, match="what a call costs"):
         DisclosureBudget(usd=1.0)
+
+
+def test_a_call_that_failed_was_not_answered(store: DistillationStore) -> None:
+    lost: dict[str, Any] = {"route": "large", "reason": "large_error", "label": None, "large_model": "", "time": 10.0}
+    store.append([call(i, gold="refund", **lost) for i in range(3)])
+    (row,) = overview_of(store, by="all", sample_small=1.0)
+    assert (row.labelled, row.accuracy) == (0, None)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
+from langchain_datashunt import PredictionBatch
 from langchain_datashunt.distillation import PromotionGate
+from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.small_models import Scores, SmallModel
 
 
@@ -105,3 +109,24 @@ def test_labels_that_the_old_model_was_good_at_are_found_in_any_order(order: str
     )
     assert verdict.proficient_lower_bound == verdict.lower_bound
     assert not verdict.passed
+
+
+def test_labels_that_nobody_knows_are_no_examples() -> None:
+    truth = np.zeros(50, dtype=np.intp)
+    model = recorded(("yes", "no"), truth, np.ones(50, dtype=np.bool_))
+    with pytest.raises(DataError, match="they have 'Yes', and it knows 'yes', 'no'"):
+        PromotionGate().test(model, model, [str(i) for i in range(50)], ["Yes"] * 50)
+
+
+def test_written_answers_are_not_tested_by_labels() -> None:
+    class Writes(Recorded):
+        def try_predict(self, inputs: Sequence[str]) -> Any:
+            raise NotImplementedError
+
+        def predict_batch(self, inputs: Sequence[str]) -> PredictionBatch:
+            batch = PredictionBatch.of(("answer", "other"), np.full((len(inputs), 2), 0.5))
+            return replace(batch, answers=["something"] * len(inputs))
+
+    model = Writes(labels=("answer", "other"))
+    with pytest.raises(DataError, match="writes its answers"):
+        PromotionGate().test(model, model, ["1", "2"], ["answer", "other"])

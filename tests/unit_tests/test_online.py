@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda
 
 from langchain_datashunt import (
     Alarm,
@@ -29,6 +30,7 @@ from langchain_datashunt import (
 from langchain_datashunt.distillation import CallFilter, DistillationStore, Recorder, RoutedCall, SharedControl
 from langchain_datashunt.exceptions import ConfigurationError, StoreError
 from langchain_datashunt.online_control import LocalControl
+from langchain_datashunt.privacy import DisclosureBudget, OutboundGate
 from tests.support.models import WordModel
 
 NAMES = ("a", "b")
@@ -404,3 +406,41 @@ def test_in_shadow_mode_nothing_changes_and_everything_is_noted(tmp_path: Path) 
     assert stats["would_be_kept"] == 2
     assert stats["would_be_kept_agreeing"] == 1
     assert stats["would_be_saved_usd"] == 0.0
+
+
+def test_what_the_threshold_did_not_cause_is_soon_forgotten() -> None:
+    """As where the small model was down, or an alarm sent everything to the large one."""
+    policy = QueryBudget(share=0.2)
+    for day in range(40):
+        decided(policy, traffic(32, day, 1.0))
+    for _ in range(2000):
+        policy.observe(1, 1)
+    asked = [~decided(policy, traffic(1, 100 + i, 1.0)) for i in range(2000)]
+    assert np.concatenate(asked).mean() == pytest.approx(0.2, abs=0.05)
+
+
+def test_a_cost_budget_pays_for_long_batches_too() -> None:
+    now = [0.0]
+    policy = CostBudget(usd_per_hour=1.0, usd_per_call=0.01, clock=lambda: now[0])
+    asked = 0
+    for minute in range(12 * 60):
+        now[0] = 60.0 * minute
+        asked += int((~decided(policy, traffic(2000, minute % 50, 1.0))).sum())
+    assert 0.01 * asked < 1.3 * 12, "and not several times as much"
+
+
+def test_a_reference_without_numbers_is_refused() -> None:
+    for reference in ([], [0.5, float("nan")]):
+        with pytest.raises(ConfigurationError, match="The reference has"):
+            Monitor(reference=reference)
+
+
+def test_an_audit_is_of_the_same_person_as_its_call() -> None:
+    large, gate = Asked(), OutboundGate(budget=DisclosureBudget(subject_calls=1), on_local="raise")
+    shunt = audited(RunnableLambda(large), gate=gate)
+    for i in range(4):
+        shunt.invoke(f"surely refund {i}", {"configurable": {"shunt_subject": "jane"}})
+    shunt.invoke("surely refund joe", {"configurable": {"shunt_subject": "joe"}})
+    assert shunt.auditor is not None and shunt.auditor.flush()
+    assert len(large.seen) == 2, "one of each"
+    assert shunt.auditor.counters.failed == 3

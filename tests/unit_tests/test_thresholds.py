@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -357,3 +358,38 @@ def test_a_confidence_sequence_refuses_what_is_no_share() -> None:
 def test_objectives_are_compared_by_value() -> None:
     assert MaxAccuracy() == MaxAccuracy()
     assert RiskControl(alpha=0.1) != RiskControl(alpha=0.2)
+
+
+def test_thresholds_for_written_answers_go_down_to_nothing() -> None:
+    """How sure a model is of what it wrote is a number from 0 to 1, whatever the two labels that stand for it."""
+    rng = np.random.default_rng(0)
+    sure = rng.random(2000)
+    right = rng.random(2000) < np.where(sure < 0.25, 0.1, 0.98)
+    batch = PredictionBatch.of(("answer", "other"), np.column_stack([sure, 1 - sure]))
+    batch = replace(batch, answers=[f"text {i}" for i in range(2000)])
+    labels = ["answer" if one else "other" for one in right]
+    choice = select_threshold(batch, labels, objective=RiskControl(alpha=0.1))
+    assert 0.1 < choice.threshold < 0.5
+    assert choice.kept_error < 0.1
+
+
+def test_a_label_that_only_the_large_model_has_counts_for_it() -> None:
+    batch, truth = drawn(1000, 0)
+    unknown = [i % 5 == 0 for i in range(1000)]
+    labels = ["new" if new else label for new, label in zip(unknown, truth, strict=True)]
+    choice = select_threshold(batch, labels, large=labels[:-1] + ["a"], objective=MatchLarge(), unseen="wrong")
+    assert choice.large_accuracy >= 0.999
+    with pytest.raises(DataError, match="None is no text"):
+        select_threshold(batch, [None, *labels[1:]], objective=QueryShare(share=0.5))  # type: ignore[list-item]
+    with pytest.raises(DataError, match="USD of asking"):
+        select_threshold(batch, truth, large=truth[:-1] + ["a"], large_cost=["x"] * 1000, objective=MatchLarge())  # type: ignore[arg-type]
+
+
+def test_a_smoothed_curve_tells_very_sure_scores_apart() -> None:
+    """As of a network that is far too sure; more examples must not make a choice worse."""
+    rng = np.random.default_rng(0)
+    logit = rng.uniform(5.0, 20.0, 4000)
+    right = rng.random(4000) < 1.0 / (1.0 + np.exp(-(logit - 12.0)))
+    curve = smoothed_right(1.0 / (1.0 + np.exp(-logit)), (0.0, 1.0), right)
+    assert curve[logit < 8].mean() < 0.2
+    assert curve[logit > 16].mean() > 0.8
