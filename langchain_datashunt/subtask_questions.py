@@ -167,7 +167,7 @@ class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
             msg = f"A {type(value).__name__} is no Runnable. Give a chat model, or a prompt template."
             raise ConfigurationError(msg) from error
 
-    _models: dict[tuple[str, ...], tuple[Any, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
+    _models: dict[tuple[Any, ...], tuple[Any, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -215,14 +215,15 @@ class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
 
     def _model_for(self, questions: OpenQuestions) -> Runnable[Any, Any]:
         """The chat model, held to the questions' form where it offers that."""
-        names, model = tuple(question.subtask.name for question in questions), self.chat_model
-        known = self._models.get(names)
+        asked = [(question.subtask.name, question.subtask.question, question.subtask.labels) for question in questions]
+        key, model = tuple(asked), self.chat_model
+        known = self._models.get(key)
         if known is None or known[0] is not model:
             held: Runnable[Any, Any] = model
             if offers_structured_output(model):
                 assert isinstance(model, BaseChatModel)
                 held = model.with_structured_output(answer_schema(questions), include_raw=True)
-            known = self._models[names] = (model, held)
+            known = self._models[key] = (model, held)
         return known[1]
 
     @property

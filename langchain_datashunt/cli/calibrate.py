@@ -64,13 +64,13 @@ class LabelledFile:
         costs: list[float] = []
         for i, row in enumerate(read_rows(self.data) if more else (), start=1):
             if self.large_label is not None:
-                said = row[self.large_label]
+                said = row.get(self.large_label)
                 answers.append(None if said is None or not str(said).strip() else str(said).strip())
             if self.large_cost in more:
-                usd = _number(row[self.large_cost])
+                usd = _number(row.get(self.large_cost))
                 if usd is None:
                     raise DataError(
-                        f"{self.data.name}, row {i}: column {self.large_cost!r} is {row[self.large_cost]!r}; "
+                        f"{self.data.name}, row {i}: column {self.large_cost!r} is {row.get(self.large_cost)!r}; "
                         f"give USD as a number in every row."
                     )
                 costs.append(usd)

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,11 +30,11 @@ console = Console(stderr=True)
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors of ours are for the user to read: one message, exit status 2."""
+    """Errors of ours, and of files that cannot be used, are for the user to read: one message, exit status 2."""
     try:
         yield
-    except ShuntError as error:
-        console.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    except (ShuntError, OSError) as error:
+        console.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -42,9 +43,9 @@ def report(summary: dict[str, Any], as_json: bool, line: str) -> None:
     if as_json:
         say_json(summary)
         return
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, markup=False)
     for key, value in summary.items():
-        console.print(f"  {key}: {value}", highlight=False)
+        console.print(f"  {key}: {value}", highlight=False, markup=False)
 
 
 def progress() -> Progress:

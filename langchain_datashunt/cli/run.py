@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal, Self, TextIO, cast
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.cli.output import progress
-from langchain_datashunt.data.reading import read_rows, require_columns
+from langchain_datashunt.data.reading import cell, read_rows, require_columns
 from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.policies import Policy, Threshold
@@ -47,7 +48,12 @@ def large_model(spec: str, **settings: Any) -> Iterator[Any]:
     """
     kind, _, name = spec.partition(":")
     if kind == "openai" and name:
-        yield require("langchain_openai", "openai").ChatOpenAI(model=name, max_retries=0, **settings)
+        made = require("langchain_openai", "openai").ChatOpenAI
+        try:
+            model = made(model=name, max_retries=0, **settings)
+        except Exception as error:  # of the client, mostly that it has no key
+            raise ConfigurationError(f"--large {spec!r} cannot be used: {error}") from error
+        yield model
     elif kind == "replay" and name:
         with ChatServer(RecordedAnswers.load(name)) as server:
             yield server.chat_model(**settings)
@@ -79,12 +85,19 @@ def run_file(
     if pruning not in PRUNINGS or on_large_error not in ("raise", "small"):
         raise ConfigurationError("--pruning takes soft, top or none; --on-large-error takes raise or small.")
     require_columns(data, text)
-    journal = Journal(out)
-    done = journal.resume(data, text)
-    answered = done + len(journal.part)
+    n = 0
+    for n, row in enumerate(read_rows(data), start=1):
+        cell(data, n, row, text)
     policy: Policy | None = None if threshold is None else Threshold(threshold)
     started = time.perf_counter()
-    with large_model(large) as chat_model, _recorder(store, task) as recorder, progress() as bar:
+    with (
+        Journal(out).alone() as journal,
+        large_model(large) as chat_model,
+        _recorder(store, task) as recorder,
+        progress() as bar,
+    ):
+        done = journal.resume(data, text)
+        answered = done + len(journal.part)
         chain = ConfidenceRouterChain.from_models(
             load_small_model(bundle, **(computed or {})),
             chat_model,
@@ -96,11 +109,11 @@ def run_file(
             return_decision=True,
             recorder=recorder,
         )
-        rows_done = bar.add_task("rows", total=sum(1 for _ in read_rows(data)), completed=done)
+        rows_done = bar.add_task("rows", total=n, completed=done)
         rows = itertools.islice(enumerate(read_rows(data)), done, None)
         texts = ((i, str(row[text])) for i, row in rows)
         asyncio.run(_answer_all(chain, texts, chunk, journal, partial(bar.advance, rows_done)))
-    return {**journal.sums(), "resumed_at": answered, "seconds": round(time.perf_counter() - started, 2)}
+        return {**journal.sums(), "resumed_at": answered, "seconds": round(time.perf_counter() - started, 2)}
 
 
 @contextmanager
@@ -187,23 +200,47 @@ class Journal:
         self.part: dict[int, dict[str, Any]] = {}
         self._stream: TextIO | None = None
 
+    @contextmanager
+    def alone(self) -> Iterator[Self]:
+        """While it lasts, no other run writes to OUT; a run that is killed leaves it free.
+
+        Raises:
+            DataError: Another does already.
+        """
+        filelock = require("filelock", "cli")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.out.with_name(f".{self.out.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise DataError(
+                f"Another run writes to {self.out}. Wait until it is done, or give another --out."
+            ) from None
+        try:
+            yield self
+        finally:
+            lock.release()
+
     def resume(self, data: Path, text: str) -> int:
         """How many rows are finished. Whatever a kill left half written is put right.
 
         Raises:
-            DataError: OUT belongs to other data.
+            DataError: OUT belongs to other data, or cannot be gone on with.
         """
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         self._restore()
         done = 0
-        last: dict[str, Any] | None = None
-        for row in read_rows(self.out) if self.out.exists() else ():
-            done, last = done + 1, row
-        if last is not None:
-            mine = next(itertools.islice(read_rows(data), done - 1, None), None)
-            if mine is None or _writable(str(mine[text])) != str(last.get("text")):
+        rows = read_rows(self.out) if self.out.exists() and self.out.stat().st_size else iter(())
+        for done, (row, mine) in enumerate(zip_longest(rows, read_rows(data)), start=1):
+            if row is None:
+                done -= 1
+                break
+            if missing := [name for name in ("row", "text") if name not in row]:
                 raise DataError(
-                    f"{self.out} has {done} answers that do not belong to {data.name} (row {done} has another text). "
+                    f"{self.out} is none of this command: it has no column {missing[0]!r}. Give another --out."
+                )
+            if mine is None or _writable(str(mine[text])) != str(row["text"]):
+                raise DataError(
+                    f"{self.out} has answers that do not belong to {data.name} (row {done} has another text). "
                     f"Give another --out, or remove the file."
                 )
         self.part = {row: record for row, record in self.part.items() if row >= done}
@@ -217,11 +254,21 @@ class Journal:
         if not lines:
             self.part_file.unlink()
             return
-        size = json.loads(lines[0])["out_size"]
-        if self.out.exists():
+        try:
+            size = int(json.loads(lines[0])["out_size"])
+            self.part = {int(record["row"]): record for record in map(json.loads, lines[1:])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.part_file} is damaged ({error}). Remove it: what it had is asked again.") from error
+        there = self.out.stat().st_size if self.out.exists() else 0
+        if size and not there:  # OUT was removed, and what was under way after it goes with it
+            self.part = {}
+            self.part_file.unlink()
+            return
+        if there < size:
+            raise DataError(f"{self.out} is shorter than it was ({there} bytes of {size}). Restore it, or remove it.")
+        if there:
             with self.out.open("rb+") as stream:
                 stream.truncate(size)
-        self.part = {record["row"]: record for record in map(json.loads, lines[1:])}
         self._rewrite()
 
     def _rewrite(self) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from langchain_datashunt.cli.output import console, errors, report
 from langchain_datashunt.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from langchain_datashunt.distillation.store import DistillationStore
 
 store_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
 
@@ -29,13 +34,29 @@ def moment(text: str | None) -> float | None:
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
+@contextmanager
+def opened_store(store: str) -> Iterator[DistillationStore]:
+    """The store, which has to be there: what is read or deleted in a new one would only seem to have been looked for.
+
+    Raises:
+        Exit: There is no such file.
+    """
+    with errors():
+        from langchain_datashunt.distillation.store import DistillationStore, url_of
+
+        path = url_of(store).partition("sqlite:///")[2].partition("?")[0]
+        if path and path != ":memory:" and not Path(path).is_file():
+            raise ConfigurationError(f"There is no store {path}. Check --store.")
+        with DistillationStore(store) as opened:
+            yield opened
+
+
 @store_app.command()
 def stats(store: Url, task: Task = None, as_json: AsJson = False) -> None:
     """Counts, cost, and how often both models agree."""
-    from langchain_datashunt.distillation.filters import CallFilter
-    from langchain_datashunt.distillation.store import DistillationStore
+    with opened_store(store) as opened:
+        from langchain_datashunt.distillation.filters import CallFilter
 
-    with errors(), DistillationStore(store) as opened:
         report(opened.stats(CallFilter(task=task)), as_json, store)
 
 
@@ -55,19 +76,18 @@ def export(
     agreeing: Annotated[bool | None, typer.Option("--agreeing/--disagreeing", help="Both models say the same.")] = None,
 ) -> None:
     """Write records to a file."""
-    from langchain_datashunt.distillation.export import export as write
-    from langchain_datashunt.distillation.filters import CallFilter
-    from langchain_datashunt.distillation.rows import ROUTES
-    from langchain_datashunt.distillation.store import DistillationStore
-
     with errors():
+        from langchain_datashunt.distillation.export import export as write
+        from langchain_datashunt.distillation.filters import CallFilter
+        from langchain_datashunt.distillation.rows import ROUTES
+
         if route is not None and route not in ROUTES:
             raise ConfigurationError(f"--route {route!r} is not known; use one of {', '.join(ROUTES)}.")
         which = CallFilter(
             task=task, since=moment(since), until=moment(until), route=route,
             min_confidence=min_confidence, max_confidence=max_confidence, agrees=agreeing,
         )  # fmt: skip
-        with DistillationStore(store) as opened:
+        with opened_store(store) as opened:
             written = write(opened, out, kind=kind, which=which)
         console.print(f"{written} records written to {out}", highlight=False)
 
@@ -75,9 +95,7 @@ def export(
 @store_app.command()
 def verify(store: Url, as_json: AsJson = False) -> None:
     """Read everything back and compare hashes; exit status 1 where something is wrong."""
-    from langchain_datashunt.distillation.store import DistillationStore
-
-    with errors(), DistillationStore(store) as opened:
+    with opened_store(store) as opened:
         problems = opened.verify()
         report({"records": opened.count(), "problems": problems}, as_json, store)
     if problems:
@@ -92,9 +110,7 @@ def prune(
     subject: Annotated[str | None, typer.Option(help="Delete all of this person.")] = None,
 ) -> None:
     """Delete records by age, by number, or of one person."""
-    from langchain_datashunt.distillation.store import DistillationStore
-
-    with errors(), DistillationStore(store) as opened:
+    with opened_store(store) as opened:
         if max_age_days is None and max_records is None and subject is None:
             raise ConfigurationError("Give --max-age-days, --max-records or --subject.")
         age = None if max_age_days is None else max_age_days * 86400.0
@@ -111,11 +127,10 @@ def label(
 ) -> None:
     """Note true labels of recorded calls; exit status 1 where some ids are not stored."""
     from langchain_datashunt.data.reading import labelled_texts
-    from langchain_datashunt.distillation.store import DistillationStore
     from langchain_datashunt.exceptions import StoreError
 
     missing = []
-    with errors(), DistillationStore(store) as opened:
+    with opened_store(store) as opened:
         ids, labels = labelled_texts(source_file, "id", "label")
         for record_id, true_label in zip(ids, labels, strict=True):
             try:

@@ -51,6 +51,17 @@ def require_columns(file: str | Path, *names: str) -> None:
             raise DataError(f"{Path(file).name} has no column {name!r}; it has: {', '.join(there)}.")
 
 
+def cell(file: str | Path, i: int, row: Row, name: str) -> Any:
+    """What a row says in a column.
+
+    Raises:
+        DataError: The row, the `i`-th of the file from 1 on, has no such column, or nothing in it.
+    """
+    if row.get(name) is None:
+        raise DataError(f"{Path(file).name}, row {i}: column {name!r} is empty. Fill or remove the row.")
+    return row[name]
+
+
 def labelled_texts(file: str | Path, text: str, label: str) -> tuple[list[str], list[str]]:
     """Texts and labels of a file; labels become strings.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from langchain_datashunt.distillation.filters import EVERYTHING, CallFilter
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.predictions import ANSWER_LABELS
+
+WRITTEN_INSTRUCTION = "Answer the message."
+"""The same for answers that are written, which have no labels."""
 
 DEFAULT_INSTRUCTION = "Sort the message into one of these labels and answer with the label only: {labels}"
 """The system message of exported chats; `{labels}` is filled in."""
@@ -34,7 +40,7 @@ def export(
         out: The file (for `datasets`: a folder).
         kind: jsonl, parquet, openai or datasets; None goes by the file's ending.
         which: What is meant.
-        instruction: System message of `openai` chats.
+        instruction: System message of `openai` chats whose answers are labels.
 
     Raises:
         ConfigurationError: There is no such kind.
@@ -63,11 +69,15 @@ def plain(call: RoutedCall) -> dict[str, Any]:
 
 
 def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
-    """One chat for each record with a true label, or else with a large answer: what OpenAI's fine-tuning takes."""
+    """One chat for each record with a true label, or else with a large answer: what OpenAI's fine-tuning takes.
+
+    Records whose inputs were not kept are left out: nothing can be learnt from them.
+    """
     for call in _calls(store, which):
         answer = call.gold or call.label
-        if answer is not None:
-            system = instruction.format(labels=", ".join(call.labels))
+        if answer is not None and call.readable:
+            written = call.labels == ANSWER_LABELS
+            system = WRITTEN_INSTRUCTION if written else instruction.format(labels=", ".join(call.labels))
             yield {
                 "messages": [
                     {"role": "system", "content": system},
@@ -84,11 +94,24 @@ def _calls(store: DistillationStore, which: CallFilter) -> Iterator[RoutedCall]:
 
 def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     n = 0
-    with path.open("wb") as stream:
+    with _whole(path) as partial, partial.open("wb") as stream:
         for row in rows:
             stream.write(_as_json(row) + b"\n")
             n += 1
     return n
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside the one that is meant, which takes its place when all is written, and not before."""
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; give the name of a file.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _as_json(row: dict[str, Any]) -> bytes:
@@ -125,7 +148,7 @@ def _schema(pa: Any) -> Any:
 def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
     pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
     n, schema = 0, _schema(pa)
-    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    with _whole(path) as partial, parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
         for batch in store.iterate(which, batch_size=5000):
             rows = [plain(call) for call in batch]
             try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from langchain_datashunt.data.reading import read_rows, require_columns
+from langchain_datashunt.data.reading import cell, read_rows, require_columns
 from langchain_datashunt.exceptions import ReplayError
 
 _ANSWER_COLUMNS = ("answer", "large_label", "gpt-label", "output", "label")
@@ -46,7 +46,7 @@ class RecordedAnswers:
             )
         by_text: dict[str, str] = {}
         for i, row in enumerate(rows, start=1):
-            key, value = str(row[text]).strip(), str(row[column])
+            key, value = str(cell(file, i, row, text)).strip(), str(cell(file, i, row, column))
             if by_text.setdefault(key, value) != value:
                 raise ReplayError(f"{Path(file).name}, row {i}: this input stands there twice with different answers.")
         return cls(by_text)

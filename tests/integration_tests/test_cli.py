@@ -22,6 +22,7 @@ from langchain_datashunt import ConfidenceRouterChain, NoHint, ShuntRunnable, Th
 from langchain_datashunt.cli.app import app
 from langchain_datashunt.cli.run import Journal, _answer_all
 from langchain_datashunt.data.reading import read_rows
+from langchain_datashunt.distillation import DistillationStore
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.small_models import Scores
@@ -384,6 +385,7 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     ],
 )
 def test_store_commands_explain_wrong_options(tmp_path: Path, words: list[str], message: str) -> None:
+    DistillationStore(tmp_path / "c.db").close()
     done = command("store", words[0], "--store", tmp_path / "c.db", *words[1:])
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
@@ -423,3 +425,74 @@ def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: P
     assert registry.current_version() == 2, said
     assert process.returncode == 0, said
     assert "Watching" in said
+
+
+@pytest.mark.parametrize(
+    "words", [["stats"], ["verify"], ["prune", "--subject", "jane"], ["export", "--out", "x.jsonl"]]
+)
+def test_a_store_that_is_not_there_is_not_looked_after(tmp_path: Path, words: list[str]) -> None:
+    """A typing error must not look like a check that was passed, or a person that was forgotten."""
+    done = command("store", words[0], "--store", tmp_path / "typo.db", *words[1:])
+    assert done.exit_code == 2
+    assert "There is no store" in done.stderr
+    assert not (tmp_path / "typo.db").exists()
+
+
+def test_messages_are_shown_as_they_are(work: Path, tmp_path: Path) -> None:
+    done = answer(work, tmp_path / "o.jsonl", "--text", "[body]")
+    assert (done.exit_code, "'[body]'" in done.stderr) == (2, True)
+    done = answer(work, tmp_path / "folder" / "[/b].jsonl", data="no[/b].csv")
+    assert (done.exit_code, "no[/b].csv" in done.stderr) == (2, True)
+
+
+def test_rows_without_the_column_are_named_before_anything_is_asked(work: Path, tmp_path: Path) -> None:
+    (work / "holes.jsonl").write_text('{"text": "where is my order"}\n{"other": 1}\n{"text": null}\n')
+    done = answer(work, tmp_path / "o.jsonl", data="holes.jsonl")
+    assert done.exit_code == 2
+    assert "row 2: column 'text' is empty" in done.stderr
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_client_that_cannot_be_made_is_explained(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    done = answer(work, tmp_path / "o.jsonl", "--large", "openai:gpt-4")
+    assert done.exit_code == 2
+    assert "--large 'openai:gpt-4' cannot be used" in " ".join(done.stderr.split())
+
+
+def test_an_out_that_is_something_else_is_left_alone(work: Path, tmp_path: Path) -> None:
+    for name, content, said in (
+        ("mine.csv", "text,price\nwhere,3\n", "no column 'row'"),
+        ("data.csv", (work / "data.csv").read_text(), "no column 'row'"),
+    ):
+        (tmp_path / name).write_text(content)
+        done = answer(work, tmp_path / name)
+        assert done.exit_code == 2
+        assert said in " ".join(done.stderr.split())
+        assert (tmp_path / name).read_text() == content
+
+
+def test_what_a_power_cut_left_is_not_gone_on_with(work: Path, tmp_path: Path) -> None:
+    out, part = tmp_path / "o.jsonl", tmp_path / "o.jsonl.part"
+    assert answer(work, out, "--threshold", "0.6").exit_code == 0
+    whole = out.read_bytes()
+    part.write_text(json.dumps({"out_size": len(whole) + 100}) + "\n")
+    done = answer(work, out)
+    assert (done.exit_code, "shorter than it was" in " ".join(done.stderr.split())) == (2, True)
+    assert out.read_bytes() == whole
+    for broken in (b"\0\0\0\n", b"{}\n"):
+        part.write_bytes(broken)
+        done = answer(work, out)
+        assert (done.exit_code, "is damaged" in " ".join(done.stderr.split())) == (2, True)
+    part.write_text(json.dumps({"out_size": 10}) + "\n" + json.dumps({"row": 0, "text": "x", "answer": "OLD"}) + "\n")
+    out.unlink()
+    assert answer(work, out, "--threshold", "0.6").exit_code == 0
+    assert b"OLD" not in out.read_bytes()
+
+
+def test_two_runs_do_not_write_to_one_file(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    with Journal(out).alone():
+        done = answer(work, out)
+        assert (done.exit_code, "Another run writes to" in " ".join(done.stderr.split())) == (2, True)
+    assert answer(work, out, "--threshold", "0.6").exit_code == 0

@@ -1327,3 +1327,39 @@ def test_threads_share_a_recorder(tmp_path: Path) -> None:
             thread.join()
         with DistillationStore(tmp_path / "c.db") as store:
             assert store.count() == 80
+
+
+def test_an_export_that_fails_leaves_the_one_before_it(store: DistillationStore, tmp_path: Path) -> None:
+    store.append([call(i) for i in range(3)])
+    for name in ("calls.jsonl", "calls.parquet"):
+        export(store, tmp_path / name)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("calls.*") if file.suffix != ".db"}
+    with store.engine.begin() as connection:
+        connection.execute(text("UPDATE datashunt_segments SET content = :nothing"), {"nothing": b"zzz"})
+    for name in ("calls.jsonl", "calls.parquet"):
+        with pytest.raises(StoreError):
+            export(store, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before[name]
+    assert not list(tmp_path.glob(".calls*"))
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        export(store, tmp_path, kind="jsonl")
+
+
+def test_chats_for_fine_tuning_are_only_what_can_be_learnt(store: DistillationStore, tmp_path: Path) -> None:
+    written = call(2, labels=("answer", "other"), probabilities=(0.4, 0.6), label="It is on its way.")
+    store.append([call(1), written, call(3, input="hashed:sha256:" + "0" * 64)])
+    assert export(store, tmp_path / "chats.jsonl", kind="openai") == 2
+    told = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").open()]
+    assert [one[0]["content"][:20] for one in told] == ["Sort the message int", "Answer the message."]
+    assert told[1][2]["content"] == "It is on its way."
+
+
+def test_totals_count_repeats(store: DistillationStore) -> None:
+    for i in range(10):
+        store.append([call(1, time=1000.0 + i)])
+    store.append([call(2, route="small", reason="confident", large_model="", label=None, cost_usd=None)])
+    stats = store.stats()
+    assert (stats["records"], stats["calls"], stats["route_large"], stats["route_small"]) == (2, 11, 10, 1)
+    assert stats["cost_usd"] == pytest.approx(0.1)
+    assert stats["input_tokens"] == 1100
+    assert isinstance(stats["route_large"], int)
