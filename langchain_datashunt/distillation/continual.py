@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller
+from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller, readable_calls
 from langchain_datashunt.distillation.filters import CallFilter
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.registry import ModelRegistry
 from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherVerdict
-from langchain_datashunt.exceptions import DataError, ShuntError
+from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.small_models.base import SmallModel
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class ContinualDistiller:
         with DistillationStore(self.store) as store:
             answers = self._answers(store)
             calls = [call for batch in store.iterate(CallFilter(task=self.task)) for call in batch]
-        learn, texts, labels = self._split(calls, set(small.labels))
+        learn, texts, labels = self._split(calls, small)
         try:
             distilled = TwoStageDistiller(self.settings).distill(small, learn, labelled=self.labelled)
             metrics = {"distillation": vars(distilled.report), "answers": answers}
@@ -137,14 +138,19 @@ class ContinualDistiller:
         (self.registry.folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
         return found
 
-    def _split(self, calls: list[RoutedCall], known: set[str]) -> tuple[list[RoutedCall], list[str], list[str]]:
+    def _split(self, calls: list[RoutedCall], small: SmallModel) -> tuple[list[RoutedCall], list[str], list[str]]:
         """What is learnt from, and what the gate tests on."""
         if self.holdout is not None:
             return calls, list(self.holdout[0]), list(self.holdout[1])
         learn, texts, labels = [], [], []
+        readable = {call.input_hash for call in readable_calls(small, [call for call in calls if call.readable])[0]}
         for call in calls:
             answer = call.gold or call.label
-            if answer in known and int(call.input_hash[:8], 16) % HELD_OUT_SHARE == 0:
+            if (
+                answer in small.labels
+                and call.input_hash in readable
+                and int(call.input_hash[:8], 16) % HELD_OUT_SHARE == 0
+            ):
                 texts.append(call.input)
                 labels.append(str(answer))
             else:
@@ -203,9 +209,9 @@ class ContinualDistiller:
         while not self._stop.is_set():
             try:
                 self.run_once()
-            except ShuntError as error:
+            except Exception as error:  # a thread has nobody to raise to, and goes on
                 self.failures += 1
-                logger.error("The store or the registry cannot be used: %s", error)
+                logger.error("No round was run, %s: %s", type(error).__name__, error)
             self._stop.wait(self.poll_seconds)
 
     def start(self) -> Self:

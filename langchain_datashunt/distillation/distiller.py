@@ -116,7 +116,7 @@ class TwoStageDistiller:
         """
         training = self._training()
         if isinstance(small, GeneratingModel):
-            calls, unreadable = _readable(small, _flat(records))
+            calls, unreadable = readable_calls(small, _flat(records))
             learnt, told = distil_answers(self.settings, training, small, calls, labelled)
             told.unreadable = unreadable
             learnt.lineage = {**learnt.lineage, "distillation": {**vars(told), "mode": "answers"}}
@@ -164,17 +164,22 @@ class TwoStageDistiller:
         training: TrainingSettings,
     ) -> Prepared:
         """Stages and a held-out part, from the records as they are now; in whatever order they came."""
-        calls, unreadable = _readable(small, _flat(records))
+        calls, unreadable = readable_calls(small, _flat(records))
         report = DistillationReport(records=len(calls), unreadable=unreadable)
         stages = self._stages(small, calls, labelled, report)
-        if report.stage_a + report.gold == 0 or report.stage_a + report.stage_b < self.settings.min_pairs:
+        if report.stage_a + report.gold == 0 or self._pairs(report, labelled) < self.settings.min_pairs:
             raise DataError(
                 f"There is too little to learn from in {report.records} records: {report.stage_a} where only the large "
                 f"model was sure, {report.stage_b} where the small one was, {report.unsure} where neither was, "
                 f"{report.unparsable} unparsable, {report.gold} with a true label; at least "
-                f"{self.settings.min_pairs} of the first two are needed. Record more, or lower `large_threshold`."
+                f"{self.settings.min_pairs} of these pairs are needed. Record more, or lower `large_threshold`."
             )
         return Prepared(*_split(stages, training), report)
+
+    @staticmethod
+    def _pairs(report: DistillationReport, labelled: tuple[Sequence[str], Sequence[str]] | None) -> int:
+        """Of the log; what is learnt beside it does not count."""
+        return report.stage_a + report.stage_b + report.gold - (len(labelled[0]) if labelled else 0)
 
     def _training(self) -> TrainingSettings:
         if self.settings.mode != "paper":
@@ -193,7 +198,7 @@ class TwoStageDistiller:
         texts: list[str] = []
         stages: list[Examples] = []
         gold_texts, gold_labels = (list(part) for part in labelled) if labelled else ([], [])
-        silent = [call for call in calls if call.gold is None or call.gold not in known]
+        silent = [call for call in calls if call.gold is None]  # what is known to be another label is not taught
         for call in calls:
             if call.gold is not None and call.gold in known:
                 gold_texts.append(call.input)
@@ -256,7 +261,9 @@ class TwoStageDistiller:
                 else:
                     report.unsure += 1
         report.stage_a, report.stage_b = len(rows), int(sure.sum())
-        taught = self._taught(own[rows], np.array(answers, dtype=np.intp), np.array(trust), [calls[i] for i in rows])
+        taught = self._taught(
+            own[rows], predictions.labels, np.array(answers, dtype=np.intp), np.array(trust), [calls[i] for i in rows]
+        )
         kept = np.flatnonzero(sure)
         stage_b = own[kept]
         if self.settings.mode == "paper":
@@ -284,7 +291,12 @@ class TwoStageDistiller:
         return 0.9 if newest is None else newest
 
     def _taught(
-        self, own: FloatArray, answers: np.ndarray[Any, np.dtype[np.intp]], trust: FloatArray, calls: list[RoutedCall]
+        self,
+        own: FloatArray,
+        labels: tuple[str, ...],
+        answers: np.ndarray[Any, np.dtype[np.intp]],
+        trust: FloatArray,
+        calls: list[RoutedCall],
     ) -> FloatArray:
         """The distributions that stage A teaches, shape `[a, k]`."""
         n, k = own.shape if own.ndim == 2 else (0, 0)
@@ -295,8 +307,9 @@ class TwoStageDistiller:
             return said
         likelihood = np.where(said > 0, trust[:, None], (1.0 - trust[:, None]) / max(1, k - 1))
         for i, call in enumerate(calls):
-            if call.large_probabilities is not None and len(call.large_probabilities) == k:
-                likelihood[i] = call.large_probabilities
+            told = call.large_probabilities
+            if told is not None and len(told) == len(call.labels) and set(call.labels) == set(labels):
+                likelihood[i] = [told[call.labels.index(label)] for label in labels]
         if self.settings.mode == "posterior":
             likelihood = likelihood * own
         return np.asarray(likelihood / likelihood.sum(axis=1, keepdims=True), dtype=np.float64)
@@ -314,6 +327,8 @@ def _fingerprint(small: SmallModel) -> str:
     for name, array in sorted(small.weights().items()):
         seen.update(name.encode())
         seen.update(np.ascontiguousarray(array).tobytes())
+    for member in getattr(small, "members", ()):
+        seen.update(_fingerprint(member).encode())
     return seen.hexdigest()
 
 
@@ -332,7 +347,8 @@ def cold_start(
     """
     from langchain_datashunt.small_models.loading import small_model_class
 
-    pairs = [(call.input, call.gold or call.label) for call in _flat(records) if call.gold or call.label]
+    calls = [call for call in _flat(records) if call.input.strip()]
+    pairs = [(call.input, call.gold or call.label) for call in calls if call.gold or call.label]
     counts = Counter(label for _, label in pairs)
     pairs = [(text, label) for text, label in pairs if counts[label] > 1]
     if len({label for _, label in pairs}) < 2:
@@ -352,7 +368,7 @@ def _flat(records: Iterable[Any]) -> list[RoutedCall]:
     return [call for call in found if call.readable]
 
 
-def _readable(small: SmallModel, calls: list[RoutedCall]) -> tuple[list[RoutedCall], int]:
+def readable_calls(small: SmallModel, calls: list[RoutedCall]) -> tuple[list[RoutedCall], int]:
     """Those whose input the small model reads, in a fixed order, and how many others there were."""
     found = sorted(calls, key=lambda call: (call.input_hash, call.id))
     reader = small.reader

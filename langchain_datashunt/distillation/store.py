@@ -306,7 +306,10 @@ class DistillationStore:
             return int(connection.execute(statement).scalar_one())
 
     def stats(self, which: CallFilter = EVERYTHING) -> dict[str, Any]:
-        """Counts, shares, cost and agreement, computed by the database; JSON-ready.
+        """Counts, cost and agreement, computed by the database; JSON-ready.
+
+        `calls`, `route_*`, `would_be_*`, cost and tokens count repeats, at what the newest of them cost; `records`,
+        `compared`, `agreeing`, `labelled` and `outside_label_set` are of different inputs.
 
         `would_be_*`: calls that the large model answered though the small model was sure, as in shadow mode; how many
         of them agree, and what they cost.

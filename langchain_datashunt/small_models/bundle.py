@@ -79,11 +79,10 @@ def write_bundle(
     """Write a bundle atomically; returns its absolute path.
 
     Raises:
-        BundleError: `folder` exists and is not a bundle.
+        BundleError: `folder` exists and is not a bundle, or holds files that are none of the bundle's.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder / CONFIG_FILE).is_file() and any(folder.iterdir()):
-        raise BundleError(f"{folder} exists and is no bundle; give an empty or a new folder.")
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -209,6 +208,26 @@ def _verify(folder: Path, name: str, stamp: FileStamp) -> None:
         )
     if _stamp(path).sha256 != stamp.sha256:
         raise BundleTruncatedError(f"{path} was changed since it was saved (its checksum differs). Copy it again.")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no bundle, or more than one: all of it would be removed."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file; give an empty or a new folder.")
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not there and not any(folder.iterdir()):
+        return
+    try:
+        own = {CONFIG_FILE, *read_info(folder).files}
+    except BundleError as error:
+        raise BundleError(f"{folder} exists and is no bundle; give an empty or a new folder.") from error
+    if foreign := sorted(there - own):
+        raise BundleError(
+            f"{folder} holds what is no part of its bundle, and would be removed: {', '.join(foreign[:3])}. Move it "
+            f"away, or give a new folder."
+        )
 
 
 def _swap(staging: Path, folder: Path) -> None:

@@ -182,7 +182,9 @@ class EmbeddingClassifier(OnEmbeddings):
         changed = {
             "head": head,
             "bias": bias,
-            "temperature": fit_temperature(logits, wanted),
+            "temperature": fit_temperature(logits, wanted)
+            if len(texts) >= MIN_EXAMPLES_FOR_CALIBRATION
+            else self.temperature,
             "lineage": {"parent": self.lineage, "regularisation": strength, "held_out_nll": report.best_loss},
         }
         learner = self.model_copy(update=changed)

@@ -17,9 +17,10 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import BoolArray
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import choose_device, choose_dtype, kept_dtype, quiet_transformers
+from langchain_datashunt.small_models.networks import safe_config
 from langchain_datashunt.small_models.packed import Engine, Packing
 from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
-from langchain_datashunt.small_models.tokenization import TextTokenizer, pad
+from langchain_datashunt.small_models.tokenization import TextTokenizer, pad, usable_length
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ class SentenceEncoder(Embeddings):
         max_length: int | None = None,
         engine: Engine = "auto",
     ) -> None:
+        self.max_length = max_length
         self.name = BUNDLED_ENCODER if model is None else model
         self.path = bundled_encoder_path() if model is None else model
         self.device = choose_device(device)
@@ -71,12 +73,16 @@ class SentenceEncoder(Embeddings):
         self.packing = Packing(engine, products)
         self.batch_size = batch_size
         self.pooling = _pooling(self.path)
-        auto = require("transformers", "torch").AutoModel
+        transformers = require("transformers", "torch")
         with quiet_transformers():
-            network = auto.from_pretrained(self.path, dtype=kept_dtype(products, self.device, engine))
+            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            network = transformers.AutoModel.from_pretrained(
+                self.path, config=safe_config(config.to_dict()), dtype=kept_dtype(products, self.device, engine),
+                trust_remote_code=False,
+            )  # fmt: skip
         self.network = network.to(self.device).eval()
-        limit = max_length or _max_length(self.path) or self.network.config.max_position_embeddings
-        self.auto_tokenizer = require("transformers", "torch").AutoTokenizer.from_pretrained(self.path)
+        limit = usable_length(self.network.config, max_length or _max_length(self.path))
+        self.auto_tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         self.tokenizer = TextTokenizer.of(self.auto_tokenizer, limit)
 
     @property
@@ -223,10 +229,14 @@ class PrecomputedEmbeddings(Embeddings):
 
 @lru_cache(maxsize=4)
 def shared_encoder(
-    model: str | None = None, device: str | None = None, dtype: str = "float32", engine: Engine = "auto"
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    engine: Engine = "auto",
+    max_length: int | None = None,
 ) -> SentenceEncoder:
     """One encoder for all classifiers of a process that use the same weights in the same way."""
-    return SentenceEncoder(model, device=device, dtype=dtype, engine=engine)
+    return SentenceEncoder(model, device=device, dtype=dtype, engine=engine, max_length=max_length)
 
 
 def embed(embeddings: Embeddings, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray | None]:

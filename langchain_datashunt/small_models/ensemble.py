@@ -132,7 +132,10 @@ class EnsembleClassifier(SmallModel):
         if options.get("embeddings") is not None:
             known = [*texts, *(options.get("label_texts") or {}).values(), *(validation[0] if validation else ())]
             more["embeddings"] = PrecomputedEmbeddings(options["embeddings"], known)
-        members = [_train(kind, texts, labels, {**more, "validation": validation}) for kind in kinds]
+        members = [
+            _train(kind, texts, labels, {**more, "validation": validation, "settings": _part(chosen, f"member{i}")})
+            for i, kind in enumerate(kinds)
+        ]
         if validation is not None:
             logits = [log_probabilities(member, split.validation.texts) for member in members]
             truth = split.validation.targets.argmax(axis=1)
@@ -197,7 +200,10 @@ class EnsembleClassifier(SmallModel):
 
     @override
     def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
-        members = tuple(member.relearn(stages, held_out, settings, loss) for member in self.members)
+        members = tuple(
+            member.relearn(stages, held_out, _part(settings, f"member{i}"), loss)
+            for i, member in enumerate(self.members)
+        )
         learner = self.model_copy(update={"members": members, "lineage": {"parent": self.lineage}})
         learner._bundle = None
         return learner
@@ -254,6 +260,13 @@ def _hashes(members: Sequence[SmallModel]) -> list[str]:
     return sorted({one for member in members for one in member.lineage.get("training_text_hashes", ())})
 
 
+def _part(settings: TrainingSettings, name: str) -> TrainingSettings:
+    """Settings of one of several trainings, each of which has a checkpoint of its own."""
+    if settings.checkpoint is None:
+        return settings
+    return settings.model_copy(update={"checkpoint": settings.checkpoint / name})
+
+
 def _train(kind: str, texts: Sequence[str], labels: Sequence[str], options: Mapping[str, Any]) -> SmallModel:
     from langchain_datashunt.small_models.loading import small_model_class
 
@@ -282,11 +295,12 @@ def _cross_fitted(
             fold[rows] = np.arange(len(rows)) % FOLDS
     held = [np.flatnonzero(fold == i) for i in range(FOLDS) if (fold == i).any()]
     logits = []
-    for kind in kinds:
+    for i, kind in enumerate(kinds):
         parts = []
-        for rows in held:
+        for j, rows in enumerate(held):
+            own = {**options, "settings": _part(options["settings"], f"member{i}-fold{j}")}
             rest = np.setdiff1d(np.arange(len(truth)), rows).tolist()
-            member = _train(kind, [texts[i] for i in rest], [labels[i] for i in rest], options)
+            member = _train(kind, [texts[i] for i in rest], [labels[i] for i in rest], own)
             parts.append(log_probabilities(member, [texts[i] for i in rows.tolist()]))
         logits.append(np.concatenate(parts))
     return logits, truth[np.concatenate(held)]

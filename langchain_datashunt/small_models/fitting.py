@@ -149,6 +149,11 @@ class _Fit:
                 late = time.perf_counter() - started > (self.settings.max_seconds or math.inf)
                 if self.processes.total([float(late)])[0]:  # all processes stop together
                     break
+        if self.report.history and not np.isfinite(self.report.history).any():
+            raise DataError(
+                "Training diverged: no validation loss was a number. Give a lower learning_rate, or look for broken "
+                "examples."
+            )
         self.network.load_state_dict(self.best)
         self.network.to(self.home).eval()
         self._forget()

@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
 
+from langchain_datashunt._forking import Mutex
 from langchain_datashunt.configured import Configured, from_plain
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
@@ -126,6 +127,7 @@ class BundledSmallModel(SmallModel):
     """Passed on to `load_small_model`, for example `{"device": "cuda"}`."""
 
     _model: SmallModel | None = PrivateAttr(default=None)
+    _lock: Any = PrivateAttr(default_factory=Mutex)
 
     @classmethod
     def at(cls, folder: str | Path, **overrides: Any) -> Self:
@@ -146,7 +148,9 @@ class BundledSmallModel(SmallModel):
     def loaded(self) -> SmallModel:
         """The model itself; loads it at the first use."""
         if self._model is None:
-            self._model = load_small_model(self.path, **self.overrides)
+            with self._lock:
+                if self._model is None:
+                    self._model = load_small_model(self.path, **self.overrides)
         return self._model
 
     @property

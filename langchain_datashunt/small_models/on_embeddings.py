@@ -81,7 +81,8 @@ class OnEmbeddings(SmallModel):
     def settings(self) -> dict[str, Any]:
         encoder = _bare(self.embeddings)
         if isinstance(encoder, SentenceEncoder):
-            return {"encoder": encoder.name, "dtype": encoder.dtype, "keep_features": self.keep_features}
+            own = {} if encoder.max_length is None else {"max_length": encoder.max_length}
+            return {"encoder": encoder.name, "dtype": encoder.dtype, "keep_features": self.keep_features, **own}
         name = f"custom:{type(encoder).__module__}.{type(encoder).__qualname__}"
         return {"encoder": name, "keep_features": self.keep_features}
 
@@ -111,8 +112,10 @@ def _encoder_by_name(info: BundleInfo, overrides: dict[str, Any]) -> Embeddings:
             f"hold. Pass the same ones: load_small_model(folder, embeddings=...)."
         )
     dtype = str(overrides.get("dtype") or info.settings.get("dtype", "float32"))
-    given = (None if name == BUNDLED_ENCODER else name, overrides.get("device"), dtype)
-    return shared_encoder(*given, overrides["engine"]) if overrides.get("engine") else shared_encoder(*given)
+    more: dict[str, Any] = {"engine": overrides["engine"]} if overrides.get("engine") else {}
+    if info.settings.get("max_length") is not None:
+        more["max_length"] = int(info.settings["max_length"])
+    return shared_encoder(None if name == BUNDLED_ENCODER else name, overrides.get("device"), dtype, **more)
 
 
 def _check_probe(encoder: Embeddings, probe: NDArray[Any], info: BundleInfo) -> None:

@@ -142,9 +142,12 @@ class Saved(Configured):
     @override
     def to_json(self) -> Any:
         """As a reference to the bundle that it was loaded from or saved to."""
-        if self._bundle is None:
+        if self._bundle is None or read_info(Path(self._bundle)).labels != self.labels:
             return self.to_json_not_implemented()
         from langchain_datashunt.small_models.loading import BundledSmallModel
 
-        mine = {name: getattr(self, name) for name in ("model_id", "temperature", "threshold", "input_key")}
+        mine = {
+            name: getattr(self, name)
+            for name in ("model_id", "temperature", "threshold", "input_key", "policy", "fusion")
+        }
         return BundledSmallModel.model_validate({"path": self._bundle, **mine}).to_json()

@@ -30,7 +30,7 @@ class TextTokenizer:
         self.backend = backend
         self.pad_id = pad_id
         self.max_length = max_length
-        self._special = backend.num_special_tokens_to_add(False)
+        self._closing = _closing_tokens(backend)
 
     @classmethod
     def from_pretrained(cls, model: str, max_length: int | None = None) -> TextTokenizer:
@@ -46,7 +46,10 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], BoolArray]:
         """Ids of each text, and which texts were cut, shape `[n]`; the closing special token is kept."""
-        encodings = self.backend.encode_batch_fast(list(texts))  # which keeps no places of tokens in the text
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts))  # which keeps no places of tokens in the text
+        except TypeError:  # half of a character, as where a text was cut within an emoji
+            encodings = self.backend.encode_batch_fast([text.encode(errors="replace").decode() for text in texts])
         ids = [encoding.ids or [self.pad_id] for encoding in encodings]  # no text is without a token
         cut = np.zeros(len(ids), dtype=np.bool_)
         for i, one in enumerate(ids):
@@ -55,12 +58,51 @@ class TextTokenizer:
         return ids, cut
 
     def _cut(self, ids: list[int]) -> list[int]:
-        closing = 1 if self._special >= 2 else 0
-        return ids[: self.max_length - closing] + ids[len(ids) - closing :]
+        return ids[: self.max_length - self._closing] + ids[len(ids) - self._closing :]
 
     def save(self, file: Path) -> None:
         """Write the tokenizer as one JSON file."""
         self.backend.save(str(file))
+
+
+_KEPT_FOR_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+"""Kinds of networks whose positions are counted from behind the padding token's id."""
+
+_UNLIMITED = 512
+"""Tokens of a text where a network has no limit, and nobody gave one."""
+
+
+def usable_length(config: Any, asked: int | None = None) -> int:
+    """Tokens of a text that a network of transformers takes, or that were asked for where that is fewer."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return asked or _UNLIMITED
+    if config.model_type in _KEPT_FOR_PADDING:
+        positions -= (getattr(config, "pad_token_id", None) or 1) + 1
+    return min(positions, asked or positions)
+
+
+def _closing_tokens(backend: Any) -> int:
+    """How many special tokens stand behind a text."""
+    text, whole = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    for start in range(len(whole) - len(text) + 1):
+        if text and whole[start : start + len(text)] == text:
+            return len(whole) - start - len(text)
+    return 1 if backend.num_special_tokens_to_add(False) >= 2 else 0
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,7 +123,7 @@ class TrainingReport:
         """
         self.history.append(round(loss, 6))
         self.points.append({**more, "validation_nll": round(loss, 6)})
-        if loss >= self.best_loss - 1e-6:
+        if not loss < self.best_loss - 1e-6:  # nor where it is NaN
             return False
         self.best_loss, self.best_step = loss, len(self.history)
         return True
@@ -153,11 +153,19 @@ def split_examples(
     empty = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
     if empty:
         raise DataError(f"Training text {empty[0]} is empty ({len(empty)} in all); remove such rows.")
+    _check_labels(labels, "training")
     names = tuple(label_set) if label_set is not None else tuple(sorted(set(labels)))
     if len(names) < 2:
         raise DataError(f"A classifier needs two labels or more; the training set has only {names}.")
     everything = Examples(list(texts), one_hot(labels, names))
     if validation is not None:
+        if len(validation[0]) != len(validation[1]):
+            raise DataError(
+                f"{len(validation[0])} validation texts and {len(validation[1])} labels: give one label for each text."
+            )
+        _check_labels(validation[1], "validation")
+        if strange := [i for i, text in enumerate(validation[0]) if not isinstance(text, str) or not text.strip()]:
+            raise DataError(f"Validation text {strange[0]} is empty ({len(strange)} in all); remove such rows.")
         held_out = Examples(list(validation[0]), one_hot(validation[1], names))
         if not len(held_out):
             raise DataError("The validation set is empty; give examples, or none so that a part is held out.")
@@ -165,6 +173,15 @@ def split_examples(
     held = _held_out_rows(everything.targets.argmax(axis=1), settings)
     rest = np.setdiff1d(np.arange(len(everything)), held)
     return Split(names, everything.take(rest), everything.take(held), validation_given=False)
+
+
+def _check_labels(labels: Sequence[str], what: str) -> None:
+    strange = [i for i, label in enumerate(labels) if not isinstance(label, str)]
+    if strange:
+        raise DataError(
+            f"The label of {what} text {strange[0]} is {labels[strange[0]]!r}, and no text ({len(strange)} in all). "
+            f"Give labels as strings, and remove rows without one."
+        )
 
 
 def _held_out_rows(truth: NDArray[np.intp], settings: TrainingSettings) -> NDArray[np.intp]:
@@ -218,7 +235,9 @@ def one_hot(labels: Sequence[str], names: Sequence[str]) -> FloatArray:
 
 def text_hashes(texts: Sequence[str]) -> list[str]:
     """Short hashes by which later calibration data can be checked for overlap, without keeping the texts."""
-    return sorted({hashlib.sha256(text.strip().lower().encode()).hexdigest()[:16] for text in texts})
+    return sorted(
+        {hashlib.sha256(text.strip().lower().encode(errors="surrogatepass")).hexdigest()[:16] for text in texts}
+    )
 
 
 def seen_in_training(lineage: Mapping[str, Any], texts: Sequence[str]) -> list[int]:

@@ -30,7 +30,7 @@ from langchain_datashunt.small_models.packed import Engine, Packing, say_once
 from langchain_datashunt.small_models.packed_layers import PackedStates
 from langchain_datashunt.small_models.scores import Scores
 from langchain_datashunt.small_models.text_batches import compute_texts, token_budget
-from langchain_datashunt.small_models.tokenization import TextTokenizer, pad
+from langchain_datashunt.small_models.tokenization import TextTokenizer, pad, usable_length
 from langchain_datashunt.small_models.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -111,7 +111,7 @@ class TransformersClassifier(SmallModel):
                 f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs "
                 f"({', '.join(own[:5])}). Give one name for each output, in their order, or none."
             )
-        limit = self.max_length or network.config.max_position_embeddings
+        limit = usable_length(network.config, self.max_length)
         self.labels = self.labels or own
         self.model_id = self.model_id or Path(self.model).name
         self._take(network, TextTokenizer.from_pretrained(self.model, limit))
@@ -225,7 +225,7 @@ class TransformersClassifier(SmallModel):
                 id2label=dict(enumerate(split.labels)),
                 label2id={label: i for i, label in enumerate(split.labels)},
             )
-        limit = min(max_length or 10**9, network.config.max_position_embeddings)
+        limit = usable_length(network.config, max_length)
         model._take(network, TextTokenizer.from_pretrained(path, limit))
         report = fit_network(
             model._network,

@@ -184,7 +184,7 @@ class WordNetwork(SmallModel):
 
     @override
     def write_files(self, folder: Path) -> None:
-        words = json.dumps(list(self.vocabulary), ensure_ascii=False)
+        words = json.dumps(list(self.vocabulary))
         (folder / VOCABULARY_FILE).write_text(words, encoding="utf-8")
 
     @classmethod

@@ -27,6 +27,7 @@ from langchain_datashunt import (
     TransformersClassifier,
 )
 from langchain_datashunt.distillation import (
+    ContinualDistiller,
     DistillationSettings,
     ModelRegistry,
     PromotionGate,
@@ -135,8 +136,7 @@ def test_gold_labels_count_more_than_answers(s1: EmbeddingClassifier, halves: An
         call.model_copy(update={"gold": label}) for call, label in zip(log_of(s1, texts, wrong), labels, strict=True)
     ]
     distilled = distiller(min_pairs=2).distill
-    with pytest.raises(DataError, match="too little to learn from"):
-        distilled(s1, log)
+    assert distilled(s1, log).report.gold == len(texts), "true labels alone are enough"
     some = [call if i % 2 else call.model_copy(update={"gold": None}) for i, call in enumerate(log)]
     found = distilled(s1, some)
     assert found.report.gold == len(texts) // 2
@@ -557,7 +557,7 @@ def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
     continual = ContinualDistiller(registry, url, every=1, settings=DistillationSettings(training=QUIET))
     with DistillationStore(url) as store:
         calls = [call for batch in store.iterate() for call in batch]
-    learn, texts, labels = continual._split(calls, set(registry.load().labels))
+    learn, texts, labels = continual._split(calls, registry.load())
     assert len(learn) + len(texts) == len(calls)
     assert 0 < len(texts) < len(calls) / 2
     assert not {call.input for call in learn} & set(texts)
@@ -604,3 +604,75 @@ def test_rounds_run_in_the_background_while_a_shunt_answers(logged: Any, halves:
     assert answers > 0
     shunt.reload()
     assert len(shunt.batch(halves[2][:20])) == 20
+
+
+def test_a_distribution_is_read_in_its_own_records_order(s1: Any, halves: Any) -> None:
+    few, few_labels, texts, answers = halves
+    order = tuple(reversed(s1.labels))
+
+    def told(labels: tuple[str, ...]) -> list[RoutedCall]:
+        return [
+            RoutedCall(
+                input=text, labels=labels, route="large", large_model="gpt-4", label=answer, threshold=0.999,
+                large_probabilities=tuple(0.94 if label == answer else 0.02 for label in labels),
+            )
+            for text, answer in zip(texts, answers, strict=True)
+        ]  # fmt: skip
+
+    one, other = (distiller(threshold=0.999).distill(s1, told(labels)).model for labels in (s1.labels, order))
+    p, q = one.predict_batch(few).probabilities, other.predict_batch(few).probabilities
+    assert np.allclose(p, q, atol=1e-6)
+
+
+def test_what_is_known_to_be_another_label_is_not_taught(s1: Any, halves: Any) -> None:
+    _, _, texts, labels = halves
+    calls = log_of(s1, texts, labels)
+    asked = [call for call in calls if call.route == "large"]
+    wrong = [call.model_copy(update={"gold": "a label of its own"}) for call in asked[:2]]
+    report = distiller().distill(s1, [*wrong, *asked[2:]]).report
+    assert report.stage_a + report.stage_b == len(asked) - 2
+    assert report.new_labels == {"a label of its own": 2}
+
+
+def test_true_labels_alone_are_enough(s1: Any, halves: Any) -> None:
+    _, _, texts, labels = halves
+    calls = [RoutedCall(input=text, labels=s1.labels, gold=label) for text, label in zip(texts, labels, strict=True)]
+    assert distiller().distill(s1, calls).report.gold == len(texts)
+    with pytest.raises(DataError, match="too little to learn from"):
+        distiller().distill(s1, calls[:3], labelled=(texts, labels))
+
+
+def test_odd_inputs_of_a_log_stop_nothing(s1: Any, halves: Any) -> None:
+    _, _, texts, labels = halves
+    calls = log_of(s1, [*texts, "half a \ud83d character"], [*labels, labels[0]])
+    assert distiller().distill(s1, calls).report.records == len(calls)
+    empty = [RoutedCall(input=" ", labels=s1.labels, large_model="gpt-4", label=labels[0], route="large")] * 3
+    answered = [
+        RoutedCall(input=text, labels=s1.labels, large_model="gpt-4", label=label, route="large")
+        for text, label in zip(texts, labels, strict=True)
+    ]
+    assert set(cold_start([*empty, *answered], settings=QUIET).labels) == set(labels)
+
+
+def test_few_records_leave_the_temperature_as_it_was(s1: Any, halves: Any) -> None:
+    _, _, texts, labels = halves
+    calls = [RoutedCall(input=t, labels=s1.labels, gold=y) for t, y in zip(texts[:30], labels[:30], strict=True)]
+    assert distiller().distill(s1, calls).model.temperature == s1.temperature
+
+
+def test_the_gate_of_continual_mode_reads_only_what_was_kept(registry: ModelRegistry, s1: Any, halves: Any) -> None:
+    _, _, texts, labels = halves
+    calls = [
+        RoutedCall(input=text if i % 2 else f"hashed:sha256:{i:064x}", labels=s1.labels, label=label, large_model="x")
+        for i, (text, label) in enumerate(zip(texts * 3, labels * 3, strict=True))
+    ]
+    _, held_out, _ = ContinualDistiller(registry, "sqlite://")._split(calls, s1)
+    assert held_out
+    assert not [text for text in held_out if text.startswith("hashed:")]
+
+
+def test_continual_mode_goes_on_whatever_happens(registry: ModelRegistry, monkeypatch: Any) -> None:
+    watching = ContinualDistiller(registry, "sqlite://", poll_seconds=0.01)
+    monkeypatch.setattr(ContinualDistiller, "run_once", lambda self: 1 / 0)
+    with watching:
+        assert eventually(lambda: watching.failures > 2)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from langchain_datashunt.distillation import DistillationSettings, DistillationStore, RoutedCall, TwoStageDistiller
+from langchain_datashunt.distillation.distiller import _fingerprint as fingerprint
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.small_models import LSTMClassifier, TextCNN, load_small_model
+from langchain_datashunt.small_models import EnsembleClassifier, LSTMClassifier, TextCNN, load_small_model
 from langchain_datashunt.small_models import fitting as fitting_module
 from langchain_datashunt.small_models.processes import Processes, launched_precision
 from langchain_datashunt.small_models.training import TrainingSettings
@@ -245,3 +246,22 @@ def test_an_error_of_the_first_process_ends_all(log_of_calls: Path) -> None:
     )  # fmt: skip
     assert done.returncode
     assert "labels that the small model does not know: unheard-of" in done.stderr
+
+
+def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(folder: Path | None) -> Any:
+        settings = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2)
+        return EnsembleClassifier.train(
+            TEXTS, TRUTH, validation=(TEXTS, TRUTH), settings=settings, kinds=("textcnn", "lstm"), embedding_size=16
+        )
+
+    whole = train(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting_module._Fit, "_step", _dying_step(20))  # of the second member
+        with pytest.raises(Killed):
+            train(tmp_path)
+    resumed = train(tmp_path)
+    assert all(same(one, other) for one, other in zip(whole.members, resumed.members, strict=True))
+    assert whole.shares == resumed.shares
+    other = whole.model_copy(update={"members": whole.members[::-1]})
+    assert fingerprint(whole) == fingerprint(resumed) != fingerprint(other)

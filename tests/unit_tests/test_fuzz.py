@@ -149,7 +149,7 @@ def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: s
     )  # fmt: skip
     columns = columns_of([record])
     segment = Segment.of(columns)
-    (row,) = zip(*rows_of(columns, [b"key"], [1], segment, segment_number=7), strict=True)
+    (row,) = zip(*rows_of(columns, [bytes(16)], [1], segment, segment_number=7), strict=True)
     shared = {"task": record.task, "small_model": "", "large_model": "m", "policy": "", "labels": json.dumps(labels)}
     back = record_of({**dict(zip(Rows._fields, row, strict=True)), **shared}, Segment.unpack(segment.pack()))
     assert (back.input, back.raw_output, back.label, back.small_answer) == (text, raw, label, written)

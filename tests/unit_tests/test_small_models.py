@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
 from langchain_datashunt.small_models.contrastive import contrastive_loss
 from langchain_datashunt.small_models.encoder import shared_encoder
 from langchain_datashunt.small_models.scores import softmax
-from langchain_datashunt.small_models.training import Examples, one_hot, seen_in_training
+from langchain_datashunt.small_models.tokenization import TextTokenizer
+from langchain_datashunt.small_models.training import Examples, TrainingReport, one_hot, seen_in_training
 from tests.support.handlers import RunBook
 from tests.support.models import LetterEmbeddings, WordModel
 
@@ -750,3 +753,120 @@ def test_a_network_stops_when_its_time_is_up(shop_messages: Any) -> None:
     texts, labels = shop_messages
     hasty = TextCNN.train(texts, labels, settings=TrainingSettings(progress=False, max_seconds=1e-6))
     assert hasty.lineage["steps"] == 1
+
+
+def test_saving_removes_nothing_that_is_not_the_bundles(tmp_path: Path) -> None:
+    model = EmbeddingClassifier.train(["a", "b"] * 4, ["x", "y"] * 4, embeddings=LetterEmbeddings(), settings=QUIET)
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    (project / "config.json").write_text('{"model_type": "bert"}')
+    (project / ".git" / "HEAD").write_text("ref")
+    (tmp_path / "file").write_text("a file")
+    for place in (project, tmp_path / "file"):
+        with pytest.raises(BundleError, match="give an empty or a new folder"):
+            model.save(place)
+    bundle = model.save(tmp_path / "bundle")
+    assert model.save(bundle) == bundle
+    (bundle / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match="would be removed: notes.txt"):
+        model.save(bundle)
+    assert (project / ".git" / "HEAD").is_file()
+    assert (bundle / "notes.txt").read_text() == "mine"
+
+
+def test_half_a_character_stops_no_batch(shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    for kind in (EmbeddingClassifier, TextCNN):
+        model: SmallModel = kind.train([*texts, "a \ud83d cut"], [*labels, labels[0]], settings=SHORT)
+        whole = model.predict_batch(["where is it", "refund me"]).probabilities
+        cut = model.predict_batch(["where is it", "half \ud83d", "refund me"]).probabilities
+        assert np.allclose(cut[[0, 2]], whole, atol=1e-6)
+
+
+def test_validation_sets_are_checked_as_training_sets_are() -> None:
+    texts, labels = ["a", "b"] * 4, ["x", "y"] * 4
+    wrong: list[tuple[Any, str]] = [
+        ((["a", "b", "c"], ["x", "y"]), "3 validation texts and 2 labels"),
+        ((["a", None], ["x", "y"]), "Validation text 1 is empty"),
+        ((["a", "b"], ["x", None]), "label of validation text 1 is None"),
+    ]
+    for validation, message in wrong:
+        with pytest.raises(DataError, match=message):
+            TextCNN.train(texts, labels, validation=validation, settings=SHORT)
+    for bad in (None, float("nan"), 3):
+        with pytest.raises(DataError, match="label of training text 1 is"):
+            TextCNN.train(texts, ["x", bad, *labels[2:]], settings=SHORT)  # type: ignore[list-item]
+
+
+def test_a_training_that_diverges_keeps_what_was_best_or_says_so() -> None:
+    report = TrainingReport()
+    assert [report.note(loss) for loss in (float("nan"), 0.5, float("nan"), 0.4)] == [False, True, False, True]
+    texts, labels = ["good one", "bad one"] * 20, ["x", "y"] * 20
+    with pytest.raises(DataError, match="Training diverged"):
+        TextCNN.train(texts, labels, settings=SHORT.model_copy(update={"learning_rate": 1e30}))
+
+
+@pytest.mark.filterwarnings("ignore::langchain_datashunt.exceptions.TruncationWarning")
+def test_an_encoder_is_saved_with_its_own_length(tmp_path: Path, shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    model = EmbeddingClassifier.train(texts, labels, embeddings=SentenceEncoder(max_length=8), settings=QUIET)
+    loaded = load_small_model(model.save(tmp_path / "b"))
+    long = " ".join(texts[:10])
+    assert np.allclose(loaded.predict_batch([long]).probabilities, model.predict_batch([long]).probabilities, atol=1e-5)
+
+
+def test_a_bundle_is_loaded_once_for_many_threads(tmp_path: Path, monkeypatch: Any) -> None:
+    model = TextCNN.train(["a", "b"] * 8, ["x", "y"] * 8, settings=SHORT)
+    light, loads = BundledSmallModel.at(model.save(tmp_path / "b")), []
+    from langchain_datashunt.small_models import loading
+
+    load = loading.load_small_model
+
+    def slow(*given: Any, **more: Any) -> Any:
+        loads.append(1)
+        time.sleep(0.05)
+        return load(*given, **more)
+
+    monkeypatch.setattr(loading, "load_small_model", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: light.loaded.model_id, range(8)))) == 1
+    assert loads == [1]
+
+
+def test_a_network_is_given_no_more_tokens_than_it_has_positions(tmp_path: Path) -> None:
+    """RoBERTa's positions begin behind the padding token's; other kinds have none at all, or -1."""
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification, T5Config, XLNetConfig
+
+    from langchain_datashunt.small_models.encoder import bundled_encoder_path
+    from langchain_datashunt.small_models.tokenization import usable_length
+
+    config = RobertaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=34,
+        vocab_size=30522, pad_token_id=1, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1},
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_encoder_path())
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path)
+    for asked in (None, 500):
+        model = TransformersClassifier(model=str(tmp_path), max_length=asked)
+        with pytest.warns(TruncationWarning):
+            batch = model.predict_batch(["a word " * 100, "short"])
+        assert batch.sound.all()
+        assert len(model.features(["a word " * 100])[0]) == 32
+    assert [usable_length(T5Config(), asked) for asked in (None, 300)] == [512, 300]
+    assert usable_length(XLNetConfig()) == 512
+
+
+@pytest.mark.parametrize(("template", "closing"), [("$A [E]", 1), ("[B] $A [E]", 1), ("[B] $A", 0), ("$A [E] [B]", 2)])
+def test_what_closes_a_text_stays_where_it_is_cut(template: str, closing: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    backend = Tokenizer(models.WordLevel({"[B]": 0, "[E]": 1, "a": 2, "b": 3, "[U]": 4}, unk_token="[U]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("[B]", 0), ("[E]", 1)])
+    ids, cut = TextTokenizer(backend, 0, 6)(["a b " * 10])
+    whole = backend.encode("a b " * 10).ids
+    assert cut.all()
+    assert ids[0][6 - closing :] == whole[len(whole) - closing :]
+    assert ids[0][: 6 - closing] == whole[: 6 - closing]
