@@ -203,7 +203,7 @@ async def test_200_parallel_calls_with_faults_get_their_own_answers() -> None:
     with server(lambda number, body: rng.choice(kinds) if number <= 300 else None) as serving:
         book = RunBook()
         chain = router(
-            serving, max_concurrency=32, max_reasks=3, return_decision=True,
+            serving, max_concurrency=32, max_reasks=8, return_decision=True,
             retry=Retry(attempts=12, initial_wait=0.01, max_wait=0.2, jitter=0.02),
         )  # fmt: skip
         inputs = [f"{'surely ' if i % 4 == 0 else ''}number {i} {LABELS[i % 3]}" for i in range(200)]
