@@ -30,6 +30,7 @@ from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.drafting import least_token_probability
 from langchain_datashunt.exceptions import ConfigurationError, QueueFullError, StaysLocal, ThresholdWarning
 from langchain_datashunt.privacy import OutboundGate
+from tests.support.at_once import AtOnce
 from tests.support.faulty_server import FaultyServer
 from tests.support.handlers import RunBook
 from tests.support.models import WordModel, failing_word_model
@@ -485,17 +486,13 @@ def test_calls_with_tools_or_settings_of_their_own_wait_in_the_same_line() -> No
 
 
 def test_a_structured_stream_without_a_question_keeps_to_the_limits(server: ScriptedServer) -> None:
-    now, most, lock = [0], [0], threading.Lock()
+    at_once = AtOnce()
 
     class Counting(FakeListChatModel):
         def with_structured_output(self, schema: Any, **kwargs: Any) -> Any:
             def answer(_: Any) -> Intent:
-                with lock:
-                    now[0] += 1
-                    most[0] = max(most[0], now[0])
-                time.sleep(0.02)
-                with lock:
-                    now[0] -= 1
+                with at_once:
+                    time.sleep(0.02)
                 return Intent(intent="cancel")
 
             return RunnableLambda(answer)
@@ -507,7 +504,7 @@ def test_a_structured_stream_without_a_question_keeps_to_the_limits(server: Scri
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: list(structured.stream(history)), range(4)))
     assert found == [[Intent(intent="cancel")]] * 4
-    assert most == [1]
+    assert at_once.most == 1
 
 
 class ToolsChat(FakeListChatModel):

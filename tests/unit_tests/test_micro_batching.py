@@ -39,6 +39,7 @@ from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import share_of_threads
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
+from tests.support.at_once import AtOnce
 from tests.support.handlers import RunBook
 from tests.support.models import LABELS, LetterEmbeddings, WordModel, failing_word_model
 
@@ -244,15 +245,11 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
         assert {one.label for one in found} == {"refund"}
 
     def test_where_no_thread_can_be_started_callers_serve_themselves(self, monkeypatch: Any) -> None:
-        running, most, lock = [0], [0], threading.Lock()
+        at_once = AtOnce()
 
         def compute(values: list[Any]) -> list[Any]:
-            with lock:
-                running[0] += 1
-                most[0] = max(most[0], running[0])
-            time.sleep(0.01)
-            with lock:
-                running[0] -= 1
+            with at_once:
+                time.sleep(0.01)
             return values
 
         batcher = batcher_of(compute, workers=1)
@@ -273,7 +270,7 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
 
         assert asyncio.run(asyncio.wait_for(many(), 20)) == list(range(100))
         until(lambda: batcher._busy == 0)
-        assert most == [1]
+        assert at_once.most == 1
 
     async def test_a_stop_iteration_reaches_a_coroutine_as_an_error(self) -> None:
         def compute(values: list[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_datashunt import CircuitBreaker, Retry, ShuntRunnable
 from langchain_datashunt.exceptions import LargeTimeoutError
 from langchain_datashunt.retries import CallLimiter, is_retryable, retry_after
+from tests.support.at_once import AtOnce
 from tests.support.models import HttpError, WordModel
 
 QUICK = Retry(attempts=3, initial_wait=0.0, jitter=0.0)
@@ -127,23 +128,18 @@ def test_the_servers_wish_is_heeded_up_to_the_bound() -> None:
 
 
 def test_the_limiter_bounds_threads() -> None:
-    limiter, running, most, lock = CallLimiter(2), [0], [0], threading.Lock()
+    limiter, at_once = CallLimiter(2), AtOnce()
 
     def work() -> None:
-        with limiter.slot():
-            with lock:
-                running[0] += 1
-                most[0] = max(most[0], running[0])
+        with limiter.slot(), at_once:
             time.sleep(0.01)
-            with lock:
-                running[0] -= 1
 
     threads = [threading.Thread(target=work) for _ in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [2]
+    assert at_once.most == 2
 
 
 async def test_the_limiter_bounds_tasks() -> None:
