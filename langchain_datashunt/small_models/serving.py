@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from langchain_datashunt._forking import AFTER_FORK
+from langchain_datashunt._forking import Mutex
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import share_of_threads
@@ -26,12 +25,7 @@ class Serving:
         self._batcher: MicroBatcher | None = None
         self._settings: MicroBatching | None = None
         self._cache: ResultCache[Any] | None = None
-        self.after_fork()
-        AFTER_FORK.add(self)
-
-    def after_fork(self) -> None:
-        """Begin with a lock that nobody holds."""
-        self._mutex = threading.Lock()
+        self._mutex = Mutex()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Serving, ()
