@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 from langchain_core.messages import AIMessage, ToolCall
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.uuid import uuid7
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from typing_extensions import override
 
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.predictions import Prediction, answer_text
+from langchain_datashunt.policies import Policy, Verdict
+from langchain_datashunt.predictions import FloatArray, Prediction, PredictionBatch, answer_text
 
 
 class ToolAnswer(Configured):
@@ -108,9 +111,9 @@ class SmallAnswers(Configured):
     model_id: str = ""
     """Name of the small model, for the messages' metadata."""
 
-    def answerable(self, labels: Sequence[str], form: AnswerForm) -> frozenset[str]:
-        """The labels that can be answered in this form."""
-        return frozenset(label for label in labels if self._find(label, form) is not None)
+    def answerable(self, said: str, form: AnswerForm) -> bool:
+        """Whether there is an answer in this form for a label, or for what a model wrote."""
+        return self._find(said, form) is not None
 
     def give(self, label: str, form: AnswerForm) -> Any:
         """The answer for a label: a message, or where the form has a schema an object that fits it.
@@ -161,6 +164,33 @@ class SmallAnswers(Configured):
         """The field of a schema that has only this one, so that a label can fill it."""
         fields = json_schema(schema).get("properties", {})
         return next(iter(fields)) if len(fields) == 1 else None
+
+
+class Answerable(Policy):
+    """Keep only what there is an answer for in the form that was asked for: by label, or by what a model wrote."""
+
+    answers: SmallAnswers = Field(repr=False)
+    """The answers of the small side."""
+
+    form: AnswerForm = Field(repr=False)
+    """What the call may be answered with."""
+
+    _known: dict[str, bool] = PrivateAttr(default_factory=dict)
+
+    @override
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        if batch.answers is None:
+            among = np.array([self._known_label(label) for label in batch.labels], dtype=np.bool_)
+            keep = among[batch.best]
+        else:
+            keep = np.array([self.answers.answerable(said, self.form) for said in map(answer_text, batch.answers)])
+        nothing = np.full(len(batch), np.nan)
+        return Verdict(keep.astype(np.bool_), nothing, nothing)
+
+    def _known_label(self, label: str) -> bool:
+        if label not in self._known:
+            self._known[label] = self.answers.answerable(label, self.form)
+        return self._known[label]
 
 
 class Answering:

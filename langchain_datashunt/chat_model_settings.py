@@ -11,21 +11,20 @@ from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
 from langchain_core.runnables.base import coerce_to_runnable
 from langchain_core.runnables.config import ensure_config, merge_configs
+from langchain_core.runnables.utils import ConfigurableFieldSpec
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import override
 
-from langchain_datashunt.answers import AnswerForm, Answering, SmallAnswers
-from langchain_datashunt.chat_messages import (
-    model_name,
-    text_alone,
-)
+from langchain_datashunt.answers import Answerable, AnswerForm, Answering, SmallAnswers
+from langchain_datashunt.chat_messages import model_name, text_alone
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.decisions import ShuntDecision
 from langchain_datashunt.drafting import DraftConfidence, DraftingModel, mean_token_probability
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.hinted_model import HintedModel
 from langchain_datashunt.large_calls import LargeCaller
-from langchain_datashunt.policies import OnlyLabels, Policy
+from langchain_datashunt.policies import Policy
+from langchain_datashunt.predictions import ANSWER_LABELS
 from langchain_datashunt.privacy.gate import OutboundGate
 from langchain_datashunt.pruning import Pruning, SoftPrompt
 from langchain_datashunt.retries import CallLimiter, Retry
@@ -158,7 +157,8 @@ class ShuntChatSettings(Configured, BaseChatModel):
                 "itself with these settings, for example ChatOpenAI(..., logprobs=True)."
             )
         labels = getattr(self.small, "labels", None)
-        if labels and (unknown := sorted(set(self.answers or ()) - set(labels))):
+        writes = labels is not None and tuple(labels) == ANSWER_LABELS  # answers are then by what it writes
+        if labels and not writes and (unknown := sorted(set(self.answers or ()) - set(labels))):
             raise ConfigurationError(
                 f"There are answers for labels that the small model does not have: {', '.join(unknown[:5])}. Its "
                 f"labels are: {', '.join(labels[:10])}."
@@ -204,6 +204,11 @@ class ShuntChatSettings(Configured, BaseChatModel):
         else:
             self._lay_out(self._asked, self._drafter, self._form)
 
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        return self._shunt.config_specs
+
     # The shunt underneath
 
     @property
@@ -235,9 +240,8 @@ class ShuntChatSettings(Configured, BaseChatModel):
             ).sharing(self._limiter)  # fmt: skip
         answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
         policy = policy_for(self.small, self.policy)
-        labels = getattr(self.small, "labels", None) or tuple(self.answers or ())
         if self.answers is not None or form != AnswerForm():
-            policy = policy & OnlyLabels(labels=answers.answerable(labels, form))
+            policy = policy & Answerable(answers=answers, form=form)
         asked = large if self.pruning is None else HintedModel(large, self.pruning, self.hint)
         return ShuntRunnable(
             name=name, small=self.small, large=asked, policy=policy, pruning=self.pruning, return_decision=True,

@@ -74,6 +74,7 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
 
     _chain: Runnable[Any, Any] = PrivateAttr()
     _parser: LabelParser | None = PrivateAttr(default=None)
+    _own_name: str = PrivateAttr(default="")
 
     @field_validator("chat_model", "prompt", mode="before")
     @classmethod
@@ -87,10 +88,12 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
     def model_post_init(self, context: Any, /) -> None:
         """Put prompt and model together."""
         super().model_post_init(context)
-        self.model_id = self.model_id or _name_of(self.chat_model)
         self._lay_out()
 
     def _lay_out(self) -> None:
+        if self.model_id in ("", self._own_name):  # nobody gave it a name
+            self._own_name = _name_of(self.chat_model)
+            super().__setattr__("model_id", self._own_name)
         reader = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
         super().__setattr__("reader", reader)
         self._parser = None

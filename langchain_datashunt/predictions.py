@@ -170,7 +170,7 @@ class PredictionBatch(Sequence[Prediction]):
         truncated: Shape `[n]`, which inputs were cut; None for none.
         features: Shape `[n, d]`: what the model saw of each input, where it keeps that.
         answers: `n` answers, where the model writes them; see `Prediction.answer`.
-        token_logprobs: `n` arrays of shape `[t]`, where answers have tokens.
+        token_logprobs: `n` arrays of shape `[t]`, where answers have tokens; `[0]` for one that has none.
     """
 
     labels: tuple[str, ...]
@@ -236,7 +236,6 @@ class PredictionBatch(Sequence[Prediction]):
             raise PredictionError(
                 "Some predictions of one batch have a written answer and some have none. Use one model."
             )
-        tokens = tuple(item.token_logprobs for item in items if item.token_logprobs is not None)
         return cls(
             first.labels,
             probabilities,
@@ -245,7 +244,7 @@ class PredictionBatch(Sequence[Prediction]):
             truncated if truncated.any() else None,
             np.stack(features) if len(features) == len(items) else None,
             answers or None,
-            tokens if len(tokens) == len(items) else None,
+            tokens_of_all([item.token_logprobs for item in items]),
         )
 
     def check_shape(self) -> None:
@@ -336,6 +335,13 @@ class PredictionBatch(Sequence[Prediction]):
 
     def __iter__(self) -> Iterator[Prediction]:
         return (self[i] for i in range(len(self)))
+
+
+def tokens_of_all(each: Sequence[FloatArray | None]) -> tuple[FloatArray, ...] | None:
+    """Token log-probabilities of a batch: of no length for an answer without, None where no answer has some."""
+    if all(one is None for one in each):
+        return None
+    return tuple(np.zeros(0) if one is None else one for one in each)
 
 
 def answer_text(answer: Any) -> str:

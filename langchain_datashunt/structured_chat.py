@@ -8,12 +8,10 @@ from typing import Any
 
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.utils import ConfigurableFieldSpec
 from typing_extensions import override
 
-from langchain_datashunt.chat_messages import (
-    marked,
-    said_by,
-)
+from langchain_datashunt.chat_messages import marked, said_by
 from langchain_datashunt.chat_model_settings import NO_QUESTION, ShuntChatSettings
 from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.large_calls import END
@@ -30,8 +28,21 @@ class StructuredChat(Runnable[Any, Any]):
     """
 
     def __init__(self, shunt: ShuntRunnable, owner: ShuntChatSettings, large: Runnable[Any, Any]) -> None:
-        self.shunt, self.owner = shunt, owner
+        self.shunt, self.owner, self.large = shunt, owner, large
         self.direct = owner._caller_of(large)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: its caller holds places of this process."""
+        return {"shunt": self.shunt, "owner": self.owner, "large": self.large}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+        self.shunt.sharing(self.owner._limiter)
+
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        return self.shunt.config_specs
 
     def _read(self, value: Any, config: RunnableConfig | None) -> tuple[list[BaseMessage], RunnableConfig, bool]:
         messages = self.owner._convert_input(value).to_messages()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from langchain_datashunt.distillation.prepared import DistillationReport
+from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import FloatArray, PredictionBatch, answer_text
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from langchain_datashunt.distillation.distiller import DistillationSettings
 
 
-def distil_answers(
+def prepare_answers(
     settings: DistillationSettings,
     training: TrainingSettings,
     small: GeneratingModel,
     calls: Sequence[RoutedCall],
     labelled: tuple[Sequence[str], Sequence[str]] | None,
-) -> tuple[GeneratingModel, DistillationReport]:
-    """Train S2 from a copy of S1.
+    report: DistillationReport,
+) -> Prepared[AnswerExamples]:
+    """What S2, a copy of S1, learns from records.
 
     Args:
         settings: Thresholds and accuracies.
@@ -38,11 +39,11 @@ def distil_answers(
         small: S1; not changed.
         calls: Records, in a fixed order.
         labelled: Inputs and right answers to learn beside the log.
+        report: Filled in.
 
     Raises:
         DataError: There is too little to learn from.
     """
-    report = DistillationReport(records=len(calls))
     gold = AnswerExamples(*(list(part) for part in labelled)) if labelled else AnswerExamples([], [])
     stage_a, stage_b = AnswerExamples([], []), AnswerExamples([], [])
     silent = [call for call in calls if call.gold is None]
@@ -69,12 +70,11 @@ def distil_answers(
             f"{report.unparsable} without an answer, {report.gold} with a true one; at least {settings.min_pairs} are "
             f"needed. Record more, or lower `large_threshold`."
         )
-    learn, held_out = _split([stage for stage in (stage_a, stage_b, gold) if len(stage)], training)
-    return small.learn_answers(learn, held_out, training), report
+    return Prepared(*_split([stage for stage in (stage_a, stage_b, gold) if len(stage)], training), report)
 
 
 def _add(examples: AnswerExamples, text: str, answer: str) -> None:
-    examples.inputs.append(text)
+    examples.texts.append(text)
     examples.answers.append(answer)
 
 
@@ -116,7 +116,7 @@ def _split(stages: list[AnswerExamples], settings: TrainingSettings) -> tuple[li
         order = rng.permutation(len(stage)).tolist()
         n = min(len(stage) - 1, max(1, round(len(stage) * settings.validation_fraction)))
         part = stage.take(order[:n])
-        held.inputs.extend(part.inputs)
+        held.texts.extend(part.texts)
         held.answers.extend(part.answers)
         learn.append(stage.take(order[n:]))
     return learn, held

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from langchain_datashunt.configured import Configured
-from langchain_datashunt.distillation.answers import distil_answers
+from langchain_datashunt.distillation.answers import prepare_answers
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError, InputError
@@ -115,20 +115,18 @@ class TwoStageDistiller:
             ConfigurationError: This kind of small model cannot learn on.
         """
         training = self._training()
-        if isinstance(small, GeneratingModel):
-            calls, unreadable = readable_calls(small, _flat(records))
-            learnt, told = distil_answers(self.settings, training, small, calls, labelled)
-            told.unreadable = unreadable
-            learnt.lineage = {**learnt.lineage, "distillation": {**vars(told), "mode": "answers"}}
-            return Distilled(learnt, told)
         prepared = processes().share(lambda: self._prepared(small, records, labelled, training))
-        loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
-        model = small.relearn(prepared.stages, prepared.held_out, training, loss)
-        texts = [text for stage in (*prepared.stages, prepared.held_out) for text in stage.texts]
+        if isinstance(small, GeneratingModel):
+            mode = "answers"
+            model: SmallModel = small.learn_answers(prepared.stages, prepared.held_out, training)
+        else:
+            mode = self.settings.mode
+            loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
+            model = small.relearn(prepared.stages, prepared.held_out, training, loss)
         model.lineage = {
             **model.lineage,
-            "distillation": {**vars(prepared.report), "mode": self.settings.mode},
-            "training_text_hashes": text_hashes(texts),
+            "distillation": {**vars(prepared.report), "mode": mode},
+            "training_text_hashes": text_hashes(prepared.texts),
         }
         if training.checkpoint is not None and processes().first:
             Prepared.forget(training.checkpoint)
@@ -140,7 +138,7 @@ class TwoStageDistiller:
         records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
-    ) -> Prepared:
+    ) -> Prepared[Any]:
         """What is learnt; as it was at first, where a training goes on from its checkpoint."""
         if training.checkpoint is None:
             return self._fresh(small, records, labelled, training)
@@ -162,10 +160,12 @@ class TwoStageDistiller:
         records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
-    ) -> Prepared:
+    ) -> Prepared[Any]:
         """Stages and a held-out part, from the records as they are now; in whatever order they came."""
         calls, unreadable = readable_calls(small, _flat(records))
         report = DistillationReport(records=len(calls), unreadable=unreadable)
+        if isinstance(small, GeneratingModel):
+            return prepare_answers(self.settings, training, small, calls, labelled, report)
         stages = self._stages(small, calls, labelled, report)
         if report.stage_a + report.gold == 0 or self._pairs(report, labelled) < self.settings.min_pairs:
             raise DataError(

@@ -7,11 +7,12 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
 from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.small_models.generating import AnswerExamples
 from langchain_datashunt.small_models.training import Examples
 
 PREPARED_FILE = "examples.npz"
@@ -44,26 +45,43 @@ class DistillationReport:
     reliability: dict[str, float] = field(default_factory=dict)
 
 
+Taught = TypeVar("Taught", Examples, AnswerExamples)
+"""Texts with distributions, or with answers."""
+
+
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Generic[Taught]):
     """What is learnt.
 
     Attributes:
-        stages: Texts with the distributions that are taught, by stage.
+        stages: What is taught, by stage.
         held_out: The same, to stop on.
         report: What they were made from.
     """
 
-    stages: list[Examples]
-    held_out: Examples
+    stages: list[Taught]
+    held_out: Taught
     report: DistillationReport
+
+    @property
+    def texts(self) -> list[str]:
+        """All inputs."""
+        parts: list[Examples | AnswerExamples] = [*self.stages, self.held_out]
+        return [text for part in parts for text in part.texts]
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Keep them in a folder, with what they depend on."""
         folder.mkdir(parents=True, exist_ok=True)
-        parts = [*self.stages, self.held_out]
-        told = {"about": about, "report": vars(self.report), "texts": [part.texts for part in parts]}
-        arrays: dict[str, Any] = {f"targets_{i}": part.targets for i, part in enumerate(parts)}
+        parts: list[Examples | AnswerExamples] = [*self.stages, self.held_out]
+        told: dict[str, Any] = {
+            "about": about,
+            "report": vars(self.report),
+            "texts": [part.texts for part in parts],
+            "answers": [part.answers if isinstance(part, AnswerExamples) else None for part in parts],
+        }
+        arrays: dict[str, Any] = {
+            f"targets_{i}": part.targets for i, part in enumerate(parts) if isinstance(part, Examples)
+        }
         partial = folder / f"{PREPARED_FILE}.partial"
         with partial.open("wb") as stream:
             np.savez_compressed(stream, told=np.frombuffer(json.dumps(told).encode(), dtype=np.uint8), **arrays)
@@ -72,7 +90,7 @@ class Prepared:
         partial.replace(folder / PREPARED_FILE)
 
     @classmethod
-    def read(cls, folder: Path, about: dict[str, Any]) -> Prepared | None:
+    def read(cls, folder: Path, about: dict[str, Any]) -> Self | None:
         """What is kept in a folder; None where nothing is.
 
         Raises:
@@ -84,7 +102,10 @@ class Prepared:
         try:
             with np.load(file, allow_pickle=False) as kept:
                 told = json.loads(kept["told"].tobytes())
-                parts = [Examples(texts, kept[f"targets_{i}"]) for i, texts in enumerate(told["texts"])]
+                parts: list[Any] = [
+                    Examples(texts, kept[f"targets_{i}"]) if answers is None else AnswerExamples(texts, answers)
+                    for i, (texts, answers) in enumerate(zip(told["texts"], told["answers"], strict=True))
+                ]
                 report = DistillationReport(**told["report"])
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(f"{file} cannot be read ({error}). Delete it to begin anew.") from error

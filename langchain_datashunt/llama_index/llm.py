@@ -114,6 +114,13 @@ class ShuntLLM(LLM):
             elif name in ("callback_manager", "large"):
                 self._share_callbacks()
 
+    @override
+    def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied._lay_out()
+        copied._share_callbacks()
+        return copied
+
     @classmethod
     @override
     def class_name(cls) -> str:

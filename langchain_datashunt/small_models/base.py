@@ -22,7 +22,7 @@ from langchain_datashunt.exceptions import (
 )
 from langchain_datashunt.inputs import InputReader, ShuntInput, text_reader
 from langchain_datashunt.outcomes import settled
-from langchain_datashunt.predictions import Prediction, PredictionBatch
+from langchain_datashunt.predictions import Prediction, PredictionBatch, tokens_of_all
 from langchain_datashunt.small_models.bundle import BundleInfo
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
@@ -192,13 +192,12 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         rows = cache.of(texts, compute, keep=lambda row: row.error is None and bool(np.isfinite(row.logits).all()))
         features = [row.features for row in rows if row.features is not None]
         answers = tuple(row.answer for row in rows)
-        tokens = tuple(row.token_logprobs for row in rows if row.token_logprobs is not None)
         return Scores(
             np.stack([row.logits for row in rows]),
             np.array([row.truncated for row in rows]),
             np.stack(features) if len(features) == len(rows) else None,
             None if all(answer is None for answer in answers) else answers,
-            tokens if len(tokens) == len(rows) else None,
+            tokens_of_all([row.token_logprobs for row in rows]),
             {i: row.error for i, row in enumerate(rows) if row.error is not None},
         )
 

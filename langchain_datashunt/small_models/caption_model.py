@@ -166,7 +166,7 @@ class CaptionModel(GeneratingModel):
         read, known = self.reader.read, self._ids
         seen: dict[str, Any] = {}
         found = []
-        for url, caption in zip(examples.inputs, examples.answers, strict=True):
+        for url, caption in zip(examples.texts, examples.answers, strict=True):
             if url not in seen:
                 seen[url] = self._pixels(read(url))
             ids = [known.get(word, 3) for word in _WORD.findall(caption.lower())][: self.max_words]
@@ -233,7 +233,7 @@ class CaptionModel(GeneratingModel):
         seed_everything(chosen.seed)
         counts = Counter(word for caption in split[0].answers for word in _WORD.findall(caption.lower()))
         first = read.read(urls[0])
-        architecture, scale = _eye(eye, depth, width, base, size, first, [read.read(u) for u in split[0].inputs[:500]])
+        architecture, scale = _eye(eye, depth, width, base, size, first, [read.read(u) for u in split[0].texts[:500]])
         model = cls(
             model_id=model_id,
             input_key=input_key,

@@ -27,11 +27,13 @@ from langchain_datashunt.small_models.training import (
     Split,
     TrainingReport,
     TrainingSettings,
+    first_copies,
     lineage_of,
     progress_bar,
     pseudo_labels,
     soft_cross_entropy,
     split_examples,
+    stratified_folds,
     write_metrics,
 )
 
@@ -134,7 +136,7 @@ class EmbeddingClassifier(OnEmbeddings):
         vectors = embed(encoder, [text for part in parts for text in part.texts])[0]
         targets = np.concatenate([part.targets for part in parts])
         beside = np.arange(len(truth), len(targets))
-        folds = _folds(split, truth, chosen, beside)
+        folds = _folds(split, truth, first_copies([text for part in known for text in part.texts]), chosen, beside)
         strength, logits, wanted = _walk_path(vectors, targets, folds, strengths, chosen, report)
         own = np.concatenate([np.arange(len(split.train) if split.validation_given else len(truth)), beside])
         head, bias = _fit_head(vectors[own], targets[own], strength, chosen)
@@ -169,10 +171,13 @@ class EmbeddingClassifier(OnEmbeddings):
         def fit(rows: NDArray[np.intp]) -> tuple[NDArray[Any], NDArray[Any]]:
             return _fit_head(vectors[rows], targets[rows], strength, chosen, self.head, self.bias, loss=loss)
 
-        order = np.random.default_rng(chosen.seed).permutation(len(texts))
-        folds, everything = np.array_split(order, FOLDS), np.arange(len(texts))
+        fold_of, everything = np.empty(len(texts), dtype=np.intp), np.arange(len(texts))
+        for i, rows in enumerate(np.array_split(np.random.default_rng(chosen.seed).permutation(len(texts)), FOLDS)):
+            fold_of[rows] = i
+        fold_of = fold_of[first_copies(texts)]
         logits = np.zeros(targets.shape)
-        for fold in folds:
+        for i in np.unique(fold_of):
+            fold = np.flatnonzero(fold_of == i)
             head, bias = fit(np.setdiff1d(everything, fold))
             logits[fold] = vectors[fold] @ head + bias
         head, bias = fit(everything)
@@ -216,23 +221,23 @@ class EmbeddingClassifier(OnEmbeddings):
         )
 
 
-def _folds(split: Split, truth: NDArray[np.intp], settings: TrainingSettings, beside: NDArray[np.intp]) -> list[Fold]:
+def _folds(
+    split: Split,
+    truth: NDArray[np.intp],
+    first: NDArray[np.intp],
+    settings: TrainingSettings,
+    beside: NDArray[np.intp],
+) -> list[Fold]:
     """What to train on and what to hold out, once or several times; rows of training, validation, other examples.
 
-    `beside` are the rows of examples that are always trained on.
+    `first` tells of copies; `beside` are the rows of examples that are always trained on.
     """
-    n = len(split.train)
+    n, everything = len(split.train), np.arange(len(truth))
     if split.validation_given or len(truth) > CROSS_VALIDATE_UP_TO:
-        return [Fold(np.concatenate([np.arange(n), beside]), np.arange(n, len(truth)))]
-    rng, fold_of = np.random.default_rng(settings.seed), np.full(len(truth), -1)
-    for label in np.unique(truth):
-        rows = rng.permutation(np.flatnonzero(truth == label))
-        if len(rows) > 1:  # a single example of a label is always trained on
-            fold_of[rows] = np.arange(len(rows)) % FOLDS
+        return [Fold(np.concatenate([everything[:n], beside]), everything[n:])]
     return [
-        Fold(np.concatenate([np.flatnonzero(fold_of != fold), beside]), np.flatnonzero(fold_of == fold))
-        for fold in range(FOLDS)
-        if (fold_of == fold).any()
+        Fold(np.concatenate([np.setdiff1d(everything, held), beside]), held)
+        for held in stratified_folds(truth, first, FOLDS, settings.seed)
     ]
 
 

@@ -26,10 +26,12 @@ from langchain_datashunt.small_models.training import (
     Examples,
     TrainingReport,
     TrainingSettings,
+    first_copies,
     lineage_of,
     one_hot,
     seen_in_training,
     split_examples,
+    stratified_folds,
     write_metrics,
 )
 
@@ -288,12 +290,7 @@ def _cross_fitted(
 ) -> tuple[list[FloatArray], NDArray[np.intp]]:  # fmt: skip
     """Each member's held-out log-probabilities `[n, k]`, and the truth `[n]`; labels with one text are left out."""
     truth = np.array([names.index(label) for label in labels])
-    rng, fold = np.random.default_rng(seed), np.full(len(truth), -1)
-    for label in np.unique(truth):
-        rows = rng.permutation(np.flatnonzero(truth == label))
-        if len(rows) > 1:
-            fold[rows] = np.arange(len(rows)) % FOLDS
-    held = [np.flatnonzero(fold == i) for i in range(FOLDS) if (fold == i).any()]
+    held = stratified_folds(truth, first_copies(texts), FOLDS, seed)
     logits = []
     for i, kind in enumerate(kinds):
         parts = []

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -255,6 +256,8 @@ class _Fit:
     def _resume(self) -> None:
         """Go on from the checkpoint, where there is one."""
         file = self._file
+        if file is not None:
+            self._fingerprint()  # of the weights that training starts from
         state = self.processes.share(lambda: None if file is None or not file.exists() else self._read(file))
         if state is None:
             return
@@ -273,16 +276,19 @@ class _Fit:
             raise DataError(f"The checkpoint {file} cannot be read ({what}). Delete it to begin anew.") from error
         if not fits:
             raise DataError(
-                f"The checkpoint {file} belongs to another training: other examples, settings or another network. "
-                f"Give the same ones to go on, or another folder, or delete it to begin anew."
+                f"The checkpoint {file} belongs to another training: other examples, settings, weights at the start or "
+                f"another network. Give the same ones to go on, or another folder, or delete it to begin anew."
             )
         return state
 
     def _fingerprint(self) -> str:
-        """Stands for what the result depends on."""
+        """Stands for what the result depends on: asked for the first time before the first step."""
         if not hasattr(self, "_own_fingerprint"):
             seen = hashlib.sha256(json.dumps(self.settings.what_matters(), sort_keys=True).encode())
-            seen.update(repr([(name, tuple(t.shape)) for name, t in self.network.state_dict().items()]).encode())
+            seen.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.network)).encode())
+            for name, weight in self.network.state_dict().items():
+                seen.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+                seen.update(weight.detach().cpu().reshape(-1).view(self.torch.uint8).numpy())
             for stage in (*self.stages, self.validation):
                 for feature in stage.features:
                     seen.update(_as_bytes(feature))

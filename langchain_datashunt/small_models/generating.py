@@ -43,19 +43,19 @@ class AnswerExamples:
     """Inputs with the answers that are taught.
 
     Attributes:
-        inputs: `n` inputs as texts (an image as its data URL).
+        texts: `n` inputs as texts (an image as its data URL).
         answers: `n` texts.
     """
 
-    inputs: list[str]
+    texts: list[str]
     answers: list[str]
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> AnswerExamples:
         """Some of them, by index."""
-        return AnswerExamples([self.inputs[i] for i in rows], [self.answers[i] for i in rows])
+        return AnswerExamples([self.texts[i] for i in rows], [self.answers[i] for i in rows])
 
 
 class GeneratingModel(SmallModel):
@@ -153,12 +153,12 @@ def split_answers(inputs: Sequence[str], answers: Sequence[str], settings: Train
     if empty := [i for i, answer in enumerate(answers) if not answer.strip()]:
         raise DataError(f"Training answer {empty[0]} is empty ({len(empty)} in all); remove such rows.")
     everything = AnswerExamples(list(inputs), list(answers))
-    names = sorted(set(everything.inputs))  # captions of one picture stay together
+    names = sorted(set(everything.texts))  # captions of one picture stay together
     order = np.random.default_rng(settings.seed).permutation(len(names))
     held = {names[i] for i in order[: max(1, round(len(names) * settings.validation_fraction))].tolist()}
     if len(held) == len(names):
         raise DataError("All examples have one input, so none can be held out; give a validation set.")
-    rows = [[i for i, one in enumerate(everything.inputs) if (one in held) is wanted] for wanted in (False, True)]
+    rows = [[i for i, one in enumerate(everything.texts) if (one in held) is wanted] for wanted in (False, True)]
     return [everything.take(rows[0]), everything.take(rows[1])]
 
 
@@ -212,7 +212,7 @@ def learned_answers(
         "parent": model.lineage,
         "steps": len(report.history),
         "held_out_nll": report.best_loss,
-        "training_text_hashes": text_hashes([text for stage in (*stages, held_out) for text in stage.inputs]),
+        "training_text_hashes": text_hashes([text for stage in (*stages, held_out) for text in stage.texts]),
     }
     return learner
 
@@ -229,7 +229,7 @@ def answer_lineage(
         "best_step": report.best_step,
         "steps": len(report.history),
         "seconds": round(report.seconds, 3),
-        "training_text_hashes": text_hashes([text for part in split for text in part.inputs]),
+        "training_text_hashes": text_hashes([text for part in split for text in part.texts]),
         **more,
     }
 

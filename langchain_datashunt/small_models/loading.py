@@ -60,6 +60,7 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
 
     Raises:
         BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
+        ConfigurationError: An override of another name.
     """
     path = Path(folder).absolute()
     info, weights = read_bundle(path)
@@ -96,6 +97,10 @@ def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
     return policy, fusion
 
 
+MACHINE_SETTINGS = ("device", "dtype", "batch_size", "embeddings", "engine")
+"""What the machine decides where a bundle is loaded; a kind that has no use for one goes without."""
+
+
 class _Serving(Configured):
     """Settings of every kind that no bundle holds."""
 
@@ -104,7 +109,17 @@ class _Serving(Configured):
 
 
 def _serving_of(overrides: dict[str, Any]) -> dict[str, Any]:
-    """These of the overrides, checked; they are taken out."""
+    """These of the overrides, checked; they are taken out.
+
+    Raises:
+        ConfigurationError: An override of a name that no kind knows.
+    """
+    if unknown := sorted(set(overrides) - {*_Serving.model_fields, *MACHINE_SETTINGS}):
+        raise ConfigurationError(
+            f"A bundle is not loaded with {', '.join(unknown)}; this can be set: "
+            f"{', '.join((*MACHINE_SETTINGS, *_Serving.model_fields))}. "
+            f"What else a loaded model shall have otherwise, set by model_copy(update=...)."
+        )
     given = {name: overrides.pop(name) for name in _Serving.model_fields if name in overrides}
     checked = _Serving(**given)
     return {name: getattr(checked, name) for name in given}

@@ -24,6 +24,7 @@ from langchain_datashunt.small_models.training import (
     Examples,
     TrainingReport,
     TrainingSettings,
+    first_copies,
     lineage_of,
     one_hot,
     pseudo_labels,
@@ -88,7 +89,8 @@ class NeighbourClassifier(OnEmbeddings):
     ) -> Self:
         """Remember the training texts; width and temperature are those with the least held-out loss.
 
-        Held out is the validation set where one is given, else each training text in turn, 2,000 at the most.
+        Held out is the validation set where one is given, else each training text in turn (and its copies), 2,000
+        at the most.
 
         Args:
             texts: `n` training texts.
@@ -122,7 +124,8 @@ class NeighbourClassifier(OnEmbeddings):
         else:
             rows = np.random.default_rng(chosen.seed).permutation(n)[:JUDGES]
             likeness, wanted = vectors[rows] @ vectors.T, own.targets[rows]
-            likeness[np.arange(len(rows)), rows] = -np.inf
+            first = first_copies([*own.texts, *beside.texts])
+            likeness[first[rows][:, None] == first] = -np.inf
         width, temperature = _best_width(likeness, targets, wanted, widths, report)
         report.seconds = time.perf_counter() - started
         write_metrics(chosen, report, "kernel widths")

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt.configured import Configured, as_plain, from_plain
-from langchain_datashunt.exceptions import (
-    ConfigurationError,
-)
+from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
-
-if TYPE_CHECKING:
-    pass
 
 
 class Saved(Configured):
@@ -123,8 +118,7 @@ class Saved(Configured):
 
         Args:
             folder: Where `save` wrote it.
-            **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
-                `embeddings`.
+            **overrides: What this machine decides and the bundle does not: as for `load_small_model`.
 
         Raises:
             BundleError: The bundle is truncated, too new, of another kind, or does not fit together.

@@ -170,7 +170,7 @@ def split_examples(
         if not len(held_out):
             raise DataError("The validation set is empty; give examples, or none so that a part is held out.")
         return Split(names, everything, held_out, validation_given=True)
-    held = _held_out_rows(everything.targets.argmax(axis=1), settings)
+    held = _held_out_rows(everything.targets.argmax(axis=1), first_copies(texts), settings)
     rest = np.setdiff1d(np.arange(len(everything)), held)
     return Split(names, everything.take(rest), everything.take(held), validation_given=False)
 
@@ -184,21 +184,64 @@ def _check_labels(labels: Sequence[str], what: str) -> None:
         )
 
 
-def _held_out_rows(truth: NDArray[np.intp], settings: TrainingSettings) -> NDArray[np.intp]:
-    """At least one example of each label that has two or more, and at least one example in all."""
-    rng = np.random.default_rng(settings.seed)
+def _held_out_rows(truth: NDArray[np.intp], first: NDArray[np.intp], settings: TrainingSettings) -> NDArray[np.intp]:
+    """At least one text of each label that has two or more, and at least one in all; a text with all its copies."""
+    rng, first = np.random.default_rng(settings.seed), _if_any_differ(truth, first)
     held: list[NDArray[np.intp]] = []
     for label in np.unique(truth):
-        rows = rng.permutation(np.flatnonzero(truth == label))
-        n = min(len(rows) - 1, max(1, round(len(rows) * settings.validation_fraction)))
+        rows = rng.permutation(_distinct(truth == label, first))
+        n = min(max(0, len(rows) - 1), max(1, round(len(rows) * settings.validation_fraction)))
         held.append(rows[:n])
-    chosen = np.sort(np.concatenate(held))
+    chosen = np.flatnonzero(np.isin(first, np.concatenate(held)))
     if not chosen.size:
         raise DataError(
             "Each label has only one example, so none can be held out to stop training in time. "
             "Give two examples a label, or a validation set."
         )
     return chosen
+
+
+def first_copies(texts: Sequence[str]) -> NDArray[np.intp]:
+    """Where each text stood first, shape `[n]`: a text and its copies belong on one side of a split.
+
+    Texts that differ in case or in space around them alone are copies, as for `text_hashes`.
+    """
+    seen: dict[str, int] = {}
+    return np.array([seen.setdefault(text.strip().lower(), i) for i, text in enumerate(texts)], dtype=np.intp)
+
+
+def _if_any_differ(truth: NDArray[np.intp], first: NDArray[np.intp]) -> NDArray[np.intp]:
+    """`first`, or where no label has two texts that differ, each row as its own: copies are all that can be split."""
+    if any(len(_distinct(truth == label, first)) > 1 for label in np.unique(truth)):
+        return first
+    return np.arange(len(first))
+
+
+def _distinct(among: NDArray[np.bool_], first: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Those of some rows that are no copy of an earlier one."""
+    return np.flatnonzero(among & (first == np.arange(len(first))))
+
+
+def stratified_folds(truth: NDArray[np.intp], first: NDArray[np.intp], folds: int, seed: int) -> list[NDArray[np.intp]]:
+    """Rows to hold out in turn, each label's texts spread over the folds, a text with all its copies in one.
+
+    A label's only text is in none, so that it is always trained on; nor is a fold empty. Where each label has only
+    one text, its copies are spread.
+
+    Args:
+        truth: Each row's label, shape `[n]`.
+        first: As `first_copies` has it, shape `[n]`.
+        folds: At the most.
+        seed: Of the order.
+    """
+    first = _if_any_differ(truth, first)
+    rng, fold_of = np.random.default_rng(seed), np.full(len(truth), -1)
+    for label in np.unique(truth):
+        rows = rng.permutation(_distinct(truth == label, first))
+        if len(rows) > 1:
+            fold_of[rows] = np.arange(len(rows)) % folds
+    fold_of = fold_of[first]
+    return [np.flatnonzero(fold_of == fold) for fold in range(folds) if (fold_of == fold).any()]
 
 
 def pseudo_labels(given: Examples | None, names: Sequence[str]) -> Examples:

@@ -252,7 +252,7 @@ class TransformersGenerator(GeneratingModel):
         answers = [
             [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], *end] for answer in examples.answers
         ]
-        inputs = [self.reader.read(text) for text in examples.inputs]
+        inputs = [self.reader.read(text) for text in examples.texts]
         if self.form == "image":
             assert self.scale is not None
             return [(self.scale.pixels(one), answer) for one, answer in zip(inputs, answers, strict=True)]

@@ -19,13 +19,22 @@ from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from langchain_datashunt import AlwaysSmall, HardPrompt, NoHint, Retry, ShuntChatModel, Threshold, ToolAnswer
+from langchain_datashunt import (
+    AlwaysSmall,
+    HardPrompt,
+    NoHint,
+    Prediction,
+    Retry,
+    ShuntChatModel,
+    Threshold,
+    ToolAnswer,
+)
 from langchain_datashunt.answers import AnswerForm
 from langchain_datashunt.drafting import least_token_probability
 from langchain_datashunt.exceptions import ConfigurationError, QueueFullError, StaysLocal, ThresholdWarning
@@ -135,6 +144,31 @@ def test_labels_fill_schemas_of_one_field(server: ScriptedServer) -> None:
     hidden = model.with_structured_output(Intent).invoke(UNSURE)
     assert isinstance(hidden, Intent)
     assert [message["role"] for message in server.bodies[-1]["messages"]] == ["system", "user"]
+
+
+class Writes(Runnable[Any, Prediction]):
+    """A small model that writes the last word of what it reads, and is sure of it."""
+
+    model_id = "writer"
+
+    def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
+        return Prediction.of_answer(input[-1].text.split()[-1], 0.95, model_id=self.model_id)
+
+
+def test_what_a_small_model_wrote_is_given_where_it_fits(server: ScriptedServer) -> None:
+    model = shunt(server, small=Writes())
+    assert model.invoke("please refund").content == "refund"
+    structured = model.with_structured_output(Intent)
+    assert structured.invoke("please refund") == Intent(intent="refund")
+    assert len(server.bodies) == 0
+    found = structured.batch(["please cancel", "please dance", "please refund"])
+    assert [found[0], found[2]] == [Intent(intent="cancel"), Intent(intent="refund")]
+    assert len(server.bodies) == 1, "to dance is not among the schema's values, so the large model was asked"
+    by_word = shunt(server, small=Writes(), answers={"hours": "From 9 to 17."})
+    assert by_word.invoke("your hours").content == "From 9 to 17."
+    assert by_word.invoke("your prices").content == server.text
+    with pytest.raises(ConfigurationError, match="labels that the small model does not have: hours"):
+        shunt(server, answers={"hours": "From 9 to 17."})
 
 
 async def test_streams_carry_the_decision_once(server: ScriptedServer) -> None:
@@ -287,6 +321,36 @@ def test_settings_reach_the_large_model(server: ScriptedServer) -> None:
     counting = server.chat_model(custom_get_token_ids=lambda text: [1] * len(text))
     assert shunt(server, large=counting).get_num_tokens("hello") == 5
     assert (model._llm_type, model.profile) == ("datashunt", model.large.profile)
+
+
+def _refund(message: AIMessage) -> Intent:
+    return Intent(intent="refund")
+
+
+def _refund_and_raw(message: AIMessage) -> dict[str, Any]:
+    return {"raw": message, "parsed": _refund(message), "parsing_error": None}
+
+
+class Filling(FakeListChatModel):
+    """A chat model that can be pickled, with structured output."""
+
+    responses: list[str] = ["refund"]
+
+    def with_structured_output(self, schema: Any, *, include_raw: bool = False, **kwargs: Any) -> Any:
+        return self | RunnableLambda(_refund_and_raw if include_raw else _refund)
+
+
+def test_structured_output_can_be_copied_and_pickled() -> None:
+    model = ShuntChatModel(small=WordModel(), large=Filling(), max_concurrency=2)
+    plain, raw = model.with_structured_output(Intent), model.with_structured_output(Intent, include_raw=True)
+    for again in (pickle.loads(pickle.dumps(plain)), copy.deepcopy(plain)):
+        assert again.invoke(SURE) == Intent(intent="cancel")
+        assert again.invoke(UNSURE) == Intent(intent="refund")
+        assert again.shunt._limiter is again.owner._limiter, "one bound for both ways"
+        assert [spec.id for spec in again.config_specs] == ["shunt_threshold"]
+    for again in (pickle.loads(pickle.dumps(raw)), copy.deepcopy(raw)):
+        assert again.invoke(SURE)["parsed"] == Intent(intent="cancel")
+    assert [spec.id for spec in model.config_specs] == ["shunt_threshold"]
 
 
 def test_it_can_be_copied_and_pickled(server: ScriptedServer) -> None:

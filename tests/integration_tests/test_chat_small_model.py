@@ -85,6 +85,11 @@ async def test_it_writes_and_knows_how_sure_it_is() -> None:
         ]  # fmt: skip
         least = ChatModelSmallModel(chat_model=tiny(server), score=LeastTokenProbability(), model_id="mine")
         assert least.invoke("surely").model_id == "mine"
+        other = server.chat_model(model="other")
+        assert small.model_copy(update={"chat_model": other}).model_id == "other"
+        assert least.model_copy(update={"chat_model": other}).model_id == "mine", "a name that was given stays"
+        small.chat_model = other
+        assert small.model_id == "other"
 
 
 async def test_a_shunt_between_two_servers_models(tmp_path: Path) -> None:

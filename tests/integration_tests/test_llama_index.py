@@ -115,6 +115,13 @@ def test_it_calls_functions_where_the_large_one_does() -> None:
             ShuntLLM(small=WordModel(), large=MockLLM(), **wrong)
 
 
+def test_a_copy_follows_its_own_settings() -> None:
+    llm = ShuntLLM(small=WordModel(), large=large(), policy=Threshold(0.9))
+    strict = llm.model_copy(update={"policy": Threshold(0.999)})
+    said = [one.chat(user(SURE)).additional_kwargs["shunt"]["route"] for one in (llm, strict, llm)]
+    assert said == ["small", "large", "small"]
+
+
 async def all_ways(llm: Any, text: str) -> list[Any]:
     """What every way of asking says, in the end."""
     found = [llm.chat(user(text)), await llm.achat(user(text)), llm.complete(text), await llm.acomplete(text)]

@@ -17,31 +17,14 @@ from langchain_datashunt.distillation import DistillationSettings, DistillationS
 from langchain_datashunt.distillation.distiller import _fingerprint as fingerprint
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.small_models import EnsembleClassifier, LSTMClassifier, TextCNN, load_small_model
-from langchain_datashunt.small_models import fitting as fitting_module
 from langchain_datashunt.small_models.processes import Processes, launched_precision
-from langchain_datashunt.small_models.training import TrainingSettings
+from langchain_datashunt.small_models.training import Examples, TrainingSettings, one_hot, soft_cross_entropy
+from tests.support.dying import killed_after
 
 LABELS = ("cancel", "refund", "status")
 TEXTS = [f"please {label} number {i} for {word}" for i, word in enumerate("abcdefghij") for label in LABELS]
 TRUTH = [label for _ in range(10) for label in LABELS]
 SMALL: dict[str, Any] = {"embedding_size": 16, "hidden_size": 8}
-
-
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-def _dying_step(steps: int) -> Any:
-    """A step that dies after so many."""
-    real, left = fitting_module._Fit._step, [steps]
-
-    def step(self: Any, stage: int, rows: list[int]) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        real(self, stage, rows)
-
-    return step
 
 
 def same(one: Any, other: Any) -> bool:
@@ -51,9 +34,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("cls", [TextCNN, LSTMClassifier])
 @pytest.mark.parametrize("steps", [1, 5, 14])
-def test_a_killed_training_goes_on_to_the_same_result(
-    cls: Any, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_training_goes_on_to_the_same_result(cls: Any, steps: int, tmp_path: Path) -> None:
     def train(folder: Path | None, **more: Any) -> Any:
         settings = TrainingSettings(
             epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2, seed=3, **more
@@ -61,10 +42,8 @@ def test_a_killed_training_goes_on_to_the_same_result(
         return cls.train(TEXTS, TRUTH, settings=settings, **SMALL)
 
     whole = train(None)
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting_module._Fit, "_step", _dying_step(steps))
-        with pytest.raises(Killed):
-            train(tmp_path)
+    with killed_after(steps):
+        train(tmp_path)
     saved = tmp_path / "training.pt"
     assert saved.exists() == (steps > 1)
     if saved.exists():
@@ -74,6 +53,25 @@ def test_a_killed_training_goes_on_to_the_same_result(
     assert same(whole, resumed)
     assert whole.lineage["training"] == resumed.lineage["training"]
     assert not saved.exists()
+
+
+def test_a_training_of_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Two models of one architecture, learning the same: the checkpoint of one is not the other's."""
+    plain = TrainingSettings(epochs=1, batch_size=8, progress=False)
+    one, other = (TextCNN.train(TEXTS, TRUTH, settings=plain.model_copy(update={"seed": i}), **SMALL) for i in (1, 2))
+    targets = one_hot(TRUTH, LABELS)
+    given = [Examples(TEXTS, targets)], Examples(TEXTS[:8], targets[:8])
+    kept = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=tmp_path, checkpoint_every=2)
+
+    def learn(model: Any, settings: TrainingSettings) -> Any:
+        return model.relearn(*given, settings, soft_cross_entropy)
+
+    with killed_after(5):
+        learn(one, kept)
+    assert (tmp_path / "training.pt").exists()
+    with pytest.raises(DataError, match="weights at the start"):
+        learn(other, kept)
+    assert same(learn(one, kept), learn(one, kept.model_copy(update={"checkpoint": None})))
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -163,7 +161,7 @@ def distill(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ()) 
     ]  # fmt: skip
 
 
-def test_distillation_keeps_what_it_learns_from(log_of_calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distillation_keeps_what_it_learns_from(log_of_calls: Path) -> None:
     small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
     calls = [routed(i) for i in range(120)]
 
@@ -175,10 +173,8 @@ def test_distillation_keeps_what_it_learns_from(log_of_calls: Path, monkeypatch:
         DistillationSettings(training=settings().training.model_copy(update={"checkpoint": None}))
     )
     wanted = whole.distill(small, calls)
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting_module._Fit, "_step", _dying_step(7))
-        with pytest.raises(Killed):
-            TwoStageDistiller(settings()).distill(small, calls)
+    with killed_after(7):
+        TwoStageDistiller(settings()).distill(small, calls)
     with pytest.raises(DataError, match="other settings or another small model"):
         TwoStageDistiller(settings(gce=0.5)).distill(small, calls)
     more = [*calls, *(routed(i) for i in range(120, 200))]  # answers that came in since
@@ -248,7 +244,7 @@ def test_an_error_of_the_first_process_ends_all(log_of_calls: Path) -> None:
     assert "labels that the small model does not know: unheard-of" in done.stderr
 
 
-def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path) -> None:
     def train(folder: Path | None) -> Any:
         settings = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2)
         return EnsembleClassifier.train(
@@ -256,10 +252,8 @@ def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
         )
 
     whole = train(None)
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting_module._Fit, "_step", _dying_step(20))  # of the second member
-        with pytest.raises(Killed):
-            train(tmp_path)
+    with killed_after(20):  # in the second member
+        train(tmp_path)
     resumed = train(tmp_path)
     assert all(same(one, other) for one, other in zip(whole.members, resumed.members, strict=True))
     assert whole.shares == resumed.shares

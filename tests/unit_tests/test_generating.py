@@ -39,6 +39,7 @@ from langchain_datashunt.distillation import DistillationSettings, RoutedCall, T
 from langchain_datashunt.exceptions import ConfigurationError, DataError, PredictionError, TruncationWarning
 from langchain_datashunt.predictions import ANSWER_LABELS
 from langchain_datashunt.small_models.generating import Generated, GeneratingModel, split_answers
+from tests.support.dying import killed_after
 from tests.support.modalities import (
     ScriptedSmall,
     echoes,
@@ -89,6 +90,22 @@ def test_scores_of_tokens() -> None:
         MeanTokenProbability()(PredictionBatch.of(("a", "b"), [[0.5, 0.5]]))
     with pytest.raises(ConfigurationError, match="alpha"):
         TokenQuantile(alpha=2.0)
+
+
+def test_an_answer_without_token_probabilities_is_deferred_alone() -> None:
+    sure = Prediction.of_answer("a cat", 0.9, token_logprobs=np.log([0.9]))
+    batch = PredictionBatch.stack([sure, Prediction.of_answer("a call", 0.9), sure])
+    assert MeanTokenProbability()(batch).tolist() == pytest.approx([0.9, 0.0, 0.9])
+
+    class Drafts(ScriptedSmall):
+        def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
+            return Prediction.of_answer(input, 0.9, token_logprobs=None if input == "call" else np.log([0.9]))
+
+    shunt = ShuntRunnable(
+        small=Drafts(), large=RunnableLambda(lambda _: "large"), policy=Threshold(0.5, score=MeanTokenProbability()),
+        pruning=NoHint(),
+    )  # fmt: skip
+    assert shunt.batch(["a", "call", "b"]) == ["a", "large", "b"]
 
 
 def test_a_written_answer_is_a_prediction_of_itself() -> None:
@@ -458,7 +475,7 @@ def test_distillation_sorts_answers_into_stages() -> None:
     assert (report.stage_a, report.stage_b, report.gold, report.unparsable) == (31, 10, 2, 1)
     assert report.unsure == 2
     stages, held_out = learnt
-    everything = {(a, b) for part in (*stages, held_out) for a, b in zip(part.inputs, part.answers, strict=True)}
+    everything = {(a, b) for part in (*stages, held_out) for a, b in zip(part.texts, part.answers, strict=True)}
     assert ("0.34", "right") in everything
     assert ("x", "y") in everything
     assert ("empty 0.99", "taught") in everything
@@ -468,6 +485,24 @@ def test_distillation_sorts_answers_into_stages() -> None:
         TwoStageDistiller().distill(Learning(), records[:5])
     with pytest.raises(ConfigurationError, match="cannot learn from answers"):
         TwoStageDistiller(DistillationSettings(threshold=0.8)).distill(Scripted(), records)
+
+
+def test_a_killed_distillation_of_answers_goes_on_though_the_log_grew(tmp_path: Path) -> None:
+    small = TransformersGenerator(model=tiny_gpt2(tmp_path / "tiny"), max_new_tokens=4)
+    records = [call(f"{text} {i}", answer) for i, (text, answer) in enumerate(zip(*echoes(), strict=True))][:40]
+
+    def distill(calls: list[RoutedCall], checkpoint: Path | None) -> Any:
+        settings = quiet(3, batch_size=8, checkpoint=checkpoint, checkpoint_every=2)
+        return TwoStageDistiller(DistillationSettings(threshold=0.99, training=settings)).distill(small, calls)
+
+    wanted, folder = distill(records, None), tmp_path / "checkpoint"
+    with killed_after(5):
+        distill(records, folder)
+    resumed = distill([*records, *(call(f"new {i}", "new") for i in range(20))], folder)
+    mine, theirs = wanted.model.weights(), resumed.model.weights()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    assert vars(wanted.report) == vars(resumed.report)
+    assert not list(folder.iterdir())
 
 
 # A larger model on the same machine

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import pickle
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
 from langchain_core.messages import HumanMessage
 
 from langchain_datashunt import (
@@ -46,7 +48,14 @@ from langchain_datashunt.small_models.contrastive import contrastive_loss
 from langchain_datashunt.small_models.encoder import shared_encoder
 from langchain_datashunt.small_models.scores import softmax
 from langchain_datashunt.small_models.tokenization import TextTokenizer
-from langchain_datashunt.small_models.training import Examples, TrainingReport, one_hot, seen_in_training
+from langchain_datashunt.small_models.training import (
+    Examples,
+    TrainingReport,
+    first_copies,
+    one_hot,
+    seen_in_training,
+    stratified_folds,
+)
 from tests.support.handlers import RunBook
 from tests.support.models import LetterEmbeddings, WordModel
 
@@ -344,6 +353,42 @@ def test_large_training_sets_are_split_once(shop_messages: Any, monkeypatch: Any
     assert EmbeddingClassifier.train(texts, labels, settings=QUIET).lineage["folds"] == 1
     given = EmbeddingClassifier.train(texts[:90], labels[:90], validation=(texts[90:], labels[90:]), settings=QUIET)
     assert (given.lineage["folds"], given.lineage["validation_given"]) == (1, True)
+
+
+class Unlike(Embeddings):
+    """A random vector for each text: nothing can be learnt but by heart."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        seeds = [int(hashlib.sha256(text.strip().lower().encode()).hexdigest()[:8], 16) for text in texts]
+        return [np.random.default_rng(seed).normal(size=64).tolist() for seed in seeds]
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.embed_documents([text])[0]
+
+
+@pytest.mark.parametrize("cls", [EmbeddingClassifier, NeighbourClassifier, EnsembleClassifier])
+def test_copies_do_not_make_a_model_surer_than_it_is(cls: Any) -> None:
+    """Labels are drawn by lot: who has a copy of what is held out knows the label, and nobody else does."""
+    lot = np.random.default_rng(0).integers(0, 2, 150)
+    texts, labels = [f"text {i}" for i in range(150)], [("heads", "tails")[i] for i in lot]
+    copied, more = [*texts, *(f" {text.upper()}" for text in texts)], [*labels, *labels]
+    model = cls.train(copied, more, embeddings=Unlike(), settings=QUIET)
+    assert model.lineage["validation_nll"] > 0.65, "0.69 is what a coin's is"
+    assert model.predict_batch([f"new {i}" for i in range(200)]).confidence.mean() < 0.65
+
+
+def test_folds_are_stratified_and_keep_copies_together() -> None:
+    texts = ["a", "b", "c", "A ", "d", "e", "only", "only", "d", "f"]
+    truth, first = np.array([0, 0, 0, 0, 1, 1, 2, 2, 0, 1]), first_copies(texts)
+    assert first.tolist() == [0, 1, 2, 0, 4, 5, 6, 6, 4, 9]
+    folds = stratified_folds(truth, first, 5, seed=1)
+    assert all(len(fold) for fold in folds)
+    held = np.concatenate(folds)
+    assert sorted(held) == [0, 1, 2, 3, 4, 5, 8, 9], "a label's only text is always trained on"
+    for copies in ([0, 3], [4, 8]):
+        assert sum(set(copies) <= set(fold.tolist()) for fold in folds) == 1
+    alone = stratified_folds(np.array([0, 0, 1, 1]), first_copies(["x", "x", "y", "y"]), 5, seed=1)
+    assert [len(fold) for fold in alone] == [2, 2], "where each label has one text, its copies are all there is"
 
 
 class Coin:
@@ -813,6 +858,14 @@ def test_an_encoder_is_saved_with_its_own_length(tmp_path: Path, shop_messages: 
     loaded = load_small_model(model.save(tmp_path / "b"))
     long = " ".join(texts[:10])
     assert np.allclose(loaded.predict_batch([long]).probabilities, model.predict_batch([long]).probabilities, atol=1e-5)
+
+
+def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> None:
+    folder = EmbeddingClassifier.train(*shop_messages, settings=QUIET).save(tmp_path / "model")
+    for load in (load_small_model, BundledSmallModel.at, EmbeddingClassifier.load):
+        with pytest.raises(ConfigurationError, match=r"not loaded with threshold, trheads; this can be set: device"):
+            load(folder, threshold=0.5, trheads=2)
+    assert load_small_model(folder, device="cpu", batch_size=4, cache_size=3).cache_size == 3
 
 
 def test_a_bundle_is_loaded_once_for_many_threads(tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,0 +1,31 @@
+"""A training that is killed in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from langchain_datashunt.small_models import fitting
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """Around a training that dies before its next step, after so many."""
+    real, left = fitting._Fit._step, [steps]
+
+    def step(self: Any, stage: int, rows: list[int]) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        real(self, stage, rows)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fitting._Fit, "_step", step)
+        yield
