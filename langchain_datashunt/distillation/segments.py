@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,7 +23,10 @@ MAX_RECORDS = 4096
 MAX_BYTES = 2**31 - 1
 """Of one segment when it is unpacked; one that says it is larger is damaged."""
 
-_COMPRESSED, _PLAIN = b"z", b"p"
+_COMPRESSED, _CHECKED, _PLAIN = b"z", b"c", b"p"
+"""The first byte of a packed segment; plain ones without a check are of former versions."""
+
+_CHECK = struct.Struct("<I")
 _COUNT = struct.Struct("<I")
 _TEXTS = ("inputs", "raw_outputs", "strange_labels", "small_answers")
 _DISTRIBUTIONS = ("probabilities", "large_probabilities")
@@ -212,17 +216,23 @@ def _fixed(column: Sequence[Any], kind: str) -> bytes:
 
 
 def compressed(body: bytes) -> bytes:
-    """What `Segment.unpack` reads, from a segment's `body`."""
+    """What `Segment.unpack` reads, from a segment's `body`, with a check of its content."""
     if len(body) < _SHORT:
-        return _PLAIN + body
+        return _CHECKED + _CHECK.pack(zlib.crc32(body)) + body
     if (compressor := getattr(_local, "compressor", None)) is None:
-        compressor = _local.compressor = require("zstandard", "store").ZstdCompressor(level=1)
+        zstandard: Any = require("zstandard", "store")
+        compressor = _local.compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
     return _COMPRESSED + bytes(compressor.compress(body))
 
 
 def _decompressed(data: bytes) -> bytes:
     kind, body = data[:1], data[1:]
     if kind == _PLAIN:
+        return body
+    if kind == _CHECKED:
+        check, body = body[: _CHECK.size], body[_CHECK.size :]
+        if check != _CHECK.pack(zlib.crc32(body)):
+            raise ValueError("its segment was changed: its checksum does not fit")
         return body
     if kind != _COMPRESSED:
         raise ValueError("its segment is none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import json
@@ -643,6 +644,22 @@ def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> No
     with store.engine.begin() as connection:
         connection.execute(text("DELETE FROM datashunt_contexts"))
     assert "context" in store.verify()[0]
+
+
+@pytest.mark.parametrize("n", [1, 200])
+def test_no_damaged_byte_of_a_segment_is_read(n: int) -> None:
+    """Not one of a distribution either, which would still read well."""
+    records = [call(i, input="?", raw_output=None, probabilities=(0.5, 0.25, 0.25)) for i in range(n)]
+    whole = Segment.of(columns_of(records))
+    packed, other = whole.pack(), 0
+    assert Segment.unpack(packed) == whole
+    for at in range(len(packed)):
+        for bit in (1, 16, 128):
+            damaged = bytearray(packed)
+            damaged[at] ^= bit
+            with contextlib.suppress(ValueError):
+                other += Segment.unpack(bytes(damaged)) != whole
+    assert other == 0
 
 
 def test_verify_finds_an_id_that_was_damaged(store: DistillationStore) -> None:
