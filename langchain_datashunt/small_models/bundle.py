@@ -4,19 +4,24 @@
     model.safetensors     all parameters
     ...                   further files of the kind, for example tokenizer.json
 
-A bundle is written beside its place and moved there at once, so a reader finds the old one or the new one.
+A bundle is written beside its place and moved there at once. Two renames are needed where there was one before; a
+reader that comes in between, or half-way, reads again (`unless_replaced`), and so finds the old one or the new one.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +39,14 @@ from langchain_datashunt.exceptions import (
 FORMAT = 1
 """The format that this version writes; it reads this one and older ones."""
 
+T = TypeVar("T")
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+_SWAPS = 100
+_WAIT_SECONDS = 2.0
+"""How long a reader waits for the end of a replacement."""
 
 
 class FileStamp(BaseModel):
@@ -231,10 +242,52 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _swap(staging: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.replace(staging, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.replace(folder, old / "bundle")
-    os.replace(staging, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Put a folder in another's place; where two do so at once, that of the last one stays, whole."""
+    with tempfile.TemporaryDirectory(prefix=_old(folder), dir=folder.parent, ignore_cleanup_errors=True) as old:
+        for i in range(_SWAPS):
+            with suppress(FileNotFoundError):
+                os.replace(folder, Path(old) / str(i))
+            try:
+                os.replace(staging, folder)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or i == _SWAPS - 1:
+                    with suppress(OSError):
+                        os.replace(Path(old) / str(i), folder)
+                    raise
+
+
+def _old(folder: Path) -> str:
+    return f".{folder.name}-old-"
+
+
+def unless_replaced(folder: Path, read: Callable[[], T]) -> T:
+    """What is read of a bundle that others may be replacing: all of it is of one of them.
+
+    Args:
+        folder: The bundle's.
+        read: Reads it, and may be called several times.
+
+    Raises:
+        BundleError: As `read` raises it, where nobody replaced the bundle meanwhile.
+    """
+    give_up = time.monotonic() + _WAIT_SECONDS
+    while True:
+        before = _identity(folder)
+        try:
+            found = read()
+            if _identity(folder) == before or time.monotonic() > give_up:
+                return found
+        except (BundleError, OSError):
+            moved = _identity(folder) != before or any(folder.parent.glob(f"{glob.escape(_old(folder))}*"))
+            if not moved or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = (folder / CONFIG_FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

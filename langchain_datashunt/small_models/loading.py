@@ -17,7 +17,7 @@ from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import SmallModel
-from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
+from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info, unless_replaced
 from langchain_datashunt.small_models.micro_batching import MicroBatching
 from langchain_datashunt.small_models.scores import Scores
 
@@ -62,9 +62,13 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
         BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
         ConfigurationError: An override of another name.
     """
-    path = Path(folder).absolute()
+    path, serving = Path(folder).absolute(), _serving_of(overrides)
+    model = unless_replaced(path, lambda: _read(path, overrides))
+    return model.model_copy(update=serving) if serving else model
+
+
+def _read(path: Path, overrides: dict[str, Any]) -> SmallModel:
     info, weights = read_bundle(path)
-    serving = _serving_of(overrides)
     try:
         model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -72,8 +76,6 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
             f"The settings of the bundle {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Train or "
             f"copy it again."
         ) from error
-    if serving:
-        model = model.model_copy(update=serving)
     model.policy, model.fusion = chosen_for(info)
     model._bundle = str(path)
     return model
@@ -125,6 +127,10 @@ def _serving_of(overrides: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(checked, name) for name in given}
 
 
+def _info(path: str) -> BundleInfo:
+    return unless_replaced(Path(path), lambda: read_info(Path(path)))
+
+
 _CHANGEABLE = ("model_id", "temperature", "threshold", "policy", "fusion", "input_key")
 """What a loaded model may set otherwise than its bundle."""
 
@@ -155,7 +161,7 @@ class BundledSmallModel(SmallModel):
     def _read_config(cls, values: dict[str, Any]) -> dict[str, Any]:
         if "labels" in values or "path" not in values:
             return values
-        info = read_info(Path(values["path"]))
+        info = _info(values["path"])
         policy, fusion = chosen_for(info)
         return {**info.shared(), "policy": policy, "fusion": fusion, **values}
 
@@ -173,7 +179,7 @@ class BundledSmallModel(SmallModel):
     def reader(self) -> InputReader:
         """As the model's own; weights are loaded only where the bundle's settings do not tell it."""
         if self._model is None:
-            info = read_info(Path(self.path))
+            info = _info(self.path)
             if (told := small_model_class(info.kind).reader_of(info)) is not None:
                 return told.model_copy(update={"input_key": self.input_key})
         return self.loaded.reader.model_copy(update={"input_key": self.input_key})
