@@ -93,7 +93,7 @@ def write_bundle(
         BundleError: `folder` exists and is not a bundle, or holds files that are none of the bundle's.
     """
     folder = folder.absolute()
-    _check_replaceable(folder)
+    unless_replaced(folder, lambda: _check_replaceable(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -860,6 +860,40 @@ def test_an_encoder_is_saved_with_its_own_length(tmp_path: Path, shop_messages: 
     assert np.allclose(loaded.predict_batch([long]).probabilities, model.predict_batch([long]).probabilities, atol=1e-5)
 
 
+def test_a_bundle_that_is_replaced_again_and_again_is_always_whole(tmp_path: Path) -> None:
+    folder, ends = tmp_path / "model", time.monotonic() + 1.5
+    made = {}
+    for k in (2, 3):
+        labels = tuple("abc"[:k])
+        made[labels] = EmbeddingClassifier(
+            labels=labels, embeddings=LetterEmbeddings(), head=np.full((26, k), float(k)), bias=np.zeros(k), threshold=k
+        )
+    next(iter(made.values())).save(folder)
+
+    def save(model: EmbeddingClassifier) -> int:
+        n = 0
+        while time.monotonic() < ends:
+            model.model_copy().save(folder)
+            n += 1
+        return n
+
+    def read() -> int:
+        n = 0
+        while time.monotonic() < ends:
+            model = load_small_model(folder, embeddings=LetterEmbeddings())
+            assert isinstance(model, EmbeddingClassifier)
+            assert model.head[0, 0] == model.threshold == len(model.labels)
+            assert BundledSmallModel.at(folder).labels in made
+            n += 1
+        return n
+
+    with ThreadPoolExecutor(4) as pool:
+        saves = [pool.submit(save, model) for model in made.values()]
+        reads = [pool.submit(read) for _ in range(2)]
+        assert min(one.result() for one in (*saves, *reads)) > 3
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left beside it"
+
+
 def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> None:
     folder = EmbeddingClassifier.train(*shop_messages, settings=QUIET).save(tmp_path / "model")
     for load in (load_small_model, BundledSmallModel.at, EmbeddingClassifier.load):
