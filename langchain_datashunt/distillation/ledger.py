@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,19 +106,20 @@ class SharedLedger:
             ).one()
         return dict(zip(("sent", "refused", "characters"), map(int, row), strict=True))
 
-    def prune(self, older_than: float, *, period_seconds: float = 86_400.0) -> int:
+    def prune(self, older_than: float, *, period_seconds: float | Mapping[str, float] = 86_400.0) -> int:
         """Delete lines of the trail from before a time, and what was spent in periods that ended by then.
 
         Args:
             older_than: Seconds since 1970 UTC.
-            period_seconds: Of the budgets that are counted here.
+            period_seconds: Of the budgets that are counted here; where they differ, by the budgets' names: what a
+                budget spent that is not named stays.
 
         Returns:
             How many lines there were.
         """
         with self.store.connection() as connection:
             spent = connection.execute(select(controls.c.name).where(controls.c.name.like("spent:%"))).scalars().all()
-            over = [name for name in spent if (int(name.split(":")[2]) + 1) * period_seconds <= older_than]
+            over = [name for name in spent if _end(name, period_seconds) <= older_than]
             for start in range(0, len(over), 500):
                 connection.execute(delete(controls).where(controls.c.name.in_(over[start : start + 500])))
             gone = connection.execute(delete(disclosures).where(disclosures.c.time < older_than)).rowcount
@@ -125,6 +127,13 @@ class SharedLedger:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SharedLedger, (self.store.url.render_as_string(hide_password=False),)
+
+
+def _end(name: str, period_seconds: float | Mapping[str, float]) -> float:
+    """When the period ended in which something was spent, seconds since 1970; never where that is not known."""
+    _, budget, period, *_ = name.split(":")
+    seconds = period_seconds.get(budget, math.inf) if isinstance(period_seconds, Mapping) else period_seconds
+    return (int(period) + 1) * seconds
 
 
 class _AboveError(Exception):

@@ -101,6 +101,29 @@ def test_the_trail_has_counts_and_hashes_and_no_text(ledger: Any) -> None:
         assert list(ledger.trail()) == []
 
 
+def test_what_running_periods_spent_outlives_a_clearing(url: str) -> None:  # noqa: F811
+    """Of two budgets with periods of a day and a week, and one that is not named."""
+    clock, day = Clock(), 86_400.0
+    seconds = {"daily": day, "weekly": 7 * day, "other": day}
+    with DistillationStore(url) as store:
+        ledger = SharedLedger(store)
+        budgets = [
+            DisclosureBudget(calls=1, name=name, period_seconds=length, ledger=ledger, clock=clock)
+            for name, length in seconds.items()
+        ]
+        for budget in budgets:
+            shunt(budget, []).invoke({"input": "refund"}, about("jane"))
+        clock.now = 2.0 * day + (clock.now // day) * day  # two days later, in the same week
+        assert ledger.prune(clock.now, period_seconds={"daily": day, "weekly": 7 * day}) == 3
+        with store.connection() as connection:
+            left = {row.name.split(":")[1] for row in connection.execute(controls.select())}
+        assert left == {"weekly", "other"}
+        ledger.prune(clock.now)
+        with store.connection() as connection:
+            left = {row.name.split(":")[1] for row in connection.execute(controls.select())}
+        assert left == set(), "one length for all"
+
+
 def test_many_threads_together_stay_within_it(ledger: Any) -> None:
     asked: list[Any] = []
     chains = [shunt(DisclosureBudget(calls=25, ledger=ledger), asked) for _ in range(4)]
