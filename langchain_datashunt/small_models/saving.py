@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
 from langchain_datashunt.configured import Configured, as_plain, from_plain
@@ -47,6 +48,16 @@ class Saved(Configured):
     """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
 
     _bundle: str | None = PrivateAttr(default=None)
+
+    @field_validator("labels")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            twice = [label for label, n in Counter(value).items() if n > 1]
+            raise ConfigurationError(
+                f"The labels name {', '.join(map(repr, twice[:5]))} more than once; a model's label set has each once."
+            )
+        return value
 
     @classmethod
     def kind(cls) -> str:

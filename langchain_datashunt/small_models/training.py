@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,9 @@ def split_examples(
         raise DataError(f"Training text {empty[0]} is empty ({len(empty)} in all); remove such rows.")
     _check_labels(labels, "training")
     names = tuple(label_set) if label_set is not None else tuple(sorted(set(labels)))
+    if len(set(names)) < len(names):
+        twice = [label for label, n in Counter(names).items() if n > 1]
+        raise DataError(f"The label set names {', '.join(map(repr, twice[:5]))} more than once; name each label once.")
     if len(names) < 2:
         raise DataError(f"A classifier needs two labels or more; the training set has only {names}.")
     everything = Examples(list(texts), one_hot(labels, names))

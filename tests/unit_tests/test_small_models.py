@@ -894,6 +894,14 @@ def test_a_bundle_that_is_replaced_again_and_again_is_always_whole(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left beside it"
 
 
+def test_a_label_stands_once_in_a_label_set() -> None:
+    for cls in (EmbeddingClassifier, NeighbourClassifier, EnsembleClassifier, TextCNN):
+        with pytest.raises(DataError, match="label set names 'a' more than once"):
+            cls.train(["x", "y", "z"], ["a", "b", "a"], label_set=("a", "b", "a"), settings=QUIET)
+    with pytest.raises(ConfigurationError, match="labels name 'a' more than once"):
+        EmbeddingClassifier(labels=("a", "a"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2))
+
+
 def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> None:
     folder = EmbeddingClassifier.train(*shop_messages, settings=QUIET).save(tmp_path / "model")
     for load in (load_small_model, BundledSmallModel.at, EmbeddingClassifier.load):
