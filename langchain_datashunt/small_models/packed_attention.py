@@ -9,6 +9,7 @@ three times as long.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -256,4 +257,8 @@ def has_variable_length(device: torch.device, dtype: torch.dtype) -> bool:
 
 @lru_cache(maxsize=1)
 def _torch_has_it() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    """Whether this torch has the kernel, with windows: its first versions had none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    kernel = require("torch.nn.attention.varlen", "torch").varlen_attn
+    return "window_size" in inspect.signature(kernel).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -151,3 +152,41 @@ def test_long_texts_are_torchs_own(monkeypatch: Any) -> None:
     rounded = Attention(HEADS)(qkv.bfloat16(), tokens_of(lengths))
     assert calls == [1025]
     assert (rounded.double() - text_by_text(qkv.bfloat16(), lengths)).abs().max() <= HOW_FAR[torch.bfloat16]
+
+
+def varlen_on_a_cpu(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **more: Any) -> Any:
+    """What torch's kernel for CUDA computes, by its own parameters; it checks what that one asks of them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bound = inspect.signature(varlen_attn).bind(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **more)
+    bound.apply_defaults()
+    left, right = bound.arguments["window_size"]
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (int(cu_seq_q[0]), int(cu_seq_q[-1])) == (0, len(q))
+    lengths = cu_seq_q.diff().tolist()
+    assert max(lengths) == max_q == max_k
+    assert left == right
+    qkv = torch.stack((q, k, v), 1).reshape(len(q), -1)
+    seen = text_by_text(qkv, lengths, None if left < 0 else left)
+    return seen.view(len(q), HEADS, WIDTH).to(q.dtype)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_torchs_kernel_is_given_what_it_asks_for(window: int | None, monkeypatch: Any) -> None:
+    """The call of a GPU, with a stand-in for the kernel that keeps to its signature."""
+    monkeypatch.setattr(packed_attention, "_variable_length_kernel", lambda qkv: varlen_on_a_cpu)
+    lengths = [5, 1, 30, 12]
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    found = Attention(HEADS, window=window)(qkv, tokens_of(lengths))
+    assert found.shape == (sum(lengths), HEADS * WIDTH)
+    assert (found.double() - text_by_text(qkv, lengths, window)).abs().max() <= HOW_FAR[torch.float32]
+
+
+def test_a_kernel_without_windows_is_not_used(monkeypatch: Any) -> None:
+    from torch.nn.attention import varlen
+
+    asked = packed_attention._torch_has_it.__wrapped__
+    assert asked()
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+    assert not asked()
+    assert not packed_attention.has_variable_length(torch.device("cpu"), torch.bfloat16)
