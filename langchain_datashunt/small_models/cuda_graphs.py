@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from langchain_datashunt._extras import require
+from langchain_datashunt._forking import Mutex
 from langchain_datashunt.exceptions import ShuntWarning
 from langchain_datashunt.small_models.packed_layers import PackedStates, Run, Tokens
-from langchain_datashunt.small_models.text_batches import on_device
+from langchain_datashunt.small_models.text_batches import ready_for
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,9 @@ SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 TOLERANCE = 0.05
 """How far a replayed state may be from the computed one, relative to the largest: both in half precision."""
+
+_ONE_RECORDS = Mutex()
+"""Of all models of a process: torch admits one recording at a time."""
 
 Replay: TypeAlias = Callable[[], None]
 Record: TypeAlias = "Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]"
@@ -75,7 +79,8 @@ class GraphedEncoder:
             return None
         torch_ = require("torch", "torch")
         inputs = torch_.zeros(2 * size + 2, dtype=torch_.int64, device=self.device)
-        inputs.copy_(on_device(_laid_out(ids[0], size), self.device))
+        made_up = np.arange(1, size + 1) % max(2, max(ids[0]))  # recorded on another text than it is compared on
+        inputs.copy_(ready_for(_laid_out(made_up.tolist(), size), self.device))
 
         def compute() -> torch.Tensor:
             flat, places, lengths = inputs.split([size, size, 2])
@@ -101,7 +106,7 @@ class GraphedEncoder:
 
     def _replayed(self, graph: _Graph, ids: Sequence[int], size: int) -> PackedStates:
         """The text's own states; copied, for the next replay writes over them."""
-        graph.inputs.copy_(on_device(_laid_out(ids, size), self.device), non_blocking=True)
+        graph.inputs.copy_(ready_for(_laid_out(ids, size), self.device), non_blocking=True)
         graph.replay()
         return PackedStates(graph.states[: len(ids)].clone(), graph.inputs[-2:-1].clone())
 
@@ -118,17 +123,21 @@ def _laid_out(ids: Sequence[int], size: int) -> np.ndarray[Any, np.dtype[np.int6
 
 
 class CudaRecorder:
-    """Records computations as CUDA graphs that share one pool of memory; only one of them may run at a time."""
+    """Records computations as CUDA graphs that share one pool of memory; only one of them may run at a time.
+
+    Torch's own stream for recording is of the GPU that was the first, so there is one of this GPU here.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, compute: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         """Record a computation, after it was run twice beside the stream so that kernels are chosen and loaded."""
         cuda = require("torch", "torch").cuda
-        with cuda.device(self.device):
-            beside = cuda.Stream()
+        with _ONE_RECORDS, cuda.device(self.device), cuda.stream(cuda.current_stream(self.device)):
+            self._stream = beside = self._stream or cuda.Stream(self.device)
             beside.wait_stream(cuda.current_stream())
             with cuda.stream(beside):
                 for _ in range(2):
@@ -136,6 +145,6 @@ class CudaRecorder:
             cuda.current_stream().wait_stream(beside)
             self._pool = self._pool or cuda.graph_pool_handle()
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
                 states = compute()
         return graph.replay, states

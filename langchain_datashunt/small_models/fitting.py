@@ -72,6 +72,8 @@ def fit_network(
 ) -> TrainingReport:
     """Fit a network with AdamW (linear warm-up and decay), keep the weights of the best validation loss.
 
+    Weights in half precision are learnt in single precision and rounded at the end.
+
     With several stages a step on each is taken in turn, as 2CD does; an epoch is a pass over the longest. Under
     `accelerate launch` or torchrun each process computes its part of every batch.
 
@@ -113,6 +115,9 @@ class _Fit:
     ) -> None:
         assert settings.epochs and settings.batch_size and settings.learning_rate and settings.patience
         self.torch = require("torch", "torch")
+        self.kept = next(network.parameters()).dtype
+        if self.kept in (self.torch.bfloat16, self.torch.float16):  # too coarse for small steps to change anything
+            network.float()
         self.network, self.logits_of, self.loss, self.validation_loss = network, logits_of, loss, validation_loss
         self.stages, self.validation, self.settings, self.what = stages, validation, settings, what
         self.epochs, self.patience, self.batch_size = settings.epochs, settings.patience, settings.batch_size
@@ -156,7 +161,7 @@ class _Fit:
                 "examples."
             )
         self.network.load_state_dict(self.best)
-        self.network.to(self.home).eval()
+        self.network.to(self.home, self.kept).eval()
         self._forget()
         self.report.seconds = time.perf_counter() - started
         return self.report

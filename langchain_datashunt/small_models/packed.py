@@ -173,16 +173,17 @@ class Packing:
     def _engine_of(self, network: torch.nn.Module) -> AnyEncoder | None:
         if self.engine.startswith("onnx"):
             return OnnxEncoder(network, int8=self.engine == "onnx-int8")
-        made = packed(network, self.dtype)
+        own = packed(network, self.dtype)
+        made = None if own is None else graphed(own)
         if self.engine == "packed":
-            return None if made is None else graphed(made)
+            return made
         if made is None:
             say_once(str(getattr(network.config, "model_type", "?")))
         self.seconds, engines = _tried(network, made, self.dtype)
         name = _chosen(self.seconds)
         if name == "onnx":
             return engines.get("onnx") or _onnx(network)
-        return graphed(made) if made is not None and name == "packed" else None
+        return made if name == "packed" else None
 
 
 def _chosen(seconds: dict[str, float]) -> str:
@@ -237,7 +238,7 @@ _TRIALS_LOCK = threading.Lock()
 
 
 def _tried(
-    network: torch.nn.Module, made: PackedEncoder | None, dtype: torch.dtype | None
+    network: torch.nn.Module, made: AnyEncoder | None, dtype: torch.dtype | None
 ) -> tuple[dict[str, float], dict[str, AnyEncoder]]:
     """What each takes, tried once in a process for networks of one form, so that equal ones are computed alike.
 

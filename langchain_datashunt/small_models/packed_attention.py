@@ -42,6 +42,9 @@ _FEW_TOKENS = 32
 _LONGEST_IN_SINGLE = 24
 """Up to this length single precision costs hardly more than bfloat16, and is that much nearer to the truth."""
 
+_KERNEL_STEP, _KERNEL_WIDEST = 8, 256
+"""Heads that flash attention takes: widths that are multiples of so many, up to so many."""
+
 _SAFE_SUMS = (2.0**-100, 2.0**115)
 """Between these a sum of powers, also times values of some thousands, is far from the ends of a number format."""
 
@@ -146,15 +149,23 @@ class Attention:
         if self.rotation is not None:
             q, k, v = three.unbind(1)
             three = torch_.stack((self.rotation(q, tokens), self.rotation(k, tokens), v), 1)
-        if (kernel := _variable_length_kernel(qkv)) is not None:
-            reach = (-1, -1) if self.window is None else (self.window, self.window)
-            bounds, longest = tokens.bounds(), tokens.longest
-            seen: torch.Tensor = kernel(*three.unbind(1), bounds, bounds, longest, longest, window_size=reach)
-            return seen.reshape(-1, width)
+        if (kernel := _variable_length_kernel(three)) is not None:
+            return self._by_kernel(kernel, three, tokens).reshape(-1, width)
         if qkv.device.type == "cpu" and len(qkv) > _FEW_TOKENS:
             return self._in_groups(three, tokens).view(-1, width)
         parts = [self._by_torch(_texts_of(three, run), tokens).reshape(-1, width) for run in tokens.runs]
         return parts[0] if len(parts) == 1 else torch_.cat(parts)
+
+    def _by_kernel(self, kernel: Any, three: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """By one call, from `[tokens, 3, heads, width]` to `[tokens, heads, width]`; zeros fill heads up to a width."""
+        width, bounds, longest = three.shape[-1], tokens.bounds(), tokens.longest
+        if width % _KERNEL_STEP:
+            three = require("torch.nn.functional", "torch").pad(three, (0, -width % _KERNEL_STEP))
+        reach = (-1, -1) if self.window is None else (self.window, self.window)
+        seen: torch.Tensor = kernel(
+            *three.unbind(1), bounds, bounds, longest, longest, scale=width**-0.5, window_size=reach
+        )
+        return seen[..., :width]
 
     def _in_groups(self, three: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """From `[tokens, 3, heads, width]` to `[tokens, heads, width]`."""
@@ -241,24 +252,29 @@ def _powers(scores: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     return scores.sum(-1, keepdim=True)
 
 
-def _variable_length_kernel(qkv: torch.Tensor) -> Any:
+def _variable_length_kernel(three: torch.Tensor) -> Any:
     """Torch's attention over texts of any length in one call; None where there is none."""
-    if not has_variable_length(qkv.device, qkv.dtype):
+    if three.shape[-1] > _KERNEL_WIDEST or not has_variable_length(three.device, three.dtype):
         return None
     return require("torch.nn.attention.varlen", "torch").varlen_attn
 
 
 def has_variable_length(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention over texts of any length is one call: on CUDA in half precision, where this torch has it."""
+    """Whether attention over texts of any length is one call: on CUDA in half precision, where card and torch have it.
+
+    It is flash attention, for NVIDIA's cards since Ampere.
+    """
     if device.type != "cuda" or str(dtype) not in ("torch.bfloat16", "torch.float16"):
         return False
-    return _torch_has_it()
+    torch_ = require("torch", "torch")
+    return _torch_has_it() and torch_.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(maxsize=1)
 def _torch_has_it() -> bool:
-    """Whether this torch has the kernel, with windows: its first versions had none."""
+    """Whether this torch has the kernel, with windows: its first versions had none, and some builds have none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     kernel = require("torch.nn.attention.varlen", "torch").varlen_attn
-    return "window_size" in inspect.signature(kernel).parameters
+    flash: bool = require("torch", "torch").backends.cuda.is_flash_attention_available()
+    return flash and {"window_size", "scale"} <= set(inspect.signature(kernel).parameters)

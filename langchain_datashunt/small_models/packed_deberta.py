@@ -91,7 +91,7 @@ class DisentangledAttention:
         torch_ = require("torch", "torch")
         half = self.buckets // 2
         far = between.abs().clamp(min=half).float()
-        widest = torch_.log(torch_.tensor((self.furthest - 1) / half, device=between.device))
+        widest = float(torch_.log(torch_.tensor((self.furthest - 1) / half)))  # rounded as transformers rounds it
         steps = torch_.ceil(torch_.log(far / half) / widest * (half - 1)) + half
         found: torch.Tensor = torch_.where(between.abs() <= half, between, (steps * between.sign()).long())
         return found

@@ -101,8 +101,10 @@ def _on_host(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
 
 def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """A copy of a host array on a device; to a GPU from pinned memory, so that nothing waits for it."""
-    torch_ = require("torch", "torch")
-    host: torch.Tensor = torch_.from_numpy(array)
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+    return ready_for(array, device).to(device, non_blocking=True)
+
+
+def ready_for(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A host array as a tensor that can be copied to a device without waiting: for a GPU in pinned memory."""
+    host: torch.Tensor = require("torch", "torch").from_numpy(array)
+    return host.pin_memory() if device.type == "cuda" else host

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from langchain_datashunt.distillation import DistillationSettings, DistillationStore, RoutedCall, TwoStageDistiller
 from langchain_datashunt.distillation.distiller import _fingerprint as fingerprint
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.small_models import EnsembleClassifier, LSTMClassifier, TextCNN, load_small_model
+from langchain_datashunt.small_models.fitting import Stage, fit_network
 from langchain_datashunt.small_models.processes import Processes, launched_precision
 from langchain_datashunt.small_models.training import Examples, TrainingSettings, one_hot, soft_cross_entropy
 from tests.support.dying import killed_after
@@ -108,6 +111,27 @@ def test_half_precision_trains_about_the_same() -> None:
 
     full, half = train("float32"), train("bfloat16")
     assert 0 < np.abs(full - half).max() < 0.2
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_learnt_in_single(half: torch.dtype) -> None:
+    """Steps that are small next to a weight would leave it as it was, or, by float16's least number, be infinite."""
+    torch.manual_seed(0)
+    start = torch.nn.Linear(8, 3).to(half)
+    targets = np.eye(3)[np.arange(60) % 3]
+    rows = [torch.randn(8) for _ in range(60)]
+    learnt = {}
+    for dtype in (torch.float32, half):
+        network = copy.deepcopy(start).to(dtype)
+        settings = TrainingSettings(epochs=3, batch_size=8, learning_rate=1e-4, patience=5, progress=False)
+        fit_network(
+            network, lambda net, some: net(torch.stack(some).to(next(net.parameters()).dtype)), [Stage(rows, targets)],
+            Stage(rows, targets), settings, what="a layer",
+        )  # fmt: skip
+        assert next(network.parameters()).dtype == dtype
+        learnt[dtype] = network.weight.detach()
+    assert torch.equal(learnt[half], learnt[torch.float32].to(half))
+    assert not torch.equal(learnt[half], start.weight)
 
 
 def test_mixed_precision_of_the_launcher_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -478,6 +478,12 @@ class TestGraphs:
         assert (encoder(ids).states - found.states).abs().max() < 1e-6
         assert tried == [1]
 
+    def test_a_recording_that_replays_nothing_is_noticed_at_once(self) -> None:
+        """As one on another GPU's stream would: what it left was right for the text that was recorded."""
+        _, encoder = self.graphed("bert", lambda compute: (lambda: None, compute().clone()))
+        with pytest.warns(ShuntWarning, match="differ from what is computed without them"):
+            encoder([[5, 6, 7]])
+
     def test_they_are_used_where_attention_is_one_call(self, monkeypatch: Any) -> None:
         made = packed(network("bert").base_model)
         assert made is not None
