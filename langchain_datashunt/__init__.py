@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.small_models import (
         BundledSmallModel,
         CaptionModel,
+        CollectingModel,
         ContrastiveClassifier,
         EmbeddingClassifier,
         EnsembleClassifier,
@@ -131,6 +132,7 @@ _WHERE = {
     "small_models": (
         "BundledSmallModel",
         "CaptionModel",
+        "CollectingModel",
         "ContrastiveClassifier",
         "EmbeddingClassifier",
         "EnsembleClassifier",
@@ -157,6 +159,7 @@ __all__ = [
     "CaptionModel",
     "ChatModelSmallModel",
     "CircuitBreaker",
+    "CollectingModel",
     "ConfidenceRouterChain",
     "ConfidenceScore",
     "ConformalPrompt",

@@ -49,9 +49,8 @@ class ConfidenceRouterChain(ShuntRunnable):
             aliases: Other wordings that are accepted, by label.
             prompt: A template that uses `input` and at least one variable of the pruning strategy; None for the
                 default prompt.
-            pruning: What the prompt gets of the small model's opinion; None for `SoftPrompt()`, with a `fusion` for
-                `NoHint()`. To send nothing,
-                say `NoHint()`.
+            pruning: What the prompt gets of the small model's opinion; None for `SoftPrompt()`, with a `fusion`
+                or while answers are only collected for `NoHint()`. To send nothing, say `NoHint()`.
             policy: When to keep; None for the small model's own threshold, or 0.9.
             answer_format: "structured" asks for structured output with the labels as an enumeration (which the
                 provider counts as tokens), "text" for plain text, "auto" structured where the model offers it.
@@ -67,7 +66,8 @@ class ConfidenceRouterChain(ShuntRunnable):
                 f"The labels of {type(small).__name__} are not known before its first call; give labels=[...]."
             )
         descriptions = dict(labels) if isinstance(labels, Mapping) else {}
-        quiet = settings.get("fusion") is not None  # fusion counts the small model's opinion itself
+        # fusion counts the small model's opinion itself; a stand-in for one has none
+        quiet = settings.get("fusion") is not None or not getattr(small, "has_opinion", True)
         strategy = pruning if pruning is not None else NoHint() if quiet else SoftPrompt()
         asker = LabelAsker(
             prompt=prompt

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from langchain_datashunt.cli.output import errors, report, say_json, write_json
-from langchain_datashunt.cli.store import AsJson, Task, Url, moment, store_app
+from langchain_datashunt.cli.store import AsJson, Task, Url, moment, opened_store, store_app
 
 app = typer.Typer(
     name="datashunt",
@@ -81,6 +81,23 @@ def train(
             },
         )  # fmt: skip
         report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
+
+
+@app.command()
+def collect(
+    labels: Annotated[Path, typer.Option(help="File with the task's labels, one a line.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    first: Annotated[str, typer.Option(help="Kind of the first small model, which `datashunt distill` trains.")] = (
+        "embedding"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Make the bundle of a task that has no small model yet: with it everything is asked, and recorded by --store."""
+    from langchain_datashunt.cli.train import collecting_bundle
+
+    with errors():
+        summary = collecting_bundle(labels, out, first)
+        report(summary, as_json, f"{summary['labels']} labels and no model yet; bundle: {out}")
 
 
 LargeLabel = Annotated[str | None, typer.Option("--large-label", help="Column with the large model's answer.")]
@@ -267,11 +284,10 @@ def report_command(
     from langchain_datashunt.cli.report import print_overview
     from langchain_datashunt.distillation.filters import CallFilter
     from langchain_datashunt.distillation.overview import overview_of
-    from langchain_datashunt.distillation.store import DistillationStore
 
     with errors():
         which = CallFilter(task=task, since=moment(since), until=moment(until))
-        with DistillationStore(store) as opened:
+        with opened_store(store) as opened:
             rows = overview_of(opened, by=by, sample_small=sample_small, which=which)  # type: ignore[arg-type]
     if as_json:
         say_json([row.to_dict() for row in rows])

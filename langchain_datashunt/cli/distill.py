@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_datashunt.cli.output import console
+from langchain_datashunt.cli.store import require_store
 from langchain_datashunt.exceptions import DataError
 
 
@@ -94,6 +95,7 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
     from langchain_datashunt.small_models import load_small_model
     from langchain_datashunt.small_models.processes import processes
 
+    require_store(task.store)
     started, small = time.perf_counter(), load_small_model(task.bundle)
     held = processes().share(lambda: begin(task, small))
     distilled = TwoStageDistiller(task.settings()).distill(small, task.records())

@@ -98,10 +98,11 @@ def run_file(
     ):
         done = journal.resume(data, text)
         answered = done + len(journal.part)
+        small = load_small_model(bundle, **(computed or {}))
         chain = ConfidenceRouterChain.from_models(
-            load_small_model(bundle, **(computed or {})),
+            small,
             chat_model,
-            pruning=PRUNINGS[pruning](),
+            pruning=PRUNINGS[pruning]() if small.has_opinion else NoHint(),
             policy=policy,
             answer_format="text",
             on_large_error=cast(Literal["raise", "small"], on_large_error),

@@ -42,13 +42,24 @@ def opened_store(store: str) -> Iterator[DistillationStore]:
         Exit: There is no such file.
     """
     with errors():
-        from langchain_datashunt.distillation.store import DistillationStore, url_of
+        from langchain_datashunt.distillation.store import DistillationStore
 
-        path = url_of(store).partition("sqlite:///")[2].partition("?")[0]
-        if path and path != ":memory:" and not Path(path).is_file():
-            raise ConfigurationError(f"There is no store {path}. Check --store.")
+        require_store(store)
         with DistillationStore(store) as opened:
             yield opened
+
+
+def require_store(store: str) -> None:
+    """See to it that a store is there, which would be made where it is opened.
+
+    Raises:
+        ConfigurationError: There is no such file.
+    """
+    from langchain_datashunt.distillation.store import url_of
+
+    path = url_of(store).partition("sqlite:///")[2].partition("?")[0]
+    if path and path != ":memory:" and not Path(path).is_file():
+        raise ConfigurationError(f"There is no store {path}. Check --store.")
 
 
 @store_app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,7 @@ def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iter
         answer = call.gold or call.label
         if answer is not None and call.readable:
             written = call.labels == ANSWER_LABELS
-            system = WRITTEN_INSTRUCTION if written else instruction.format(labels=", ".join(call.labels))
+            system = WRITTEN_INSTRUCTION if written else instruction.replace("{labels}", ", ".join(call.labels))
             yield {
                 "messages": [
                     {"role": "system", "content": system},
@@ -163,10 +164,21 @@ def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
 def _dataset(folder: Path, store: DistillationStore, which: CallFilter) -> int:
     """A `datasets.Dataset` saved to disk, by way of a Parquet file beside it."""
     datasets = require("datasets", "distill")
-    partial = folder.with_name(f".{folder.name}.parquet")
+    if folder.exists() and not (folder / "dataset_info.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} is there and is no dataset; give an empty or a new folder.")
+    table, whole = (folder.with_name(f".{folder.name}.{what}") for what in ("parquet", "partial"))
     try:
-        n = _parquet(partial, store, which)
-        datasets.Dataset.from_parquet(str(partial)).save_to_disk(str(folder))
+        n = _parquet(table, store, which)
+        if n:
+            made = datasets.Dataset.from_parquet(str(table))
+        else:  # of which datasets makes none by itself
+            features = datasets.Features.from_arrow_schema(_schema(require("pyarrow", "cli")))
+            made = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        made.save_to_disk(str(whole), num_shards=None if n else 1)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(whole, folder)
     finally:
-        partial.unlink(missing_ok=True)
+        table.unlink(missing_ok=True)
+        shutil.rmtree(whole, ignore_errors=True)
     return n

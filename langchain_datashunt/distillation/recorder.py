@@ -25,6 +25,7 @@ from sqlalchemy import URL, make_url
 from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.distillation.keeping import Keeping
 from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.distillation.sealing import KEY_VARIABLE, Seal
 from langchain_datashunt.distillation.spool_place import spool_of
 from langchain_datashunt.distillation.store import DistillationStore, url_of
 from langchain_datashunt.exceptions import ConfigurationError, RecordRefusedError, ShuntError, StoreError
@@ -130,6 +131,7 @@ class Recorder:
         self._random = random.Random(seed)
         self._url = store.url if isinstance(store, DistillationStore) else store
         self._store = store if isinstance(store, DistillationStore) else None
+        self.spool = spool
         self._spool_file = Path(spool) if spool is not None else spool_of(store)
         self._spool: DistillationStore | None = None
         self._lock = threading.Lock()
@@ -149,7 +151,7 @@ class Recorder:
 
     def _start(self) -> None:
         """A fresh queue and writer thread for this process."""
-        self._pid = os.getpid()
+        self._pid, self._pending = os.getpid(), 0
         self._queue: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="datashunt-recorder", daemon=True)
         self._thread.start()
@@ -194,8 +196,13 @@ class Recorder:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.001)
+        self._await(len(group.makers))
         self._queue.put(group)
         return True
+
+    def _await(self, records: int) -> None:
+        with self._lock:
+            self._pending += records
 
     # The writer's thread
 
@@ -218,6 +225,7 @@ class Recorder:
                 pass
             records = [record for group in groups for record in self._made(group)]
             self._write(records)
+            self._await(-sum(len(group.makers) for group in groups))
             for group in groups:
                 if group.done is not None:
                     group.done.set()
@@ -319,7 +327,7 @@ class Recorder:
     def counters(self) -> RecorderCounters:
         """What became of records so far."""
         with self._lock:
-            return replace(self._counters, pending=self._queue.qsize())
+            return replace(self._counters, pending=self._pending)
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -359,7 +367,17 @@ class Recorder:
         return f"Recorder({where!r}, task={self.task!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its settings: another process has a writer of its own."""
+        """Pickled as its settings: another process has a writer of its own.
+
+        Raises:
+            ConfigurationError: The store encrypts with a key that another process would not have.
+        """
+        seal, told = None if self._store is None else self._store.seal, Seal.of(None)
+        if seal is not None and (told is None or told.hashes(b"") != seal.hashes(b"")):
+            raise ConfigurationError(
+                f"{self!r} encrypts with a key that was given to its store, and keys are not pickled. Give the key by "
+                f"the environment variable {KEY_VARIABLE}, which the other process reads, too."
+            )
         url = self._url if isinstance(self._url, (str, Path)) else self._url.render_as_string(hide_password=False)
         return _restored, (
             str(url),
@@ -372,6 +390,7 @@ class Recorder:
                     "queue_size",
                     "group_size",
                     "max_wait_ms",
+                    "spool",
                     "retry_seconds",
                     "keep",
                 )  # fmt: skip

@@ -347,7 +347,11 @@ class DistillationStore:
             raise StoreError("Give an input_hash or a subject; to delete by age or number use prune().")
         tests: list[ColumnElement[bool]] = []
         if input_hash is not None:
-            tests.append(has_key(calls, self._keys(bytes.fromhex(input_hash))))
+            try:
+                sought = bytes.fromhex(input_hash)
+            except ValueError as error:
+                raise StoreError(f"{input_hash!r} is no input hash; take it from a record's `input_hash`.") from error
+            tests.append(has_key(calls, self._keys(sought)))
         if subject is not None:
             tests.append(calls.c.subject == hash_subject(subject))
         return self._delete(and_(*tests))

@@ -17,6 +17,7 @@ from langchain_datashunt.small_models.scores import Scores
 
 if TYPE_CHECKING:
     from langchain_datashunt.small_models.caption_model import CaptionModel
+    from langchain_datashunt.small_models.collecting import CollectingModel
     from langchain_datashunt.small_models.contrastive import ContrastiveClassifier
     from langchain_datashunt.small_models.embedding import EmbeddingClassifier
     from langchain_datashunt.small_models.encoder import CachedEmbeddings, SentenceEncoder
@@ -39,6 +40,7 @@ __all__ = [
     "BundledSmallModel",
     "CachedEmbeddings",
     "CaptionModel",
+    "CollectingModel",
     "ContrastiveClassifier",
     "EmbeddingClassifier",
     "EnsembleClassifier",

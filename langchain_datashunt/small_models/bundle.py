@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from langchain_datashunt._extras import require
 from langchain_datashunt._version import __version__
@@ -74,6 +74,13 @@ class BundleInfo(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     lineage: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, FileStamp] = Field(default_factory=dict)
+
+    @field_validator("labels")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a label is named more than once")
+        return value
 
     def shared(self) -> dict[str, Any]:
         """The fields that every kind of small model is made with."""
@@ -271,18 +278,27 @@ def unless_replaced(folder: Path, read: Callable[[], T]) -> T:
     Raises:
         BundleError: As `read` raises it, where nobody replaced the bundle meanwhile.
     """
-    give_up = time.monotonic() + _WAIT_SECONDS
-    while True:
+    for _ in range(_SWAPS):
         before = _identity(folder)
         try:
             found = read()
-            if _identity(folder) == before or time.monotonic() > give_up:
-                return found
         except (BundleError, OSError):
-            moved = _identity(folder) != before or any(folder.parent.glob(f"{glob.escape(_old(folder))}*"))
-            if not moved or time.monotonic() > give_up:
+            if _identity(folder) == before and not (before is None and _comes_back(folder)):
                 raise
-            time.sleep(0.01)
+        else:
+            if _identity(folder) == before:
+                return found
+    return read()
+
+
+def _comes_back(folder: Path) -> bool:
+    """Whether a bundle that is not in its place is between the two renames of a replacement; waits for its end."""
+    give_up, aside = time.monotonic() + _WAIT_SECONDS, f"{glob.escape(_old(folder))}*"
+    while any(folder.parent.glob(aside)) and time.monotonic() < give_up:
+        if _identity(folder) is not None:
+            return True
+        time.sleep(0.01)
+    return _identity(folder) is not None
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -171,10 +171,13 @@ class EmbeddingClassifier(OnEmbeddings):
         def fit(rows: NDArray[np.intp]) -> tuple[NDArray[Any], NDArray[Any]]:
             return _fit_head(vectors[rows], targets[rows], strength, chosen, self.head, self.bias, loss=loss)
 
-        fold_of, everything = np.empty(len(texts), dtype=np.intp), np.arange(len(texts))
-        for i, rows in enumerate(np.array_split(np.random.default_rng(chosen.seed).permutation(len(texts)), FOLDS)):
+        first, everything = first_copies(texts), np.arange(len(texts))
+        if not first.any():  # one text alone, again and again
+            first = everything
+        fold_of, distinct = np.empty(len(texts), dtype=np.intp), np.flatnonzero(first == everything)
+        for i, rows in enumerate(np.array_split(np.random.default_rng(chosen.seed).permutation(distinct), FOLDS)):
             fold_of[rows] = i
-        fold_of = fold_of[first_copies(texts)]
+        fold_of = fold_of[first]
         logits = np.zeros(targets.shape)
         for i in np.unique(fold_of):
             fold = np.flatnonzero(fold_of == i)
@@ -291,8 +294,8 @@ def _fit_head(
     torch = require("torch", "torch")
     n, d, k = len(vectors), vectors.shape[1], targets.shape[1]
     x, wanted = torch.from_numpy(vectors), torch.from_numpy(targets).float()
-    w = torch.zeros(d, k) if head is None else torch.from_numpy(head.copy())
-    b = torch.zeros(k) if bias is None else torch.from_numpy(bias.copy())
+    w = torch.zeros(d, k) if head is None else torch.from_numpy(head.copy()).float()
+    b = torch.zeros(k) if bias is None else torch.from_numpy(bias.copy()).float()
     w.requires_grad_(True)
     b.requires_grad_(True)
     optimizer = torch.optim.LBFGS(

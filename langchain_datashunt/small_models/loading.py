@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "captioner": ("langchain_datashunt.small_models.caption_model", "CaptionModel"),
     "generator": ("langchain_datashunt.small_models.transformers_generator", "TransformersGenerator"),
     "image": ("langchain_datashunt.small_models.image_classifier", "ImageClassifier"),
+    "collecting": ("langchain_datashunt.small_models.collecting", "CollectingModel"),
     "predict_proba": ("langchain_datashunt.small_models.predict_proba", "PredictProbaClassifier"),
 }
 """Kind -> module and class; a new kind of small model is one line here."""

@@ -191,18 +191,40 @@ def _check_labels(labels: Sequence[str], what: str) -> None:
 def _held_out_rows(truth: NDArray[np.intp], first: NDArray[np.intp], settings: TrainingSettings) -> NDArray[np.intp]:
     """At least one text of each label that has two or more, and at least one in all; a text with all its copies."""
     rng, first = np.random.default_rng(settings.seed), _if_any_differ(truth, first)
-    held: list[NDArray[np.intp]] = []
+    copies, held = np.bincount(first, minlength=len(first)), np.zeros(len(first), dtype=np.bool_)
     for label in np.unique(truth):
-        rows = rng.permutation(_distinct(truth == label, first))
-        n = min(max(0, len(rows) - 1), max(1, round(len(rows) * settings.validation_fraction)))
-        held.append(rows[:n])
-    chosen = np.flatnonzero(np.isin(first, np.concatenate(held)))
+        wanted = max(1, round(int((truth == label).sum()) * settings.validation_fraction))
+        for row in _texts_of(rng.permutation(_distinct(truth == label, first)), copies, wanted):
+            held |= first == row
+    _leave_some(truth, first, held)
+    chosen = np.flatnonzero(held)
     if not chosen.size:
         raise DataError(
             "Each label has only one example, so none can be held out to stop training in time. "
             "Give two examples a label, or a validation set."
         )
     return chosen
+
+
+def _texts_of(rows: NDArray[np.intp], copies: NDArray[np.intp], wanted: int) -> list[int]:
+    """Of these texts, in their order, such as have so many copies together, or else the one with the fewest.
+
+    Never all of them.
+    """
+    taken: list[int] = []
+    for row in rows.tolist():
+        if len(taken) < len(rows) - 1 and copies[row] <= wanted:
+            taken.append(row)
+            wanted -= copies[row]
+    return taken if taken or len(rows) < 2 else [int(rows[copies[rows].argmin()])]
+
+
+def _leave_some(truth: NDArray[np.intp], first: NDArray[np.intp], held: NDArray[np.bool_]) -> None:
+    """See to it that each label has a row that is not held out: its texts may all be copies of other labels'."""
+    for label in np.unique(truth):
+        rows = np.flatnonzero(truth == label)
+        if held[rows].all():
+            held[first == first[rows[0]]] = False
 
 
 def first_copies(texts: Sequence[str]) -> NDArray[np.intp]:
@@ -245,6 +267,10 @@ def stratified_folds(truth: NDArray[np.intp], first: NDArray[np.intp], folds: in
         if len(rows) > 1:
             fold_of[rows] = np.arange(len(rows)) % folds
     fold_of = fold_of[first]
+    for fold in range(folds):
+        held = fold_of == fold
+        _leave_some(truth, first, held)
+        fold_of[(fold_of == fold) & ~held] = -1
     return [np.flatnonzero(fold_of == fold) for fold in range(folds) if (fold_of == fold).any()]
 
 

@@ -374,6 +374,47 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     assert command("store", "prune", "--store", url, "--max-age-days", "0", "--subject", "jane").exit_code == 0
 
 
+def test_without_a_small_model_answers_are_collected_and_make_the_first_one(work: Path, tmp_path: Path) -> None:
+    """Cold start: everything is asked and recorded, and what was recorded makes the first small model."""
+    labels = sorted({json.loads(line)["answer"] for line in (work / "answers.jsonl").open()})
+    (tmp_path / "labels.txt").write_text("\n".join(labels) + "\n")
+    made = command("collect", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "none", "--json")
+    assert (made.exit_code, json.loads(made.stdout)["labels"]) == (0, len(labels)), made.output
+    url = tmp_path / "calls.db"
+    done = command(
+        "run", "--bundle", tmp_path / "none", "--large", f"replay:{work / 'answers.jsonl'}", "--data",
+        work / "data.csv", "--text", "text", "--out", tmp_path / "o.jsonl", "--store", url, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["asked"] == json.loads(done.stdout)["rows"] == 144
+    stats = json.loads(command("store", "stats", "--store", url, "--json").stdout)
+    assert (stats["records"], stats["route_large"]) == (144, 144)
+    distilled = command(
+        "distill", "--bundle", tmp_path / "none", "--store", url, "--holdout", work / "data.csv", "--out",
+        tmp_path / "models", "--json",
+    )  # fmt: skip
+    assert distilled.exit_code == 0, distilled.output
+    summary = json.loads(distilled.stdout)
+    assert summary["promoted"]
+    assert summary["old_accuracy"] < 0.5 < 0.8 < summary["new_accuracy"]
+    first = load_small_model(summary["bundle"])
+    assert (type(first).kind(), first.labels, first.policy) == ("embedding", tuple(labels), None)
+    for words, message in (
+        (["--labels", tmp_path / "nowhere.txt"], "cannot be read"),
+        (["--labels", tmp_path / "labels.txt", "--first", "oracle"], "--first 'oracle' is not known"),
+    ):
+        refused = command("collect", "--out", tmp_path / "x", *words)
+        assert (refused.exit_code, message in " ".join(refused.output.split())) == (2, True), refused.output
+
+
+@pytest.mark.parametrize("words", [["distill"], ["report"]])
+def test_a_store_that_is_not_there_is_not_made(words: list[str], work: Path, tmp_path: Path) -> None:
+    more = ["--bundle", work / "bundle", "--holdout", work / "data.csv", "--out", tmp_path / "models"]
+    refused = command(*words, "--store", tmp_path / "typo.db", *(more if words == ["distill"] else []))
+    assert (refused.exit_code, "There is no store" in refused.output) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

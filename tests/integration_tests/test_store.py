@@ -1380,3 +1380,42 @@ def test_totals_count_repeats(store: DistillationStore) -> None:
     assert stats["cost_usd"] == pytest.approx(0.1)
     assert stats["input_tokens"] == 1100
     assert isinstance(stats["route_large"], int)
+
+
+def test_pending_counts_records_until_they_are_written(tmp_path: Path) -> None:
+    going, begun = threading.Event(), threading.Event()
+
+    def slow() -> RoutedCall:
+        begun.set()
+        assert going.wait(20)
+        return call(0)
+
+    with Recorder(tmp_path / "calls.db") as recorder:
+        recorder.record([slow])
+        assert begun.wait(20)
+        recorder.record([lambda i=i: call(i) for i in range(1, 101)])  # type: ignore[misc]
+        assert recorder.counters.pending == 101, "one is being written, and a hundred wait in one group"
+        going.set()
+        assert recorder.flush()
+        assert (recorder.counters.pending, recorder.counters.written) == (0, 101)
+
+
+def test_a_dataset_of_nothing_is_one_and_takes_no_other_folders_place(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append([call(i) for i in range(3)])
+        nothing = CallFilter(until=1.0)
+        for which, n in ((nothing, 0), (CallFilter(), 3), (nothing, 0)):
+            assert export(store, tmp_path / "ds", kind="datasets", which=which) == n
+            assert datasets.load_from_disk(str(tmp_path / "ds")).num_rows == n
+        assert "input_hash" in datasets.load_from_disk(str(tmp_path / "ds")).column_names
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("x")
+        with pytest.raises(ConfigurationError, match="is no dataset"):
+            export(store, tmp_path / "mine", kind="datasets")
+        chats = tmp_path / "chats.jsonl"
+        export(store, chats, kind="openai", instruction='Say {"label": "x"}, one of {labels}.')
+        system = json.loads(chats.read_text().splitlines()[0])["messages"][0]["content"]
+        assert system == 'Say {"label": "x"}, one of ' + ", ".join(LABELS) + "."
+        with pytest.raises(StoreError, match="'xyz' is no input hash"):
+            store.delete(input_hash="xyz")

