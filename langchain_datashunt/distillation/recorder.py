@@ -151,7 +151,8 @@ class Recorder:
 
     def _start(self) -> None:
         """A fresh queue and writer thread for this process."""
-        self._pid, self._pending = os.getpid(), 0
+        self._pid = os.getpid()
+        self._open: set[_Group] = set()  # not written yet; changed by single operations, so that no caller needs a lock
         self._queue: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="datashunt-recorder", daemon=True)
         self._thread.start()
@@ -196,13 +197,9 @@ class Recorder:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.001)
-        self._await(len(group.makers))
+        self._open.add(group)
         self._queue.put(group)
         return True
-
-    def _await(self, records: int) -> None:
-        with self._lock:
-            self._pending += records
 
     # The writer's thread
 
@@ -225,7 +222,7 @@ class Recorder:
                 pass
             records = [record for group in groups for record in self._made(group)]
             self._write(records)
-            self._await(-sum(len(group.makers) for group in groups))
+            self._open.difference_update(groups)
             for group in groups:
                 if group.done is not None:
                     group.done.set()
@@ -327,7 +324,7 @@ class Recorder:
     def counters(self) -> RecorderCounters:
         """What became of records so far."""
         with self._lock:
-            return replace(self._counters, pending=self._pending)
+            return replace(self._counters, pending=sum(len(group.makers) for group in tuple(self._open)))
 
     def _count(self, **more: int) -> None:
         with self._lock:
