@@ -93,7 +93,7 @@ def collect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Make the bundle of a task that has no small model yet: with it everything is asked, and recorded by --store."""
-    from langchain_datashunt.cli.train import collecting_bundle
+    from langchain_datashunt.cli.collect import collecting_bundle
 
     with errors():
         summary = collecting_bundle(labels, out, first)

@@ -8,7 +8,7 @@ from typing import Any
 from langchain_datashunt.cli.output import console
 from langchain_datashunt.data.reading import labelled_texts, sample_per_label, texts_of
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.small_models import CollectingModel, SmallModel, small_model_class
+from langchain_datashunt.small_models import SmallModel, small_model_class
 from langchain_datashunt.small_models.selection import Candidate, train_best
 from langchain_datashunt.small_models.training import TrainingSettings
 
@@ -27,24 +27,6 @@ READ_UNLABELLED = ("contrastive",)
 
 WITH_BASE = ("contrastive", "transformers")
 """Kinds that fine-tune an encoder, which may be named after a colon."""
-
-
-def collecting_bundle(labels: Path, out: Path, first: str) -> dict[str, Any]:
-    """Save the bundle of a task whose first small model is still to be trained; returns what was done, JSON-ready.
-
-    Raises:
-        DataError: The file of labels cannot be used.
-        ConfigurationError: There is no such kind of small model.
-    """
-    if first not in TRAINABLE:
-        raise ConfigurationError(f"--first {first!r} is not known; use {', '.join(TRAINABLE)}.")
-    try:
-        lines = [line.strip() for line in labels.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{labels} cannot be read: {error}.") from error
-    model = CollectingModel(labels=tuple(line for line in lines if line), first=first, model_id="collecting")
-    model.save(out)
-    return {"kind": model.kind(), "labels": len(model.labels), "first": first, "out": str(out)}
 
 
 def train_bundle(

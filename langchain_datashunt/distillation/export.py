@@ -18,6 +18,7 @@ from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.predictions import ANSWER_LABELS
+from langchain_datashunt.replacing import put_in_place
 
 WRITTEN_INSTRUCTION = "Answer the message."
 """The same for answers that are written, which have no labels."""
@@ -175,9 +176,7 @@ def _dataset(folder: Path, store: DistillationStore, which: CallFilter) -> int:
             features = datasets.Features.from_arrow_schema(_schema(require("pyarrow", "cli")))
             made = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         made.save_to_disk(str(whole), num_shards=None if n else 1)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(whole, folder)
+        put_in_place(whole, folder)
     finally:
         table.unlink(missing_ok=True)
         shutil.rmtree(whole, ignore_errors=True)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import multiprocessing.util
 import os
 import queue
 import random
-import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Self
 
 from sqlalchemy import URL, make_url
 
 from langchain_datashunt._forking import AFTER_FORK
 from langchain_datashunt.distillation.keeping import Keeping
+from langchain_datashunt.distillation.process_end import at_the_end_of_a_worker, written_at_the_end
 from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.sealing import KEY_VARIABLE, Seal
 from langchain_datashunt.distillation.spool_place import spool_of
@@ -142,7 +137,7 @@ class Recorder:
         self._start()
         if self._store is None:
             self._try_open()
-        _at_exit(self)
+        written_at_the_end(self)
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
@@ -191,7 +186,7 @@ class Recorder:
             return False
         if os.getpid() != self._pid:
             self._start()  # a child process has no writer thread yet
-            _at_the_end_of_a_worker()
+            at_the_end_of_a_worker()
         deadline = time.monotonic() + self.max_wait_ms / 1000.0
         while self._queue.qsize() >= self.queue_size:
             if time.monotonic() >= deadline:
@@ -402,43 +397,3 @@ def _said_of(error: Exception) -> str:
 
 def _restored(url: str, settings: dict[str, Any]) -> Recorder:
     return Recorder(url, **settings)
-
-
-_living: weakref.WeakSet[Recorder] = weakref.WeakSet()
-_installed = False
-
-
-def _at_exit(recorder: Recorder) -> None:
-    """Have a recorder closed at exit and flushed on SIGTERM, before whatever else is to happen then."""
-    global _installed
-    _living.add(recorder)
-    if _installed:
-        return
-    _installed = True
-    atexit.register(_close_all)
-    _at_the_end_of_a_worker()
-    if threading.current_thread() is threading.main_thread():
-        previous = signal.getsignal(signal.SIGTERM)
-
-        def flush_then(number: int, frame: FrameType | None) -> None:
-            for living in list(_living):
-                living.flush(timeout=10.0)
-            if callable(previous):
-                previous(number, frame)
-            elif previous != signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, flush_then)
-
-
-def _at_the_end_of_a_worker() -> None:
-    """Have recorders closed where this is a process of multiprocessing, which ends without what `atexit` would do."""
-    if multiprocessing.parent_process() is not None:
-        multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
-
-
-def _close_all() -> None:
-    for recorder in list(_living):
-        recorder.close(timeout=10.0)

@@ -10,18 +10,14 @@ reader that comes in between, or half-way, reads again (`unless_replaced`), and 
 
 from __future__ import annotations
 
-import errno
-import glob
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,18 +31,13 @@ from langchain_datashunt.exceptions import (
     BundleTooNewError,
     BundleTruncatedError,
 )
+from langchain_datashunt.replacing import put_in_place, unless_replaced
 
 FORMAT = 1
 """The format that this version writes; it reads this one and older ones."""
 
-T = TypeVar("T")
-
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-
-_SWAPS = 100
-_WAIT_SECONDS = 2.0
-"""How long a reader waits for the end of a replacement."""
 
 
 class FileStamp(BaseModel):
@@ -78,8 +69,8 @@ class BundleInfo(BaseModel):
     @field_validator("labels")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("a label is named more than once")
+        if twice := repeated(value):
+            raise ValueError(f"{twice[0]!r} is named more than once")
         return value
 
     def shared(self) -> dict[str, Any]:
@@ -112,7 +103,7 @@ def write_bundle(
             write_files(staging)
         stamped = info.model_copy(update={"files": _stamp_all(staging)})
         (staging / CONFIG_FILE).write_text(stamped.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _swap(staging, folder)
+        put_in_place(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -248,62 +239,6 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _swap(staging: Path, folder: Path) -> None:
-    """Put a folder in another's place; where two do so at once, that of the last one stays, whole."""
-    with tempfile.TemporaryDirectory(prefix=_old(folder), dir=folder.parent, ignore_cleanup_errors=True) as old:
-        for i in range(_SWAPS):
-            with suppress(FileNotFoundError):
-                os.replace(folder, Path(old) / str(i))
-            try:
-                os.replace(staging, folder)
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or i == _SWAPS - 1:
-                    with suppress(OSError):
-                        os.replace(Path(old) / str(i), folder)
-                    raise
-
-
-def _old(folder: Path) -> str:
-    return f".{folder.name}-old-"
-
-
-def unless_replaced(folder: Path, read: Callable[[], T]) -> T:
-    """What is read of a bundle that others may be replacing: all of it is of one of them.
-
-    Args:
-        folder: The bundle's.
-        read: Reads it, and may be called several times.
-
-    Raises:
-        BundleError: As `read` raises it, where nobody replaced the bundle meanwhile.
-    """
-    for _ in range(_SWAPS):
-        before = _identity(folder)
-        try:
-            found = read()
-        except (BundleError, OSError):
-            if _identity(folder) == before and not (before is None and _comes_back(folder)):
-                raise
-        else:
-            if _identity(folder) == before:
-                return found
-    return read()
-
-
-def _comes_back(folder: Path) -> bool:
-    """Whether a bundle that is not in its place is between the two renames of a replacement; waits for its end."""
-    give_up, aside = time.monotonic() + _WAIT_SECONDS, f"{glob.escape(_old(folder))}*"
-    while any(folder.parent.glob(aside)) and time.monotonic() < give_up:
-        if _identity(folder) is not None:
-            return True
-        time.sleep(0.01)
-    return _identity(folder) is not None
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        found = (folder / CONFIG_FILE).stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+def repeated(labels: Sequence[str]) -> list[str]:
+    """The labels that stand in a label set more than once."""
+    return [label for label, n in Counter(labels).items() if n > 1]

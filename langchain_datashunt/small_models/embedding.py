@@ -31,6 +31,7 @@ from langchain_datashunt.small_models.training import (
     lineage_of,
     progress_bar,
     pseudo_labels,
+    random_folds,
     soft_cross_entropy,
     split_examples,
     stratified_folds,
@@ -171,16 +172,8 @@ class EmbeddingClassifier(OnEmbeddings):
         def fit(rows: NDArray[np.intp]) -> tuple[NDArray[Any], NDArray[Any]]:
             return _fit_head(vectors[rows], targets[rows], strength, chosen, self.head, self.bias, loss=loss)
 
-        first, everything = first_copies(texts), np.arange(len(texts))
-        if not first.any():  # one text alone, again and again
-            first = everything
-        fold_of, distinct = np.empty(len(texts), dtype=np.intp), np.flatnonzero(first == everything)
-        for i, rows in enumerate(np.array_split(np.random.default_rng(chosen.seed).permutation(distinct), FOLDS)):
-            fold_of[rows] = i
-        fold_of = fold_of[first]
-        logits = np.zeros(targets.shape)
-        for i in np.unique(fold_of):
-            fold = np.flatnonzero(fold_of == i)
+        logits, everything = np.zeros(targets.shape), np.arange(len(texts))
+        for fold in random_folds(first_copies(texts), FOLDS, chosen.seed):
             head, bias = fit(np.setdiff1d(everything, fold))
             logits[fold] = vectors[fold] @ head + bias
         head, bias = fit(everything)

@@ -16,8 +16,9 @@ from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
+from langchain_datashunt.replacing import unless_replaced
 from langchain_datashunt.small_models.base import SmallModel
-from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info, unless_replaced
+from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, read_info
 from langchain_datashunt.small_models.micro_batching import MicroBatching
 from langchain_datashunt.small_models.scores import Scores
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.fusion import AnswerFusion
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.policies import PLAIN_CLASSES, Policy
-from langchain_datashunt.small_models.bundle import BundleInfo, read_info, write_bundle
+from langchain_datashunt.small_models.bundle import BundleInfo, read_info, repeated, write_bundle
 
 
 class Saved(Configured):
@@ -52,8 +51,7 @@ class Saved(Configured):
     @field_validator("labels")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) < len(value):
-            twice = [label for label, n in Counter(value).items() if n > 1]
+        if twice := repeated(value):
             raise ConfigurationError(
                 f"The labels name {', '.join(map(repr, twice[:5]))} more than once; a model's label set has each once."
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.configured import Configured
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.predictions import FloatArray
+from langchain_datashunt.small_models.bundle import repeated
 
 if TYPE_CHECKING:
     import torch
@@ -156,8 +156,7 @@ def split_examples(
         raise DataError(f"Training text {empty[0]} is empty ({len(empty)} in all); remove such rows.")
     _check_labels(labels, "training")
     names = tuple(label_set) if label_set is not None else tuple(sorted(set(labels)))
-    if len(set(names)) < len(names):
-        twice = [label for label, n in Counter(names).items() if n > 1]
+    if twice := repeated(names):
         raise DataError(f"The label set names {', '.join(map(repr, twice[:5]))} more than once; name each label once.")
     if len(names) < 2:
         raise DataError(f"A classifier needs two labels or more; the training set has only {names}.")
@@ -191,11 +190,11 @@ def _check_labels(labels: Sequence[str], what: str) -> None:
 def _held_out_rows(truth: NDArray[np.intp], first: NDArray[np.intp], settings: TrainingSettings) -> NDArray[np.intp]:
     """At least one text of each label that has two or more, and at least one in all; a text with all its copies."""
     rng, first = np.random.default_rng(settings.seed), _if_any_differ(truth, first)
-    copies, held = np.bincount(first, minlength=len(first)), np.zeros(len(first), dtype=np.bool_)
+    copies, taken = np.bincount(first, minlength=len(first)), list[int]()
     for label in np.unique(truth):
         wanted = max(1, round(int((truth == label).sum()) * settings.validation_fraction))
-        for row in _texts_of(rng.permutation(_distinct(truth == label, first)), copies, wanted):
-            held |= first == row
+        taken += _texts_of(rng.permutation(_distinct(truth == label, first)), copies, wanted)
+    held = np.isin(first, taken)
     _leave_some(truth, first, held)
     chosen = np.flatnonzero(held)
     if not chosen.size:
@@ -272,6 +271,22 @@ def stratified_folds(truth: NDArray[np.intp], first: NDArray[np.intp], folds: in
         _leave_some(truth, first, held)
         fold_of[(fold_of == fold) & ~held] = -1
     return [np.flatnonzero(fold_of == fold) for fold in range(folds) if (fold_of == fold).any()]
+
+
+def random_folds(first: NDArray[np.intp], folds: int, seed: int) -> list[NDArray[np.intp]]:
+    """Rows to hold out in turn, whatever their labels, a text with all its copies in one fold; as `stratified_folds`.
+
+    One text alone, again and again, is spread.
+    """
+    everything = np.arange(len(first))
+    if not first.any():
+        first = everything
+    fold_of = np.empty(len(first), dtype=np.intp)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(first == everything))
+    for i, rows in enumerate(np.array_split(order, folds)):
+        fold_of[rows] = i
+    fold_of = fold_of[first]
+    return [np.flatnonzero(fold_of == fold) for fold in np.unique(fold_of)]
 
 
 def pseudo_labels(given: Examples | None, names: Sequence[str]) -> Examples:

@@ -936,7 +936,7 @@ def test_a_slow_reader_reads_what_was_replaced_once_more(tmp_path: Path, monkeyp
         info, weights = real(path)
         if not reads:
             second.save(folder)
-            monkeypatch.setattr("langchain_datashunt.small_models.bundle.time.monotonic", lambda: 1e9)
+            monkeypatch.setattr("langchain_datashunt.replacing.time.monotonic", lambda: 1e9)
         reads.append(float(weights["head"][0, 0]))
         return info, weights
 
