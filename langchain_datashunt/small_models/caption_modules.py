@@ -162,5 +162,5 @@ class AttendingWriter(nn.Module):
 def _sayable(logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of all words, without padding and start."""
     held = logits.float().clone()
-    held[:, [PAD, START]] = -torch.inf
+    held[:, PAD] = held[:, START] = -torch.inf  # each by itself: a list would be copied to a GPU at every word
     return held.log_softmax(-1)

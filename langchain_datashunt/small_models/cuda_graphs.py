@@ -14,8 +14,8 @@ import numpy as np
 from langchain_datashunt._extras import require
 from langchain_datashunt._forking import Mutex
 from langchain_datashunt.exceptions import ShuntWarning
+from langchain_datashunt.small_models.devices import ready_for
 from langchain_datashunt.small_models.packed_layers import PackedStates, Run, Tokens
-from langchain_datashunt.small_models.text_batches import ready_for
 
 if TYPE_CHECKING:
     import torch

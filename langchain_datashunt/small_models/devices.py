@@ -6,10 +6,13 @@ import logging
 import platform
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError
@@ -134,3 +137,22 @@ def share_of_threads(workers: int) -> None:
     restoring.join()
     with suppress(MissingExtraError):  # what else computes by OpenMP
         require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")
+
+
+def on_host(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
+    """Batches one after the other on the host, by one copy."""
+    together = parts[0] if len(parts) == 1 else require("torch", "torch").cat(list(parts))
+    array: NDArray[np.float32] = together.cpu().numpy()
+    return array
+
+
+def on_device(array: NDArray[Any], device: torch.device | str) -> torch.Tensor:
+    """A copy of a host array on a device; to a GPU from pinned memory, so that nothing waits for it."""
+    host = ready_for(array, device)
+    return host.to(device, non_blocking=host.is_pinned())
+
+
+def ready_for(array: NDArray[Any], device: torch.device | str) -> torch.Tensor:
+    """A host array as a tensor that can be copied to a device without waiting: for a GPU in pinned memory."""
+    host: torch.Tensor = require("torch", "torch").from_numpy(array)
+    return host.pin_memory() if getattr(device, "type", device) == "cuda" else host

@@ -17,7 +17,13 @@ from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationErr
 from langchain_datashunt.images import ImageReader, Picture, Pixels
 from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundle import BundleInfo, check_weights
-from langchain_datashunt.small_models.devices import choose_device, choose_dtype, cpu_workers, quiet_transformers
+from langchain_datashunt.small_models.devices import (
+    choose_device,
+    choose_dtype,
+    cpu_workers,
+    on_host,
+    quiet_transformers,
+)
 from langchain_datashunt.small_models.fitting import Stage, fit_network, relearn_network
 from langchain_datashunt.small_models.image_inputs import ImageScale
 from langchain_datashunt.small_models.networks import safe_config, shapes_of, unique_labels
@@ -147,12 +153,12 @@ class ImageClassifier(SmallModel):
     def predict_scores(self, texts: Sequence[Picture]) -> Scores:
         torch = require("torch", "torch")
         pixels = self.features(texts)
-        logits = np.empty((len(pixels), len(self.labels)), dtype=np.float32)
         with torch.inference_mode():
-            for start in range(0, len(pixels), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                logits[rows] = self.logits_of(self._network, pixels[rows]).float().cpu().numpy()
-        return Scores(logits)
+            parts = [
+                self.logits_of(self._network, pixels[start : start + self.batch_size]).float()
+                for start in range(0, len(pixels), self.batch_size)
+            ]
+            return Scores(on_host(parts))
 
     @classmethod
     def train(

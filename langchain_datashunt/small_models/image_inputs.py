@@ -15,6 +15,7 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.configured import Strategy
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.images import Picture, Pixels
+from langchain_datashunt.small_models.devices import on_device
 
 KNOWN = {"ViT", "CLIP", "ConvNext", "MobileNetV2", "MobileNetV1", "Bit", "Siglip", "Blip", "Swin", "DeiT", "ViTHybrid"}
 """Families of transformers' image processors whose steps are taken here."""
@@ -70,7 +71,7 @@ class ImageScale(Strategy):
     def tensor(self, pixels: Sequence[Pixels], device: Any) -> Any:
         """Pixels `n` times `[h, w, c]` as a torch tensor `[n, c, h, w]`, scaled."""
         torch = require("torch", "torch")
-        stacked = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float() / 255.0
+        stacked = on_device(np.stack(pixels), device).permute(0, 3, 1, 2).float() / 255.0
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
         return (stacked - mean) / std
 

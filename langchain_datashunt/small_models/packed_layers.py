@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.small_models.text_batches import on_device
+from langchain_datashunt.small_models.devices import on_device
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.predictions import BoolArray
+from langchain_datashunt.small_models.devices import on_host
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ def compute_texts(
     if len(texts) == 1:  # each step of what follows is slow after a network has filled the caches
         ids, cut = tokenize(texts)
         with require("torch", "torch").inference_mode():
-            return _on_host([forward(ids).float()]).copy(), cut  # it may be a part of all states
+            return on_host([forward(ids).float()]).copy(), cut  # it may be a part of all states
     found, cut = np.empty((len(texts), width), dtype=np.float32), np.zeros(len(texts), dtype=np.bool_)
     for start, ids, cut_here in _tokenized(tokenize, texts):
         chunk = slice(start, start + len(ids))
@@ -73,7 +74,7 @@ def compute_texts(
             for rows in token_budget_batches([len(one) for one in ids], budget, batch_size):
                 parts.append(forward([ids[i] for i in rows]).float())
                 orders.append(rows)
-            found[chunk][np.concatenate(orders)] = _on_host(parts)
+            found[chunk][np.concatenate(orders)] = on_host(parts)
     return found, cut
 
 
@@ -90,21 +91,3 @@ def _tokenized(tokenize: Tokenize, texts: Sequence[str]) -> Iterator[tuple[int, 
             if following := texts[start + CHUNK : start + 2 * CHUNK]:
                 coming = ahead.submit(tokenize, following)
             yield start, ids, cut
-
-
-def _on_host(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
-    """Batches one after the other on the host, by one copy."""
-    together = parts[0] if len(parts) == 1 else require("torch", "torch").cat(list(parts))
-    array: NDArray[np.float32] = together.cpu().numpy()
-    return array
-
-
-def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A copy of a host array on a device; to a GPU from pinned memory, so that nothing waits for it."""
-    return ready_for(array, device).to(device, non_blocking=True)
-
-
-def ready_for(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A host array as a tensor that can be copied to a device without waiting: for a GPU in pinned memory."""
-    host: torch.Tensor = require("torch", "torch").from_numpy(array)
-    return host.pin_memory() if device.type == "cuda" else host

@@ -10,6 +10,7 @@ import numpy as np
 
 from langchain_datashunt._extras import require
 from langchain_datashunt.predictions import BoolArray
+from langchain_datashunt.small_models.devices import on_device
 
 if TYPE_CHECKING:
     import torch
@@ -107,11 +108,10 @@ def _closing_tokens(backend: Any) -> int:
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and attention mask, both `[n, longest]`."""
-    torch = require("torch", "torch")
     longest = max(1, *(len(one) for one in ids)) if ids else 1
     array = np.full((len(ids), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(ids), longest), dtype=np.int64)
     for i, one in enumerate(ids):
         array[i, : len(one)] = one
         mask[i, : len(one)] = 1
-    return torch.from_numpy(array).to(device), torch.from_numpy(mask).to(device)
+    return on_device(array, device), on_device(mask, device)

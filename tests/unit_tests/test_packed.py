@@ -534,31 +534,3 @@ def test_onnx_runtime_computes_in_a_forked_child() -> None:
             os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert packing.of(base) is own
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-def test_single_texts_by_cuda_graphs_agree(kind: str, texts: list[str], tmp_path: Path) -> None:
-    folder = saved(kind, tmp_path)
-    given: dict[str, Any] = {"model": folder, "dtype": "bfloat16", "max_length": 100, "device": "cuda"}
-    plain, quick = (TransformersClassifier(engine=engine, **given) for engine in ("plain", "packed"))  # type: ignore[arg-type]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for text in texts:
-            one, two = plain.invoke(text), quick.invoke(text)
-            assert np.abs(np.array(one.probabilities) - np.array(two.probabilities)).max() <= 1e-2
-    encoder = quick._packing.of(quick._network.base_model)
-    assert isinstance(encoder, GraphedEncoder)
-    assert encoder._graphs, "graphs were recorded"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert", "deberta"])
-def test_packed_classifiers_agree_on_a_gpu(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
-    folder = saved(kind, tmp_path)
-    given: dict[str, Any] = {"model": folder, "dtype": dtype, "max_length": 100, "device": "cuda"}
-    plain, quick = (TransformersClassifier(engine=engine, **given) for engine in ("plain", "packed"))  # type: ignore[arg-type]
-    one, two = plain.predict_batch(texts), quick.predict_batch(texts)
-    assert np.abs(one.probabilities - two.probabilities).max() <= (1e-4 if dtype == "float32" else 1e-2)
-    assert (one.best == two.best).mean() >= 0.995
