@@ -27,6 +27,9 @@ MODELS = "auto, embedding, neighbours, ensemble, contrastive[:PATH_OR_ID], textc
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
 CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu for the small model; the first there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the bundle's own.")]
+Engine = Annotated[str | None, typer.Option(help="auto, packed, plain, onnx or onnx-int8.")]
 Log = Annotated[Path | None, typer.Option(help="Folder for metrics.json and TensorBoard's events.")]
 
 
@@ -160,6 +163,32 @@ def evaluate(
         report(figures, False, f"{found.n} examples, policy {found.policy}")
 
 
+@app.command("agreement")
+def agreement_command(
+    bundle: Annotated[Path, typer.Option(help="Folder of the small model.")],
+    data: DataFile,
+    text: TextColumn,
+    engine: Engine = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own policy, or 0.9.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Texts at the most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Compare a bundle's answers in a number format, or by an engine, with transformers' own in float32."""
+    from langchain_datashunt.cli.agreement import compare_bundle
+
+    given = {"device": device, "dtype": dtype, "engine": engine}
+    computed = {name: value for name, value in given.items() if value is not None}
+    with errors():
+        found = compare_bundle(bundle, data, text, threshold=threshold, computed=computed, limit=limit)
+        line = (
+            f"{found['n']} texts: {100 * found['same_label']:.2f}% the same label, "
+            f"{100 * found['same_route']:.2f}% the same route, {found['times_as_fast']:.1f} times as fast."
+        )
+        report(found, as_json, line)
+
+
 @app.command("run")
 def run_command(
     bundle: Annotated[Path, typer.Option(help="Folder of the small model.")],
@@ -174,11 +203,9 @@ def run_command(
     chunk: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 512,
     store: Annotated[str | None, typer.Option(help="Record calls here (URL or file), to distil from.")] = None,
     task: Annotated[str, typer.Option(help="Name under which calls are recorded.")] = "default",
-    device: Annotated[
-        str | None, typer.Option(help="cuda, mps or cpu for the small model; the first there is.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the bundle's own.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, packed, plain, onnx or onnx-int8.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: Engine = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Answer every row of a file; exit status 1 where some rows could not be answered."""

