@@ -88,13 +88,17 @@ class Graph:
     def replay(self) -> None:
         """Compute them again, from what their inputs hold now."""
         self.replays += 1
-        for kernel in self.kernels:
-            for made in kernel.results:
-                shares = {one.untyped_storage().data_ptr() for one in _tensors((kernel.args, kernel.kwargs))}
-                if made.untyped_storage().data_ptr() not in shares and made.dtype.is_floating_point:
-                    made.fill_(torch.nan)  # a graph's memory serves others between replays
+        self.lose()
         for kernel in self.kernels:
             kernel()
+
+    def lose(self) -> None:
+        """What kernels have computed: recording computes nothing, and between replays the memory serves others."""
+        for kernel in self.kernels:
+            given = {_where(one) for one in _tensors((kernel.args, kernel.kwargs))}
+            for made in kernel.results:
+                if _where(made) not in given and made.dtype.is_floating_point:
+                    made.fill_(torch.nan)
 
 
 class Device:
@@ -146,6 +150,10 @@ _DEVICE = Device()
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
+
+
+def _where(one: torch.Tensor) -> int:
+    return one.untyped_storage().data_ptr()
 
 
 def _in_place_of(name: str) -> Callable[..., Any] | None:
@@ -258,11 +266,7 @@ def _recorded(graph: Graph, **_: Any) -> Iterator[None]:
         yield
     finally:
         _DEVICE.recording = None
-    for kernel in graph.kernels:
-        for made in kernel.results:
-            shares = {one.untyped_storage().data_ptr() for one in _tensors((kernel.args, kernel.kwargs))}
-            if made.untyped_storage().data_ptr() not in shares and made.dtype.is_floating_point:
-                made.fill_(torch.nan)  # recording computes nothing
+    graph.lose()
 
 
 _META, _CUDA, _TYPES = 14, 1, 20

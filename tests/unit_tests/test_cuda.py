@@ -23,6 +23,7 @@ from langchain_datashunt.small_models import SentenceEncoder  # noqa: E402
 from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder  # noqa: E402
 from langchain_datashunt.small_models.packed import PackedEncoder, packed  # noqa: E402
 from langchain_datashunt.small_models.packed_layers import Tokens  # noqa: E402
+from tests.benchmarks import gpu as gpu_benchmark  # noqa: E402
 from tests.support.cuda_stand_in import Device, OnDevice, RefusedError, stand_in_for_cuda  # noqa: E402
 from tests.support.modalities import MODALITIES  # noqa: E402
 from tests.unit_tests.test_packed import network, saved  # noqa: E402
@@ -183,6 +184,18 @@ def test_without_flash_attention_there_are_no_graphs(tmp_path: Path, texts: list
         assert isinstance(quick._packing._made, PackedEncoder)
     assert device.graphs == []
     assert np.abs(one.probabilities - two.probabilities).max() <= 1e-2
+
+
+def test_the_benchmark_runs(tmp_path: Path, stand_in: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU, where one is lent for minutes, is not spent on its mistakes."""
+    tiny = saved("bert", tmp_path)
+    monkeypatch.setattr(gpu_benchmark, "bundled_encoder_path", lambda: tiny)
+    monkeypatch.setattr(gpu_benchmark, "short_texts", lambda n: ["where is my card", "give it back", "a word"])
+    found = gpu_benchmark.measure("cuda", 3, 1, tmp_path / "model")
+    assert (found["engine"], found["same_label"], found["device"]) == ("GraphedEncoder", 1.0, "stand-in")
+    assert found["largest_difference"] < 1e-2
+    assert min(found[name] for name in ("texts_per_second", "share_of_products", "single_p50_ms")) > 0.0
+    assert len(stand_in.graphs) == 2, "of the model with graphs, and of the one whose graphs are taken off"
 
 
 class TestTheStandIn:
