@@ -49,9 +49,6 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     reads_text: ClassVar[bool] = True
     """Whether inputs of this kind are texts, so that nobody needs to ask a model for its reader."""
 
-    has_opinion: ClassVar[bool] = True
-    """Whether what it predicts is worth telling; not where it only stands in for a model to come."""
-
     micro_batching: MicroBatching | None = Field(default=MicroBatching(), exclude=True, repr=False)
     """How single requests that arrive while the model is busy are computed together; None computes each alone.
 
@@ -68,6 +65,11 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     @abstractmethod
     def predict_scores(self, texts: Sequence[Any]) -> Scores:
         """Logits for `n` inputs, as `reader` reads them (texts, where a kind says nothing else), in one pass."""
+
+    @property
+    def has_opinion(self) -> bool:
+        """Whether what it predicts is worth telling; not where it only stands in for a model to come."""
+        return True
 
     @property
     def reader(self) -> InputReader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,6 @@ class CollectingModel(SmallModel):
     answers are recorded. What 2CD then makes of it is a first small model, trained on these answers.
     """
 
-    has_opinion: ClassVar[bool] = False
-
     first: str = "embedding"
     """The kind of the first small model, which `relearn` trains."""
 
@@ -48,6 +46,11 @@ class CollectingModel(SmallModel):
         if len(value) < 2:
             raise ConfigurationError(f"A task has two labels or more; given: {', '.join(value) or 'none'}.")
         return value
+
+    @property
+    @override
+    def has_opinion(self) -> bool:
+        return False
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:

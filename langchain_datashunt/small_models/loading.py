@@ -22,6 +22,8 @@ from langchain_datashunt.small_models.bundle import BundleInfo, read_bundle, rea
 from langchain_datashunt.small_models.micro_batching import MicroBatching
 from langchain_datashunt.small_models.scores import Scores
 
+_COLLECTING = "collecting"
+
 KINDS: dict[str, tuple[str, str]] = {
     "embedding": ("langchain_datashunt.small_models.embedding", "EmbeddingClassifier"),
     "textcnn": ("langchain_datashunt.small_models.word_networks", "TextCNN"),
@@ -33,7 +35,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "captioner": ("langchain_datashunt.small_models.caption_model", "CaptionModel"),
     "generator": ("langchain_datashunt.small_models.transformers_generator", "TransformersGenerator"),
     "image": ("langchain_datashunt.small_models.image_classifier", "ImageClassifier"),
-    "collecting": ("langchain_datashunt.small_models.collecting", "CollectingModel"),
+    _COLLECTING: ("langchain_datashunt.small_models.collecting", "CollectingModel"),
     "predict_proba": ("langchain_datashunt.small_models.predict_proba", "PredictProbaClassifier"),
 }
 """Kind -> module and class; a new kind of small model is one line here."""
@@ -175,6 +177,12 @@ class BundledSmallModel(SmallModel):
                 if self._model is None:
                     self._model = load_small_model(self.path, **self.overrides)
         return self._model
+
+    @property
+    @override
+    def has_opinion(self) -> bool:
+        """As the model's own, told without its weights."""
+        return self._model.has_opinion if self._model is not None else _info(self.path).kind != _COLLECTING
 
     @property
     @override

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from langchain_datashunt import (
+    BundledSmallModel,
     CollectingModel,
     ConfidenceRouterChain,
     EmbeddingClassifier,
@@ -718,5 +719,13 @@ def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first
     again = pickle.loads(pickle.dumps(small))
     assert again.predict_batch(texts[:3]).confidence.tolist() == small.predict_batch(texts[:3]).confidence.tolist()
     assert load_small_model(small.save(tmp_path / "bundle")).labels == tuple(words)
+    bundled = BundledSmallModel.at(tmp_path / "bundle")
+    assert not bundled.has_opinion
+    assert bundled._model is None, "known without its weights"
+    prompts.clear()
+    ConfidenceRouterChain.from_models(bundled, chat, answer_format="text").batch(texts[:2])
+    assert "probab" not in prompts[0].lower()
+    assert not bundled.has_opinion
+    assert BundledSmallModel.at(distilled.model.save(tmp_path / "trained")).has_opinion
     with pytest.raises(ConfigurationError, match="two labels or more"):
         CollectingModel(labels=("one",))
