@@ -186,7 +186,7 @@ def test_without_flash_attention_there_are_no_graphs(tmp_path: Path, texts: list
 
 
 def test_the_benchmark_runs(tmp_path: Path, stand_in: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a GPU, where one is lent for minutes, is not spent on its mistakes."""
+    """So that time on a GPU is not spent on its mistakes."""
     tiny = saved("bert", tmp_path)
     monkeypatch.setattr(gpu_benchmark, "bundled_encoder_path", lambda: tiny)
     monkeypatch.setattr(gpu_benchmark, "short_texts", lambda n: ["where is my card", "give it back", "a word"])
