@@ -9,8 +9,9 @@ from typing import Any
 from langchain_datashunt.data.reading import texts_of
 from langchain_datashunt.evaluation.agreement import agreement
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.policies import Policy, Threshold
+from langchain_datashunt.policies import Threshold
 from langchain_datashunt.predictions import PredictionBatch
+from langchain_datashunt.shunt_settings import policy_for
 from langchain_datashunt.small_models import SmallModel, load_small_model
 
 REFERENCE = {"engine": "plain", "dtype": "float32"}
@@ -33,8 +34,8 @@ def compare_bundle(
     on = {name: computed[name] for name in ("device",) if name in computed}
     small, trusted = load_small_model(bundle, **computed), load_small_model(bundle, **{**REFERENCE, **on})
     (found, seconds), (wanted, seconds_of_reference) = _predicted(small, texts), _predicted(trusted, texts)
-    own: Policy = small.policy or Threshold(0.9 if small.threshold is None else small.threshold)
-    told = agreement(found, wanted, own if threshold is None else Threshold(threshold)).to_dict()
+    policy = policy_for(small, None if threshold is None else Threshold(threshold))
+    told = agreement(found, wanted, policy).to_dict()
     return {**told, "texts_per_second": len(texts) / seconds, "times_as_fast": seconds_of_reference / seconds}
 
 

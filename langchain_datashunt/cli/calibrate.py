@@ -24,7 +24,8 @@ from langchain_datashunt.evaluation import Evaluation, evaluate
 from langchain_datashunt.evaluation.metrics import expected_calibration_error
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.policies import Policy, Threshold
+from langchain_datashunt.policies import Threshold
+from langchain_datashunt.shunt_settings import policy_for
 from langchain_datashunt.small_models import SmallModel, load_small_model
 from langchain_datashunt.small_models.training import seen_in_training
 
@@ -158,10 +159,9 @@ def evaluate_bundle(
     small = load_small_model(bundle)
     texts, labels, large, cost = file.read()
     _refuse_training_texts(small, texts, file.data)
-    own: Policy = small.policy or Threshold(0.9 if small.threshold is None else small.threshold)
     calibration = small.lineage.get("calibration", {})
     found = evaluate(
-        small.predict_batch(texts), labels, own if threshold is None else Threshold(threshold),
+        small.predict_batch(texts), labels, policy_for(small, None if threshold is None else Threshold(threshold)),
         large=large, fusion=small.fusion, large_cost=cost, small_cost_usd=small_cost,
         guarantee=str(calibration.get("guarantee", "")) if threshold is None else "",
     )  # fmt: skip
