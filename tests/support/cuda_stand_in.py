@@ -123,7 +123,7 @@ class Device:
             to_host = not isinstance(args[0], OnDevice)
         from_host = bool(host) and name in _ANYWHERE and not to_host
         by_truth = "index" in name and any(one.dtype in (torch.bool, torch.uint8) for one in tensors[1:])
-        waited_for = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+        waited_for = not (kwargs.get("non_blocking") or (name == "aten::copy_" and True in args[2:]))
         read_at_once = from_host and (waited_for or not all(getattr(one, "pinned", False) for one in host))
         waits = name in _WAITS or to_host or by_truth or read_at_once
         if waits:
