@@ -63,11 +63,11 @@ def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tm
 
 
 @pytest.mark.parametrize("n", [600, WHOLE])
-@pytest.mark.parametrize(("dtype", "furthest", "of_a_hundred"), [("float32", 1e-4, 1e-5), ("bfloat16", 0.015, 0.007)])
+@pytest.mark.parametrize(("dtype", "furthest", "of_a_hundred"), [("float32", 1e-4, 1e-5), ("bfloat16", 0.01, 0.007)])
 def test_the_engine_agrees_with_transformers_on_real_questions(
     banking77: Path, n: int | None, dtype: str, furthest: float, of_a_hundred: float
 ) -> None:
-    """The largest difference of a probability, for all questions, 999 of 1,000, and 99 of 100; and the labels."""
+    """The largest difference of a probability, for all questions and for 99 of 100; and the labels."""
     if dtype == "bfloat16" and not cpu_has_bfloat16():
         pytest.skip("this processor has no bfloat16 arithmetic, and emulates it too slowly")
     task = load_banking77(banking77)
@@ -80,6 +80,5 @@ def test_the_engine_agrees_with_transformers_on_real_questions(
     wanted, found = plain.predict_batch(texts), quick.predict_batch(texts)
     far = np.abs(wanted.probabilities - found.probabilities).max(axis=1)
     assert far.max() <= furthest
-    assert (far > 0.01).mean() <= 0.001
     assert np.quantile(far, 0.99) <= of_a_hundred
     assert (wanted.best == found.best).mean() >= (1.0 if dtype == "float32" else 0.995)
