@@ -15,6 +15,7 @@
     * BundleTruncatedError     files are missing, cut short or changed
     * BundleTooNewError        written by a newer format than this version reads
     * BundleMismatchError      its labels, its weights and its encoder disagree
+  * TooManyFailuresError       one large call after the other failed, so it was not gone on with
   * ReplayError                recorded answers cannot be replayed
   * StoreError                 the store of routed calls cannot be used
     * RecordRefusedError       it is there, and does not take a record
@@ -159,6 +160,29 @@ class BundleTooNewError(BundleError):
 
 class BundleMismatchError(BundleError):
     """The labels, the weights and the encoder of the bundle disagree."""
+
+
+class TooManyFailuresError(ShuntError):
+    """One large call after the other failed, so it was not gone on with.
+
+    Attributes:
+        failures: How many.
+        last: What the last one said.
+        out: Where answers stand.
+    """
+
+    def __init__(self, failures: int, last: str, out: str) -> None:
+        super().__init__(failures, last, out)
+        self.failures = failures
+        self.last = last
+        self.out = out
+
+    def __str__(self) -> str:
+        return (
+            f"{self.failures} large calls failed one after the other, the last with {self.last!r}. What was answered "
+            f"is in {self.out}. Put right what failed and run again: these rows are asked anew. --max-failures 0 goes "
+            f"on whatever fails."
+        )
 
 
 class ReplayError(ShuntError):

@@ -4,10 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("LANGSMITH_TRACING", None)
+
+settings.register_profile("datashunt", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("datashunt")
 
 DATA_DIR = os.environ.get("DATASHUNT_DATA_DIR")
 

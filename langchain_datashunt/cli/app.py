@@ -203,6 +203,10 @@ def run_command(
     chunk: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 512,
     store: Annotated[str | None, typer.Option(help="Record calls here (URL or file), to distil from.")] = None,
     task: Annotated[str, typer.Option(help="Name under which calls are recorded.")] = "default",
+    retry_failed: Annotated[bool, typer.Option(help="Ask rows of OUT again that have an error and no answer.")] = False,
+    max_failures: Annotated[
+        int, typer.Option(min=0, help="Stop when so many large calls failed one after the other; 0 never does.")
+    ] = 100,
     device: Device = None,
     dtype: Dtype = None,
     engine: Engine = None,
@@ -217,6 +221,7 @@ def run_command(
             bundle, large, data, text, out,
             threshold=threshold, pruning=pruning, on_large_error=on_large_error,
             concurrency=concurrency, chunk=chunk, store=store, task=task,
+            retry_failed=retry_failed, max_failures=max_failures,
             computed={name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
         report(summary, as_json, f"{summary['rows']} rows; answers: {out}")

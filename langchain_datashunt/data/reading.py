@@ -58,7 +58,8 @@ def cell(file: str | Path, i: int, row: Row, name: str) -> Any:
         DataError: The row, the `i`-th of the file from 1 on, has no such column, or nothing in it.
     """
     if row.get(name) is None:
-        raise DataError(f"{Path(file).name}, row {i}: column {name!r} is empty. Fill or remove the row.")
+        what = "is empty" if name in row else "is missing"
+        raise DataError(f"{Path(file).name}, row {i}: column {name!r} {what}. Fill or remove the row.")
     return row[name]
 
 
@@ -99,13 +100,29 @@ def _csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
+            names = reader.fieldnames or ()
+            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise DataError(f"{path.name} has more than one column {twice[0]!r}. Give each a name of its own.")
             for i, row in enumerate(reader, start=1):
                 if None in row or None in row.values():
-                    width = len(reader.fieldnames or ())
-                    raise DataError(f"{path.name}, row {i}: it has not the {width} fields that the header has.")
+                    raise DataError(f"{path.name}, row {i}: it has not the {len(names)} fields that the header has.")
                 yield row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:  # found in a block that is read ahead, so the reader's line is another
+            where = _undecodable_line(path)
+            raise DataError(f"{path.name}, line {where}, is no UTF-8. Save the file as UTF-8.") from error
+        except csv.Error as error:
             raise DataError(f"{path.name} cannot be read after line {reader.line_num}: {error}.") from error
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is no UTF-8."""
+    with path.open("rb") as stream:
+        for i, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return i
+    return 0
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

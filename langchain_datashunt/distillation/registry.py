@@ -31,6 +31,7 @@ from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import RegistryError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.small_models.base import SmallModel
+from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.loading import load_small_model
 from langchain_datashunt.small_models.scores import Scores
 
@@ -278,7 +279,7 @@ class RegistryModel(SmallModel):
         Raises:
             RegistryError: It has no version in service.
         """
-        serving = {name: overrides.pop(name) for name in ("micro_batching",) if name in overrides}
+        serving = {name: overrides.pop(name) for name in ("micro_batching", "cache_size") if name in overrides}
         stamp = registry.stamp()  # before what it stands for is loaded, which may take a while
         first = registry.load(**overrides)
         model = cls(
@@ -349,9 +350,29 @@ class RegistryModel(SmallModel):
     def workers(self) -> int:
         return self.reload(now=False).workers()
 
+    @property
+    @override
+    def cache(self) -> ResultCache[Any] | None:
+        return self._remembering().cache
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        if self._model is not None:
+            self._model.forget()
+
     @override
     def try_predict(self, inputs: Sequence[Any]) -> Any:
-        return self.reload(now=False).try_predict(inputs)
+        return self._remembering().try_predict(inputs)
+
+    def _remembering(self) -> SmallModel:
+        """The version in service, which remembers as many texts as this model is to; each version begins anew."""
+        model = self.reload(now=False)
+        if model.cache_size != self.cache_size:
+            with self._lock:
+                if self._model is model:
+                    self._model = model = model.model_copy(update={"cache_size": self.cache_size})
+        return model
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:

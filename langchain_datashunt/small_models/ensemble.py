@@ -79,12 +79,14 @@ class EnsembleClassifier(SmallModel):
         weights = self.shares or (1.0 / len(self.members),) * len(self.members)
         total, cut = np.zeros((len(texts), len(self.labels))), np.zeros(len(texts), dtype=np.bool_)
         seen: dict[int, Scores] = {}
+        errors: dict[int, Exception] = {}
         for weight, member in zip(weights, self.members, strict=True):
             scores = self._scores(member, texts, seen)
             total += weight * np.log(softmax(np.asarray(scores.logits, np.float64), member.temperature) + _TINY)
             if scores.truncated is not None:
                 cut |= scores.truncated
-        return Scores(total, cut)
+            errors = {**scores.errors, **errors}
+        return Scores(total, cut, errors=errors)
 
     @staticmethod
     def _scores(member: SmallModel, texts: Sequence[str], seen: dict[int, Scores]) -> Scores:

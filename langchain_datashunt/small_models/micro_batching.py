@@ -23,6 +23,9 @@ from langchain_datashunt.exceptions import PredictionError, QueueFullError
 Compute = Callable[[list[Any]], Sequence[Any]]
 """From `n` inputs to `n` answers, an exception in the place of an answer that failed."""
 
+_GONE_KEPT = 64
+"""Requests whose callers have gone that may stay in line until their turn, where fewer wait."""
+
 
 class MicroBatching(Strategy):
     """How single requests to one small model are joined."""
@@ -35,7 +38,8 @@ class MicroBatching(Strategy):
     at the most), which then compute with one share of the threads each, and one on an accelerator."""
 
     max_waiting: int | None = Field(default=None, ge=0)
-    """Requests in line at the most: one more is refused with `QueueFullError`. None lets every caller wait its turn.
+    """Requests in line at the most, behind those that are computed or that a thread is about to take: one more is
+    refused with `QueueFullError`. None lets every caller wait its turn.
 
     A shunt sends what its small model refuses to the large one, so give a bound only where that is wanted."""
 
@@ -46,13 +50,14 @@ class _Shift:
     Attributes:
         worker: The thread, which is idle again afterwards; None where it is a caller's own.
         revoked: Whether it could not be begun, though it may stand in the worker's queue.
+        begun: Whether it took a batch, or found none.
     """
 
-    __slots__ = ("revoked", "worker")
+    __slots__ = ("begun", "revoked", "worker")
 
     def __init__(self, worker: ThreadPoolExecutor | None = None) -> None:
         self.worker = worker
-        self.revoked = False
+        self.revoked = self.begun = False
 
 
 class MicroBatcher:
@@ -93,8 +98,12 @@ class MicroBatcher:
         self._line: deque[_Request] = deque()
         self._again: deque[list[_Request]] = deque()
         self._waiting = 0
+        self._gone = 0
         self._busy = 0
+        self._starting = 0
         self._closed = False
+        self._ended = threading.Condition(self._mutex)
+        self._alone = threading.Lock()
         self._hired: set[ThreadPoolExecutor] = set()
         self._idle: list[ThreadPoolExecutor] = []
         self._here = threading.local()
@@ -117,6 +126,8 @@ class MicroBatcher:
         """
         if getattr(self._here, "computing", False):
             return _told(self._compute([value])[0])
+        if self._closed:
+            return self._computed_alone(value)
         request: _ThreadRequest | None = None
         alone: _Shift | None = None
         with self._mutex:
@@ -151,6 +162,12 @@ class MicroBatcher:
         """
         if getattr(self._here, "computing", False):
             return self.call(value)
+        if self._closed:
+            try:
+                answer = asyncio.get_running_loop().run_in_executor(None, self._computed_alone, value)
+            except RuntimeError:  # the process is ending
+                return self._computed_alone(value)
+            return await answer
         request = _LoopRequest(value, asyncio.get_running_loop())
         with self._mutex:
             self._admit(request)
@@ -166,10 +183,10 @@ class MicroBatcher:
             del request
 
     def _admit(self, request: _Request) -> None:
-        bound = self._settings.max_waiting
-        if bound is not None and self._waiting >= bound and self._busy >= self._workers:
+        bound, in_line = self._settings.max_waiting, self._waiting - self._starting  # each that starts will take one
+        if bound is not None and in_line >= bound and self._busy >= self._workers:
             raise QueueFullError(
-                f"{self._waiting} requests stand in line for the small model already, and no more than {bound} may. "
+                f"{in_line} requests stand in line for the small model already, and no more than {bound} may. "
                 f"Send fewer at once, or raise max_waiting of its MicroBatching."
             )
         self._line.append(request)
@@ -177,9 +194,14 @@ class MicroBatcher:
 
     def _leave(self, request: _Request) -> None:
         with self._mutex:
-            if not request.taken and not request.left:
-                request.left = True
-                self._waiting -= 1
+            if request.taken or request.left:
+                return
+            request.left, request.value = True, None
+            self._waiting -= 1
+            self._gone += 1
+            if self._gone > max(_GONE_KEPT, self._waiting):
+                self._line = deque(one for one in self._line if not one.left)
+                self._gone = 0
 
     # Serving
 
@@ -194,6 +216,7 @@ class MicroBatcher:
         if not (self._waiting or self._again) or self._busy >= self._workers:
             return None
         self._busy += 1
+        self._starting += 1
         if self._closed:
             return _Shift()
         worker = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "datashunt")
@@ -210,6 +233,7 @@ class MicroBatcher:
         with self._mutex:
             self._busy -= 1
             alone = self._staff()
+            self._tell_of_the_end()
         if alone is not None:
             self._serve(alone)
 
@@ -236,16 +260,22 @@ class MicroBatcher:
         """Who is next; empty, and the shift at its end, where nobody is."""
         batch: list[_Request] = []
         with self._mutex:
+            if not shift.begun:
+                shift.begun = True
+                self._starting -= 1
             if self._again:
                 return self._again.popleft()
             while self._line and len(batch) < self._settings.max_batch:
                 request = self._line.popleft()
-                if not request.left:
-                    request.taken = True
-                    self._waiting -= 1
-                    batch.append(request)
+                if request.left:
+                    self._gone -= 1
+                    continue
+                request.taken = True
+                self._waiting -= 1
+                batch.append(request)
             if not batch:
                 self._busy -= 1
+                self._tell_of_the_end()
                 if shift.worker is not None:
                     self._idle.append(shift.worker)
         return batch
@@ -254,7 +284,9 @@ class MicroBatcher:
         """Answer a batch. One that fails as a whole is halved until what fails, fails alone; others may help."""
         try:
             answers: Sequence[Any] = self._computed([request.value for request in batch], count=batch[0].new)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit) as error:
+            answers = [_wrapped(error) for _ in batch]
+        except BaseException as error:  # of other languages' code, too, which raises some of its own
             if len(batch) > 1:
                 for request in batch:
                     request.new = False
@@ -265,9 +297,7 @@ class MicroBatcher:
                 if alone is not None:
                     self._serve(alone)
                 return
-            answers = [error]
-        except BaseException as error:
-            answers = [_wrapped(error) for _ in batch]
+            answers = [error if isinstance(error, Exception) else _wrapped(error)]
         try:
             _settle(batch, answers)
         finally:
@@ -293,12 +323,29 @@ class MicroBatcher:
     # The end
 
     def close(self) -> None:
-        """End the threads when all that stand in line are answered; later requests are computed by who makes them."""
+        """End the threads when all that stand in line are answered.
+
+        Later requests are computed by who makes them, one at a time. A thread that computes for this batcher does not
+        wait for itself: from there, the end comes after this call.
+        """
+        inside = getattr(self._here, "computing", False)
         with self._mutex:
             self._closed = True
             hired = list(self._hired)
+            while not inside and (self._busy or self._waiting):
+                self._ended.wait()
         for worker in hired:
-            worker.shutdown(wait=True)
+            worker.shutdown(wait=not inside)
+
+    def _tell_of_the_end(self) -> None:
+        """Wake who waits in `close`; the mutex is held."""
+        if self._closed and not (self._busy or self._waiting):
+            self._ended.notify_all()
+
+    def _computed_alone(self, value: Any) -> Any:
+        with self._alone:
+            answers = self._computed([value])
+        return _told(answers.pop())
 
 
 def _wrapped(error: BaseException) -> PredictionError:

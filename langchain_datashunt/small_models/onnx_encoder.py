@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +48,10 @@ class OnnxEncoder:
             if int8:
                 quantized = file.with_name("int8.onnx")
                 quantization = require("onnxruntime.quantization", "onnx")
-                quantization.quantize_dynamic(
-                    file, quantized, weight_type=quantization.QuantType.QInt8, per_channel=True
-                )
+                with _root_kept():
+                    quantization.quantize_dynamic(
+                        file, quantized, weight_type=quantization.QuantType.QInt8, per_channel=True
+                    )
                 file = quantized
             options = runtime.SessionOptions()
             options.intra_op_num_threads = torch_.get_num_threads()
@@ -61,6 +64,17 @@ class OnnxEncoder:
         tokens, mask = pad(ids, 0, "cpu")
         (states,) = self.session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
         return PackedStates(torch_.from_numpy(states)[mask.bool()], mask.sum(1))
+
+
+@contextmanager
+def _root_kept() -> Iterator[None]:
+    """Without a handler that the quantiser's logging would give the root logger, which is the application's affair."""
+    root, nothing = logging.getLogger(), logging.NullHandler()
+    root.addHandler(nothing)
+    try:
+        yield
+    finally:
+        root.removeHandler(nothing)
 
 
 def _export(network: Any, file: Path) -> None:

@@ -14,20 +14,20 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
 from langchain_datashunt._extras import require
-from langchain_datashunt._forking import AFTER_FORK, LEFT_ALONE
+from langchain_datashunt._forking import AFTER_FORK, LEFT_ALONE, Mutex
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.packed_architectures import ARCHITECTURES, Parts
 from langchain_datashunt.small_models.packed_attention import has_variable_length
 from langchain_datashunt.small_models.packed_layers import PackedStates, Products, Tokens
-from langchain_datashunt.small_models.tokenization import pad
+from langchain_datashunt.small_models.tokenization import pad, usable_length
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ class Packing:
         self._made: AnyEncoder | None = None
         self.network: torch.nn.Module | None = None
         """Whose engine it is; None before the first use."""
-        self._watched: tuple[list[tuple[dict[str, Any], str, Any]], list[Any]] = ([], [])
+        self._watched = _Watched([], [], [])
         self._stamp: tuple[int, ...] | None = None
         self.after_fork()
         AFTER_FORK.add(self)
@@ -146,8 +146,9 @@ class Packing:
                     self.network, self._stamp = network, stamp
         if self._made is None and self.engine == "packed":
             raise ConfigurationError(
-                f"The architecture {getattr(network.config, 'model_type', '?')!r} has no packed form here, or runs on "
-                f"neither CPU nor CUDA; use engine='auto'. There are: {', '.join(ARCHITECTURES)}."
+                f"This network of the architecture {getattr(network.config, 'model_type', '?')!r} has no packed form "
+                f"here: it is none of {', '.join(ARCHITECTURES)}, runs on neither CPU nor CUDA, has hooks, or a "
+                f"warning said what else. Use engine='auto'."
             )
         return self._made
 
@@ -170,10 +171,10 @@ class Packing:
         self.network = None
 
     def _stamp_now(self) -> tuple[Any, ...]:
-        """Changes when a part of the network is replaced, or a weight is written to or moved."""
-        holds, parameters = self._watched
-        same = all(where.get(name) is one for where, name, one in holds)
-        return (same, *(one.data_ptr() for one in parameters), *map(_version, parameters))
+        """Changes when a part of the network is replaced or added, has a hook, or a weight is written to or moved."""
+        held, parameters, sizes = self._watched
+        same = all(where.get(name) is one for where, name, one in held)
+        return (same, *map(len, sizes), *(one.data_ptr() for one in parameters), *map(_version, parameters))
 
     def _engine_of(self, network: torch.nn.Module) -> AnyEncoder | None:
         if self.engine.startswith("onnx"):
@@ -185,7 +186,7 @@ class Packing:
         made = None if own is None else graphed(own)
         if self.engine == "packed":
             return made
-        if made is None:
+        if made is None and not _has_hooks(network):
             say_once(str(getattr(network.config, "model_type", "?")))
         self.seconds, engines = _tried(network, made, self.dtype)
         name = _chosen(self.seconds)
@@ -242,7 +243,7 @@ def _onnx(network: torch.nn.Module) -> OnnxEncoder | None:
 
 
 _TRIALS: dict[tuple[Any, ...], dict[str, float]] = {}
-_TRIALS_LOCK = threading.Lock()
+_TRIALS_LOCK = Mutex()
 
 
 def _tried(
@@ -257,38 +258,52 @@ def _tried(
     sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
     own = dtype in (None, one.dtype)
     form = (
-        *(getattr(network.config, name, None) for name in sizes), dtype or one.dtype, one.device,
+        *(getattr(network.config, name, None) for name in sizes), dtype or one.dtype, one.device, made is None,
         torch_.get_num_threads(),
     )  # fmt: skip
     engines: dict[str, AnyEncoder] = {}
-    vocabulary = int(getattr(network.config, "vocab_size", 2))
+    ids = made_up(network, _TRIAL_LENGTHS)
     with _TRIALS_LOCK:
         if form not in _TRIALS:
             engines["plain"] = plain_encoder(network if own else copy.deepcopy(network).to(dtype))
             found = {"plain": 0.0}
             if made is not None:
                 engines["packed"] = made
-                found = trial(engines, vocabulary)
-            gains = found.get("packed", float("inf")) * _MUCH_SLOWER < found["plain"]
+                found = trial(engines, ids)
+            gains = found.get("packed", float("inf")) * _MUCH_SLOWER < found.get("plain", float("inf"))
             if not gains and own and (onnx := _onnx(network)) is not None:
                 engines["onnx"] = onnx
-                found = trial(engines, vocabulary)
+                found = trial(engines, ids)
             _TRIALS[form] = found
         return _TRIALS[form], engines
 
 
-def trial(encoders: dict[str, AnyEncoder], vocabulary: int) -> dict[str, float]:
-    """Seconds that each takes for a batch and a single text of made-up tokens: the least of some rounds, in turn."""
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(0, vocabulary, length).tolist() for length in _TRIAL_LENGTHS]
+def trial(encoders: dict[str, AnyEncoder], ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Seconds that each takes for these texts and the first of them alone: the least of some rounds, in turn.
+
+    One that fails is not among them.
+    """
     found = dict.fromkeys(encoders, float("inf"))
     for _ in range(_TRIAL_ROUNDS):
-        for name, encoder in encoders.items():
+        for name in list(found):
             started = time.perf_counter()
-            encoder(ids)
-            encoder(ids[:1]).states.sum().item()  # a GPU has computed it only when something is asked of it
+            try:
+                encoders[name](ids)
+                encoders[name](ids[:1]).states.sum().item()  # a GPU has computed it only when something is asked of it
+            except Exception as error:  # texts that are asked for will tell whether it fails at those, too
+                _LOG.info("The engine %s failed at made-up tokens: %s", name, error)
+                del found[name]
+                continue
             found[name] = min(found[name], time.perf_counter() - started)
     return found
+
+
+def made_up(network: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]:
+    """Made-up tokens of texts, of such lengths or the longest that the network takes."""
+    words = getattr(network.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    size = min(int(getattr(network.config, "vocab_size", 2)), int(words or 2**31))
+    rng, longest = np.random.default_rng(0), usable_length(network.config)
+    return [rng.integers(0, size, min(length, longest)).tolist() for length in lengths]
 
 
 def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
@@ -313,7 +328,7 @@ def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> Packed
     if kind not in ARCHITECTURES or one.device.type not in ("cpu", "cuda") or network.training:
         return None
     dtype = dtype or one.dtype
-    if str(dtype).removeprefix("torch.") not in TOLERANCE or any(part._forward_hooks for part in network.modules()):
+    if str(dtype).removeprefix("torch.") not in TOLERANCE or _has_hooks(network):
         return None  # hooks want to see every layer's call
     try:
         parts = ARCHITECTURES[kind](network, network.config, Products(dtype))
@@ -321,7 +336,7 @@ def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> Packed
             return None
         made = PackedEncoder(parts, one.device, dtype)
         far = _difference(network, made)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except Exception as error:  # whatever a network that is laid out otherwise leads to: transformers knows it
         warnings.warn(f"The packed form of {kind} cannot be made ({error}); transformers computes it.", ShuntWarning, 2)
         return None
     if not far <= TOLERANCE[str(dtype).removeprefix("torch.")]:
@@ -331,13 +346,33 @@ def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> Packed
     return made
 
 
-def _parts_of(network: torch.nn.Module) -> tuple[list[tuple[dict[str, Any], str, Any]], list[Any]]:
-    """Where each part and each parameter of a network is held, and the parameters."""
-    holds: list[tuple[dict[str, Any], str, Any]] = []
+class _Watched(NamedTuple):
+    """What of a network tells that it has changed.
+
+    Attributes:
+        held: Where each part and each parameter is held, under what name.
+        parameters: The parameters.
+        sizes: What would grow by a part that is added, or by a hook.
+    """
+
+    held: list[tuple[dict[str, Any], str, Any]]
+    parameters: list[Any]
+    sizes: list[Sized]
+
+
+def _parts_of(network: torch.nn.Module) -> _Watched:
+    found = _Watched([], list(network.parameters()), [])
     for part in network.modules():
         for where in (part._modules, part._parameters):
-            holds += [(where, name, one) for name, one in where.items()]
-    return holds, list(network.parameters())
+            found.held.extend((where, name, one) for name, one in where.items())
+        if part._modules:
+            found.sizes.append(part._modules)
+        found.sizes.extend((part._forward_hooks, part._forward_pre_hooks))
+    return found
+
+
+def _has_hooks(network: torch.nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
 
 
 def _version(parameter: torch.Tensor) -> int:
@@ -347,9 +382,7 @@ def _version(parameter: torch.Tensor) -> int:
 
 def _difference(network: torch.nn.Module, made: AnyEncoder) -> float:
     """The largest difference of a state on made-up tokens, relative to the largest state."""
-    rng, size = np.random.default_rng(0), int(getattr(network.config, "vocab_size", 2))
     window = made.parts.window if isinstance(made, PackedEncoder) else 0
-    lengths = (*_PROBE_LENGTHS, window + 9) if window else _PROBE_LENGTHS
-    ids = [rng.integers(0, size, length).tolist() for length in lengths]
+    ids = made_up(network, (*_PROBE_LENGTHS, window + 9) if window else _PROBE_LENGTHS)
     own = plain_encoder(network)(ids).states.float()
     return float((made(ids).states.float() - own).abs().max() / own.abs().max())

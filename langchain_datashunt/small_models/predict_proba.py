@@ -62,6 +62,11 @@ class PredictProbaClassifier(SmallModel):
             raise ConfigurationError(
                 f"{len(self.labels)} labels were given, and the estimator has {len(own)} classes. Give one for each."
             )
+        if own and self.labels and self.labels != own and sorted(self.labels) == sorted(own):
+            raise ConfigurationError(
+                f"Labels name the estimator's columns, and it has these in the order {list(own)}; {list(self.labels)} "
+                f"would call one the other. Give them in its order, or none."
+            )
         self.__dict__["labels"] = self.labels or own
         self.__dict__["model_id"] = self.model_id or type(self.estimator).__name__
         return self

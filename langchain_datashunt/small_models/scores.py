@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Row-wise softmax of `logits / temperature`, shape `[n, k]`; NaN where a row has NaN or infinity."""
+    """Row-wise softmax of `logits / temperature`, shape `[n, k]`; NaN where a row has NaN, or no finite largest."""
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = logits / temperature
         raised = np.exp(scaled - np.maximum.reduce(scaled, axis=1, keepdims=True))

@@ -7,11 +7,13 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from langchain_datashunt import (
     load_small_model,
 )
 from langchain_datashunt.cli.app import app
-from langchain_datashunt.cli.run import Journal, _answer_all
-from langchain_datashunt.data.reading import read_rows
+from langchain_datashunt.cli.journal import FIELDS, Journal
+from langchain_datashunt.cli.run import _answer_all
+from langchain_datashunt.data.reading import read_rows, texts_of
 from langchain_datashunt.distillation import DistillationStore
-from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.exceptions import ConfigurationError, DataError, ReplayError
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.small_models import Scores
 from tests.support.models import WordModel
@@ -201,11 +204,183 @@ def test_after_a_kill_the_run_goes_on_and_asks_nothing_twice(work: Path, tmp_pat
     assert float(summary["cost_usd"]) > 0
 
 
+def answered(row: int, text: str, **other: Any) -> dict[str, Any]:
+    """A row of OUT."""
+    values = (row, text, "x", "small", "confident", 1.0, 0.0, None)
+    return {**dict(zip(FIELDS, values, strict=True)), **other}
+
+
+def failed(row: int, text: str) -> dict[str, Any]:
+    """A row of OUT that has an error and no answer."""
+    return answered(row, text, answer=None, route="large", confidence=None, cost_usd=None, error="Error: no")
+
+
+@pytest.fixture
+def asking(work: Path) -> Any:
+    """Runs that ask every row of a server, whose answers a test says: from a text to an answer, or an error."""
+
+    def run(out: Path, say: Any, *more: Any) -> tuple[Any, list[str]]:
+        def reply(messages: Any) -> str:
+            return str(say(messages[-1]["content"]))
+
+        with ChatServer(reply, model="gpt-4") as serving:
+            serving.keep_bodies = True
+            environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": serving.base_url}
+            words = ["run", "--bundle", work / "bundle", "--large", "openai:gpt-4", "--data", work / "data.csv",
+                     "--text", "text", "--out", out, "--threshold", "0.999999", "--json", "--chunk", "50"]  # fmt: skip
+            program = [sys.executable, "-m", "langchain_datashunt", *map(str, (*words, *more))]
+            done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+            return done, [body["messages"][-1]["content"] for body in serving.bodies]
+
+    return run
+
+
+def refused(text: str) -> str:
+    raise ReplayError(f"not this one: {text}")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_failed_rows_are_asked_again_where_that_is_wanted(
+    asking: Any, tmp_path: Path, shop_messages: Any, suffix: str
+) -> None:
+    texts, known, out = shop_messages[0], dict(zip(*shop_messages, strict=True)), tmp_path / f"o.{suffix}"
+    bad = set(texts[5:60:7]) | {texts[-1]}
+    first, asked = asking(out, lambda text: refused(text) if text in bad else known[text])
+    assert (first.returncode, set(asked)) == (1, set(texts)), first.stderr
+    assert json.loads(first.stdout)["failed"] == len(bad)
+    kept = {row["text"]: row for row in read_rows(out) if row["text"] not in bad}
+
+    again, asked = asking(out, known.get)
+    assert (again.returncode, asked) == (1, []), "what failed is final where nobody says otherwise"
+    one = texts[-1]
+    again, asked = asking(out, lambda text: refused(text) if text == one else known[text], "--retry-failed")
+    summary = json.loads(again.stdout)
+    assert (again.returncode, summary["failed"], summary["retried"], summary["rows"]) == (1, 1, len(bad), 144)
+    assert set(asked) == bad
+    again, asked = asking(out, known.get, "--retry-failed")
+    assert (again.returncode, set(asked)) == (0, {one})
+    rows = list(read_rows(out))
+    assert [row["text"] for row in rows] == texts
+    assert [int(row["row"]) for row in rows] == list(range(144))
+    assert [row["answer"] for row in rows] == [known[text] for text in texts]
+    assert all(row == kept[row["text"]] for row in rows if row["text"] in kept), "written as it was"
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("o.")) == [out.name]
+
+
+def test_a_large_model_that_always_fails_is_soon_left_alone(asking: Any, tmp_path: Path, shop_messages: Any) -> None:
+    texts, known, out = shop_messages[0], dict(zip(*shop_messages, strict=True)), tmp_path / "o.jsonl"
+    good = set(texts[:20])
+    done, asked = asking(
+        out,
+        lambda text: known[text] if text in good else refused(text),
+        "--max-failures",
+        10,
+        "--concurrency",
+        1,
+        "--chunk",
+        200,
+    )
+    assert done.returncode == 2
+    assert "10 large calls failed one after the other, the last with" in " ".join(done.stderr.split())
+    assert len(set(asked)) < 50
+    done, asked = asking(out, known.get)
+    assert done.returncode == 0, done.stderr
+    assert set(asked) == set(texts) - good, "answers are kept, and what failed is asked again"
+    assert [row["answer"] for row in read_rows(out)] == [known[text] for text in texts]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_kill_while_out_is_mended_loses_nothing(tmp_path: Path, suffix: str, monkeypatch: Any) -> None:
+    """Before each change of a file's name, and before what is left is removed."""
+    texts = ["a", "b", "c"]
+    for survived in range(4):
+        journal = Journal(tmp_path / f"o{survived}.{suffix}")
+        journal.resume(texts, "data")
+        for row, text in enumerate(texts):
+            journal.note(failed(row, text) if text == "b" else answered(row, text))
+        journal.finish([0, 1, 2])
+        aside = journal.beside()
+        aside.resume(["b"], "data")
+        aside.note(answered(0, "b", answer="B"))
+        aside.finish([0])
+        steps = iter(range(4))
+
+        def killed(step: Any, *files: Any, steps: Any = steps, survived: int = survived) -> Any:
+            if next(steps) == survived:
+                raise KeyboardInterrupt
+            return step(*files)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("langchain_datashunt.cli.journal.os.replace", partial(killed, os.replace))
+            patch.setattr(Path, "unlink", lambda path, unlink=Path.unlink: killed(unlink, path))
+            if survived < 3:
+                with pytest.raises(KeyboardInterrupt):
+                    journal.mend(iter([answered(1, "b", answer="B")]))
+            else:
+                journal.mend(iter([answered(1, "b", answer="B")]))
+        again = Journal(journal.out)
+        assert again.resume(texts, "data") == 3
+        answers = [row["answer"] for row in again.rows()]
+        assert answers == (["x", None, "x"] if survived == 0 else ["x", "B", "x"])
+        assert again.beside().out.exists() == (survived == 0), "asked for nothing twice"
+
+
+def test_a_changed_out_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Columns in another order, as a spreadsheet may save them, would be continued with values in wrong ones."""
+    for name, text, said in (
+        ("a.csv", "text,answer,row,route,reason,confidence,cost_usd,error\na,x,0,small,confident,1.0,0.0,\n", "row 1"),
+        ("b.csv", "row,text\n0,a\n", "row 1 has row, text, and row, text, answer"),
+        ("c.jsonl", json.dumps({"row": 0, "text": "a"}) + "\n", "row 1 has row, text"),
+        ("d.csv", ",".join(FIELDS) + "\nzero,a,x,small,confident,1.0,0.0,\n", "invalid literal"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=said):
+            Journal(tmp_path / name).resume(["a", "b"], "data.csv")
+        assert (tmp_path / name).read_text() == text
+
+
+def test_a_row_is_on_disk_only_after_its_record(work: Path, tmp_path: Path, shop_messages: Any) -> None:
+    """Another process holds the store from the first large call on; a kill then loses no record of a row in OUT."""
+    texts, labels = shop_messages
+    recorded, url, out = RecordedAnswers(dict(zip(texts, labels, strict=True))), tmp_path / "calls.db", "o.jsonl"
+    other, lock = sqlite3.connect(url, check_same_thread=False, isolation_level=None), threading.Lock()
+
+    def hold(messages: Any) -> str:
+        with lock:
+            if not other.in_transaction and not released.is_set():
+                other.execute("BEGIN IMMEDIATE")
+        return recorded(messages)
+
+    released = threading.Event()
+    with ChatServer(hold, model="gpt-4") as serving:
+        environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": serving.base_url}
+        words = [
+            "run", "--bundle", work / "bundle", "--large", "openai:gpt-4", "--data", work / "data.csv", "--text",
+            "text", "--out", tmp_path / out, "--threshold", "0.6", "--chunk", "10", "--store", url, "--json",
+        ]  # fmt: skip
+        program = [sys.executable, "-m", "langchain_datashunt", *map(str, words)]
+        process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not other.in_transaction and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert other.in_transaction
+        released.set()
+        other.rollback()
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in read_rows(tmp_path / out)] == texts
+    with DistillationStore(url) as store:
+        assert {call.input for group in store.iterate() for call in group} == set(texts)
+
+
 def test_answers_of_other_data_are_not_continued(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("text\na\nb\n")
-    (tmp_path / "out.jsonl").write_text(json.dumps({"row": 0, "text": "z"}) + "\n")
+    (tmp_path / "out.jsonl").write_text(json.dumps(answered(0, "z")) + "\n")
     with pytest.raises(DataError, match="row 1 has another text"):
-        Journal(tmp_path / "out.jsonl").resume(tmp_path / "data.csv", "text")
+        Journal(tmp_path / "out.jsonl").resume(texts_of(tmp_path / "data.csv", "text"), "data.csv")
     with pytest.raises(ConfigurationError, match="must end in"):
         Journal(tmp_path / "out.parquet")
 
@@ -213,29 +388,20 @@ def test_answers_of_other_data_are_not_continued(tmp_path: Path) -> None:
 def test_a_step_that_was_cut_anywhere_is_put_right(tmp_path: Path) -> None:
     """Whatever a kill leaves of OUT and OUT.part, resuming keeps every finished answer and nothing half written."""
     (tmp_path / "data.csv").write_text("text\na\nb\nc\n")
-    record = {
-        "text": "",
-        "answer": "x",
-        "route": "small",
-        "reason": "confident",
-        "confidence": 1.0,
-        "cost_usd": 0.0,
-        "error": None,
-    }
     out = tmp_path / "out.jsonl"
     journal = Journal(out)
-    assert journal.resume(tmp_path / "data.csv", "text") == 0
+    assert journal.resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 0
     for row, text in enumerate("ab"):
-        journal.note({"row": row, **record, "text": text})
+        journal.note(answered(row, text))
     journal.finish([0, 1])
-    journal.note({"row": 2, **record, "text": "c"})
+    journal.note(answered(2, "c"))
     part = journal.part_file.read_bytes()
     for cut in range(len(part) + 1):
         journal.part_file.write_bytes(part[:cut])
         with out.open("ab") as stream:
             stream.write(b"" if cut < part.index(b"\n") + 1 else b'{"row": 2, "te')
         again = Journal(out)
-        assert again.resume(tmp_path / "data.csv", "text") == 2
+        assert again.resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 2
         assert set(again.part) == ({2} if cut == len(part) else set())
         assert len(out.read_text().splitlines()) == 2
 
@@ -243,9 +409,9 @@ def test_a_step_that_was_cut_anywhere_is_put_right(tmp_path: Path) -> None:
 def test_a_kill_while_a_step_is_moved_loses_and_doubles_nothing(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("text\na\nb\nc\nd\n")
     journal = Journal(tmp_path / "out.jsonl")
-    assert journal.resume(tmp_path / "data.csv", "text") == 0
+    assert journal.resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 0
     for row in (2, 0, 1):  # the second step answers before the first
-        journal.note({"row": row, "text": "abcd"[row], "answer": "x"})
+        journal.note(answered(row, "abcd"[row]))
     before = journal.part_file.read_bytes()
     journal.finish([0, 1])
     whole = journal.out.read_bytes()
@@ -253,20 +419,20 @@ def test_a_kill_while_a_step_is_moved_loses_and_doubles_nothing(tmp_path: Path) 
         journal.out.write_bytes(whole[:cut])
         journal.part_file.write_bytes(before)
         again = Journal(journal.out)
-        assert again.resume(tmp_path / "data.csv", "text") == 0
+        assert again.resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 0
         assert set(again.part) == {0, 1, 2}
         again.finish([0, 1])
         assert again.out.read_bytes() == whole
         assert set(again.part) == {2}
         again.close()
-    assert Journal(journal.out).resume(tmp_path / "data.csv", "text") == 2
+    assert Journal(journal.out).resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 2
 
 
 def test_answers_to_other_data_are_not_taken_over(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     journal = Journal(out)
-    journal.resume(work / "data.csv", "text")
-    journal.note({"row": 0, "text": "another text", "answer": "x"})
+    journal.resume(texts_of(work / "data.csv", "text"), "data.csv")
+    journal.note(answered(0, "another text"))
     journal.close()
     done = answer(work, out)
     assert done.exit_code == 2
@@ -305,7 +471,7 @@ def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path
     chain = ShuntRunnable(small=Small(), large=large, policy=Threshold(0.9), pruning=None, return_decision=True)
     (tmp_path / "data.csv").write_text("text\na\nb\nsurely refund\nd\ne\n")
     journal, advanced = Journal(tmp_path / "out.jsonl"), [0]
-    journal.resume(tmp_path / "data.csv", "text")
+    journal.resume(texts_of(tmp_path / "data.csv", "text"), "data.csv")
     rows = iter(enumerate(["a", "b", "surely refund", "d", "e"]))
 
     def advance(n: int) -> None:
@@ -497,7 +663,7 @@ def test_rows_without_the_column_are_named_before_anything_is_asked(work: Path, 
     (work / "holes.jsonl").write_text('{"text": "where is my order"}\n{"other": 1}\n{"text": null}\n')
     done = answer(work, tmp_path / "o.jsonl", data="holes.jsonl")
     assert done.exit_code == 2
-    assert "row 2: column 'text' is empty" in done.stderr
+    assert "row 2: column 'text' is missing" in done.stderr
     assert not (tmp_path / "o.jsonl").exists()
 
 
@@ -510,8 +676,8 @@ def test_a_client_that_cannot_be_made_is_explained(work: Path, tmp_path: Path, m
 
 def test_an_out_that_is_something_else_is_left_alone(work: Path, tmp_path: Path) -> None:
     for name, content, said in (
-        ("mine.csv", "text,price\nwhere,3\n", "no column 'row'"),
-        ("data.csv", (work / "data.csv").read_text(), "no column 'row'"),
+        ("mine.csv", "text,price\nwhere,3\n", "is none of this command"),
+        ("data.csv", (work / "data.csv").read_text(), "is none of this command"),
     ):
         (tmp_path / name).write_text(content)
         done = answer(work, tmp_path / name)

@@ -710,6 +710,14 @@ def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str)
         DistillationStore(url)
 
 
+@pytest.mark.parametrize("url", ["nosuch://user:secret@host/x", "mysql+nosuchdriver://user:secret@host/x"])
+def test_a_database_that_is_not_known_is_a_wrong_setting_and_not_one_that_is_away(url: str, tmp_path: Path) -> None:
+    for make in (DistillationStore, lambda url: Recorder(url, spool=tmp_path / "spool.db")):
+        with pytest.raises(ConfigurationError, match=r"user:\*\*\*@host/x cannot be used") as raised:
+            make(url)
+        assert "secret" not in str(raised.value)
+
+
 BLOB_KEYS = {
     "sqlite": """
         CREATE TABLE datashunt_calls (

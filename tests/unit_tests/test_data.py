@@ -65,10 +65,13 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> No
         ("x.parquet", "nonsense", "is no Parquet file"),
         ("x.txt", "a", "no kind that is read here"),
         ("x.csv", "text,label\n", "has no rows"),
+        ("x.csv", "text,label,text\na,1,b\n", "more than one column 'text'"),
+        ("x.csv", "text,label\n" + "a,1\n" * 5000 + "\udcff,1\n", "line 5002, is no UTF-8"),
+        ("x.jsonl", '{"text": "\udcff"}\n', "line 1 is no JSON"),
     ],
 )
 def test_broken_files_are_refused_at_the_place(name: str, content: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(DataError, match=words):
         list(read_rows(tmp_path / name))
         columns_of(tmp_path / name)

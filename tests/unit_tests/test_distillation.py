@@ -714,6 +714,18 @@ def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first
     _, verdict = registry.consider(distilled.model, texts[30:], [truth[text] for text in texts[30:]])
     assert verdict.passed
     following.reload()
+    remembering = following.model_copy(update={"cache_size": 10})
+    for _ in range(2):
+        assert remembering.predict_batch(texts[:4]).label_names() == following.predict_batch(texts[:4]).label_names()
+    assert remembering.cache is not None
+    assert (remembering.cache.hits, len(remembering.cache)) == (4, 4)
+    remembering.forget()
+    assert len(remembering.cache) == 0
+    assert following.cache is None
+    begun = registry.model(cache_size=10)
+    begun.predict(texts[0])
+    assert begun.cache is not None
+    assert begun.cache.misses == 1
     shunt = ShuntRunnable(small=following, large=lambda _: "large", policy=Threshold(0.5), pruning=None)
     assert shunt.batch(texts[30:]) == [truth[text] for text in texts[30:]]
     again = pickle.loads(pickle.dumps(small))

@@ -39,6 +39,7 @@ from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings
 from langchain_datashunt.small_models.caching import ResultCache
 from langchain_datashunt.small_models.devices import share_of_threads
 from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.serving import Serving
 from tests.support.at_once import AtOnce
 from tests.support.handlers import RunBook
 from tests.support.models import LABELS, LetterEmbeddings, WordModel, failing_word_model
@@ -201,6 +202,29 @@ class TestFailures:
         assert batcher.call("stay") == "stay"
         assert await batcher.acall("stay") == "stay"
 
+    async def test_what_is_no_exception_class_of_programs_fails_alone_too(self) -> None:
+        """As what other languages' code raises, which ends no thread."""
+
+        class Panic(BaseException):
+            pass
+
+        gate = threading.Event()
+
+        def compute(values: list[Any]) -> list[Any]:
+            gate.wait(20)
+            if 3 in values:
+                raise Panic("three")
+            return values
+
+        batcher = batcher_of(compute)
+        calls = [asyncio.create_task(batcher.acall(number)) for number in range(6)]
+        await asyncio.sleep(0.05)
+        gate.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [answer for answer in answers if isinstance(answer, int)] == [0, 1, 2, 4, 5]
+        assert isinstance(answers[3], PredictionError)
+        assert "raised Panic: three" in str(answers[3])
+
     async def test_a_wrong_number_of_answers_is_an_error_and_the_next_is_served(self) -> None:
         batcher = batcher_of(lambda values: [] if "lost" in values else values)
         for _ in range(2):
@@ -293,6 +317,18 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
             assert [each.result(20) for each in (first, *two)] == ["stopstop", 0, 2]
         assert batcher.call(9) == 18
 
+    @pytest.mark.parametrize("bound", [0, 2])
+    async def test_who_is_about_to_be_computed_does_not_stand_in_line(self, bound: int) -> None:
+        """Of a burst at an idle model one is computed, and as many as may wait: not fewer while a thread starts."""
+        gated = Gated()
+        batcher = batcher_of(gated, max_waiting=bound, max_batch=1)
+        calls = [asyncio.create_task(batcher.acall("stop")) for _ in range(bound + 3)]
+        await asyncio.sleep(0)
+        gated.gate.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers[: bound + 1] == ["stopstop"] * (bound + 1)
+        assert all(isinstance(answer, QueueFullError) for answer in answers[bound + 1 :])
+
     def test_a_loop_that_was_closed_keeps_nobody_from_an_answer(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated)
@@ -328,6 +364,32 @@ class TestCancellation:
         answers = await asyncio.gather(first, *rest, return_exceptions=True)
         assert [answer for answer in answers if not isinstance(answer, BaseException)] == ["stopstop", 2, 6, 10]
         assert gated.batches == [["stop"], [1, 3, 5]]
+
+    async def test_those_who_left_are_not_kept_while_the_model_is_busy(self) -> None:
+        class Question:
+            pass
+
+        gated = Gated()
+        batcher = batcher_of(gated)
+        first = asyncio.create_task(batcher.acall("stop"))
+        await asyncio.to_thread(gated.entered.wait, 20)
+        stays = asyncio.create_task(batcher.acall(4))
+        questions = [Question() for _ in range(500)]
+        alive = weakref.WeakSet(questions)
+        calls = [asyncio.create_task(batcher.acall(question)) for question in questions]
+        await asyncio.sleep(0)
+        assert batcher.waiting == 501
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        del questions, calls, call
+        await asyncio.sleep(0)  # what wakes this test holds their errors
+        gc.collect()
+        assert (batcher.waiting, len(alive)) == (1, 0)
+        assert len(batcher._line) < 100
+        gated.gate.set()
+        assert await asyncio.gather(first, stays) == ["stopstop", 8]
+        assert gated.batches == [["stop"], [4]]
 
     async def test_one_cancelled_while_it_is_computed_disturbs_nobody(self) -> None:
         gated = Gated()
@@ -374,7 +436,52 @@ class TestTheEnd:
             closing.result(20)
         assert batcher.call(5) == 10
         assert asyncio.run(batcher.acall(6)) == 12
-        assert gated.threads[-2:] == [threading.get_ident()] * 2
+        assert gated.threads[-2] == threading.get_ident()
+        assert gated.threads[-1] != threading.get_ident(), "the event loop goes on"
+
+    def test_afterwards_nobody_serves_others(self) -> None:
+        own: list[bool] = []
+
+        def compute(values: list[Any]) -> list[Any]:
+            own.append(values == [threading.get_ident()])
+            time.sleep(0.001)
+            return values
+
+        batcher = batcher_of(compute)
+        batcher.close()
+
+        def ask() -> None:
+            for _ in range(20):
+                assert batcher.call(threading.get_ident()) == threading.get_ident()
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(ask) for _ in range(4)]:
+                done.result(20)
+        assert own == [True] * 80
+
+    async def test_the_end_may_come_from_within_and_waits_for_callers_who_compute(self) -> None:
+        def compute(values: list[Any]) -> list[Any]:
+            if "close" in values:
+                batcher.close()
+            return values
+
+        batcher = batcher_of(compute)
+        assert await batcher.acall("close") == "close"
+        assert await batcher.acall("after") == "after"
+        gated = Gated()
+        batcher = batcher_of(gated)
+        with ThreadPoolExecutor(3) as pool:
+            first = pool.submit(batcher.call, "stop")  # computed by its own thread
+            assert await asyncio.to_thread(gated.entered.wait, 20)
+            second = pool.submit(batcher.call, 2)
+            await asyncio.to_thread(until, lambda: batcher.waiting == 1)
+            closing = pool.submit(batcher.close)
+            await asyncio.sleep(0.05)
+            assert not closing.done()
+            gated.gate.set()
+            closing.result(20)
+            assert gated.batches == [["stop"], [2]], "nobody waits any more"
+            assert (first.result(20), second.result(20)) == ("stopstop", 4)
 
     def test_a_process_with_idle_workers_ends_and_answers_in_its_exit_handlers(self) -> None:
         program = """
@@ -638,6 +745,43 @@ class TestSmallModels:
         assert found == [1]
         assert torch.get_num_threads() == before
 
+    def test_workers_that_begin_at_once_leave_others_their_threads(self) -> None:
+        pytest.importorskip("torch")
+        program = """
+import threading, torch
+from langchain_datashunt.small_models.devices import share_of_threads
+torch.set_num_threads(4)
+seen = set()
+for _ in range(60):
+    together = threading.Barrier(4)
+    def work():
+        together.wait()
+        share_of_threads(4)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    new = threading.Thread(target=lambda: seen.add(torch.get_num_threads()))
+    new.start()
+    new.join()
+print(seen)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+        assert done.stdout.strip() == "{4}"
+
+    def test_threads_that_ask_a_new_model_at_once_share_one_line(self, monkeypatch: Any) -> None:
+        class Slow(Serving):
+            def __init__(self, owner: Any = None) -> None:
+                time.sleep(0.02)
+                super().__init__(owner)
+
+        model = WordModel()
+        monkeypatch.setattr("langchain_datashunt.small_models.base.Serving", Slow)
+        copied = model.model_copy()
+        with ThreadPoolExecutor(4) as pool:
+            lines = [each.result(20) for each in [pool.submit(lambda: copied.batcher) for _ in range(4)]]
+        assert len(set(map(id, lines))) == 1
+        assert lines[0] is not model.batcher
+
     def test_its_share_counts_for_the_matrix_library_too(self) -> None:
         """Once somebody has set torch's number of threads, MKL no longer follows OpenMP's, which are set by thread."""
         torch = pytest.importorskip("torch")
@@ -724,6 +868,60 @@ class TestMemory:
             outcome = model.try_predict(["nan", "refund"])
             assert list(outcome.errors) == [0]
         assert model._calls == [2, 1]
+
+    def test_what_callers_are_given_is_their_own(self) -> None:
+        class Writing(WordModel):
+            def predict_scores(self, texts: Sequence[str]) -> Scores:
+                answers = tuple({"items": [text]} for text in texts)
+                return (
+                    super()
+                    .predict_scores(texts)
+                    ._replace(answers=answers, token_logprobs=tuple(np.array([-1.0, -2.0]) for _ in texts))
+                )
+
+        model = Writing(cache_size=10)
+        for _ in range(3):
+            given = model.predict("refund")
+            assert given.answer == {"items": ["refund"]}
+            assert given.token_logprobs is not None
+            assert given.token_logprobs.tolist() == [-1.0, -2.0]
+            given.answer["items"].append("mine")
+            with suppress(ValueError):  # where it can be written to at all
+                given.token_logprobs[0] = 5.0
+        assert model._calls == [1]
+
+    def test_it_forgets_when_it_is_told_to(self) -> None:
+        model, encoder = WordModel(cache_size=10), CachedEmbeddings(LetterEmbeddings(), 10)
+        for _ in range(2):
+            model.predict("refund")
+            model.forget()
+            encoder.embed_query("a")
+            encoder.encode(["a"])
+            encoder.forget()
+        assert model._calls == [1, 1]
+        assert (encoder.cache.hits, encoder.cache.misses, len(encoder.cache)) == (0, 2, 0)
+
+    def test_what_is_being_computed_when_it_forgets_is_not_kept(self) -> None:
+        cache: ResultCache[str] = ResultCache(2)
+
+        def old(texts: list[str]) -> list[str]:
+            cache.clear()
+            return texts
+
+        assert cache.of(["a"], old) == ["a"]
+        assert len(cache) == 0
+
+    def test_embeddings_that_are_no_numbers_are_not_remembered(self) -> None:
+        class Odd(LetterEmbeddings):
+            calls = 0
+
+            def embed_documents(self, texts: list[str]) -> list[list[float]]:
+                self.calls += 1
+                return [[float("nan") if self.calls == 1 else 1.0, 2.0] for _ in texts]
+
+        encoder = CachedEmbeddings(Odd(), 10)
+        assert np.isnan(encoder.encode(["a"])[0]).any()
+        assert encoder.encode(["a"])[0].tolist() == [[1.0, 2.0]]
 
     def test_the_one_not_asked_for_the_longest_is_forgotten(self) -> None:
         cache: ResultCache[str] = ResultCache(2)

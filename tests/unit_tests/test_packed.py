@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import signal
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,101 @@ def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
     monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     assert not isinstance(Packing("auto").of(base), OnnxEncoder), "too large to be exported"
+
+
+def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any) -> None:
+    """A network with fewer places than a trial's texts have tokens, and one with fewer words than it says."""
+    import transformers as t
+
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    t.BertForSequenceClassification(t.BertConfig(**{**SMALL, "max_position_embeddings": 16})).save_pretrained(tmp_path)
+    t.AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(tmp_path)
+    asked = ["where is my card", "word " * 14]
+    plain = TransformersClassifier(model=str(tmp_path), engine="plain", max_length=16).predict_batch(asked)
+    quick = TransformersClassifier(model=str(tmp_path), max_length=16).predict_batch(asked)
+    assert np.abs(plain.probabilities - quick.probabilities).max() < 1e-4
+    base = network("bert").base_model
+    base.embeddings.word_embeddings = torch.nn.Embedding(50, 48)
+    packing = Packing("auto")
+    packing.of(base)
+    assert set(packing.seconds) >= {"packed", "plain"}
+
+
+def test_an_engine_that_fails_in_the_trial_is_not_taken() -> None:
+    base = network("bert").base_model
+
+    def broken(ids: Any) -> Any:
+        raise IndexError("no such token")
+
+    found = packed_module.trial({"packed": broken, "plain": packed_module.plain_encoder(base)}, [[5, 6], [7]])
+    assert list(found) == ["plain"]
+
+
+def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(packed_module, "_SAID", set())
+    monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
+    for add in (
+        lambda base: base.encoder.layer[1].register_forward_hook(lambda *_: None),
+        lambda base: base.encoder.layer[1].register_forward_pre_hook(lambda *_: None),
+    ):
+        base, packing = network("bert").base_model, Packing("packed")
+        assert packing.of(base) is packing.of(base)
+        handle = add(base)
+        assert Packing("auto").of(base) is None, "it wants to see the network's calls"
+        with pytest.raises(ConfigurationError, match="has hooks"):
+            packing.of(base)
+        handle.remove()
+        assert packing.of(base) is not None
+    assert "bert" not in packed_module._SAID, "the architecture has a packed form"
+    assert Packing("auto").seconds == {}
+    own = Packing("auto")
+    own.of(network("bert").base_model)
+    assert "packed" in own.seconds, "that a network with a hook had none says nothing of others"
+    base, packing = network("bert").base_model, Packing("packed")
+    first = packing.of(base)
+    base.encoder.layer.append(copy.deepcopy(base.encoder.layer[0]))
+    assert packing.of(base) is not first
+    assert packing.difference(base, [[5, 6, 7]]) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trial_that_is_under_way_at_a_fork_keeps_no_child_waiting(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    base = network("bert").base_model
+    with packed_module._TRIALS_LOCK:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if Packing("auto").of(base) is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_that_load_at_once_leave_the_librarys_settings_as_they_were() -> None:
+    from transformers.utils import logging as library
+
+    before, together = (library.get_verbosity(), library.is_progress_bar_enabled()), threading.Barrier(4)
+
+    def load() -> None:
+        together.wait(20)
+        with devices_module.quiet_transformers():
+            together.wait(20)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert (library.get_verbosity(), library.is_progress_bar_enabled()) == before
+
+
+def test_one_encoder_however_it_is_asked_for() -> None:
+    own = shared_encoder()
+    assert shared_encoder(None, None, "float32") is own
+    assert shared_encoder(device=str(own.device), engine="auto") is own
+    with pytest.raises(ConfigurationError, match="max_length=-5 leaves no room"):
+        SentenceEncoder(max_length=-5)
 
 
 def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import pickle
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -441,6 +441,8 @@ def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
         PredictProbaClassifier(estimator=object())
     with pytest.raises(ConfigurationError, match="3 labels were given, and the estimator has 2"):
         PredictProbaClassifier(estimator=Coin(), labels=("a", "b", "c"))
+    with pytest.raises(ConfigurationError, match="would call one the other"):
+        PredictProbaClassifier(estimator=Coin(), labels=("tails", "heads"))
     unfitted = type("Unfitted", (), {"predict_proba": lambda self, texts: None})()
     with pytest.raises(ConfigurationError, match="no `classes_`"):
         PredictProbaClassifier(estimator=unfitted)
@@ -610,6 +612,19 @@ def test_loading_runs_no_code_from_the_bundle(bundle: Path) -> None:
 
 
 # Ensembles and neighbours
+
+
+def test_what_one_member_cannot_score_is_an_error_of_the_ensemble() -> None:
+    class Picky(WordModel):
+        def predict_scores(self, texts: Sequence[str]) -> Scores:
+            errors = {i: ValueError(f"bad {text}") for i, text in enumerate(texts) if text == "odd"}
+            return super().predict_scores(texts)._replace(errors=errors)
+
+    ensemble = EnsembleClassifier(labels=WordModel().labels, members=(WordModel(), Picky()), model_id="both")
+    outcome = ensemble.try_predict(["surely refund", "odd"])
+    assert outcome.batch is not None
+    assert outcome.batch.label_names() == ["refund"]
+    assert str(outcome.errors[1]) == "bad odd"
 
 
 def test_an_ensemble_pools_its_members_and_embeds_once(shop_messages: Any) -> None:
