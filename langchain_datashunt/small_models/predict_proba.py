@@ -39,7 +39,8 @@ class PredictProbaClassifier(SmallModel):
     """
 
     labels: tuple[str, ...] = ()
-    """Label names; empty takes the estimator's `classes_`."""
+    """Label names; empty takes the estimator's `classes_`. Where these are among the labels, columns go by name, and a
+    label that the estimator does not know is never predicted; else the labels name its columns in their order."""
 
     estimator: Any = Field(exclude=True)
     """The fitted classifier."""
@@ -51,21 +52,15 @@ class PredictProbaClassifier(SmallModel):
                 f"{type(self.estimator).__name__} has no predict_proba; wrap it so that it gives probabilities "
                 f"(scikit-learn: CalibratedClassifierCV)."
             )
-        classes = getattr(self.estimator, "classes_", None)
-        own = () if classes is None else tuple(str(label) for label in classes)
+        own = self._classes()
         if not self.labels and not own:
             raise ConfigurationError(
                 f"{type(self.estimator).__name__} has no `classes_` (is it fitted?); give `labels=` in the order "
                 f"of its columns."
             )
-        if self.labels and own and len(self.labels) != len(own):
+        if self.labels and own and len(self.labels) != len(own) and set(own) - set(self.labels):
             raise ConfigurationError(
                 f"{len(self.labels)} labels were given, and the estimator has {len(own)} classes. Give one for each."
-            )
-        if own and self.labels and self.labels != own and sorted(self.labels) == sorted(own):
-            raise ConfigurationError(
-                f"Labels name the estimator's columns, and it has these in the order {list(own)}; {list(self.labels)} "
-                f"would call one the other. Give them in its order, or none."
             )
         self.__dict__["labels"] = self.labels or own
         self.__dict__["model_id"] = self.model_id or type(self.estimator).__name__
@@ -76,7 +71,16 @@ class PredictProbaClassifier(SmallModel):
         probabilities = np.asarray(self.estimator.predict_proba(list(texts)), dtype=np.float64)
         if probabilities.min(initial=0.0) < 0.0:
             raise PredictionError(f"{self.model_id}.predict_proba gave a negative probability.")
+        own = self._classes()
+        if own != self.labels and set(own) <= set(self.labels) and own and probabilities.shape[1:] == (len(own),):
+            given, probabilities = probabilities, np.zeros((len(texts), len(self.labels)))
+            probabilities[:, [self.labels.index(label) for label in own]] = given
         return Scores(_logits(probabilities))
+
+    def _classes(self) -> tuple[str, ...]:
+        """The estimator's own labels, one for each of its columns; empty where it does not tell."""
+        classes = getattr(self.estimator, "classes_", None)
+        return () if classes is None else tuple(map(str, classes))
 
     @classmethod
     def train(
@@ -112,15 +116,14 @@ class PredictProbaClassifier(SmallModel):
         names = np.array(split.labels)
         started, fitted = time.perf_counter(), clone(estimator)
         fitted.fit(split.train.texts, names[split.train.targets.argmax(axis=1)])
-        model = cls(estimator=fitted, model_id=model_id, input_key=input_key)
+        model = cls(labels=split.labels, estimator=fitted, model_id=model_id, input_key=input_key)
         report = TrainingReport()
-        held = split.validation
-        columns = {label: i for i, label in enumerate(model.labels)}
-        truth = [columns.get(label, -1) for label in names[held.targets.argmax(axis=1)].tolist()]
-        seen = np.flatnonzero(np.array(truth) >= 0)
+        held, known = split.validation, set(model._classes())
+        truth = held.targets.argmax(axis=1)
+        seen = np.flatnonzero([label in known for label in names[truth].tolist()])
         if seen.size >= MIN_EXAMPLES_FOR_CALIBRATION:
             logits = np.asarray(model.predict_scores([held.texts[i] for i in seen.tolist()]).logits)
-            model.temperature = fit_temperature(logits, np.array(truth, dtype=np.intp)[seen])
+            model.temperature = fit_temperature(logits, truth[seen])
         if not split.validation_given:
             model.estimator = clone(estimator).fit(list(texts), list(labels))
         report.seconds = time.perf_counter() - started
@@ -166,7 +169,8 @@ class PredictProbaClassifier(SmallModel):
                 f"{file} asks for types that are not scikit-learn's own ({', '.join(unknown[:3])}); not loaded."
             )
         estimator = require("skops.io", "calibration").load(file)
-        if len(getattr(estimator, "classes_", info.labels)) != len(info.labels):
+        own = [str(label) for label in getattr(estimator, "classes_", info.labels)]
+        if len(own) != len(info.labels) and set(own) - set(info.labels):
             raise BundleMismatchError(
                 f"The bundle {folder} names {len(info.labels)} labels and its estimator has "
                 f"{len(estimator.classes_)} classes."

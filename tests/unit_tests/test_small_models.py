@@ -429,6 +429,29 @@ class Coin:
         return np.array([[0.7, 0.3]] * len(texts))
 
 
+def test_a_label_without_an_example_is_one_of_an_estimators_labels_too(tmp_path: Path) -> None:
+    """So that it fits beside other models of the task."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts = [f"{text} {i}" for i in range(30) for text in ("money back", "stop my order")]
+    model = PredictProbaClassifier.train(
+        texts, ["refund", "cancel"] * 30, label_set=["refund", "status", "cancel"],
+        estimator=make_pipeline(TfidfVectorizer(), LogisticRegression()), settings=QUIET,
+    )  # fmt: skip
+    assert model.labels == ("refund", "status", "cancel")
+    again = load_small_model(model.save(tmp_path / "bundle"))
+    for one in (model, again):
+        batch = one.predict_batch(["money back", "stop my order"])
+        assert batch.label_names() == ["refund", "cancel"]
+        assert (batch.probabilities[:, 1] < 1e-6).all()
+    known = PredictProbaClassifier(estimator=model.estimator)
+    assert known.labels == ("cancel", "refund")
+    known.temperature = model.temperature
+    assert np.allclose(known.predict_batch(["money back"]).probabilities[0, ::-1], batch.probabilities[0, [0, 2]])
+
+
 def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
     model = PredictProbaClassifier(estimator=Coin())
     assert model.invoke("x").probabilities.tolist() == pytest.approx([0.7, 0.3])
@@ -441,8 +464,8 @@ def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
         PredictProbaClassifier(estimator=object())
     with pytest.raises(ConfigurationError, match="3 labels were given, and the estimator has 2"):
         PredictProbaClassifier(estimator=Coin(), labels=("a", "b", "c"))
-    with pytest.raises(ConfigurationError, match="would call one the other"):
-        PredictProbaClassifier(estimator=Coin(), labels=("tails", "heads"))
+    turned = PredictProbaClassifier(estimator=Coin(), labels=("tails", "edge", "heads")).invoke("x")
+    assert (turned.label, turned.probabilities.tolist()) == ("heads", pytest.approx([0.3, 0.0, 0.7], abs=1e-9))
     unfitted = type("Unfitted", (), {"predict_proba": lambda self, texts: None})()
     with pytest.raises(ConfigurationError, match="no `classes_`"):
         PredictProbaClassifier(estimator=unfitted)
