@@ -1,8 +1,8 @@
 """OUT of `datashunt run` with its OUT.part: what is answered, and where to go on after a kill.
 
 Finished rows stand in OUT in the order of the data. Rows of the steps that are under way are written to OUT.part as
-they are answered; a finished step is appended to OUT. Failed rows that are asked again stand in OUT.retried.jsonl until
-all of them are.
+they are answered; a finished step is appended to OUT. What failed rows are answered that are asked again stands in
+OUT.retried.jsonl until OUT is mended by it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -78,6 +79,9 @@ class Journal:
             DataError: OUT belongs to other data, or cannot be gone on with.
         """
         self._restore()
+        if not self.out.exists():  # what was asked anew for an OUT that was removed goes with it
+            for file in (self.beside().out, self.beside().part_file):
+                file.unlink(missing_ok=True)
         done = 0
         for done, (row, mine) in enumerate(zip_longest(self.rows(), texts), start=1):
             if row is None:
@@ -201,30 +205,42 @@ class Journal:
         """A journal of rows that are asked anew, until OUT is mended by them."""
         return Journal(self.out.with_name(self.out.name + ".retried.jsonl"))
 
-    def mend(self, others: Iterator[dict[str, Any]]) -> None:
-        """Put other rows, of the journal beside, in the place of those with their numbers; they come in order.
+    def mend(self) -> None:
+        """Put what failed rows were answered meanwhile, in the journal beside, in their place, and remove that journal.
 
-        At no time is OUT half new: once the new one is whole, the file beside it is renamed, which says that it counts.
+        Nothing may be under way in this one. At no time is OUT half new: once the new one is whole, the file beside it
+        is renamed, which says that it counts.
         """
-        fresh, suffix, header = self._fresh(), self.out.suffix.lower(), True
-        coming = next(others, None)
+        beside = self.beside()
+        beside._restore()
+        if beside.part:
+            beside.finish(sorted(beside.part))
+        if not beside.out.exists():
+            return
+        others, fresh, header = beside.rows(), self._fresh(), True
+        other = next(others, None)
         with fresh.open("w", encoding="utf-8", newline="") as stream:
             for row in self.rows():
-                mended = coming is not None and coming["row"] == row["row"]
-                stream.write(_lines([coming if mended and coming is not None else row], suffix, header=header))
-                coming, header = next(others, None) if mended else coming, False
-        os.replace(self.beside().out, self._used())
+                while other is not None and other["row"] < row["row"]:
+                    other = next(others, None)
+                answers = other is not None and other["row"] == row["row"] and other["text"] == row["text"]
+                mended = other if answers and is_failed(row) else row
+                stream.write(_lines([mended or row], self.out.suffix.lower(), header=header))
+                header = False
+        shutil.copymode(self.out, fresh)
+        os.replace(beside.out, self._used())
         self._put_in_place()
 
     def _put_in_place(self) -> None:
         """Go on where `mend` was cut, if it was."""
         if self._used().exists():
             if self._fresh().exists():
-                os.replace(self._fresh(), self.out)
+                os.replace(self._fresh(), self.out.resolve())
             self._used().unlink()
 
     def _fresh(self) -> Path:
-        return self.out.with_name(self.out.name + ".new")
+        there = self.out.resolve()  # where it is a link, the file that it names is mended
+        return there.with_name(there.name + ".new")
 
     def _used(self) -> Path:
         return self.out.with_name(self.out.name + ".retried")

@@ -30,6 +30,9 @@ from langchain_datashunt.small_models import load_small_model
 STEPS_AT_ONCE = 3
 """One whose small model computes, and two whose large calls are waited for."""
 
+_MOST_STEPS = 16
+"""Finished ones too, which are not written while they may have to be asked anew."""
+
 PRUNINGS: dict[str, type[Pruning]] = {"soft": SoftPrompt, "top": TopHint, "none": NoHint}
 
 
@@ -111,12 +114,12 @@ def run_file(
             recorder=recorder,
         )
 
-        async def answer(texts: Iterator[tuple[int, str]], into: Journal, what: str, total: int, done: int) -> None:
+        async def answer(texts: Iterator[tuple[int, str]], into: Journal, what: str, total: int, done: int = 0) -> None:
             advance = partial(bar.advance, bar.add_task(what, total=total, completed=done))
-            await _answer_all(chain, itertools.islice(texts, done, None), chunk, into, advance, max_failures)
+            await _answer_all(chain, texts, chunk, into, advance, max_failures)
 
         async def answer_all() -> int:
-            rows = enumerate(read_rows(data))
+            rows = itertools.islice(enumerate(read_rows(data)), done, None)
             await answer(((i, str(row[text])) for i, row in rows), journal, "rows", n, done)
             return await _retried(journal, data, text, done, answer) if retry_failed else 0
 
@@ -131,19 +134,17 @@ async def _retried(journal: Journal, data: Path, text: str, before: int, answer:
     Until all are asked it stands in a file of its own, so that a kill loses nothing here either.
 
     Returns:
-        How many these are.
+        How many were asked.
     """
 
-    def failed() -> Iterator[tuple[dict[str, Any], str]]:
+    def failed() -> Iterator[tuple[int, str]]:
         pairs = itertools.islice(zip(journal.rows(), read_rows(data), strict=False), before)
-        return ((record, str(row[text])) for record, row in pairs if is_failed(record))
+        return ((int(record["row"]), str(row[text])) for record, row in pairs if is_failed(record))
 
+    journal.mend()  # by what a run that was killed has been answered
     if n := sum(1 for _ in failed()):
-        aside = journal.beside()
-        done = aside.resume((own for _, own in failed()), f"the failed rows of {journal.out.name}")
-        await answer(enumerate(own for _, own in failed()), aside, "failed rows", n, done)
-        pairs = zip(failed(), aside.rows(), strict=True)
-        journal.mend({**new, "row": record["row"]} for (record, _), new in pairs)
+        await answer(failed(), journal.beside(), "failed rows", n)
+        journal.mend()
     return n
 
 
@@ -174,9 +175,11 @@ async def _answer_all(
     Raises:
         TooManyFailuresError: So many large calls failed with none answered between; their rows are not noted.
     """
-    failing: list[int] = []
+    failing: set[int] = set()
+    stopped = False
 
     async def answer(step: dict[int, str]) -> None:
+        nonlocal stopped
         todo = [i for i, text in step.items() if not journal.has(i, text)]
         advance(len(step) - len(todo))
         inputs = [step[i] for i in todo]
@@ -184,32 +187,42 @@ async def _answer_all(
             record = _record(todo[position], inputs[position], result)
             journal.note(record)
             advance(1)
-            if is_failed(record):
-                failing.append(record["row"])
-            elif record["route"] == "large":
+            if is_failed(record) and max_failures:
+                failing.add(record["row"])
+            elif record["route"] == "large" and not stopped:
                 failing.clear()
-            if len(failing) == max_failures > 0:
-                journal.withdraw(failing)
-                raise TooManyFailuresError(max_failures, str(record["error"]), str(journal.out))
+            if len(failing) >= max_failures > 0 and is_failed(record):
+                stopped = True
+                raise TooManyFailuresError(len(failing), str(record["error"]), str(journal.out))
 
     under_way: deque[tuple[list[int], asyncio.Task[None]]] = deque()
     try:
         while True:
-            while len(under_way) < STEPS_AT_ONCE and (step := dict(itertools.islice(texts, chunk))):
-                under_way.append((list(step), asyncio.create_task(answer(step))))
+            at_work = [task for _, task in under_way if not task.done()]
+            while (
+                len(at_work) < STEPS_AT_ONCE
+                and len(under_way) < _MOST_STEPS
+                and (step := dict(itertools.islice(texts, chunk)))
+            ):
+                at_work.append(asyncio.create_task(answer(step)))
+                under_way.append((list(step), at_work[-1]))
             if not under_way:
                 return
-            while waited_for := [task for _, task in under_way if not task.done()]:
-                for task in (await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED))[0]:
-                    task.result()  # what ends one step ends them all
-                if under_way[0][1].done():
-                    break
-            journal.finish(under_way.popleft()[0])
+            rows, first = under_way[0]
+            in_doubt = at_work and len(under_way) < _MOST_STEPS and not failing.isdisjoint(rows)
+            if first.done() and not in_doubt:
+                first.result()
+                journal.finish(under_way.popleft()[0])
+                continue
+            for task in (await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED))[0]:
+                task.result()  # what ends one step ends them all
     finally:
         tasks = [task for _, task in under_way]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if stopped:
+            journal.withdraw(failing)
         journal.close()
 
 

@@ -367,11 +367,11 @@ class RegistryModel(SmallModel):
 
     def _remembering(self) -> SmallModel:
         """The version in service, which remembers as many texts as this model is to; each version begins anew."""
-        model = self.reload(now=False)
-        if model.cache_size != self.cache_size:
+        model, size = self.reload(now=False), self.cache_size or int(self.overrides.get("cache_size", 0))
+        if model.cache_size != size:
             with self._lock:
                 if self._model is model:
-                    self._model = model = model.model_copy(update={"cache_size": self.cache_size})
+                    self._model = model = model.model_copy(update={"cache_size": size})
         return model
 
     @override

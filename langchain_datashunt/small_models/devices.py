@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt._extras import require
-from langchain_datashunt._forking import Mutex
+from langchain_datashunt._forking import AFTER_FORK, Mutex
 from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -115,7 +115,37 @@ class _Quiet:
     def __init__(self) -> None:
         self.mutex = Mutex()
         self.threads = 0
+        self.library: Any = None
         self.verbosity, self.bars = 0, False
+        AFTER_FORK.add(self)
+
+    def begin(self) -> None:
+        """Of one thread."""
+        with self.mutex:
+            if not self.threads:
+                self.library = log = require("transformers.utils.logging", "torch")
+                self.verbosity, self.bars = log.get_verbosity(), log.is_progress_bar_enabled()
+                log.set_verbosity_error()
+                log.disable_progress_bar()
+            self.threads += 1
+
+    def end(self) -> None:
+        """Of one thread; the last one puts the settings back."""
+        with self.mutex:
+            self.threads -= 1
+            if self.threads == 0:
+                self._put_back()
+
+    def after_fork(self) -> None:
+        """Put the settings back: the threads that wanted them otherwise are the parent's."""
+        if self.threads > 0:
+            self._put_back()
+        self.threads = 0
+
+    def _put_back(self) -> None:
+        self.library.set_verbosity(self.verbosity)
+        if self.bars:
+            self.library.enable_progress_bar()
 
 
 _QUIET = _Quiet()
@@ -127,22 +157,11 @@ def quiet_transformers() -> Iterator[None]:
 
     Its settings are put back afterwards, by the last of several threads.
     """
-    log = require("transformers.utils.logging", "torch")
-    with _QUIET.mutex:
-        if not _QUIET.threads:
-            _QUIET.verbosity, _QUIET.bars = log.get_verbosity(), log.is_progress_bar_enabled()
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-        _QUIET.threads += 1
+    _QUIET.begin()
     try:
         yield
     finally:
-        with _QUIET.mutex:
-            _QUIET.threads -= 1
-            if not _QUIET.threads:
-                log.set_verbosity(_QUIET.verbosity)
-                if _QUIET.bars:
-                    log.enable_progress_bar()
+        _QUIET.end()
 
 
 def share_of_threads(workers: int) -> None:

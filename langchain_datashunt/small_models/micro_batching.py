@@ -48,7 +48,7 @@ class _Shift:
     """One turn of a thread at serving.
 
     Attributes:
-        worker: The thread, which is idle again afterwards; None where it is a caller's own.
+        worker: The thread, which is idle again afterwards; None where it is a caller's own, or ends then.
         revoked: Whether it could not be begun, though it may stand in the worker's queue.
         begun: Whether it took a batch, or found none.
     """
@@ -103,7 +103,6 @@ class MicroBatcher:
         self._starting = 0
         self._closed = False
         self._ended = threading.Condition(self._mutex)
-        self._alone = threading.Lock()
         self._hired: set[ThreadPoolExecutor] = set()
         self._idle: list[ThreadPoolExecutor] = []
         self._here = threading.local()
@@ -126,8 +125,6 @@ class MicroBatcher:
         """
         if getattr(self._here, "computing", False):
             return _told(self._compute([value])[0])
-        if self._closed:
-            return self._computed_alone(value)
         request: _ThreadRequest | None = None
         alone: _Shift | None = None
         with self._mutex:
@@ -162,12 +159,6 @@ class MicroBatcher:
         """
         if getattr(self._here, "computing", False):
             return self.call(value)
-        if self._closed:
-            try:
-                answer = asyncio.get_running_loop().run_in_executor(None, self._computed_alone, value)
-            except RuntimeError:  # the process is ending
-                return self._computed_alone(value)
-            return await answer
         request = _LoopRequest(value, asyncio.get_running_loop())
         with self._mutex:
             self._admit(request)
@@ -199,6 +190,7 @@ class MicroBatcher:
             request.left, request.value = True, None
             self._waiting -= 1
             self._gone += 1
+            self._tell_of_the_end()
             if self._gone > max(_GONE_KEPT, self._waiting):
                 self._line = deque(one for one in self._line if not one.left)
                 self._gone = 0
@@ -217,23 +209,23 @@ class MicroBatcher:
             return None
         self._busy += 1
         self._starting += 1
-        if self._closed:
-            return _Shift()
         worker = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "datashunt")
-        shift = _Shift(worker)
+        shift = _Shift(None if self._closed else worker)
         try:
             worker.submit(self._serve, shift)
         except RuntimeError:  # the process is ending, or no thread can be started
             shift.revoked = True
             return _Shift()
-        self._hired.add(worker)
+        if self._closed:
+            worker.shutdown(wait=False)  # when this turn is over
+        else:
+            self._hired.add(worker)
         return None
 
     def _freed(self) -> None:
         with self._mutex:
             self._busy -= 1
             alone = self._staff()
-            self._tell_of_the_end()
         if alone is not None:
             self._serve(alone)
 
@@ -273,10 +265,10 @@ class MicroBatcher:
                 request.taken = True
                 self._waiting -= 1
                 batch.append(request)
+            self._tell_of_the_end()
             if not batch:
                 self._busy -= 1
-                self._tell_of_the_end()
-                if shift.worker is not None:
+                if shift.worker is not None and not self._closed:
                     self._idle.append(shift.worker)
         return batch
 
@@ -325,27 +317,22 @@ class MicroBatcher:
     def close(self) -> None:
         """End the threads when all that stand in line are answered.
 
-        Later requests are computed by who makes them, one at a time. A thread that computes for this batcher does not
-        wait for itself: from there, the end comes after this call.
+        Later requests have threads that end with them. A thread that computes for this batcher does not wait for
+        itself: from there, the end comes after this call.
         """
         inside = getattr(self._here, "computing", False)
         with self._mutex:
             self._closed = True
-            hired = list(self._hired)
-            while not inside and (self._busy or self._waiting):
+            hired, self._idle = list(self._hired), []
+            while self._waiting and not inside:
                 self._ended.wait()
         for worker in hired:
             worker.shutdown(wait=not inside)
 
     def _tell_of_the_end(self) -> None:
         """Wake who waits in `close`; the mutex is held."""
-        if self._closed and not (self._busy or self._waiting):
+        if self._closed and not self._waiting:
             self._ended.notify_all()
-
-    def _computed_alone(self, value: Any) -> Any:
-        with self._alone:
-            answers = self._computed([value])
-        return _told(answers.pop())
 
 
 def _wrapped(error: BaseException) -> PredictionError:

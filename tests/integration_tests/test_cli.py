@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import itertools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from langchain_datashunt import (
+    AlwaysLarge,
     ConfidenceRouterChain,
     EmbeddingClassifier,
     NoHint,
@@ -33,7 +35,7 @@ from langchain_datashunt.cli.journal import FIELDS, Journal
 from langchain_datashunt.cli.run import _answer_all
 from langchain_datashunt.data.reading import read_rows, texts_of
 from langchain_datashunt.distillation import DistillationStore
-from langchain_datashunt.exceptions import ConfigurationError, DataError, ReplayError
+from langchain_datashunt.exceptions import ConfigurationError, DataError, ReplayError, TooManyFailuresError
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.small_models import Scores
 from tests.support.models import WordModel
@@ -300,9 +302,8 @@ def test_a_kill_while_out_is_mended_loses_nothing(tmp_path: Path, suffix: str, m
             journal.note(failed(row, text) if text == "b" else answered(row, text))
         journal.finish([0, 1, 2])
         aside = journal.beside()
-        aside.resume(["b"], "data")
-        aside.note(answered(0, "b", answer="B"))
-        aside.finish([0])
+        aside.note(answered(1, "b", answer="B"))
+        aside.finish([1])
         steps = iter(range(4))
 
         def killed(step: Any, *files: Any, steps: Any = steps, survived: int = survived) -> Any:
@@ -315,14 +316,72 @@ def test_a_kill_while_out_is_mended_loses_nothing(tmp_path: Path, suffix: str, m
             patch.setattr(Path, "unlink", lambda path, unlink=Path.unlink: killed(unlink, path))
             if survived < 3:
                 with pytest.raises(KeyboardInterrupt):
-                    journal.mend(iter([answered(1, "b", answer="B")]))
+                    journal.mend()
             else:
-                journal.mend(iter([answered(1, "b", answer="B")]))
+                journal.mend()
         again = Journal(journal.out)
         assert again.resume(texts, "data") == 3
         answers = [row["answer"] for row in again.rows()]
         assert answers == (["x", None, "x"] if survived == 0 else ["x", "B", "x"])
         assert again.beside().out.exists() == (survived == 0), "asked for nothing twice"
+
+
+def test_out_is_mended_by_what_a_run_that_was_killed_was_answered(tmp_path: Path) -> None:
+    """Of finished steps and of those under way; what failed again, or was answered otherwise, stays as it is."""
+    texts, real = list("abcdef"), tmp_path / "elsewhere" / "o.csv"
+    real.parent.mkdir()
+    (tmp_path / "o.csv").symlink_to(real)
+    journal = Journal(tmp_path / "o.csv")
+    journal.resume(texts, "data")
+    for row, text in enumerate(texts):
+        journal.note(answered(row, text) if text in "af" else failed(row, text))
+    journal.finish(list(range(6)))
+    real.chmod(0o640)
+    aside = journal.beside()
+    for row in (0, 1, 2, 4):
+        aside.note(failed(2, "c") if row == 2 else answered(row, texts[row], answer=texts[row].upper()))
+    aside.finish([0, 1, 2])
+    aside.close()
+    again = Journal(journal.out)
+    assert again.resume(texts, "data") == 6
+    again.mend()
+    assert [row["answer"] for row in again.rows()] == ["x", "B", None, None, "E", "x"]
+    assert journal.out.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "o.csv"]
+    aside.note(answered(3, "d", answer="D"))
+    real.unlink()
+    assert Journal(journal.out).resume(texts, "data") == 0
+    assert not aside.part_file.exists(), "it goes with the OUT that was removed"
+
+
+@pytest.mark.parametrize(("chunk", "bound"), [(1, 3), (2, 5), (4, 3), (30, 7)])
+def test_no_row_stays_failed_of_those_that_ended_a_run(tmp_path: Path, chunk: int, bound: int) -> None:
+    """Whatever steps they belong to: all are asked again, and nothing that was answered is."""
+    texts, asked = [f"text {i}" for i in range(30)], []
+
+    def large(value: Any) -> str:
+        asked.append(value)
+        if broken and len(asked) > 8:
+            raise ValueError("401")
+        return "L"
+
+    broken, journal = True, Journal(tmp_path / "out.jsonl")
+    chain: Any = ShuntRunnable(
+        small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, return_decision=True, max_concurrency=2
+    )
+    journal.resume(texts, "data")
+    with pytest.raises(TooManyFailuresError, match=r"large calls failed one after the other, the last with .*401"):
+        asyncio.run(_answer_all(chain, iter(enumerate(texts)), chunk, journal, lambda n: None, bound))
+    answered_before = set(asked[:8])
+    asked.clear()
+    broken = False
+    again = Journal(journal.out)
+    done = again.resume(texts, "data")
+    rows = itertools.islice(enumerate(texts), done, None)
+    asyncio.run(_answer_all(chain, rows, chunk, again, lambda n: None, bound))
+    assert [row["answer"] for row in again.rows()] == ["L"] * 30
+    assert set(asked) == set(texts) - answered_before
 
 
 def test_a_changed_out_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -438,26 +438,46 @@ class TestTheEnd:
         assert asyncio.run(batcher.acall(6)) == 12
         assert gated.threads[-2] == threading.get_ident()
         assert gated.threads[-1] != threading.get_ident(), "the event loop goes on"
+        until(lambda: not [one for one in threading.enumerate() if one.ident == gated.threads[-1]])
 
-    def test_afterwards_nobody_serves_others(self) -> None:
-        own: list[bool] = []
+    async def test_afterwards_nobody_serves_others(self) -> None:
+        """Nor is a model asked by more threads at once than before, or an error told in another way."""
+        others, at_once = [], [0]
 
         def compute(values: list[Any]) -> list[Any]:
-            own.append(values == [threading.get_ident()])
+            at_once[0] += 1
+            assert at_once[0] == 1
+            own = threading.get_ident()
+            others.append(own in callers and values != [own])
             time.sleep(0.001)
+            at_once[0] -= 1
+            if "stop" in values:
+                raise StopIteration
+            if "leave" in values:
+                raise SystemExit(3)
             return values
 
-        batcher = batcher_of(compute)
+        callers: set[int] = set()
+        batcher = batcher_of(compute, max_batch=1)
+        batcher.close()
         batcher.close()
 
         def ask() -> None:
+            callers.add(threading.get_ident())
             for _ in range(20):
                 assert batcher.call(threading.get_ident()) == threading.get_ident()
 
         with ThreadPoolExecutor(4) as pool:
-            for done in [pool.submit(ask) for _ in range(4)]:
-                done.result(20)
-        assert own == [True] * 80
+            asked = [pool.submit(ask) for _ in range(4)]
+            told = [batcher.acall(value) for value in ("stop", "leave", 1)]
+            stopped, left, answer = await asyncio.gather(*told, return_exceptions=True)
+            for done in asked:
+                await asyncio.wrap_future(done)
+        assert len(others) == 83
+        assert not any(others)
+        assert isinstance(stopped, RuntimeError)
+        assert isinstance(left, PredictionError)
+        assert answer == 1
 
     async def test_the_end_may_come_from_within_and_waits_for_callers_who_compute(self) -> None:
         def compute(values: list[Any]) -> list[Any]:
@@ -480,7 +500,7 @@ class TestTheEnd:
             assert not closing.done()
             gated.gate.set()
             closing.result(20)
-            assert gated.batches == [["stop"], [2]], "nobody waits any more"
+            assert batcher.waiting == 0
             assert (first.result(20), second.result(20)) == ("stopstop", 4)
 
     def test_a_process_with_idle_workers_ends_and_answers_in_its_exit_handlers(self) -> None:
