@@ -68,7 +68,8 @@ class Entropy(ConfidenceScore):
         if k < 2:
             return np.ones(len(batch))
         p = batch.probabilities
-        entropy = -(p * np.log(np.where(p > 0.0, p, 1.0))).sum(axis=1)
+        parts = np.ascontiguousarray(p * np.log(np.where(p > 0.0, p, 1.0)))  # so that each row is summed as if alone
+        entropy = -parts.sum(axis=1)
         return np.asarray(np.clip(1.0 - entropy / np.log(k), 0.0, 1.0))
 
     def bounds(self, n_labels: int | None) -> tuple[float, float]:

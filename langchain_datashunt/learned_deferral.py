@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -98,9 +99,9 @@ class LearnedDeferral(ConfidenceScore):
                 f"keep_features alike."
             )
         standard = (columns - np.array(self.mean)) / np.array(self.scale)
-        score = _sigmoid(standard @ np.array(self.small[:-1]) + self.small[-1])
+        score = _sigmoid(_weighed(standard, self.small))
         if self.large is not None:
-            score = score - _sigmoid(standard @ np.array(self.large[:-1]) + self.large[-1])
+            score = score - _sigmoid(_weighed(standard, self.large))
         return np.asarray(score)
 
     @override
@@ -114,6 +115,15 @@ def _columns(batch: PredictionBatch) -> FloatArray:
     p = np.clip(batch.confidence, 1e-6, 1.0 - 1e-6)
     own = np.column_stack([np.log(p / (1.0 - p)), Margin()(batch), Entropy()(batch)])
     return own if batch.features is None else np.column_stack([own, batch.features])
+
+
+def _weighed(columns: FloatArray, weights: Sequence[float]) -> FloatArray:
+    """Each row's weighted sum, shape `[n]`, the last weight being added.
+
+    Summed row by row: a matrix product would round a row of a batch otherwise than the same row alone.
+    """
+    products = np.ascontiguousarray(columns * np.array(weights[:-1]))
+    return np.asarray(products.sum(axis=1) + weights[-1])
 
 
 def _sigmoid(z: FloatArray) -> FloatArray:

@@ -350,4 +350,19 @@ def answer_text(answer: Any) -> str:
         return str(answer.text)
     if isinstance(answer, BaseModel):
         answer = answer.model_dump()
-    return answer if isinstance(answer, str) else json.dumps(answer, default=str, ensure_ascii=False)
+    if isinstance(answer, str):
+        return answer
+    try:
+        return json.dumps(answer, default=_plain, ensure_ascii=False)
+    except (TypeError, ValueError):  # keys that JSON has not, or something that holds itself
+        return str(answer)
+
+
+def _plain(value: Any) -> Any:
+    """A part of an answer that JSON does not know."""
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)
+
+
+def writable(text: str) -> str:
+    """The same without halves of characters, which no file and no Arrow column can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from langchain_core.messages import BaseMessage
 from pydantic import PrivateAttr
 from typing_extensions import override
 
@@ -23,7 +22,7 @@ from langchain_datashunt._extras import require
 from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
 from langchain_datashunt.inputs import InputReader
-from langchain_datashunt.predictions import Prediction, answer_text
+from langchain_datashunt.predictions import Prediction, answer_text, writable
 from langchain_datashunt.routing import checked_prediction, outcome_of
 from langchain_datashunt.shunt import ShuntRunnable
 from langchain_datashunt.shunt_settings import policy_for
@@ -292,7 +291,9 @@ class _GivenPredictions(SmallModel):
     def _given(self, row: int) -> Prediction | Exception:
         own = {name: values[row] for name, values in self._cells.items()}
         if own["error"] is not None:
-            return PredictionError(own["error"])
+            kind, _, said = own["error"].partition(": ")
+            failed: PredictionError = type(kind, (PredictionError,), {})(said)  # it is told under the name that it had
+            return failed
         arrays = {name: None if own[name] is None else np.frombuffer(own[name]) for name in _ARRAYS}
         p = arrays.pop("probabilities")
         assert p is not None
@@ -343,7 +344,7 @@ def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]
             cells["error"][row] = f"{type(one).__name__}: {one}"
             continue
         if one.labels not in written:
-            written[one.labels] = json.dumps(one.labels, ensure_ascii=False)
+            written[one.labels] = json.dumps(one.labels)
         cells["labels"][row], cells["model"][row] = written[one.labels], one.model_id
         cells["truncated"][row], cells["answer"][row] = (
             one.truncated,
@@ -371,20 +372,16 @@ def _answered(result: Any) -> tuple[Any, ...]:
     if not isinstance(result, ShuntResult):
         return (None, "large", "large_error", None, None, None, None, f"{type(result).__name__}: {result}")
     label, confidence = (None, None) if (p := result.prediction) is None else (p.label, p.confidence)
-    output = _as_text(result.output)
+    output = answer_text(result.output)
     told = (result.route, result.reason, label, confidence, result.cost_usd, result.record_id, result.decision.error)
     return (output, *told)
-
-
-def _as_text(output: Any) -> str:
-    if isinstance(output, BaseMessage):
-        return str(output.text)
-    return str(output) if isinstance(output, str) else json.dumps(output, default=str, ensure_ascii=False)
 
 
 def _array(values: list[Any], kind: str) -> Any:
     """A column of a type by its name in Arrow, also where all of it is missing."""
     arrow = require("pyarrow", "ray")
+    if kind in ("names", "string"):
+        values = [value if value is None or value.isascii() else writable(value) for value in values]
     if kind == "names":  # few, and repeated in every row
         return arrow.array(values, "string").dictionary_encode()
     return arrow.array(values, arrow.type_for_alias(kind))

@@ -15,6 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _TRIES = 100
+_LOOKS = 4
 _WAIT_SECONDS = 2.0
 """How long a reader waits for the end of a replacement."""
 
@@ -70,9 +71,11 @@ def _aside(folder: Path) -> str:
 def _comes_back(folder: Path) -> bool:
     """Whether a folder that is not in its place is between the two renames of a replacement; waits for its end."""
     give_up, aside = time.monotonic() + _WAIT_SECONDS, f"{glob.escape(_aside(folder))}*"
-    while any(folder.parent.glob(aside)) and time.monotonic() < give_up:
+    alone = 0  # looks at which nobody was replacing it: one may fall between two writers, or miss a new entry
+    while alone < _LOOKS and time.monotonic() < give_up:
         if folder.exists():
             return True
+        alone = 0 if any(folder.parent.glob(aside)) else alone + 1
         time.sleep(0.01)
     return folder.exists()
 

@@ -21,14 +21,10 @@ from typing import Any, Self, TextIO
 from langchain_datashunt._extras import require
 from langchain_datashunt.data.reading import read_rows
 from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.predictions import writable
 
 FIELDS = ("row", "text", "answer", "route", "reason", "confidence", "cost_usd", "error")
 _NUMBERS = {"row": int, "confidence": float, "cost_usd": float}
-
-
-def writable(text: str) -> str:
-    """The same without halves of characters that no file can hold."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def is_failed(record: dict[str, Any]) -> bool:

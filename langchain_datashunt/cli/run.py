@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from langchain_datashunt._extras import require
-from langchain_datashunt.cli.journal import FIELDS, Journal, is_failed, writable
+from langchain_datashunt.cli.journal import FIELDS, Journal, is_failed
 from langchain_datashunt.cli.output import progress
 from langchain_datashunt.data.reading import cell, read_rows, require_columns
 from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, TooManyFailuresError
 from langchain_datashunt.policies import Policy, Threshold
+from langchain_datashunt.predictions import writable
 from langchain_datashunt.pruning import NoHint, Pruning, SoftPrompt, TopHint
 from langchain_datashunt.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.router_chain import ConfidenceRouterChain

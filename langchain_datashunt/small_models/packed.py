@@ -45,6 +45,7 @@ _LARGEST_EXPORT = 400_000_000
 """Parameters of a network that is exported to ONNX unasked, at the most."""
 
 _PROBE_LENGTHS = (3, 7, 7, 12)
+_LONGEST_PROBE = 512
 _TRIAL_LENGTHS = (8, 10, 10, 12, 14, 16, 18, 20)
 _TRIAL_ROUNDS = 3
 _MUCH_SLOWER, _MUCH_SLOWER_THAN_ONNX = 1.2, 1.5
@@ -236,7 +237,7 @@ def _onnx(network: torch.nn.Module) -> OnnxEncoder | None:
         return None
     try:
         made = OnnxEncoder(network)
-        return made if _difference(network, made) <= TOLERANCE["float32"] else None
+        return made if _difference(network, made, longest=True) <= TOLERANCE["float32"] else None
     except Exception as error:  # whatever exporting and a runtime may raise: the others compute it
         _LOG.info("ONNX Runtime does not compute this %s: %s", type(network).__name__, error)
         return None
@@ -380,9 +381,13 @@ def _version(parameter: torch.Tensor) -> int:
     return 0 if parameter.is_inference() else parameter._version
 
 
-def _difference(network: torch.nn.Module, made: AnyEncoder) -> float:
-    """The largest difference of a state on made-up tokens, relative to the largest state."""
+def _difference(network: torch.nn.Module, made: AnyEncoder, *, longest: bool = False) -> float:
+    """The largest difference of a state on made-up tokens, relative to the largest state.
+
+    With `longest` one of the texts is about as long as the network takes, for an export may hold for short ones alone.
+    """
     window = made.parts.window if isinstance(made, PackedEncoder) else 0
-    ids = made_up(network, (*_PROBE_LENGTHS, window + 9) if window else _PROBE_LENGTHS)
+    more = (min(usable_length(network.config), _LONGEST_PROBE),) if longest else (window + 9,) if window else ()
+    ids = made_up(network, (*_PROBE_LENGTHS, *more))
     own = plain_encoder(network)(ids).states.float()
     return float((made(ids).states.float() - own).abs().max() / own.abs().max())

@@ -63,6 +63,20 @@ HEADS: dict[str, Callable[[Any, PackedStates], Any]] = {
 """From a network and its last states to logits `[n, k]`, by the class of the network."""
 
 
+def _refuse_other_tasks(config: Any, model: str) -> None:
+    """One of several labels is what a softmax can tell: a score, or any number of labels at once, it cannot.
+
+    Raises:
+        ConfigurationError: The network was made for one of these.
+    """
+    if config.problem_type in ("multi_label_classification", "regression") or config.num_labels < 2:
+        kind = config.problem_type or "regression"
+        raise ConfigurationError(
+            f"{model} is no classifier for one of several labels ({config.num_labels} outputs, {kind}), so its "
+            f"confidence would mean nothing. Fine-tune it: TransformersClassifier.train(..., base={model!r})."
+        )
+
+
 class TransformersClassifier(SmallModel):
     """A sequence classifier of the transformers library.
 
@@ -105,6 +119,7 @@ class TransformersClassifier(SmallModel):
         auto = require("transformers", "torch").AutoModelForSequenceClassification
         with quiet_transformers():
             network = auto.from_pretrained(self.model)
+        _refuse_other_tasks(network.config, self.model)
         own = unique_labels([str(network.config.id2label[i]) for i in range(network.config.num_labels)])
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from langchain_core.messages import AIMessage
+from pydantic import BaseModel
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -193,6 +194,33 @@ def test_two_small_models_and_what_fails(bundle: Path) -> None:
     assert found[1]["error"] == "ValueError: no answer to that"
     assert [found[i]["answer"] for i in (2, 3, 4)] == ["L:broken", "L:other", "L:"]
     assert found[2]["label"] in labels
+
+
+def test_odd_answers_and_labels_keep_no_row_of_their_batch_from_its_own() -> None:
+    """Halves of characters, keys that JSON has not, objects: written down as well as can be; errors by their names."""
+
+    class Place(BaseModel):
+        city: str
+
+    answers = {
+        "half": "half \ud83d", "keys": {(1, 2): "x"}, "place": Place(city="Bern"), "in": {"at": Place(city="Bern")},
+        "say": AIMessage("said"), "plain": "plain",
+    }  # fmt: skip
+
+    def small(text: str) -> Prediction:
+        if text == "fails":
+            raise KeyError("boom")
+        return Prediction.of({"la\ud83dbel": 0.6, "other": 0.4})
+
+    labels = ("la\ud83dbel", "other")
+    chain = ShuntRunnable(small=small, large=answers.get, pruning=None, policy=Threshold(0.9), labels=labels)
+    table = arrow.table({"text": [*answers, "fails"]})
+    found = _LargeStage(lambda: chain, "text", 4)(_SmallStage(lambda: chain, "text")(table)).to_pylist()
+    assert [row["answer"] for row in found] == [
+        "half \\ud83d", "{(1, 2): 'x'}", '{"city": "Bern"}', '{"at": {"city": "Bern"}}', "said", "plain", "null",
+    ]  # fmt: skip
+    assert found[0]["label"] == "la\\ud83dbel"
+    assert found[-1]["error"].startswith("KeyError: ")
 
 
 def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle: Path) -> None:

@@ -424,6 +424,31 @@ def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any)
     assert set(packing.seconds) >= {"packed", "plain"}
 
 
+def test_an_export_that_holds_for_short_texts_alone_is_not_taken(monkeypatch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    import transformers as t
+
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, ids: {name: len(name) for name in encoders})
+    own = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
+    network = t.DebertaModel(t.DebertaConfig(**{**SMALL, **own})).eval()
+    assert Packing("auto").of(network) is None, "the export fails from 30 tokens on"
+
+
+def test_a_network_for_another_task_is_refused(tmp_path: Path) -> None:
+    import transformers as t
+
+    t.AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(tmp_path)
+    for own, said in (
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "3 outputs, multi_label_classification"),
+        ({"num_labels": 1}, "1 outputs, regression"),
+    ):
+        t.BertForSequenceClassification(t.BertConfig(**{**SMALL, **own})).save_pretrained(tmp_path)
+        with pytest.raises(ConfigurationError, match=f"no classifier for one of several labels .{said}"):
+            TransformersClassifier(model=str(tmp_path))
+
+
 def test_an_engine_that_fails_in_the_trial_is_not_taken() -> None:
     base = network("bert").base_model
 
