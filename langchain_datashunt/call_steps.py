@@ -29,8 +29,17 @@ from langchain_datashunt.privacy.gate import SUBJECT_KEY, OutboundGate
 from langchain_datashunt.pruning import Pruning
 from langchain_datashunt.recording import FinishedCall, now, snapped
 from langchain_datashunt.retries import raise_control_flow
-from langchain_datashunt.routing import AnyPlan, Plan, PlanOfOne, absorbed, checked_prediction, failed_outcome
+from langchain_datashunt.routing import (
+    AnyPlan,
+    Plan,
+    PlanOfOne,
+    absorbed,
+    checked_prediction,
+    failed_outcome,
+    in_task_order,
+)
 from langchain_datashunt.small_calls import predict_many, predict_one
+from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.tracing import Runs
 
 _TAGS = ("shunt:small", "shunt:learnable")
@@ -60,6 +69,7 @@ class CallSteps:
     auditor: Auditor | None = None
     monitor: Monitor | None = None
     gate: OutboundGate | None = None
+    in_shadow: bool = False
 
     @cached_property
     def reader(self) -> InputReader:
@@ -126,7 +136,9 @@ class CallSteps:
         for stage, model in enumerate(self.stages):
             given = values if len(rows) == len(values) else [values[i] for i in rows.tolist()]
             try:
-                outcome = yield from predict_many(model, given, rows.tolist(), _TAGS[stage], runs, self.allowed)
+                outcome = yield from predict_many(
+                    model, given, rows.tolist(), _TAGS[stage], runs, self.allowed, self.labels
+                )
             except Exception as error:
                 raise_control_flow(error)
                 outcome = failed_outcome(len(rows), error)
@@ -136,7 +148,7 @@ class CallSteps:
             rows = plan.deferred
             if not rows.size:
                 break
-        self.policy.observe(int(plan.deferred.size), plan.n)
+        self.policy.observe(plan.would_ask() if self.in_shadow else int(plan.deferred.size), plan.n)
         return plan, time.perf_counter() - started
 
     def plan_one(self, value: Any, runs: Runs) -> Steps[tuple[PlanOfOne, float]]:
@@ -152,6 +164,8 @@ class CallSteps:
                 raise_control_flow(error)
                 answer = error
             checked = checked_prediction(answer, self.allowed)
+            if isinstance(checked, Prediction) and not isinstance(model, SmallModel):
+                checked = in_task_order(self.labels, checked)
             try:
                 plan.absorb(stage, checked, self.policy, threshold)
             except PredictionError as error:  # the score cannot be had of this prediction
@@ -160,7 +174,7 @@ class CallSteps:
                 self.monitor.saw([checked.confidence])
             if plan.keeps(0):
                 break
-        self.policy.observe(int(not plan.keeps(0)), 1)
+        self.policy.observe(plan.would_ask() if self.in_shadow else int(not plan.keeps(0)), 1)
         return plan, time.perf_counter() - started
 
     # Ask

@@ -205,8 +205,11 @@ class ShadowOf(Policy):
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
         """Keep none."""
         verdict = self.policy.evaluate(batch, threshold)
-        self.policy.observe(int((~verdict.keep).sum()), len(batch))
         return verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
+
+    def observe(self, asked: int, total: int) -> None:
+        """Tell the policy what it would have had asked; see `Plan.would_ask`."""
+        self.policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Check the policy itself."""

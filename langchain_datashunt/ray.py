@@ -23,7 +23,7 @@ from langchain_datashunt.decisions import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.predictions import Prediction, answer_text, writable
-from langchain_datashunt.routing import checked_prediction, outcome_of
+from langchain_datashunt.routing import checked_prediction, in_task_order, outcome_of
 from langchain_datashunt.shunt import ShuntRunnable
 from langchain_datashunt.shunt_settings import policy_for
 from langchain_datashunt.small_models.base import SmallModel
@@ -196,7 +196,7 @@ class _SmallStage(_Stage):
 
     @override
     def _begin(self, chain: ShuntRunnable) -> None:
-        self._models = _stages_of(chain)
+        self._models, self._labels = _stages_of(chain), chain.task_labels
 
     @override
     def _done(self, batch: Table) -> Table:
@@ -206,7 +206,7 @@ class _SmallStage(_Stage):
                 f"Columns that begin with {_OURS!r} are this package's: {', '.join(taken)}. Rename."
             )
         for stage, model in self._models.items():
-            for name, values in _cells_of(_predictions(model, texts)).items():
+            for name, values in _cells_of(_predictions(model, texts, self._labels)).items():
                 batch = batch.append_column(f"{_OURS}{stage}_{name}", _array(values, _CELLS[name]))
         return batch
 
@@ -327,12 +327,15 @@ def _stages_of(chain: ShuntRunnable) -> dict[str, Any]:
     return {stage: model for stage, model in found.items() if model is not None}
 
 
-def _predictions(model: Any, texts: list[str]) -> list[Prediction | Exception]:
+def _predictions(model: Any, texts: list[str], labels: Sequence[str] | None) -> list[Prediction | Exception]:
     """What a small model thinks of each text; where it fails as a whole, each has its error."""
     try:
-        return [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
+        found = [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
     except Exception as error:
         return [error] * len(texts)
+    if isinstance(model, SmallModel):
+        return found
+    return [in_task_order(labels, one) if isinstance(one, Prediction) else one for one in found]
 
 
 def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -91,6 +92,10 @@ class Plan:
         self.score[chosen] = score[better]
         self.limit[chosen] = limit[better]
 
+    def would_ask(self) -> int:
+        """How many inputs no small model's score is sure enough of, whatever was made of that: as in shadow mode."""
+        return self.n - int(np.count_nonzero(self.score >= self.limit))
+
     def prediction(self, i: int) -> Prediction | None:
         """What the deciding small model thought of input `i`; None if it failed."""
         batch = self.batches[self.stage[i]] if self.row[i] >= 0 else None
@@ -172,6 +177,10 @@ class PlanOfOne:
         """Whether a small model answers."""
         return self._kept
 
+    def would_ask(self) -> int:
+        """1 where no small model's score is sure enough, whatever was made of that; else 0."""
+        return 0 if self._prediction is not None and self._score >= self._limit else 1
+
     def has_prediction(self, i: int) -> bool:
         """Whether a small model had something to say."""
         return self._prediction is not None
@@ -235,13 +244,25 @@ def _decision(
     return ShuntDecision(route, reason, prediction, _number(score), _number(limit), policy, error)
 
 
-def outcome_of(answers: Sequence[Any], allowed: frozenset[str] | None = None) -> Outcome:
-    """Sort what any Runnable gave for `n` inputs into predictions over one label order, and errors."""
+def outcome_of(
+    answers: Sequence[Any],
+    allowed: frozenset[str] | None = None,
+    order: Callable[[Prediction], Prediction] | None = None,
+) -> Outcome:
+    """Sort what any Runnable gave for `n` inputs into predictions over one label order, and errors.
+
+    Args:
+        answers: `n` of anything.
+        allowed: The labels of the task, where they are set; None allows all.
+        order: Brings a prediction's labels into the order that they have for all; None for that of the first.
+    """
     errors: dict[int, Exception] = {}
     good: list[Prediction] = []
     rows: list[int] = []
     for i, answer in enumerate(answers):
         checked = checked_prediction(answer, allowed)
+        if isinstance(checked, Prediction) and order is not None:
+            checked = order(checked)
         if isinstance(checked, Prediction) and good:
             checked = _in_order_of(good[0].labels, checked)
         if isinstance(checked, Prediction):
@@ -305,6 +326,32 @@ def _holds_together(answer: Prediction, p: FloatArray) -> bool:
 def _shown(answer: Prediction) -> str:
     text = repr(answer)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def in_task_order(labels: Sequence[str] | None, prediction: Prediction) -> Prediction:
+    """A Runnable's prediction with its labels in the task's order, in that of the alphabet where there is none.
+
+    Some models sort their labels by score: then an input's prompt would say what the model thinks of it by the order of
+    its candidates alone, and of equally likely labels another would be first in a batch than alone.
+    """
+    if prediction.answer is not None:
+        return prediction
+    wanted, order = _task_order(None if labels is None else tuple(labels), prediction.labels)
+    p, logits = prediction.probabilities, prediction.logits
+    if order is not None:
+        p, logits = p[order], None if logits is None else logits[order]
+    best = wanted[int(p.argmax())]
+    if order is None and best == prediction.label:
+        return prediction
+    return replace(prediction, label=best, labels=wanted, probabilities=p, logits=logits)
+
+
+@lru_cache(maxsize=256)
+def _task_order(labels: tuple[str, ...] | None, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[int] | None]:
+    """A prediction's labels in the task's order, and where each stood; None where they have that order."""
+    place = {label: i for i, label in enumerate(labels or ())}
+    wanted = tuple(sorted(own, key=lambda label: (place.get(label, len(place)), label)))
+    return wanted, None if wanted == own else [own.index(label) for label in wanted]
 
 
 def _in_order_of(labels: tuple[str, ...], prediction: Prediction) -> Prediction | Exception:

@@ -222,6 +222,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             auditor=Auditor(self.audit_rate, caller, self.monitor, self.recorder) if self.audit_rate > 0 else None,
             monitor=self.monitor,
             gate=self.gate,
+            in_shadow=self.shadow,
         )
 
     def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:

@@ -11,7 +11,7 @@ from langchain_core.runnables.config import run_in_executor, set_config_context
 from langchain_core.runnables.utils import coro_with_context
 
 from langchain_datashunt.effects import Effect, Steps
-from langchain_datashunt.routing import outcome_of
+from langchain_datashunt.routing import in_task_order, outcome_of
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.scores import Outcome
 from langchain_datashunt.tracing import ChildRuns, Runs
@@ -52,6 +52,7 @@ def predict_many(
     tag: str,
     runs: Runs,
     allowed: frozenset[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Steps[Outcome]:
     """One small-model call, vectorised; objects are made only for runs that are to be seen.
 
@@ -62,12 +63,14 @@ def predict_many(
         tag: What its runs are to them.
         runs: The calls'.
         allowed: The labels of the task; None allows all.
+        labels: The order of labels, of a model that is none of this package's.
     """
     if not _is_our_own(model, "batch", "abatch"):
         given, configs = list(values), runs.children(rows, tag)
         batch = partial(model.batch, given, configs, return_exceptions=True)
         abatch = partial(model.abatch, given, configs, return_exceptions=True)
-        return outcome_of((yield Effect(batch, abatch)), allowed)
+        order = None if isinstance(model, SmallModel) else partial(in_task_order, labels)
+        return outcome_of((yield Effect(batch, abatch)), allowed, order)
     asked = Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
     if not runs.traced:
         outcome: Outcome = yield asked

@@ -408,6 +408,32 @@ def test_in_shadow_mode_nothing_changes_and_everything_is_noted(tmp_path: Path) 
     assert stats["would_be_saved_usd"] == 0.0
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_in_shadow_mode_a_budget_settles_where_it_will_in_earnest(learnable: bool, alone: bool) -> None:
+    """Each input counts once, also where a second small model, surer than the first, is asked about all of them."""
+
+    def guess(text: str, more: float = 0.0) -> Prediction:
+        p = min(0.999, 0.5 + 0.4 * np.random.default_rng(int(text)).beta(2.0, 1.0) + more)
+        return Prediction.of({"a": p, "b": 1 - p})
+
+    settled = []
+    for shadow in (False, True):
+        policy = QueryBudget(share=0.2)
+        shunt = ShuntRunnable(
+            small=guess, learnable=(lambda text: guess(text, 0.1)) if learnable else None, large=lambda _: "b",
+            pruning=None, policy=policy, shadow=shadow, return_decision=True,
+        )  # fmt: skip
+        if alone:
+            results = [shunt.invoke(str(i)) for i in range(700)]
+        else:
+            results = [r for i in range(0, 2000, 20) for r in shunt.batch([str(j) for j in range(i, i + 20)])]
+        sure = [result.decision.score >= result.decision.threshold for result in results[-400:]]
+        assert np.mean(sure) == pytest.approx(0.8, abs=0.06)
+        settled.append(policy.current)
+    assert settled[0] == pytest.approx(settled[1], abs=0.02)
+
+
 def test_what_the_threshold_did_not_cause_is_soon_forgotten() -> None:
     """As where the small model was down, or an alarm sent everything to the large one."""
     policy = QueryBudget(share=0.2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langchain_datashunt import Retry, ShuntRunnable
+from langchain_datashunt import NoHint, Prediction, Retry, ShuntRunnable, SoftPrompt, Threshold
 from langchain_datashunt.exceptions import PredictionError
 from tests.support.models import CountingLarge, HttpError, WordModel, failing_word_model, predict_words
 
@@ -114,8 +114,6 @@ def test_a_large_side_that_breaks_the_contract_of_batch_is_contained(way: str) -
 
 
 def test_predictions_over_different_label_sets_fail_alone() -> None:
-    from langchain_datashunt import Prediction
-
     def small(text: str) -> Prediction:
         return Prediction.of({"a": 0.99, "b": 0.01} if text != "odd" else {"z": 0.99, "b": 0.01})
 
@@ -188,13 +186,46 @@ def test_a_batch_answers_what_single_calls_would(plan: list[tuple[str, list[int]
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
 def test_labels_in_another_order_are_the_same_labels(way: str) -> None:
-    from langchain_datashunt import Prediction
-
     def small(text: str) -> Prediction:
         return Prediction.of({"a": 0.95, "b": 0.05} if "a" in text else {"b": 0.95, "a": 0.05})
 
     shunt = ShuntRunnable(small=small, large=lambda asked: "large")
     assert run_batch(shunt, way, ["a", "x", "a", "y"]) == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("labels", [None, ("c", "a", "b")])
+def test_a_model_that_sorts_its_labels_by_score_tells_nothing_by_their_order(labels: Any) -> None:
+    """Prompts, answers and decisions are the same alone and in a batch, whoever is the first of it."""
+    scores = {
+        "x": {"a": 0.5, "b": 0.3, "c": 0.2}, "y": {"c": 0.6, "b": 0.4, "a": 0.0}, "tie": {"c": 0.4, "b": 0.4, "a": 0.2},
+    }  # fmt: skip
+    prompts: list[Any] = []
+
+    def large(asked: Any) -> str:
+        prompts.append(asked["candidates"])
+        return "large"
+
+    for pruning in (NoHint(), SoftPrompt()):
+        shunt = ShuntRunnable(
+            small=lambda text: Prediction.of(scores[text]), large=large, pruning=pruning, policy=Threshold(0.7),
+            labels=labels,
+        )  # fmt: skip
+        seen = []
+        for texts in (["x"], ["y"], ["tie"], ["x", "y", "tie"], ["tie", "y", "x"]):
+            prompts.clear()
+            assert (shunt.batch(texts) if len(texts) > 1 else [shunt.invoke(texts[0])]) == ["large"] * len(texts)
+            seen.append(dict(zip(texts, prompts, strict=True)))
+        for text in scores:
+            assert len({str(one[text]) for one in seen if text in one}) == 1
+        if pruning == NoHint():
+            assert len({str(told) for one in seen for told in one.values()}) == 1
+    keeping = ShuntRunnable(
+        small=lambda text: Prediction.of(scores[text]), large=large, policy=Threshold(0.39), labels=labels
+    )
+    alone = [keeping.invoke(text) for text in scores]
+    assert alone[2] == ("b" if labels is None else "c")
+    assert keeping.batch(list(scores)) == alone
+    assert keeping.batch(list(scores)[::-1]) == alone[::-1]
 
 
 def test_the_bound_on_large_calls_holds_over_concurrent_batches() -> None:
