@@ -176,11 +176,12 @@ async def _answer_all(
     Raises:
         TooManyFailuresError: So many large calls failed with none answered between; their rows are not noted.
     """
-    failing: set[int] = set()
-    stopped = False
+    failing: dict[int, int] = {}  # rows, and how many large answers came since: one that was under way says nothing
+    under_way_at_once = 2 * (chain.max_concurrency or 1)
+    streak, stopped = 0, False
 
     async def answer(step: dict[int, str]) -> None:
-        nonlocal stopped
+        nonlocal streak, stopped
         todo = [i for i, text in step.items() if not journal.has(i, text)]
         advance(len(step) - len(todo))
         inputs = [step[i] for i in todo]
@@ -188,13 +189,19 @@ async def _answer_all(
             record = _record(todo[position], inputs[position], result)
             journal.note(record)
             advance(1)
-            if is_failed(record) and max_failures:
-                failing.add(record["row"])
+            if not max_failures:
+                continue
+            if is_failed(record):
+                streak += 1
+                failing[record["row"]] = 0
             elif record["route"] == "large" and not stopped:
-                failing.clear()
-            if len(failing) >= max_failures > 0 and is_failed(record):
+                streak = 0
+                for row in [row for row, since in failing.items() if since >= under_way_at_once]:
+                    del failing[row]
+                failing.update({row: since + 1 for row, since in failing.items()})
+            if streak >= max_failures:
                 stopped = True
-                raise TooManyFailuresError(len(failing), str(record["error"]), str(journal.out))
+                raise TooManyFailuresError(streak, str(record["error"]), str(journal.out))
 
     under_way: deque[tuple[list[int], asyncio.Task[None]]] = deque()
     try:
@@ -210,7 +217,7 @@ async def _answer_all(
             if not under_way:
                 return
             rows, first = under_way[0]
-            in_doubt = at_work and len(under_way) < _MOST_STEPS and not failing.isdisjoint(rows)
+            in_doubt = at_work and len(under_way) < _MOST_STEPS and not failing.keys().isdisjoint(rows)
             if first.done() and not in_doubt:
                 first.result()
                 journal.finish(under_way.popleft()[0])
