@@ -72,7 +72,7 @@ typecheck: install
 
 # Many more examples of the property tests than `make test` takes.
 fuzz: install
-	DATASHUNT_FUZZ_EXAMPLES=2000 $(BIN)/pytest --timeout 1800 tests/unit_tests/test_fuzz.py tests/unit_tests/test_privacy.py $(ARGS)
+	DATASHUNT_FUZZ_EXAMPLES=2000 $(BIN)/pytest --timeout 1800 tests/test_fuzz.py tests/privacy/test_privacy.py $(ARGS)
 
 # Coverage-guided fuzzing of what reads other people's bytes, a minute for each target; SECONDS=600 for longer.
 fuzz-guided: install

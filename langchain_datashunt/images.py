@@ -20,7 +20,7 @@ from langchain_core.messages import BaseMessage, HumanMessage
 from numpy.typing import NDArray
 from pydantic import Field
 
-from langchain_datashunt._extras import require
+from langchain_datashunt._utils.optional import require
 from langchain_datashunt.exceptions import InputError
 from langchain_datashunt.inputs import InputReader, messages_of
 

@@ -13,7 +13,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import AnyMessage, BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
 
-from langchain_datashunt.configured import Strategy
+from langchain_datashunt._utils.settings import Strategy
 from langchain_datashunt.exceptions import InputError
 
 ShuntInput: TypeAlias = str | Document | list[AnyMessage] | dict[str, Any]

@@ -18,14 +18,14 @@ import numpy as np
 from pydantic import PrivateAttr
 from typing_extensions import override
 
-from langchain_datashunt._extras import require
-from langchain_datashunt.decisions import ShuntResult
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
 from langchain_datashunt.inputs import InputReader
-from langchain_datashunt.predictions import Prediction, answer_text, writable
-from langchain_datashunt.routing import checked_prediction, in_task_order, outcome_of
-from langchain_datashunt.shunt import ShuntRunnable
-from langchain_datashunt.shunt_settings import policy_for
+from langchain_datashunt.prediction import Prediction, answer_text, writable
+from langchain_datashunt.routing.plan import checked_prediction, in_task_order, outcome_of
+from langchain_datashunt.routing.settings import policy_for
+from langchain_datashunt.routing.shunt import ShuntRunnable
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.scores import Outcome, Scores
 

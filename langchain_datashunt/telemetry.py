@@ -16,11 +16,11 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.tracers.context import register_configure_hook
 from typing_extensions import override
 
-from langchain_datashunt._extras import require
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt._version import __version__
+from langchain_datashunt.decision import DECISION_EVENT
 from langchain_datashunt.exceptions import MissingExtraError, ShuntWarning
-from langchain_datashunt.pricing import cost_usd
-from langchain_datashunt.tracing import DECISION_EVENT
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider

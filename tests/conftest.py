@@ -27,7 +27,7 @@ def banking77() -> Path:
 @pytest.fixture(scope="session")
 def shop_messages() -> tuple[list[str], list[str]]:
     """Four intents of the shipped messages: texts and labels, enough to train on in a second."""
-    from langchain_datashunt.data.benchmark_task import load_messages
+    from langchain_datashunt.cli.demo.benchmark_task import load_messages
 
     task = load_messages()
     wanted = {"account_access", "damaged_item", "product_question", "promo_code"}

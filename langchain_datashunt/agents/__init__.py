@@ -1,25 +1,27 @@
-"""A small model in front of an agent's tools and turns."""
+"""Middleware for LangChain agents: tool routing, model routing and the privacy guard."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from langchain_datashunt.agents.tool_router import ToolRanking, ToolRouter
+from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from langchain_datashunt.agents.arguments import NoArguments, PatternArguments, WholeText
-    from langchain_datashunt.agents.gate_middleware import OutboundGateMiddleware
+    from langchain_datashunt.agents.guard_middleware import OutboundGateMiddleware
     from langchain_datashunt.agents.model_middleware import ShuntModelRouterMiddleware
     from langchain_datashunt.agents.tool_middleware import ShuntToolRouterMiddleware
+    from langchain_datashunt.agents.tool_router import ToolRanking, ToolRouter
 
-_LAZY = {
+_MODULE_OF = {
     "NoArguments": "arguments",
+    "OutboundGateMiddleware": "guard_middleware",
     "PatternArguments": "arguments",
-    "WholeText": "arguments",
-    "OutboundGateMiddleware": "gate_middleware",
     "ShuntModelRouterMiddleware": "model_middleware",
     "ShuntToolRouterMiddleware": "tool_middleware",
+    "ToolRanking": "tool_router",
+    "ToolRouter": "tool_router",
+    "WholeText": "arguments",
 }
 
 __all__ = [
@@ -33,8 +35,4 @@ __all__ = [
     "WholeText",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

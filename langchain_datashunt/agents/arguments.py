@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ValidationError
 
-from langchain_datashunt.answers import of_json_type
+from langchain_datashunt.chat.answers import of_json_type
 from langchain_datashunt.exceptions import ConfigurationError
 
 

@@ -12,14 +12,14 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from typing_extensions import override
 
+from langchain_datashunt._utils.control_flow import raise_control_flow
 from langchain_datashunt.agents.turns import called_directly, drafting
-from langchain_datashunt.chat_messages import marked, model_name
-from langchain_datashunt.decisions import ShuntDecision
-from langchain_datashunt.drafting import SILENT_TAGS, DraftConfidence, mean_token_probability
+from langchain_datashunt.chat.draft import SILENT_TAGS, DraftConfidence, mean_token_probability
+from langchain_datashunt.chat.messages import marked, model_name
+from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import PredictionError
-from langchain_datashunt.policies import Policy, Threshold
-from langchain_datashunt.predictions import ANSWER_LABELS, Prediction
-from langchain_datashunt.retries import raise_control_flow
+from langchain_datashunt.policies.thresholds import Policy, Threshold
+from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
 
 @dataclass

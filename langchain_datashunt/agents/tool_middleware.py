@@ -20,18 +20,18 @@ from langgraph.prebuilt.tool_node import ToolCallRequest
 from langgraph.types import Command
 from typing_extensions import override
 
+from langchain_datashunt._utils.control_flow import raise_control_flow
 from langchain_datashunt.agents.arguments import ArgumentExtractor, NoArguments, extracted
 from langchain_datashunt.agents.tool_router import Mode, ToolRanking, ToolRouter
 from langchain_datashunt.agents.turns import METADATA_KEY, is_draft
-from langchain_datashunt.chat_messages import text_alone
-from langchain_datashunt.decisions import Latency, ShuntDecision
-from langchain_datashunt.distillation.watching import LargeCallWatcher
+from langchain_datashunt.call_log.finished_call import FinishedCall, now
+from langchain_datashunt.chat.messages import text_alone
+from langchain_datashunt.decision import Latency, ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.inputs import text_of, text_reader
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.pruning import ConformalPrompt
-from langchain_datashunt.recording import FinishedCall, now
-from langchain_datashunt.retries import raise_control_flow
+from langchain_datashunt.large_models.prompt_pruning import ConformalPrompt
+from langchain_datashunt.large_models.watcher import LargeCallWatcher
+from langchain_datashunt.policies.thresholds import Policy
 
 REFUSED_KEY = "shunt_refused"
 """Where the message that refuses a tool names it."""

@@ -13,11 +13,11 @@ from langchain_core.runnables.config import patch_config
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
 
-from langchain_datashunt.configured import Configured
+from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.predictions import FloatArray, Prediction, PredictionBatch
-from langchain_datashunt.pruning import ConformalPrompt
-from langchain_datashunt.routing import checked_prediction
+from langchain_datashunt.large_models.prompt_pruning import ConformalPrompt
+from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBatch
+from langchain_datashunt.routing.plan import checked_prediction
 from langchain_datashunt.small_models.base import SmallModel
 
 Mode: TypeAlias = Literal["soft", "hard", "conformal"]

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
+from langchain_datashunt._utils.settings import Strategy
 from langchain_datashunt.calibration.risk import (
     examples_needed,
     examples_to_start,
@@ -19,11 +20,10 @@ from langchain_datashunt.calibration.risk import (
     risk_p_values,
 )
 from langchain_datashunt.calibration.smoothing import SMOOTH_FROM, smoothed_right
-from langchain_datashunt.configured import Strategy
 from langchain_datashunt.evaluation.betting import betting_p_value
 from langchain_datashunt.evaluation.curves import SEND_ALL, DeferralCurve, deferral_curve
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray
+from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray
 
 _HALF_UP = 1e-12
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from langchain_datashunt._extras import require
-from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray
 
 GRID_SIZE = 200
 """Thresholds of the fixed grid."""

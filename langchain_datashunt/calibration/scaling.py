@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_datashunt._extras import require
+from langchain_datashunt._utils.optional import require
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import FloatArray
+from langchain_datashunt.prediction import FloatArray
 
 EXAMPLES_A_LABEL = 10
 """With fewer examples a label the fit is noise, and a temperature is better."""

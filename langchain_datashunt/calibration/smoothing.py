@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from langchain_datashunt.predictions import BoolArray, FloatArray
+from langchain_datashunt.prediction import BoolArray, FloatArray
 
 SMOOTH_FROM = 200
 """Examples from which a curve is smoothed; fewer are taken as they are."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import FloatArray
+from langchain_datashunt.prediction import FloatArray
 
 _BETA_RANGE = (1e-3, 1e3)
 _STEPS = 100

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from langchain_datashunt.calibration.objectives import CalibrationData, MaxAccuracy, Objective, Pick
-from langchain_datashunt.confidence import ConfidenceScore, MaxProbability
 from langchain_datashunt.evaluation.curves import SEND_ALL, DeferralCurve
 from langchain_datashunt.evaluation.intervals import Interval, joint_intervals
 from langchain_datashunt.evaluation.offline import OTHER, positions
 from langchain_datashunt.exceptions import DataError, ThresholdWarning
-from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.policies import AlwaysLarge, AlwaysSmall, PerLabelThreshold, Policy, Threshold
-from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray, PredictionBatch
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.policies.scores import ConfidenceScore, MaxProbability
+from langchain_datashunt.policies.thresholds import AlwaysLarge, AlwaysSmall, PerLabelThreshold, Policy, Threshold
+from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray, PredictionBatch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ def main() -> None:
     """Run the command line; says what to install where the `cli` extra is missing."""
     import sys
 
-    from langchain_datashunt._extras import require
+    from langchain_datashunt._utils.optional import require
     from langchain_datashunt.exceptions import MissingExtraError
 
     try:

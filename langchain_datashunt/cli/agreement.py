@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from langchain_datashunt.data.reading import texts_of
+from langchain_datashunt._utils.table_files import texts_of
 from langchain_datashunt.evaluation.agreement import agreement
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.policies import Threshold
-from langchain_datashunt.predictions import PredictionBatch
-from langchain_datashunt.shunt_settings import policy_for
+from langchain_datashunt.policies.thresholds import Threshold
+from langchain_datashunt.prediction import PredictionBatch
+from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.small_models import SmallModel, load_small_model
 
 REFERENCE = {"engine": "plain", "dtype": "float32"}

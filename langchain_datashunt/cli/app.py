@@ -240,8 +240,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("demo-output"),
 ) -> None:
     """Train a small model on a few labels, route real questions over real HTTP, and print what was gained."""
-    from langchain_datashunt.cli.demo import run_demo
-    from langchain_datashunt.cli.demo_table import print_figures
+    from langchain_datashunt.cli.demo.command import run_demo
+    from langchain_datashunt.cli.demo.table import print_figures
 
     with errors():
         figures = run_demo(large=large, per_label=per_label, seed=seed, limit=limit, out=out, download=download)
@@ -280,7 +280,7 @@ def distill(
     Run by `accelerate launch -m langchain_datashunt distill ...` or torchrun it trains on all their processes.
     """
     from langchain_datashunt.cli.distill import DistillTask, distill_bundle, watch_store
-    from langchain_datashunt.small_models.processes import processes
+    from langchain_datashunt.small_models.training.processes import processes
 
     training = {
         "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
@@ -313,9 +313,9 @@ def report_command(
     as_json: AsJson = False,
 ) -> None:
     """What left, what it cost and how good the answers were, side by side."""
+    from langchain_datashunt.call_log.filters import CallFilter
+    from langchain_datashunt.call_log.summary import overview_of
     from langchain_datashunt.cli.report import print_overview
-    from langchain_datashunt.distillation.filters import CallFilter
-    from langchain_datashunt.distillation.overview import overview_of
 
     with errors():
         which = CallFilter(task=task, since=moment(since), until=moment(until))

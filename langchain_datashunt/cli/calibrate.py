@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from langchain_datashunt._utils.table_files import labelled_texts, read_rows, require_columns
 from langchain_datashunt.calibration import (
     MatchLarge,
     MaxAccuracy,
@@ -18,16 +19,15 @@ from langchain_datashunt.calibration import (
     fit_temperature,
     select_threshold,
 )
-from langchain_datashunt.confidence import MaxProbability
-from langchain_datashunt.data.reading import labelled_texts, read_rows, require_columns
 from langchain_datashunt.evaluation import Evaluation, evaluate
 from langchain_datashunt.evaluation.metrics import expected_calibration_error
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.policies import Threshold
-from langchain_datashunt.shunt_settings import policy_for
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.policies.scores import MaxProbability
+from langchain_datashunt.policies.thresholds import Threshold
+from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.small_models import SmallModel, load_small_model
-from langchain_datashunt.small_models.training import seen_in_training
+from langchain_datashunt.small_models.training.training import seen_in_training
 
 OBJECTIVES = "max-accuracy, match-large[=MARGIN], budget=SHARE, cost=USD_PER_1000 or risk=ALPHA"
 

@@ -44,14 +44,15 @@ class DistillTask:
     def settings(self) -> Any:
         """As `DistillationSettings`."""
         from langchain_datashunt.distillation import DistillationSettings
-        from langchain_datashunt.small_models.training import TrainingSettings
+        from langchain_datashunt.small_models.training.training import TrainingSettings
 
         given = {name: value for name, value in self.training.items() if value is not None}
         return DistillationSettings(mode=self.mode, training=TrainingSettings(**given))
 
     def records(self, **which: Any) -> Iterator[Any]:
         """The records, in batches; `which` as for `CallFilter`."""
-        from langchain_datashunt.distillation import CallFilter, DistillationStore
+        from langchain_datashunt.call_log.filters import CallFilter
+        from langchain_datashunt.call_log.store import DistillationStore
 
         with DistillationStore(self.store) as opened:
             yield from opened.iterate(CallFilter(task=self.task, **which))
@@ -93,7 +94,7 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
     """
     from langchain_datashunt.distillation import ModelRegistry, TwoStageDistiller
     from langchain_datashunt.small_models import load_small_model
-    from langchain_datashunt.small_models.processes import processes
+    from langchain_datashunt.small_models.training.processes import processes
 
     require_store(task.store)
     started, small = time.perf_counter(), load_small_model(task.bundle)

@@ -18,10 +18,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from langchain_datashunt._extras import require
-from langchain_datashunt.data.reading import read_rows
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt._utils.table_files import read_rows
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.predictions import writable
+from langchain_datashunt.prediction import writable
 
 FIELDS = ("row", "text", "answer", "route", "reason", "confidence", "cost_usd", "error")
 _NUMBERS = {"row": int, "confidence": float, "cost_usd": float}

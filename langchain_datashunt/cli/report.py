@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from langchain_datashunt.distillation.overview import OverviewRow
+from langchain_datashunt.call_log.summary import OverviewRow
 
 
 def overview_table(rows: Sequence[OverviewRow], by: str) -> Table:

@@ -15,17 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from langchain_datashunt._extras import require
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt._utils.table_files import cell, read_rows, require_columns
 from langchain_datashunt.cli.journal import FIELDS, Journal, is_failed
 from langchain_datashunt.cli.output import progress
-from langchain_datashunt.data.reading import cell, read_rows, require_columns
-from langchain_datashunt.decisions import ShuntResult
+from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, TooManyFailuresError
-from langchain_datashunt.policies import Policy, Threshold
-from langchain_datashunt.predictions import writable
-from langchain_datashunt.pruning import NoHint, Pruning, SoftPrompt, TopHint
-from langchain_datashunt.replay import ChatServer, RecordedAnswers
-from langchain_datashunt.router_chain import ConfidenceRouterChain
+from langchain_datashunt.large_models.prompt_pruning import NoHint, Pruning, SoftPrompt, TopHint
+from langchain_datashunt.large_models.replay import ChatServer, RecordedAnswers
+from langchain_datashunt.policies.thresholds import Policy, Threshold
+from langchain_datashunt.prediction import writable
+from langchain_datashunt.routing.label_router import ConfidenceRouterChain
 from langchain_datashunt.small_models import load_small_model
 
 STEPS_AT_ONCE = 3
@@ -155,7 +155,7 @@ def _recorder(store: str | None, task: str) -> Iterator[Any]:
     if store is None:
         yield None
         return
-    from langchain_datashunt.distillation import Recorder
+    from langchain_datashunt.call_log.recorder import Recorder
 
     with Recorder(store, task=task, sample_small=1.0, durability="record") as recorder:  # on disk before the row is
         yield recorder

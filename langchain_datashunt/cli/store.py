@@ -14,7 +14,7 @@ from langchain_datashunt.cli.output import console, errors, report
 from langchain_datashunt.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from langchain_datashunt.distillation.store import DistillationStore
+    from langchain_datashunt.call_log.store import DistillationStore
 
 store_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
 
@@ -42,7 +42,7 @@ def opened_store(store: str) -> Iterator[DistillationStore]:
         Exit: There is no such file.
     """
     with errors():
-        from langchain_datashunt.distillation.store import DistillationStore
+        from langchain_datashunt.call_log.store import DistillationStore
 
         require_store(store)
         with DistillationStore(store) as opened:
@@ -55,7 +55,7 @@ def require_store(store: str) -> None:
     Raises:
         ConfigurationError: There is no such file.
     """
-    from langchain_datashunt.distillation.store import url_of
+    from langchain_datashunt.call_log.store import url_of
 
     path = url_of(store).partition("sqlite:///")[2].partition("?")[0]
     if path and path != ":memory:" and not Path(path).is_file():
@@ -66,7 +66,7 @@ def require_store(store: str) -> None:
 def stats(store: Url, task: Task = None, as_json: AsJson = False) -> None:
     """Counts, cost, and how often both models agree."""
     with opened_store(store) as opened:
-        from langchain_datashunt.distillation.filters import CallFilter
+        from langchain_datashunt.call_log.filters import CallFilter
 
         report(opened.stats(CallFilter(task=task)), as_json, store)
 
@@ -88,9 +88,9 @@ def export(
 ) -> None:
     """Write records to a file."""
     with errors():
-        from langchain_datashunt.distillation.export import export as write
-        from langchain_datashunt.distillation.filters import CallFilter
-        from langchain_datashunt.distillation.rows import ROUTES
+        from langchain_datashunt.call_log.export import export as write
+        from langchain_datashunt.call_log.filters import CallFilter
+        from langchain_datashunt.call_log.rows import ROUTES
 
         if route is not None and route not in ROUTES:
             raise ConfigurationError(f"--route {route!r} is not known; use one of {', '.join(ROUTES)}.")
@@ -137,7 +137,7 @@ def label(
     source: Annotated[str, typer.Option(help="Who says so.")] = "user",
 ) -> None:
     """Note true labels of recorded calls; exit status 1 where some ids are not stored."""
-    from langchain_datashunt.data.reading import labelled_texts
+    from langchain_datashunt._utils.table_files import labelled_texts
     from langchain_datashunt.exceptions import StoreError
 
     missing = []

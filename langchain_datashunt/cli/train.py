@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from langchain_datashunt._utils.table_files import labelled_texts, sample_per_label, texts_of
 from langchain_datashunt.cli.output import console
-from langchain_datashunt.data.reading import labelled_texts, sample_per_label, texts_of
 from langchain_datashunt.exceptions import ConfigurationError, DataError
 from langchain_datashunt.small_models import SmallModel, small_model_class
-from langchain_datashunt.small_models.selection import Candidate, train_best
-from langchain_datashunt.small_models.training import TrainingSettings
+from langchain_datashunt.small_models.training.selection import Candidate, train_best
+from langchain_datashunt.small_models.training.training import TrainingSettings
 
 TRAINABLE = ("embedding", "neighbours", "ensemble", "contrastive", "textcnn", "lstm", "transformers")
 
@@ -108,7 +108,7 @@ def _options(
     """What a kind's `train` takes of the command line."""
     options: dict[str, Any] = {}
     if device is not None and kind in ON_EMBEDDINGS:
-        from langchain_datashunt.small_models.encoder import shared_encoder
+        from langchain_datashunt.small_models.kinds.encoder import shared_encoder
 
         options["embeddings"] = shared_encoder(None, device)
     elif device is not None:

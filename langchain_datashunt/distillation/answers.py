@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from langchain_datashunt.call_log.record import RoutedCall
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
-from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import FloatArray, PredictionBatch, answer_text
-from langchain_datashunt.small_models.generating import AnswerExamples, GeneratingModel
-from langchain_datashunt.small_models.training import TrainingSettings
+from langchain_datashunt.prediction import FloatArray, PredictionBatch, answer_text
+from langchain_datashunt.small_models.kinds.generating import AnswerExamples, GeneratingModel
+from langchain_datashunt.small_models.training.training import TrainingSettings
 
 if TYPE_CHECKING:
     from langchain_datashunt.distillation.distiller import DistillationSettings

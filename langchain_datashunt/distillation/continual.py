@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from langchain_datashunt._extras import require
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt.call_log.filters import CallFilter
+from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.store import DistillationStore
 from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller, readable_calls
-from langchain_datashunt.distillation.filters import CallFilter
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
-from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.distillation.registry import ModelRegistry
-from langchain_datashunt.distillation.store import DistillationStore
 from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherVerdict
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.small_models.base import SmallModel

@@ -17,17 +17,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from langchain_datashunt.configured import Configured
+from langchain_datashunt._utils.settings import Configured
+from langchain_datashunt.call_log.record import RoutedCall
 from langchain_datashunt.distillation.answers import prepare_answers
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
-from langchain_datashunt.distillation.record import RoutedCall
 from langchain_datashunt.exceptions import DataError, InputError
 from langchain_datashunt.inputs import TextReader
-from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
+from langchain_datashunt.prediction import BoolArray, FloatArray, PredictionBatch
 from langchain_datashunt.small_models.base import SmallModel
-from langchain_datashunt.small_models.generating import GeneratingModel
-from langchain_datashunt.small_models.processes import processes
-from langchain_datashunt.small_models.training import (
+from langchain_datashunt.small_models.kinds.generating import GeneratingModel
+from langchain_datashunt.small_models.training.processes import processes
+from langchain_datashunt.small_models.training.training import (
     Examples,
     TrainingSettings,
     one_hot,
@@ -345,7 +345,7 @@ def cold_start(
     Raises:
         DataError: There are too few labelled answers.
     """
-    from langchain_datashunt.small_models.loading import small_model_class
+    from langchain_datashunt.small_models.bundles.loading import small_model_class
 
     calls = [call for call in _flat(records) if call.input.strip()]
     pairs = [(call.input, call.gold or call.label) for call in calls if call.gold or call.label]

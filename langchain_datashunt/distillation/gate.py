@@ -12,7 +12,7 @@ import numpy as np
 
 from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import BoolArray
+from langchain_datashunt.prediction import BoolArray
 from langchain_datashunt.small_models.base import SmallModel
 
 Labels: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.object_]]

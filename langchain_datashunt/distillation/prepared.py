@@ -12,8 +12,8 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.small_models.generating import AnswerExamples
-from langchain_datashunt.small_models.training import Examples
+from langchain_datashunt.small_models.kinds.generating import AnswerExamples
+from langchain_datashunt.small_models.training.training import Examples
 
 PREPARED_FILE = "examples.npz"
 

@@ -24,16 +24,16 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
-from langchain_datashunt._extras import require
-from langchain_datashunt._forking import Mutex
+from langchain_datashunt._utils.fork import Mutex
+from langchain_datashunt._utils.optional import require
 from langchain_datashunt.distillation.gate import PromotionGate, Verdict
 from langchain_datashunt.distillation.teacher import TeacherVerdict
 from langchain_datashunt.exceptions import RegistryError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.small_models.base import SmallModel
-from langchain_datashunt.small_models.caching import ResultCache
-from langchain_datashunt.small_models.loading import load_small_model
+from langchain_datashunt.small_models.bundles.loading import load_small_model
 from langchain_datashunt.small_models.scores import Scores
+from langchain_datashunt.small_models.serving.caching import ResultCache
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from langchain_datashunt.distillation.record import RoutedCall
+from langchain_datashunt.call_log.record import RoutedCall
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import BoolArray, FloatArray
+from langchain_datashunt.prediction import BoolArray, FloatArray
 from langchain_datashunt.small_models.base import SmallModel
 
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from langchain_datashunt.evaluation.intervals import Interval, wilson_interval
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import PredictionBatch
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import PredictionBatch
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import FloatArray
+from langchain_datashunt.prediction import FloatArray
 
 _GRID = 1001
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from langchain_datashunt.predictions import BoolArray, FloatArray
+from langchain_datashunt.prediction import BoolArray, FloatArray
 
 SEND_ALL = float(np.nextafter(1.0, 2.0))
 """The smallest threshold above certainty: everything is asked."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from langchain_datashunt.evaluation.curves import DeferralCurve, reliability, risk_coverage
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray
+from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray
 
 # Calibration
 

@@ -19,9 +19,9 @@ from langchain_datashunt.evaluation.curves import (
 )
 from langchain_datashunt.evaluation.intervals import Interval, joint_intervals, resampled_interval
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import BoolArray, FloatArray, IntArray, PredictionBatch
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray, PredictionBatch
 
 OTHER = -1
 """Stands for a label that the small model does not have."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt._extras import require
+from langchain_datashunt._utils.optional import require
 from langchain_datashunt._version import __version__
 from langchain_datashunt.evaluation.curves import Reliability
 from langchain_datashunt.evaluation.figures import Chart, Line, Point
 from langchain_datashunt.evaluation.offline import Evaluation, LabelRow
-from langchain_datashunt.predictions import FloatArray
+from langchain_datashunt.prediction import FloatArray
 
 TEMPLATE = "report.html.jinja"
 WORST_LABELS = 25

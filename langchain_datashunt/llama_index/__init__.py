@@ -1,22 +1,23 @@
-"""The shunt in LlamaIndex: as an LLM, as a selector of a router, and in front of a query engine."""
+"""LlamaIndex integration: an LLM, a router selector, a query engine and the privacy guard."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from langchain_datashunt.llama_index.deciding import ShuntDecisionEvent
     from langchain_datashunt.llama_index.embedding import EncoderEmbedding
-    from langchain_datashunt.llama_index.gated_llm import GatedFunctionCallingLLM, GatedLLM
+    from langchain_datashunt.llama_index.guarded_llm import GatedFunctionCallingLLM, GatedLLM
     from langchain_datashunt.llama_index.llm import ShuntFunctionCallingLLM, ShuntLLM
     from langchain_datashunt.llama_index.query_engine import ShuntQueryEngine
     from langchain_datashunt.llama_index.selector import ShuntSelection, ShuntSelector
 
-_WHERE = {
+_MODULE_OF = {
     "EncoderEmbedding": "embedding",
-    "GatedFunctionCallingLLM": "gated_llm",
-    "GatedLLM": "gated_llm",
+    "GatedFunctionCallingLLM": "guarded_llm",
+    "GatedLLM": "guarded_llm",
     "ShuntDecisionEvent": "deciding",
     "ShuntFunctionCallingLLM": "llm",
     "ShuntLLM": "llm",
@@ -37,8 +38,4 @@ __all__ = [
     "ShuntSelector",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -12,16 +12,16 @@ from langchain_core.utils.uuid import uuid7
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 
-from langchain_datashunt.decisions import Latency, ShuntDecision
-from langchain_datashunt.distillation.watching import LargeCallWatcher
+from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt.call_log.finished_call import FinishedCall, now
+from langchain_datashunt.decision import Latency, ShuntDecision
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.inputs import text_reader
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import Prediction
-from langchain_datashunt.recording import FinishedCall, now
-from langchain_datashunt.retries import raise_control_flow
-from langchain_datashunt.routing import checked_prediction
-from langchain_datashunt.shunt_settings import policy_for
+from langchain_datashunt.large_models.watcher import LargeCallWatcher
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import Prediction
+from langchain_datashunt.routing.plan import checked_prediction
+from langchain_datashunt.routing.settings import policy_for
 
 dispatcher = get_dispatcher(__name__)
 

@@ -9,7 +9,7 @@ from langchain_core.runnables.config import run_in_executor
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from langchain_datashunt.small_models.encoder import shared_encoder
+from langchain_datashunt.small_models.kinds.encoder import shared_encoder
 
 
 class EncoderEmbedding(BaseEmbedding):

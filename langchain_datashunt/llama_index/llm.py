@@ -23,10 +23,11 @@ from llama_index.core.llms.llm import LLM, ToolSelection
 from llama_index.core.tools.types import BaseTool
 from typing_extensions import override
 
-from langchain_datashunt.answers import ToolAnswer
-from langchain_datashunt.decisions import ShuntDecision
+from langchain_datashunt.chat.answers import ToolAnswer
+from langchain_datashunt.chat.hint import Hint
+from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.hinted_model import Hint
+from langchain_datashunt.large_models.prompt_pruning import Pruning, SoftPrompt
 from langchain_datashunt.llama_index.deciding import Decider
 from langchain_datashunt.llama_index.function_calling import PreparedByLarge
 from langchain_datashunt.llama_index.responses import (
@@ -37,9 +38,8 @@ from langchain_datashunt.llama_index.responses import (
     text_of_response,
     with_decision,
 )
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import answer_text
-from langchain_datashunt.pruning import Pruning, SoftPrompt
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import answer_text
 
 _REQUIRED = "_shunt_tool_required"
 """Where a prepared call says that a tool has to be called; each LLM has another word for it."""

@@ -16,8 +16,8 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.llama_index.deciding import Decider
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import Prediction
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import Prediction
 
 LocalAnswer: TypeAlias = str | Response | BaseQueryEngine
 """What stands for a label: a text, a whole response, or an engine of its own that answers the question."""

@@ -13,12 +13,12 @@ from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
 from llama_index.core.schema import QueryBundle
 from llama_index.core.tools.types import ToolMetadata
 
-from langchain_datashunt.decisions import ShuntDecision
+from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.large_models.prompt_pruning import Pruning
 from langchain_datashunt.llama_index.deciding import Decider
-from langchain_datashunt.policies import Policy
-from langchain_datashunt.predictions import Prediction
-from langchain_datashunt.pruning import Pruning
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import Prediction
 
 
 class ShuntSelection(SelectorResult):

@@ -11,7 +11,7 @@ from langchain_datashunt.privacy.detectors import (
     PresidioDetector,
     find_entities,
 )
-from langchain_datashunt.privacy.gate import AbstainedLocally, GatedModel, OutboundGate
+from langchain_datashunt.privacy.guard import AbstainedLocally, GatedModel, OutboundGate
 from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer
 
 __all__ = [

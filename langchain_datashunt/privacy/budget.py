@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import ConfigDict, Field
 
-from langchain_datashunt.configured import Configured
+from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
 from langchain_datashunt.privacy.redaction import Placeholders
 

@@ -16,10 +16,10 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.prompt_values import PromptValue
 from pydantic import BaseModel
 
-from langchain_datashunt.decisions import ShuntResult
+from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.exceptions import StaysLocal
+from langchain_datashunt.prediction import Candidates
 from langchain_datashunt.privacy.detectors import Detector, Entity, all_entities, without_overlaps
-from langchain_datashunt.pruning import Candidates
 
 _PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]{0,40})_(\d{1,6})>", re.IGNORECASE)
 _IN_JSON = re.compile(r"(?:<|\\u003c)([A-Z][A-Z_]{0,40})_(\d{1,6})(?:>|\\u003e)", re.IGNORECASE)

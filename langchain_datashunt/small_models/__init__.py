@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from langchain_datashunt.small_models.base import SmallModel
-from langchain_datashunt.small_models.loading import (
-    KINDS,
-    BundledSmallModel,
-    load_small_model,
-    small_model_class,
-)
-from langchain_datashunt.small_models.micro_batching import MicroBatching
-from langchain_datashunt.small_models.scores import Scores
+from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from langchain_datashunt.small_models.caption_model import CaptionModel
-    from langchain_datashunt.small_models.collecting import CollectingModel
-    from langchain_datashunt.small_models.contrastive import ContrastiveClassifier
-    from langchain_datashunt.small_models.embedding import EmbeddingClassifier
-    from langchain_datashunt.small_models.encoder import CachedEmbeddings, SentenceEncoder
-    from langchain_datashunt.small_models.ensemble import EnsembleClassifier
-    from langchain_datashunt.small_models.image_classifier import ImageClassifier
-    from langchain_datashunt.small_models.neighbours import NeighbourClassifier
-    from langchain_datashunt.small_models.predict_proba import PredictProbaClassifier
-    from langchain_datashunt.small_models.training import TrainingSettings
-    from langchain_datashunt.small_models.transformers_classifier import TransformersClassifier
-    from langchain_datashunt.small_models.transformers_generator import TransformersGenerator
-    from langchain_datashunt.small_models.word_networks import LSTMClassifier, TextCNN
+    from langchain_datashunt.small_models.base import SmallModel
+    from langchain_datashunt.small_models.bundles.loading import BundledSmallModel, load_small_model, small_model_class
+    from langchain_datashunt.small_models.kinds.cold_start import CollectingModel
+    from langchain_datashunt.small_models.kinds.contrastive import ContrastiveClassifier
+    from langchain_datashunt.small_models.kinds.embedding import EmbeddingClassifier
+    from langchain_datashunt.small_models.kinds.encoder import CachedEmbeddings, SentenceEncoder
+    from langchain_datashunt.small_models.kinds.ensemble import EnsembleClassifier
+    from langchain_datashunt.small_models.kinds.image_classifier import ImageClassifier
+    from langchain_datashunt.small_models.kinds.neighbours import NeighbourClassifier
+    from langchain_datashunt.small_models.kinds.predict_proba import PredictProbaClassifier
+    from langchain_datashunt.small_models.kinds.transformers_classifier import TransformersClassifier
+    from langchain_datashunt.small_models.kinds.transformers_generator import TransformersGenerator
+    from langchain_datashunt.small_models.kinds.word_networks import LSTMClassifier, TextCNN
+    from langchain_datashunt.small_models.scores import Scores
+    from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatching
+    from langchain_datashunt.small_models.training.training import TrainingSettings
 
-_LAZY = {name: module for module, name in KINDS.values()} | {
-    "CachedEmbeddings": "langchain_datashunt.small_models.encoder",
-    "SentenceEncoder": "langchain_datashunt.small_models.encoder",
-    "TrainingSettings": "langchain_datashunt.small_models.training",
+_MODULE_OF = {
+    "BundledSmallModel": "bundles.loading",
+    "CachedEmbeddings": "kinds.encoder",
+    "CollectingModel": "kinds.cold_start",
+    "ContrastiveClassifier": "kinds.contrastive",
+    "EmbeddingClassifier": "kinds.embedding",
+    "EnsembleClassifier": "kinds.ensemble",
+    "ImageClassifier": "kinds.image_classifier",
+    "LSTMClassifier": "kinds.word_networks",
+    "MicroBatching": "serving.dynamic_batching",
+    "NeighbourClassifier": "kinds.neighbours",
+    "PredictProbaClassifier": "kinds.predict_proba",
+    "Scores": "scores",
+    "SentenceEncoder": "kinds.encoder",
+    "SmallModel": "base",
+    "TextCNN": "kinds.word_networks",
+    "TrainingSettings": "training.training",
+    "TransformersClassifier": "kinds.transformers_classifier",
+    "TransformersGenerator": "kinds.transformers_generator",
+    "load_small_model": "bundles.loading",
+    "small_model_class": "bundles.loading",
 }
 
 __all__ = [
     "BundledSmallModel",
     "CachedEmbeddings",
-    "CaptionModel",
     "CollectingModel",
     "ContrastiveClassifier",
     "EmbeddingClassifier",
@@ -60,8 +70,4 @@ __all__ = [
     "small_model_class",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
-from langchain_datashunt._forking import Mutex
+from langchain_datashunt._utils.fork import Mutex
+from langchain_datashunt._utils.sync_async import settled
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,
@@ -23,17 +24,16 @@ from langchain_datashunt.exceptions import (
     TruncationWarning,
 )
 from langchain_datashunt.inputs import InputReader, ShuntInput, text_reader
-from langchain_datashunt.outcomes import settled
-from langchain_datashunt.predictions import Prediction, PredictionBatch, tokens_of_all
-from langchain_datashunt.small_models.bundle import BundleInfo
-from langchain_datashunt.small_models.caching import ResultCache
-from langchain_datashunt.small_models.micro_batching import MicroBatcher, MicroBatching
-from langchain_datashunt.small_models.saving import Saved
+from langchain_datashunt.prediction import Prediction, PredictionBatch, tokens_of_all
+from langchain_datashunt.small_models.bundles.bundle import BundleInfo
+from langchain_datashunt.small_models.bundles.saving import Saved
 from langchain_datashunt.small_models.scores import NOT_OF_SCORES, Outcome, Remembered, Scores, softmax
-from langchain_datashunt.small_models.serving import Serving
+from langchain_datashunt.small_models.serving.caching import ResultCache
+from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.serving.serving import Serving
 
 if TYPE_CHECKING:
-    from langchain_datashunt.small_models.training import Examples, TrainingSettings
+    from langchain_datashunt.small_models.training.training import Examples, TrainingSettings
 
 Loss: TypeAlias = Callable[[Any, Any], Any]
 """From logits and targets, both torch tensors `[n, k]`, to a scalar tensor."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_datashunt.predictions import BoolArray, PredictionBatch
+from langchain_datashunt.prediction import BoolArray, PredictionBatch
 
 if TYPE_CHECKING:
     pass

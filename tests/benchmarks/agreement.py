@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from langchain_datashunt import EmbeddingClassifier
-from langchain_datashunt.data.benchmark_task import DATA_DIR_VARIABLE, Labelled, load_banking77
+from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, Labelled, load_banking77
 from langchain_datashunt.small_models import SentenceEncoder
-from langchain_datashunt.small_models.training import TrainingSettings
+from langchain_datashunt.small_models.training.training import TrainingSettings
 from tests.benchmarks.headlines import load_headlines
 
 

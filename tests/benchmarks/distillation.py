@@ -21,18 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
-from langchain_datashunt.data.reading import sample_per_label
-from langchain_datashunt.distillation import (
-    DistillationSettings,
-    PromotionGate,
-    RoutedCall,
-    TeacherCheck,
-    TwoStageDistiller,
-)
+from langchain_datashunt._utils.table_files import sample_per_label
+from langchain_datashunt.call_log import RoutedCall
+from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
+from langchain_datashunt.distillation import DistillationSettings, PromotionGate, TeacherCheck, TwoStageDistiller
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
-from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
+from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings, shared_encoder
 
 THRESHOLD = 0.7
 PER_LABEL = 3

@@ -30,7 +30,7 @@ from uuid import uuid4
 from sqlalchemy import create_engine, text
 
 from langchain_datashunt import ShuntRunnable
-from langchain_datashunt.distillation import DistillationStore, Recorder
+from langchain_datashunt.call_log import DistillationStore, Recorder
 from tests.support.models import WordModel
 
 POSTGRES = os.environ.get("DATASHUNT_TEST_POSTGRES", "postgresql+psycopg://127.0.0.1:5432/test")

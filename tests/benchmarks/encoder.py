@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import transformers
 
-from langchain_datashunt.data.benchmark_task import DATA_DIR_VARIABLE, load_messages
-from langchain_datashunt.small_models.encoder import SentenceEncoder
-from langchain_datashunt.small_models.packed import Packing, plain_encoder
-from langchain_datashunt.small_models.packed_architectures import ARCHITECTURES
-from langchain_datashunt.small_models.text_batches import token_budget, token_budget_batches
+from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, load_messages
+from langchain_datashunt.small_models.engine.architectures import ARCHITECTURES
+from langchain_datashunt.small_models.engine.padding_free import Packing, plain_encoder
+from langchain_datashunt.small_models.engine.text_batches import token_budget, token_budget_batches
+from langchain_datashunt.small_models.kinds.encoder import SentenceEncoder
 
 
 def short_texts(n: int) -> list[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from langchain_datashunt import EmbeddingClassifier, TrainingSettings
+from langchain_datashunt._utils.table_files import sample_per_label
 from langchain_datashunt.calibration import MaxAccuracy, select_threshold
-from langchain_datashunt.data.benchmark_task import banking77_folder, load_banking77
-from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.cli.demo.benchmark_task import banking77_folder, load_banking77
 from langchain_datashunt.evaluation import deferral_curve
 from langchain_datashunt.evaluation.figures import Chart, Line, Point
 from tests.benchmarks.reproduction.output import standalone

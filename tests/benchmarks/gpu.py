@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from langchain_datashunt import TransformersClassifier
-from langchain_datashunt.small_models.cuda_graphs import GraphedEncoder
-from langchain_datashunt.small_models.encoder import bundled_encoder_path
+from langchain_datashunt.small_models.engine.cuda_graphs import GraphedEncoder
+from langchain_datashunt.small_models.kinds.encoder import bundled_encoder_path
 from tests.benchmarks.encoder import short_texts
 
 TOKENS = 128

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt.data.benchmark_task import DATA_DIR_VARIABLE, Labelled
+from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, Labelled
 from langchain_datashunt.evaluation import mean_interval, metrics
 from langchain_datashunt.small_models import TrainingSettings
-from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
-from langchain_datashunt.small_models.loading import small_model_class
-from langchain_datashunt.small_models.on_embeddings import OnEmbeddings
+from langchain_datashunt.small_models.bundles.loading import small_model_class
+from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings, shared_encoder
+from langchain_datashunt.small_models.kinds.on_embeddings import OnEmbeddings
 
 KINDS = ("embedding", "neighbours", "ensemble", "textcnn", "lstm", "transformers")
 ERROR_BOUND = 0.05

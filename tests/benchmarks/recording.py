@@ -28,10 +28,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from langchain_datashunt.data.benchmark_task import load_messages
-from langchain_datashunt.distillation import DistillationStore, Recorder, RoutedCall
-from langchain_datashunt.distillation.export import export
-from langchain_datashunt.distillation.store import PRAGMAS
+from langchain_datashunt.call_log import DistillationStore, Recorder, RoutedCall
+from langchain_datashunt.call_log.export import export
+from langchain_datashunt.call_log.store import PRAGMAS
+from langchain_datashunt.cli.demo.benchmark_task import load_messages
 from tests.benchmarks.memory import peak_mib
 
 LABELS = tuple(f"label_{i}" for i in range(20))

@@ -17,8 +17,8 @@ import numpy as np
 
 from langchain_datashunt.calibration import MaxAccuracy, RiskControl, select_threshold
 from langchain_datashunt.evaluation import evaluate
-from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.predictions import PredictionBatch
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.prediction import PredictionBatch
 from tests.benchmarks.memory import peak_mib
 
 

@@ -43,9 +43,9 @@ from langchain_datashunt import (
     Threshold,
     TrainingSettings,
 )
-from langchain_datashunt.data.benchmark_task import load_messages
-from langchain_datashunt.distillation import DistillationStore, Recorder
-from langchain_datashunt.predictions import Reason
+from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt.cli.demo.benchmark_task import load_messages
+from langchain_datashunt.prediction import Reason
 from langchain_datashunt.small_models import SmallModel
 
 FAULTS = {"429": 0.03, "500": 0.02, "malformed": 0.01, "html": 0.01, "wrong": 0.01, "timeout": 0.002}

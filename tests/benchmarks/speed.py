@@ -61,12 +61,12 @@ from langchain_datashunt import (
     TrainingSettings,
     TransformersClassifier,
 )
-from langchain_datashunt.data.benchmark_task import load_messages
-from langchain_datashunt.replay import ChatServer
+from langchain_datashunt.cli.demo.benchmark_task import load_messages
+from langchain_datashunt.large_models.replay import ChatServer
 from langchain_datashunt.small_models import Scores
-from langchain_datashunt.small_models.encoder import bundled_encoder_path
-from langchain_datashunt.small_models.packed_layers import Linear
-from langchain_datashunt.small_models.text_batches import token_budget, token_budget_batches
+from langchain_datashunt.small_models.engine.layers import Linear
+from langchain_datashunt.small_models.engine.text_batches import token_budget, token_budget_batches
+from langchain_datashunt.small_models.kinds.encoder import bundled_encoder_path
 from tests.benchmarks.encoder import long_texts, short_texts
 from tests.benchmarks.gpu import measure as measure_gpu
 from tests.benchmarks.overhead import measure as measure_overhead

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
-from langchain_datashunt.data.reading import labelled_texts
-from langchain_datashunt.distillation import DistillationSettings, RoutedCall, TwoStageDistiller
-from langchain_datashunt.fusion import AnswerFusion
+from langchain_datashunt._utils.table_files import labelled_texts
+from langchain_datashunt.call_log import RoutedCall
+from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
+from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
+from langchain_datashunt.policies.fusion import AnswerFusion
 from langchain_datashunt.small_models import EmbeddingClassifier, SmallModel, TrainingSettings
-from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
+from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings, shared_encoder
 
 THRESHOLDS = (0.58, 0.75, 0.82, 0.9)
 SURE = 0.7

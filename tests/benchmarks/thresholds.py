@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from langchain_datashunt import LearnedDeferral
+from langchain_datashunt._utils.table_files import sample_per_label
 from langchain_datashunt.calibration import (
     MatchLarge,
     MaxAccuracy,
@@ -31,12 +32,11 @@ from langchain_datashunt.calibration import (
     fit_temperature,
     select_threshold,
 )
-from langchain_datashunt.data.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
-from langchain_datashunt.data.reading import sample_per_label
+from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.evaluation.metrics import apgr, call_performance_threshold
-from langchain_datashunt.fusion import AnswerFusion
-from langchain_datashunt.predictions import BoolArray, FloatArray, PredictionBatch
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.prediction import BoolArray, FloatArray, PredictionBatch
 from langchain_datashunt.small_models import (
     ContrastiveClassifier,
     EmbeddingClassifier,
@@ -44,7 +44,7 @@ from langchain_datashunt.small_models import (
     SmallModel,
     TrainingSettings,
 )
-from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, embed, shared_encoder
+from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings, embed, shared_encoder
 
 PER_LABEL = 10
 QUIET = TrainingSettings(progress=False)

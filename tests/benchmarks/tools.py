@@ -40,9 +40,9 @@ from langchain_datashunt import (
     load_small_model,
 )
 from langchain_datashunt.agents import ShuntToolRouterMiddleware, ToolRouter
-from langchain_datashunt.data.benchmark_task import DATA_DIR_VARIABLE, Labelled
+from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, Labelled
 from langchain_datashunt.evaluation import mean_interval
-from langchain_datashunt.small_models.encoder import PrecomputedEmbeddings, shared_encoder
+from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings, shared_encoder
 from tests.support.scripted_server import ScriptedServer
 
 ALPHA = 0.05

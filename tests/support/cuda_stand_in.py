@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from langchain_datashunt.small_models.packed_attention import _torch_has_it
+from langchain_datashunt.small_models.engine.attention import _torch_has_it
 
 CUDA = torch.device("cuda", 0)
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from langchain_datashunt.replay import ChatServer
-from langchain_datashunt.replay.server import stream_events
+from langchain_datashunt.large_models.replay import ChatServer
+from langchain_datashunt.large_models.replay.server import stream_events
 
 Plan = Callable[[int, Mapping[str, Any]], str | None]
 """From a request's number and body to the name of a fault, or None."""

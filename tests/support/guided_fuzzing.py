@@ -20,9 +20,9 @@ import atheris
 
 with atheris.instrument_imports(include=["langchain_datashunt"]):
     from langchain_datashunt import TextCNN, TrainingSettings, UnparsableAnswer, load_small_model
-    from langchain_datashunt.distillation.segments import Segment
+    from langchain_datashunt.call_log.segments import Segment
     from langchain_datashunt.exceptions import ShuntError
-    from langchain_datashunt.parsing import LabelParser
+    from langchain_datashunt.large_models.label_parser import LabelParser
 
 LABELS = ("cancel", "refund", "order status")
 PARSER = LabelParser(labels=LABELS)

@@ -11,16 +11,10 @@ from typing import Any
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableLambda
 
-from langchain_datashunt import (
-    CaptionModel,
-    ImageClassifier,
-    LocalLargeModel,
-    Prediction,
-    TextCNN,
-    TrainingSettings,
-    TransformersGenerator,
-)
-from langchain_datashunt.data.scenes import draw_scenes
+from langchain_datashunt import ImageClassifier, Prediction, TextCNN, TrainingSettings, TransformersGenerator
+from tests.benchmarks.reproduction.caption_model import CaptionModel
+from tests.benchmarks.reproduction.local_large import LocalLargeModel
+from tests.benchmarks.reproduction.scenes import draw_scenes
 
 COLOURS = ("red", "green", "blue", "grey")
 WORDS = ("cat", "dog", "owl", "fox", "elk", "ant", "bee", "cow")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from langchain_datashunt.replay import ChatServer, estimate_message_tokens, estimate_tokens
+from langchain_datashunt.large_models.replay import ChatServer, estimate_message_tokens, estimate_tokens
 
 Reply = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 """From a request's body to the reply: `content`, `tool_calls` [(name, args)], `logprob`; None for the rules below."""

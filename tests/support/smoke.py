@@ -7,7 +7,7 @@ from pathlib import Path
 
 import langchain_datashunt
 from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, TrainingSettings, load_small_model
-from langchain_datashunt.distillation import DistillationStore, Recorder
+from langchain_datashunt.call_log import DistillationStore, Recorder
 
 assert "site-packages" in str(Path(langchain_datashunt.__file__)), "the installed package is what is tested"
 

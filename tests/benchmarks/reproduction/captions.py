@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt import CaptionModel, LocalLargeModel, NoHint, ShuntRunnable, Threshold
-from langchain_datashunt.data.scenes import Scene, draw_scenes
+from langchain_datashunt import NoHint, ShuntRunnable, Threshold
 from langchain_datashunt.evaluation.figures import Chart, Line, Point
 from langchain_datashunt.small_models import TrainingSettings
+from tests.benchmarks.reproduction.caption_model import CaptionModel
+from tests.benchmarks.reproduction.local_large import LocalLargeModel
 from tests.benchmarks.reproduction.output import Found, percent, table
+from tests.benchmarks.reproduction.scenes import Scene, draw_scenes
 
 NOISE = 0.45
 ORDERS = (1, 2, 3, 4)

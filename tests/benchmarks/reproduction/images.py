@@ -13,27 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_datashunt import (
-    ImageClassifier,
-    ImageTextModel,
-    LocalLargeModel,
-    NoHint,
-    ShuntRunnable,
-    SoftPrompt,
-    Threshold,
-)
+from langchain_datashunt import ImageClassifier, NoHint, ShuntRunnable, SoftPrompt, Threshold
 from langchain_datashunt.calibration import select_threshold
 from langchain_datashunt.calibration.objectives import MaxAccuracy
-from langchain_datashunt.distillation import (
-    CallFilter,
-    DistillationSettings,
-    DistillationStore,
-    Recorder,
-    TwoStageDistiller,
-)
+from langchain_datashunt.call_log import CallFilter, DistillationStore, Recorder
+from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.predictions import PredictionBatch
+from langchain_datashunt.prediction import PredictionBatch
 from langchain_datashunt.small_models import SmallModel, TrainingSettings
+from tests.benchmarks.reproduction.image_text import ImageTextModel
+from tests.benchmarks.reproduction.local_large import LocalLargeModel
 from tests.benchmarks.reproduction.output import Found, percent, table
 
 IMBALANCE = 100

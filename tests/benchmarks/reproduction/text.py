@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from langchain_datashunt._utils.table_files import labelled_texts, sample_per_label
 from langchain_datashunt.calibration import select_threshold
 from langchain_datashunt.calibration.objectives import MaxAccuracy
-from langchain_datashunt.data.benchmark_task import DATA_DIR_VARIABLE, Labelled, banking77_folder, load_banking77
-from langchain_datashunt.data.reading import labelled_texts, sample_per_label
+from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, Labelled, banking77_folder, load_banking77
 from langchain_datashunt.evaluation.figures import Chart, Line
-from langchain_datashunt.predictions import PredictionBatch
+from langchain_datashunt.prediction import PredictionBatch
 from langchain_datashunt.small_models import CachedEmbeddings, EmbeddingClassifier, TrainingSettings
-from langchain_datashunt.small_models.encoder import shared_encoder
-from langchain_datashunt.small_models.loading import small_model_class
+from langchain_datashunt.small_models.bundles.loading import small_model_class
+from langchain_datashunt.small_models.kinds.encoder import shared_encoder
 from tests.benchmarks.headlines import load_headlines
 from tests.benchmarks.reproduction.output import Found, percent, table
 

@@ -1,0 +1,183 @@
+"""Records as files: JSONL, Parquet, OpenAI fine-tuning chats, and a Hugging Face dataset; all in constant memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_json
+
+from langchain_datashunt._utils.atomic_dir import put_in_place
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt.call_log.filters import EVERYTHING, CallFilter
+from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.prediction import ANSWER_LABELS
+
+WRITTEN_INSTRUCTION = "Answer the message."
+"""The same for answers that are written, which have no labels."""
+
+DEFAULT_INSTRUCTION = "Sort the message into one of these labels and answer with the label only: {labels}"
+"""The system message of exported chats; `{labels}` is filled in."""
+
+
+def export(
+    store: DistillationStore,
+    out: str | Path,
+    *,
+    kind: str | None = None,
+    which: CallFilter = EVERYTHING,
+    instruction: str = DEFAULT_INSTRUCTION,
+) -> int:
+    """Write records to a file; returns how many.
+
+    Args:
+        store: Where they are.
+        out: The file (for `datasets`: a folder).
+        kind: jsonl, parquet, openai or datasets; None goes by the file's ending.
+        which: What is meant.
+        instruction: System message of `openai` chats whose answers are labels.
+
+    Raises:
+        ConfigurationError: There is no such kind.
+        MissingExtraError: Parquet needs the extra `cli`, datasets the extra `distill`.
+    """
+    path = Path(out)
+    chosen = kind or path.suffix.removeprefix(".")
+    writers: dict[str, Callable[[], int]] = {
+        "jsonl": lambda: _lines(path, (plain(call) for call in _calls(store, which))),
+        "openai": lambda: _lines(path, chats(store, which, instruction)),
+        "parquet": lambda: _parquet(path, store, which),
+        "datasets": lambda: _dataset(path, store, which),
+    }
+    if chosen not in writers:
+        raise ConfigurationError(f"Records cannot be exported as {chosen!r}; use one of {', '.join(writers)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return writers[chosen]()
+
+
+def plain(call: RoutedCall) -> dict[str, Any]:
+    """A record as JSON-ready values, with what is computed from it; the subject's hash stays in the store."""
+    computed = {"small_label": call.small_label, "confidence": call.confidence, "input_hash": call.input_hash}
+    values = {**vars(call), **computed}
+    del values["subject"]
+    return values
+
+
+def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
+    """One chat for each record with a true label, or else with a large answer: what OpenAI's fine-tuning takes.
+
+    Records whose inputs were not kept are left out: nothing can be learnt from them.
+    """
+    for call in _calls(store, which):
+        answer = call.gold or call.label
+        if answer is not None and call.readable:
+            written = call.labels == ANSWER_LABELS
+            system = WRITTEN_INSTRUCTION if written else instruction.replace("{labels}", ", ".join(call.labels))
+            yield {
+                "messages": [
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": call.input},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+
+
+def _calls(store: DistillationStore, which: CallFilter) -> Iterator[RoutedCall]:
+    for batch in store.iterate(which):
+        yield from batch
+
+
+def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    n = 0
+    with _whole(path) as partial, partial.open("wb") as stream:
+        for row in rows:
+            stream.write(_as_json(row) + b"\n")
+            n += 1
+    return n
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside the one that is meant, which takes its place when all is written, and not before."""
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; give the name of a file.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _as_json(row: dict[str, Any]) -> bytes:
+    """One line; a lone half of a surrogate pair, which no file can hold, becomes a question mark."""
+    try:
+        return to_json(row)
+    except ValueError:
+        return json.dumps(row, ensure_ascii=False).encode(errors="replace")
+
+
+def _schema(pa: Any) -> Any:
+    text, number = pa.string(), pa.float64()
+    return pa.schema(
+        [
+            *(
+                (name, text)
+                for name in ("id", "task", "input", "input_hash", "small_model", "policy", "route", "reason")
+            ),
+            *(
+                (name, text)
+                for name in ("large_model", "raw_output", "label", "small_label", "small_answer", "gold", "gold_source")
+            ),
+            *((name, number) for name in ("time", "confidence", "score", "threshold", "large_confidence", "cost_usd")),
+            *((name, number) for name in ("small_seconds", "large_seconds")),
+            *((name, pa.int64()) for name in ("schema_version", "input_tokens", "output_tokens", "count")),
+            ("audit", pa.bool_()),
+            ("labels", pa.list_(text)),
+            ("probabilities", pa.list_(pa.float32())),
+            ("large_probabilities", pa.list_(pa.float32())),
+        ]
+    )
+
+
+def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
+    pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
+    n, schema = 0, _schema(pa)
+    with _whole(path) as partial, parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for batch in store.iterate(which, batch_size=5000):
+            rows = [plain(call) for call in batch]
+            try:
+                table = pa.Table.from_pylist(rows, schema=schema)
+            except UnicodeEncodeError:
+                table = pa.Table.from_pylist([json.loads(_as_json(row)) for row in rows], schema=schema)
+            writer.write_table(table)
+            n += len(batch)
+    return n
+
+
+def _dataset(folder: Path, store: DistillationStore, which: CallFilter) -> int:
+    """A `datasets.Dataset` saved to disk, by way of a Parquet file beside it."""
+    datasets = require("datasets", "distill")
+    if folder.exists() and not (folder / "dataset_info.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} is there and is no dataset; give an empty or a new folder.")
+    table, whole = (folder.with_name(f".{folder.name}.{what}") for what in ("parquet", "partial"))
+    try:
+        n = _parquet(table, store, which)
+        if n:
+            made = datasets.Dataset.from_parquet(str(table))
+        else:  # of which datasets makes none by itself
+            features = datasets.Features.from_arrow_schema(_schema(require("pyarrow", "cli")))
+            made = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        made.save_to_disk(str(whole), num_shards=None if n else 1)
+        put_in_place(whole, folder)
+    finally:
+        table.unlink(missing_ok=True)
+        shutil.rmtree(whole, ignore_errors=True)
+    return n

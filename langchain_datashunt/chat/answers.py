@@ -1,0 +1,265 @@
+"""What a small model's label becomes in a conversation: text, a tool call, or a structured object."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from langchain_core.messages import AIMessage, ToolCall
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.uuid import uuid7
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from typing_extensions import override
+
+from langchain_datashunt._utils.settings import Configured
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.policies.thresholds import Policy, Verdict
+from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBatch, answer_text
+
+
+class ToolAnswer(Configured):
+    """A call of one tool, as an answer."""
+
+    tool: str
+    """The tool's name; the answer is given only where that tool is bound."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments."""
+
+    def __init__(self, tool: str, args: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        """Take tool and arguments by position or by name."""
+        super().__init__(tool=tool, args=dict(args or {}), **settings)
+
+
+Answer: TypeAlias = str | AIMessage | ToolAnswer | BaseModel | dict[str, Any]
+"""Text, a whole message, a tool call, or for structured output an object or its fields."""
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What one call may be answered with.
+
+    Attributes:
+        tools: Names of the tools that are bound.
+        must_call: Whether one of them has to be called.
+        only: The one that has to be, None for any.
+        schema: What structured output must fit: a pydantic class, a TypedDict or a JSON schema; None for messages.
+        closed: Whether only the large model can answer so.
+        structured: Whether an object is wanted instead of a message.
+        bound: The keywords that say so, which those of a call are added to.
+    """
+
+    tools: frozenset[str] = frozenset()
+    must_call: bool = False
+    only: str | None = None
+    schema: Any = None
+    closed: bool = False
+    structured: bool = False
+    bound: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def with_call(self, settings: Mapping[str, Any]) -> AnswerForm:
+        """The same with what one call binds itself."""
+        if self.structured or "response_format" in settings:
+            return replace(self, closed=True)
+        all_told = {**self.bound, **settings}
+        return AnswerForm.of_tools(all_told.get("tools") or (), all_told.get("tool_choice"), all_told)
+
+    def allows(self, message: AIMessage) -> bool:
+        """Whether a message calls what it must, and nothing that is not there."""
+        called = {call["name"] for call in message.tool_calls}
+        return called <= ({self.only} if self.only else self.tools) and bool(called or not self.must_call)
+
+    @classmethod
+    def of_tools(cls, tools: Sequence[Any], tool_choice: Any, settings: Mapping[str, Any]) -> AnswerForm:
+        """What a call with bound tools may be answered with.
+
+        Args:
+            tools: As `bind_tools` takes them.
+            tool_choice: As `bind_tools` takes it.
+            settings: What else is bound; a response format asks for more than labels can give.
+        """
+        names = frozenset(tool_name(tool) for tool in tools)
+        if isinstance(tool_choice, Mapping):
+            tool_choice = tool_choice.get("function", tool_choice).get("name") or tool_choice.get("type")
+        elif tool_choice is True:
+            tool_choice = next(iter(names)) if len(names) == 1 else "any"
+        if tool_choice in (None, False, "auto"):
+            must_call, only = False, None
+        else:
+            must_call, only = tool_choice != "none", tool_choice if tool_choice in names else None
+        return cls(
+            names if tool_choice != "none" else frozenset(),
+            must_call,
+            only,
+            closed="response_format" in settings,
+            bound={**settings, "tools": tools, "tool_choice": tool_choice},
+        )
+
+
+class SmallAnswers(Configured):
+    """The answers of the small side, by label."""
+
+    answers: dict[str, Any] | None = None
+    """Label -> an `Answer`, or a list of them of which the first that fits the call is given. A label without an
+    answer is left to the large model. None answers with the label itself."""
+
+    model_id: str = ""
+    """Name of the small model, for the messages' metadata."""
+
+    def answerable(self, said: str, form: AnswerForm) -> bool:
+        """Whether there is an answer in this form for a label, or for what a model wrote."""
+        return self._find(said, form) is not None
+
+    def give(self, label: str, form: AnswerForm) -> Any:
+        """The answer for a label: a message, or where the form has a schema an object that fits it.
+
+        Raises:
+            ConfigurationError: There is none in this form.
+        """
+        found = self._find(label, form)
+        if found is None:
+            raise ConfigurationError(
+                f"There is no small answer for the label {label!r} in the form that was asked for."
+            )
+        return found
+
+    def _find(self, label: str, form: AnswerForm) -> Any:
+        if form.closed:
+            return None
+        given = label if self.answers is None else self.answers.get(label)
+        for one in given if isinstance(given, list) else [given]:
+            if one is not None and (found := self._fit(one, label, form)) is not None:
+                return found
+        return None
+
+    def _fit(self, answer: Any, label: str, form: AnswerForm) -> Any:
+        if form.structured:
+            fields = {self._one_field(form.schema): label} if isinstance(answer, str) else answer
+            return None if None in fields else fitted(form.schema, fields)
+        if isinstance(answer, ToolAnswer):
+            call = ToolCall(
+                name=answer.tool, args=copy.deepcopy(answer.args), id=f"call_{uuid7().hex}", type="tool_call"
+            )
+            answer = AIMessage("", tool_calls=[call])
+        elif isinstance(answer, str):
+            answer = AIMessage(answer)
+        if not isinstance(answer, AIMessage):
+            return None
+        return self.told(answer) if form.allows(answer) else None
+
+    def told(self, answer: AIMessage) -> AIMessage:
+        """A copy with an id of its own, that says which model it is of and that it used no token of a large one."""
+        none = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
+        metadata = {**answer.response_metadata, "model_name": self.model_id, "finish_reason": "stop"}
+        changed = {"id": f"shunt-{uuid7()}", "usage_metadata": none, "response_metadata": metadata}
+        return answer.model_copy(update=changed, deep=True)
+
+    @staticmethod
+    def _one_field(schema: Any) -> str | None:
+        """The field of a schema that has only this one, so that a label can fill it."""
+        fields = json_schema(schema).get("properties", {})
+        return next(iter(fields)) if len(fields) == 1 else None
+
+
+class Answerable(Policy):
+    """Keep only what there is an answer for in the form that was asked for: by label, or by what a model wrote."""
+
+    answers: SmallAnswers = Field(repr=False)
+    """The answers of the small side."""
+
+    form: AnswerForm = Field(repr=False)
+    """What the call may be answered with."""
+
+    _known: dict[str, bool] = PrivateAttr(default_factory=dict)
+
+    @override
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+        if batch.answers is None:
+            among = np.array([self._known_label(label) for label in batch.labels], dtype=np.bool_)
+            keep = among[batch.best]
+        else:
+            keep = np.array([self.answers.answerable(said, self.form) for said in map(answer_text, batch.answers)])
+        nothing = np.full(len(batch), np.nan)
+        return Verdict(keep.astype(np.bool_), nothing, nothing)
+
+    def _known_label(self, label: str) -> bool:
+        if label not in self._known:
+            self._known[label] = self.answers.answerable(label, self.form)
+        return self._known[label]
+
+
+class Answering:
+    """From a prediction to the answer of its label."""
+
+    def __init__(self, answers: SmallAnswers, form: AnswerForm, raw: bool) -> None:
+        self.answers, self.form, self.raw = answers, form, raw
+
+    def __call__(self, prediction: Prediction) -> Any:
+        """The answer; with `raw` as structured output with its raw message."""
+        said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
+        found = self.answers.give(said, self.form)
+        if not self.raw:
+            return found
+        return {"raw": self.answers.told(AIMessage(said)), "parsed": found, "parsing_error": None}
+
+
+def fitted(schema: Any, fields: Any) -> Any:
+    """A new object of fields, as a schema asks for it; None where they do not fit it."""
+    if isinstance(fields, BaseModel):
+        fields = fields.model_dump()
+    if not isinstance(fields, dict):
+        return None
+    fields = copy.deepcopy(fields)
+    try:
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            return schema.model_validate(fields)
+        wanted = json_schema(schema)
+    except (ValidationError, ValueError, TypeError):
+        return None
+    known, needed = wanted.get("properties", {}), wanted.get("required", [])
+    if not set(needed) <= set(fields) <= set(known):
+        return None
+    return fields if all(of_json_type(known[name], value) for name, value in fields.items()) else None
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
+    "object": (dict,), "null": (type(None),),
+}  # fmt: skip
+
+
+def of_json_type(part: Mapping[str, Any], value: Any) -> bool:
+    """Whether a value is of a JSON schema's type and among its values, at the top."""
+    if "anyOf" in part:
+        return any(of_json_type(one, value) for one in part["anyOf"])
+    kinds = part.get("type")
+    named = [kinds] if isinstance(kinds, str) else list(kinds or ())
+    allowed = [_JSON_TYPES[kind] for kind in named if kind in _JSON_TYPES]
+    fits = not allowed or any(isinstance(value, kind) for kind in allowed)
+    if isinstance(value, bool) and kinds in ("integer", "number"):
+        fits = False
+    return fits and ("enum" not in part or value in part["enum"])
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    """The parameters of a schema as `with_structured_output` takes it."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema()
+    found: dict[str, Any] = convert_to_openai_tool(schema)["function"].get("parameters", {})
+    return found
+
+
+def tool_name(tool: Any) -> str:
+    """The name of a tool as `bind_tools` takes it."""
+    own = getattr(tool, "name", None)
+    if isinstance(own, str):
+        return own
+    if isinstance(tool, Mapping):
+        named = tool.get("function", tool)
+        return str(named.get("name") or named.get("title") or named.get("type") or json.dumps(dict(tool), default=str))
+    return str(convert_to_openai_tool(tool)["function"]["name"])

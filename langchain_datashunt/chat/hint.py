@@ -1,0 +1,102 @@
+"""HintedModel: a large chat model that is told what a small model thinks of the user's last message."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from langchain_core.messages import BaseMessage, SystemMessage
+from langchain_core.prompts import PromptTemplate
+from langchain_core.runnables import Runnable, RunnableConfig
+from typing_extensions import override
+
+from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.large_models.prompt_pruning import PRUNING_VARIABLES, Pruning
+from langchain_datashunt.prediction import Prediction
+
+_ABOUT = "About the user's last message:"
+
+
+class Hint:
+    """What a large model is told of a small model's opinion.
+
+    Args:
+        pruning: What is told.
+        template: A template over the variables of `pruning`; None for the strategy's own words.
+    """
+
+    def __init__(self, pruning: Pruning, template: str | None = None) -> None:
+        words = pruning.paragraph or ("Possible meanings:\n{candidates}" if "candidates" in pruning.variables else "")
+        self.pruning = pruning
+        self.template = PromptTemplate.from_template(
+            template if template is not None else words and f"{_ABOUT}\n{words}"
+        )
+        if strange := sorted(set(self.template.input_variables) - set(PRUNING_VARIABLES)):
+            raise ConfigurationError(f"The hint uses {', '.join(strange)}; there are: {', '.join(PRUNING_VARIABLES)}.")
+
+    def text(self, variables: Mapping[str, Any]) -> str:
+        """The hint of one question; empty where there is none, or the small model failed."""
+        failed = not variables["candidate_probabilities"] and variables["small_label"] == "unknown"
+        if failed or not self.template.template:
+            return ""
+        return self.template.format(**{name: variables[name] for name in self.template.input_variables})
+
+    def of(self, prediction: Prediction | None) -> str:
+        """The hint for a prediction."""
+        return "" if prediction is None else self.text(self.pruning.prepare(prediction.as_batch())[0])
+
+
+class HintedModel(Runnable[Any, Any]):
+    """A large chat model that gets a small model's opinion in its system message; takes a shunt's mapping.
+
+    Args:
+        model: The chat model, with tools or structured output or without.
+        pruning: What is told.
+        hint: A template of what is told; None for the strategy's own words.
+    """
+
+    def __init__(self, model: Runnable[Any, Any], pruning: Pruning, hint: str | None = None) -> None:
+        self.model, self.hint = model, Hint(pruning, hint)
+
+    def messages(self, asked: dict[str, Any]) -> list[BaseMessage]:
+        """The conversation with the hint in its system message; as it is where the small model failed."""
+        messages: list[BaseMessage] = list(asked["messages"])
+        if not (told := self.hint.text(asked)):
+            return messages
+        first = messages[0] if messages else None
+        if isinstance(first, SystemMessage):
+            blocks = [first.content] if isinstance(first.content, str) else list(first.content)
+            content: Any = (
+                f"{first.content}\n\n{told}"
+                if isinstance(first.content, str)
+                else [*blocks, {"type": "text", "text": told}]
+            )
+            return [first.model_copy(update={"content": content}), *messages[1:]]
+        return [SystemMessage(told), *messages]
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return self.model.invoke(self.messages(input), config, **kwargs)
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return await self.model.ainvoke(self.messages(input), config, **kwargs)
+
+    @override
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        yield from self.model.stream(self.messages(input), config, **kwargs)
+
+    @override
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        async with aclosing(self.model.astream(self.messages(input), config, **kwargs)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
+
+    @override
+    def batch(self, inputs: list[Any], config: Any = None, **kwargs: Any) -> list[Any]:
+        return self.model.batch([self.messages(one) for one in inputs], config, **kwargs)
+
+    @override
+    async def abatch(self, inputs: list[Any], config: Any = None, **kwargs: Any) -> list[Any]:
+        return await self.model.abatch([self.messages(one) for one in inputs], config, **kwargs)

@@ -1,0 +1,313 @@
+"""ShuntChatModel: a shunt wherever a chat model goes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, closing
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config, get_config_list
+from typing_extensions import override
+
+from langchain_datashunt.chat.answers import AnswerForm
+from langchain_datashunt.chat.messages import (
+    answered,
+    as_chunk,
+    each_answered,
+    legacy_config,
+    llm_result,
+    marked,
+    model_name,
+)
+from langchain_datashunt.chat.settings import NO_QUESTION, STANDARD, ShuntChatSettings
+from langchain_datashunt.chat.structured import StructuredChat, unasked
+from langchain_datashunt.decision import ShuntDecision
+from langchain_datashunt.large_models.caller import END
+
+
+class ShuntChatModel(ShuntChatSettings):
+    """A chat model that answers by itself what its small side is sure of, and asks a large chat model for the rest.
+
+    The small side is a small model whose labels have answers, or a small local chat model that gives
+    log-probabilities.
+
+    ```python
+    model = ShuntChatModel(
+        small=load_small_model("bundle"),
+        large=ChatOpenAI(model="gpt-4o"),
+        answers={"opening_hours": "We are open from 9 to 17.", "balance": ToolAnswer("get_balance")},
+    )
+    ```
+
+    Messages carry the decision under `response_metadata["shunt"]`, and in `usage_metadata` what the large model
+    counted. Runs: a chain run with one run of the small model and, where it was asked, one of the large model, whose
+    own cache, rate limiter and callbacks work as ever. A call inside an outer chat-model run (`generate` of another
+    wrapper, `stream_events(version="v3")`) has that one run alone, so that tokens are counted once.
+
+    A classifier reads the last human message. Where the conversation ends with something else, a tool's result for
+    example, the large model is asked at once.
+    """
+
+    @override
+    def invoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:  # fmt: skip
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            message: AIMessage = unasked(self._direct.one(messages, config, settings).sync())
+            return message
+        return answered(self._shunt_for(settings).invoke(messages, config, **settings))
+
+    @override
+    async def ainvoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:  # fmt: skip
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            message: AIMessage = unasked(await self._direct.one(messages, config, settings).asynchronous())
+            return message
+        return answered(await self._shunt_for(settings).ainvoke(messages, config, **settings))
+
+    @override
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:  # fmt: skip
+        if self._streaming_disabled(**kwargs):
+            yield as_chunk(self.invoke(input, config, stop=stop, **kwargs))
+            return
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            with self._direct.place():
+                chunk, chunks = self._direct.open(messages, config, settings)
+                with closing(chunks):
+                    told: ShuntDecision | None = NO_QUESTION
+                    while chunk is not END:
+                        yield marked(chunk, told)
+                        chunk, told = next(chunks, END), None
+            return
+        begun = False
+        with closing(self._shunt_for(settings).stream(messages, config, **settings)) as results:  # type: ignore[type-var]
+            for result in results:
+                if result.output is not None:
+                    yield as_chunk(result.output if begun else answered(result))
+                    begun = True
+
+    @override
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:  # fmt: skip
+        if self._streaming_disabled(**kwargs):
+            yield as_chunk(await self.ainvoke(input, config, stop=stop, **kwargs))
+            return
+        messages = self._convert_input(input).to_messages()
+        config, settings = self._config(config), self._settings(stop, kwargs)
+        if not self._has_question(messages):
+            async with self._direct.aplace():
+                chunk, chunks = await self._direct.aopen(messages, config, settings)
+                async with aclosing(chunks):
+                    told: ShuntDecision | None = NO_QUESTION
+                    while chunk is not END:
+                        yield marked(chunk, told)
+                        chunk, told = await anext(chunks, END), None
+            return
+        begun = False
+        async with aclosing(self._shunt_for(settings).astream(messages, config, **settings)) as results:  # type: ignore[type-var]
+            async for result in results:
+                if result.output is not None:
+                    yield as_chunk(result.output if begun else answered(result))
+                    begun = True
+
+    # Many conversations
+
+    def _conversations(self, inputs: Sequence[LanguageModelInput]) -> list[list[BaseMessage]] | None:
+        """The messages of inputs that can be one grouped call, None where each must be a call of its own."""
+        try:
+            found = [self._convert_input(one).to_messages() for one in inputs]
+        except (TypeError, ValueError, NotImplementedError):
+            return None
+        return found if not self.drafts and all(map(self._has_question, found)) else None
+
+    @override
+    def batch(
+        self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
+        return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
+        conversations = self._conversations(inputs)
+        if conversations is None:
+            more = {**kwargs, **({} if stop is None else {"stop": stop})}
+            return super().batch(list(inputs), config, return_exceptions=return_exceptions, **more)
+        configs = [self._config(one) for one in get_config_list(config, len(inputs))]
+        settings = self._settings(stop, kwargs)
+        shunt = self._shunt_for(settings)
+        results = shunt.batch(conversations, configs, return_exceptions=return_exceptions, **settings)
+        return each_answered(results, return_exceptions)
+
+    @override
+    async def abatch(
+        self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
+        return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
+        conversations = self._conversations(inputs)
+        if conversations is None:
+            more = {**kwargs, **({} if stop is None else {"stop": stop})}
+            return await super().abatch(list(inputs), config, return_exceptions=return_exceptions, **more)
+        configs = [self._config(one) for one in get_config_list(config, len(inputs))]
+        settings = self._settings(stop, kwargs)
+        shunt = self._shunt_for(settings)
+        results = await shunt.abatch(conversations, configs, return_exceptions=return_exceptions, **settings)
+        return each_answered(results, return_exceptions)
+
+    @override
+    def generate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, *,
+        tags: list[str] | None = None, metadata: dict[str, Any] | None = None, run_name: str | None = None,
+        run_id: UUID | None = None, **kwargs: Any,
+    ) -> LLMResult:  # fmt: skip
+        config = legacy_config(callbacks, tags, metadata, run_name, run_id)
+        return llm_result(self.batch(list(messages), config, stop=stop, **kwargs))
+
+    @override
+    async def agenerate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, *,
+        tags: list[str] | None = None, metadata: dict[str, Any] | None = None, run_name: str | None = None,
+        run_id: UUID | None = None, **kwargs: Any,
+    ) -> LLMResult:  # fmt: skip
+        config = legacy_config(callbacks, tags, metadata, run_name, run_id)
+        return llm_result(await self.abatch(list(messages), config, stop=stop, **kwargs))
+
+    # Inside another chat-model run: that one counts the tokens, so nothing is reported below it
+
+    @override
+    def _generate(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> ChatResult:  # fmt: skip
+        message = self._alone().invoke(messages, self._inner(), stop=stop, **kwargs)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    @override
+    async def _agenerate(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> ChatResult:  # fmt: skip
+        message = await self._alone().ainvoke(messages, self._inner(), stop=stop, **kwargs)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    @override
+    def _stream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
+        for chunk in self._alone().stream(messages, self._inner(), stop=stop, **kwargs):
+            yield ChatGenerationChunk(message=chunk)
+
+    @override
+    async def _astream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
+        async for chunk in self._alone().astream(messages, self._inner(), stop=stop, **kwargs):
+            yield ChatGenerationChunk(message=chunk)
+
+    def _alone(self) -> ShuntChatModel:
+        return self.model_copy(update={"callbacks": None}) if self.callbacks is not None else self
+
+    def _inner(self) -> RunnableConfig:
+        return RunnableConfig(callbacks=[], configurable=self._carried)
+
+    def _carrying(self, config: RunnableConfig | None) -> ShuntChatModel:
+        """A copy that knows what is configured for one call, where the base class hands only callbacks on."""
+        copied = self.model_copy()
+        copied._carried = dict(ensure_config(config).get("configurable", {}))
+        return copied
+
+    @override
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return BaseChatModel.stream_events(self._carrying(config), input, config, **kwargs)
+
+    @override
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return BaseChatModel.astream_events(self._carrying(config), input, config, **kwargs)
+
+    # Tools and structured output
+
+    @override
+    def bind_tools(
+        self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Bind tools to both sides; the small side answers only what is allowed then."""
+        given = {**kwargs, **({} if tool_choice is None else {"tool_choice": tool_choice})}
+        large = self.large.bind_tools(tools, **given)
+        drafter = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
+        bound = self.model_copy()
+        bound._lay_out(large, drafter, AnswerForm.of_tools(tools, tool_choice, kwargs))
+        return bound.bind()
+
+    @override
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Structured answers of both sides.
+
+        The small side answers where an answer of its label fits the schema: an object, fields, or where the schema has
+        one field only a label's text. A chat model as small side needs log-probabilities beside its structured output.
+        """
+        large = self._with_settings(self.large).with_structured_output(schema, include_raw=include_raw, **kwargs)
+        drafter = self.small
+        if isinstance(drafter, BaseChatModel):
+            drafter = self._with_settings(drafter).with_structured_output(schema, include_raw=True, **kwargs)
+        form = AnswerForm(schema=schema, structured=True, closed=schema is None and not self.drafts)
+        shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel structured", raw=include_raw)
+        return StructuredChat(shunt, self, large)
+
+    def _with_settings(self, model: BaseChatModel) -> BaseChatModel:
+        """A chat model with this one's settings where it has such fields: a parser after it passes no keywords on."""
+        own = {name: getattr(self, name) for name in STANDARD if getattr(self, name) is not None}
+        return model.model_copy(update={name: value for name, value in own.items() if name in type(model).model_fields})
+
+    # What a chat model says of itself
+
+    @property
+    @override
+    def _llm_type(self) -> str:
+        return "datashunt"
+
+    @property
+    @override
+    def _identifying_params(self) -> dict[str, Any]:
+        return {"large": model_name(self.large), "small": model_name(self.small), "policy": str(self._shunt.policy)}
+
+    @override
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        own = {name: kwargs.get(name, getattr(self, name)) for name in ("temperature", "max_tokens")}
+        given = {name: value for name, value in own.items() if value is not None}
+        params = self.large._get_ls_params(stop=stop or self.stop, **{**kwargs, **given})
+        return LangSmithParams(**{**params, "ls_provider": "datashunt"})
+
+    @override
+    def _resolve_model_profile(self) -> Any:
+        return self.large.profile
+
+    @override
+    def get_token_ids(self, text: str) -> list[int]:
+        return self.large.get_token_ids(text)
+
+    @override
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Any = None) -> int:
+        return self.large.get_num_tokens_from_messages(messages, tools)

@@ -1,0 +1,289 @@
+"""ChatModelSmallModel: a chat model that gives log-probabilities, as the small side of a shunt."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
+from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.utils import ConfigurableFieldSpec
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from typing_extensions import override
+
+from langchain_datashunt._utils.settings import Configured
+from langchain_datashunt.chat.draft import SILENT_TAGS
+from langchain_datashunt.chat.messages import model_name
+from langchain_datashunt.exceptions import ConfigurationError, PredictionError
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
+from langchain_datashunt.large_models.label_chat import default_prompt
+from langchain_datashunt.large_models.label_parser import LabelParser
+from langchain_datashunt.large_models.prompt_pruning import NoHint, Pruning
+from langchain_datashunt.logprobs import label_distribution, said, token_logprobs
+from langchain_datashunt.policies.scores import MeanTokenProbability, TokenScore
+from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
+
+
+class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
+    """A small chat model whose own log-probabilities say how sure it is.
+
+    ```python
+    local = ChatOpenAI(base_url="http://localhost:8000/v1", api_key="none", model="small")   # vLLM, llama.cpp, Ollama
+    shunt = ShuntRunnable(small=ChatModelSmallModel(chat_model=local), large=prompt | ChatOpenAI() | StrOutputParser())
+    ```
+
+    Without `labels` it writes its answer, and its confidence is `score` of the answer's tokens. With `labels` it is a
+    classifier: its answer must be one of them, and the probabilities of the others follow from the alternatives of its
+    first token.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    chat_model: Runnable[Any, Any]
+    """A chat model that gives log-probabilities; they are switched on where it has a setting `logprobs`."""
+
+    labels: tuple[str, ...] = ANSWER_LABELS
+    """The labels, where it is to choose one; none for an answer in its own words."""
+
+    aliases: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Other wordings by label."""
+
+    prompt: Runnable[Any, Any] | None = None
+    """From the mapping with the input (and `candidates`) to messages; None for the input as it is, or for labels the
+    default prompt."""
+
+    score: TokenScore = Field(default_factory=MeanTokenProbability)
+    """From token probabilities to a confidence, where it writes."""
+
+    top_logprobs: int = Field(default=10, ge=0, le=20)
+    """Alternatives a token that are asked for, where there are labels."""
+
+    model_id: str = ""
+    """Name in predictions and records; empty for the chat model's own."""
+
+    input_key: str = DEFAULT_INPUT_KEY
+    """Where mappings hold the input."""
+
+    reader: InputReader | None = None
+    """How inputs are laid out for the prompt; None for text. `ImageReader()` for images."""
+
+    _chain: Runnable[Any, Any] = PrivateAttr()
+    _parser: LabelParser | None = PrivateAttr(default=None)
+    _own_name: str = PrivateAttr(default="")
+
+    @field_validator("chat_model", "prompt", mode="before")
+    @classmethod
+    def _runnable(cls, value: Any) -> Any:
+        try:
+            return None if value is None else coerce_to_runnable(value)
+        except TypeError as error:
+            msg = f"A {type(value).__name__} is no Runnable. Give a chat model, or a prompt template."
+            raise ConfigurationError(msg) from error
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Put prompt and model together."""
+        super().model_post_init(context)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if self.model_id in ("", self._own_name):  # nobody gave it a name
+            self._own_name = _name_of(self.chat_model)
+            super().__setattr__("model_id", self._own_name)
+        reader = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
+        super().__setattr__("reader", reader)
+        self._parser = None
+        prompt = self.prompt
+        if self.chooses:
+            self._parser = LabelParser(labels=self.labels, aliases=self.aliases)
+            prompt = prompt or default_prompt(NoHint(), self.input_key, self.reader)
+        elif prompt is None:
+            prompt = ChatPromptTemplate.from_messages([("placeholder", "{history}"), ("placeholder", "{asked}")])
+        self._chain = prompt | _with_logprobs(self.chat_model, self.top_logprobs if self.chooses else 0)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses a label instead of writing."""
+        return self.labels != ANSWER_LABELS
+
+    # Runnable
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
+        return self._call_with_config(self._one, input, config, run_type="small_model")
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
+        return await self._acall_with_config(self._aone, input, config, run_type="small_model")
+
+    @override
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Prediction]:
+        return self._batch_with_config(
+            self._many, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
+        )
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Prediction]:
+        return await self._abatch_with_config(
+            self._amany, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
+        )
+
+    def _one(self, value: Any, run_manager: Any, config: RunnableConfig) -> Prediction:
+        return self._prediction(self._chain.invoke(self._laid_out(value), _silent(config)))
+
+    async def _aone(self, value: Any, run_manager: Any, config: RunnableConfig) -> Prediction:
+        return self._prediction(await self._chain.ainvoke(self._laid_out(value), _silent(config)))
+
+    def _many(self, values: list[Any], run_manager: Any, config: list[RunnableConfig]) -> list[Prediction | Exception]:
+        laid_out, rows, found = self._all_laid_out(values)
+        if rows:
+            configs = [_silent(config[i]) for i in rows]
+            self._sort_in(found, rows, self._chain.batch(laid_out, configs, return_exceptions=True))
+        return found
+
+    async def _amany(
+        self, values: list[Any], run_manager: Any, config: list[RunnableConfig]
+    ) -> list[Prediction | Exception]:
+        laid_out, rows, found = self._all_laid_out(values)
+        if rows:
+            configs = [_silent(config[i]) for i in rows]
+            self._sort_in(found, rows, await self._chain.abatch(laid_out, configs, return_exceptions=True))
+        return found
+
+    # From input to prompt, from message to prediction
+
+    def _laid_out(self, value: Any) -> dict[str, Any]:
+        assert self.reader is not None
+        laid_out = self.reader.lay_out(value)
+        if self.chooses:
+            return {**laid_out, **_CANDIDATES.without_prediction(self.labels)}
+        if self.prompt is not None:
+            return laid_out
+        asked = laid_out.get(self.input_key)
+        return {
+            "history": laid_out.get("history", []),
+            "asked": [("human", asked)] if isinstance(asked, str) else asked,
+        }
+
+    def _all_laid_out(self, values: list[Any]) -> tuple[list[dict[str, Any]], list[int], list[Any]]:
+        found: list[Any] = [None] * len(values)
+        laid_out: list[dict[str, Any]] = []
+        rows: list[int] = []
+        for i, value in enumerate(values):
+            try:
+                laid_out.append(self._laid_out(value))
+                rows.append(i)
+            except Exception as error:
+                found[i] = error
+        return laid_out, rows, found
+
+    def _sort_in(self, found: list[Any], rows: list[int], messages: list[Any]) -> None:
+        for i, message in zip(rows, messages, strict=True):
+            try:
+                found[i] = message if isinstance(message, Exception) else self._prediction(message)
+            except Exception as error:
+                found[i] = error
+
+    def _prediction(self, message: Any) -> Prediction:
+        if not isinstance(message, AIMessage):
+            raise PredictionError(f"{self.model_id} gave a {type(message).__name__}; a chat model's message is needed.")
+        tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
+        text = str(message.text).strip()
+        if message.tool_calls or not text:
+            what = "tool calls" if message.tool_calls else "an empty answer"
+            raise PredictionError(f"{self.model_id} gave {what}, which nobody can be sure of.")
+        why = str(message.response_metadata.get("finish_reason") or "stop")
+        if why in ("length", "max_tokens", "content_filter"):
+            raise PredictionError(f"The answer of {self.model_id} was not finished ({why}).")
+        if not tokens:
+            raise PredictionError(
+                f"{self.model_id} gave no log-probabilities, so nobody knows how sure it is. Let it give them "
+                f"(ChatOpenAI(logprobs=True)), or use a server that returns them."
+            )
+        try:
+            logs = token_logprobs(tokens)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PredictionError(f"{self.model_id} gave log-probabilities that are no numbers: {error}.") from error
+        if np.isnan(logs).any():
+            raise PredictionError(f"{self.model_id} gave log-probabilities that are not numbers (NaN).")
+        if self._parser is None:
+            sure = float(np.clip(self.score.of_tokens(logs), 0.0, 1.0))
+            return Prediction.of_answer(text, sure, model_id=self.model_id, token_logprobs=logs)
+        label = self._parser.parse(said(message))
+        found = label_distribution(tokens, self.labels, label)
+        if found is None:
+            raise PredictionError(f"{self.model_id}'s log-probabilities tell nothing of its answer {label!r}.")
+        return Prediction.of(dict(zip(self.labels, found[0].tolist(), strict=True)), model_id=self.model_id)
+
+    # What a Runnable says of itself
+
+    @property
+    @override
+    def InputType(self) -> Any:
+        return ShuntInput
+
+    @property
+    @override
+    def OutputType(self) -> type[Prediction]:
+        return Prediction
+
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        return self._chain.config_specs
+
+    @override
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        return self._chain.get_graph(config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting; the next call follows it."""
+        super().__setattr__(name, value)
+        if name in ("chat_model", "prompt", "labels", "aliases", "top_logprobs", "input_key"):
+            self._lay_out()
+
+    @override
+    def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied._lay_out()
+        return copied
+
+
+_CANDIDATES: Pruning = NoHint()
+
+
+def _silent(config: RunnableConfig) -> RunnableConfig:
+    return {**config, "tags": [*(config.get("tags") or []), *SILENT_TAGS]}
+
+
+def _name_of(model: Runnable[Any, Any]) -> str:
+    inner = getattr(model, "bound", model)
+    return model_name(inner) if isinstance(inner, BaseChatModel) else inner.get_name()
+
+
+def _with_logprobs(model: Runnable[Any, Any], alternatives: int) -> Runnable[Any, Any]:
+    """The model with log-probabilities switched on, where it has a setting for them that is not set yet."""
+    fields = type(model).model_fields if isinstance(model, BaseChatModel) else {}
+    wanted: dict[str, Any] = {}
+    if "logprobs" in fields and not getattr(model, "logprobs", None):
+        wanted["logprobs"] = True
+    if alternatives and "top_logprobs" in fields and getattr(model, "top_logprobs", None) is None:
+        wanted["top_logprobs"] = alternatives
+    return model.bind(**wanted) if wanted else model

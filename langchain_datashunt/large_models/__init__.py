@@ -1,0 +1,52 @@
+"""Asking the large model: Prompt Pruning, the caller with retries and limits, label parsing, replay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from langchain_datashunt._utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from langchain_datashunt.large_models.circuit_breaker import CircuitBreaker
+    from langchain_datashunt.large_models.label_chat import LabelAsker
+    from langchain_datashunt.large_models.label_parser import LabelParser
+    from langchain_datashunt.large_models.prompt_pruning import (
+        ConformalPrompt,
+        HardPrompt,
+        NoHint,
+        Pruning,
+        SoftPrompt,
+        TopHint,
+        measure_proficiency,
+    )
+    from langchain_datashunt.large_models.retry import Retry
+
+_MODULE_OF = {
+    "CircuitBreaker": "circuit_breaker",
+    "ConformalPrompt": "prompt_pruning",
+    "HardPrompt": "prompt_pruning",
+    "LabelAsker": "label_chat",
+    "LabelParser": "label_parser",
+    "NoHint": "prompt_pruning",
+    "Pruning": "prompt_pruning",
+    "Retry": "retry",
+    "SoftPrompt": "prompt_pruning",
+    "TopHint": "prompt_pruning",
+    "measure_proficiency": "prompt_pruning",
+}
+
+__all__ = [
+    "CircuitBreaker",
+    "ConformalPrompt",
+    "HardPrompt",
+    "LabelAsker",
+    "LabelParser",
+    "NoHint",
+    "Pruning",
+    "Retry",
+    "SoftPrompt",
+    "TopHint",
+    "measure_proficiency",
+]
+
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -1,0 +1,376 @@
+"""What the large model's prompt gets of the small model's opinion (Prompt Pruning); the prompt itself is the user's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from langchain_datashunt._utils.settings import Strategy
+from langchain_datashunt.exceptions import ConfigurationError, PruningWarning
+from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.prediction import (
+    ANSWER_LABELS,
+    BoolArray,
+    CandidateProbabilities,
+    Candidates,
+    PredictionBatch,
+    answer_text,
+)
+
+PRUNING_VARIABLES = ("candidates", "candidate_probabilities", "small_label", "small_confidence")
+"""The prompt variables that every strategy fills, beside the caller's own."""
+
+OPINION_VARIABLES = frozenset({"candidate_probabilities", "small_label", "small_confidence"})
+"""Those that tell what the small model thinks."""
+
+
+class Pruning(Strategy):
+    """Turns a deferred prediction into prompt variables.
+
+    Every probability put into a prompt is disclosed to the large model's provider: `decimals` rounds, `top_k`
+    limits, and `NoHint` discloses nothing.
+    """
+
+    narrows: ClassVar[bool] = False
+    """Whether the candidates themselves follow from what the small model thinks of the input."""
+
+    variables: ClassVar[frozenset[str]]
+    """The variables that carry what this strategy has to say; a template must use one of them."""
+
+    paragraph: ClassVar[str]
+    """What the default prompt says beside the list of candidates; a template over the variables."""
+
+    decimals: int = Field(default=2, ge=0, le=6)
+    """Digits that probabilities are rounded to."""
+
+    def prepare(
+        self,
+        batch: PredictionBatch,
+        labels: Sequence[str] | None = None,
+        descriptions: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The prompt variables for each of `n` predictions.
+
+        Args:
+            batch: What the small model predicted.
+            labels: All labels of the task; those that the small model does not know stay candidates always.
+            descriptions: What labels mean, by label.
+        """
+        if batch.answers is not None:
+            written = zip(batch.answers, batch.confidence.tolist(), strict=True)
+            return [self._of_answer(answer_text(answer), p) for answer, p in written]
+        known = set(batch.labels)
+        unknown = [label for label in labels or () if label not in known]
+        keep, show = self.candidates(batch), self.shown(batch)
+        rounded = np.round(batch.probabilities, self.decimals)
+        order = np.argsort(-batch.probabilities, axis=1, kind="stable")
+        names = np.array(batch.labels, dtype=object)
+        everything = Candidates([*batch.labels, *unknown], descriptions)
+        prepared = []
+        for row in range(len(batch)):
+            likely = order[row][show[row][order[row]]]
+            prepared.append(
+                {
+                    "candidates": everything
+                    if keep[row].all()
+                    else Candidates([*names[keep[row]], *unknown], descriptions),
+                    "candidate_probabilities": CandidateProbabilities(
+                        zip(names[likely].tolist(), rounded[row][likely].tolist(), strict=True)
+                    ),
+                    "small_label": batch.labels[batch.best[row]],
+                    "small_confidence": float(rounded[row][batch.best[row]]),
+                }
+            )
+        return prepared
+
+    def _of_answer(self, answer: str, confidence: float) -> dict[str, Any]:
+        """The prompt variables for an answer that the small model wrote."""
+        p = round(confidence, self.decimals)
+        return {
+            "candidates": Candidates([answer]),
+            "candidate_probabilities": CandidateProbabilities({answer: p}),
+            "small_label": answer,
+            "small_confidence": p,
+        }
+
+    def without_prediction(
+        self, labels: Sequence[str] | None, descriptions: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The prompt variables where the small model failed: all candidates, nothing about probabilities."""
+        names = () if labels is None or tuple(labels) == ANSWER_LABELS else labels
+        return {
+            "candidates": Candidates(names, descriptions),
+            "candidate_probabilities": CandidateProbabilities(),
+            "small_label": "unknown",
+            "small_confidence": 0.0,
+        }
+
+    @abstractmethod
+    def candidates(self, batch: PredictionBatch) -> BoolArray:
+        """Which labels stay candidates, shape `[n, k]`."""
+
+    @abstractmethod
+    def shown(self, batch: PredictionBatch) -> BoolArray:
+        """Whose probabilities are shown, shape `[n, k]`."""
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Raise a `ConfigurationError` where the strategy cannot work for these labels (None: unknown)."""
+
+
+class SoftPrompt(Pruning):
+    """All candidates stay; probabilities are shown for the likely labels and those the small model is good at.
+
+    Args:
+        top_k: How many of the likeliest labels are shown; None for all.
+        proficient: Labels that the small model is measured to be good at (see `measure_proficiency`): shown too,
+            since a low probability there is worth knowing.
+    """
+
+    variables: ClassVar[frozenset[str]] = frozenset({"candidate_probabilities"})
+    paragraph: ClassVar[str] = (
+        "A small classifier trained for this task, which is not sure here, gives these labels:\n"
+        "{candidate_probabilities}\nUse this as a hint; it may be wrong."
+    )
+
+    top_k: int | None = Field(default=5, ge=1)
+    proficient: tuple[str, ...] = ()
+
+    def candidates(self, batch: PredictionBatch) -> BoolArray:
+        """All labels."""
+        return np.ones(batch.probabilities.shape, dtype=np.bool_)
+
+    def shown(self, batch: PredictionBatch) -> BoolArray:
+        """The `top_k` likeliest and the proficient labels."""
+        k = len(batch.labels)
+        if self.top_k is None or self.top_k >= k:
+            return np.ones(batch.probabilities.shape, dtype=np.bool_)
+        shown = np.tile(_is_among(batch.labels, self.proficient), (len(batch), 1))
+        likely = np.argsort(-batch.probabilities, axis=1, kind="stable")[:, : self.top_k]
+        np.put_along_axis(shown, likely, True, axis=1)
+        return shown
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Refuse proficient labels that do not exist."""
+        _check_known("SoftPrompt.proficient", self.proficient, labels)
+
+
+class HardPrompt(Pruning):
+    """The labels that the small model excels at are removed: it would have answered those itself.
+
+    Args:
+        proficient: The labels to remove, measured on held-out data (`measure_proficiency`, or `HardPrompt.fit`).
+    """
+
+    variables: ClassVar[frozenset[str]] = frozenset({"candidates"})
+    paragraph: ClassVar[str] = ""
+
+    proficient: tuple[str, ...]
+
+    @classmethod
+    def fit(
+        cls,
+        predictions: PredictionBatch,
+        labels: Sequence[str],
+        policy: Policy,
+        *,
+        minimum: float = 0.9,
+        min_examples: int = 5,
+        **settings: Any,
+    ) -> HardPrompt:
+        """Measure the proficient labels on held-out examples; see `measure_proficiency`."""
+        found = measure_proficiency(predictions, labels, policy, minimum=minimum, min_examples=min_examples)
+        return cls(proficient=found, **settings)
+
+    def candidates(self, batch: PredictionBatch) -> BoolArray:
+        """All labels but the proficient ones; all where nothing would be left."""
+        rest = ~_is_among(batch.labels, self.proficient)
+        return np.tile(rest if rest.any() else np.ones_like(rest), (len(batch), 1))
+
+    def shown(self, batch: PredictionBatch) -> BoolArray:
+        """None."""
+        return np.zeros(batch.probabilities.shape, dtype=np.bool_)
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Refuse labels that do not exist; warn where no candidate would be left."""
+        _check_known("HardPrompt.proficient", self.proficient, labels)
+        if labels and set(labels) <= set(self.proficient):
+            warnings.warn(
+                "HardPrompt would remove every label, so it removes none. Measure proficiency with a higher "
+                "`minimum`, or let the small model answer alone (AlwaysSmall()).",
+                PruningWarning,
+                stacklevel=2,
+            )
+
+
+class ConformalPrompt(Pruning):
+    """Only labels of a conformal set stay candidates; the true one is among them with probability >= 1 - alpha.
+
+    Split conformal prediction (Angelopoulos & Bates 2021) on 1 - p, fitted on calibration examples that were
+    deferred, since those are what the large model sees; CROQ (ICML 2025) shows that fewer candidates help it.
+    The guarantee is on average over deferred inputs like the calibration ones, not for each single one.
+
+    Args:
+        alpha: The share of deferred inputs whose true label may be lost, in (0, 1).
+        quantile: The largest 1 - p that stays; found by `fit`.
+        n_calibration: How many deferred examples `fit` saw; 0 before.
+    """
+
+    narrows: ClassVar[bool] = True
+    variables: ClassVar[frozenset[str]] = frozenset({"candidates"})
+    paragraph: ClassVar[str] = ""
+
+    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
+    quantile: float | None = None
+    n_calibration: int = Field(default=0, ge=0)
+
+    def fit(self, predictions: PredictionBatch, labels: Sequence[str], policy: Policy | None = None) -> ConformalPrompt:
+        """A copy fitted on the examples that `policy` defers (all of them without a policy).
+
+        Args:
+            predictions: Predictions for calibration examples that the small model was not trained on, `n` rows.
+            labels: Their true labels, `n` names.
+            policy: The policy in service.
+
+        Raises:
+            ConfigurationError: `labels` and `predictions` differ in length, or the small model lacks a true label.
+        """
+        truth = _indices_of(predictions, labels)
+        deferred = np.ones(len(predictions), dtype=np.bool_) if policy is None else ~policy.evaluate(predictions).keep
+        misfit = np.sort(1.0 - predictions.probabilities[np.arange(len(predictions)), truth][deferred])
+        n = len(misfit)
+        rank = math.ceil((n + 1) * (1.0 - self.alpha) - 1e-9)  # 20 * 0.95 is 19, not 19.000000000000004
+        if rank > n:
+            warnings.warn(
+                f"{n} deferred calibration examples are too few for alpha={self.alpha} "
+                f"({math.ceil(1.0 / self.alpha - 1e-9) - 1} are needed): all candidates are kept.",
+                PruningWarning,
+                stacklevel=2,
+            )
+        return self.model_copy(update={"quantile": float(misfit[rank - 1]) if rank <= n else 1.0, "n_calibration": n})
+
+    def candidates(self, batch: PredictionBatch) -> BoolArray:
+        """The conformal set; all labels where it is empty, since that is where the small model knows least."""
+        if self.quantile is None:
+            raise ConfigurationError(_NOT_FITTED)
+        keep = 1.0 - batch.probabilities <= self.quantile
+        keep[~keep.any(axis=1)] = True
+        return np.asarray(keep, dtype=np.bool_)
+
+    def shown(self, batch: PredictionBatch) -> BoolArray:
+        """None."""
+        return np.zeros(batch.probabilities.shape, dtype=np.bool_)
+
+    def check(self, labels: tuple[str, ...] | None) -> None:
+        """Refuse to work unfitted."""
+        if self.quantile is None:
+            raise ConfigurationError(_NOT_FITTED)
+
+
+class TopHint(Pruning):
+    """All candidates stay; the prompt says what the small model would answer and how sure it is (SuperICL 2023)."""
+
+    variables: ClassVar[frozenset[str]] = frozenset({"small_label", "small_confidence"})
+    paragraph: ClassVar[str] = (
+        "A small classifier trained for this task says {small_label}, with confidence {small_confidence}. "
+        "Use this as a hint; it may be wrong."
+    )
+
+    def candidates(self, batch: PredictionBatch) -> BoolArray:
+        """All labels."""
+        return np.ones(batch.probabilities.shape, dtype=np.bool_)
+
+    def shown(self, batch: PredictionBatch) -> BoolArray:
+        """The top label only."""
+        shown = np.zeros(batch.probabilities.shape, dtype=np.bool_)
+        shown[np.arange(len(batch)), batch.best] = True
+        return shown
+
+
+class NoHint(Pruning):
+    """All candidates stay and nothing of the small model's opinion leaves the machine."""
+
+    variables: ClassVar[frozenset[str]] = frozenset()
+    paragraph: ClassVar[str] = ""
+
+    def prepare(
+        self,
+        batch: PredictionBatch,
+        labels: Sequence[str] | None = None,
+        descriptions: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The same for every input: the candidates."""
+        if batch.answers is not None:
+            return [self.without_prediction(None)] * len(batch)
+        return [self.without_prediction(list(dict.fromkeys([*batch.labels, *(labels or ())])), descriptions)] * len(
+            batch
+        )
+
+    def candidates(self, batch: PredictionBatch) -> BoolArray:
+        """All labels."""
+        return np.ones(batch.probabilities.shape, dtype=np.bool_)
+
+    def shown(self, batch: PredictionBatch) -> BoolArray:
+        """None."""
+        return np.zeros(batch.probabilities.shape, dtype=np.bool_)
+
+
+def measure_proficiency(
+    predictions: PredictionBatch,
+    labels: Sequence[str],
+    policy: Policy,
+    *,
+    minimum: float = 0.9,
+    min_examples: int = 5,
+) -> tuple[str, ...]:
+    """The labels that the small model excels at: it keeps, and answers rightly, nearly all inputs of such a label.
+
+    Args:
+        predictions: Predictions for held-out examples, `n` rows.
+        labels: Their true labels, `n` names.
+        policy: The policy in service; what it defers counts against the label.
+        minimum: The least share of a label's examples that are kept and right, in (0, 1].
+        min_examples: With fewer held-out examples a label is never called proficient.
+    """
+    truth = _indices_of(predictions, labels)
+    served = policy.evaluate(predictions).keep & (predictions.best == truth)
+    total = np.bincount(truth, minlength=len(predictions.labels))
+    good = np.bincount(truth[served], minlength=len(predictions.labels))
+    counted = zip(predictions.labels, total, good, strict=True)
+    return tuple(label for label, n, k in counted if n >= min_examples and k >= minimum * n)
+
+
+_NOT_FITTED = (
+    "ConformalPrompt has not been fitted. Call ConformalPrompt(alpha=...).fit(predictions, labels, policy) "
+    "on calibration examples that the small model was not trained on."
+)
+
+
+def _is_among(labels: Sequence[str], some: Sequence[str]) -> BoolArray:
+    chosen = set(some)
+    return np.array([label in chosen for label in labels], dtype=np.bool_)
+
+
+def _check_known(what: str, named: Sequence[str], labels: tuple[str, ...] | None) -> None:
+    unknown = sorted(set(named) - set(labels)) if labels else []
+    if unknown:
+        raise ConfigurationError(
+            f"{what} names labels that do not exist: {', '.join(unknown[:5])}. Use the small model's label names."
+        )
+
+
+def _indices_of(predictions: PredictionBatch, labels: Sequence[str]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    if len(labels) != len(predictions):
+        raise ConfigurationError(f"{len(predictions)} predictions and {len(labels)} true labels: give one for each.")
+    position = {label: i for i, label in enumerate(predictions.labels)}
+    if unknown := sorted(set(labels) - set(position)):
+        raise ConfigurationError(
+            f"True labels that the small model does not know: {', '.join(unknown[:5])}. "
+            f"Leave these examples out, or train the small model on them."
+        )
+    return np.array([position[label] for label in labels], dtype=np.intp)

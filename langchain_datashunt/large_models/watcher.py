@@ -1,0 +1,65 @@
+"""Watching large-model calls: what was said, by which model, and how surely; nothing is stored here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.outputs import LLMResult
+from typing_extensions import override
+
+from langchain_datashunt._utils.pricing import cost_usd
+from langchain_datashunt.logprobs import label_distribution, message_of, said, stated_confidence, token_logprobs
+from langchain_datashunt.policies.scores import MeanTokenProbability
+from langchain_datashunt.prediction import ANSWER_LABELS
+
+
+class LargeCallWatcher(UsageMetadataCallbackHandler):
+    """Sees the model calls below one run: token usage of all, text and log-probabilities of the last."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        super().__init__()
+        self.model = ""
+        self.text: str | None = None
+        self.tokens: list[dict[str, Any]] = []
+
+    @override
+    def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+        super().on_llm_end(response, **kwargs)
+        if (message := message_of(response)) is None:
+            return
+        self.model = str(message.response_metadata.get("model_name") or self.model)
+        self.text = said(message)
+        self.tokens = list((message.response_metadata.get("logprobs") or {}).get("content") or [])
+
+    def fields(self) -> dict[str, Any]:
+        """Tokens and cost of all calls that were seen, as a record has them."""
+        counts = self.usage_metadata
+        return {
+            "input_tokens": sum(each["input_tokens"] for each in counts.values()) if counts else None,
+            "output_tokens": sum(each["output_tokens"] for each in counts.values()) if counts else None,
+            "cost_usd": cost_usd(counts) if counts else None,
+        }
+
+
+def mean_probability(tokens: Sequence[Mapping[str, Any]]) -> float | None:
+    """The arithmetic mean of tokens' probabilities, in [0, 1]; None where they are no numbers."""
+    try:
+        found = MeanTokenProbability().of_tokens(token_logprobs(tokens))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return min(1.0, found) if found >= 0.0 else None
+
+
+def large_sureness(
+    watcher: LargeCallWatcher, labels: Sequence[str], label: str | None
+) -> tuple[tuple[float, ...] | None, float | None]:
+    """The large model's distribution and confidence: from log-probabilities, else as stated, else unknown."""
+    if tuple(labels) == ANSWER_LABELS:
+        return None, mean_probability(watcher.tokens) if watcher.tokens else stated_confidence(watcher.text)
+    found = label_distribution(watcher.tokens, labels, label) if label is not None else None
+    if found is None:
+        return None, stated_confidence(watcher.text)
+    return tuple(found[0].tolist()), found[1]

@@ -1,0 +1,263 @@
+"""GatedLLM: any LlamaIndex LLM behind an outbound gate. It decides nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Sequence
+from typing import Any, Self
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import LLM, ToolSelection
+from llama_index.core.tools.types import BaseTool
+from typing_extensions import override
+
+from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
+from langchain_datashunt.llama_index.function_calling import PreparedByLarge
+from langchain_datashunt.privacy.guard import OutboundGate
+from langchain_datashunt.privacy.redaction import Placeholders, without_unfinished
+
+
+class GatedLLM(LLM):
+    """Wherever an LLM goes: in a `ShuntLLM`, an `LLMSingleSelector`, a response synthesizer, an agent.
+
+    ```python
+    llm = GatedLLM(large=OpenAI(model="gpt-4o"), gate=OutboundGate(local_kinds={"IBAN"}))
+    selector = ShuntSelector(small, LLMSingleSelector.from_defaults(llm=llm))
+    ```
+
+    Prompts and messages leave with placeholders, answers come back with the texts, streamed or not. What must stay is
+    answered with an `AbstainedLocally` in words, or raises `StaysLocal` where the gate's `on_local` is "raise". Over an
+    LLM that calls functions it is one itself (`GatedFunctionCallingLLM`).
+    """
+
+    large: LLM = Field(description="The LLM behind the gate.")
+    gate: Any = Field(description="A datashunt OutboundGate.", exclude=True)
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """A `GatedFunctionCallingLLM` where the LLM calls functions."""
+        if cls is GatedLLM and isinstance(settings.get("large"), FunctionCallingLLM):
+            return super().__new__(GatedFunctionCallingLLM)  # type: ignore[return-value]
+        return super().__new__(cls)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if not isinstance(self.gate, OutboundGate):
+            raise ConfigurationError(f"`gate` is a {type(self.gate).__name__}; give a datashunt OutboundGate.")
+        self.gate.check_without_labels("a LlamaIndex LLM")
+        if self.callback_manager.handlers and not self.large.callback_manager.handlers:
+            self.large.callback_manager = self.callback_manager
+
+    @classmethod
+    @override
+    def class_name(cls) -> str:
+        return "GatedLLM"
+
+    @property
+    @override
+    def metadata(self) -> LLMMetadata:
+        return self.large.metadata
+
+    # Through the gate
+
+    def _out(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], Placeholders]:
+        told = [{"blocks": list(one.blocks), "more": one.additional_kwargs} for one in messages]
+        out, found = self.gate.outbound(told)
+        changed = [
+            one.model_copy(update={"blocks": new["blocks"], "additional_kwargs": new["more"]})
+            for one, new in zip(messages, out, strict=True)
+        ]
+        return changed, found
+
+    def _abstained(self, error: StaysLocal) -> str:
+        if self.gate.on_local == "raise":
+            raise error
+        return str(self.gate.abstained(error, None))
+
+    def _chat_abstained(self, error: StaysLocal) -> ChatResponse:
+        words = self._abstained(error)
+        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=words), delta=words)
+
+    def _text_abstained(self, error: StaysLocal) -> CompletionResponse:
+        words = self._abstained(error)
+        return CompletionResponse(text=words, delta=words)
+
+    # Chat
+
+    @override
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        try:
+            asked, found = self._out(messages)
+        except StaysLocal as error:
+            return self._chat_abstained(error)
+        return _restored(self.large.chat(asked, **kwargs), found)
+
+    @override
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        try:
+            asked, found = self._out(messages)
+        except StaysLocal as error:
+            return self._chat_abstained(error)
+        return _restored(await self.large.achat(asked, **kwargs), found)
+
+    @override
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse]:
+        def chunks() -> Generator[ChatResponse]:
+            try:
+                asked, found = self._out(messages)
+            except StaysLocal as error:
+                yield self._chat_abstained(error)
+                return
+            shown = _Shown(found)
+            for response in self.large.stream_chat(asked, **kwargs):
+                yield shown.chat(response)
+            yield from shown.rest()
+
+        return chunks()
+
+    @override
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> AsyncGenerator[ChatResponse]:
+        async def chunks() -> AsyncGenerator[ChatResponse]:
+            try:
+                asked, found = self._out(messages)
+            except StaysLocal as error:
+                yield self._chat_abstained(error)
+                return
+            shown = _Shown(found)
+            async for response in await self.large.astream_chat(asked, **kwargs):
+                yield shown.chat(response)
+            for last in shown.rest():
+                yield last
+
+        return chunks()
+
+    # Completion
+
+    @override
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        try:
+            asked, found = self.gate.outbound(prompt)
+        except StaysLocal as error:
+            return self._text_abstained(error)
+        return _restored_text(self.large.complete(asked, formatted, **kwargs), found)
+
+    @override
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        try:
+            asked, found = self.gate.outbound(prompt)
+        except StaysLocal as error:
+            return self._text_abstained(error)
+        return _restored_text(await self.large.acomplete(asked, formatted, **kwargs), found)
+
+    @override
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Generator[CompletionResponse]:
+        def chunks() -> Generator[CompletionResponse]:
+            try:
+                asked, found = self.gate.outbound(prompt)
+            except StaysLocal as error:
+                yield self._text_abstained(error)
+                return
+            shown = _Shown(found)
+            for response in self.large.stream_complete(asked, formatted, **kwargs):
+                yield shown.text(response)
+            yield from shown.rest()
+
+        return chunks()
+
+    @override
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> AsyncGenerator[CompletionResponse]:
+        async def chunks() -> AsyncGenerator[CompletionResponse]:
+            try:
+                asked, found = self.gate.outbound(prompt)
+            except StaysLocal as error:
+                yield self._text_abstained(error)
+                return
+            shown = _Shown(found)
+            async for response in await self.large.astream_complete(asked, formatted, **kwargs):
+                yield shown.text(response)
+            for last in shown.rest():
+                yield last
+
+        return chunks()
+
+
+class GatedFunctionCallingLLM(GatedLLM, PreparedByLarge):
+    """A `GatedLLM` over an LLM that calls functions; made by `GatedLLM(...)`."""
+
+    large: FunctionCallingLLM = Field(description="The LLM behind the gate.")
+
+    @override
+    def _validate_chat_with_tools_response(
+        self, response: ChatResponse, tools: Sequence[BaseTool], allow_parallel_tool_calls: bool = False, **kwargs: Any
+    ) -> ChatResponse:
+        return self.large._validate_chat_with_tools_response(response, tools, allow_parallel_tool_calls, **kwargs)
+
+    @override
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        return self.large.get_tool_calls_from_response(response, error_on_no_tool_call, **kwargs)
+
+
+class _Shown:
+    """What of a stream, whose chunks hold all text so far, was shown with the texts restored."""
+
+    def __init__(self, found: Placeholders) -> None:
+        self.found, self.so_far, self.whole = found, "", ""
+        self.last: ChatResponse | CompletionResponse | None = None
+
+    def _next(self, text: str) -> str:
+        self.whole, before = text, self.so_far
+        self.so_far = self.found.restore_text(without_unfinished(text))
+        return self.so_far.removeprefix(before)
+
+    def chat(self, response: ChatResponse) -> ChatResponse:
+        self.last = response
+        delta = self._next(response.message.content or "")
+        return _with_text(_restored(response, self.found), self.so_far, delta)
+
+    def text(self, response: CompletionResponse) -> CompletionResponse:
+        self.last = response
+        delta = self._next(response.text)
+        return _restored_text(response, self.found).model_copy(update={"text": self.so_far, "delta": delta})
+
+    def rest(self) -> Generator[Any]:
+        """What was held back until the end."""
+        whole, before = self.found.restore_text(self.whole), self.so_far
+        if self.last is None or whole == before:
+            return
+        delta = whole.removeprefix(before)
+        if isinstance(self.last, ChatResponse):
+            yield _with_text(_restored(self.last, self.found), whole, delta)
+        else:
+            yield _restored_text(self.last, self.found).model_copy(update={"text": whole, "delta": delta})
+
+
+def _with_text(response: ChatResponse, text: str, delta: str) -> ChatResponse:
+    """A chunk with another text so far; what else is in its message stays."""
+    others = [block for block in response.message.blocks if not isinstance(block, TextBlock)]
+    message = response.message.model_copy(update={"blocks": [*([TextBlock(text=text)] if text else []), *others]})
+    return response.model_copy(update={"message": message, "delta": delta})
+
+
+def _restored(response: ChatResponse, found: Placeholders) -> ChatResponse:
+    if not found:
+        return response
+    message = response.message
+    changed = {"blocks": found.restore(message.blocks), "additional_kwargs": found.restore(message.additional_kwargs)}
+    delta = None if response.delta is None else found.restore_text(response.delta)
+    return response.model_copy(update={"message": message.model_copy(update=changed), "delta": delta})
+
+
+def _restored_text(response: CompletionResponse, found: Placeholders) -> CompletionResponse:
+    delta = None if response.delta is None else found.restore_text(response.delta)
+    return response.model_copy(update={"text": found.restore_text(response.text), "delta": delta})

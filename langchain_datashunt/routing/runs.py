@@ -1,0 +1,318 @@
+"""The callback runs of shunted calls: each that starts also ends, and carries its decision. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks.manager import ahandle_event, handle_event
+from langchain_core.runnables import Runnable, RunnableConfig, patch_config
+from langchain_core.runnables.config import (
+    ensure_config,
+    get_async_callback_manager_for_config,
+    get_callback_manager_for_config,
+    get_config_list,
+)
+from langchain_core.tracers.base import BaseTracer
+from langchain_core.utils.uuid import uuid7
+from typing_extensions import override
+
+from langchain_datashunt._utils.sync_async import Effect, Steps, arun, run, to_the_end
+from langchain_datashunt.decision import DECISION_EVENT, ShuntDecision
+
+
+class Runs:
+    """The configs of `n` calls, and the run of each where a callback handler is there to see it.
+
+    Without any handler no run is made and one config serves all: that is what makes large batches cheap.
+
+    Args:
+        owner: The Runnable whose runs these are.
+        inputs: Its `n` inputs.
+        config: One config, or one for each call, or None.
+        asynchronous: Whether callbacks are awaited.
+    """
+
+    def __init__(
+        self, owner: Runnable[Any, Any], inputs: Sequence[Any], config: Any, *, asynchronous: bool = False
+    ) -> None:
+        self.n = len(inputs)
+        self.shared: RunnableConfig | None = None
+        self.each: list[RunnableConfig] = []
+        self._owner = owner
+        self._inputs = inputs
+        self._asynchronous = asynchronous
+        self._manager_for: Callable[[RunnableConfig], Any] = (
+            get_async_callback_manager_for_config if asynchronous else get_callback_manager_for_config
+        )
+        self._managers: list[Any] = []
+        self._one_manager: Any = None
+        self._pending: set[int] = set()
+        self.traced = self._take(config)
+
+    def _take(self, config: Any) -> bool:
+        """Lay the configs out; True where a handler wants to see runs."""
+        one_for_all = config is None or isinstance(config, dict)
+        if one_for_all:
+            self.shared = ensure_config(config)
+            self._one_manager = self._manager_for(self.shared)
+            traced = bool(self._one_manager.handlers)
+            if not traced and (self.n == 1 or self.shared.get("run_id") is None):
+                return False
+        self.each = get_config_list(config, self.n)
+        if not one_for_all:
+            traced = any(self._manager_for(each).handlers for each in self.each)
+        if traced or not one_for_all:
+            self.shared = None
+        return traced
+
+    def config(self, i: int) -> RunnableConfig:
+        """The config of call `i`."""
+        return self.shared if self.shared is not None else self.each[i]
+
+    def record_id(self, i: int) -> str:
+        """Id of call `i`: that of its run, or the one that its config asks for, or a new one."""
+        if self.traced:
+            return str(self._managers[i].run_id)
+        own = self.each[i] if self.each else self.config(i)
+        return str(own.get("run_id") or uuid7())
+
+    def max_concurrency(self) -> int | None:
+        """The caller's bound on parallel calls."""
+        return self.config(0).get("max_concurrency")
+
+    # Configs of child calls
+
+    def child(
+        self,
+        i: int,
+        tag: str | None = None,
+        *,
+        decision: ShuntDecision | None = None,
+        handler: BaseCallbackHandler | None = None,
+        max_concurrency: int | None = None,
+    ) -> RunnableConfig:
+        """The config of a call made on behalf of call `i`.
+
+        Args:
+            i: Which call.
+            tag: What the child is to it: "shunt:small", "shunt:large", ...
+            decision: Put on the child's run, and on all below it, as metadata.
+            handler: Sees the child's run and all below it.
+            max_concurrency: The child's bound on parallel calls; None leaves the caller's.
+        """
+        base = self.config(i)
+        if not self.traced:
+            child = base.copy()
+            child.pop("run_id", None)
+            child.pop("run_name", None)
+            if handler is not None:
+                child["callbacks"] = [handler]
+            if max_concurrency is not None:
+                child["max_concurrency"] = max_concurrency
+            return child
+        manager = self._managers[i].get_child(tag)
+        if decision is not None:
+            manager.add_metadata({k: v for k, v in decision.to_metadata().items() if v is not None})
+        if handler is not None:
+            manager.add_handler(handler, inherit=True)
+        return patch_config(base, callbacks=manager, max_concurrency=max_concurrency)
+
+    def children(self, rows: Sequence[int], tag: str) -> RunnableConfig | list[RunnableConfig]:
+        """Configs of one grouped call on behalf of several calls: one for all where no run is to be seen."""
+        if not self.traced and self.shared is not None:
+            return self.child(0, tag)
+        return [self.child(i, tag) for i in rows]
+
+    # Their beginning and end
+
+    def start(self) -> Steps[None]:
+        """Start a run for each input, where a handler is there to see it."""
+        if not self.traced:
+            return
+        self._managers = [None] * self.n
+        try:
+            yield Effect(self._start_all, self._astart_all)
+        except BaseException as error:
+            yield from self.fail_rest(error)
+            raise
+
+    def _begin(self, i: int) -> Any:
+        config = self.each[i]
+        run_id: UUID | None = config.pop("run_id", None)
+        name = config.get("run_name") or self._owner.get_name()
+        one = self._one_manager
+        manager = self._manager_for(config) if one is None else one.copy()  # tags and metadata are each run's own
+        return manager.on_chain_start(None, self._inputs[i], name=name, run_id=run_id)
+
+    def _started(self, i: int, manager: Any) -> None:
+        self._managers[i] = manager
+        self._pending.add(i)
+
+    def _start_all(self) -> None:
+        for i in range(self.n):
+            self._started(i, self._begin(i))
+
+    async def _astart_all(self) -> None:
+        async def begin(i: int) -> None:
+            self._started(i, await self._begin(i))
+
+        for found in await to_the_end(asyncio.gather(*map(begin, range(self.n)), return_exceptions=True)):
+            if isinstance(found, BaseException):  # all have begun by now, so that those which could also end
+                raise found
+
+    def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
+        """Put decisions on runs: metadata and tags for tracers, a custom event for every handler."""
+
+        def data_of(i: int) -> dict[str, Any]:
+            metadata = (decision := decision_of(i)).to_metadata()
+            _mark(self._managers[i], decision, metadata)
+            return metadata
+
+        return self.announce(rows, data_of)
+
+    def announce(self, rows: Sequence[int], data_of: Callable[[int], dict[str, Any]]) -> Steps[None]:
+        """Send what was decided as a custom event for every handler; runs are not marked."""
+        if not self.traced or not rows:
+            return
+
+        def send(i: int) -> Any:
+            own, data = self._managers[i], data_of(i)  # which may mark the run
+            told = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
+            tell = ahandle_event if self._asynchronous else handle_event
+            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data, **told)
+
+        yield _for_all(send, rows)
+
+    def end(self, outputs: dict[int, Any]) -> Steps[None]:
+        """End runs with their outputs, or with their errors where an output is an exception."""
+        rows = [i for i in outputs if i in self._pending]
+        if not rows:
+            return
+        self._pending.difference_update(rows)
+
+        def finish(i: int) -> Any:
+            if isinstance(outputs[i], BaseException):
+                return self._managers[i].on_chain_error(outputs[i])
+            return self._managers[i].on_chain_end(outputs[i])
+
+        yield _for_all(finish, rows)
+
+    def fail_rest(self, error: BaseException) -> Steps[None]:
+        """End all runs that have not ended, with an error."""
+        yield from self.end(dict.fromkeys(sorted(self._pending), error))
+
+
+def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
+    """Carry out the steps of a batch inside its runs, which start before and end after; outputs, errors among them."""
+    run(runs.start())
+    try:
+        outputs = run(steps)
+    except BaseException as error:
+        run(runs.fail_rest(error))
+        raise
+    run(runs.end(dict(enumerate(outputs))))
+    return outputs
+
+
+async def atrace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
+    """As `trace`, in this event loop."""
+    await arun(runs.start())
+    try:
+        outputs = await arun(steps)
+    except BaseException as error:
+        await arun(runs.fail_rest(error))
+        raise
+    await arun(runs.end(dict(enumerate(outputs))))
+    return outputs
+
+
+def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
+    """Call a callback for each row, one after the other or gathered; all are called, then the first error is raised."""
+
+    def each() -> None:
+        first: Exception | None = None
+        for i in rows:
+            try:
+                act(i)
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    async def gathered() -> None:
+        for found in await to_the_end(asyncio.gather(*map(act, rows), return_exceptions=True)):
+            if isinstance(found, BaseException):
+                raise found
+
+    return Effect(each, partial(gathered))
+
+
+class ChildRuns(Runs):
+    """Runs of one part of several calls, each below its call's run; what the part itself makes of its config is spared.
+
+    Args:
+        parents: The calls, which are traced.
+        owner: The part.
+        inputs: What it is given, `n` inputs.
+        rows: Shape `[n]`: on behalf of which call.
+        tag: What it is to them.
+        run_type: The kind of run in traces.
+    """
+
+    def __init__(
+        self,
+        parents: Runs,
+        owner: Runnable[Any, Any],
+        inputs: Sequence[Any],
+        rows: Sequence[int],
+        tag: str,
+        run_type: str,
+    ) -> None:
+        self.n = len(inputs)
+        self.shared, self.each = None, []
+        self.traced = True
+        self._owner, self._inputs = owner, inputs
+        self._asynchronous = parents._asynchronous
+        self._managers: list[Any] = []
+        self._pending: set[int] = set()
+        self._above, self._rows = parents, rows
+        self._hooked: list[BaseCallbackHandler] | None = None
+        self._told: dict[str, Any] = {"name": owner.get_name(), "run_type": run_type}
+        self._tag = tag
+
+    @override
+    def _begin(self, i: int) -> Any:
+        child = self._above._managers[self._rows[i]].get_child(self._tag)
+        if self._hooked is None:  # handlers that `configure` adds to every run, such as a collector of runs
+            configured = type(child).configure(child)
+            self._hooked = [one for one in configured.handlers if one not in child.handlers]
+        for handler in self._hooked:
+            child.add_handler(handler, inherit=False)
+        return child.on_chain_start(None, self._inputs[i], **self._told)
+
+    def within(self, i: int) -> RunnableConfig:
+        """The config of what is called inside run `i`."""
+        return patch_config(self._above.config(self._rows[i]), callbacks=self._managers[i].get_child())
+
+
+def _mark(manager: Any, decision: ShuntDecision, metadata: dict[str, Any]) -> None:
+    """Add metadata and tags to a run that has already started, in every tracer that keeps its runs."""
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    tags = [f"shunt_route:{decision.route}", f"shunt_reason:{decision.reason}"]
+    manager.tags = [*_undecided(manager.tags), *tags]
+    manager.metadata = {**manager.metadata, **metadata}
+    for handler in manager.handlers:
+        if isinstance(handler, BaseTracer) and (run := handler.run_map.get(str(manager.run_id))):
+            extra = run.extra or {}
+            run.extra = {**extra, "metadata": {**extra.get("metadata", {}), **metadata}}
+            run.tags = [*_undecided(run.tags or []), *tags]
+
+
+def _undecided(tags: Sequence[str]) -> list[str]:
+    """Tags without those of an earlier decision on the same run."""
+    return [tag for tag in tags if not tag.startswith(("shunt_route:", "shunt_reason:"))]

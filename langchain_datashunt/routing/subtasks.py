@@ -1,0 +1,355 @@
+"""SubtaskShunt: a task in parts, each with a small model of its own; the large model is asked for what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Self
+from uuid import UUID, uuid5
+
+import numpy as np
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.utils import AddableDict
+from typing_extensions import override
+
+from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.pricing import cost_usd
+from langchain_datashunt._utils.sync_async import Effect, Steps, arun, run, settled
+from langchain_datashunt.call_log.finished_call import FinishedCall, now
+from langchain_datashunt.call_log.record import id_bytes
+from langchain_datashunt.decision import Latency, ShuntDecision
+from langchain_datashunt.exceptions import InputError, StaysLocal
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
+from langchain_datashunt.large_models.watcher import LargeCallWatcher
+from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
+from langchain_datashunt.privacy.guard import SUBJECT_KEY
+from langchain_datashunt.routing.ask_small import predict_many
+from langchain_datashunt.routing.plan import Plan, absorbed, failed_outcome
+from langchain_datashunt.routing.runs import Runs, atrace, trace
+from langchain_datashunt.routing.settings import policy_for
+from langchain_datashunt.routing.subtask_questions import (
+    KnownAnswers,
+    OpenQuestion,
+    OpenQuestions,
+    Subtask,
+    SubtaskAsker,
+    default_question_prompt,
+)
+from langchain_datashunt.routing.subtask_results import (
+    SubtaskResult,
+    SubtaskWork,
+    announced,
+    answer_of,
+    checked_answers,
+    decision_of,
+    reader_of,
+)
+from langchain_datashunt.routing.subtask_settings import SubtaskSettings
+
+SHOWN = 3
+"""Likely answers of an unsure small model that the large one is told."""
+
+
+class SubtaskShunt(SubtaskSettings):
+    """Prompt Transferring: small models do the sub-tasks that they are sure of; the large model does the rest.
+
+    ```python
+    triage = SubtaskShunt.from_chat_model(
+        [
+            Subtask(name="language", question="Which language is it in?", small=languages),
+            Subtask(name="product", question="Which product is it about?", small=products),
+            Subtask(name="reply", question="What do we answer?"),          # no small model: always asked
+        ],
+        ChatOpenAI(model="gpt-4o"),
+    )
+    triage.invoke("Mon colis n'est pas arrivé")     # {"language": "French", "product": ..., "reply": ...}
+    ```
+
+    Each sub-task has its own policy, and its own records (task "<recorder's task>/<name>") to learn from. What a small
+    model is sure of is filled into the large prompt as `known`; the prompt is asked for `open`. Where nothing is open,
+    the large model is not asked. A small model that fails leaves its question open. Streams give the known answers
+    first, then the others. PT is only sketched in the DS+ paper; this is our reading of it.
+    """
+
+    @classmethod
+    def from_chat_model(
+        cls,
+        subtasks: Sequence[Subtask],
+        chat_model: Runnable[Any, Any],
+        *,
+        prompt: Runnable[Any, Any] | None = None,
+        max_reasks: int = 1,
+        **settings: Any,
+    ) -> Self:
+        """Put a shunt together whose large side is a chat model.
+
+        Args:
+            subtasks: The parts.
+            chat_model: Any chat model; its structured output is used where it offers that.
+            prompt: A template over the input, `known` and `open`; None for the default prompt.
+            max_reasks: How often a model is asked again whose answer lacks something.
+            **settings: Any other field.
+        """
+        reader = reader_of(subtasks)
+        key = settings.get("input_key", DEFAULT_INPUT_KEY)
+        asker = SubtaskAsker(
+            prompt=prompt if prompt is not None else default_question_prompt(key, reader),
+            chat_model=chat_model,
+            max_reasks=max_reasks,
+        )
+        return cls(subtasks=tuple(subtasks), large=asker, **settings)
+
+    # Calls
+
+    @override
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return self.batch([input], config, **kwargs)[0]
+
+    @override
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return (await self.abatch([input], config, **kwargs))[0]
+
+    @override
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer `n` inputs with one call of each small model and one grouped large call for all that is open."""
+        if not inputs:
+            return []
+        runs = Runs(self, inputs, config)
+        outputs = trace(runs, self._many(inputs, runs, kwargs))
+        return settled(outputs, return_exceptions)
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer `n` inputs with one call of each small model and one grouped large call for all that is open."""
+        if not inputs:
+            return []
+        runs = Runs(self, inputs, config, asynchronous=True)
+        outputs = await atrace(runs, self._many(inputs, runs, kwargs))
+        return settled(outputs, return_exceptions)
+
+    @override
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Yield the answers that small models are sure of, then the others; the chunks add up to one mapping."""
+        runs = Runs(self, [input], config)
+        run(runs.start())
+        try:
+            plans, works, seconds = run(self._plan([input], runs))
+            if works[0].known and works[0].open and not self.return_decision:
+                yield AddableDict(works[0].known)
+            output = settled(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            yield self._rest(output, works[0])
+        except BaseException as error:
+            run(runs.fail_rest(error))
+            raise
+        run(runs.end({0: output}))
+
+    @override
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """Yield the answers that small models are sure of, then the others; the chunks add up to one mapping."""
+        runs = Runs(self, [input], config, asynchronous=True)
+        await arun(runs.start())
+        try:
+            plans, works, seconds = await arun(self._plan([input], runs))
+            if works[0].known and works[0].open and not self.return_decision:
+                yield AddableDict(works[0].known)
+            output = settled(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            yield self._rest(output, works[0])
+        except BaseException as error:
+            await arun(runs.fail_rest(error))
+            raise
+        await arun(runs.end({0: output}))
+
+    def _rest(self, output: Any, work: SubtaskWork) -> Any:
+        """What a stream has not yielded yet."""
+        if self.return_decision:
+            return output
+        if not work.open:
+            return AddableDict(output)
+        return AddableDict({name: answer for name, answer in output.items() if name not in work.known})
+
+    # Steps
+
+    def _many(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
+        plans, works, seconds = yield from self._plan(values, runs)
+        return (yield from self._finish(values, plans, works, runs, seconds, kwargs))
+
+    def _plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[dict[str, Plan], list[SubtaskWork], float]]:
+        """Ask each small model about all inputs; where each question goes, and the seconds that took."""
+        started, plans = time.perf_counter(), {}
+        for subtask in self.subtasks:
+            if subtask.small is None:
+                continue
+            policy = policy_for(subtask.small, subtask.policy)
+            plan, rows = Plan.blank(len(values), str(policy)), np.arange(len(values))
+            allowed = None if subtask.labels is None else frozenset(subtask.labels)
+            try:
+                outcome = yield from predict_many(
+                    subtask.small, values, rows.tolist(), f"shunt:small:{subtask.name}", runs, allowed
+                )
+            except Exception as error:
+                raise_control_flow(error)
+                outcome = failed_outcome(len(values), error)
+            absorbed(plan, outcome, rows, policy)
+            policy.observe(int(plan.deferred.size), plan.n)
+            plans[subtask.name] = plan
+        works = [self._work(i, plans) for i in range(len(values))]
+        return plans, works, time.perf_counter() - started
+
+    def _work(self, i: int, plans: Mapping[str, Plan]) -> SubtaskWork:
+        known: dict[str, Any] = {}
+        questions: list[OpenQuestion] = []
+        for subtask in self.subtasks:
+            plan = plans.get(subtask.name)
+            if plan is not None and plan.keeps(i):
+                known[subtask.name] = answer_of(plan.prediction(i))
+            else:
+                thought = None if plan is None or not subtask.hint else plan.prediction(i)
+                questions.append(OpenQuestion(subtask, self._hint(thought)))
+        return SubtaskWork(known, OpenQuestions(questions))
+
+    def _hint(self, thought: Prediction | None) -> tuple[tuple[str, float], ...]:
+        if thought is None:
+            return ()
+        likely = thought.top(SHOWN) if thought.answer is None else [(str(thought.answer), thought.confidence)]
+        return tuple((label, round(p, self.decimals)) for label, p in likely)
+
+    def _finish(
+        self,
+        values: Sequence[Any],
+        plans: Mapping[str, Plan],
+        works: list[SubtaskWork],
+        runs: Runs,
+        seconds: float,
+        kwargs: dict[str, Any],
+    ) -> Steps[list[Any]]:
+        """Ask the large model for what is open, and put the answers together."""
+        rows = [i for i, work in enumerate(works) if work.open]
+        started = time.perf_counter()
+        if rows:
+            yield from self._ask(values, plans, works, rows, runs, kwargs)
+        latency = Latency(seconds, time.perf_counter() - started if rows else 0.0)
+        outputs: list[Any] = []
+        log: list[FinishedCall] = []
+        told: dict[int, dict[str, ShuntDecision]] = {}
+        for i, work in enumerate(works):
+            told[i] = {}
+            outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, told[i]))
+        for subtask in self.subtasks:
+            name = subtask.name
+            yield from runs.announce(list(told), partial(announced, told, name))
+        if log:
+            log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
+            yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
+        return outputs
+
+    def _ask(
+        self,
+        values: Sequence[Any],
+        plans: Mapping[str, Plan],
+        works: list[SubtaskWork],
+        rows: list[int],
+        runs: Runs,
+        kwargs: dict[str, Any],
+    ) -> Steps[None]:
+        reader, configs = self.reader, []
+        asked: list[Any] = []
+        limit = self._caller.limiter.bound(runs.max_concurrency())
+        for i in rows:
+            work = works[i]
+            if self.return_decision or self.recorder is not None:
+                work.watcher = LargeCallWatcher()
+            labelled = [plans[name].prediction(i) for name in plans if name not in work.known]
+            stays = None if self.gate is None else self.gate.check_predictions(labelled)
+            configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
+            try:
+                told = {"known": KnownAnswers(work.known), "open": work.open}
+                asked.append(stays or {**reader.lay_out(values[i]), **told})
+            except InputError as error:
+                asked.append(error)
+        answers = yield from self._caller.group(asked, configs, kwargs)
+        for i, answer in zip(rows, answers, strict=True):
+            works[i].answer = checked_answers(answer, works[i].open)
+
+    def _concluded(
+        self,
+        i: int,
+        value: Any,
+        plans: Mapping[str, Plan],
+        work: SubtaskWork,
+        runs: Runs,
+        latency: Latency,
+        log: list[FinishedCall],
+        decisions: dict[str, ShuntDecision],
+    ) -> Any:
+        failed = work.answer if isinstance(work.answer, Exception) else None
+        stays = isinstance(failed, StaysLocal) and self.gate is not None
+        falls_back = self.gate.on_local != "raise" if stays and self.gate else self.on_large_error == "small"
+        fell_back = failed is not None and falls_back
+        outputs: dict[str, Any] = {}
+        record_id = runs.record_id(i)
+        ids = {subtask.name: str(uuid5(UUID(bytes=id_bytes(record_id)), subtask.name)) for subtask in self.subtasks}
+        for subtask in self.subtasks:
+            plan, name = plans.get(subtask.name), subtask.name
+            kept = name in work.known
+            if kept:
+                outputs[name] = work.known[name]
+            elif failed is None:
+                outputs[name] = work.answer[name]
+            else:
+                outputs[name] = None if plan is None else answer_of(plan.prediction(i))
+            decisions[name] = decision_of(plan, i, None if kept else failed, fell_back)
+            if self.recorder is not None and (not kept or self.recorder.wants("small")):
+                said = None if kept else failed or outputs[name]
+                first = bool(work.open) and name == work.open[0].subtask.name
+                log.append(
+                    self._finished(subtask, ids[name], value, decisions[name], said, work, first, runs, i, latency)
+                )
+        if failed is not None and not fell_back:
+            return failed
+        if not self.return_decision:
+            return outputs
+        usage = {} if work.watcher is None else dict(work.watcher.usage_metadata)
+        cost = (cost_usd(usage) if usage else None) if work.open else 0.0
+        return SubtaskResult(outputs, decisions, usage, cost, latency, record_id, ids)
+
+    def _finished(
+        self,
+        subtask: Subtask,
+        record_id: str,
+        value: Any,
+        decision: ShuntDecision,
+        said: Any,
+        work: SubtaskWork,
+        first: bool,
+        runs: Runs,
+        i: int,
+        latency: Latency,
+    ) -> FinishedCall:
+        """What one sub-task leaves behind; a large call's tokens and cost stand in the record of its first question."""
+        watcher = None
+        if said is not None and work.watcher is not None:
+            watcher = LargeCallWatcher()
+            watcher.model = work.watcher.model
+            watcher.text = work.watcher.text if isinstance(said, Exception) else str(said)
+            if first:
+                watcher.usage_metadata = work.watcher.usage_metadata
+        subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
+        return FinishedCall(
+            f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
+            subtask.labels or ANSWER_LABELS, subject, reader_of([subtask]) or self.reader, now(),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Bundles: saving a small model to a folder and loading it again."""

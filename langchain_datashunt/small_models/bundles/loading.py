@@ -1,0 +1,219 @@
+"""Which kinds of small model there are, and how a bundle becomes one again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+from typing_extensions import override
+
+from langchain_datashunt._utils.atomic_dir import unless_replaced
+from langchain_datashunt._utils.fork import Mutex
+from langchain_datashunt._utils.settings import Configured, from_plain
+from langchain_datashunt.exceptions import BundleError, ConfigurationError
+from langchain_datashunt.inputs import InputReader
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.policies.thresholds import PLAIN_CLASSES, Policy
+from langchain_datashunt.small_models.base import SmallModel
+from langchain_datashunt.small_models.bundles.bundle import BundleInfo, read_bundle, read_info
+from langchain_datashunt.small_models.scores import Scores
+from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatching
+
+_COLLECTING = "collecting"
+
+KINDS: dict[str, tuple[str, str]] = {
+    "embedding": ("langchain_datashunt.small_models.kinds.embedding", "EmbeddingClassifier"),
+    "textcnn": ("langchain_datashunt.small_models.kinds.word_networks", "TextCNN"),
+    "lstm": ("langchain_datashunt.small_models.kinds.word_networks", "LSTMClassifier"),
+    "transformers": ("langchain_datashunt.small_models.kinds.transformers_classifier", "TransformersClassifier"),
+    "neighbours": ("langchain_datashunt.small_models.kinds.neighbours", "NeighbourClassifier"),
+    "ensemble": ("langchain_datashunt.small_models.kinds.ensemble", "EnsembleClassifier"),
+    "contrastive": ("langchain_datashunt.small_models.kinds.contrastive", "ContrastiveClassifier"),
+    "generator": ("langchain_datashunt.small_models.kinds.transformers_generator", "TransformersGenerator"),
+    "image": ("langchain_datashunt.small_models.kinds.image_classifier", "ImageClassifier"),
+    _COLLECTING: ("langchain_datashunt.small_models.kinds.cold_start", "CollectingModel"),
+    "predict_proba": ("langchain_datashunt.small_models.kinds.predict_proba", "PredictProbaClassifier"),
+}
+"""Kind -> module and class; a new kind of small model is one line here."""
+
+
+def small_model_class(kind: str) -> type[SmallModel]:
+    """The class of a kind.
+
+    Raises:
+        BundleError: There is no such kind; the message names those that there are.
+    """
+    if kind not in KINDS:
+        raise BundleError(f"There is no kind of small model called {kind!r}; there are: {', '.join(KINDS)}.")
+    module, name = KINDS[kind]
+    found: type[SmallModel] = getattr(import_module(module), name)
+    return found
+
+
+def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
+    """Load a bundle of any kind; runs no code from it.
+
+    Args:
+        folder: Where `SmallModel.save` or `datashunt train` wrote it.
+        **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
+            `embeddings`, `engine`, `micro_batching`, `cache_size`.
+
+    Raises:
+        BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
+        ConfigurationError: An override of another name.
+    """
+    path, serving = Path(folder).absolute(), _serving_of(overrides)
+    model = unless_replaced(path, lambda: _read(path, overrides))
+    return model.model_copy(update=serving) if serving else model
+
+
+def _read(path: Path, overrides: dict[str, Any]) -> SmallModel:
+    info, weights = read_bundle(path)
+    try:
+        model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BundleError(
+            f"The settings of the bundle {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Train or "
+            f"copy it again."
+        ) from error
+    model.policy, model.fusion = chosen_for(info)
+    model._bundle = str(path)
+    return model
+
+
+def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
+    """The policy and the fusion that were chosen for a bundle's model.
+
+    Raises:
+        BundleError: They cannot be made of what the bundle says.
+    """
+    try:
+        policy, fusion = (from_plain(part, PLAIN_CLASSES) for part in (info.policy, info.fusion))
+    except ConfigurationError as error:
+        raise BundleError(f"The bundle's policy or fusion cannot be read: {error}") from error
+    if not isinstance(policy, Policy | None) or not isinstance(fusion, AnswerFusion | None):
+        raise BundleError(
+            f"The bundle's policy is a {type(policy).__name__} and its fusion a {type(fusion).__name__}; a Policy and "
+            f"an AnswerFusion are needed. Calibrate the bundle again."
+        )
+    return policy, fusion
+
+
+MACHINE_SETTINGS = ("device", "dtype", "batch_size", "embeddings", "engine")
+"""What the machine decides where a bundle is loaded; a kind that has no use for one goes without."""
+
+
+class _Serving(Configured):
+    """Settings of every kind that no bundle holds."""
+
+    micro_batching: MicroBatching | None = MicroBatching()
+    cache_size: int = Field(default=0, ge=0)
+
+
+def _serving_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """These of the overrides, checked; they are taken out.
+
+    Raises:
+        ConfigurationError: An override of a name that no kind knows.
+    """
+    if unknown := sorted(set(overrides) - {*_Serving.model_fields, *MACHINE_SETTINGS}):
+        raise ConfigurationError(
+            f"A bundle is not loaded with {', '.join(unknown)}; this can be set: "
+            f"{', '.join((*MACHINE_SETTINGS, *_Serving.model_fields))}. "
+            f"What else a loaded model shall have otherwise, set by model_copy(update=...)."
+        )
+    given = {name: overrides.pop(name) for name in _Serving.model_fields if name in overrides}
+    checked = _Serving(**given)
+    return {name: getattr(checked, name) for name in given}
+
+
+def _info(path: str) -> BundleInfo:
+    return unless_replaced(Path(path), lambda: read_info(Path(path)))
+
+
+_CHANGEABLE = ("model_id", "temperature", "threshold", "policy", "fusion", "input_key")
+"""What a loaded model may set otherwise than its bundle."""
+
+
+class BundledSmallModel(SmallModel):
+    """A small model by the folder of its bundle: light to pickle and to serialise, loaded at its first call.
+
+    Its labels and calibration are read when it is made, its weights when it is first used.
+    """
+
+    path: str
+    """The bundle's folder."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to `load_small_model`, for example `{"device": "cuda"}`."""
+
+    _model: SmallModel | None = PrivateAttr(default=None)
+    _lock: Any = PrivateAttr(default_factory=Mutex)
+
+    @classmethod
+    def at(cls, folder: str | Path, **overrides: Any) -> Self:
+        """The model in a folder; `overrides` as for `load_small_model`."""
+        serving = _serving_of(overrides)
+        return cls.model_validate({"path": str(Path(folder).absolute()), "overrides": overrides, **serving})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_config(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if "labels" in values or "path" not in values:
+            return values
+        info = _info(values["path"])
+        policy, fusion = chosen_for(info)
+        return {**info.shared(), "policy": policy, "fusion": fusion, **values}
+
+    @property
+    def loaded(self) -> SmallModel:
+        """The model itself; loads it at the first use."""
+        if self._model is None:
+            with self._lock:
+                if self._model is None:
+                    self._model = load_small_model(self.path, **self.overrides)
+        return self._model
+
+    @property
+    @override
+    def has_opinion(self) -> bool:
+        """As the model's own, told without its weights."""
+        return self._model.has_opinion if self._model is not None else _info(self.path).kind != _COLLECTING
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        """As the model's own; weights are loaded only where the bundle's settings do not tell it."""
+        if self._model is None:
+            info = _info(self.path)
+            if (told := small_model_class(info.kind).reader_of(info)) is not None:
+                return told.model_copy(update={"input_key": self.input_key})
+        return self.loaded.reader.model_copy(update={"input_key": self.input_key})
+
+    @override
+    def workers(self) -> int:
+        return self.loaded.workers()
+
+    @override
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        return self.loaded.predict_scores(texts)
+
+    @override
+    def to_json(self) -> Any:
+        """As its path, with what can differ from the bundle."""
+        names = ("path", "overrides", *_CHANGEABLE)
+        kwargs = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": kwargs}
+
+    @override
+    def save(self, folder: str | Path) -> Path:
+        changed = {name: getattr(self, name) for name in _CHANGEABLE}
+        return self.loaded.model_copy(update=changed).save(folder)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        private = dict(state["__pydantic_private__"] or {})
+        return {**state, "__pydantic_private__": {**private, "_model": None}}

@@ -1,0 +1,41 @@
+"""Networks of bundles: made without running code that a bundle names, and checked before memory is taken for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from langchain_datashunt._utils.optional import require
+
+_CODE = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "custom_pipelines")
+"""Settings of transformers by which a configuration names code that is fetched or run."""
+
+
+def safe_config(settings: Mapping[str, Any]) -> Any:
+    """The configuration of a network of transformers, without settings that name code; those of its parts too."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(one) for key, one in value.items() if key not in _CODE}
+        return [cleaned(one) for one in value] if isinstance(value, list) else value
+
+    config = cleaned(settings)
+    return require("transformers", "torch").AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def shapes_of(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's parameters and buffers by name, told without memory for them."""
+    torch = require("torch", "torch")
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+
+
+def unique_labels(names: list[str]) -> tuple[str, ...]:
+    """Names of outputs, each once: where two outputs have one name, the place of the later stands behind it."""
+    seen: set[str] = set()
+    found = []
+    for i, name in enumerate(names):
+        told = name if name not in seen else f"{name} ({i})"
+        seen.add(told)
+        found.append(told)
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""How networks are computed: devices, tokenisation, batches and the padding-free encoder."""

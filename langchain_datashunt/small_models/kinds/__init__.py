@@ -1,0 +1,1 @@
+"""The kinds of small models, one module each."""

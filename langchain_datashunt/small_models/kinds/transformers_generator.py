@@ -1,0 +1,397 @@
+"""TransformersGenerator: causal, sequence-to-sequence and image-to-text models of transformers, as small models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PrivateAttr
+from typing_extensions import override
+
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt._utils.settings import from_plain
+from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
+from langchain_datashunt.images import ImageReader, Picture
+from langchain_datashunt.inputs import InputReader, text_reader
+from langchain_datashunt.policies.thresholds import PLAIN_CLASSES
+from langchain_datashunt.small_models.bundles.bundle import BundleInfo, check_tied_weights
+from langchain_datashunt.small_models.bundles.networks import safe_config, shapes_of
+from langchain_datashunt.small_models.engine.devices import choose_device, choose_dtype, quiet_transformers
+from langchain_datashunt.small_models.kinds.generating import (
+    AnswerExamples,
+    Generated,
+    GeneratingModel,
+    answer_lineage,
+    fit_answers,
+    learned_answers,
+    split_answers,
+    written,
+)
+from langchain_datashunt.small_models.kinds.generator_networks import (
+    IGNORED,
+    PAIR,
+    Form,
+    auto_class,
+    begin_tokens,
+    end_tokens,
+    form_of,
+    full_rows,
+    greedy,
+    own_state,
+    padded_rows,
+    prompt_limit,
+)
+from langchain_datashunt.small_models.kinds.image_inputs import ImageScale
+from langchain_datashunt.small_models.training.training import TrainingSettings, seed_everything
+
+
+class TransformersGenerator(GeneratingModel):
+    r"""A generative model of the transformers library: text to text, or image to caption.
+
+    ```python
+    small = TransformersGenerator(model="folder-or-hub-id", template="Question: {input}\nAnswer:")
+    ShuntRunnable(small=small, large=prompt | ChatOpenAI() | StrOutputParser(), policy=Threshold(0.8))
+    ```
+
+    It decodes greedily. The probabilities of the tokens are noted while they are chosen, so that confidence costs no
+    second pass and no memory for the vocabulary.
+    """
+
+    reads_text: ClassVar[bool] = False
+
+    model: str | None = None
+    """A folder or hub id; None where the model came from a bundle."""
+
+    form: Form | None = None
+    """What the network reads; None goes by its configuration."""
+
+    template: str = "{input}"
+    """What the model is asked, around the text. Not used for images."""
+
+    chat: bool | None = None
+    """Whether the tokenizer's chat template is used; None does so where there is one."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens of an answer at the most."""
+
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends, for example "\\n"."""
+
+    images: ImageReader = ImageReader()
+    """How images are read."""
+
+    scale: ImageScale | None = None
+    """What the network takes of images; None reads it from the model's own configuration."""
+
+    quantization: Literal["4bit"] | None = None
+    """Weights in 4 bits, by bitsandbytes, on a GPU."""
+
+    device: str | None = None
+    """cuda, mps or cpu; None chooses."""
+
+    dtype: str = "float32"
+    """float32, bfloat16, float16, or auto."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Inputs computed at once at the most."""
+
+    _network: Any = PrivateAttr(default=None)
+    _tokenizer: Any = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Load the model, where a folder or id was given."""
+        super().model_post_init(context)
+        if "{input}" not in self.template:
+            raise ConfigurationError(f"The template {self.template!r} has no {{input}}.")
+        if self.model is None:
+            return
+        transformers = require("transformers", "torch")
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(self.model)
+            self.form = self.form or form_of(config)
+            auto = getattr(transformers, auto_class(config, self.form))
+            network = auto.from_pretrained(self.model, **self._weights_options(transformers))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
+        if self.form == "image":
+            self.scale = self.scale or ImageScale.from_transformers(self.model)
+        self.model_id = self.model_id or Path(self.model).name
+        self._take(network, tokenizer)
+
+    def _weights_options(self, transformers: Any) -> dict[str, Any]:
+        if self.quantization is None:
+            return {}
+        require("bitsandbytes", "4bit")
+        if choose_device(self.device).type != "cuda":
+            raise ConfigurationError(
+                "quantization='4bit' needs a CUDA device; leave it out to compute on this machine."
+            )
+        return {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True), "device_map": "cuda"}
+
+    def _take(self, network: Any, tokenizer: Any) -> None:
+        device = choose_device(self.device)
+        if self.quantization is None:
+            network = network.to(device, choose_dtype(self.dtype, device))
+        self._network = network.eval()
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        settings = network.generation_config
+        if settings.eos_token_id is None:
+            settings.eos_token_id = tokenizer.eos_token_id
+        if settings.pad_token_id is None:
+            settings.pad_token_id = tokenizer.pad_token_id
+        for part in network.modules():  # unset values of a call's own settings would be filled from these
+            if getattr(part, "generation_config", None) is not None:
+                part.generation_config = greedy(part.generation_config)
+        tokenizer.padding_side = "left" if self.form == "causal" else "right"
+        self._tokenizer = tokenizer
+
+    def _ready(self) -> Any:
+        if self._network is None:
+            raise ConfigurationError(
+                "This TransformersGenerator has no weights. Give `model=` a folder or hub id, or load a bundle."
+            )
+        return self._network
+
+    @property
+    @override
+    def reader(self) -> InputReader:
+        if self.form != "image":
+            return text_reader(self.input_key)
+        return self.images.model_copy(update={"input_key": self.input_key})
+
+    @classmethod
+    @override
+    def reader_of(cls, info: BundleInfo) -> InputReader:
+        if info.settings["form"] != "image":
+            return text_reader(info.input_key)
+        return ImageReader(**info.settings["images"], input_key=info.input_key)
+
+    # Writing
+
+    @override
+    def generate(self, inputs: Sequence[Any]) -> list[Generated]:
+        torch = require("torch", "torch")
+        made: list[Generated] = []
+        with torch.inference_mode():
+            for start in range(0, len(inputs), self.batch_size):
+                made += self._written(self._ready(), inputs[start : start + self.batch_size])
+        return made
+
+    def _written(self, network: Any, inputs: Sequence[Any]) -> list[Generated]:
+        transformers, torch = require("transformers", "torch"), require("torch", "torch")
+        noted: list[Any] = []
+
+        def note(_: Any, scores: Any) -> Any:
+            """Note how likely the token is that greedy decoding takes."""
+            noted.append(scores.float().log_softmax(-1).amax(-1))
+            return scores
+
+        asked, cut = self._asked(network, inputs)
+        tokens = network.generate(
+            **asked,
+            max_new_tokens=self.max_new_tokens,
+            logits_processor=transformers.LogitsProcessorList([note]),
+        )
+        steps = torch.stack(noted, dim=1).double().cpu().numpy()
+        chosen = tokens[:, -steps.shape[1] :].cpu().numpy()
+        return [self._one(*row) for row in zip(chosen, steps, cut, strict=True)]
+
+    def _one(self, tokens: NDArray[Any], logprobs: NDArray[Any], cut: bool) -> Generated:
+        ended = np.flatnonzero(np.isin(tokens, end_tokens(self._network, self._tokenizer)))
+        length = int(ended[0]) if ended.size else len(tokens)
+        text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        if found:
+            text = text[: min(found)]
+            while length and len(self._tokenizer.decode(tokens[: length - 1], skip_special_tokens=True)) >= len(text):
+                length -= 1
+        said = ~np.isin(tokens[:length], self._tokenizer.all_special_ids)
+        return Generated(text.strip(), logprobs[:length][said], cut)
+
+    def _asked(self, network: Any, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[bool]]:
+        """What `generate` takes, and which inputs were cut."""
+        if self.form == "image":
+            return {"pixel_values": self._pixel_values(network, inputs)}, [False] * len(inputs)
+        prompts = [self._prompt(text) for text in inputs]
+        ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
+        ids = [one or begin_tokens(self._tokenizer) for one in ids]
+        limit = prompt_limit(network, self)
+        cut = [len(one) > limit for one in ids]
+        if any(cut):  # the beginning is cut, since the end holds the question
+            ids = [one[-limit:] for one in ids]
+        padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        return {name: tensor.to(network.device) for name, tensor in padded.items()}, cut
+
+    def _prompt(self, text: str) -> str:
+        asked = self.template.replace("{input}", text)
+        if not self._chats():
+            return asked
+        message = [{"role": "user", "content": asked}]
+        return str(self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    def _chats(self) -> bool:
+        there = getattr(self._tokenizer, "chat_template", None) is not None
+        if self.chat and not there:
+            raise ConfigurationError(f"The tokenizer of {self.model_id} has no chat template; use chat=False.")
+        return there if self.chat is None else self.chat
+
+    def _pixel_values(self, network: Any, pictures: Sequence[Picture]) -> Any:
+        assert self.scale is not None
+        pixels = [self.scale.pixels(picture) for picture in pictures]
+        return self.scale.tensor(pixels, network.device).to(network.dtype)
+
+    # Learning
+
+    def features(self, examples: AnswerExamples) -> list[Any]:
+        """(What is read, token ids of the answer with its end) of examples."""
+        end = end_tokens(self._network, self._tokenizer)[:1]
+        answers = [
+            [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], *end] for answer in examples.answers
+        ]
+        inputs = [self.reader.read(text) for text in examples.texts]
+        if self.form == "image":
+            assert self.scale is not None
+            return [(self.scale.pixels(one), answer) for one, answer in zip(inputs, answers, strict=True)]
+        prompts = [self._prompt(text) for text in inputs]
+        ids = self._tokenizer(prompts, add_special_tokens=not self._chats())["input_ids"]
+        limit = prompt_limit(self._network, self)
+        return [(one[-limit:], answer[: self.max_new_tokens]) for one, answer in zip(ids, answers, strict=True)]
+
+    def losses_of(self, network: Any, features: list[Any]) -> Any:
+        """Mean negative log-likelihood of each answer's tokens, shape `[n, 1]`."""
+        torch = require("torch", "torch")
+        device = next(network.parameters()).device
+        read, answers = [one for one, _ in features], [answer for _, answer in features]
+        if self.form == "causal":
+            rows = [[*one, *answer] for one, answer in zip(read, answers, strict=True)]
+            asked = [[IGNORED] * len(one) + list(answer) for one, answer in zip(read, answers, strict=True)]
+            ids, mask = padded_rows(rows, self._tokenizer.pad_token_id, device)
+            wanted = full_rows(asked, IGNORED, device)
+            logits = network(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            wanted = wanted[:, 1:]
+        else:
+            wanted = full_rows(answers, IGNORED, device)
+            if self.form == "image":
+                assert self.scale is not None
+                given = {"pixel_values": self.scale.tensor(read, device)}
+            else:
+                ids, mask = padded_rows(read, self._tokenizer.pad_token_id, device)
+                given = {"input_ids": ids, "attention_mask": mask}
+            logits = network(**given, labels=wanted).logits
+        kept = wanted != IGNORED
+        found = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        )
+        return (found * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+
+    @override
+    def learn_answers(
+        self, stages: Sequence[AnswerExamples], held_out: AnswerExamples, settings: TrainingSettings
+    ) -> Self:
+        self._can_learn()
+        chosen = settings.filled(epochs=5, batch_size=8, learning_rate=3e-5, patience=2)
+        learner: Self = learned_answers(self, stages, held_out, chosen)
+        return learner
+
+    def train(self, inputs: Sequence[Any], answers: Sequence[str], *, settings: TrainingSettings | None = None) -> Self:
+        """A copy fine-tuned on inputs and their answers, with early stopping; this one is not changed.
+
+        Args:
+            inputs: `n` inputs, as the model reads them.
+            answers: Their answers.
+            settings: How to train; None for 5 epochs, batches of 8, 3e-5.
+
+        Raises:
+            DataError: The training set cannot be used.
+        """
+        self._can_learn()
+        chosen = (settings or TrainingSettings()).filled(epochs=5, batch_size=8, learning_rate=3e-5, patience=2)
+        split = split_answers(written(self.reader, inputs), answers, chosen)
+        seed_everything(chosen.seed)
+        learner = self.model_copy()
+        learner._network, learner._bundle = copy.deepcopy(self._ready()), None
+        report = fit_answers(
+            learner._network, learner.losses_of, [learner.features(split[0])], learner.features(split[1]), chosen,
+            what="generator",
+        )  # fmt: skip
+        learner.lineage = answer_lineage(split, chosen, report, base=self.model)
+        return learner
+
+    def _can_learn(self) -> None:
+        if self.quantization is not None:
+            raise ConfigurationError("Weights in 4 bits cannot learn; load the model without quantization.")
+        kind = self._ready().config.model_type
+        if self.form == "image" and kind != PAIR:
+            raise ConfigurationError(
+                f"A captioner of the type {kind!r} cannot learn here; only {PAIR!r} can, and CaptionModel."
+            )
+
+    # Bundles
+
+    @classmethod
+    @override
+    def kind(cls) -> str:
+        return "generator"
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        network = self._ready()
+        if self.quantization is not None:
+            raise ConfigurationError("Weights in 4 bits are not saved; save the model without quantization.")
+        names = ("form", "template", "chat", "max_new_tokens", "stop", "dtype", "batch_size")
+        return {
+            **super().settings(),
+            **{name: getattr(self, name) for name in names},
+            "architecture": network.config.to_dict(),
+            "generation": network.generation_config.to_dict(),
+            "scale": None if self.scale is None else self.scale.model_dump(),
+            "images": self.images.model_dump(exclude={"input_key"}),
+        }
+
+    @override
+    def weights(self) -> dict[str, NDArray[Any]]:
+        return {name: tensor.float().cpu().numpy() for name, tensor in own_state(self._ready()).items()}
+
+    @override
+    def write_files(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(str(folder / "tokenizer"))
+
+    @classmethod
+    @override
+    def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
+        if not any(name.startswith("tokenizer/") for name in info.files):
+            raise BundleMismatchError(f"The bundle {folder} of kind 'generator' has no tokenizer. Copy it again.")
+        torch, transformers = require("torch", "torch"), require("transformers", "torch")
+        said = info.settings
+        architecture = safe_config(said["architecture"])
+        auto = getattr(transformers, auto_class(architecture, said["form"]))
+        own = hasattr(auto, "base_model_prefix")
+
+        def build() -> Any:
+            return auto(architecture) if own else auto.from_config(architecture, trust_remote_code=False)
+
+        check_tied_weights(info, weights, shapes_of(build))
+        network = build()
+        network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
+        network.tie_weights()
+        network.generation_config = transformers.GenerationConfig.from_dict(said["generation"])
+        names = ("form", "template", "chat", "max_new_tokens", "slope", "intercept")
+        model = cls(
+            **info.shared(),
+            **{name: said[name] for name in names},
+            stop=tuple(said["stop"]),
+            score=from_plain(said["score"], PLAIN_CLASSES),
+            scale=None if said["scale"] is None else ImageScale(**said["scale"]),
+            images=ImageReader(**said["images"]),
+            device=overrides.get("device"),
+            dtype=overrides.get("dtype") or said["dtype"],
+            batch_size=overrides.get("batch_size") or said["batch_size"],
+        )
+        with quiet_transformers():
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
+            model._take(network, tokenizer)
+        return model

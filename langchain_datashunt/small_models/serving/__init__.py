@@ -1,0 +1,1 @@
+"""Serving one small model to many callers: dynamic batching and caches."""

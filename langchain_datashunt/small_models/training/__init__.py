@@ -1,0 +1,1 @@
+"""Training small models: settings, loops, processes and model selection."""

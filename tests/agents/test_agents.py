@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.tools import BaseTool, StructuredTool, tool
+from langgraph.prebuilt import InjectedState
+
+from langchain_datashunt import AlwaysSmall, ConformalPrompt, QueryBudget, Threshold
+from langchain_datashunt.agents import (
+    NoArguments,
+    PatternArguments,
+    ShuntModelRouterMiddleware,
+    ShuntToolRouterMiddleware,
+    ToolRouter,
+    WholeText,
+)
+from langchain_datashunt.agents.arguments import extracted
+from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, ShuntWarning
+from tests.support.handlers import RunBook
+from tests.support.models import WordModel, failing_word_model, predict_words
+from tests.support.scripted_server import ScriptedServer
+
+SURE, UNSURE = "surely cancel order 7", "what about cancel"
+
+
+def make_tool(name: str, *params: str) -> BaseTool:
+    namespace: dict[str, Any] = {}
+    exec(f"def {name}({', '.join(f'{p}: str' for p in params)}) -> str:\n  return '{name} done'", namespace)
+    return StructuredTool.from_function(namespace[name], name=name, description=f"Does what {name} says. " * 5)
+
+
+TOOLS = [make_tool("cancel", "order"), make_tool("refund"), make_tool("status", "text"), make_tool("search")]
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as running:
+        yield running
+
+
+def chat(server: ScriptedServer, **settings: Any) -> Any:
+    return server.chat_model(http_async_client=httpx.AsyncClient(), **settings)
+
+
+def offered(body: Mapping[str, Any]) -> list[str]:
+    return [tool["function"]["name"] for tool in body.get("tools", [])]
+
+
+def ask(agent: Any, text: str = UNSURE) -> list[Any]:
+    messages: list[Any] = agent.invoke({"messages": [HumanMessage(text)]})["messages"]
+    return messages
+
+
+# The router by itself
+
+
+def test_a_router_ranks_tools_and_shortlists_them() -> None:
+    router = ToolRouter(classifier=WordModel(), mode="hard", keep=2)
+    ranking = router.invoke(UNSURE)
+    assert ranking.best == "cancel"
+    assert ranking.top(1) == [("cancel", pytest.approx(ranking.confidence))]
+    assert ranking.probabilities.sum() == pytest.approx(1.0)
+    assert ranking.shortlist == ranking.tools[:2]
+    assert ToolRouter(classifier=WordModel(), mode="soft").invoke(UNSURE).shortlist == ranking.tools
+    with pytest.raises(ConfigurationError, match="needs calibration"):
+        ToolRouter(classifier=WordModel()).invoke(UNSURE)
+    with pytest.raises(ConfigurationError, match="not fitted"):
+        ToolRouter(classifier=WordModel(), conformal=ConformalPrompt())
+    queries = [f"{word} {'surely' if i % 4 else ''}" for i, word in enumerate(["cancel", "refund", "status"] * 20)]
+    fitted = router.calibrate(queries, ["cancel", "refund", "status"] * 20, alpha=0.05)
+    assert fitted.invoke("surely cancel").shortlist == ("cancel",)
+    assert set(fitted.invoke("nothing known").shortlist) == {"cancel", "refund"}, (
+        "an empty set falls back to the likeliest"
+    )
+    with pytest.raises(PredictionError):
+        router.invoke("nan")
+
+
+async def test_a_router_is_a_runnable_in_every_way() -> None:
+    small = WordModel()
+    router = ToolRouter(classifier=small, mode="hard", keep=1)
+    book = RunBook()
+    expected = [("cancel",), ("refund",)]
+    assert [r.shortlist for r in router.batch(["a cancel", "a refund"], {"callbacks": [book]})] == expected
+    assert small._calls == [2]
+    assert [r.shortlist for r in await router.abatch(["a cancel", "a refund"])] == expected
+    assert (await router.ainvoke("a refund", {"callbacks": [book]})).best == "refund"
+    assert set(book.ended) == set(book.started)
+    good, bad = router.batch(["a cancel", "nan"], return_exceptions=True)
+    assert (good.best, type(bad)) == ("cancel", PredictionError)
+    bad, good = await router.abatch([{"no": "text"}, "a refund"], return_exceptions=True)
+    assert (type(bad), good.best) == (InputError, "refund")
+    assert router.rank_batch([]) == []
+    plain = ToolRouter(classifier=predict_words, mode="hard", keep=1)
+    assert plain.rank_batch(["surely refund"])[0].best == plain.invoke("surely refund").best == "refund"
+
+
+# Tools of an agent
+
+
+def test_the_large_model_sees_the_shortlist(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, always_include=["status"])
+    messages = ask(create_agent(chat(server), TOOLS, middleware=[middleware]))
+    assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
+    assert [offered(body) for body in server.bodies] == [["search", "cancel", "status"]] * 2, (
+        "search is not known to it"
+    )
+    told = messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]
+    assert told["offered"] == ["search", "cancel", "status"]
+    assert (told["label"], told["of"], told["route"]) == ("cancel", 4, "large")
+    whole = len(json.dumps(TOOLS[1].description)) / 4
+    assert told["tokens_saved"] > whole
+    assert middleware.stats.model_calls == middleware.stats.tools_pruned == 2
+    assert middleware.stats.tokens_saved == 2 * told["tokens_saved"]
+
+
+def test_soft_mode_tells_probabilities_and_prunes_nothing(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=2)
+    agent = create_agent(chat(server), TOOLS, middleware=[middleware], system_prompt="Be brief.")
+    ask(agent)
+    assert len(offered(server.bodies[0])) == 4
+    system = server.bodies[0]["messages"][0]["content"]
+    assert system.startswith("Be brief.\n\nA small classifier thinks")
+    assert "- cancel with probability 0.48\n- refund with probability 0.26" in system
+
+
+def test_a_calibrated_router_offers_a_conformal_set(server: ScriptedServer) -> None:
+    words = ["cancel", "refund", "status"] * 20
+    router = ToolRouter(classifier=WordModel()).calibrate([f"surely {word}" for word in words], words)
+    ask(create_agent(chat(server), TOOLS[:3], middleware=[ShuntToolRouterMiddleware(router)]), SURE)
+    assert offered(server.bodies[0]) == ["cancel"]
+    middleware = ShuntToolRouterMiddleware(WordModel(), conformal=router.conformal)
+    ask(create_agent(chat(server), TOOLS[:3], middleware=[middleware]), SURE)
+    assert offered(server.bodies[-1]) == ["cancel"]
+    with pytest.raises(ConfigurationError, match="needs calibration"):
+        ShuntToolRouterMiddleware(WordModel())
+
+
+def call_refund_at_first(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Names a tool that was not offered, then does what it is told."""
+    results = [message for message in body["messages"] if message["role"] == "tool"]
+    if not results:
+        return {"tool_calls": [("refund", {})]}
+    if "refund is" in str(results[-1]["content"]) or "was not among" in str(results[-1]["content"]):
+        return {"tool_calls": [("refund", {})]}
+    return {"content": "Refunded."}
+
+
+async def test_a_tool_that_was_not_offered_is_refused_and_the_agent_recovers() -> None:
+    with ScriptedServer(call_refund_at_first) as server:
+        middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1)
+        agent = create_agent(chat(server), TOOLS, middleware=[middleware])
+        messages = ask(agent)
+        assert [message.type for message in messages] == ["human", "ai", "tool", "ai", "tool", "ai"]
+        assert messages[2].status == "error"
+        assert "was not among those offered for this message (search, cancel)" in messages[2].content
+        assert offered(server.bodies[1]) == ["search", "cancel", "refund"], "offered from then on"
+        assert (messages[4].content, messages[5].content) == ("refund done", "Refunded.")
+        again = (await agent.ainvoke({"messages": [HumanMessage(UNSURE)]}))["messages"]
+        assert [m.content for m in again] == [m.content for m in messages]
+        assert middleware.stats.refused == 2
+
+
+async def test_a_sure_tool_is_called_without_the_large_model(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(
+        WordModel(),
+        mode="hard",
+        keep=1,
+        direct=Threshold(0.9),
+        arguments=PatternArguments({"cancel": r"order (?P<order>\d+)"}),
+    )
+    agent = create_agent(chat(server), TOOLS, middleware=[middleware])
+    for messages in (ask(agent, SURE), (await agent.ainvoke({"messages": [HumanMessage(SURE)]}))["messages"]):
+        assert messages[1].tool_calls[0]["args"] == {"order": "7"}
+        assert messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]["route"] == "small"
+        assert messages[2].content == "cancel done"
+    assert len(server.bodies) == 2, "the large model has only the last word"
+    ask(agent, "surely cancel something")
+    assert len(server.bodies) == 4, "no order is named: the large model is asked"
+    ask(agent, UNSURE)
+    assert middleware.stats.direct_calls == 2
+
+
+def test_arguments_are_found_or_not() -> None:
+    cancel, refund, status, _ = TOOLS
+    assert (NoArguments()(refund, "x"), WholeText()(status, "how is it?")) == ({}, {"text": "how is it?"})
+    assert WholeText()(refund, "x") is None
+    assert extracted(NoArguments(), cancel, "x") is None, "cancel needs an order"
+    assert extracted(NoArguments(), refund, "x") == {}
+    assert extracted(PatternArguments({}), cancel, "x") is None
+    with pytest.raises(ConfigurationError, match="is no regular expression"):
+        PatternArguments({"cancel": "("})
+
+
+async def test_where_the_small_model_fails_all_tools_are_offered(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(failing_word_model(ValueError("broken")), mode="hard")
+    agent = create_agent(chat(server), TOOLS, middleware=[middleware])
+    messages = ask(agent)
+    assert len(offered(server.bodies[0])) == 4
+    assert "broken" in messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]["error"]
+    await agent.ainvoke({"messages": [HumanMessage(UNSURE)]})
+    assert middleware.stats.router_errors == 4
+    with pytest.warns(ShuntWarning, match="always_include names tools that this turn does not have: nothing"):
+        ask(
+            create_agent(
+                chat(server),
+                TOOLS,
+                middleware=[ShuntToolRouterMiddleware(WordModel(), mode="hard", always_include=["nothing"])],
+            )
+        )
+
+
+def test_several_routers_in_one_agent_and_many_threads(server: ScriptedServer) -> None:
+    narrow = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, name="narrow")
+    hint = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=1, name="hint")
+    agent = create_agent(chat(server), TOOLS, middleware=[narrow, hint])
+    messages = ask(agent)
+    assert set(messages[1].response_metadata["shunt_tools"]) == {"narrow", "hint"}
+    gate = threading.Barrier(8)
+
+    def one(word: str) -> str:
+        gate.wait(timeout=30)
+        found = ask(agent, f"what about {word}")
+        return str(found[1].response_metadata["shunt_tools"]["narrow"]["offered"])
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, ["cancel", "refund", "status", "cancel"] * 2))
+    assert found == [f"['search', '{word}']" for word in ["cancel", "refund", "status", "cancel"] * 2]
+    assert narrow.stats.model_calls == 18
+
+
+async def test_streams_of_an_agent_pass_through(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1)
+    agent = create_agent(chat(server), TOOLS, middleware=[middleware])
+    shown = [chunk async for chunk, _ in agent.astream({"messages": [HumanMessage(UNSURE)]}, stream_mode="messages")]
+    text = "".join(str(chunk.text) for chunk in shown if chunk.type in ("AIMessageChunk", "ai"))
+    assert text == server.text
+    many = await asyncio.gather(*(agent.ainvoke({"messages": [HumanMessage(UNSURE)]}) for _ in range(5)))
+    assert all(one["messages"][-1].content == server.text for one in many)
+
+
+def test_the_large_models_choice_is_recorded_to_learn_from(server: ScriptedServer, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'tools.db'}"
+    with Recorder(url, task="tools") as recorder:
+        middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, recorder=recorder)
+        ask(create_agent(chat(server), TOOLS[:3], middleware=[middleware]))
+    with DistillationStore(url) as store:
+        ((record,),) = store.iterate()
+    assert (record.input, record.label, record.large_model) == (UNSURE, "cancel", "scripted")
+    assert record.probabilities is not None
+    assert record.input_tokens is not None
+
+
+def test_tools_of_other_servers_and_injected_state_are_called_with_care() -> None:
+    """MCP tools come with a JSON schema alone; what the agent injects is none of the caller's arguments."""
+    mcp = StructuredTool(
+        name="cancel", description="Cancels.", func=lambda **given: str(given),
+        args_schema={"type": "object", "properties": {"order": {"type": "string"}}, "required": ["order"]},
+    )  # fmt: skip
+    bare = StructuredTool(name="ping", description="Pings.", func=lambda: "pong", args_schema={"type": "object"})
+    assert extracted(NoArguments(), mcp, "x") is None
+    assert extracted(WholeText(), mcp, "7") == {"order": "7"}
+    assert extracted(lambda tool, text: {"order": 7}, mcp, "7") is None
+    assert (extracted(WholeText(), bare, "x"), extracted(NoArguments(), bare, "x")) == (None, {})
+
+    @tool
+    def note(text: str, state: Annotated[dict, InjectedState]) -> str:  # type: ignore[type-arg]
+        """Notes a text."""
+        return text
+
+    assert extracted(WholeText(), note, "hello") == {"text": "hello"}
+
+
+def test_both_middlewares_in_one_agent(tmp_path: Path) -> None:
+    """A draft that is not kept is neither counted nor recorded; a direct call is nobody's draft."""
+
+    def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return {"content": "Hm.", "tool_calls": [("refund", {})], "logprob": -0.01} if body["model"] == "tiny" else None
+
+    with ScriptedServer(reply) as server, Recorder(tmp_path / "calls.db", task="tools") as recorder:
+        tools = ShuntToolRouterMiddleware(
+            WordModel(), mode="hard", keep=2, recorder=recorder, direct=Threshold(0.9),
+            arguments=PatternArguments({"cancel": r"order (?P<order>\d+)"}),
+        )  # fmt: skip
+        turns = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True))
+        agent = create_agent(chat(server), TOOLS, middleware=[turns, tools])
+        messages = ask(agent)
+        assert messages[1].tool_calls[0]["name"] == "cancel", "a call beside sure words is not judged by the words"
+        assert (tools.stats.model_calls, turns.stats.small_errors) == (2, 2)
+        messages = ask(agent, SURE)
+        assert messages[1].response_metadata["shunt"]["policy"] == "a tool router called the tool"
+        assert (tools.stats.direct_calls, turns.stats.small) == (1, 1)
+        recorder.flush()
+        with DistillationStore(tmp_path / "calls.db") as store:
+            labels = [record.label for batch in store.iterate() for record in batch]
+        assert labels == ["cancel"], "the large model's choice, and not the draft's"
+
+
+def test_blocks_of_messages_stay(server: ScriptedServer) -> None:
+    middleware = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=1, direct=AlwaysSmall())
+    system = SystemMessage([{"type": "text", "text": "Long."}, {"type": "text", "text": "Longer."}])
+    agent = create_agent(chat(server), [TOOLS[1]], middleware=[middleware], system_prompt=system)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    agent.invoke({"messages": [HumanMessage([{"type": "text", "text": "surely refund"}, picture])]})
+    content = server.bodies[0]["messages"][0]["content"]
+    assert [part["text"][:9] for part in content] == ["Long.", "Longer.", "A small c"]
+    assert middleware.stats.direct_calls == 0, "the classifier has not seen the image"
+
+
+# Turns of an agent
+
+
+def small_turns(sure: float, *, calls: bool = False) -> Any:
+    def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if body["model"] != "tiny":
+            return None
+        return {"tool_calls": [("refund", {})]} if calls else {"content": "A small answer.", "logprob": math.log(sure)}
+
+    return reply
+
+
+@pytest.mark.parametrize(("sure", "route"), [(0.97, "small"), (0.3, "large")])
+async def test_a_small_chat_model_takes_the_turns_it_is_sure_of(sure: float, route: str) -> None:
+    with ScriptedServer(small_turns(sure)) as server:
+        middleware = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True))
+        agent = create_agent(chat(server), [], middleware=[middleware])
+        for messages in (ask(agent), (await agent.ainvoke({"messages": [HumanMessage(UNSURE)]}))["messages"]):
+            assert messages[-1].content == ("A small answer." if route == "small" else server.text)
+            assert messages[-1].response_metadata["shunt"]["route"] == route
+        assert getattr(middleware.stats, route) == 2
+        shown = agent.stream({"messages": [HumanMessage(UNSURE)]}, stream_mode="messages")
+        assert "".join(str(chunk.text) for chunk, _ in shown) == messages[-1].content
+
+
+async def test_a_turn_of_calls_alone_is_not_judged_by_log_probabilities() -> None:
+    with ScriptedServer(small_turns(0.99, calls=True)) as server:
+        tiny = chat(server, model="tiny", logprobs=True)
+        middleware = ShuntModelRouterMiddleware(tiny)
+        messages = ask(create_agent(chat(server), TOOLS, middleware=[middleware]))
+        assert messages[1].response_metadata["shunt"]["reason"] == "small_error"
+        trusting = ShuntModelRouterMiddleware(tiny, confidence=lambda message: 0.95, policy=AlwaysSmall())
+        agent = create_agent(chat(server), TOOLS, middleware=[trusting])
+        first: Any = next(iter(agent.stream({"messages": [HumanMessage(UNSURE)]})))
+        assert first["model"]["messages"][0].tool_calls[0]["name"] == "refund"
+        assert first["model"]["messages"][0].response_metadata["shunt"]["route"] == "small"
+
+
+def test_the_shortlist_is_of_the_tools_that_are_there(server: ScriptedServer) -> None:
+    class Narrow(WordModel):
+        """Likes best what the agent does not have."""
+
+    present = [make_tool("status", "text"), make_tool("search")]
+    middleware = ShuntToolRouterMiddleware(ToolRouter(classifier=Narrow(), mode="hard", keep=1))
+    ask(create_agent(chat(server), present, middleware=[middleware]), "what about cancel")
+    assert sorted(offered(server.bodies[-1])) == ["search", "status"]
+
+
+def test_a_budget_of_turns_is_told_what_was_asked() -> None:
+    with ScriptedServer(small_turns(0.5)) as server:
+        policy = QueryBudget(share=0.2)
+        middleware = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True), policy=policy)
+        ask(create_agent(chat(server), [], middleware=[middleware]))
+        assert policy.current == pytest.approx(0.9 - 0.02 * 0.8)
+
+
+async def test_a_batch_of_rankings_hands_its_config_on() -> None:
+    seen: list[Any] = []
+
+    def classify(text: str, config: RunnableConfig) -> Any:
+        seen.append((config["configurable"].get("tenant"), "x" in config["tags"]))
+        return predict_words(text)
+
+    router, config = ToolRouter(classifier=RunnableLambda(classify), mode="hard", keep=1), RunBook()
+    given: Any = {"callbacks": [config], "tags": ["x"], "configurable": {"tenant": "t1"}}
+    router.batch(["a cancel", "a refund"], given)
+    await router.abatch(["a cancel", "a refund"], given)
+    assert seen == [("t1", True)] * 4
+    assert len(config.started) == 8, "each with a run below its own"

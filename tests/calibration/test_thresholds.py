@@ -1,0 +1,395 @@
+"""Thresholds that keep their promise, and asks that cannot be met."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from langchain_datashunt import AlwaysLarge, Entropy, PerLabelThreshold, PredictionBatch, Threshold
+from langchain_datashunt.calibration import (
+    MatchLarge,
+    MaxAccuracy,
+    MaxCost,
+    QueryShare,
+    RiskControl,
+    deferral_curve,
+    fit_vector_scaling,
+    select_threshold,
+)
+from langchain_datashunt.calibration.risk import (
+    examples_needed,
+    first_that_fails,
+    grid_of,
+    last_of_several_walks,
+    risk_p_values,
+)
+from langchain_datashunt.calibration.smoothing import smoothed_right
+from langchain_datashunt.evaluation import ConfidenceSequence, betting_p_value
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.small_models.scores import softmax
+
+LABELS = ("a", "b", "c", "d")
+
+
+def drawn(n: int, seed: int, sharp: float = 2.0, scale: float = 1.0) -> tuple[PredictionBatch, list[str]]:
+    """A small model whose probabilities are right where `scale` is 1, too sure above; and true labels."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, sharp, (n, len(LABELS)))
+    p = softmax(logits)
+    truth = (p.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1).clip(max=len(LABELS) - 1)
+    return PredictionBatch.of(LABELS, softmax(logits * scale)), [LABELS[i] for i in truth]
+
+
+def answers(truth: list[str], accuracy: float, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [t if rng.random() < accuracy else LABELS[(LABELS.index(t) + 1) % 4] for t in truth]
+
+
+# Risk control
+
+
+def test_p_values_and_the_walk_agree_with_mapie() -> None:
+    from mapie.risk_control.fwer_control import control_fwer
+    from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
+
+    for seed in range(20):
+        batch, truth = drawn(400, seed)
+        right = np.array([a == b for a, b in zip(batch.label_names(), truth, strict=True)])
+        grid, alpha = grid_of((0.25, 1.0)), 0.15
+        p, kept = risk_p_values(batch.confidence, right, grid, alpha)
+        some = kept > 0
+        wrong = np.array([(~right[batch.confidence >= limit]).sum() for limit in grid])
+        risk = (wrong[some] - 1e-9) / kept[some]  # they round n * risk up, also where it is a hair above a whole number
+        theirs = compute_hoeffding_bentkus_p_value(risk, kept[some], alpha, binary=True).ravel()
+        assert p[some] == pytest.approx(theirs, abs=1e-9)
+        walk = first_that_fails(p, kept, 0.05, examples_needed(alpha, 0.95))
+        assert walk is not None
+        start, stop = walk
+        valid = control_fwer(p[start:], 0.05, fwer_method="fixed_sequence")
+        assert list(np.asarray(valid).ravel()) == list(range(stop - start))
+
+
+@pytest.mark.parametrize(("n", "scale", "alpha"), [(300, 1.0, 0.1), (300, 3.0, 0.1), (1000, 1.0, 0.05)])
+def test_the_promise_is_broken_in_one_of_twenty_tasks_at_the_most(n: int, scale: float, alpha: float) -> None:
+    """1,000 tasks: the error among what is kept, on 20,000 new inputs, exceeds alpha in at most 5% (+ chance)."""
+    tasks, broken, kept = 1000, 0, 0.0
+    new, new_truth = drawn(20_000, 10_000, scale=scale)
+    new_right = np.array([a == b for a, b in zip(new.label_names(), new_truth, strict=True)])
+    order = np.argsort(-new.confidence)
+    ranked, errors = new.confidence[order], np.cumsum(~new_right[order])
+    aim = RiskControl(alpha=alpha)
+    for seed in range(tasks):
+        batch, truth = drawn(n, seed, scale=scale)
+        choice = select_threshold(batch, truth, objective=aim)
+        m = int(np.searchsorted(-ranked, -choice.threshold, side="right"))
+        broken += bool(m and errors[m - 1] / m > alpha)
+        kept += m / len(ranked)
+    assert broken / tasks <= 0.05 + 3 * (0.05 * 0.95 / tasks) ** 0.5
+    assert kept > 0, "a promise that keeps nothing is no promise"
+
+
+def test_a_bound_on_the_error_needs_no_large_answers() -> None:
+    batch, truth = drawn(2000, 0)
+    choice = select_threshold(batch, truth, objective=RiskControl(alpha=0.1))
+    assert choice.proven
+    assert isinstance(choice.policy, Threshold)
+    assert 0 < choice.query_share < 1
+    assert choice.kept_error <= 0.1
+    assert "With 95% confidence at most 10% of what the small model answers is wrong" in choice.guarantee
+    assert np.isnan(choice.accuracy)
+    assert choice.to_dict()["accuracy"] is None
+    low, _, high = choice.intervals["kept_error"].low, None, choice.intervals["kept_error"].high
+    assert low <= choice.kept_error <= high
+    of_large = select_threshold(batch, truth, objective=RiskControl(alpha=0.1), labels_are="large")
+    assert "bounds disagreement with it, not error" in of_large.guarantee
+    by_entropy = select_threshold(batch, truth, objective=RiskControl(alpha=0.1), score=Entropy())
+    assert by_entropy.proven
+
+
+def test_what_cannot_be_shown_sends_everything_and_says_so() -> None:
+    rng = np.random.default_rng(0)
+    batch = PredictionBatch.of(LABELS, softmax(rng.normal(0, 2, (500, 4))))
+    choice = select_threshold(batch, list(rng.choice(LABELS, 500)), objective=RiskControl(alpha=0.05))
+    assert isinstance(choice.policy, AlwaysLarge)
+    assert not choice.proven
+    assert choice.query_share == 1.0
+    assert "everything is sent to the large model. Give more examples" in choice.guarantee
+
+
+def test_each_label_can_have_a_proven_threshold() -> None:
+    batch, truth = drawn(6000, 3, sharp=4.0)
+    choice = select_threshold(batch, truth, objective=RiskControl(alpha=0.1, per_label=True))
+    assert isinstance(choice.policy, PerLabelThreshold)
+    assert set(choice.policy.thresholds) == set(LABELS)
+    together = select_threshold(batch, truth, objective=RiskControl(alpha=0.1))
+    assert choice.query_share > together.query_share, "the correction for four promises at once costs something"
+    few = select_threshold(*drawn(120, 3, sharp=4.0), objective=RiskControl(alpha=0.1, per_label=True))
+    assert "could not be shown" in few.guarantee or not few.proven
+
+
+def test_matching_the_large_model_can_be_proven() -> None:
+    batch, truth = drawn(4000, 5)
+    large = answers(truth, 0.7, 6)
+    sure = select_threshold(batch, truth, large=large, objective=MatchLarge(confidence=0.95))
+    assert sure.proven
+    assert sure.accuracy >= sure.large_accuracy
+    loose = select_threshold(batch, truth, large=large, objective=MatchLarge(confidence=0.95, margin=0.05))
+    assert loose.query_share <= sure.query_share
+    perfect = select_threshold(batch, truth, large=truth, objective=MatchLarge(confidence=0.95))
+    assert not perfect.proven
+    assert perfect.query_share == 1.0
+
+
+def test_matching_breaks_its_promise_seldom() -> None:
+    """Where the small model is worse at every threshold the promise must not be made, but in 5% of the tasks."""
+    made = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        batch, _ = drawn(600, seed)
+        truth = [name if rng.random() < 0.78 else LABELS[0] for name in batch.label_names()]
+        large = [t if rng.random() < 0.84 else "b" for t in truth]
+        right = np.mean([a == b for a, b in zip(batch.label_names(), truth, strict=True)])
+        assert right < 0.95
+        choice = select_threshold(batch, truth, large=large, objective=MatchLarge(confidence=0.9, margin=0.0))
+        made += choice.proven and choice.query_share < 1.0 and right < 0.84
+    assert made / 200 <= 0.1 + 3 * (0.09 / 200) ** 0.5
+
+
+def test_walks_from_several_starts() -> None:
+    p = np.full(100, 0.9)
+    assert last_of_several_walks(p, 0.05) is None
+    p[40:57] = 0.001
+    assert last_of_several_walks(p, 0.05) == 56
+    p[40] = 0.01
+    assert last_of_several_walks(p, 0.05) == 56, "from the start at 50"
+    p[50] = 0.01
+    assert last_of_several_walks(p, 0.05) is None
+
+
+# Cost and share
+
+
+def test_cost_is_bounded() -> None:
+    batch, truth = drawn(1000, 1)
+    large = answers(truth, 0.95, 2)
+    choice = select_threshold(batch, truth, large=large, large_cost=0.01, objective=MaxCost(usd_per_1000=3.0))
+    assert choice.usd_per_1000 is not None and choice.usd_per_1000 <= 3.0 + 1e-9
+    assert choice.query_share == pytest.approx(0.3, abs=0.01)
+    dear = select_threshold(batch, truth, large=large, large_cost=[0.01] * 1000, objective=MaxCost(usd_per_1000=100))
+    assert dear.accuracy == select_threshold(batch, truth, large=large).accuracy
+    with pytest.raises(DataError, match="give `large_cost` in USD"):
+        select_threshold(batch, truth, large=large, objective=MaxCost(usd_per_1000=3.0))
+    with pytest.raises(DataError, match="none negative or NaN"):
+        select_threshold(batch, truth, large=large, large_cost=[0.1], objective=MaxCost(usd_per_1000=3.0))
+
+
+def test_a_share_needs_no_large_answers() -> None:
+    batch, truth = drawn(1000, 1)
+    choice = select_threshold(batch, truth, objective=QueryShare(share=0.25))
+    assert 0.2 <= choice.query_share <= 0.25
+
+
+# Fusion in the choice
+
+
+def test_fused_answers_are_what_is_chosen_for() -> None:
+    batch, truth = drawn(1500, 7)
+    large = answers(truth, 0.8, 8)
+    fusion = AnswerFusion.fit(LABELS, truth, large)
+    plain = select_threshold(batch, truth, large=large)
+    fused = select_threshold(batch, truth, large=large, fusion=fusion)
+    assert fused.accuracy > plain.accuracy
+    assert fused.large_accuracy == plain.large_accuracy, "the large model alone is not fused"
+
+
+# Smoothing
+
+
+def test_a_smoothed_choice_is_less_a_matter_of_luck() -> None:
+    """On 200 small calibration sets the smoothed choice does better on new data than the raw best point, on average."""
+    new, new_truth = drawn(20_000, 999)
+    small = np.array([a == b for a, b in zip(new.label_names(), new_truth, strict=True)])
+    large = np.array([a == b for a, b in zip(answers(new_truth, 0.75, 1), new_truth, strict=True)])
+
+    def value(threshold: float) -> float:
+        return float(np.where(new.confidence >= threshold, small, large).mean())
+
+    raw, smooth = [], []
+    for seed in range(200):
+        batch, truth = drawn(300, seed)
+        said = answers(truth, 0.75, seed + 1)
+        smooth.append(value(select_threshold(batch, truth, large=said).threshold))
+        right = np.array([a == b for a, b in zip(batch.label_names(), truth, strict=True)])
+        asked = np.array([a == b for a, b in zip(said, truth, strict=True)])
+        curve = deferral_curve(batch.confidence, right, asked)
+        raw.append(value(float(curve.thresholds[curve.accuracy.argmax()])))
+    assert np.mean(smooth) > np.mean(raw)
+    assert np.std(smooth) < np.std(raw)
+
+
+def test_smoothing_survives_what_is_always_right_or_always_wrong() -> None:
+    score = np.linspace(0.3, 0.999, 200)
+    always = smoothed_right(score, (0.25, 1.0), np.ones(200, bool))
+    never = smoothed_right(score, (0.25, 1.0), np.zeros(200, bool))
+    assert always.min() > 0.9
+    assert never.max() < 0.1
+
+
+def test_fusion_that_is_worse_than_the_large_model_sends_everything() -> None:
+    rng = np.random.default_rng(0)
+    batch = PredictionBatch.of(LABELS, softmax(rng.normal(0, 6, (150, 4))))
+    truth = [str(name) for name in rng.choice(LABELS, 150)]
+    large = answers(truth, 0.97, 1)
+    fusion = AnswerFusion.uniform(LABELS, 0.3)
+    choice = select_threshold(batch, truth, large=large, fusion=fusion, objective=MatchLarge())
+    assert not choice.proven
+    assert "Calibrate without fusion" in choice.guarantee
+
+
+# Asks that cannot be met
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": []}, "give one of each for every example"),
+        ({"labels": ["a"] * 50}, "All 50 examples have the label 'a'"),
+        ({"labels": ["a", "z"] * 25}, "labels that the small model does not know: z.*unseen='wrong'"),
+        ({"large": ["a"] * 50}, "The large model's answer is 'a' for all 50 examples.*wrong column"),
+        ({"large": None}, "MaxAccuracy compares with the large model's answers, and none are given"),
+        ({"objective": RiskControl(alpha=0.01)}, "50 calibration examples cannot show .* 299 kept examples"),
+    ],
+)
+def test_impossible_asks_say_what_would_help(change: dict[str, Any], words: str) -> None:
+    batch, truth = drawn(50, 0)
+    given: dict[str, Any] = {"labels": truth, "large": answers(truth, 0.8, 1), **change}
+    with pytest.raises(DataError, match=f"(?s){words}"):
+        select_threshold(batch, given.pop("labels"), **given)
+
+
+def test_nan_probabilities_are_named() -> None:
+    batch, truth = drawn(50, 0)
+    p = batch.probabilities.copy()
+    p[7] = np.nan
+    batch = PredictionBatch(batch.labels, p)
+    with pytest.raises(DataError, match="1 predictions to calibrate on are no distributions. Row 7"):
+        select_threshold(batch, truth, large=answers(truth, 0.8, 1))
+
+
+def test_unseen_labels_can_count_as_wrong() -> None:
+    batch, truth = drawn(200, 0)
+    large = answers(truth, 0.9, 1)
+    truth[3] = large[3] = "z"
+    choice = select_threshold(batch, truth, large=large, unseen="wrong")
+    assert choice.fitted_on == 200
+    assert select_threshold(batch, truth, large=large, unseen="wrong", fusion=AnswerFusion.uniform(LABELS, 0.9))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 5])
+def test_a_risk_must_be_a_share(alpha: float) -> None:
+    with pytest.raises(ConfigurationError, match="alpha"):
+        RiskControl(alpha=alpha)
+
+
+# Scaling
+
+
+def test_vector_scaling_mends_what_a_temperature_cannot() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (4000, 4))
+    p = softmax(logits)
+    truth = (p.cumsum(axis=1) < rng.random((4000, 1))).sum(axis=1).clip(max=3)
+    shifted = logits * np.array([1.0, 2.0, 1.0, 0.5]) + np.array([0.0, 1.0, -1.0, 0.0])
+
+    def loss(q: np.ndarray[Any, Any]) -> float:
+        return float(-np.log(q[np.arange(4000), truth]).mean())
+
+    from langchain_datashunt.calibration import fit_temperature
+
+    scaled = fit_vector_scaling(shifted, truth, penalty=1e-4)(shifted)
+    assert loss(scaled) < loss(softmax(shifted, fit_temperature(shifted, truth))) - 0.05
+    assert loss(scaled) == pytest.approx(loss(p), abs=0.01)
+    with pytest.raises(DataError, match="needs 40 examples, and there are 39"):
+        fit_vector_scaling(logits[:39], truth[:39])
+
+
+# Betting
+
+
+def test_a_betting_test_keeps_its_level_and_finds_what_is_there() -> None:
+    rng = np.random.default_rng(0)
+    false = np.mean([betting_p_value((rng.random(300) < 0.3).astype(float), 0.3) <= 0.05 for _ in range(500)])
+    found = np.mean([betting_p_value((rng.random(300) < 0.2).astype(float), 0.3) <= 0.05 for _ in range(500)])
+    assert false <= 0.05 + 3 * (0.05 * 0.95 / 500) ** 0.5
+    assert found >= 0.8
+    assert betting_p_value(np.array([]), 0.5) == 1.0
+    with pytest.raises(DataError, match="between 0 and 1"):
+        betting_p_value(np.ones(3), 1.0)
+
+
+@pytest.mark.parametrize("mean", [0.02, 0.3, 0.9])
+def test_a_confidence_sequence_holds_at_all_times(mean: float) -> None:
+    rng, missed = np.random.default_rng(int(100 * mean)), 0
+    for _ in range(100):
+        sequence, out = ConfidenceSequence(0.95), False
+        for value in (rng.random(300) < mean).astype(float).tolist():
+            sequence.add(value)
+            low, high = sequence.interval
+            out |= not low <= mean <= high
+        missed += out
+    assert missed / 100 <= 0.05 + 3 * (0.05 * 0.95 / 100) ** 0.5
+    assert high - low < 0.3
+    assert sequence.n == 300
+    assert 0 <= sequence.mean <= 1
+
+
+def test_a_confidence_sequence_refuses_what_is_no_share() -> None:
+    with pytest.raises(DataError, match="must lie in"):
+        ConfidenceSequence().add(2.0)
+    with pytest.raises(DataError, match="confidence level"):
+        ConfidenceSequence(1.0)
+    assert np.isnan(ConfidenceSequence().mean)
+
+
+def test_objectives_are_compared_by_value() -> None:
+    assert MaxAccuracy() == MaxAccuracy()
+    assert RiskControl(alpha=0.1) != RiskControl(alpha=0.2)
+
+
+def test_thresholds_for_written_answers_go_down_to_nothing() -> None:
+    """How sure a model is of what it wrote is a number from 0 to 1, whatever the two labels that stand for it."""
+    rng = np.random.default_rng(0)
+    sure = rng.random(2000)
+    right = rng.random(2000) < np.where(sure < 0.25, 0.1, 0.98)
+    batch = PredictionBatch.of(("answer", "other"), np.column_stack([sure, 1 - sure]))
+    batch = replace(batch, answers=[f"text {i}" for i in range(2000)])
+    labels = ["answer" if one else "other" for one in right]
+    choice = select_threshold(batch, labels, objective=RiskControl(alpha=0.1))
+    assert 0.1 < choice.threshold < 0.5
+    assert choice.kept_error < 0.1
+
+
+def test_a_label_that_only_the_large_model_has_counts_for_it() -> None:
+    batch, truth = drawn(1000, 0)
+    unknown = [i % 5 == 0 for i in range(1000)]
+    labels = ["new" if new else label for new, label in zip(unknown, truth, strict=True)]
+    choice = select_threshold(batch, labels, large=labels[:-1] + ["a"], objective=MatchLarge(), unseen="wrong")
+    assert choice.large_accuracy >= 0.999
+    with pytest.raises(DataError, match="None is no text"):
+        select_threshold(batch, [None, *labels[1:]], objective=QueryShare(share=0.5))  # type: ignore[list-item]
+    with pytest.raises(DataError, match="USD of asking"):
+        select_threshold(batch, truth, large=truth[:-1] + ["a"], large_cost=["x"] * 1000, objective=MatchLarge())  # type: ignore[arg-type]
+
+
+def test_a_smoothed_curve_tells_very_sure_scores_apart() -> None:
+    """As of a network that is far too sure; more examples must not make a choice worse."""
+    rng = np.random.default_rng(0)
+    logit = rng.uniform(5.0, 20.0, 4000)
+    right = rng.random(4000) < 1.0 / (1.0 + np.exp(-(logit - 12.0)))
+    curve = smoothed_right(1.0 / (1.0 + np.exp(-logit)), (0.0, 1.0), right)
+    assert curve[logit < 8].mean() < 0.2
+    assert curve[logit > 16].mean() > 0.8

@@ -1,0 +1,1423 @@
+"""The store and its writer, the same tests on a real SQLite file and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.prompts import ChatPromptTemplate
+from sqlalchemy import create_engine, event, text
+
+from langchain_datashunt import ConfidenceRouterChain, ShuntRunnable
+from langchain_datashunt.call_log import CallFilter, DistillationStore, Recorder, RecordingCallbackHandler, RoutedCall
+from langchain_datashunt.call_log.export import export
+from langchain_datashunt.call_log.record import columns_of, hash_input, id_bytes, ids_bytes
+from langchain_datashunt.call_log.schema import FIRST, STEPS
+from langchain_datashunt.call_log.segments import Segment
+from langchain_datashunt.call_log.spool import spool_of
+from langchain_datashunt.exceptions import ConfigurationError, DataError, RecordRefusedError, StoreError
+from langchain_datashunt.logprobs import label_distribution, stated_confidence
+from tests.support.faulty_server import FaultyServer
+from tests.support.models import LABELS, CountingLarge, HttpError, WordModel
+
+POSTGRES = os.environ.get("DATASHUNT_TEST_POSTGRES", "postgresql+psycopg://127.0.0.1:5432/test")
+
+
+def postgres_url() -> str:
+    """A fresh schema of the test database; skips where there is no server."""
+    engine = create_engine(POSTGRES)
+    try:
+        with engine.begin() as connection:
+            schema = f"datashunt_{uuid4().hex[:12]}"
+            connection.execute(text(f"CREATE SCHEMA {schema}"))
+    except Exception as error:
+        pytest.skip(f"no PostgreSQL at {POSTGRES} ({type(error).__name__}); set DATASHUNT_TEST_POSTGRES")
+    finally:
+        engine.dispose()
+    return f"{POSTGRES}?options=-csearch_path%3D{schema}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: Any, tmp_path: Path) -> Any:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'calls.db'}"
+        return
+    found = postgres_url()
+    yield found
+    schema = found.rpartition("%3D")[2]
+    engine = create_engine(POSTGRES)
+    with engine.begin() as connection:
+        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    engine.dispose()
+
+
+@pytest.fixture
+def store(url: str) -> Any:
+    with DistillationStore(url) as opened:
+        yield opened
+
+
+def call(i: int = 0, **changes: Any) -> RoutedCall:
+    defaults: dict[str, Any] = {
+        "id": str(uuid4()), "input": f"question {i}", "labels": LABELS, "small_model": "words", "time": 1000.0 + i,
+        "probabilities": (0.5, 0.25, 0.25), "score": 0.5, "threshold": 0.9, "policy": "Threshold(0.9)",
+        "large_model": "gpt-4", "raw_output": "Refund.", "label": "refund", "input_tokens": 100, "output_tokens": 2,
+        "cost_usd": 0.01, "large_seconds": 0.5,
+    }  # fmt: skip
+    return RoutedCall(**{**defaults, **changes})
+
+
+def everything(store: DistillationStore, which: CallFilter = CallFilter()) -> list[RoutedCall]:  # noqa: B008
+    return sorted((r for batch in store.iterate(which, batch_size=3) for r in batch), key=lambda r: r.time)
+
+
+def test_a_record_comes_back_as_it_went_in(store: DistillationStore) -> None:
+    record = call(
+        subject="jane", gold="status", gold_source="user", large_confidence=0.75, large_probabilities=(0.25, 0.5, 0.25),
+        audit=True, reason="deferred", input="äöü 日本 \n \"quoted\"" * 20,
+    )  # fmt: skip
+    store.append([record])
+    (back,) = everything(store)
+    assert back.subject is not None
+    assert "jane" not in back.subject
+    assert back.model_copy(update={"subject": "jane"}) == record
+    assert store.get(record.id) == back
+    assert store.get(str(uuid4())) is None
+    assert (back.small_label, back.confidence, back.agrees) == ("cancel", 0.5, False)
+
+
+def test_a_written_answer_is_kept_beside_the_large_models(store: DistillationStore) -> None:
+    written: dict[str, Any] = {"labels": ("answer", "other"), "probabilities": (0.25, 0.75)}
+    same = call(1, small_answer="a cat", label="a cat", raw_output="a cat.", **written)
+    other = call(2, small_answer="ä dög" * 50, label="answer", raw_output=None, **written)
+    silent = call(3, small_answer="a fox", label=None, large_model="", raw_output=None, **written)
+    short = call(4, input="q", small_answer="", label="x", raw_output=None, **written)
+    store.append([same, other, silent, short])
+    assert everything(store) == [same, other, silent, short]
+    assert [one.agrees for one in everything(store)] == [True, False, None, False]
+    assert everything(store, CallFilter(agrees=True)) == [same]
+    assert everything(store, CallFilter(agrees=False)) == [other, short]
+    assert same.confidence == 0.25
+    assert everything(store, CallFilter(min_confidence=0.5)) == []
+    assert not store.verify()
+
+
+def test_what_is_not_known_stays_unknown(store: DistillationStore) -> None:
+    bare = RoutedCall(input="x", route="small", reason="confident")
+    store.append([bare])
+    (back,) = everything(store)
+    assert back.model_dump() == bare.model_dump()
+    assert (back.agrees, back.small_label, back.confidence) == (None, None, None)
+
+
+def test_a_label_outside_the_label_set_is_kept_and_counted(store: DistillationStore) -> None:
+    store.append([call(label="brand new")])
+    assert everything(store)[0].label == "brand new"
+    assert store.stats()["outside_label_set"] == 1
+
+
+def test_repeats_replace_and_are_counted(store: DistillationStore) -> None:
+    first, second, third = (call(7, time=t, label=label) for t, label in ((1, "refund"), (2, "status"), (3, "cancel")))
+    store.append([first, second])
+    store.append([third.model_copy(update={"input": "  QUESTION 7 "})])
+    (back,) = everything(store)
+    assert (back.label, back.count, back.id) == ("cancel", 3, third.id)
+    store.append([call(7, large_model="other"), call(7, task="other"), call(8)])
+    assert store.count() == 4
+
+
+def test_feedback_finds_also_a_call_that_was_replaced(store: DistillationStore) -> None:
+    first, second = call(1, time=1), call(1, time=2)
+    store.append([first])
+    store.label(first.id, "status")
+    store.append([second])
+    assert everything(store)[0].gold == "status", "a repeat does not overwrite what is known"
+    store.label(first.id, "cancel", source="review")
+    (back,) = everything(store)
+    assert (back.gold, back.gold_source) == ("cancel", "review")
+    with pytest.raises(StoreError, match="No call with the id"):
+        store.label(str(uuid4()), "cancel")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("together", [True, False])
+def test_the_newest_call_stays_whatever_comes_last(
+    store: DistillationStore, order: tuple[int, ...], together: bool
+) -> None:
+    """A spool is drained after newer calls were written; feedback on any of them finds their row."""
+    made = [
+        call(1, time=1, label="refund", gold="food", gold_source="user", raw_output="the oldest"),
+        call(1, time=2, label="status", subject="jane", raw_output="the one between"),
+        call(1, time=3, label="cancel", raw_output="the newest"),
+    ]
+    groups = [[made[i] for i in order]] if together else [[made[i]] for i in order]
+    for group in groups:
+        store.append([*group, *(call(100 + len(group) + i) for i in order)])
+    (back,) = [one for one in everything(store) if one.input == "question 1"]
+    assert (back.id, back.time, back.label, back.raw_output) == (made[2].id, 3, "cancel", "the newest")
+    assert (back.count, back.gold, back.gold_source) == (3, "food", "user")
+    for one, gold in zip(made, LABELS, strict=True):
+        store.label(one.id, gold)
+        assert store.get(made[2].id).gold == gold  # type: ignore[union-attr]
+    assert store.delete(subject="jane") == 1, "whose a call was is kept when another replaces it"
+    assert "question 1" not in stored_texts(store)
+    assert store.verify() == []
+
+
+def test_a_call_that_is_written_again_is_counted_once(store: DistillationStore) -> None:
+    """As a spool that two processes drain, or one that died, delivers it."""
+    first, second = call(1, time=1, count=3), call(1, time=2)
+    store.append([first, call(2), first])
+    store.append([first])
+    assert [one.count for one in everything(store)] == [3, 1]
+    store.append([second])
+    store.append([first])
+    store.append([second, first])
+    assert [(one.id, one.count) for one in everything(store) if one.input == "question 1"] == [(second.id, 4)]
+    assert store.verify() == []
+
+
+def test_feedback_finds_also_a_call_that_was_replaced_in_the_spool(store: DistillationStore, tmp_path: Path) -> None:
+    first, second, third, fourth = (call(1, time=time) for time in range(1, 5))
+    with DistillationStore(tmp_path / "spool.db") as spool:
+        spool.append([first, second])
+        spool.append([third, call(2)])
+        store.append([fourth])
+        assert spool.move_to(store) == 2
+        assert spool.count() == 0
+    assert [(one.id, one.count) for one in everything(store) if one.input == "question 1"] == [(fourth.id, 4)]
+    for older, gold in zip((first, second, third), LABELS, strict=True):
+        store.label(older.id, gold)
+        assert store.get(fourth.id).gold == gold  # type: ignore[union-attr]
+
+
+def test_two_that_drain_one_spool_move_each_record_once(url: str, tmp_path: Path) -> None:
+    spool = tmp_path / "spool.db"
+    with DistillationStore(spool) as own:
+        own.append([call(i) for i in range(3_000)])
+    failed: list[Exception] = []
+
+    def drain() -> None:
+        try:
+            with DistillationStore(spool) as mine, DistillationStore(url) as there:
+                mine.move_to(there, batch_size=100)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=drain) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    with DistillationStore(url) as there, DistillationStore(spool) as own:
+        assert own.count() == 0
+        assert {one.count for one in everything(there)} == {1}
+        assert there.count() == 3_000
+
+
+def test_filters_mean_what_they_say(store: DistillationStore) -> None:
+    store.append(
+        [
+            call(0, route="small", reason="confident", probabilities=(0.98, 0.01, 0.01), large_model="", label=None),
+            call(1, label="cancel"),
+            call(2, label="refund", gold="refund"),
+            call(3, task="other"),
+        ]
+    )
+    wanted = {
+        CallFilter(route="small"): [0],
+        CallFilter(asked=True): [1, 2, 3],
+        CallFilter(asked=False): [0],
+        CallFilter(agrees=True): [1],
+        CallFilter(agrees=False): [2, 3],
+        CallFilter(labelled=True): [2],
+        CallFilter(labelled=False): [0, 1, 3],
+        CallFilter(task="other"): [3],
+        CallFilter(since=1001.0, until=1003.0): [1, 2],
+        CallFilter(min_confidence=0.9): [0],
+        CallFilter(max_confidence=0.9, task="default"): [1, 2],
+    }
+    for which, expected in wanted.items():
+        assert [int(r.input.split()[1]) for r in everything(store, which)] == expected, which
+        assert store.count(which) == len(expected)
+
+
+def test_stats_are_sums_over_all(store: DistillationStore) -> None:
+    assert store.stats()["records"] == 0
+    store.append([call(i, label="cancel" if i % 2 else "refund") for i in range(10)])
+    stats = store.stats()
+    assert (stats["records"], stats["calls"], stats["route_large"]) == (10, 10, 10)
+    assert (stats["compared"], stats["agreeing"]) == (10, 5)
+    assert stats["cost_usd"] == pytest.approx(0.1)
+    assert (stats["oldest"], stats["newest"]) == (1000.0, 1009.0)
+
+
+def test_a_person_can_be_forgotten(store: DistillationStore) -> None:
+    store.append([call(1, subject="jane"), call(2, subject="joe"), call(3)])
+    store.append([call(1, subject="jane")])
+    assert store.delete(subject="jane") == 1
+    assert store.delete(input_hash=hash_input("question 3").hex()) == 1
+    assert [r.input for r in everything(store)] == ["question 2"]
+    with pytest.raises(StoreError, match="Give an input_hash or a subject"):
+        store.delete()
+
+
+def test_nothing_of_what_was_deleted_stays_in_the_file(tmp_path: Path) -> None:
+    """Short records are not compressed, so that their text could be seen."""
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append(
+            [call(1, input="jane one", raw_output="first", subject="jane"), call(2, input="joe", subject="joe")]
+        )
+        store.append([call(1, input="JANE ONE", raw_output="again", subject="joe"), call(3, input="jane two")])
+        with sqlite3.connect(tmp_path / "calls.db") as plain:
+            contents = [bytes(row[0]) for row in plain.execute("SELECT content FROM datashunt_segments")]
+        assert "first" in str(Segment.unpack(contents[0]).raw_outputs), "replaced, and still there"
+        before = {record.input: record for record in everything(store)}
+        assert store.delete(input_hash=hash_input("jane two").hex()) == 1
+        with sqlite3.connect(tmp_path / "calls.db") as plain:
+            left = [Segment.unpack(row[0]) for row in plain.execute("SELECT content FROM datashunt_segments")]
+        assert [[text for text in segment.inputs if text] for segment in left] == [["joe"], ["JANE ONE"]]
+        del before["jane two"]
+        assert {record.input: record for record in everything(store)} == before
+        store.append([call(5, input="unique-word", raw_output=None, labels=(), probabilities=None, label=None)])
+        assert b"unique-word" in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+        assert store.delete(input_hash=hash_input("unique-word").hex()) == 1
+        assert b"unique-word" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+        assert store.verify() == []
+
+
+def test_what_was_replaced_is_erased_when_it_is_more_than_what_is_there(
+    store: DistillationStore, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("langchain_datashunt.call_log.store.TIDY_EVERY", 20)
+    first = [call(i, raw_output="x" * 50) for i in range(5)]
+    store.append(first)
+    for _ in range(7):
+        store.append([call(i, raw_output="x" * 50) for i in range(4)])
+    with store.connection() as connection:
+        numbers = connection.execute(text("SELECT number FROM datashunt_segments ORDER BY number")).scalars().all()
+    assert numbers == [1, 5, 6, 7, 8], "groups of which nothing is left are gone"
+    assert (store.count(), store.stats()["calls"]) == (5, 33)
+    assert store.verify() == []
+    store.label(first[0].id, "status")
+    assert [record.gold for record in everything(store)] == ["status", None, None, None, None]
+
+
+def test_people_can_be_forgotten_at_once(store: DistillationStore, url: str) -> None:
+    """Each deletion rewrites the group that all of them stand in."""
+    store.append([call(i, subject=f"person {i}") for i in range(40)])
+
+    def forget(who: int) -> None:
+        with DistillationStore(url) as mine:
+            assert mine.delete(subject=f"person {who}") == 1
+
+    threads = [threading.Thread(target=forget, args=(who,)) for who in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.input for record in everything(store)] == [f"question {i}" for i in range(8, 40)]
+    with store.connection() as connection:
+        (content,) = connection.execute(text("SELECT content FROM datashunt_segments")).scalars()
+    assert [text is None for text in Segment.unpack(bytes(content)).inputs] == [i < 8 for i in range(40)]
+
+
+def stored_texts(store: DistillationStore) -> list[str]:
+    """All inputs that stand in segments, whether a row refers to them or not."""
+    with store.connection() as connection:
+        contents = connection.execute(text("SELECT content FROM datashunt_segments")).scalars().all()
+    return [one for content in contents for one in Segment.unpack(bytes(content)).inputs if one is not None]
+
+
+def test_a_record_that_was_written_twice_is_forgotten_twice(store: DistillationStore) -> None:
+    """A spool that was drained while the process died delivers records again."""
+    record = call(1, subject="jane")
+    store.append([record, call(2)])
+    store.append([record])
+    assert stored_texts(store).count("question 1") == 2
+    assert store.delete(subject="jane") == 1
+    assert stored_texts(store) == ["question 2"]
+
+
+def test_what_is_written_while_something_is_deleted_is_whole_or_gone(store: DistillationStore, url: str) -> None:
+    """Writers move a person's rows to new groups while the person is forgotten, again and again."""
+    stop = threading.Event()
+
+    def write() -> None:
+        with DistillationStore(url) as mine:
+            while not stop.is_set():
+                mine.append([call(i, subject="jane") for i in range(5)] + [call(100, subject="joe")])
+
+    def forget() -> None:
+        with DistillationStore(url) as mine:
+            while not stop.is_set():
+                mine.delete(subject="jane")
+
+    threads = [threading.Thread(target=work) for work in (write, write, forget, forget)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    store.delete(subject="jane")
+    assert [record.input for record in everything(store)] == ["question 100"]
+    assert stored_texts(store) == ["question 100"]
+    assert store.verify() == []
+
+
+def test_a_group_that_failed_leaves_no_trace_in_the_next(store: DistillationStore) -> None:
+    """Its context was never stored, so that its number may become another's."""
+    with pytest.raises(Exception, match="(?i)overflow|too large|out of range"):
+        store.append([call(1, task="first", input_tokens=2**70)])
+    store.append([call(2, task="second", labels=("a", "b", "c"), label="a")])
+    store.append([call(3, task="first")])
+    assert {(record.task, record.labels) for record in everything(store)} == {
+        ("second", ("a", "b", "c")),
+        ("first", LABELS),
+    }
+
+
+def test_two_inputs_cannot_have_one_id(store: DistillationStore) -> None:
+    """Neither takes the other's place unsaid, nor is anything of their group stored."""
+    first = call(1)
+    store.append([first])
+    for group in ([call(2), call(3, id=first.id)], [call(1), call(4), call(5, id=(twice := call(6)).id), twice]):
+        with pytest.raises(StoreError, match="(?i)unique"):
+            store.append(group)
+        assert [(one.id, one.input, one.count) for one in everything(store)] == [(first.id, first.input, 1)]
+    assert store.verify() == []
+
+
+def test_a_large_group_of_all_kinds_comes_back_as_it_went_in(store: DistillationStore) -> None:
+    def kind(i: int, again: int = 0) -> RoutedCall:
+        k = 2 + i % 5
+        some: dict[str, Any] = [
+            {"probabilities": None, "score": None},
+            {"gold": f"label {i}", "gold_source": "user"},
+            {"subject": "sha256:" + f"{i:032x}"},
+            {"label": "a label of its own", "cost_usd": None},
+            {"labels": ("answer", "other"), "probabilities": (0.75, 0.25), "small_answer": "so", "label": "so"},
+            {"id": f"no UUID {i} {again}"},
+            {"route": "small", "reason": "confident", "large_model": "", "raw_output": None, "label": None},
+        ][i % 7]
+        p = {"labels": tuple(f"l{j}" for j in range(k)), "probabilities": (0.5, 0.5, *[0.0] * (k - 2)), "label": "l1"}
+        return call(i + 1_000 * again, **{**p, "input": f"question {i}", "time": 1000.0 + i + again / 10, **some})
+
+    first = [kind(i) for i in range(1_300)]
+    store.append(first)
+    written = {r.input: r for r in everything(store)}
+    assert len(written) == store.count() == 1_300
+    for record in first:
+        back = written[record.input]
+        assert back.model_copy(update={"id": record.id}) == record
+        assert store.get(record.id) == back
+    store.append([kind(i, again=1) for i in range(600, 1_900)])
+    assert store.count() == 1_900
+    assert [r.count for r in everything(store)] == [1] * 600 + [2] * 700 + [1] * 600
+    assert store.verify() == []
+
+
+def test_a_group_takes_few_statements(tmp_path: Path) -> None:
+    """Each of them gives the interpreter up, and waits for it where other threads compute."""
+    with DistillationStore(tmp_path / "calls.db") as store:
+        statements: list[str] = []
+        event.listen(store.engine, "before_cursor_execute", lambda _c, _u, sql, *_: statements.append(sql))
+        store.append([call(i) for i in range(2_048)])
+        assert len(statements) < 12
+        statements.clear()
+        store.append([call(i) for i in range(1_024, 3_072)])  # half of them repeat
+        assert len(statements) < 18
+        assert store.count() == 3_072
+
+
+def test_a_group_is_taken_apart_without_an_object_for_each_record(tmp_path: Path) -> None:
+    """Which the garbage collector would look through, with all records that wait, again and again."""
+    records = [call(i) for i in range(8_192)]
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append(records[:1])
+        collected: list[int] = []
+
+        def note(phase: str, found: dict[str, int]) -> None:
+            if phase == "stop":
+                collected.append(found["generation"])
+
+        gc.collect()
+        gc.callbacks.append(note)
+        try:
+            store.append(records)
+        finally:
+            gc.callbacks.remove(note)
+        assert len(collected) <= 2
+        assert store.count() == 8_192
+
+
+def test_a_sqlite_of_few_parameters_is_written_in_more_statements(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "calls.db") as store:
+
+        @event.listens_for(store.engine, "connect")
+        def limit(connection: Any, _: Any) -> None:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+
+        store.engine.dispose()
+        store.append([call(i) for i in range(300)])
+        assert store.count() == 300
+
+
+UUIDS = st.uuids().map(str) | st.uuids().map(lambda one: one.hex)
+IDS = UUIDS | st.text(max_size=40) | st.text("0123456789abcdef- ", min_size=36, max_size=36)
+
+
+@given(st.lists(IDS, max_size=6))
+def test_ids_are_the_same_together_as_alone(ids: list[str]) -> None:
+    assert ids_bytes(ids) == [id_bytes(one) for one in ids]
+
+
+class _NotedCall(RoutedCall):
+    note: str = ""
+
+
+def test_columns_are_those_of_the_fields_however_a_record_was_made() -> None:
+    whole = call(1, gold="food", gold_source="user")
+    values = dict(reversed(whole.model_dump().items()))
+    records = [
+        whole,
+        RoutedCall(**values),
+        RoutedCall.model_construct(**values),
+        RoutedCall.model_validate_json(whole.model_dump_json()),
+        whole.model_copy(update={"count": 7, "input": "another"}),
+        copy.deepcopy(whole),
+        pickle.loads(pickle.dumps(whole)),
+    ]
+    for some in (records, [*records, _NotedCall(**values, note="more than a call")], [_NotedCall(**values)], []):
+        assert columns_of(some) == {name: [getattr(one, name) for one in some] for name in RoutedCall.model_fields}
+
+
+def test_a_filter_that_few_records_pass_opens_one_group_at_a_time(store: DistillationStore, monkeypatch: Any) -> None:
+    for group in range(12):
+        store.append([call(100 * group + i, gold="refund" if i == 0 else None) for i in range(3)])
+    alive, most = 0, 0
+    real = Segment.unpack.__func__  # type: ignore[attr-defined]
+
+    class Counted(Segment):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def unpack(cls: type, data: bytes) -> Segment:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return real(Counted, data)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr("langchain_datashunt.call_log.segment_table.Segment.unpack", classmethod(unpack))
+    assert len([one for page in store.iterate(CallFilter(labelled=True)) for one in page]) == 12
+    assert most <= 2
+
+
+def test_a_record_that_no_database_takes_harms_no_other(tmp_path: Path, caplog: Any) -> None:
+    with Recorder(tmp_path / "c.db", durability="record") as recorder:
+        recorder.record([lambda: call(1, input="lone \ud800 surrogate"), lambda: call(2)])
+        recorder.record([lambda: call(3, input_tokens=2**70), lambda: call(4)])
+        assert recorder.flush(10)
+        assert (recorder.counters.written, recorder.counters.failed) == (3, 1)
+    assert "cannot be written" in caplog.text
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert [one.input for one in everything(store)] == ["lone \ud800 surrogate", "question 2", "question 4"]
+
+
+def test_a_record_that_the_database_refuses_does_not_make_it_away(url: str, tmp_path: Path, caplog: Any) -> None:
+    """Neither in a group nor in the spool: the others are written, and it is named and counted."""
+    with DistillationStore(url) as store:
+        store.append([call(0, id=(taken := str(uuid4())))])
+    poison = call(50, id=taken)
+    with DistillationStore(tmp_path / "spool.db") as spool:
+        spool.append([*(call(i) for i in range(100, 120)), poison, *(call(i) for i in range(120, 140))])
+    makers = [lambda i=i: call(i) for i in range(1, 40)]  # type: ignore[misc]
+    with Recorder(url, spool=tmp_path / "spool.db", retry_seconds=0.1) as recorder:
+        recorder.record([*makers, lambda: call(60, id=taken)])
+        recorder.flush()
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 40 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        counters = recorder.counters
+        assert (counters.written, counters.spooled, counters.drained, counters.failed) == (39, 0, 40, 2)
+        recorder.record([lambda: call(200)])
+        recorder.flush()
+        assert recorder.counters.written == 40
+    assert caplog.text.count(f"The record {taken} cannot be written") == 2
+    with DistillationStore(url) as store, DistillationStore(tmp_path / "spool.db") as spool:
+        assert (store.count(), spool.count()) == (81, 0)
+        with pytest.raises(RecordRefusedError):
+            store.append([call(61, id=taken)])
+
+
+def test_a_record_that_no_spool_takes_harms_no_other(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.away = True
+    with Recorder(store, spool=tmp_path / "spool.db", retry_seconds=60) as recorder:
+        recorder.record([lambda: call(1), lambda: call(2, input_tokens=2**70), lambda: call(3)])
+        recorder.flush()
+        assert (recorder.counters.spooled, recorder.counters.failed) == (2, 1)
+
+
+@pytest.mark.parametrize("damage", ["a record", "its pages", "the file"])
+def test_a_damaged_spool_harms_no_other_record(url: str, tmp_path: Path, caplog: Any, damage: str) -> None:
+    """What can be read of it is drained, what cannot stays where it is, and new calls are written as ever."""
+    file = tmp_path / "spool.db"
+    with DistillationStore(file) as spool:
+        spool.append([call(i) for i in range(100, 110)])
+        spool.append([call(i) for i in range(110, 140)])
+        if damage == "a record":
+            with spool.engine.begin() as connection:
+                connection.execute(text("UPDATE datashunt_segments SET content = :c WHERE number = 1"), {"c": b"pno"})
+    whole = file.read_bytes()
+    if damage == "the file":
+        file.write_bytes(bytes(4096) + whole[4096:])
+    elif damage == "its pages":
+        file.write_bytes(whole[:8192] + b"x" * len(whole[8192:]))
+    with Recorder(url, spool=file, retry_seconds=0.1) as recorder:
+        for i in range(3):
+            recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+            recorder.flush()
+            time.sleep(0.15)
+        assert (recorder.counters.written, recorder.counters.spooled) == (3, 0)
+        assert recorder.counters.drained == (30 if damage == "a record" else 0)
+    assert ("cannot be read and stay there" if damage == "a record" else "cannot be drained now") in caplog.text
+    if damage == "a record":
+        with DistillationStore(file) as spool:
+            assert spool.count() == 10
+
+
+def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
+    store.append([call(i, time=time.time() - (9 - i) * 100) for i in range(10)])
+    assert store.prune(max_age_seconds=550) == 4
+    assert store.prune(max_records=3) == 3
+    assert [r.input for r in everything(store)] == ["question 7", "question 8", "question 9"]
+    assert store.prune(max_records=3) == store.prune() == 0
+
+
+def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> None:
+    for i in range(5):
+        store.append([call(i)])
+    assert store.verify() == []
+    with store.engine.begin() as connection:
+        other = Segment.of(columns_of([call(4)])).pack()
+        for number, content in ((1, b"pnonsense"), (2, other)):
+            statement = text("UPDATE datashunt_segments SET content = :c WHERE number = :n")
+            connection.execute(statement, {"c": content, "n": number})
+    problems = store.verify()
+    assert len(problems) == 2
+    assert any("cannot be read" in p for p in problems)
+    assert any("does not fit its hash" in p for p in problems)
+    with store.engine.begin() as connection:
+        connection.execute(text("DELETE FROM datashunt_contexts"))
+    assert "context" in store.verify()[0]
+
+
+@pytest.mark.parametrize("n", [1, 200])
+def test_no_damaged_byte_of_a_segment_is_read(n: int) -> None:
+    """Not one of a distribution either, which would still read well."""
+    records = [call(i, input="?", raw_output=None, probabilities=(0.5, 0.25, 0.25)) for i in range(n)]
+    whole = Segment.of(columns_of(records))
+    packed, other = whole.pack(), 0
+    assert Segment.unpack(packed) == whole
+    for at in range(len(packed)):
+        for bit in (1, 16, 128):
+            damaged = bytearray(packed)
+            damaged[at] ^= bit
+            with contextlib.suppress(ValueError):
+                other += Segment.unpack(bytes(damaged)) != whole
+    assert other == 0
+
+
+def test_verify_finds_an_id_that_was_damaged(store: DistillationStore) -> None:
+    store.append([call(i) for i in range(3)])
+    with store.engine.begin() as connection:
+        damaged = connection.execute(text("SELECT min(number) FROM datashunt_calls")).scalar()
+        statement = text("UPDATE datashunt_calls SET id = :id WHERE number = :number")
+        connection.execute(statement, {"id": bytes(5), "number": damaged})
+    (problem,) = store.verify()
+    assert "00000000-00" in problem
+    assert "its id has 5 bytes" in problem
+
+
+def test_what_is_exported_is_what_is_stored(store: DistillationStore, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lone = call(3, input="half a \ud800 pair")
+    odd = 'a line\nof "text"\u2028 über 😀 \x00'
+    store.append(
+        [
+            call(1, input=odd, raw_output=odd, gold=None, cost_usd=1e-7, time=1.7e9, subject="alice"),
+            call(2, probabilities=None, score=None, label="a label of its own", audit=True),
+            lone,
+        ]
+    )
+    stored = [record for batch in store.iterate() for record in batch]
+    export(store, tmp_path / "calls.jsonl")
+    export(store, tmp_path / "calls.parquet")
+    lines = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_bytes().split(b"\n")[:-1]]
+    rows = parquet.read_table(tmp_path / "calls.parquet").to_pylist()
+    for record, line, row in zip(stored, lines, rows, strict=True):
+        computed = {"input_hash": record.input_hash, "confidence": record.confidence, "small_label": record.small_label}
+        whole = record.model_copy(update={"input": record.input.replace("\ud800", "?")})
+        assert line == {**whole.model_dump(mode="json", exclude={"subject"}), **computed}
+        assert {name: row[name] for name in line} == {
+            **line,
+            "probabilities": line["probabilities"] and pytest.approx(line["probabilities"]),
+        }
+
+
+def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str) -> None:
+    with DistillationStore(url):
+        pass
+    with store.engine.begin() as connection:
+        connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
+    with pytest.raises(StoreError, match=f"schema version 99 and this code knows up to {FIRST + len(STEPS) - 1}"):
+        DistillationStore(url)
+
+
+@pytest.mark.parametrize("url", ["nosuch://user:secret@host/x", "mysql+nosuchdriver://user:secret@host/x"])
+def test_a_database_that_is_not_known_is_a_wrong_setting_and_not_one_that_is_away(url: str, tmp_path: Path) -> None:
+    for make in (DistillationStore, lambda url: Recorder(url, spool=tmp_path / "spool.db")):
+        with pytest.raises(ConfigurationError, match=r"user:\*\*\*@host/x cannot be used") as raised:
+            make(url)
+        assert "secret" not in str(raised.value)
+
+
+BLOB_KEYS = {
+    "sqlite": """
+        CREATE TABLE datashunt_calls (
+            number INTEGER NOT NULL, "key" BLOB NOT NULL, id BLOB NOT NULL, context INTEGER NOT NULL,
+            time FLOAT NOT NULL, confidence FLOAT, score FLOAT, threshold FLOAT, route SMALLINT NOT NULL,
+            reason SMALLINT NOT NULL, small_label INTEGER, label INTEGER, input_tokens INTEGER, output_tokens INTEGER,
+            cost_usd FLOAT, gold VARCHAR, gold_source VARCHAR, subject BLOB, count BIGINT NOT NULL,
+            PRIMARY KEY (number), UNIQUE ("key"), UNIQUE (id));
+        CREATE INDEX datashunt_calls_subject ON datashunt_calls (subject) WHERE subject IS NOT NULL;
+        CREATE TABLE datashunt_replaced (id BLOB NOT NULL, "key" BLOB NOT NULL, PRIMARY KEY (id));
+        CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls FOR EACH ROW
+            WHEN (OLD.id IS NOT NEW.id)
+            BEGIN INSERT OR IGNORE INTO datashunt_replaced (id, key) VALUES (OLD.id, OLD.key); END;
+        CREATE TRIGGER datashunt_deleted AFTER DELETE ON datashunt_calls FOR EACH ROW
+            BEGIN INSERT OR IGNORE INTO datashunt_dead (number) VALUES (OLD.number); END""",
+    "postgresql": """
+        CREATE TABLE datashunt_calls (
+            number BIGINT NOT NULL, key BYTEA NOT NULL, id BYTEA NOT NULL, context INTEGER NOT NULL,
+            time DOUBLE PRECISION NOT NULL, confidence REAL, score DOUBLE PRECISION, threshold DOUBLE PRECISION,
+            route SMALLINT NOT NULL, reason SMALLINT NOT NULL, small_label INTEGER, label INTEGER,
+            input_tokens INTEGER, output_tokens INTEGER, cost_usd DOUBLE PRECISION, gold VARCHAR, gold_source VARCHAR,
+            subject BYTEA, count BIGINT NOT NULL, PRIMARY KEY (number), UNIQUE (key), UNIQUE (id));
+        CREATE INDEX datashunt_calls_subject ON datashunt_calls (subject);
+        CREATE TABLE datashunt_replaced (id BYTEA NOT NULL, key BYTEA NOT NULL, PRIMARY KEY (id));
+        CREATE FUNCTION datashunt_replaced_ids() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO datashunt_replaced (id, key) VALUES (OLD.id, OLD.key) ON CONFLICT DO NOTHING; RETURN NULL;
+            END $$;
+        CREATE TRIGGER datashunt_replaced_ids AFTER UPDATE OF id ON datashunt_calls FOR EACH ROW
+            WHEN (OLD.id IS DISTINCT FROM NEW.id) EXECUTE FUNCTION datashunt_replaced_ids()""",
+}
+"""The tables of version 8, whose keys are bytes."""
+
+
+def _with_keys_of_bytes(store: DistillationStore) -> None:
+    """Make a store one of version 8."""
+    backend = store.engine.dialect.name
+    with store.engine.begin() as connection:
+        rows = {
+            name: [dict(row) for row in connection.execute(text(f"SELECT * FROM {name}")).mappings()]
+            for name in ("datashunt_calls", "datashunt_replaced")
+        }
+        for name in ("replaced_ids", "moved", "deleted"):
+            gone = "TRIGGER" if backend == "sqlite" else "FUNCTION"
+            connection.execute(text(f"DROP {gone} datashunt_{name}{'' if backend == 'sqlite' else '() CASCADE'}"))
+        for name in rows:
+            connection.execute(text(f"DROP TABLE {name}"))
+        for statement in re.split(r";(?=\s+CREATE)", BLOB_KEYS[backend]):
+            connection.execute(text(statement))
+        for name, some in rows.items():
+            for row in some:
+                row["key"] = struct.pack(">qq", row.pop("key_high"), row.pop("key_low"))
+                values = ", ".join(f":{column}" for column in row)
+                connection.execute(text(f"INSERT INTO {name} ({', '.join(row)}) VALUES ({values})"), row)
+        connection.execute(text("DELETE FROM datashunt_schema WHERE version > 8"))
+
+
+def test_a_database_whose_keys_are_bytes_is_brought_up_to_date(store: DistillationStore, url: str) -> None:
+    first, again = call(1, time=1.0), call(1, time=2.0, subject="jane")
+    store.append([first])
+    store.append([again, *(call(i) for i in range(2, 30))])
+    before = everything(store)
+    _with_keys_of_bytes(store)
+    store.close()
+    with DistillationStore(url) as opened:
+        assert everything(opened) == before
+        assert opened.verify() == []
+        opened.label(first.id, "status")
+        assert opened.get(again.id).gold == "status"  # type: ignore[union-attr]
+        newest = call(2, time=5000.0)
+        opened.append([newest])
+        assert (opened.count(), opened.stats()["calls"]) == (29, 31)
+        opened.label(before[1].id, "refund")
+        assert opened.get(newest.id).gold == "refund", "the call that is replaced now is noted, too"  # type: ignore[union-attr]
+        assert opened.delete(input_hash=call(3).input_hash) == 1
+        assert opened.delete(subject="jane") == 1
+        assert opened.verify() == []
+        with opened.reading() as connection:
+            assert connection.execute(text("SELECT count(*) FROM datashunt_dead")).scalar() == 0
+    with DistillationStore(url) as opened:
+        assert opened.count() == 27
+
+
+def test_a_database_from_before_the_first_release_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "old.db") as plain:
+        plain.execute("CREATE TABLE datashunt_schema (version INTEGER PRIMARY KEY)")
+        plain.execute("INSERT INTO datashunt_schema VALUES (4)")
+    with pytest.raises(StoreError, match=r"version 4, from before the first release.*Export it"):
+        DistillationStore(tmp_path / "old.db")
+
+
+def _append_many(url: str, start: int) -> None:
+    with DistillationStore(url) as mine:
+        for i in range(start, start + 40, 4):
+            mine.append([call(j) for j in range(i, i + 4)])
+
+
+def test_many_processes_write_at_once(store: DistillationStore, url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(url, start)) for start in (0, 20, 100)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert store.count() == 100
+    assert store.stats()["calls"] == 120, "repeats across processes are counted, none is lost"
+    assert store.verify() == []
+
+
+def test_a_store_that_cannot_be_opened_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "no.db").write_text("this is no database, it is a plain text file of some length")
+    with pytest.raises(StoreError, match="cannot be used"):
+        DistillationStore(tmp_path / "no.db")
+    with pytest.raises(StoreError) as caught:
+        DistillationStore("postgresql+psycopg://user:secret@127.0.0.1:9/none")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_database_that_breaks_while_it_is_read_is_explained(store: DistillationStore) -> None:
+    store.append([call(1)])
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP TABLE datashunt_segments"))
+    with pytest.raises(StoreError, match="cannot be read"):
+        everything(store)
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP TABLE datashunt_calls"))
+    for read in (store.count, store.stats, store.verify, lambda: everything(store), lambda: store.get(str(uuid4()))):
+        with pytest.raises(StoreError, match="cannot be used"):
+            read()
+
+
+def test_the_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append([call()])
+    assert stat.S_IMODE((tmp_path / "calls.db").stat().st_mode) == 0o600
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=80), st.none() | st.text(max_size=80), st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
+def test_any_text_and_distribution_survive(tmp_path_factory: Any, value: str, raw: str | None, p: list[float]) -> None:
+    total = sum(p)
+    record = call(input=value, raw_output=raw, probabilities=tuple(x / total for x in p))
+    with DistillationStore(tmp_path_factory.mktemp("s") / "c.db") as store:
+        store.append([record])
+        (back,) = everything(store)
+    assert (back.input, back.raw_output) == (value, raw)
+    assert back.probabilities == pytest.approx(record.probabilities, abs=1e-3)
+    assert sum(back.probabilities or ()) == pytest.approx(1.0)
+
+
+def test_records_check_their_distributions() -> None:
+    with pytest.raises(DataError, match="2 probabilities for 3 labels"):
+        call(probabilities=(0.5, 0.5))
+
+
+def test_log_probabilities_become_a_distribution() -> None:
+    import math
+
+    def token(word: str, p: float, **others: float) -> dict[str, Any]:
+        top = [{"token": w, "logprob": math.log(q)} for w, q in {word: p, **others}.items()]
+        return {"token": word, "logprob": math.log(p), "top_logprobs": top}
+
+    tokens = [token("ref", 0.8, can=0.1, stat=0.05, zzz=0.01), token("und", 0.99)]
+    found = label_distribution(tokens, LABELS, "refund")
+    assert found is not None
+    p, confidence = found
+    assert confidence == pytest.approx(0.792)
+    assert p.sum() == pytest.approx(1.0)
+    assert p[LABELS.index("refund")] == pytest.approx(0.792, abs=1e-6)
+    assert p[LABELS.index("cancel")] > p[LABELS.index("status")] > 0
+    assert label_distribution([], LABELS, "refund") is None
+    assert label_distribution(tokens, LABELS, "strange") is None
+    assert stated_confidence('{"label": "x", "confidence": 0.7}') == 0.7
+    assert [stated_confidence(t) for t in (None, "x", "[]", '{"confidence": 2}', '{"confidence": true}')] == [None] * 5
+
+
+# The writer
+
+
+def shunt(recorder: Recorder, **changes: Any) -> ShuntRunnable:
+    return ShuntRunnable(**{"small": WordModel(), "large": CountingLarge(), "recorder": recorder, **changes})
+
+
+@pytest.mark.parametrize("durability", ["group", "record"])
+async def test_every_way_of_calling_is_recorded(url: str, durability: Any) -> None:
+    with Recorder(url, task="t", sample_small=1.0, durability=durability) as recorder:
+        router = shunt(recorder)
+        router.invoke("refund 1", {"configurable": {"shunt_subject": "jane"}})
+        await router.ainvoke("refund 2")
+        router.batch(["refund 3", "surely cancel 4"])
+        await router.abatch(["refund 5", "surely cancel 6"])
+        "".join(router.stream("refund 7"))
+        "".join([chunk async for chunk in router.astream("refund 8")])
+        list(router.batch_as_completed(["refund 9", "surely cancel 10"]))
+        [pair async for pair in router.abatch_as_completed(["refund 11", "surely cancel 12"])]
+        if durability == "group":
+            assert recorder.flush()
+        with DistillationStore(url) as store:
+            records = everything(store)
+            assert sorted(int(r.input.split()[-1]) for r in records) == list(range(1, 13))
+            assert {r.route for r in records} == {"small", "large"}
+            assert all(r.raw_output == f"L:{r.input}" for r in records if r.route == "large")
+            assert all(r.raw_output is None and r.large_model == "" for r in records if r.route == "small")
+            assert store.delete(subject="jane") == 1
+        assert recorder.counters.written == 12
+        assert recorder.counters.failed == recorder.counters.pending == 0
+
+
+def test_a_record_tells_the_whole_call(url: str) -> None:
+    with (
+        FaultyServer(lambda messages: "refund") as serving,
+        Recorder(url, task="support") as recorder,
+    ):
+        chain = ConfidenceRouterChain.from_models(
+            WordModel(), serving.chat_model(), recorder=recorder, answer_format="text", return_decision=True
+        )
+        result = chain.invoke("where is my refund")
+        recorder.flush()
+        with DistillationStore(url) as store:
+            (record,) = everything(store)
+            assert result.record_id is not None
+            store.label(result.record_id, "refund")
+    assert record.id == result.record_id
+    assert (record.task, record.label, record.raw_output, record.large_model) == (
+        "support",
+        "refund",
+        "refund",
+        "gpt-4",
+    )
+    assert record.labels == LABELS
+    assert record.probabilities == pytest.approx(result.prediction.probabilities, abs=1e-3)
+    assert (record.score, record.threshold) == (pytest.approx(result.decision.score), 0.9)
+    assert record.policy.startswith("Threshold")
+    assert record.cost_usd == pytest.approx(result.cost_usd)
+    assert record.large_seconds > 0
+
+
+def test_failures_and_unparsable_answers_are_recorded_too(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "c.db") as recorder:
+        large = CountingLarge({"x": [HttpError(400)], "y": [HttpError(400)]})
+        with pytest.raises(HttpError):
+            shunt(recorder, large=large).invoke("x")
+        assert shunt(recorder, large=large, on_large_error="small").invoke("y") == "cancel"
+        model = FakeListChatModel(responses=["no label at all"])
+        chain = ConfidenceRouterChain.from_models(WordModel(), model, recorder=recorder, max_reasks=0)
+        assert chain.batch(["z"], return_exceptions=True)
+        recorder.flush()
+        with DistillationStore(tmp_path / "c.db") as store:
+            found = {r.input: r for r in everything(store)}
+    assert {name: (r.reason, r.route) for name, r in found.items()} == {
+        "x": ("large_error", "large"), "y": ("large_error", "small"), "z": ("large_error", "large"),
+    }  # fmt: skip
+    assert (found["z"].raw_output, found["z"].label) == ("no label at all", None)
+
+
+def test_small_answers_are_sampled(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "c.db", sample_small=0.25, seed=0) as recorder:
+        shunt(recorder).batch([f"surely refund {i}" for i in range(400)])
+        recorder.flush()
+        counters = recorder.counters
+        assert 70 <= counters.written <= 130
+        assert counters.written + counters.sampled_out == 400
+    for wrong in ({"sample_small": 2.0}, {"durability": "maybe"}):
+        with pytest.raises(ConfigurationError):
+            Recorder(tmp_path / "d.db", **wrong)  # type: ignore[arg-type]
+
+
+def test_any_chain_can_be_recorded_by_a_handler(url: str) -> None:
+    with Recorder(url, task="collect") as recorder:
+        handler = RecordingCallbackHandler(recorder, labels=LABELS)
+        chain = ChatPromptTemplate.from_template("{q}") | FakeListChatModel(responses=["refund", "gibberish"])
+        chain.invoke({"q": "money back"}, {"callbacks": [handler]})
+        chain.invoke({"q": "who knows"}, {"callbacks": [handler]})
+        parsing = RecordingCallbackHandler(recorder, labels=LABELS, parse=lambda text: "status")
+        chain.invoke({"q": "where"}, {"callbacks": [parsing]})
+        recorder.flush()
+        with DistillationStore(url) as store:
+            labels = {r.input: (r.label, r.raw_output) for r in everything(store)}
+    assert labels == {
+        "money back": ("refund", "refund"), "who knows": (None, "gibberish"), "where": ("status", "refund"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "batch", "stream", "model"])
+def test_a_person_can_be_forgotten_whose_calls_a_handler_recorded(url: str, how: str) -> None:
+    model = FakeListChatModel(responses=["refund"])
+    chain = ChatPromptTemplate.from_template("{q}") | model
+    with Recorder(url) as recorder:
+        handler = RecordingCallbackHandler(recorder, labels=LABELS)
+        jane: Any = {"callbacks": [handler], "configurable": {"shunt_subject": "jane"}}
+        if how == "model":
+            model.invoke("hers", {"callbacks": [handler], "metadata": {"shunt_subject": "jane"}})
+        elif how == "ainvoke":
+            asyncio.run(chain.ainvoke({"q": "hers"}, jane))
+        elif how == "batch":
+            chain.batch([{"q": "hers"}], {"callbacks": [handler], "metadata": {"shunt_subject": "jane"}})
+        elif how == "stream":
+            list(chain.stream({"q": "hers"}, jane))
+        else:
+            chain.invoke({"q": "hers"}, jane)
+        chain.invoke({"q": "nobody's"}, {"callbacks": [handler]})
+        recorder.flush()
+        with DistillationStore(url) as store:
+            assert store.delete(subject="jane") == 1
+            assert [one.input for one in everything(store)] == ["nobody's"]
+
+
+class AwayStore(DistillationStore):
+    """A store whose database can be taken away."""
+
+    away = False
+    slow = 0.0
+
+    def append(self, records: Any) -> None:
+        time.sleep(self.slow)
+        if self.away:
+            raise StoreError("the database is away")
+        super().append(records)
+
+
+def test_with_the_database_away_nothing_is_lost(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    with Recorder(store, spool=tmp_path / "spool.db", retry_seconds=0.1) as recorder:
+        recorder.record([lambda: call(0)])
+        recorder.flush()
+        store.away = True
+        for i in range(1, 50):
+            recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+        recorder.flush()
+        assert store.count() == 1
+        assert recorder.counters.spooled == 49
+        store.away = False
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 49 and time.monotonic() < deadline:  # counted after it is written
+            time.sleep(0.05)
+        assert store.count() == 50
+        assert recorder.counters.drained == 49
+        assert store.verify() == []
+
+
+class NotingStore(DistillationStore):
+    """A store that notes how many records it is given, and calls back at the first of them."""
+
+    def __init__(self, url: str | Path, at_first: Callable[[], None]) -> None:
+        super().__init__(url)
+        self.given: list[int] = []
+        self.at_first = at_first
+
+    def append(self, records: Any) -> None:
+        if not self.given:
+            self.at_first()
+        self.given.append(len(records))
+        super().append(records)
+
+
+def test_what_is_called_while_a_spool_is_drained_does_not_wait_for_all_of_it(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "spool.db") as spool:
+        for start in range(0, 6_000, 3_000):
+            spool.append([call(i) for i in range(start, start + 3_000)])
+    ready = threading.Event()
+
+    def one_more() -> None:
+        ready.wait()
+        recorder.record([lambda: call(10_000)])
+
+    store = NotingStore(tmp_path / "c.db", one_more)
+    with Recorder(store, spool=tmp_path / "spool.db", retry_seconds=0.05) as recorder:
+        ready.set()
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 6_000 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert recorder.counters.drained == 6_000
+        assert recorder.counters.written == 1
+    assert store.given == [2048, 1, 2048, 6_000 - 2 * 2048]
+
+
+def test_each_database_has_a_spool_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:
+    """What one was to get reaches no other; nobody else can put a file there."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    one, two = "postgresql+psycopg://joe:secret@host/one", "postgresql+psycopg://joe@host/two"
+    assert spool_of(one) == spool_of(one.replace("secret", "changed")) != spool_of(two)
+    assert spool_of(one).parent == tmp_path / "state" / "langchain-datashunt"
+    assert spool_of(tmp_path / "c.db") == tmp_path / "c.db.spool"
+    assert spool_of("sqlite:///calls.db") == Path("calls.db.spool")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = spool_of(one).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(ConfigurationError, match="can be used by others"):
+        spool_of(one)
+
+
+def test_what_an_earlier_process_spooled_is_drained(tmp_path: Path) -> None:
+    with DistillationStore(tmp_path / "c.db.spool") as spool:
+        spool.append([call(1), call(2, subject="jane")])
+    with Recorder(tmp_path / "c.db", retry_seconds=0.05) as recorder:
+        deadline = time.monotonic() + 20
+        while recorder.counters.drained < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with DistillationStore(tmp_path / "c.db") as store:
+            assert store.count() == 2
+            assert store.delete(subject="jane") == 1
+
+
+def test_a_full_queue_makes_callers_wait_a_little_then_spool(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.slow = 0.3
+    recorder = Recorder(store, queue_size=2, group_size=1, max_wait_ms=20, spool=tmp_path / "s.db", retry_seconds=0.2)
+    slowest = 0.0
+    for i in range(12):
+        started = time.perf_counter()
+        recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+        slowest = max(slowest, time.perf_counter() - started)
+    assert slowest < 0.29, "a caller waits its 20 ms and writes to the spool, not for the slow database"
+    assert recorder.counters.spooled > 0
+    store.slow = 0.0
+    deadline = time.monotonic() + 20
+    while store.count() < 12 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert store.count() == 12
+    recorder.close()
+    recorder.close()
+    recorder.record([lambda: call(99)])
+    with DistillationStore(tmp_path / "s.db") as spool:
+        assert spool.count() == 1, "what comes after closing is spooled"
+
+
+def test_what_waits_is_written_in_one_group(tmp_path: Path) -> None:
+    """Nine thousand calls that came while the writer was busy: one commit, as large groups are the cheaper ones."""
+    written: list[int] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    class Watched(DistillationStore):
+        def append(self, records: Any) -> None:
+            written.append(len(records))
+            began.set()
+            assert go_on.wait(60)
+            super().append(records)
+
+    with Recorder(Watched(tmp_path / "c.db")) as recorder:
+        recorder.record([lambda: call(0)])
+        assert began.wait(60)
+        for i in range(1, 9001):
+            recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+        go_on.set()
+        recorder.flush()
+        assert written == [1, 9000]
+        assert recorder.counters.written == 9001
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 9001
+        assert [record.input for group in store.iterate() for record in group] == [call(i).input for i in range(9001)]
+
+
+def test_what_cannot_be_written_anywhere_is_counted_and_the_call_goes_on(tmp_path: Path, caplog: Any) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.away = True
+    (tmp_path / "spool").mkdir()
+    with Recorder(store, spool=tmp_path / "spool", retry_seconds=0.1) as recorder:
+        assert shunt(recorder).invoke("refund") == "L:refund"
+        recorder.record([lambda: 1 / 0])  # type: ignore[list-item,return-value]
+        recorder.flush()
+        assert recorder.counters.failed == 2
+    assert "could not be written anywhere" in caplog.text
+    assert "could not be made" in caplog.text
+
+
+async def test_async_callers_are_not_held_up_by_a_full_queue(tmp_path: Path) -> None:
+    store = AwayStore(tmp_path / "c.db")
+    store.slow = 0.2
+    with Recorder(store, queue_size=1, group_size=1, max_wait_ms=100, spool=tmp_path / "s.db") as recorder:
+        router, ticks = shunt(recorder), 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.005)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        started = time.perf_counter()
+        await asyncio.gather(*(router.ainvoke(f"refund {i}") for i in range(6)))
+        expected = (time.perf_counter() - started) / 0.02
+        ticking.cancel()
+        assert ticks >= expected
+        store.slow = 0.0
+
+
+PROGRAM = """
+import sys, time
+from langchain_datashunt.distillation import Recorder, RoutedCall
+recorder = Recorder(sys.argv[1], durability=sys.argv[2])
+print("ready", flush=True)
+for i in range(int(sys.argv[3])):
+    recorder.record([lambda i=i: RoutedCall(input=f"question {i}", large_model="m")])
+    if sys.argv[2] == "record":
+        print(i, flush=True)
+print("done", flush=True)
+for _ in range(600 if sys.argv[4] == "wait" else 0):
+    time.sleep(0.1)  # Python would see a signal that comes just before a long sleep only after it
+"""
+
+
+def run_program(*words: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, words)], stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+@pytest.mark.parametrize("end", ["exit", "SIGTERM"])
+def test_pending_records_are_written_at_exit_and_on_sigterm(tmp_path: Path, end: str) -> None:
+    program = run_program(tmp_path / "c.db", "group", 3000, "wait" if end == "SIGTERM" else "go")
+    assert program.stdout is not None
+    for line in program.stdout:
+        if line.strip() == "done":
+            break
+    if end == "SIGTERM":
+        program.send_signal(signal.SIGTERM)
+    assert program.wait(30) == (-signal.SIGTERM if end == "SIGTERM" else 0)
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 3000
+
+
+def test_many_records_are_stored_by_what_runs_at_exit(tmp_path: Path) -> None:
+    """The interpreter starts no thread then that could compress them."""
+    code = """if True:
+        import atexit, sys
+        from langchain_datashunt.distillation import DistillationStore, RoutedCall
+        store = DistillationStore(sys.argv[1])
+        records = [RoutedCall(input=f"question {i}", labels=("a", "b"), raw_output="a" * 50) for i in range(9000)]
+        atexit.register(store.append, records)
+    """
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.db")], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert [len(batch) for batch in store.iterate(batch_size=8000)] == [8000, 1000]
+        assert store.verify() == []
+
+
+def test_after_sigkill_every_call_that_returned_has_its_record(tmp_path: Path) -> None:
+    program = run_program(tmp_path / "c.db", "record", 100_000, "wait")
+    assert program.stdout is not None
+    returned = -1
+    for line in program.stdout:
+        if line.strip().isdigit():
+            returned = int(line)
+        if returned >= 150:
+            program.kill()
+            break
+    returned = max([returned, *(int(line) for line in program.stdout if line.strip().isdigit())])
+    program.wait()
+    with DistillationStore(tmp_path / "c.db") as store:
+        stored = {int(r.input.split()[1]) for r in everything(store)}
+        assert set(range(returned + 1)) <= stored
+        assert store.verify() == []
+
+
+def test_a_child_process_gets_a_writer_of_its_own(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "c.db")
+    recorder.record([lambda: call(1)])
+    recorder.flush()
+    child = os.fork()
+    if child == 0:
+        recorder.record([lambda: call(2)])
+        os._exit(0 if recorder.flush(20) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 2
+    import pickle
+
+    again = pickle.loads(pickle.dumps(recorder))
+    again.record([lambda: call(3)])
+    again.close()
+    recorder.close()
+    with sqlite3.connect(tmp_path / "c.db") as plain:
+        assert plain.execute("SELECT count(*) FROM datashunt_calls").fetchone() == (3,)
+    assert "c.db" in repr(recorder)
+
+
+def test_forked_processes_do_not_share_a_connection(url: str, tmp_path: Path) -> None:
+    """As those of a server that makes its recorder before it forks."""
+    with Recorder(url, spool=tmp_path / "spool.db") as recorder:
+        recorder.record([lambda: call(-1)])
+        recorder.flush()
+        children = []
+        for child in range(4):
+            if (pid := os.fork()) == 0:
+                for i in range(100):
+                    recorder.record([lambda i=i, c=child: call(1_000 * c + i)])  # type: ignore[misc]
+                    recorder.flush()
+                os._exit(0 if recorder.flush(20) and not recorder.counters.spooled else 1)
+            children.append(pid)
+        for i in range(100):
+            recorder.record([lambda i=i: call(10_000 + i)])  # type: ignore[misc]
+            recorder.flush()
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+        assert recorder.counters.spooled == 0
+    with DistillationStore(url) as store:
+        assert store.count() == 501
+        assert store.verify() == []
+
+
+def _record_and_end(recorder: Recorder, start: int) -> None:
+    for i in range(start, start + 50):
+        recorder.record([lambda i=i: call(i)])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_a_worker_process_has_pending_is_written_when_it_ends(tmp_path: Path, method: str) -> None:
+    recorder = Recorder(tmp_path / "c.db")
+    context = multiprocessing.get_context(method)
+    workers = [context.Process(target=_record_and_end, args=(recorder, 100 * n)) for n in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    recorder.close()
+    with DistillationStore(tmp_path / "c.db") as store:
+        assert store.count() == 100
+
+
+def test_threads_share_a_recorder(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "c.db", durability="record") as recorder:
+        router = shunt(recorder)
+        threads = [
+            threading.Thread(target=lambda t=t: [router.invoke(f"refund {t} {i}") for i in range(10)])  # type: ignore[misc]
+            for t in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with DistillationStore(tmp_path / "c.db") as store:
+            assert store.count() == 80
+
+
+def test_an_export_that_fails_leaves_the_one_before_it(store: DistillationStore, tmp_path: Path) -> None:
+    store.append([call(i) for i in range(3)])
+    for name in ("calls.jsonl", "calls.parquet"):
+        export(store, tmp_path / name)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("calls.*") if file.suffix != ".db"}
+    with store.engine.begin() as connection:
+        connection.execute(text("UPDATE datashunt_segments SET content = :nothing"), {"nothing": b"zzz"})
+    for name in ("calls.jsonl", "calls.parquet"):
+        with pytest.raises(StoreError):
+            export(store, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before[name]
+    assert not list(tmp_path.glob(".calls*"))
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        export(store, tmp_path, kind="jsonl")
+
+
+def test_chats_for_fine_tuning_are_only_what_can_be_learnt(store: DistillationStore, tmp_path: Path) -> None:
+    written = call(2, labels=("answer", "other"), probabilities=(0.4, 0.6), label="It is on its way.")
+    store.append([call(1), written, call(3, input="hashed:sha256:" + "0" * 64)])
+    assert export(store, tmp_path / "chats.jsonl", kind="openai") == 2
+    told = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").open()]
+    assert [one[0]["content"][:20] for one in told] == ["Sort the message int", "Answer the message."]
+    assert told[1][2]["content"] == "It is on its way."
+
+
+def test_totals_count_repeats(store: DistillationStore) -> None:
+    for i in range(10):
+        store.append([call(1, time=1000.0 + i)])
+    store.append([call(2, route="small", reason="confident", large_model="", label=None, cost_usd=None)])
+    stats = store.stats()
+    assert (stats["records"], stats["calls"], stats["route_large"], stats["route_small"]) == (2, 11, 10, 1)
+    assert stats["cost_usd"] == pytest.approx(0.1)
+    assert stats["input_tokens"] == 1100
+    assert isinstance(stats["route_large"], int)
+
+
+def test_pending_counts_records_until_they_are_written(tmp_path: Path) -> None:
+    going, begun = threading.Event(), threading.Event()
+
+    def slow() -> RoutedCall:
+        begun.set()
+        assert going.wait(20)
+        return call(0)
+
+    with Recorder(tmp_path / "calls.db") as recorder:
+        recorder.record([slow])
+        assert begun.wait(20)
+        recorder.record([lambda i=i: call(i) for i in range(1, 101)])  # type: ignore[misc]
+        assert recorder.counters.pending == 101, "one is being written, and a hundred wait in one group"
+        going.set()
+        assert recorder.flush()
+        assert (recorder.counters.pending, recorder.counters.written) == (0, 101)
+
+
+def test_a_dataset_of_nothing_is_one_and_takes_no_other_folders_place(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append([call(i) for i in range(3)])
+        nothing = CallFilter(until=1.0)
+        for which, n in ((nothing, 0), (CallFilter(), 3), (nothing, 0)):
+            assert export(store, tmp_path / "ds", kind="datasets", which=which) == n
+            assert datasets.load_from_disk(str(tmp_path / "ds")).num_rows == n
+        assert "input_hash" in datasets.load_from_disk(str(tmp_path / "ds")).column_names
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("x")
+        with pytest.raises(ConfigurationError, match="is no dataset"):
+            export(store, tmp_path / "mine", kind="datasets")
+        chats = tmp_path / "chats.jsonl"
+        export(store, chats, kind="openai", instruction='Say {"label": "x"}, one of {labels}.')
+        system = json.loads(chats.read_text().splitlines()[0])["messages"][0]["content"]
+        assert system == 'Say {"label": "x"}, one of ' + ", ".join(LABELS) + "."
+        with pytest.raises(StoreError, match="'xyz' is no input hash"):
+            store.delete(input_hash="xyz")

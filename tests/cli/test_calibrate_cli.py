@@ -1,0 +1,235 @@
+"""`datashunt calibrate` and `evaluate` on real files, and the report in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from langchain_datashunt import ConfidenceRouterChain, load_small_model
+from langchain_datashunt.cli.app import app
+from langchain_datashunt.policies.thresholds import AlwaysLarge, AlwaysSmall, Threshold
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LABELS = ("cancel", "refund", "status")
+
+
+def rows(n: int, seed: int) -> list[dict[str, str]]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        label = str(rng.choice(LABELS))
+        word = label if rng.random() < 0.8 else str(rng.choice(LABELS))
+        large = label if rng.random() < 0.85 else str(rng.choice([*LABELS, ""]))
+        text = f"about my {word} number {seed}-{i} <b>{rng.integers(50)}</b>"
+        made.append({"text": text, "label": label, "large": large, "usd": f"{rng.random() / 100:.5f}"})
+    return made
+
+
+def write(file: Path, made: list[dict[str, str]]) -> str:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["text", "label", "large", "usd"])
+        writer.writeheader()
+        writer.writerows(made)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A bundle, and files to calibrate and to evaluate on."""
+    where: Path = tmp_path_factory.mktemp("calibrate")
+    write(where / "train.csv", rows(200, 0))
+    write(where / "dev.csv", rows(600, 1))
+    write(where / "test.csv", rows(600, 2))
+    run("train", where, "train.csv", "--model", "textcnn", "--out", str(where / "base"), "--epochs", "6")
+    return where
+
+
+def run(command: str, folder: Path, data: str, *more: str, code: int = 0) -> str:
+    given = [command, "--data", str(folder / data), "--text", "text", "--label", "label", *more]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == code, result.output
+    return re.sub(r"\s+", " ", result.output)
+
+
+@pytest.fixture
+def bundle(folder: Path, tmp_path: Path) -> str:
+    shutil.copytree(folder / "base", tmp_path / "bundle")
+    return str(tmp_path / "bundle")
+
+
+def test_the_best_kind_can_be_chosen_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "best")
+    said = run("train", folder, "train.csv", "--model", "auto", "--out", out, "--time-budget", "3", "--epochs", "2")
+    assert "embedding: NLL" in said
+    assert load_small_model(out).labels == LABELS
+    words = run("train", folder, "train.csv", "--model", "textcnn", "--out", out, "--name-labels", code=2)
+    assert "--name-labels is for embedding, neighbours, ensemble" in words
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("max-accuracy", ["--large-label", "large"]),
+        ("max-accuracy", ["--large-label", "large", "--fusion"]),
+        ("match-large", ["--large-label", "large"]),
+        ("match-large=0.02", ["--large-label", "large"]),
+        ("budget=0.2", ["--large-label", "large"]),
+        ("budget=0.2", []),
+        ("cost=1.5", ["--large-label", "large", "--large-cost", "usd"]),
+        ("cost=1.5", ["--large-label", "large", "--large-cost", "0.005"]),
+        ("risk=0.15", []),
+        ("risk=0.2", []),
+    ],
+)
+def test_every_objective_is_written_into_the_bundle(
+    objective: str, more: list[str], folder: Path, bundle: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "choice.json"
+    run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", objective, "--json", str(out), *more)
+    told, small = json.loads(out.read_text()), load_small_model(bundle)
+    if objective == "risk=0.2":  # 13% are wrong of all that it answers, so everything may be kept
+        assert isinstance(small.policy, AlwaysSmall)
+    else:
+        assert isinstance(small.policy, Threshold)
+        assert small.policy.threshold == told["threshold"] == small.threshold
+    assert (small.fusion is not None) == ("--fusion" in more)
+    if objective.startswith("budget"):
+        assert told["query_share"] <= 0.2 + 1e-9
+    if objective.startswith("cost"):
+        assert told["usd_per_1000"] <= 1.5 + 1e-9
+    if objective.startswith("risk"):
+        percent = objective.removeprefix("risk=0.").ljust(2, "0")
+        assert f"With 95% confidence at most {percent}%" in told["guarantee"]
+        assert told["kept_error"] <= int(percent) / 100
+        assert told["temperature"] == load_small_model(folder / "base").temperature, "scores must not see the labels"
+    from langchain_core.language_models import FakeListChatModel
+
+    chain = ConfidenceRouterChain.from_models(small, FakeListChatModel(responses=["refund"]), answer_format="text")
+    assert chain._steps.policy == small.policy
+
+
+def test_a_promise_that_cannot_be_shown_ends_with_status_1(folder: Path, bundle: str) -> None:
+    said = run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", "risk=0.02", code=1)
+    assert "everything is sent to the large model" in said
+    assert isinstance(load_small_model(bundle).policy, AlwaysLarge)
+
+
+def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, tmp_path: Path) -> None:
+    out, asked = tmp_path / "figures.json", ["--large-label", "large"]
+    run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", "max-accuracy", "--fusion", *asked)
+    given = ["--bundle", bundle, "--json", str(out), *asked, "--large-cost", "usd"]
+    run("evaluate", folder, "test.csv", *given)
+    told = json.loads(out.read_text())
+    keys = (
+        "small_accuracy", "large_accuracy", "shunt_accuracy", "query_share", "fused_accuracy", "random_mix_accuracy",
+        "aurc", "ece_before", "ece_after", "savings_usd_per_1000",
+    )  # fmt: skip
+    assert told["n"] == 600
+    for key in keys:
+        low, high = told[f"{key}_interval"]
+        assert low <= high
+    assert told["shunt_accuracy"] > told["random_mix_accuracy"]
+    run("evaluate", folder, "test.csv", *given, "--threshold", "0.99")
+    assert json.loads(out.read_text())["query_share"] > told["query_share"]
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "words"),
+    [
+        ("train.csv", ["--objective", "risk=0.3"], "texts of .*train.csv were trained on \\(row 1 first\\)"),
+        ("dev.csv", ["--objective", "best"], "is not known; use max-accuracy, match-large"),
+        ("dev.csv", ["--objective", "risk"], "needs a number, for example risk=0.05"),
+        ("dev.csv", ["--objective", "risk=high"], "needs a number"),
+        ("dev.csv", ["--objective", "max-accuracy"], "none are given"),
+        ("dev.csv", ["--objective", "max-accuracy", "--fusion"], "give --large-label"),
+        ("dev.csv", ["--objective", "max-accuracy", "--large-label", "gpt"], "no column 'gpt'; it has: text, label"),
+        (
+            "dev.csv",
+            ["--objective", "cost=1", "--large-label", "large", "--large-cost", "text"],
+            "give USD as a number",
+        ),
+        ("dev.csv", ["--objective", "risk=0.0001"], "calibration examples cannot show"),
+        ("empty.csv", ["--objective", "risk=0.1"], "has no rows"),
+        ("strange.csv", ["--objective", "budget=0.1"], "does not know: unheard-of"),
+        ("one.csv", ["--objective", "budget=0.1"], "All 20 examples have the label 'refund'"),
+    ],
+)
+def test_impossible_asks_name_the_remedy(data: str, more: list[str], words: str, folder: Path, bundle: str) -> None:
+    write(folder / "empty.csv", [])
+    write(folder / "strange.csv", [{**row, "label": "unheard-of"} for row in rows(3, 5)] + rows(30, 6))
+    write(folder / "one.csv", [{**row, "label": "refund"} for row in rows(20, 7)])
+    before = (Path(bundle) / "config.json").read_text()
+    said = run("calibrate", folder, data, "--bundle", bundle, *more, code=2)
+    assert re.search(words, said), said
+    assert (Path(bundle) / "config.json").read_text() == before, "nothing is lost"
+
+
+# The report
+
+
+@pytest.fixture
+def report(folder: Path, bundle: str, tmp_path: Path) -> Path:
+    asked = ["--large-label", "large"]
+    run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", "max-accuracy", "--fusion", *asked)
+    file = tmp_path / "report.html"
+    run("evaluate", folder, "test.csv", "--bundle", bundle, "--report", str(file), *asked, "--large-cost", "usd")
+    return file
+
+
+def test_the_report_is_self_contained_and_escapes_texts(report: Path, folder: Path, bundle: str) -> None:
+    page = report.read_text()
+    assert "&lt;b&gt;" in page and "<b>4" not in page, "a text of the data is never markup"
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page), "nothing is fetched"
+    assert "<script" not in page
+    for title in ("Accuracy by share asked", "Reliability", "Risk and coverage", "Labels, the worst first"):
+        assert title in page
+    quiet = report.with_name("quiet.html")
+    run(
+        "evaluate",
+        folder,
+        "test.csv",
+        "--bundle",
+        bundle,
+        "--large-label",
+        "large",
+        "--report",
+        str(quiet),
+        "--no-texts",
+    )
+    assert "about my" not in quiet.read_text()
+    alone = report.with_name("alone.html")
+    run("evaluate", folder, "test.csv", "--bundle", bundle, "--report", str(alone))
+    assert "Accuracy by share asked" not in alone.read_text(), "without recorded answers there is no such curve"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize(("size", "scheme"), [("1280,1600", 0), ("1280,1600", 1), ("390,1600", 1)])
+def test_the_report_is_drawn_by_a_browser(report: Path, size: str, scheme: int, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    shot = tmp_path / "shot.png"
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}", "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*command, f"--screenshot={shot}", report.as_uri()], capture_output=True, text=True, timeout=90
+    )
+    assert shot.stat().st_size > 20_000, done.stderr
+    assert "CONSOLE" not in done.stderr
+    page = subprocess.run([*command, "--dump-dom", report.as_uri()], capture_output=True, text=True, timeout=90).stdout
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 3
+    for figure in figures:
+        assert re.search(r'<polyline points="[\d.]+,[\d.]+ [\d.]+', figure)
+        assert "NaN" not in figure and "nan" not in figure

@@ -1,0 +1,242 @@
+"""Whether the answers that taught a candidate are looked at: by simulation, and where a candidate is considered."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import PrivateAttr
+
+from langchain_datashunt.call_log import DistillationStore, RoutedCall
+from langchain_datashunt.distillation import (
+    ContinualDistiller,
+    DistillationSettings,
+    ModelRegistry,
+    PromotionGate,
+    TeacherCheck,
+)
+from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.small_models import EmbeddingClassifier, Scores, SmallModel, TrainingSettings
+
+K = 20
+LABELS = tuple(f"l{i}" for i in range(K))
+THRESHOLD = 0.7
+
+
+class Table(SmallModel):
+    """Gives the texts "0", "1", ... the distributions that it was given."""
+
+    _p: NDArray[np.float64] = PrivateAttr()
+
+    def predict_scores(self, texts: Sequence[str]) -> Scores:
+        return Scores(np.log(self._p[[int(text) for text in texts]]))
+
+
+class World:
+    """Inputs whose true labels are drawn from what the small model believes, and what a large model says to them."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        sharp = self.rng.choice([0.5, 1.0, 2.0], size=(n, 1))
+        p = self.rng.dirichlet(np.full(K, 0.12), n) ** sharp + 1e-4
+        self.p = p / p.sum(axis=1, keepdims=True)
+        self.small = Table(labels=LABELS)
+        self.small._p = self.p
+        self.truth = self.drawn()
+        self.large = np.where(self.rng.random(n) < 0.8, self.truth, self.drawn())
+
+    def drawn(self) -> NDArray[np.intp]:
+        return (self.p.cumsum(axis=1) > self.rng.random((len(self.p), 1))).argmax(axis=1)
+
+    def calls(self, rows: range, flipped: float = 0.0) -> list[RoutedCall]:
+        """What a shunt records, with a share of the large answers replaced by random ones."""
+        found = []
+        for i in rows:
+            answer = self.rng.integers(K) if self.rng.random() < flipped else self.large[i]
+            if self.p[i].max() < THRESHOLD:
+                p = tuple(self.p[i].tolist())
+                found.append(call(input=str(i), probabilities=p, label=LABELS[answer]))
+        return found
+
+    def held_out(self, rows: range) -> tuple[list[str], list[str | None]]:
+        return [str(i) for i in rows], [LABELS[self.large[i]] for i in rows]
+
+
+def call(**fields: Any) -> RoutedCall:
+    return RoutedCall(**{"labels": LABELS, "large_model": "m", "threshold": THRESHOLD, "raw_output": "x"} | fields)
+
+
+def share_refused(flipped: float, tries: int, check: TeacherCheck, n: int = 1000) -> float:
+    refused = 0
+    for seed in range(tries):
+        world = World(2 * n, seed)
+        verdict = check.test(world.small, world.calls(range(n), flipped), *world.held_out(range(n, 2 * n)))
+        assert min(verdict.taught, verdict.held_out) >= 100
+        refused += not verdict.passed
+    return refused / tries
+
+
+def test_untouched_answers_are_refused_no_more_often_than_promised() -> None:
+    tries = 200
+    assert share_refused(0.0, tries, TeacherCheck(margin=0.0)) <= 0.05 + 3 * (0.05 * 0.95 / tries) ** 0.5
+    assert share_refused(0.0, tries, TeacherCheck()) <= 0.02
+
+
+@pytest.mark.parametrize(("flipped", "noticed"), [(0.1, 0.7), (0.5, 1.0)])
+def test_replaced_answers_are_noticed(flipped: float, noticed: float) -> None:
+    assert share_refused(flipped, 40, TeacherCheck()) >= noticed
+
+
+def test_a_harder_log_alone_is_no_reason() -> None:
+    """Compared are inputs of which the small model was equally sure, not the log with the held-out file as a whole."""
+    world = World(3000, 0)
+    hard = [one for one in world.calls(range(1500)) if (one.confidence or 0.0) < 0.4]
+    verdict = TeacherCheck().test(world.small, hard, *world.held_out(range(1500, 3000)))
+    assert verdict.passed, verdict
+    assert verdict.taught == len(hard) > 100
+    sure = [one for one in world.calls(range(1500)) if (one.confidence or 0.0) >= 0.4]
+    assert TeacherCheck().test(world.small, sure, *world.held_out(range(1500, 3000))).passed
+
+
+def test_the_difference_is_mantels_and_haenszels() -> None:
+    """One stratum: the plain difference of two shares, with its usual variance where the groups are equally large."""
+    world = World(4000, 1)
+    check = TeacherCheck(strata=1)
+    calls = world.calls(range(2000), flipped=0.2)
+    texts, answers = world.held_out(range(2000, 4000))
+    verdict = check.test(world.small, calls, texts, answers)
+    limit = max(one.confidence or 0.0 for one in calls)
+    held = [i for i in range(2000, 4000) if world.p[i].max() <= limit]
+    expected = np.mean([world.p[i, world.large[i]] < 1 / K for i in held])
+    surprising = np.mean([one.probabilities[LABELS.index(str(one.label))] < 1 / K for one in calls])  # type: ignore[index]
+    assert (verdict.taught, verdict.held_out) == (len(calls), len(held))
+    assert verdict.surprising == pytest.approx(surprising)
+    assert verdict.expected == pytest.approx(expected)
+    deviation = (surprising * (1 - surprising) / len(calls) + expected * (1 - expected) / len(held)) ** 0.5
+    assert verdict.lower_bound == pytest.approx(surprising - expected - 1.645 * deviation, abs=2e-3)
+
+
+def test_what_says_nothing_of_the_answers_is_left_out() -> None:
+    world = World(600, 2)
+    calls, held = world.calls(range(300)), world.held_out(range(300, 600))
+    odd = [
+        call(input="a", probabilities=calls[0].probabilities, label=LABELS[0], audit=True),
+        call(input="b", probabilities=calls[0].probabilities, label="new"),
+        call(input="c", probabilities=calls[0].probabilities, label=None),
+        call(input="d", label=LABELS[0]),
+        call(input="e", probabilities=calls[0].probabilities, label=LABELS[0], reason="small_error"),
+        call(input="f", labels=("answer", "other"), probabilities=(0.6, 0.4), small_answer="x", label="x"),
+    ]
+    plain = TeacherCheck().test(world.small, calls, *held)
+    assert TeacherCheck().test(world.small, [*odd, *calls], *held) == plain
+    assert TeacherCheck().test(world.small, calls, [*held[0], "1", "2"], [*held[1], None, "new"]) == plain
+
+
+def test_too_few_answers_are_not_compared() -> None:
+    world = World(400, 3)
+    calls, (texts, answers) = world.calls(range(200)), world.held_out(range(200, 400))
+    for verdict in (
+        TeacherCheck().test(world.small, calls[:49], texts, answers),
+        TeacherCheck().test(world.small, calls, texts[:20], answers[:20]),
+        TeacherCheck().test(world.small, calls, texts, [None] * len(texts)),
+        TeacherCheck().test(world.small, [], texts, answers),
+    ):
+        assert verdict.passed
+        assert "too few to compare; 50 are needed" in verdict.reason
+        assert math.isnan(verdict.lower_bound)
+    with pytest.raises(DataError, match="give one for each"):
+        TeacherCheck().test(world.small, calls, texts, answers[:5])
+
+
+def test_inputs_of_which_it_was_never_equally_sure_are_not_compared() -> None:
+    """Logged inputs at 0.2 and 0.9 alone, held-out ones between: no stratum has both."""
+    world = World(200, 5)
+    for i in range(200):
+        top = (0.2 if i < 50 else 0.9) if i < 100 else 0.4
+        world.p[i] = (1.0 - top) / (K - 1)
+        world.p[i, 0] = top
+    calls = [call(input=str(i), probabilities=tuple(world.p[i].tolist()), label=LABELS[0]) for i in range(100)]
+    verdict = TeacherCheck().test(world.small, calls, *world.held_out(range(100, 200)))
+    assert verdict.passed
+    assert "too few to compare" in verdict.reason
+
+
+def test_held_out_answers_that_belong_to_no_texts_are_refused(tmp_path: Path) -> None:
+    for holdout in (None, (["a", "b"], ["x", "y"])):
+        with pytest.raises(DataError, match="give one for each text of `holdout`"):
+            ContinualDistiller(tmp_path / "models", tmp_path / "c.db", holdout=holdout, holdout_large=["x"])
+
+
+def test_the_gate_refuses_what_such_answers_taught_and_says_why() -> None:
+    world = World(2000, 4)
+    texts, labels = [str(i) for i in range(2000)], [LABELS[i] for i in world.truth]
+    held = world.held_out(range(1000, 2000))
+    good = TeacherCheck().test(world.small, world.calls(range(1000)), *held)
+    bad = TeacherCheck().test(world.small, world.calls(range(1000), flipped=0.3), *held)
+    gate = PromotionGate()
+    assert gate.test(world.small, world.small, texts, labels, teacher=good).passed
+    verdict = gate.test(world.small, world.small, texts, labels, teacher=bad)
+    assert not verdict.passed
+    assert "of the large model's answers surprise the small one" in verdict.reason
+    assert "has changed since" in verdict.reason
+    assert verdict.teacher == bad
+
+
+@pytest.fixture(scope="module")
+def shop(shop_messages: Any) -> tuple[EmbeddingClassifier, list[str], list[str]]:
+    """S1 of few examples; texts and labels that it has not seen."""
+    texts, labels = shop_messages
+    order = np.random.default_rng(0).permutation(len(texts)).tolist()
+    few, rest = order[:24], order[24:]
+    quiet = TrainingSettings(progress=False)
+    s1 = EmbeddingClassifier.train([texts[i] for i in few], [labels[i] for i in few], settings=quiet)
+    return s1, [texts[i] for i in rest], [labels[i] for i in rest]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_round_of_distillation_compares_the_answers(shop: Any, tmp_path: Path, flipped: bool) -> None:
+    s1, texts, labels = shop
+    registry, url, half = ModelRegistry(tmp_path / "models"), str(tmp_path / "c.db"), len(texts) // 2
+    registry.promote(registry.add(s1))
+    assert registry.in_service_since() == 0.0, "the calls of the first version may be older than the registry"
+    wrong = dict(zip(sorted(set(labels)), sorted(set(labels))[1:] + sorted(set(labels))[:1], strict=True))
+    with DistillationStore(url) as store:
+        store.append(
+            [
+                RoutedCall(
+                    input=text, labels=s1.labels, probabilities=tuple(p.probabilities.tolist()), threshold=1.1,
+                    large_model="m", label=wrong[label] if flipped else label,
+                )
+                for text, label, p in zip(texts[:half], labels[:half], s1.predict_batch(texts[:half]), strict=True)
+            ]
+        )  # fmt: skip
+    generous = PromotionGate(margin=0.9, proficient_margin=0.9, label_margin=1.0)
+    continual = ContinualDistiller(
+        registry, url, every=1, gate=generous, holdout=(texts[half:], labels[half:]), holdout_large=labels[half:],
+        teacher_check=TeacherCheck(min_examples=20),
+        settings=DistillationSettings(training=TrainingSettings(progress=False)),
+    )  # fmt: skip
+    found = continual.step()
+    assert found is not None
+    version, verdict = found
+    assert verdict.teacher is not None
+    assert verdict.teacher.taught == half
+    assert verdict.passed is not flipped
+    told = registry.version(version)
+    assert told.status == ("rejected" if flipped else "promoted")
+    assert ("surprise" in told.reason) is flipped
+    assert told.metrics["teacher"]["passed"] is not flipped
+    if not flipped:
+        assert registry.in_service_since() == told.created
+        again = continual.step()
+        assert again is not None
+        assert again[1].teacher is not None
+        assert again[1].teacher.taught == 0, "the answers from before it took over taught it; they cannot judge it"
+        kept = json.loads((registry.folder / "versions" / "0003.json").read_text())["metrics"]["teacher"]
+        assert kept["lower_bound"] is None

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.prompts import ChatPromptTemplate
+
+from langchain_datashunt import (
+    AlwaysLarge,
+    ConfidenceRouterChain,
+    ConformalPrompt,
+    NoHint,
+    Prediction,
+    PredictionBatch,
+    ShuntRunnable,
+    SoftPrompt,
+    Threshold,
+    load_small_model,
+)
+from langchain_datashunt.exceptions import BundleError, ConfigurationError, DataError
+from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.policies.thresholds import ValueOfAsking
+from tests.support.models import LABELS, WordModel
+
+NAMES = ("a", "b", "c")
+
+
+def fitted(accuracy: float = 0.8, n: int = 600, seed: int = 0) -> AnswerFusion:
+    rng = np.random.default_rng(seed)
+    truth = rng.choice(NAMES, n).tolist()
+    large = [t if rng.random() < accuracy else str(rng.choice(NAMES)) for t in truth]
+    return AnswerFusion.fit(NAMES, truth, large)
+
+
+def test_the_posterior_is_bayes_rule() -> None:
+    fusion = AnswerFusion.fit(NAMES, ["a", "a", "b", "c"], ["a", "b", "b", None], strength=2.0)
+    p, likelihood = np.array([[0.5, 0.3, 0.2]]), fusion.likelihood
+    assert likelihood.shape == (3, 4)
+    assert likelihood.sum(axis=1) == pytest.approx(1.0)
+    wanted = p[0] * likelihood[:, 1]
+    assert fusion.posterior(p, np.array([1]))[0] == pytest.approx(wanted / wanted.sum())
+    silent = p[0] * likelihood[:, 3]
+    assert fusion.posterior(p, fusion.columns([None]))[0] == pytest.approx(silent / silent.sum())
+    assert fusion.columns(["c", "nonsense", None]).tolist() == [2, 3, 3]
+
+
+def test_a_sure_small_model_outweighs_and_an_unsure_one_gives_way() -> None:
+    fusion = fitted()
+    assert fusion.fuse(Prediction.of({"a": 0.99, "b": 0.005, "c": 0.005}), "b") == "a"
+    assert fusion.fuse(Prediction.of({"a": 0.4, "b": 0.35, "c": 0.25}), "b") == "b"
+    assert fusion.fuse(Prediction.of({"b": 0.35, "c": 0.25, "a": 0.4}), None) == "a", "other order, nothing said"
+
+
+def test_cross_fitting_leaves_each_example_out() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.integers(3, size=30)
+    large = np.where(rng.random(30) < 0.7, truth, (truth + 1) % 3)
+    p = rng.dirichlet(np.ones(3), 30)
+    names = lambda rows: [NAMES[i] for i in rows]  # noqa: E731
+    fusion = AnswerFusion.fit(NAMES, names(truth), names(large))
+    found = fusion.cross_fitted(p, truth, large)
+    for i in range(30):
+        rest = np.arange(30) != i
+        prior = fusion._prior  # the prior is the whole data's, as documented by what it stands for
+        counts = np.zeros((3, 4))
+        np.add.at(counts, (truth[rest], large[rest]), 1)
+        rows = counts + fusion.strength * prior
+        likelihood = rows / rows.sum(axis=1, keepdims=True)
+        assert found[i] == (p[i] * likelihood[:, large[i]]).argmax()
+
+
+def test_asking_never_loses_on_average_and_gains_where_it_is_unsure() -> None:
+    fusion = fitted(0.9)
+    value = fusion.value_of_asking(np.array([[0.34, 0.33, 0.33], [0.999, 0.0005, 0.0005]]))
+    assert (value >= 0).all()
+    assert value[0] > 0.4
+    assert value[1] == pytest.approx(0.0, abs=1e-6)
+    brute = sum((np.array([0.34, 0.33, 0.33]) * fusion.likelihood[:, a]).max() for a in range(4)) - 0.34
+    assert value[0] == pytest.approx(brute)
+
+
+def test_the_value_of_asking_is_a_policy() -> None:
+    policy = ValueOfAsking(fusion=fitted(0.9), price=0.05)
+    batch = PredictionBatch.of(NAMES, [[0.34, 0.33, 0.33], [0.98, 0.01, 0.01]])
+    verdict = policy.evaluate(batch)
+    assert verdict.keep.tolist() == [False, True]
+    assert (verdict.threshold == -0.05).all()
+    assert policy.evaluate(batch, np.array([-1.0, np.nan])).keep.tolist() == [True, True]
+    with pytest.raises(ConfigurationError, match="not the small model's"):
+        policy.check(("x", "y"))
+    assert policy.evaluate_one(batch[0])[0] is False
+
+
+def test_a_uniform_fusion_knows_an_accuracy_only() -> None:
+    fusion = AnswerFusion.uniform(NAMES, 0.7)
+    assert fusion.likelihood[0, 0] == pytest.approx(0.7, abs=1e-3)
+    assert fusion.likelihood[0, 1] == pytest.approx(0.3 * 0.99 / 2, abs=1e-3)
+    with pytest.raises(ConfigurationError, match="between 0 and 1"):
+        AnswerFusion.uniform(NAMES, 1.0)
+
+
+def test_what_cannot_be_counted_is_refused() -> None:
+    with pytest.raises(DataError, match="give one for each"):
+        AnswerFusion.fit(NAMES, ["a"], [])
+    with pytest.raises(DataError, match="outside the label set: z"):
+        AnswerFusion.fit(NAMES, ["z"], ["a"])
+    with pytest.raises(ConfigurationError, match="counts of shape"):
+        AnswerFusion(labels=NAMES, counts=((1.0,),))
+    with pytest.raises(ConfigurationError, match="Fit it again"):
+        fitted().fuse(Prediction.of({"x": 0.5, "y": 0.5}), "x")
+
+
+# In a shunt
+
+
+def word_fusion() -> AnswerFusion:
+    """Over the words model's labels; the large model says "refund" where it is "status" three times in four."""
+    truth = ["cancel"] * 40 + ["refund"] * 40 + ["status"] * 40
+    large = ["cancel"] * 40 + ["refund"] * 40 + ["status", "refund", "refund", "refund"] * 10
+    return AnswerFusion.fit(LABELS, truth, large)
+
+
+def chain(answer: str, **settings: Any) -> ConfidenceRouterChain:
+    model = FakeListChatModel(responses=[answer])
+    return ConfidenceRouterChain.from_models(
+        WordModel(), model, fusion=word_fusion(), policy=AlwaysLarge(), answer_format="text", **settings
+    )
+
+
+def test_the_answer_is_fused_in_every_way_of_calling() -> None:
+    shunt = chain("refund", return_decision=True)
+    result = shunt.invoke("my status please")  # the small model leans to "status", as the large one errs
+    assert (result.output, result.large_output, result.route) == ("status", "refund", "large")
+    assert shunt.batch(["my status please"])[0].output == "status"
+    assert [chunk.output for chunk in shunt.stream("my status please")] == ["status"]
+    assert [output.output for _, output in shunt.batch_as_completed(["my status please"])] == ["status"]
+    assert shunt.invoke("what is this").output == "refund", "the small model has no opinion"
+
+
+async def test_the_answer_is_fused_without_blocking() -> None:
+    shunt = chain("refund")
+    assert await shunt.ainvoke("my status please") == "status"
+    assert await shunt.abatch(["my status please"]) == ["status"]
+    assert [chunk async for chunk in shunt.astream("my status please")] == ["status"]
+
+
+def test_an_answer_that_is_no_label_is_a_column_of_its_own() -> None:
+    shunt = chain("no idea at all", max_reasks=0, return_decision=True)
+    result = shunt.invoke("my status please")
+    assert (result.output, result.large_output, result.decision.error) == ("status", "no idea at all", None)
+
+
+def test_what_the_large_model_said_is_what_is_recorded(tmp_path: Any) -> None:
+    from langchain_datashunt.call_log import DistillationStore, Recorder
+
+    with Recorder(tmp_path / "calls.db") as recorder:
+        assert chain("refund", recorder=recorder).invoke("my status please") == "status"
+    with DistillationStore(tmp_path / "calls.db") as store:
+        (call,) = next(store.iterate())
+    assert (call.label, call.raw_output) == ("refund", "refund")
+
+
+def test_a_prompt_that_carries_the_opinion_cannot_be_fused() -> None:
+    with pytest.raises(ConfigurationError, match="count it a second time"):
+        chain("refund", pruning=SoftPrompt())
+    prompt = ChatPromptTemplate.from_template("{input} {candidates} {small_label}")
+    with pytest.raises(ConfigurationError, match="small_label"):
+        from langchain_datashunt import HardPrompt
+
+        ShuntRunnable(
+            small=WordModel(), large=prompt | FakeListChatModel(responses=["x"]), fusion=word_fusion(),
+            pruning=HardPrompt(proficient=("cancel",)),
+        )  # fmt: skip
+    assert isinstance(chain("refund").pruning, NoHint), "the default with fusion"
+    narrowed = ConformalPrompt(alpha=0.1, quantile=0.5, n_calibration=100)
+    with pytest.raises(ConfigurationError, match=r"opinion \(candidates\)"):
+        chain("refund", pruning=narrowed)
+
+
+def test_asking_is_worth_nothing_where_no_answer_changes_the_decision() -> None:
+    fusion = AnswerFusion.uniform(tuple("abcdefghij"), 0.8)
+    p = np.full((200, 10), 0.0005)
+    p[:, 0] = np.linspace(0.9955, 0.99999, 200)
+    p /= p.sum(axis=1, keepdims=True)
+    assert (fusion.value_of_asking(p) == 0.0).all()
+
+
+def test_a_fusion_over_other_labels_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="not the 3 of WordModel"):
+        ShuntRunnable(small=WordModel(), large=lambda _: "cancel", pruning=None, fusion=fitted())
+
+
+def test_fusion_needs_a_label_from_the_large_model() -> None:
+    shunt = ShuntRunnable(
+        small=WordModel(), large=lambda _: {"label": "refund"}, pruning=None, fusion=word_fusion(), policy=AlwaysLarge()
+    )
+    with pytest.raises(ConfigurationError, match="as a label, and it is a dict"):
+        shunt.invoke("my status please")
+
+
+# In a bundle
+
+
+def test_a_bundle_keeps_policy_and_fusion(tmp_path: Any) -> None:
+    from langchain_datashunt import BundledSmallModel, TextCNN, TrainingSettings
+
+    texts = [f"please {label} {i}" for label in LABELS for i in range(4)]
+    names = [label for label in LABELS for _ in range(4)]
+    small = TextCNN.train(texts, names, settings=TrainingSettings(epochs=1, progress=False))
+    small.policy = ValueOfAsking(fusion=word_fusion(), price=0.02) & Threshold(0.4)
+    small.fusion = word_fusion()
+    small.save(tmp_path / "bundle")
+    for back in (load_small_model(tmp_path / "bundle"), BundledSmallModel.at(tmp_path / "bundle")):
+        assert back.policy == small.policy
+        assert back.fusion == small.fusion
+        shunt = ShuntRunnable(small=back, large=lambda _: "cancel", pruning=None)
+        assert shunt._steps.policy == small.policy
+    config = tmp_path / "bundle" / "config.json"
+    config.write_text(config.read_text().replace('"is": "AllOf"', '"is": "Popen"'))
+    with pytest.raises(BundleError, match="'Popen' is none of what is known here"):
+        load_small_model(tmp_path / "bundle")

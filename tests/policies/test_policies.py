@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_datashunt import (
+    AlwaysLarge,
+    AlwaysSmall,
+    Entropy,
+    Margin,
+    MaxProbability,
+    PerLabelThreshold,
+    Policy,
+    PredictionBatch,
+    Threshold,
+)
+from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
+from langchain_datashunt.policies.scores import ConfidenceScore
+
+BATCH = PredictionBatch.of(("a", "b", "c"), [[0.9, 0.05, 0.05], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0]])
+distributions = st.lists(st.lists(st.floats(0.001, 1.0), min_size=4, max_size=4), min_size=1, max_size=15)
+
+
+def normalised(values: list[list[float]]) -> PredictionBatch:
+    p = np.array(values)
+    return PredictionBatch.of(tuple("abcd"), p / p.sum(axis=1, keepdims=True))
+
+
+SCORES: tuple[ConfidenceScore, ...] = (MaxProbability(), Margin(), Entropy())
+"""Every score of distributions; whatever is added here has to keep these laws."""
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
+@given(distributions)
+def test_a_score_stays_within_its_bounds_and_is_the_same_alone(
+    score: ConfidenceScore, values: list[list[float]]
+) -> None:
+    batch = normalised(values)
+    found, (low, high) = score(batch), score.bounds(4)
+    assert found.shape == (len(batch),)
+    assert (found >= low - 1e-9).all()
+    assert (found <= high + 1e-9).all()
+    assert [score.of_one(prediction) for prediction in batch] == pytest.approx(found.tolist())
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
+def test_a_score_reaches_its_bounds_at_certainty_and_at_none(score: ConfidenceScore) -> None:
+    batch = PredictionBatch.of(tuple("abcd"), [[0.0, 1.0, 0.0, 0.0], [0.25] * 4])
+    assert score(batch).tolist() == pytest.approx(list(reversed(score.bounds(4))))
+
+
+def test_a_threshold_keeps_what_reaches_it_exactly() -> None:
+    assert Threshold(0.9).evaluate(BATCH).keep.tolist() == [True, False, False, True]
+    assert Threshold(1.0).evaluate(BATCH).keep.tolist() == [False, False, False, True]
+
+
+def test_a_threshold_above_one_sends_everything_and_warns() -> None:
+    with pytest.warns(ThresholdWarning, match="never be reached"):
+        policy = Threshold(1.01)
+    assert not policy.evaluate(BATCH).keep.any()
+
+
+def test_a_threshold_that_always_fires_warns() -> None:
+    with pytest.warns(ThresholdWarning, match="always reached"):
+        Threshold(0.0)
+    with pytest.warns(ThresholdWarning, match="over 3 labels"):
+        Threshold(0.3).check(("a", "b", "c"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Threshold(0.34).check(("a", "b", "c"))
+
+
+def test_a_threshold_per_label_goes_by_the_predicted_label() -> None:
+    policy = PerLabelThreshold({"a": 0.95, "c": 0.5}, default=0.99)
+    verdict = policy.evaluate(BATCH)
+    assert verdict.keep.tolist() == [False, False, True, True]
+    assert verdict.threshold.tolist() == [0.95, 0.95, 0.5, 0.95]
+
+
+def test_a_threshold_for_a_label_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="does not have: z"):
+        PerLabelThreshold({"z": 0.9}, default=0.9).check(("a", "b"))
+    PerLabelThreshold({"z": 0.9}, default=0.9).check(None)
+
+
+@pytest.mark.parametrize("make", [lambda: Threshold(float("nan")), lambda: PerLabelThreshold({}, float("nan"))])
+def test_nan_is_no_threshold(make: object) -> None:
+    with pytest.raises(ConfigurationError, match="NaN"):
+        make()  # type: ignore[operator]
+
+
+def test_nan_for_one_label_is_no_threshold() -> None:
+    with pytest.raises(ConfigurationError, match="NaN"):
+        PerLabelThreshold({"a": float("nan")}, default=0.5)
+
+
+def test_a_wrong_setting_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="Threshold cannot be made so: threshold"):
+        Threshold("high")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="treshold"):
+        Threshold(0.9, treshold=0.8)
+
+
+def test_a_threshold_of_the_call_replaces_the_policys_own_where_given() -> None:
+    verdict = Threshold(0.99).evaluate(BATCH, np.array([0.8, np.nan, 0.6, 1.5]))
+    assert verdict.keep.tolist() == [True, False, True, False]
+    assert verdict.threshold.tolist() == [0.8, 0.99, 0.6, 1.5]
+
+
+def test_constant_policies() -> None:
+    assert AlwaysSmall().evaluate(BATCH).keep.all()
+    assert not AlwaysLarge().evaluate(BATCH).keep.any()
+    assert np.isnan(AlwaysLarge().evaluate(BATCH).threshold).all()
+    AlwaysSmall().check(("a",))
+
+
+@given(distributions, st.floats(0.3, 0.9), st.floats(0.05, 0.9))
+def test_and_keeps_the_intersection_and_or_the_union(values: list[list[float]], high: float, margin: float) -> None:
+    batch = normalised(values)
+    a, b = Threshold(high), Threshold(margin, score=Margin())
+    keep_a, keep_b = a.evaluate(batch).keep, b.evaluate(batch).keep
+    assert np.array_equal((a & b).evaluate(batch).keep, keep_a & keep_b)
+    assert np.array_equal((a | b).evaluate(batch).keep, keep_a | keep_b)
+
+
+def test_the_deciding_part_of_a_composition_gives_score_and_threshold() -> None:
+    both = Threshold(0.8) & Threshold(0.99, score=Margin())
+    verdict = both.evaluate(BATCH)
+    assert verdict.threshold.tolist() == [0.99, 0.8, 0.8, 0.8]
+    assert verdict.score[0] == pytest.approx(0.85)
+    either = Threshold(0.95) | Threshold(0.05, score=Margin())
+    assert either.evaluate(BATCH).threshold.tolist() == [0.05, 0.05, 0.05, 0.95]
+    assert len((both & Threshold(0.5)).policies) == 3  # type: ignore[attr-defined]
+    both.check(("a", "b", "c"))
+    either.check(("a", "b", "c"))
+
+
+@given(distributions, st.sampled_from([MaxProbability(), Margin(), Entropy()]))
+def test_scores_stay_in_their_bounds(values: list[list[float]], score: ConfidenceScore) -> None:
+    batch = normalised(values)
+    low, high = score.bounds(4)
+    found = score(batch)
+    assert found.shape == (len(batch),)
+    assert (found >= low - 1e-12).all()
+    assert (found <= high + 1e-12).all()
+
+
+@given(distributions, st.sampled_from([MaxProbability(), Margin(), Entropy()]), st.floats(0.26, 0.99))
+def test_one_prediction_is_decided_as_in_a_batch(
+    values: list[list[float]], score: ConfidenceScore, limit: float
+) -> None:
+    batch = normalised(values)
+    for policy in (Threshold(limit, score=score), PerLabelThreshold({"a": limit}, 0.5, score=score)):
+        verdict = policy.evaluate(batch)
+        for i, prediction in enumerate(batch):
+            keep, found, threshold = policy.evaluate_one(prediction)
+            assert (keep, threshold) == (bool(verdict.keep[i]), verdict.threshold[i])
+            assert found == pytest.approx(verdict.score[i])
+            assert policy.evaluate_one(prediction, -1.0)[0]
+
+
+@given(distributions, st.floats(0.26, 0.9), st.floats(0.0, 0.1))
+def test_a_higher_threshold_never_keeps_more(values: list[list[float]], low: float, more: float) -> None:
+    batch = normalised(values)
+    assert (Threshold(low + more).evaluate(batch).keep <= Threshold(low).evaluate(batch).keep).all()
+
+
+def test_scores_know_certainty_and_ignorance() -> None:
+    batch = PredictionBatch.of(("a", "b"), [[1.0, 0.0], [0.5, 0.5]])
+    assert Entropy()(batch).tolist() == [1.0, 0.0]
+    assert Margin()(batch).tolist() == [1.0, 0.0]
+    single = PredictionBatch.of(("a",), [[1.0]])
+    assert Entropy()(single).tolist() == Margin()(single).tolist() == [1.0]
+
+
+def test_policies_are_values() -> None:
+    assert Threshold(0.9) == Threshold(0.9)
+    assert "0.9" in str(Threshold(0.9))
+    with pytest.raises(Exception, match="frozen"):
+        Threshold(0.9).threshold = 0.5
+    assert isinstance(Threshold(0.9), Policy)

@@ -1,0 +1,604 @@
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.documents import Document
+from langchain_core.load import dumpd, load
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda
+from pydantic import BaseModel
+
+from langchain_datashunt import (
+    AlwaysLarge,
+    NoHint,
+    Prediction,
+    ShuntRunnable,
+    SoftPrompt,
+    Subtask,
+    SubtaskShunt,
+    Threshold,
+    TopHint,
+)
+from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt.exceptions import ConfigurationError, ShuntError, StaysLocal
+from langchain_datashunt.privacy import (
+    DETECTORS,
+    AbstainedLocally,
+    Entity,
+    OutboundGate,
+    PatternDetector,
+    Placeholders,
+    PresidioDetector,
+    StreamRestorer,
+    find_entities,
+)
+from tests.support.handlers import RunBook
+from tests.support.modalities import ScriptedSmall
+from tests.support.models import WordModel, failing_word_model
+
+
+def kinds(text: str) -> dict[str, str]:
+    """Found stretches by their text."""
+    return {text[one.start : one.end]: one.kind for one in find_entities(text, DETECTORS)}
+
+
+FOUND = [
+    ("mail jane.doe+x@mail.example.co.uk now", "jane.doe+x@mail.example.co.uk", "EMAIL"),
+    ("<jane@example.com>", "jane@example.com", "EMAIL"),
+    ("jané@exämple.de", "jané@exämple.de", None),
+    ("call +49 (0)89 1234-5678.", "+49 (0)89 1234-5678", "PHONE"),
+    ("call +14155552671", "+14155552671", "PHONE"),
+    ("call (415) 555-2671", "(415) 555-2671", "PHONE"),
+    ("call 415-555-2671", "415-555-2671", "PHONE"),
+    ("tel 089 12345678", "089 12345678", "PHONE"),
+    ("card 4111 1111 1111 1111.", "4111 1111 1111 1111", "CARD"),
+    ("card 5500-0000-0000-0004", "5500-0000-0000-0004", "CARD"),
+    ("card 378282246310005", "378282246310005", "CARD"),
+    ("iban DE89 3704 0044 0532 0130 00.", "DE89 3704 0044 0532 0130 00", "IBAN"),
+    ("iban gb82west12345698765432", "gb82west12345698765432", "IBAN"),
+    ("from 192.168.0.17 today", "192.168.0.17", "IP"),
+    ("from 2001:db8::8a2e:370:7334 today", "2001:db8::8a2e:370:7334", "IP"),
+    ("see https://x.org/a?id=3&token=abc123&z=1", "abc123", "URL_SECRET"),
+    ("see postgresql://me:hunter2@db/x", "me:hunter2", "URL_SECRET"),
+    ("key sk-proj-abcdefghijklmnop1234", "sk-proj-abcdefghijklmnop1234", "API_KEY"),
+    ("AKIAIOSFODNN7EXAMPLE is it", "AKIAIOSFODNN7EXAMPLE", "API_KEY"),
+    ("ghp_" + "a1" * 18, "ghp_" + "a1" * 18, "API_KEY"),
+    ("jwt eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghijk", None, "API_KEY"),
+    ("api_key = 'f3A9k2L8m1Q7z5X4'", "f3A9k2L8m1Q7z5X4", "API_KEY"),
+    ("password: hunter2!", "hunter2!", "PASSWORD"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIabc\n-----END RSA PRIVATE KEY-----", None, "PRIVATE_KEY"),
+    ("ssn 123-45-6789", "123-45-6789", "NATIONAL_ID"),
+    ("nino AB 12 34 56 C", "AB 12 34 56 C", "NATIONAL_ID"),
+    ("dni 12345678Z", "12345678Z", "NATIONAL_ID"),
+    ("nir 1 85 05 78 006 084 91", None, "NATIONAL_ID"),
+    ("steuer 86 095 742 719", "86 095 742 719", "NATIONAL_ID"),
+    ("bsn 111222333", "111222333", "NATIONAL_ID"),
+    ("cpf 529.982.247-25", "529.982.247-25", "NATIONAL_ID"),
+    ("cf RSSMRA85T10A562S", "RSSMRA85T10A562S", "NATIONAL_ID"),
+    ("aadhaar 2341 2341 2346", "2341 2341 2346", "NATIONAL_ID"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "entity", "kind"), [one for one in FOUND if one[2] is not None])
+def test_what_has_a_form_is_found(text: str, entity: str | None, kind: str) -> None:
+    found = kinds(text)
+    if entity is None:
+        assert kind in found.values()
+    else:
+        assert found.get(entity) == kind, found
+
+
+NOT_FOUND = [
+    "no at sign @ here", "version 1.2.3.4.5", "card 4111 1111 1111 1112", "iban XX89 3704 5544 5532",
+    "999.1.1.1", "the year 2024", "order 12345", "0.1234567890123456", "a 12:30:45 time", "it costs 1,234,567.89",
+    "ssn 666-12-3456", "ssn 123-00-4567", "dni 12345678A", "cpf 529.982.247-26", "cpf 111.111.111-11", "bsn 111222334",
+    "aadhaar 2341 2341 2347", "nino BG 12 34 56 C", "0000 0000 0000 0000", "password reset please", "std::vector of a",
+    "cf RSSMRA85T10A562T", "my token is here", "the key=value store", "x = 2026-11-21T10:00:00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_FOUND)
+def test_what_fails_its_check_is_not(text: str) -> None:
+    assert kinds(text) == {}
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(
+    "text",
+    ["a." * 50_000, "a@" * 50_000, "1 " * 50_000, "1" * 100_000, "+1 " * 33_000, "::" * 50_000, "AB12 " * 20_000,
+     "-----BEGIN PRIVATE KEY-----" * 4_000, "https://" + "a:" * 50_000, "key=" * 25_000, "password is " * 8_000,
+     "eyJa." * 20_000, "0" + "-1" * 50_000, "x@a." + "a-" * 50_000],
+)  # fmt: skip
+def test_no_text_takes_long(detector: PatternDetector, text: str) -> None:
+    started = time.perf_counter()
+    list(detector.find(text))
+    assert time.perf_counter() - started < 3.0
+
+
+def test_of_overlapping_entities_the_longer_counts() -> None:
+    class Words:
+        kinds = ("A", "B")
+
+        def find(self, text: str) -> list[Entity]:
+            return [Entity("A", 0, 3), Entity("B", 1, 7), Entity("A", 7, 9), Entity("B", 8, 8)]
+
+    assert find_entities("x" * 10, [Words()]) == [Entity("B", 0, 7), Entity("A", 7, 9)]
+
+
+class Analyzer:
+    """What Presidio's AnalyzerEngine looks like from here."""
+
+    def get_supported_entities(self, language: str) -> list[str]:
+        return ["PERSON"]
+
+    def analyze(self, text: str, language: str, entities: Any, score_threshold: float) -> list[Any]:
+        start = text.find("Jane Doe")
+        kind = type("Result", (), {"entity_type": "PERSON", "start": start, "end": start + 8})
+        return [kind()] if start >= 0 else []
+
+
+def test_presidios_recognisers_can_be_asked() -> None:
+    gate = OutboundGate(detectors=(*DETECTORS, PresidioDetector(Analyzer())), local_kinds={"IBAN"})
+    out, placeholders = gate.outbound({"input": "Jane Doe, jane@example.com"})
+    assert out == {"input": "<PERSON_1>, <EMAIL_1>"}
+    assert placeholders.counts == {"PERSON": 1, "EMAIL": 1}
+    with pytest.raises(ConfigurationError, match="analyze"):
+        PresidioDetector(3)
+
+
+# Out and back
+
+MAIL, OTHER = "jane@example.com", "joe@example.com"
+
+
+def test_every_structure_is_redacted_and_nothing_is_changed_in_place() -> None:
+    class Form(BaseModel):
+        who: str
+        n: int = 3
+
+    talk = [
+        SystemMessage(f"You help {MAIL}."),
+        HumanMessage([{"type": "text", "text": f"I am {MAIL}"}], name=None),
+        AIMessage("", tool_calls=[{"name": "find", "args": {"mail": OTHER}, "id": "1"}]),
+        ToolMessage(f"{OTHER} found", tool_call_id="1"),
+    ]
+    value = {
+        "input": f"{MAIL} and {OTHER}", "history": talk,
+        "documents": [Document(f"by {OTHER}", metadata={"from": MAIL})],
+        "form": Form(who=MAIL), "numbers": (1, 2.5, None, True), f"key {MAIL}": {MAIL}, "card": 4111111111111111,
+    }  # fmt: skip
+    before = repr(value)
+    out, placeholders = OutboundGate().outbound(value)
+    assert repr(value) == before
+    assert MAIL not in repr(out)
+    assert OTHER not in repr(out)
+    assert "4111" not in repr(out)
+    assert out["input"] == "<EMAIL_1> and <EMAIL_2>"
+    assert out["history"][1].content[0]["text"] == "I am <EMAIL_1>"
+    assert out["history"][2].tool_calls[0]["args"] == {"mail": "<EMAIL_2>"}
+    assert out["numbers"] == (1, 2.5, None, True)
+    back = placeholders.restore(out)
+    assert back["input"] == value["input"]
+    assert back["history"][2].tool_calls[0]["args"] == {"mail": OTHER}
+    assert back["form"].who == MAIL
+    assert back["documents"][0].metadata == {"from": MAIL}
+    assert placeholders.counts == {"EMAIL": 2, "CARD": 1}
+
+
+def test_an_input_cannot_name_our_placeholders() -> None:
+    out, placeholders = OutboundGate().outbound({"input": f"<EMAIL_1> <email_7> {MAIL}"})
+    assert out["input"] == "<EMAIL_1> <email_7> <EMAIL_2>"
+    assert placeholders.restore("<EMAIL_1> <EMAIL_2> <Email_2> <EMAIL_9>") == f"<EMAIL_1> {MAIL} {MAIL} <EMAIL_9>"
+
+
+def test_only_chosen_kinds_are_replaced() -> None:
+    text = f"{MAIL} from 192.168.0.17"
+    assert OutboundGate(redact={"IP"}).outbound(text)[0] == f"{MAIL} from <IP_1>"
+    assert OutboundGate(redact="none").outbound(text)[0] == text
+    with pytest.raises(ConfigurationError, match="No detector finds NAME"):
+        OutboundGate(redact={"NAME"})
+    with pytest.raises(ConfigurationError, match="no detector"):
+        OutboundGate(detectors=(3,))
+
+
+def test_what_is_local_stays() -> None:
+    gate = OutboundGate(local_kinds={"IBAN"}, local_where=lambda text: "secret project" in text)
+    for value in ("DE89 3704 0044 0532 0130 00", {"history": [HumanMessage("about the secret project")]}):
+        with pytest.raises(StaysLocal) as caught:
+            gate.outbound(value)
+        assert "0532" not in str(caught.value)
+    assert gate.outbound("hello")[0] == "hello"
+
+
+def test_what_cannot_be_looked_at_stays() -> None:
+    image = {"type": "image", "base64": "aaaa", "mime_type": "image/png"}
+    for value in (b"bytes", {"input": [HumanMessage([image])]}, {"x": object()}):
+        with pytest.raises(StaysLocal, match="nobody can look"):
+            OutboundGate().outbound(value)
+        OutboundGate(allow_binary=True).outbound(value)
+
+    class Broken:
+        kinds = ("X",)
+
+        def find(self, text: str) -> list[Entity]:
+            raise RuntimeError(f"cannot read {text}")
+
+    for gate in (OutboundGate(detectors=(Broken(),)), OutboundGate(local_where=lambda text: 1 / 0 > 1)):
+        with pytest.raises(StaysLocal, match="looking at it failed") as caught:
+            gate.outbound("the text")
+        assert "the text" not in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([MAIL, OTHER, "<", ">", "<EMAIL_1>", "<EMA", " ", "a<b", "4111 1111 1111 1111", "\n"]),
+        max_size=12,
+    ),
+    st.integers(1, 6),
+)
+def test_streams_come_back_whole_however_they_are_cut(parts: list[str], size: int) -> None:
+    text = " ".join(parts)
+    out, placeholders = OutboundGate().outbound(text)
+    assert MAIL not in out
+    restorer = StreamRestorer(placeholders)
+    shown = [restorer.feed(out[i : i + size]) for i in range(0, len(out), size)]
+    assert "".join([*shown, *restorer.rest()]) == text
+    restorer = StreamRestorer(placeholders)
+    chunks = [restorer.feed(AIMessageChunk(out[i : i + size])) for i in range(0, len(out), size)]
+    whole = "".join(str(chunk.content) for chunk in [*chunks, *restorer.rest()])
+    assert whole == text
+
+
+def test_arguments_of_tool_calls_come_back_across_chunks() -> None:
+    _, placeholders = OutboundGate().outbound(MAIL)
+    restorer = StreamRestorer(placeholders)
+    pieces = ['{"to": "<EM', "AIL_", '1>", "n": "<"', "}"]
+    total: Any = None
+    for i, piece in enumerate(pieces):
+        call = {"name": "send" if i == 0 else None, "args": piece, "id": "1" if i == 0 else None, "index": 0}
+        chunk = restorer.feed(AIMessageChunk("", tool_call_chunks=[{**call, "type": "tool_call_chunk"}]))
+        total = chunk if total is None else total + chunk
+    for chunk in restorer.rest():
+        total = total + chunk
+    assert total.tool_calls[0]["args"] == {"to": MAIL, "n": "<"}
+
+
+# In a shunt
+
+
+class Listening(Runnable[Any, Any]):
+    """A large model that notes what it was asked, and says it again."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        self.asked.append(input)
+        return f"You said {input['input']}; I think {input.get('small_label')}"
+
+    def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Iterator[Any]:
+        text = self.invoke(input)
+        for i in range(0, len(text), 3):
+            yield text[i : i + 3]
+
+
+async def test_nothing_personal_leaves_a_shunt_and_answers_are_whole() -> None:
+    large = Listening()
+    shunt = ShuntRunnable(
+        small=ScriptedSmall(), large=large, policy=Threshold(0.9), pruning=TopHint(), gate=OutboundGate()
+    )
+    text = f"I am {MAIL}"
+    expected = f"You said {text}; I think short: {text}"
+    assert shunt.invoke(text) == expected
+    assert await shunt.ainvoke(text) == expected
+    assert shunt.batch([text, f"surely {MAIL}"]) == [expected, f"short: surely {MAIL}"]
+    assert (await shunt.abatch([text]))[0] == expected
+    assert "".join(shunt.stream(text)) == expected
+    assert "".join([chunk async for chunk in shunt.astream(text)]) == expected
+    assert dict(shunt.batch_as_completed([text])) == {0: expected}
+    assert len(large.asked) == 7
+    assert MAIL not in repr(large.asked)
+    assert large.asked[0]["small_label"] == "short: I am <EMAIL_1>"
+
+
+async def test_what_stays_is_answered_here_or_by_nobody() -> None:
+    iban = "refund to DE89 3704 0044 0532 0130 00"
+    for on_local, expected in (("small", "refund"), ("abstain", None), ("raise", None)):
+        large = Listening()
+        shunt = ShuntRunnable(
+            small=WordModel(), large=large, policy=AlwaysLarge(), pruning=NoHint(), return_decision=True,
+            gate=OutboundGate(local_kinds={"IBAN"}, on_local=on_local),
+        )  # fmt: skip
+        book = RunBook()
+        if on_local == "raise":
+            with pytest.raises(StaysLocal, match="IBAN"):
+                shunt.invoke(iban, {"callbacks": [book]})
+            found = shunt.batch([iban, "hello"], return_exceptions=True)
+            assert isinstance(found[0], StaysLocal)
+            assert found[1].output == "You said hello; I think None" or found[1].output.startswith("You said hello")
+            continue
+        results = [
+            shunt.invoke(iban, {"callbacks": [book]}), await shunt.ainvoke(iban), shunt.batch([iban, "hello"])[0],
+            list(shunt.stream(iban))[-1], [chunk async for chunk in shunt.astream(iban)][-1],
+        ]  # fmt: skip
+        for result in results:
+            assert (result.route, result.reason) == ("small", "local_only")
+            assert "0532" not in str(result.decision.error)
+            if expected:
+                assert result.output == expected
+            else:
+                assert isinstance(result.output, AbstainedLocally)
+                assert result.output.kinds == ("IBAN",)
+                assert result.output.prediction is not None
+                assert "IBAN" in str(result.output)
+        book.assert_balanced()
+        assert [one["input"] for one in large.asked] == ["hello"]
+
+
+def test_labels_can_be_local_and_a_small_model_that_fails_keeps_the_input_here() -> None:
+    large = Listening()
+    gate = OutboundGate(local_labels={"refund"}, on_local="abstain")
+    shunt = ShuntRunnable(small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, gate=gate)
+    assert isinstance(shunt.invoke({"input": "refund"}), AbstainedLocally)
+    assert str(shunt.invoke({"input": "status"})).startswith("You said status")
+    failing = ShuntRunnable(small=failing_word_model(RuntimeError("x")), large=large, pruning=NoHint(), gate=gate)
+    answer = failing.invoke("status")
+    assert isinstance(answer, AbstainedLocally)
+    assert answer.prediction is None
+    assert len(large.asked) == 1
+
+
+def test_audits_pass_the_gate_too() -> None:
+    large = Listening()
+    gate = OutboundGate(local_labels={"refund"}, local_kinds={"IBAN"})
+    shunt = ShuntRunnable(
+        small=WordModel(), large=large, policy=Threshold(0.5), pruning=NoHint(), gate=gate, audit_rate=1.0
+    )
+    shunt.batch([f"surely status {MAIL}", "surely refund", "surely status DE89 3704 0044 0532 0130 00"])
+    assert shunt.auditor is not None
+    shunt.auditor.flush()
+    assert [one["input"] for one in large.asked] == ["surely status <EMAIL_1>"]
+
+
+def test_records_say_that_nobody_was_asked(tmp_path: Any) -> None:
+    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+        with Recorder(store, task="t") as recorder:
+            shunt = ShuntRunnable(
+                small=WordModel(), large=Listening(), policy=AlwaysLarge(), pruning=NoHint(), recorder=recorder,
+                gate=OutboundGate(local_kinds={"IBAN"}),
+            )  # fmt: skip
+            shunt.batch(["refund to DE89 3704 0044 0532 0130 00", "status"])
+        calls = {call.reason: call for part in store.iterate() for call in part}
+    assert set(calls) == {"local_only", "deferred"}
+    assert (calls["local_only"].route, calls["local_only"].large_model) == ("small", "")
+    assert calls["local_only"].raw_output is None
+
+
+def test_subtasks_pass_the_gate() -> None:
+    asked: list[Any] = []
+
+    def answer(mapping: Any) -> Any:
+        asked.append(mapping)
+        return {question.subtask.name: f"about {mapping['input']}" for question in mapping["open"]}
+
+    def small(text: str) -> Prediction:
+        return (
+            Prediction.of({"refund": 0.9, "status": 0.1})
+            if "refund" in text
+            else Prediction.of({"refund": 0.2, "status": 0.8})
+        )
+
+    parts = (
+        Subtask(name="draft", small=ScriptedSmall(), policy=Threshold(0.9)),
+        Subtask(name="intent", small=small, labels=("refund", "status"), policy=Threshold(0.1)),
+        Subtask(name="reply"),
+    )
+    gate = OutboundGate(local_kinds={"IBAN"})
+    shunt = SubtaskShunt(subtasks=parts, large=RunnableLambda(answer), gate=gate)
+    assert shunt.invoke(f"I am {MAIL}")["reply"] == f"about I am {MAIL}"
+    assert MAIL not in str(asked[0]["open"])
+    assert "short: I am <EMAIL_1>" in str(asked[0]["open"])
+    iban = "refund to DE89 3704 0044 0532 0130 00"
+    assert shunt.invoke(iban) == {"draft": f"short: {iban}", "intent": "refund", "reply": None}
+    assert len(asked) == 1
+    strict = SubtaskShunt(
+        subtasks=parts, large=RunnableLambda(answer), gate=OutboundGate(local_kinds={"IBAN"}, on_local="raise")
+    )
+    with pytest.raises(StaysLocal):
+        strict.invoke(iban)
+
+
+def test_a_stream_of_messages_keeps_what_it_carries() -> None:
+    def chunks(_: Any) -> Iterator[Any]:
+        usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+        yield AIMessageChunk("Dear <EMA", id="a")
+        yield AIMessageChunk("IL_1>!", id="a", usage_metadata=usage, response_metadata={"model_name": "m"})  # type: ignore[arg-type]
+
+    def given(inputs: Iterator[Any]) -> Iterator[Any]:
+        for one in inputs:
+            yield from chunks(one)
+
+    gated = OutboundGate().around(RunnableGenerator(given))
+    total: Any = None
+    for chunk in gated.stream(MAIL):
+        total = chunk if total is None else total + chunk
+    assert total.content == f"Dear {MAIL}!"
+    assert total.usage_metadata["total_tokens"] == 3
+    assert total.response_metadata["model_name"] == "m"
+
+
+def test_what_tracers_see_of_the_large_model_is_what_left() -> None:
+    seen: list[str] = []
+
+    class Tracer(RunBook):
+        def on_chain_start(self, serialized: Any, inputs: Any, **kwargs: Any) -> None:
+            super().on_chain_start(serialized, inputs, **kwargs)
+            if "shunt:large" in (kwargs.get("tags") or []):
+                seen.append(repr(inputs))
+
+    prompt = ChatPromptTemplate.from_messages([("human", "{input} {candidate_probabilities}")])
+    shunt = ShuntRunnable(
+        small=WordModel(), large=prompt | RunnableLambda(lambda value: value.to_string()), pruning=SoftPrompt(),
+        policy=AlwaysLarge(), gate=OutboundGate(),
+    )  # fmt: skip
+    assert MAIL in shunt.invoke(f"refund {MAIL}", {"callbacks": [Tracer()]})
+    assert seen
+    assert MAIL not in "".join(seen)
+
+
+def test_a_gate_is_written_down_only_where_nothing_is_lost() -> None:
+    gate = OutboundGate(local_kinds={"IBAN"}, redact={"EMAIL"}, on_local="abstain")
+    back = load(dumpd(gate), allowed_objects=[OutboundGate], valid_namespaces=["langchain_datashunt"])
+    assert back == gate
+    assert back.detectors == DETECTORS
+    for own in (OutboundGate(local_where=lambda text: True), OutboundGate(detectors=DETECTORS[:2])):
+        assert dumpd(own)["type"] == "not_implemented"
+    assert json.dumps(dumpd(gate))
+
+
+def test_errors_are_ours() -> None:
+    assert issubclass(StaysLocal, ShuntError)
+    assert Placeholders(DETECTORS).restore("x") == "x"
+    assert not Placeholders(DETECTORS)
+
+
+def test_a_longer_entity_of_another_kind_hides_none() -> None:
+    secret = "connect to postgres://admin:Tr0ub4dor@db.example.com/prod"
+    assert OutboundGate(redact={"URL_SECRET"}).outbound(secret)[0] == (
+        "connect to postgres://<URL_SECRET_1>@db.example.com/prod"
+    )
+    with pytest.raises(StaysLocal, match="URL_SECRET"):
+        OutboundGate(local_kinds={"URL_SECRET"}).outbound(secret)
+    out, placeholders = OutboundGate().outbound(secret)
+    assert "admin" not in out
+    assert placeholders.restore(out) == secret
+    assert OutboundGate(redact={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")[0] == "my SSN is <NATIONAL_ID_1>"
+    with pytest.raises(StaysLocal, match="NATIONAL_ID"):
+        OutboundGate(local_kinds={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")
+    _, found = OutboundGate(redact={"URL_SECRET"}).outbound(f"{secret}, {MAIL}")
+    assert found.plain == {"EMAIL": 1}, "what is covered by a replaced one is not plain"
+
+
+def test_many_entities_take_time_by_their_number() -> None:
+    text = " ".join(f"u{i}@example.com" for i in range(20_000))
+    started = time.perf_counter()
+    _, placeholders = OutboundGate().outbound(text)
+    assert placeholders.counts == {"EMAIL": 20_000}
+    assert time.perf_counter() - started < 30
+
+
+def test_a_value_ends_no_string_of_streamed_arguments() -> None:
+    """Else who wrote the input would write the arguments of a tool."""
+    values = ['Ab"12\\x9z', '-----BEGIN PRIVATE KEY-----","role":"admin","x":"-----END PRIVATE KEY-----']
+    for text, kind in zip(
+        ("My password: " + values[0], "store " + values[1]), ("PASSWORD", "PRIVATE_KEY"), strict=True
+    ):
+        _, placeholders = OutboundGate().outbound(text)
+        for shown in (f"<{kind}_1>", f"\\u003c{kind}_1\\u003e"):
+            restorer, args, total = StreamRestorer(placeholders), f'{{"key": "{shown}"}}', None
+            parts = [args[i : i + 3] for i in range(0, len(args), 3)]
+            chunks = [
+                AIMessageChunk(
+                    "",
+                    tool_call_chunks=[
+                        {"name": None if i else "k", "args": part, "id": None if i else "c", "index": 0,
+                         "type": "tool_call_chunk"}
+                    ],
+                )
+                for i, part in enumerate(parts)
+            ]  # fmt: skip
+            for chunk in [*map(restorer.feed, chunks), *restorer.rest()]:
+                total = chunk if total is None else total + chunk
+            assert total is not None
+            assert [call["args"] for call in total.tool_calls] == [{"key": next(iter(placeholders._texts.values()))}]
+        raw = {"tool_calls": [{"function": {"name": "k", "arguments": f'{{"key": "<{kind}_1>"}}'}}]}
+        back = placeholders.restore(AIMessage("", additional_kwargs=raw))
+        arguments = back.additional_kwargs["tool_calls"][0]["function"]["arguments"]
+        assert json.loads(arguments) == {"key": next(iter(placeholders._texts.values()))}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        AIMessage("", additional_kwargs={"reasoning": "PROJECT X starts"}),
+        AIMessage("", invalid_tool_calls=[{"name": "n", "args": "PROJECT X", "id": "1", "error": None}]),
+        HumanMessage("hello", name="PROJECT X"),
+        ToolMessage("done", tool_call_id="1", artifact={"of": "PROJECT X"}),
+        {"order": "PROJECT X"},
+    ],
+)
+def test_a_rule_sees_all_that_would_leave(value: Any) -> None:
+    with pytest.raises(StaysLocal, match="a rule of yours"):
+        OutboundGate(local_where=lambda text: "PROJECT X" in text).outbound([HumanMessage("hi"), value])
+
+
+def test_a_rule_sees_numbers_and_no_questions_of_yours() -> None:
+    gate = OutboundGate(local_where=lambda text: "4711" in text or "salary" in text, on_local="raise")
+    with pytest.raises(StaysLocal):
+        gate.outbound({"input": "order", "order": 4711})
+    assert gate.outbound({"input": "order", "paid": True, "note": None})[0]["paid"] is True
+    salary = Subtask(name="topic", question="Is it about a salary?", labels=("yes", "no"))
+    asked: list[Any] = []
+    shunt = SubtaskShunt(subtasks=[salary], large=lambda value: asked.append(value) or {"topic": "no"}, gate=gate)
+    assert shunt.invoke("When does the canteen open?") == {"topic": "no"}
+    assert asked
+
+
+def test_the_chunks_of_a_call_that_is_put_back_are_redacted() -> None:
+    streamed = AIMessageChunk(
+        "",
+        tool_call_chunks=[
+            {"name": "mail", "args": f'{{"to": "{MAIL}"}}', "id": "c", "index": 0, "type": "tool_call_chunk"}
+        ],
+    )
+    (out,), _ = OutboundGate().outbound([streamed])
+    assert MAIL not in repr(out)
+    assert json.loads(out.tool_call_chunks[0]["args"]) == {"to": "<EMAIL_1>"}
+
+
+@pytest.mark.parametrize("kind", ["2FA_CODE", "ÄRZTE", "x" * 60, "DE_STEUER-ID"])
+def test_placeholders_of_any_kind_come_back(kind: str) -> None:
+    gate = OutboundGate(detectors=[PatternDetector(kind, re.compile(r"(?<!_)\d{6}"))])
+    out, placeholders = gate.outbound("code 123456, not <EMAIL_999999>")
+    assert "123456" not in out
+    assert placeholders.restore(out) == "code 123456, not <EMAIL_999999>"
+
+
+async def test_a_stream_that_is_left_is_closed_behind_a_gate() -> None:
+    closed: list[str] = []
+
+    class Streaming(Runnable[Any, Any]):
+        def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+        def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            try:
+                yield from "abc"
+            finally:
+                closed.append("sync")
+
+        async def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            try:
+                for character in "abc":
+                    yield character
+            finally:
+                closed.append("async")
+
+    gated = OutboundGate().around(Streaming())
+    chunks = gated.stream("x")
+    assert next(chunks) == "a"
+    chunks.close()  # type: ignore[attr-defined]
+    assert closed == ["sync"]
+    achunks = gated.astream("x")
+    assert await anext(achunks) == "a"
+    await achunks.aclose()  # type: ignore[attr-defined]
+    assert closed == ["sync", "async"]

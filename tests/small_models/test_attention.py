@@ -1,0 +1,207 @@
+"""Attention without padding is what softmax gives for each text alone: whatever lengths, order, and size of scores."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from torch.nn.attention import varlen
+
+from langchain_datashunt.small_models.engine import attention as packed_attention
+from langchain_datashunt.small_models.engine.attention import Attention, attend_by_products
+from langchain_datashunt.small_models.engine.layers import Tokens
+
+HEADS, WIDTH = 3, 8
+SIGNATURE = inspect.signature(varlen.varlen_attn)
+LENGTHS = st.lists(st.integers(1, 90) | st.integers(1, 12), min_size=1, max_size=40)
+HOW_FAR = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+
+
+def tokens_of(lengths: list[int]) -> Tokens:
+    return Tokens.of([[0] * length for length in lengths], torch.device("cpu"))
+
+
+def text_by_text(qkv: torch.Tensor, lengths: list[int], window: int | None = None) -> torch.Tensor:
+    """In double precision."""
+    q, k, v = qkv.double().view(len(qkv), 3, HEADS, WIDTH).permute(1, 2, 0, 3)
+    found, start = [], 0
+    for length in lengths:
+        own = slice(start, start + length)
+        scores = q[:, own] @ k[:, own].transpose(1, 2) / math.sqrt(WIDTH)
+        if window is not None:
+            places = torch.arange(length)
+            scores = scores.masked_fill((places[:, None] - places).abs() > window, -math.inf)
+        found.append((scores.softmax(-1) @ v[:, own]).transpose(0, 1).reshape(length, -1))
+        start += length
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=30)
+@given(lengths=LENGTHS, seed=st.integers(0, 1000), larger=st.sampled_from([1.0, 4.0]))
+def test_each_text_attends_to_itself_alone(
+    dtype: torch.dtype, window: int | None, lengths: list[int], seed: int, larger: float
+) -> None:
+    torch.manual_seed(seed)
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    qkv[:, : HEADS * WIDTH] *= larger
+    qkv = qkv.to(dtype)
+    found = Attention(HEADS, window)(qkv, tokens_of(lengths))
+    assert found.dtype == dtype
+    assert (found.double() - text_by_text(qkv, lengths, window)).abs().max() <= HOW_FAR[dtype] * larger
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [13, 30])
+@pytest.mark.parametrize("shift", [-400.0, 400.0])
+def test_scores_beyond_what_a_power_holds_are_no_trouble(dtype: torch.dtype, length: int, shift: float) -> None:
+    """All scores of a text at 2^400 times, or a 2^400th, of what is usual: only what they differ by counts."""
+    torch.manual_seed(0)
+    lengths = [length, length - 2, length - 1, length]
+    qkv = torch.randn(sum(lengths), 3, HEADS, WIDTH)
+    qkv[:, :2, :, 0] = torch.tensor([1.0, shift * math.log(2) * math.sqrt(WIDTH)])[None, :, None]
+    for part in (0, 1):
+        qkv[:, part, :, 1:] *= 0.3
+    qkv = qkv.view(len(qkv), -1).to(dtype)
+    found = Attention(HEADS)(qkv, tokens_of(lengths)).double()
+    far = (found - text_by_text(qkv, lengths)).abs().max()
+    assert far <= (1e-3 if dtype == torch.float32 else 1.0)
+    assert found.abs().max() <= qkv.view(len(qkv), 3, -1)[:, 2].abs().max() + 0.05, "a mean of values"
+
+
+def test_what_a_token_must_not_see_may_be_anything() -> None:
+    """Neighbours in the batch change nothing, whatever they hold."""
+    torch.manual_seed(1)
+    lengths = [9, 11, 10]
+    qkv = torch.randn(30, 3 * HEADS * WIDTH)
+    alone = Attention(HEADS)(qkv, tokens_of(lengths))
+    for strange in (1e30, math.inf, math.nan):
+        other = qkv.clone()
+        other[9:20] = strange
+        found = Attention(HEADS)(other, tokens_of(lengths))
+        assert torch.allclose(found[:9], alone[:9], atol=1e-5), strange
+        assert torch.allclose(found[20:], alone[20:], atol=1e-5), strange
+
+
+def test_texts_are_computed_in_few_calls(monkeypatch: Any) -> None:
+    """Sorted or not: 200 texts of 5 to 24 tokens are three buckets of lengths, in groups that a core's cache holds."""
+    calls = []
+
+    def counted(texts: torch.Tensor, *rest: Any) -> None:
+        calls.append(texts.shape[:2])
+        attend_by_products(texts, *rest)
+
+    monkeypatch.setattr(packed_attention, "attend_by_products", counted)
+    lengths = np.random.default_rng(0).integers(5, 25, 200).tolist()
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    found = Attention(HEADS)(qkv, tokens_of(lengths))
+    assert {length for _, length in calls} == {8, 16, 24}
+    assert len(calls) <= 12
+    assert all(texts * length <= 512 for texts, length in calls)
+    in_order = sorted(range(200), key=lengths.__getitem__)
+    starts = np.cumsum(lengths) - lengths
+    rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in in_order])
+    again = Attention(HEADS)(qkv[rows], tokens_of([lengths[i] for i in in_order]))
+    assert torch.allclose(again, found[rows], atol=1e-6)
+
+
+def test_equal_texts_are_taken_as_they_stand(monkeypatch: Any) -> None:
+    """Without a copy by indices, and without a token that stands in for another."""
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        packed_attention, "attend_by_products", lambda texts, real, out: seen.append((tuple(texts.shape[:2]), real))
+    )
+    Attention(HEADS)(torch.randn(65, 3 * HEADS * WIDTH), tokens_of([13] * 5))
+    assert seen == [((5, 13), None)]
+
+
+@pytest.mark.parametrize("lengths", [[32], [10, 10, 12], [40, 40, 20, 50]])
+def test_few_tokens_are_torchs_own(lengths: list[int], monkeypatch: Any) -> None:
+    """A short text alone, or the only one of its length among others, is not worth the calls that a group takes."""
+    grouped = []
+
+    def noted(texts: torch.Tensor, *rest: Any) -> None:
+        grouped.append(tuple(texts.shape[:2]))
+        attend_by_products(texts, *rest)
+
+    monkeypatch.setattr(packed_attention, "attend_by_products", noted)
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    found = Attention(HEADS)(qkv, tokens_of(lengths))
+    assert grouped == ([] if sum(lengths) <= 32 else [(2, 40), (1, 50)])
+    assert (found.double() - text_by_text(qkv, lengths)).abs().max() <= HOW_FAR[torch.float32]
+
+
+def test_long_texts_are_torchs_own(monkeypatch: Any) -> None:
+    """Which never holds all scores of a text; in bfloat16 only where they are very many."""
+    calls = []
+    own = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape[2]) or own(*a, **k)
+    )
+    lengths = [64, 65, 1024, 65, 1025]
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    Attention(HEADS)(qkv, tokens_of(lengths))
+    assert sorted(calls) == [65, 1024, 1025]
+    calls.clear()
+    rounded = Attention(HEADS)(qkv.bfloat16(), tokens_of(lengths))
+    assert calls == [1025]
+    assert (rounded.double() - text_by_text(qkv.bfloat16(), lengths)).abs().max() <= HOW_FAR[torch.bfloat16]
+
+
+def varlen_on_a_cpu(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **more: Any) -> Any:
+    """What torch's kernel for CUDA computes, by its own parameters; it checks what that one asks of them."""
+    bound = SIGNATURE.bind(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **more)
+    bound.apply_defaults()
+    left, right = bound.arguments["window_size"]
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (int(cu_seq_q[0]), int(cu_seq_q[-1])) == (0, len(q))
+    lengths = cu_seq_q.diff().tolist()
+    assert max(lengths) == max_q == max_k
+    assert left == right
+    assert q.shape[-1] % 8 == 0, "flash attention: head_size must be a multiple of 8"
+    found = []
+    for own in torch.arange(len(q)).split(lengths):
+        far = (own[:, None] - own).abs() > (left if left >= 0 else len(q))
+        mask = torch.zeros(far.shape).masked_fill(far, -math.inf)
+        heads = (part[own].transpose(0, 1) for part in (q, k, v))
+        seen = functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=bound.arguments["scale"])
+        found.append(seen.transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("heads", [3, 2, 6])
+def test_torchs_kernel_is_given_what_it_asks_for(heads: int, window: int | None, monkeypatch: Any) -> None:
+    """The call of a GPU, with a stand-in for the kernel that keeps to its signature: heads are 8, 12 or 4 wide."""
+    monkeypatch.setattr(packed_attention, "has_variable_length", lambda device, dtype: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
+    lengths = [5, 1, 30, 12]
+    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
+    found = Attention(heads, window=window)(qkv, tokens_of(lengths))
+    monkeypatch.undo()
+    own = Attention(heads, window=window)(qkv, tokens_of(lengths))
+    assert found.shape == own.shape == (sum(lengths), HEADS * WIDTH)
+    assert (found - own).abs().max() <= HOW_FAR[torch.float32]
+
+
+def test_wide_heads_go_without_the_kernel(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed_attention, "has_variable_length", lambda device, dtype: True)
+    found = Attention(1)(torch.randn(10, 3 * 264), tokens_of([4, 6]))
+    assert found.shape == (10, 264)
+
+
+def test_a_kernel_without_windows_is_not_used(monkeypatch: Any) -> None:
+    asked = packed_attention._torch_has_it.__wrapped__
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert asked()
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+    assert not asked()
+    assert not packed_attention.has_variable_length(torch.device("cpu"), torch.bfloat16)

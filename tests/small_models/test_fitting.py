@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from langchain_datashunt.call_log import DistillationStore, RoutedCall
+from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
+from langchain_datashunt.distillation.distiller import _fingerprint as fingerprint
+from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.small_models import EnsembleClassifier, LSTMClassifier, TextCNN, load_small_model
+from langchain_datashunt.small_models.training.fitting import Stage, fit_network
+from langchain_datashunt.small_models.training.processes import Processes, launched_precision
+from langchain_datashunt.small_models.training.training import Examples, TrainingSettings, one_hot, soft_cross_entropy
+from tests.support.dying import killed_after
+
+LABELS = ("cancel", "refund", "status")
+TEXTS = [f"please {label} number {i} for {word}" for i, word in enumerate("abcdefghij") for label in LABELS]
+TRUTH = [label for _ in range(10) for label in LABELS]
+SMALL: dict[str, Any] = {"embedding_size": 16, "hidden_size": 8}
+
+
+def same(one: Any, other: Any) -> bool:
+    mine, theirs = one.weights(), other.weights()
+    return all(np.array_equal(mine[name], theirs[name]) for name in mine) and one.temperature == other.temperature
+
+
+@pytest.mark.parametrize("cls", [TextCNN, LSTMClassifier])
+@pytest.mark.parametrize("steps", [1, 5, 14])
+def test_a_killed_training_goes_on_to_the_same_result(cls: Any, steps: int, tmp_path: Path) -> None:
+    def train(folder: Path | None, **more: Any) -> Any:
+        settings = TrainingSettings(
+            epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2, seed=3, **more
+        )
+        return cls.train(TEXTS, TRUTH, settings=settings, **SMALL)
+
+    whole = train(None)
+    with killed_after(steps):
+        train(tmp_path)
+    saved = tmp_path / "training.pt"
+    assert saved.exists() == (steps > 1)
+    if saved.exists():
+        with pytest.raises(DataError, match="belongs to another training"):
+            train(tmp_path, weight_decay=0.5)
+    resumed = train(tmp_path)
+    assert same(whole, resumed)
+    assert whole.lineage["training"] == resumed.lineage["training"]
+    assert not saved.exists()
+
+
+def test_a_training_of_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Two models of one architecture, learning the same: the checkpoint of one is not the other's."""
+    plain = TrainingSettings(epochs=1, batch_size=8, progress=False)
+    one, other = (TextCNN.train(TEXTS, TRUTH, settings=plain.model_copy(update={"seed": i}), **SMALL) for i in (1, 2))
+    targets = one_hot(TRUTH, LABELS)
+    given = [Examples(TEXTS, targets)], Examples(TEXTS[:8], targets[:8])
+    kept = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=tmp_path, checkpoint_every=2)
+
+    def learn(model: Any, settings: TrainingSettings) -> Any:
+        return model.relearn(*given, settings, soft_cross_entropy)
+
+    with killed_after(5):
+        learn(one, kept)
+    assert (tmp_path / "training.pt").exists()
+    with pytest.raises(DataError, match="weights at the start"):
+        learn(other, kept)
+    assert same(learn(one, kept), learn(one, kept.model_copy(update={"checkpoint": None})))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "training.pt").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="cannot be read .* Delete it"):
+        TextCNN.train(TEXTS, TRUTH, settings=TrainingSettings(checkpoint=tmp_path, progress=False), **SMALL)
+
+
+def test_metrics_are_written_as_json_and_for_tensorboard(tmp_path: Path) -> None:
+    settings = TrainingSettings(epochs=3, batch_size=8, progress=False, log=tmp_path)
+    model = TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL)
+    told = json.loads((tmp_path / "metrics.json").read_text())
+    assert told["best_loss"] == pytest.approx(model.lineage["validation_nll"])
+    assert [point["epoch"] for point in told["points"]] == [1, 2, 3]
+    assert told["points"][-1]["train_loss"] < told["points"][0]["train_loss"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = [event.value for event in events.Scalars("validation_nll")]
+    assert losses == pytest.approx([point["validation_nll"] for point in told["points"]], abs=1e-5)
+
+
+def test_metrics_need_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    settings = TrainingSettings(epochs=1, batch_size=8, progress=False, log=tmp_path)
+    TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_half_precision_trains_about_the_same() -> None:
+    def train(precision: Any) -> Any:
+        settings = TrainingSettings(epochs=6, batch_size=8, progress=False, precision=precision)
+        return TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL).predict_batch(TEXTS).probabilities
+
+    full, half = train("float32"), train("bfloat16")
+    assert 0 < np.abs(full - half).max() < 0.2
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_learnt_in_single(half: torch.dtype) -> None:
+    """Steps that are small next to a weight would leave it as it was, or, by float16's least number, be infinite."""
+    torch.manual_seed(0)
+    start = torch.nn.Linear(8, 3).to(half)
+    targets = np.eye(3)[np.arange(60) % 3]
+    rows = [torch.randn(8) for _ in range(60)]
+    learnt = {}
+    for dtype in (torch.float32, half):
+        network = copy.deepcopy(start).to(dtype)
+        settings = TrainingSettings(epochs=3, batch_size=8, learning_rate=1e-4, patience=5, progress=False)
+        fit_network(
+            network, lambda net, some: net(torch.stack(some).to(next(net.parameters()).dtype)), [Stage(rows, targets)],
+            Stage(rows, targets), settings, what="a layer",
+        )  # fmt: skip
+        assert next(network.parameters()).dtype == dtype
+        learnt[dtype] = network.weight.detach()
+    assert torch.equal(learnt[half], learnt[torch.float32].to(half))
+    assert not torch.equal(learnt[half], start.weight)
+
+
+def test_mixed_precision_of_the_launcher_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_precision() == "float32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launched_precision() == "bfloat16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ConfigurationError, match="'fp16' is not supported"):
+        launched_precision()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_the_parts_of_a_batch_weigh_as_the_whole(count: int, n: int) -> None:
+    values, total = np.arange(1.0, n + 1.0), 0.0
+    for rank in range(count):
+        here = Processes()
+        here.rank, here.count = rank, count
+        rows, weight = here.mine(list(range(n)))
+        assert rows
+        total += values[rows].mean() * weight / count
+    assert total == pytest.approx(values.mean())
+
+
+# Distillation, killed and spread
+
+
+def routed(i: int) -> RoutedCall:
+    text, label = TEXTS[i % len(TEXTS)] + f" again {i}", TRUTH[i % len(TRUTH)]
+    return RoutedCall(input=text, labels=LABELS, large_model="gpt", label=label, threshold=0.9)
+
+
+@pytest.fixture
+def log_of_calls(tmp_path: Path) -> Path:
+    """A store, a bundle of S1 without dropout, and a held-out file; their folder."""
+    settings = TrainingSettings(epochs=1, batch_size=8, progress=False)
+    small = TextCNN.train(TEXTS, TRUTH, settings=settings, dropout=0.0, **SMALL)
+    small.save(tmp_path / "s1")
+    with DistillationStore(tmp_path / "calls.db") as store:
+        store.append([routed(i) for i in range(240)])
+    rows = "\n".join(f"{text},{label}" for text, label in zip(TEXTS, TRUTH, strict=True))
+    (tmp_path / "holdout.csv").write_text(f"text,label\n{rows}\n")
+    return tmp_path
+
+
+def distill(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [
+        sys.executable, *launcher, "-m", "langchain_datashunt", "distill", "--bundle", str(folder / "s1"),
+        "--store", str(folder / "calls.db"), "--holdout", str(folder / "holdout.csv"), "--out", str(folder / out),
+        "--json", "--batch-size", "16", *more,
+    ]  # fmt: skip
+
+
+def test_distillation_keeps_what_it_learns_from(log_of_calls: Path) -> None:
+    small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
+    calls = [routed(i) for i in range(120)]
+
+    def settings(**more: Any) -> DistillationSettings:
+        training = TrainingSettings(epochs=3, progress=False, checkpoint=folder, checkpoint_every=2)
+        return DistillationSettings(training=training, **more)
+
+    whole = TwoStageDistiller(
+        DistillationSettings(training=settings().training.model_copy(update={"checkpoint": None}))
+    )
+    wanted = whole.distill(small, calls)
+    with killed_after(7):
+        TwoStageDistiller(settings()).distill(small, calls)
+    with pytest.raises(DataError, match="other settings or another small model"):
+        TwoStageDistiller(settings(gce=0.5)).distill(small, calls)
+    more = [*calls, *(routed(i) for i in range(120, 200))]  # answers that came in since
+    resumed = TwoStageDistiller(settings()).distill(small, more)
+    assert same(wanted.model, resumed.model)
+    assert vars(wanted.report) == vars(resumed.report)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"PK\x03\x04nothing"])
+def test_damaged_examples_are_refused(damage: bytes, log_of_calls: Path) -> None:
+    small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
+    folder.mkdir()
+    (folder / "examples.npz").write_bytes(damage)
+    settings = DistillationSettings(training=TrainingSettings(progress=False, checkpoint=folder))
+    with pytest.raises(DataError, match=re.escape("examples.npz cannot be read")):
+        TwoStageDistiller(settings).distill(small, [routed(i) for i in range(60)])
+
+
+def test_distillation_killed_on_the_command_line_ends_the_same(log_of_calls: Path) -> None:
+    """SIGKILL once a checkpoint is there; the same command again gives the weights of an undisturbed run."""
+    more = ("--epochs", "60", "--checkpoint-every", "5")
+    whole = subprocess.run(distill(log_of_calls, "whole", *more), capture_output=True, text=True)
+    assert whole.returncode in (0, 1), whole.stderr
+    kept = log_of_calls / "kept"
+    command = distill(log_of_calls, "resumed", *more, "--checkpoint", str(kept), "--log", str(kept / "log"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (kept / "training.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == whole.returncode, again.stderr
+    told, wanted = json.loads(again.stdout), json.loads(whole.stdout)
+    assert same(load_small_model(wanted["bundle"]), load_small_model(told["bundle"]))
+    assert not (kept / "training.pt").exists()
+    points = json.loads((kept / "log" / "metrics.json").read_text())["points"]
+    assert [point["epoch"] for point in points] == list(range(1, len(points) + 1))
+
+
+def test_two_processes_train_as_one(log_of_calls: Path) -> None:
+    """`torchrun` with two processes: one candidate, and the weights of one process but for rounding."""
+    alone = subprocess.run(distill(log_of_calls, "alone", "--epochs", "4"), capture_output=True, text=True)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = subprocess.run(
+        distill(log_of_calls, "both", "--epochs", "4", launcher=launcher),
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert not {alone.returncode, both.returncode} - {0, 1}, alone.stderr + both.stderr
+    wanted, told = json.loads(alone.stdout), json.loads(both.stdout)  # one summary, not two
+    assert told["processes"] == 2
+    assert told["stage_a"] == wanted["stage_a"]
+    one, other = load_small_model(wanted["bundle"]).weights(), load_small_model(told["bundle"]).weights()
+    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-4
+
+
+def test_an_error_of_the_first_process_ends_all(log_of_calls: Path) -> None:
+    (log_of_calls / "holdout.csv").write_text("text,label\nhello,unheard-of\n")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        distill(log_of_calls, "both", launcher=launcher), capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode
+    assert "labels that the small model does not know: unheard-of" in done.stderr
+
+
+def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    def train(folder: Path | None) -> Any:
+        settings = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2)
+        return EnsembleClassifier.train(
+            TEXTS, TRUTH, validation=(TEXTS, TRUTH), settings=settings, kinds=("textcnn", "lstm"), embedding_size=16
+        )
+
+    whole = train(None)
+    with killed_after(20):  # in the second member
+        train(tmp_path)
+    resumed = train(tmp_path)
+    assert all(same(one, other) for one, other in zip(whole.members, resumed.members, strict=True))
+    assert whole.shares == resumed.shares
+    other = whole.model_copy(update={"members": whole.members[::-1]})
+    assert fingerprint(whole) == fingerprint(resumed) != fingerprint(other)

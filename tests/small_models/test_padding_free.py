@@ -1,0 +1,658 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from langchain_datashunt import EmbeddingClassifier, TrainingSettings, TransformersClassifier
+from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
+from langchain_datashunt.small_models.engine import cuda_graphs as graphs_module
+from langchain_datashunt.small_models.engine import devices as devices_module
+from langchain_datashunt.small_models.engine import padding_free as packed_module
+from langchain_datashunt.small_models.engine.cuda_graphs import GraphedEncoder
+from langchain_datashunt.small_models.engine.devices import choose_dtype, cpu_workers
+from langchain_datashunt.small_models.engine.layers import Run, Tokens
+from langchain_datashunt.small_models.engine.onnx_encoder import OnnxEncoder
+from langchain_datashunt.small_models.engine.padding_free import Packing, packed
+from langchain_datashunt.small_models.kinds.encoder import SentenceEncoder, bundled_encoder_path, shared_encoder
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SMALL = {**SIZES, "vocab_size": 30522, "num_labels": 4, "max_position_embeddings": 130}
+MODERN = {
+    "local_attention": 24, "global_attn_every_n_layers": 2, "num_hidden_layers": 4, "pad_token_id": 0,
+    "cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102, "classifier_pooling": "cls",
+}  # fmt: skip
+
+DEBERTA = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pad_token_id": 0, "type_vocab_size": 0,
+    "position_biased_input": False, "max_relative_positions": -1, "pooler_hidden_size": 48,
+}  # fmt: skip
+
+
+def network(kind: str) -> Any:
+    import transformers as t
+
+    t.set_seed(0)
+    if kind == "distilbert":
+        own = {"dim": 48, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 30522, "num_labels": 4}
+        return t.DistilBertForSequenceClassification(t.DistilBertConfig(**own)).eval()
+    classes = {
+        "bert": (t.BertForSequenceClassification, t.BertConfig, {}),
+        "bert with relu": (t.BertForSequenceClassification, t.BertConfig, {"hidden_act": "relu"}),
+        "roberta": (t.RobertaForSequenceClassification, t.RobertaConfig, {"pad_token_id": 0, "type_vocab_size": 1}),
+        "xlm-roberta": (
+            t.XLMRobertaForSequenceClassification,
+            t.XLMRobertaConfig,
+            {"pad_token_id": 0, "type_vocab_size": 1},
+        ),
+        "modernbert": (t.ModernBertForSequenceClassification, t.ModernBertConfig, MODERN),
+        "modernbert mean": (
+            t.ModernBertForSequenceClassification,
+            t.ModernBertConfig,
+            {**MODERN, "classifier_pooling": "mean"},
+        ),
+        "deberta": (t.DebertaV2ForSequenceClassification, t.DebertaV2Config, DEBERTA),
+        "deberta shared": (
+            t.DebertaV2ForSequenceClassification,
+            t.DebertaV2Config,
+            {**DEBERTA, "share_att_key": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm"},
+        ),
+        "deberta convolution": (
+            t.DebertaV2ForSequenceClassification,
+            t.DebertaV2Config,
+            {**DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"},
+        ),
+        "electra": (t.ElectraForSequenceClassification, t.ElectraConfig, {"embedding_size": 48}),
+    }
+    cls, config, more = classes[kind]
+    return cls(config(**{**SMALL, **more})).eval()
+
+
+def saved(kind: str, folder: Path) -> str:
+    from transformers import AutoTokenizer
+
+    network(kind).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def texts(shop_messages: Any) -> list[str]:
+    return [*shop_messages[0][:60], "a", " ".join(["word"] * 90), "", *shop_messages[0][:5]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bert",
+        "bert with relu",
+        "roberta",
+        "xlm-roberta",
+        "distilbert",
+        "modernbert",
+        "modernbert mean",
+        "deberta",
+        "deberta shared",
+    ],
+)
+def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
+    folder = saved(kind, tmp_path)
+    if kind.startswith("modernbert") and not hasattr(network(kind).config, "sliding_window"):
+        assert packed(network(kind).base_model) is None
+        pytest.skip("this version of transformers lays ModernBERT out otherwise, and computes it itself")
+    plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
+    quick = TransformersClassifier(model=folder, engine="packed", dtype=dtype, max_length=100)
+    one, two = plain.predict_batch(texts), quick.predict_batch(texts)
+    assert np.abs(one.probabilities - two.probabilities).max() <= (1e-4 if dtype == "float32" else 1e-2)
+    assert (one.best == two.best).mean() >= 0.995
+    assert quick.invoke(texts[0]).label == plain.invoke(texts[0]).label
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "deberta"])
+def test_only_products_are_rounded_on_a_cpu(kind: str, texts: list[str], tmp_path: Path) -> None:
+    """So that half precision is nearer to float32 than a network that is rounded as a whole."""
+    folder = saved(kind, tmp_path)
+    exact = TransformersClassifier(model=folder, engine="plain", max_length=100)
+    whole = TransformersClassifier(model=folder, engine="plain", dtype="bfloat16", max_length=100)
+    products = TransformersClassifier(model=folder, dtype="bfloat16", engine="packed", max_length=100)
+    wanted = exact.predict_batch(texts).probabilities
+    far = [np.abs(one.predict_batch(texts).probabilities - wanted).mean() for one in (whole, products)]
+    assert 0 < far[1] < 0.9 * far[0]
+    assert products._network.dtype == torch.float32, "what is saved or learns further is not rounded"
+    assert whole._network.dtype == torch.bfloat16
+
+
+def test_where_transformers_computes_all_is_in_the_format_that_was_asked_for(texts: list[str]) -> None:
+    base = network("electra").base_model
+    packing = pickle.loads(pickle.dumps(Packing("auto", torch.bfloat16)))
+    assert packing.of(base) is None
+    assert base.dtype == torch.bfloat16
+    assert packing.of(base) is None
+    whole = network("bert")
+    whole.base_model.register_forward_hook(lambda *_: None)
+    assert Packing("auto", torch.bfloat16).of(whole.base_model, whole) is None
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_padding_tokens_inside_a_text_are_placed_as_transformers_does(kind: str) -> None:
+    base = network(kind).base_model
+    made, padding = packed(base), int(base.config.pad_token_id)
+    assert made is not None
+    ids = [[50, 60, padding, 70, 80], [51, 61], [padding], [52, padding, padding, 62]]
+    own = packed_module.plain_encoder(base)(ids).states
+    assert (made(ids).states - own).abs().max() / own.abs().max() < 1e-5
+
+
+def test_copies_with_another_network_or_engine_have_their_own(tmp_path: Path, texts: list[str]) -> None:
+    model = TransformersClassifier(model=saved("bert", tmp_path), engine="packed")
+    own = model.predict_batch(texts[:4])
+    other = model.model_copy()
+    other._network = copy.deepcopy(model._network)
+    with torch.no_grad():
+        other._network.classifier.weight.mul_(2.0)
+    assert not np.array_equal(other.predict_batch(texts[:4]).probabilities, own.probabilities)
+    assert other._packing is not model._packing
+    first = model._packing.of(model._network.base_model)
+    assert np.array_equal(model.predict_batch(texts[:4]).probabilities, own.probabilities)
+    assert model._packing.of(model._network.base_model) is first, "made once"
+    plain = model.model_copy(update={"engine": "plain"})
+    assert np.abs(plain.predict_batch(texts[:4]).probabilities - own.probabilities).max() < 1e-4
+    assert plain._packing.engine == "plain"
+
+
+def test_a_text_without_tokens_gets_one(texts: list[str]) -> None:
+    encoder = SentenceEncoder(engine="packed")
+    encoder.tokenizer.backend.post_processor = None
+    assert encoder.tokenizer(["", "card"])[0][0] == [encoder.tokenizer.pad_id]
+    one, two = encoder.encode(["", "card", ""])[0], encoder.encode([""])[0]
+    assert np.allclose(one[0], two[0], atol=1e-5)
+    assert np.allclose(one[2], two[0], atol=1e-5)
+
+
+def test_an_architecture_that_is_not_known_is_left_to_transformers(
+    texts: list[str], tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(packed_module, "_SAID", set())
+    folder = saved("electra", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = TransformersClassifier(model=folder)
+        assert model.predict_batch(texts).sound.all()
+        model.predict_batch(texts[:2])
+    assert ["'electra' has no packed form" in record.message for record in caplog.records] == [True]
+    for engine in ("packed", "onnx"):
+        with pytest.raises(ConfigurationError, match="ElectraForSequenceClassification is not computed by engine="):
+            TransformersClassifier(model=folder, engine=engine).predict_batch(texts)  # type: ignore[arg-type]
+    assert packed(network("electra").base_model) is None
+    with pytest.raises(ConfigurationError, match="'electra' has no packed form here"):
+        Packing("packed").of(network("electra").base_model)
+    with pytest.raises(ConfigurationError, match="no engine 'quick'"):
+        SentenceEncoder(engine="quick")  # type: ignore[arg-type]
+
+
+def test_results_that_differ_are_not_used(monkeypatch: Any) -> None:
+    base = network("bert").base_model
+    monkeypatch.setattr(packed_module, "_difference", lambda network, made: float("nan"))
+    with pytest.warns(ShuntWarning, match="differs from transformers"):
+        assert packed(base) is None
+    monkeypatch.setitem(packed_module.ARCHITECTURES, "bert", lambda network, config: network.nothing)
+    with pytest.warns(ShuntWarning, match="cannot be made"):
+        assert packed(base) is None
+
+
+def test_without_onednn_torchs_own_product_is_used(monkeypatch: Any) -> None:
+    class Nothing:
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(name)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Nothing(), raising=False)
+    made = packed(network("bert").base_model)
+    assert made is not None
+    assert made.parts.layers[0].qkv.packed is None
+
+
+def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
+    base, packing = network("bert").base_model, Packing("packed")
+    first = packing.of(base)
+    assert first is not None
+    assert packing.of(base) is first
+    with torch.no_grad():
+        base.encoder.layer[0].output.dense.weight.mul_(1.5)
+    again = packing.of(base)
+    assert again is not None
+    assert again is not first, "the weights have changed"
+    ids = [[5, 6, 7], [8, 9]]
+    assert not torch.allclose(first(ids).states, again(ids).states)
+    assert packing.of(base.train()) is None, "what is being trained is left to transformers"
+    assert packing.of(base.eval()) is again
+    base.load_state_dict(network("bert").base_model.state_dict(), assign=True)
+    assert packing.of(base) is not again, "the weights were replaced"
+    third = packing.of(base)
+    base.encoder.layer[1].output.dense.weight.data = torch.zeros_like(base.encoder.layer[1].output.dense.weight)
+    assert packing.of(base) is not third, "a weight was moved"
+    fourth = packing.of(base)
+    packing.forget()
+    assert packing.of(base) is not fourth
+    base.register_forward_hook(lambda *_: None)
+    assert packed(base) is None, "a hook wants to see the network's calls"
+    assert packed(network("bert").base_model.double()) is None
+    assert Packing("plain").of(base) is None
+    for copied in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
+        assert (copied.engine, copied._made) == ("packed", None)
+
+
+def test_the_encoder_embeds_the_same_packed_and_plain(texts: list[str]) -> None:
+    plain = SentenceEncoder(engine="plain").encode(texts)[0]
+    quick = SentenceEncoder(engine="packed")
+    assert np.abs(quick.encode(texts)[0] - plain).max() < 1e-5
+    assert np.allclose(np.linalg.norm(quick.encode(texts)[0], axis=1), 1.0, atol=1e-5)
+    quick.pooling = "cls"
+    first = SentenceEncoder(engine="plain")
+    first.pooling = "cls"
+    assert np.abs(quick.encode(texts)[0] - first.encode(texts)[0]).max() < 1e-5
+    assert np.array_equal(pickle.loads(pickle.dumps(quick)).encode(texts[:3])[0], quick.encode(texts[:3])[0])
+
+
+def test_routes_and_labels_are_the_same_with_either_engine(shop_messages: Any) -> None:
+    texts, labels = shop_messages
+    small = EmbeddingClassifier.train(texts, labels, settings=TrainingSettings(progress=False))
+    assert small.embeddings is shared_encoder()
+    other = small.model_copy(update={"embeddings": SentenceEncoder(engine="plain")})
+    one, two = small.predict_batch(texts), other.predict_batch(texts)
+    assert one.label_names() == two.label_names()
+    assert np.array_equal(one.confidence >= 0.5, two.confidence >= 0.5)
+
+
+class TestOnnx:
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip(
+            "onnxruntime", reason="onnxruntime is not installed: pip install 'langchain-datashunt[onnx]'"
+        )
+        pytest.importorskip("onnx")
+
+    @pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
+    def test_it_agrees_with_transformers(self, kind: str, texts: list[str], tmp_path: Path) -> None:
+        folder = saved(kind, tmp_path)
+        plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
+        quick = TransformersClassifier(model=folder, engine="onnx", max_length=100)
+        one, two = plain.predict_batch(texts), quick.predict_batch(texts)
+        assert np.abs(one.probabilities - two.probabilities).max() <= 1e-4
+        assert (one.best == two.best).all()
+
+    def test_eight_bits_are_asked_for_by_name_and_their_agreement_is_told(self, texts: list[str], caplog: Any) -> None:
+        plain, quick = SentenceEncoder(engine="plain"), SentenceEncoder(engine="onnx-int8")
+        own, other = plain.encode(texts)[0], quick.encode(texts)[0]
+        cosine = (own * other).sum(axis=1)
+        assert 0.8 < cosine.min() < 0.99999, "8 bits are not the same, and not far"
+        assert sum("8-bit weights" in record.message for record in caplog.records) == 1, "when it is made"
+        found = quick.packing.difference(quick.network, [quick.tokenizer([text])[0][0] for text in texts[:5]])
+        assert 0.001 < found < 0.5
+        assert plain.packing.difference(plain.network, [[5, 6, 7]]) == 0.0
+
+    def test_what_it_cannot_compute_is_said(self, tmp_path: Path) -> None:
+        half = SentenceEncoder(engine="onnx", dtype="bfloat16")
+        with pytest.raises(ConfigurationError, match=r"float32 on the CPU here.*bfloat16"):
+            half.encode(["a"])
+
+
+def test_auto_is_half_precision_on_a_gpu_alone(monkeypatch: Any) -> None:
+    assert choose_dtype("auto") is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) is torch.float32
+    assert cpu_workers(torch.device("cuda")) == 1
+    assert 1 <= cpu_workers("cpu") <= 4
+    with pytest.raises(ConfigurationError, match="'int4' is no number format"):
+        choose_dtype("int4")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_said_once(there: bool, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(devices_module, "cpu_has_bfloat16", lambda: there)
+    devices_module._say_that_it_is_slow.cache_clear()
+    for _ in range(2):
+        assert choose_dtype("bfloat16", "cpu") is torch.bfloat16
+        choose_dtype("bfloat16", torch.device("cuda"))
+        choose_dtype("float32", "cpu")
+    assert ["no bfloat16 arithmetic" in record.message for record in caplog.records] == [True] * (not there)
+
+
+def test_whether_a_processor_has_bfloat16_is_torchs_word(monkeypatch: Any) -> None:
+    for found in (True, False):
+        devices_module.cpu_has_bfloat16.cache_clear()
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        assert devices_module.cpu_has_bfloat16() is found
+    devices_module.cpu_has_bfloat16.cache_clear()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert devices_module.cpu_has_bfloat16()
+    devices_module.cpu_has_bfloat16.cache_clear()
+
+
+def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
+    def finds(**seconds: float) -> None:
+        monkeypatch.setattr(packed_module, "_TRIALS", {})
+        monkeypatch.setattr(packed_module, "trial", lambda encoders, n: seconds)
+
+    base = network("bert").base_model
+    taken = Packing("auto")
+    finds(packed=1.0, plain=0.5)
+    assert taken.of(base) is None
+    assert taken.seconds == {"packed": 1.0, "plain": 0.5}
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 0.1, "plain": 0.9})
+    assert Packing("auto").of(network("bert").base_model) is None, "networks of one form are computed alike"
+    finds(packed=1.0, plain=0.9, onnx=0.85)
+    assert isinstance(Packing("auto").of(base), packed_module.PackedEncoder), "a little slower may be a busy moment"
+    finds(packed=2.0, plain=1.1, onnx=1.0)
+    assert Packing("auto").of(base) is None, "ONNX Runtime must win by half"
+    finds(packed=1.6, plain=1.6, onnx=1.0)
+    monkeypatch.setattr(packed_module, "_onnx", lambda network: "made")
+    assert Packing("auto").of(base) == "made"
+    assert Packing("packed").of(base) is not None
+
+
+def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    own = Packing("auto")
+    own.of(network("bert").base_model)
+    assert set(own.seconds) >= {"packed", "plain"}
+    assert all(0 < seconds < 60 for seconds in own.seconds.values())
+    half = Packing("auto")
+    half.of(network("bert").base_model.bfloat16())
+    assert set(half.seconds) == {"packed", "plain"}, "ONNX Runtime computes float32 here"
+
+
+@pytest.mark.parametrize(("kind", "gains"), [("bert", True), ("bert", False), ("electra", False)])
+def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
+    kind: str, gains: bool, monkeypatch: Any
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    tried: list[set[str]] = []
+
+    def trial(encoders: dict[str, Any], vocabulary: int) -> dict[str, float]:
+        tried.append(set(encoders))
+        seconds = {"plain": 1.0, "packed": 0.5 if gains else 0.95, "onnx": 0.1}
+        return {name: seconds[name] for name in encoders}
+
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(packed_module, "trial", trial)
+    packing, base = Packing("auto"), network(kind).base_model
+    made = packing.of(base)
+    there = {"plain"} | ({"packed"} if kind == "bert" else set())
+    if gains:
+        assert tried == [there]
+        assert isinstance(made, packed_module.PackedEncoder)
+        return
+    assert tried[-1] == {*there, "onnx"}
+    assert isinstance(made, OnnxEncoder)
+    own = packed_module.plain_encoder(base)([[5, 6, 7]]).states
+    assert (made([[5, 6, 7]]).states - own).abs().max() < 1e-4
+    monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    assert not isinstance(Packing("auto").of(base), OnnxEncoder), "too large to be exported"
+
+
+def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any) -> None:
+    """A network with fewer places than a trial's texts have tokens, and one with fewer words than it says."""
+    import transformers as t
+
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    t.BertForSequenceClassification(t.BertConfig(**{**SMALL, "max_position_embeddings": 16})).save_pretrained(tmp_path)
+    t.AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(tmp_path)
+    asked = ["where is my card", "word " * 14]
+    plain = TransformersClassifier(model=str(tmp_path), engine="plain", max_length=16).predict_batch(asked)
+    quick = TransformersClassifier(model=str(tmp_path), max_length=16).predict_batch(asked)
+    assert np.abs(plain.probabilities - quick.probabilities).max() < 1e-4
+    base = network("bert").base_model
+    base.embeddings.word_embeddings = torch.nn.Embedding(50, 48)
+    packing = Packing("auto")
+    packing.of(base)
+    assert set(packing.seconds) >= {"packed", "plain"}
+
+
+def test_an_export_that_holds_for_short_texts_alone_is_not_taken(monkeypatch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    import transformers as t
+
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, ids: {name: len(name) for name in encoders})
+    own = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
+    network = t.DebertaModel(t.DebertaConfig(**{**SMALL, **own})).eval()
+    assert Packing("auto").of(network) is None, "the export fails from 30 tokens on"
+
+
+def test_a_network_for_another_task_is_refused(tmp_path: Path) -> None:
+    import transformers as t
+
+    t.AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(tmp_path)
+    for own, said in (
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "3 outputs, multi_label_classification"),
+        ({"num_labels": 1}, "1 outputs, regression"),
+    ):
+        t.BertForSequenceClassification(t.BertConfig(**{**SMALL, **own})).save_pretrained(tmp_path)
+        with pytest.raises(ConfigurationError, match=f"no classifier for one of several labels .{said}"):
+            TransformersClassifier(model=str(tmp_path))
+
+
+def test_an_engine_that_fails_in_the_trial_is_not_taken() -> None:
+    base = network("bert").base_model
+
+    def broken(ids: Any) -> Any:
+        raise IndexError("no such token")
+
+    found = packed_module.trial({"packed": broken, "plain": packed_module.plain_encoder(base)}, [[5, 6], [7]])
+    assert list(found) == ["plain"]
+
+
+def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(packed_module, "_SAID", set())
+    monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
+    for add in (
+        lambda base: base.encoder.layer[1].register_forward_hook(lambda *_: None),
+        lambda base: base.encoder.layer[1].register_forward_pre_hook(lambda *_: None),
+    ):
+        base, packing = network("bert").base_model, Packing("packed")
+        assert packing.of(base) is packing.of(base)
+        handle = add(base)
+        assert Packing("auto").of(base) is None, "it wants to see the network's calls"
+        with pytest.raises(ConfigurationError, match="has hooks"):
+            packing.of(base)
+        handle.remove()
+        assert packing.of(base) is not None
+    assert "bert" not in packed_module._SAID, "the architecture has a packed form"
+    assert Packing("auto").seconds == {}
+    own = Packing("auto")
+    own.of(network("bert").base_model)
+    assert "packed" in own.seconds, "that a network with a hook had none says nothing of others"
+    base, packing = network("bert").base_model, Packing("packed")
+    first = packing.of(base)
+    base.encoder.layer.append(copy.deepcopy(base.encoder.layer[0]))
+    assert packing.of(base) is not first
+    assert packing.difference(base, [[5, 6, 7]]) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trial_that_is_under_way_at_a_fork_keeps_no_child_waiting(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    base = network("bert").base_model
+    with packed_module._TRIALS_LOCK:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if Packing("auto").of(base) is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_that_load_at_once_leave_the_librarys_settings_as_they_were() -> None:
+    from transformers.utils import logging as library
+
+    before, together = (library.get_verbosity(), library.is_progress_bar_enabled()), threading.Barrier(4)
+
+    def load() -> None:
+        together.wait(20)
+        with devices_module.quiet_transformers():
+            together.wait(20)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert (library.get_verbosity(), library.is_progress_bar_enabled()) == before
+
+
+def test_one_encoder_however_it_is_asked_for() -> None:
+    own = shared_encoder()
+    assert shared_encoder(None, None, "float32") is own
+    assert shared_encoder(device=str(own.device), engine="auto") is own
+    with pytest.raises(ConfigurationError, match="max_length=-5 leaves no room"):
+        SentenceEncoder(max_length=-5)
+
+
+def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(packed_module, "_SAID", set())
+    monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
+    base = network("deberta convolution").base_model
+    for _ in range(2):
+        assert Packing("auto").of(base) is None
+    assert [record.message for record in caplog.records if "'deberta-v2'" in record.message] == [
+        "The architecture 'deberta-v2' has no packed form here; transformers or ONNX Runtime computes it. "
+        "engine='plain' says that this is known."
+    ]
+    assert Packing("plain").of(base) is None
+
+
+class TestGraphs:
+    """What stands around CUDA graphs; the recording itself is the GPU's tests'."""
+
+    def graphed(self, kind: str, record: Any) -> tuple[Any, GraphedEncoder]:
+        base = network(kind).base_model
+        made = packed(base)
+        assert made is not None
+        return base, GraphedEncoder(_PaddedAsTwo(made), record)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+    def test_a_single_text_is_replayed_in_the_next_larger_size(self, kind: str) -> None:
+        recorded: list[int] = []
+
+        def record(compute: Any) -> Any:
+            states = compute().clone()
+            recorded.append(len(states))
+            return lambda: states.copy_(compute()), states
+
+        base, encoder = self.graphed(kind, record)
+        rng = np.random.default_rng(0)
+        for length in (3, 16, 17, 20, 24, 60, 1, 90):
+            ids = [rng.integers(5, 3000, length).tolist()]
+            own, found = packed_module.plain_encoder(base)(ids), encoder(ids)
+            assert found.lengths.tolist() == [length]
+            assert (found.states - own.states).abs().max() < 1e-4
+            assert np.allclose(found.mean(), own.states.mean(0), atol=1e-4)
+            assert np.allclose(found.first(), own.states[:1], atol=1e-4)
+        assert recorded == [16, 24, 64, 96], "each size once"
+        first = encoder([[7, 8, 9]]).states
+        kept = first.clone()
+        encoder([[900, 8, 9, 4]])
+        assert np.array_equal(first, kept), "a later replay does not write over it"
+
+    def test_several_and_long_texts_are_computed_as_ever(self, monkeypatch: Any) -> None:
+        def record(compute: Any) -> Any:
+            raise AssertionError("not for these")
+
+        base, encoder = self.graphed("bert", record)
+        monkeypatch.setattr(graphs_module, "SIZES", (16, 64))
+        for ids in ([[5, 6], [7]], [list(range(5, 85))], []):
+            if ids:
+                assert (encoder(ids).states - packed_module.plain_encoder(base)(ids).states).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("why", ["could not be recorded", "differ from what is computed without them"])
+    def test_what_fails_or_differs_ends_them(self, why: str) -> None:
+        tried: list[int] = []
+
+        def record(compute: Any) -> Any:
+            tried.append(1)
+            if "differ" not in why:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return lambda: None, torch.full_like(compute(), torch.nan)
+
+        base, encoder = self.graphed("bert", record)
+        ids = [[5, 6, 7]]
+        with pytest.warns(ShuntWarning, match=why):
+            found = encoder(ids)
+        assert (found.states - packed_module.plain_encoder(base)(ids).states).abs().max() < 1e-4
+        assert (encoder(ids).states - found.states).abs().max() < 1e-6
+        assert tried == [1]
+
+    def test_a_recording_that_replays_nothing_is_noticed_at_once(self) -> None:
+        """As one on another GPU's stream would: what it left was right for the text that was recorded."""
+        _, encoder = self.graphed("bert", lambda compute: (lambda: None, compute().clone()))
+        with pytest.warns(ShuntWarning, match="differ from what is computed without them"):
+            encoder([[5, 6, 7]])
+
+    def test_they_are_used_where_attention_is_one_call(self, monkeypatch: Any) -> None:
+        made = packed(network("bert").base_model)
+        assert made is not None
+        assert packed_module.graphed(made) is made, "not on a CPU"
+        monkeypatch.setattr(packed_module, "has_variable_length", lambda device, dtype: True)
+        made.device = torch.device("cuda")
+        assert isinstance(packed_module.graphed(made), GraphedEncoder)
+        by_length = packed(network("deberta").base_model)
+        assert by_length is not None
+        by_length.device = torch.device("cuda")
+        assert packed_module.graphed(by_length) is by_length
+
+
+class _PaddedAsTwo:
+    """A packed encoder on a CPU that keeps the two texts of a graph apart as variable-length attention does."""
+
+    def __init__(self, made: packed_module.PackedEncoder) -> None:
+        self.made, self.device = made, made.device
+
+    def __call__(self, ids: Any) -> Any:
+        return self.made(ids)
+
+    def states_of(self, tokens: Tokens) -> torch.Tensor:
+        n, more = tokens.lengths.tolist()
+        assert tokens.longest == n + more
+        assert tokens.host_ids is None
+        runs = [Run(0, 1, n), *([Run(n, 1, more)] if more else [])]
+        return self.made.states_of(Tokens(tokens.ids, tokens.places, tokens.lengths, runs))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_onnx_runtime_computes_in_a_forked_child() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    base, packing = network("bert").base_model, Packing("onnx")
+    own = packing.of(base)
+    assert own is not None
+    ids = [[5, 6, 7], [8, 9]]
+    expected = own(ids).states.numpy()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        try:
+            made = packing.of(base)
+            same = made is not own and made is not None and np.allclose(made(ids).states.numpy(), expected, atol=1e-5)
+            os._exit(0 if same else 3)
+        except BaseException:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert packing.of(base) is own

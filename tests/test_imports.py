@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import langchain_datashunt
+from langchain_datashunt._utils.optional import require
+from langchain_datashunt.exceptions import MissingExtraError
+
+HEAVY = ("torch", "transformers", "llama_index", "langchain", "openai", "datasets", "sklearn", "pyarrow", "typer")
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import langchain_datashunt",
+        "from langchain_datashunt import ShuntRunnable, ConfidenceRouterChain, Threshold, SoftPrompt, SmallModel",
+    ],
+)
+def test_importing_loads_nothing_heavy(statement: str) -> None:
+    assert not loaded_by(statement) & set(HEAVY)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in langchain_datashunt.__all__:
+        assert getattr(langchain_datashunt, name) is not None
+    assert set(langchain_datashunt._MODULE_OF) == set(langchain_datashunt.__all__) - {"__version__"}
+    assert dir(langchain_datashunt) == sorted(langchain_datashunt.__all__)
+    for module in ("langchain_datashunt", "langchain_datashunt.small_models"):
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            import_module(module).nothing  # noqa: B018
+
+
+def test_a_missing_extra_names_the_command_that_brings_it() -> None:
+    with pytest.raises(MissingExtraError, match=r"pip install 'langchain-datashunt\[torch\]'"):
+        require("a_package_that_is_not_there.module", "torch")
+    with pytest.raises(ImportError):
+        require("a_package_that_is_not_there", "torch")
+
+
+def test_an_import_that_fails_inside_a_package_is_not_called_a_missing_extra(
+    tmp_path: object, monkeypatch: object
+) -> None:
+    from pathlib import Path
+
+    folder = Path(str(tmp_path))
+    (folder / "broken_package.py").write_text("import something_else_that_is_missing\n")
+    monkeypatch.syspath_prepend(str(folder))  # type: ignore[attr-defined]
+    with pytest.raises(ModuleNotFoundError, match="something_else"):
+        require("broken_package", "torch")
+
+
+def test_the_licences_of_all_dependencies_were_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.support.licences import main
+
+    assert main() == 0, capsys.readouterr().out
+    assert "langchain-core" in capsys.readouterr().out
