@@ -48,7 +48,9 @@ class ShuntDecision:
         }
 
 
-_WITHOUT_TEXTS = frozenset({"CircuitOpenError", "LargeTimeoutError", "PredictionError", "QueueFullError", "StaysLocal"})
+_WITHOUT_TEXTS = frozenset(
+    {"CircuitOpenError", "LargeTimeoutError", "PredictionError", "QueueFullError", "LocalOnlyError"}
+)
 """Errors whose messages quote no text."""
 
 

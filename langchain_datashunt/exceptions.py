@@ -8,8 +8,8 @@
   * QueueFullError             more requests wait for a model than may
   * LargeTimeoutError          one attempt of a large call took longer than it may (also a TimeoutError)
   * CircuitOpenError           a large model has kept failing, and is left alone for a while
-  * UnparsableAnswer           a large model's answer is none of the labels
-  * StaysLocal                 an input must not leave this machine
+  * UnparsableAnswerError           a large model's answer is none of the labels
+  * LocalOnlyError                 an input must not leave this machine
   * DataError                  a data file, a column or a training set is not usable
   * BundleError                a saved small model cannot be loaded
     * BundleTruncatedError     files are missing, cut short or changed
@@ -99,7 +99,7 @@ class CircuitOpenError(ShuntError):
         )
 
 
-class UnparsableAnswer(ShuntError):  # noqa: N818
+class UnparsableAnswerError(ShuntError):  # noqa: N818
     """A large model's answer is none of the labels.
 
     Attributes:
@@ -125,7 +125,7 @@ class UnparsableAnswer(ShuntError):  # noqa: N818
         )
 
 
-class StaysLocal(ShuntError):  # noqa: N818
+class LocalOnlyError(ShuntError):  # noqa: N818
     """An input must not leave this machine, so no large model was asked.
 
     Attributes:

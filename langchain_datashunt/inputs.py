@@ -144,15 +144,15 @@ def mapping_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> dict[str, Any]
     if isinstance(value, Mapping):
         if input_key not in value:
             return dict(value)
-        laid_out = _lay_out(value[input_key], input_key)
+        laid_out = _build(value[input_key], input_key)
         merged = {**laid_out, **value, input_key: laid_out[input_key]}
         if isinstance(value.get("history"), list):
             merged["history"] = [*value["history"], *laid_out.get("history", [])]
         return merged
-    return _lay_out(value, input_key)
+    return _build(value, input_key)
 
 
-def _lay_out(value: Any, input_key: str) -> dict[str, Any]:
+def _build(value: Any, input_key: str) -> dict[str, Any]:
     if isinstance(value, Document):
         return {input_key: value.page_content, "document": value}
     if not isinstance(value, str) and (messages := messages_of(value)) is not None:

@@ -20,8 +20,8 @@ FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 IntArray: TypeAlias = NDArray[np.intp]
 
-Route: TypeAlias = Literal["small", "learnable", "large"]
-"""Who answered: the specific small model, the learnable small model, or the large model."""
+Route: TypeAlias = Literal["small", "student", "large"]
+"""Who answered: the specific small model, the student, or the large model."""
 
 Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error", "local_only"]
 """Why: sure enough; not sure enough; the small model failed; the large model failed; the input must not leave."""
@@ -62,16 +62,16 @@ class Prediction:
     token_logprobs: FloatArray | None = None
 
     @classmethod
-    def of(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
+    def from_probabilities(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
         """Make a prediction from a mapping of label to probability, as a plain function would return it.
 
         Raises:
             PredictionError: The values are no distribution.
         """
-        return PredictionBatch.of(tuple(probabilities), [list(probabilities.values())], model_id=model_id)[0]
+        return PredictionBatch.from_arrays(tuple(probabilities), [list(probabilities.values())], model_id=model_id)[0]
 
     @classmethod
-    def of_answer(
+    def from_answer(
         cls, answer: Any, confidence: float, *, model_id: str = "", token_logprobs: FloatArray | None = None
     ) -> Prediction:
         """Make a prediction of an answer that was written, and of how sure the model is that it is right.
@@ -183,7 +183,7 @@ class PredictionBatch(Sequence[Prediction]):
     token_logprobs: tuple[FloatArray, ...] | None = None
 
     @classmethod
-    def of(
+    def from_arrays(
         cls,
         labels: Sequence[str],
         probabilities: Any,

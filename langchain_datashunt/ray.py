@@ -47,7 +47,7 @@ ANSWER_COLUMNS = {
 }
 """What `shunt_dataset` adds to each row, with its type in Arrow."""
 
-_STAGES = ("small", "learnable")
+_STAGES = ("small", "student")
 _OURS = "datashunt_"
 """What columns begin with that only go from one stage to the next."""
 
@@ -79,7 +79,7 @@ def shunt_dataset(
         dataset: Rows with a column of texts.
         chain: A shunt, or a function without arguments that makes one in each actor. A function is needed where the
             chain holds what cannot be pickled, as clients of chat models do. A chain with a `recorder` writes its
-            records before its batch is handed on; a budget that all actors keep together has a `SharedControl`.
+            records before its batch is handed on; a budget that all actors keep together has a `SharedThreshold`.
         column: The column of texts.
         batch_size: Rows of one small-model call.
         small_actors: Copies of the small model, or their least and greatest number.
@@ -285,7 +285,7 @@ class _GivenPredictions(SmallModel):
         self._cells = cells
 
     @override
-    def try_predict(self, inputs: Sequence[Any]) -> Outcome:
+    def _outcome(self, inputs: Sequence[Any]) -> Outcome:
         return outcome_of([self._given(value.row) for value in inputs])
 
     def _given(self, row: int) -> Prediction | Exception:

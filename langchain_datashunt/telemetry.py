@@ -32,7 +32,7 @@ SCOPE = "langchain_datashunt"
 SWITCH_VARIABLE = "DATASHUNT_OTEL"
 """The environment variable that switches it on."""
 
-_PART_TAGS = ("shunt:small", "shunt:learnable", "shunt:large")
+_PART_TAGS = ("shunt:small", "shunt:student", "shunt:large")
 _CLIENT_TOKENS = "gen_ai.client.token.usage"
 _CLIENT_DURATION = "gen_ai.client.operation.duration"
 

@@ -21,15 +21,11 @@ import pytest
 from langchain_core.runnables import RunnableLambda
 from openai import RateLimitError
 
-from langchain_datashunt import (
-    CircuitBreaker,
-    Retry,
-    ShuntRunnable,
-    TextCNN,
-    TrainingSettings,
-)
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt import Retry, ShuntRunnable
+from langchain_datashunt.call_log import CallLog, Recorder
 from langchain_datashunt.exceptions import CircuitOpenError, LargeTimeoutError
+from langchain_datashunt.large_models import CircuitBreaker
+from langchain_datashunt.small_models import TextCNN, TrainingSettings
 from langchain_datashunt.small_models.scores import Scores
 from tests.routing.test_openai_http import answer, faults, router
 from tests.support.faulty_server import FaultyServer
@@ -113,13 +109,13 @@ async def test_a_reply_of_200_that_is_none_is_an_error_and_never_an_answer(fault
 
 FULL_DISK = """
 import resource, sys
-from langchain_datashunt.distillation import Recorder, RoutedCall
+from langchain_datashunt.distillation import Recorder, CallRecord
 recorder = Recorder(sys.argv[1])
-recorder.record([lambda: RoutedCall(input="before", large_model="m")])
+recorder.record([lambda: CallRecord(input="before", large_model="m")])
 assert recorder.flush()
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond this: a full disk
 for i in range(4000):
-    recorder.record([lambda i=i: RoutedCall(input=f"question {i} " + str(hash(str(i))) * 40, large_model="m")])
+    recorder.record([lambda i=i: CallRecord(input=f"question {i} " + str(hash(str(i))) * 40, large_model="m")])
     if i % 500 == 0:
         recorder.flush()
 recorder.flush()
@@ -137,7 +133,7 @@ def test_a_full_disk_fails_no_call_and_loses_no_record_unnoticed(tmp_path: Path)
     assert written + spooled + failed == 4001
     assert failed > 0
     assert "could not be written anywhere" in done.stderr
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         assert store.verify() == []
         assert store.count() >= written, "what was counted as written is there"
 
@@ -165,13 +161,13 @@ def test_a_database_that_is_gone_is_made_again_or_spooled(tmp_path: Path) -> Non
         shunt = ShuntRunnable(small=WordModel(), large=CountingLarge(), recorder=recorder)
         shunt.invoke("refund 0")
         recorder.flush()
-        with DistillationStore(folder / "calls.db") as store, store.connection() as connection:
+        with CallLog(folder / "calls.db") as store, store.connection() as connection:
             connection.exec_driver_sql("DROP TABLE datashunt_calls")
         shunt.invoke("refund 1")
         recorder.flush()
         counters = recorder.counters
         assert (counters.spooled, counters.failed) == (1, 0)
-    with DistillationStore(tmp_path / "spool.db") as spool:
+    with CallLog(tmp_path / "spool.db") as spool:
         assert [record.input for part in spool.iterate() for record in part] == ["refund 1"]
 
 
@@ -240,7 +236,7 @@ def test_nothing_depends_on_the_clock_going_forward(monkeypatch: Any, tmp_path: 
             assert time.monotonic() - started < 5.0
             assert recorder.flush(10.0)
             assert recorder.counters.written == 3
-        with DistillationStore(tmp_path / "calls.db") as store:
+        with CallLog(tmp_path / "calls.db") as store:
             assert store.verify() == []
 
 
@@ -281,7 +277,7 @@ from langchain_datashunt.distillation import Recorder
 
 def small(text):
     sure = 0.99 if text.startswith("sure") else 0.4
-    return Prediction.of({"a": sure, "b": 1 - sure})
+    return Prediction.from_probabilities({"a": sure, "b": 1 - sure})
 
 def large(asked):
     print("asked", flush=True)
@@ -305,7 +301,7 @@ def test_sigterm_in_the_middle_of_a_batch_keeps_what_was_answered(tmp_path: Path
     program.send_signal(signal.SIGTERM)
     assert program.wait(20) == -signal.SIGTERM
     program.stdout.close()
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         inputs = {record.input for part in store.iterate() for record in part}
         assert {f"sure {i}" for i in range(20)} <= inputs
         assert "doubtful" not in inputs, "it was never answered"
@@ -328,5 +324,5 @@ def test_a_fork_after_loading_computes_and_records(tmp_path: Path) -> None:
             os._exit(0 if same and shunt.recorder.flush(20) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert shunt.invoke("money back") == before
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         assert store.stats()["calls"] == 6

@@ -11,15 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from langchain_datashunt import Subtask, TextCNN, TrainingSettings, load_small_model
+from langchain_datashunt import load_small_model
 from langchain_datashunt._utils.table_files import labelled_texts, read_rows
-from langchain_datashunt.call_log.record import RoutedCall, columns_of
+from langchain_datashunt.call_log.record import CallRecord, columns_of
 from langchain_datashunt.call_log.rows import Rows, record_of, rows_of
 from langchain_datashunt.call_log.segments import MAX_RECORDS, Segment
-from langchain_datashunt.exceptions import ShuntError, UnparsableAnswer
+from langchain_datashunt.exceptions import ShuntError, UnparsableAnswerError
 from langchain_datashunt.large_models.label_parser import LabelParser
-from langchain_datashunt.privacy import OutboundGate
+from langchain_datashunt.privacy import PrivacyGuard
+from langchain_datashunt.routing import Subtask
 from langchain_datashunt.routing.subtask_questions import OpenQuestion, OpenQuestions, read_answers
+from langchain_datashunt.small_models import TextCNN, TrainingSettings
 
 EXAMPLES = int(os.environ.get("DATASHUNT_FUZZ_EXAMPLES", "60"))
 """Examples of each test; `make fuzz` takes many more."""
@@ -44,7 +46,7 @@ JSON = st.recursive(
 def test_an_answer_is_a_label_or_unparsable(text: str) -> None:
     try:
         assert LabelParser(labels=LABELS).parse(text) in LABELS
-    except UnparsableAnswer as error:
+    except UnparsableAnswerError as error:
         assert error.labels == LABELS
 
 
@@ -143,7 +145,7 @@ class _Row(dict[str, Any]):
 )
 def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: str | None, written: str | None) -> None:
     labels = ("answer", "other") if written is not None else LABELS
-    record = RoutedCall(
+    record = CallRecord(
         input=text, raw_output=raw, label=label, labels=labels, small_answer=written,
         probabilities=tuple(1.0 / len(labels) for _ in labels), large_model="m",
     )  # fmt: skip
@@ -158,7 +160,7 @@ def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: s
 @FUZZ
 @given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from([b"", b"p", b"z"]))
 def test_a_damaged_segment_is_an_error(noise: bytes, at: int, kind: bytes) -> None:
-    sound = Segment.of(columns_of([RoutedCall(input=f"text {i}" * 9, labels=LABELS) for i in range(3)])).pack()
+    sound = Segment.of(columns_of([CallRecord(input=f"text {i}" * 9, labels=LABELS) for i in range(3)])).pack()
     for content in (kind + noise, sound[:at] + noise, sound[:at] + noise + sound[at + len(noise) :]):
         try:
             segment = Segment.unpack(content)
@@ -173,7 +175,7 @@ def test_a_damaged_segment_is_an_error(noise: bytes, at: int, kind: bytes) -> No
 )
 def test_what_is_erased_leaves_the_rest_where_it_was(told: list[tuple[str, str | None, int]], data: Any) -> None:
     records = [
-        RoutedCall(
+        CallRecord(
             input=text, raw_output=raw, labels=LABELS[:k], probabilities=(1.0 / k,) * k if k else None, audit=k == 1,
         )
         for text, raw, k in told
@@ -192,7 +194,7 @@ def test_what_is_erased_leaves_the_rest_where_it_was(told: list[tuple[str, str |
 @FUZZ
 @given(JSON)
 def test_any_structure_passes_the_gate_unchanged_where_nothing_is_found(value: Any) -> None:
-    gate = OutboundGate()
-    out, placeholders = gate.outbound(value)
+    guard = PrivacyGuard()
+    out, placeholders = guard.outbound(value)
     if not placeholders:
         assert repr(out) == repr(value)

@@ -13,8 +13,10 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from PIL import Image
 
-from langchain_datashunt import ImageClassifier, ImageReader, Picture, TrainingSettings, load_small_model
+from langchain_datashunt import load_small_model
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError, DataError, InputError
+from langchain_datashunt.images import ImageReader, Picture
+from langchain_datashunt.small_models import ImageClassifier, TrainingSettings
 from langchain_datashunt.small_models.kinds.image_inputs import ImageScale
 from tests.benchmarks.reproduction.scenes import draw_scenes
 
@@ -366,13 +368,13 @@ def test_whatever_a_decoder_raises_is_the_error_of_its_own_image(
 
 def test_buffers_and_files_may_change_after_the_call(bars: ImageClassifier, tmp_path: Path) -> None:
     from langchain_datashunt import ShuntRunnable
-    from langchain_datashunt.call_log import DistillationStore, Recorder
+    from langchain_datashunt.call_log import CallLog, Recorder
 
     images, _ = digits(2)
     buffer, file = images[0].copy(), tmp_path / "u.png"
     file.write_bytes(png(images[1]))
     held = READER.read(buffer)
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         recorder = Recorder(store, sample_small=1.0)
         shunt = ShuntRunnable(small=bars, large=lambda _: "bar", pruning=None, recorder=recorder)
         shunt.batch([buffer, file])
@@ -467,7 +469,8 @@ def test_a_bundle_takes_no_memory_and_runs_no_code_before_it_is_checked(bars: Im
 
 
 def test_readers_follow_the_wrappers_key_and_need_no_weights(bars: ImageClassifier, tmp_path: Path) -> None:
-    from langchain_datashunt import BundledSmallModel, EnsembleClassifier, ShuntRunnable, TextCNN
+    from langchain_datashunt import ShuntRunnable
+    from langchain_datashunt.small_models import BundledSmallModel, EnsembleClassifier, TextCNN
 
     images, labels = digits(4)
     folder = bars.save(tmp_path / "bundle")
@@ -477,13 +480,13 @@ def test_readers_follow_the_wrappers_key_and_need_no_weights(bars: ImageClassifi
     assert light.invoke({"picture": images[0]}).label == bars.invoke(images[0]).label
     both = EnsembleClassifier(members=(bars, bars), labels=bars.labels, input_key="picture")
     assert both.invoke({"picture": images[0]}).label == bars.invoke(images[0]).label
-    broken = BundledSmallModel.at(folder)
+    broken = BundledSmallModel.from_folder(folder)
     (folder / "model.safetensors").write_bytes(b"x" * 50)
     shunt = ShuntRunnable(small=broken, large=lambda asked: asked["input"][0].type)
     assert shunt.invoke(images[0]) == "human", "a small model that cannot be loaded defers"
     text = TextCNN.train(["a b", "c d"] * 4, labels * 2, settings=TrainingSettings(progress=False, epochs=1))
     folder = text.save(tmp_path / "text")
-    gone = BundledSmallModel.at(folder)
+    gone = BundledSmallModel.from_folder(folder)
     (folder / "model.safetensors").unlink()
     assert ShuntRunnable(small=gone, large=lambda asked: asked["input"]).invoke("x") == "x"
 

@@ -23,7 +23,7 @@ def loaded_by(statement: str) -> set[str]:
     "statement",
     [
         "import langchain_datashunt",
-        "from langchain_datashunt import ShuntRunnable, ConfidenceRouterChain, Threshold, SoftPrompt, SmallModel",
+        "from langchain_datashunt import ShuntRunnable, ConfidenceRouterChain, Threshold, SoftPruning, SmallModel",
     ],
 )
 def test_importing_loads_nothing_heavy(statement: str) -> None:

@@ -7,19 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_datashunt import Prediction, PredictionBatch, ShuntDecision, ShuntResult
+from langchain_datashunt import Prediction, ShuntDecision, ShuntResult
 from langchain_datashunt.exceptions import PredictionError
+from langchain_datashunt.prediction import PredictionBatch
 
 rows = st.lists(st.lists(st.floats(0.01, 1.0), min_size=3, max_size=3), min_size=1, max_size=20)
 
 
 def batch(values: list[list[float]]) -> PredictionBatch:
     p = np.array(values)
-    return PredictionBatch.of(("a", "b", "c"), p / p.sum(axis=1, keepdims=True), model_id="m")
+    return PredictionBatch.from_arrays(("a", "b", "c"), p / p.sum(axis=1, keepdims=True), model_id="m")
 
 
 def test_a_prediction_is_made_of_a_mapping() -> None:
-    prediction = Prediction.of({"yes": 0.8, "no": 0.2}, model_id="m")
+    prediction = Prediction.from_probabilities({"yes": 0.8, "no": 0.2}, model_id="m")
     assert (prediction.label, prediction.confidence, prediction.labels) == ("yes", 0.8, ("yes", "no"))
     assert prediction.probability("no") == 0.2
     assert prediction.probability("maybe") == 0.0
@@ -27,12 +28,12 @@ def test_a_prediction_is_made_of_a_mapping() -> None:
 
 
 def test_a_prediction_cannot_be_changed_and_survives_pickling() -> None:
-    prediction = Prediction.of({"yes": 0.8, "no": 0.2})
+    prediction = Prediction.from_probabilities({"yes": 0.8, "no": 0.2})
     with pytest.raises(AttributeError):
         prediction.label = "no"  # type: ignore[misc]
     assert pickle.loads(pickle.dumps(prediction)) == prediction
-    assert hash(prediction) == hash(Prediction.of({"yes": 0.8, "no": 0.2}))
-    assert prediction != Prediction.of({"yes": 0.7, "no": 0.3})
+    assert hash(prediction) == hash(Prediction.from_probabilities({"yes": 0.8, "no": 0.2}))
+    assert prediction != Prediction.from_probabilities({"yes": 0.7, "no": 0.3})
     assert prediction != "yes"
 
 
@@ -46,7 +47,7 @@ def test_stacking_singles_gives_the_batch_they_came_from(values: list[list[float
 
 
 def test_taking_rows_keeps_everything_that_belongs_to_them() -> None:
-    whole = PredictionBatch.of(
+    whole = PredictionBatch.from_arrays(
         ("a", "b"), [[0.9, 0.1], [0.2, 0.8]], logits=[[2.0, 0.0], [0.0, 1.0]], truncated=[False, True]
     )
     second = whole[1:]
@@ -68,18 +69,20 @@ def test_taking_rows_keeps_everything_that_belongs_to_them() -> None:
 )
 def test_what_is_no_distribution_is_refused_by_name(values: list[list[float]], words: str) -> None:
     with pytest.raises(PredictionError, match=words):
-        PredictionBatch.of(("a", "b"), values)
+        PredictionBatch.from_arrays(("a", "b"), values)
 
 
 def test_stacking_refuses_nothing_and_mixed_label_sets() -> None:
     with pytest.raises(PredictionError, match="at least one"):
         PredictionBatch.stack([])
     with pytest.raises(PredictionError, match="different label sets"):
-        PredictionBatch.stack([Prediction.of({"a": 1.0}), Prediction.of({"b": 1.0})])
+        PredictionBatch.stack([Prediction.from_probabilities({"a": 1.0}), Prediction.from_probabilities({"b": 1.0})])
 
 
 def test_metadata_of_a_decision_never_holds_all_probabilities() -> None:
-    decision = ShuntDecision("large", "deferred", Prediction.of({"a": 0.6, "b": 0.4}), 0.6, 0.9, "Threshold")
+    decision = ShuntDecision(
+        "large", "deferred", Prediction.from_probabilities({"a": 0.6, "b": 0.4}), 0.6, 0.9, "Threshold"
+    )
     metadata = decision.to_metadata()
     assert metadata["shunt_route"] == "large"
     assert metadata["shunt_confidence"] == 0.6
@@ -99,7 +102,7 @@ def test_streamed_results_add_up() -> None:
 
 
 def test_a_prediction_has_a_json_ready_form() -> None:
-    form = Prediction.of({"a": 0.75, "b": 0.25}, model_id="m").to_dict()
+    form = Prediction.from_probabilities({"a": 0.75, "b": 0.25}, model_id="m").to_dict()
     assert form == {
         "label": "a",
         "confidence": 0.75,

@@ -22,18 +22,17 @@ from sklearn.pipeline import make_pipeline
 
 from langchain_datashunt import (
     ConfidenceRouterChain,
-    Margin,
-    NoHint,
+    DeferralBudget,
+    NoPruning,
     Prediction,
     PredictProbaClassifier,
-    QueryBudget,
     ShuntRunnable,
     Threshold,
-    TrainingSettings,
 )
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.large_models.replay import ChatServer, RecordedAnswers
-from langchain_datashunt.small_models import BundledSmallModel, load_small_model
+from langchain_datashunt.policies import Margin
+from langchain_datashunt.small_models import BundledSmallModel, TrainingSettings, load_small_model
 from tests.call_log.test_store import postgres_url
 
 arrow = pytest.importorskip("pyarrow")
@@ -105,7 +104,7 @@ def test_every_row_is_answered_once_though_an_actor_is_killed(
         def make_chain() -> Any:
             from langchain_openai import ChatOpenAI
 
-            from langchain_datashunt.call_log import Recorder, SharedControl
+            from langchain_datashunt.call_log import Recorder, SharedThreshold
 
             model = ChatOpenAI(model="gpt-4", base_url=base_url, api_key="none", max_retries=0)  # type: ignore[arg-type]
             calls = [0]
@@ -121,11 +120,11 @@ def test_every_row_is_answered_once_though_an_actor_is_killed(
                 return message
 
             return ConfidenceRouterChain.from_models(
-                BundledSmallModel.at(path),
+                BundledSmallModel.from_folder(path),
                 model | die_once,
-                pruning=NoHint(),
+                pruning=NoPruning(),
                 answer_format="text",
-                policy=QueryBudget(share=0.3, start=0.5, control=SharedControl(url, "ray")),
+                policy=DeferralBudget(rate=0.3, start=0.5, control=SharedThreshold(url, "ray")),
                 recorder=Recorder(url, task="ray"),
             )
 
@@ -147,9 +146,9 @@ def test_every_row_is_answered_once_though_an_actor_is_killed(
     asked = [row for row in found if row["route"] == "large"]
     assert 0.15 * n < len(asked) < 0.5 * n
     assert server.most_open <= 6
-    from langchain_datashunt.call_log import CallFilter, DistillationStore
+    from langchain_datashunt.call_log import CallFilter, CallLog
 
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         records = {call.input: call for group in store.iterate(CallFilter(route="large")) for call in group}
     assert {row["question"] for row in asked} <= set(records)
     assert all(records[row["question"]].label == row["answer"] for row in asked)
@@ -165,15 +164,15 @@ def test_two_small_models_and_what_fails(bundle: Path) -> None:
             raise ValueError("no answer to that")
         return f"L:{text}"
 
-    def learnable(text: str) -> Prediction:
+    def student(text: str) -> Prediction:
         if "broken" in text:
             raise ValueError("cannot read that")
-        return Prediction.of({"damaged_item": 0.99, "promo_code": 0.01} if "lamp" in text else {"damaged_item": 0.5,
-                             "promo_code": 0.5})  # fmt: skip
+        p = 0.99 if "lamp" in text else 0.5
+        return Prediction.from_probabilities({"damaged_item": p, "promo_code": 1.0 - p})
 
     labels = load_small_model(bundle).labels
     chain = ShuntRunnable(
-        small=BundledSmallModel.at(bundle), learnable=learnable, large=large, pruning=None, policy=Threshold(0.98),
+        small=BundledSmallModel.from_folder(bundle), student=student, large=large, pruning=None, policy=Threshold(0.98),
         labels=labels,
     )  # fmt: skip
     texts = ["a lamp", "fail please", "broken", "other", None]
@@ -189,7 +188,7 @@ def test_two_small_models_and_what_fails(bundle: Path) -> None:
             assert (row["answer"], row["route"], row["reason"]) == (result.output, result.route, result.reason)
             assert row["confidence"] == pytest.approx(result.prediction.confidence)
     assert found[0]["answer"] == "damaged_item"
-    assert found[0]["route"] == "learnable"
+    assert found[0]["route"] == "student"
     assert found[1]["answer"] is None
     assert found[1]["error"] == "ValueError: no answer to that"
     assert [found[i]["answer"] for i in (2, 3, 4)] == ["L:broken", "L:other", "L:"]
@@ -210,7 +209,7 @@ def test_odd_answers_and_labels_keep_no_row_of_their_batch_from_its_own() -> Non
     def small(text: str) -> Prediction:
         if text == "fails":
             raise KeyError("boom")
-        return Prediction.of({"la\ud83dbel": 0.6, "other": 0.4})
+        return Prediction.from_probabilities({"la\ud83dbel": 0.6, "other": 0.4})
 
     labels = ("la\ud83dbel", "other")
     chain = ShuntRunnable(small=small, large=answers.get, pruning=None, policy=Threshold(0.9), labels=labels)
@@ -228,8 +227,13 @@ def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle:
     sets = [{"b": 0.9, "a": 0.1}, {"a": 0.95, "b": 0.05}]
 
     def chain(which: int) -> Any:
+        def small(text: str) -> Prediction:
+            return Prediction.from_probabilities(
+                {"a": 0.5, "b": 0.5} if text == "unsure" else sets[which], model_id="m"
+            )
+
         return ShuntRunnable(
-            small=lambda text: Prediction.of(sets[which] if text != "unsure" else {"a": 0.5, "b": 0.5}, model_id="m"),
+            small=small,
             large=lambda text: f"L:{pickle.loads(pickle.dumps(copy.deepcopy(text)))}", pruning=None,
             policy=Threshold(0.5, score=Margin()), labels=("a", "b"),
         )  # fmt: skip
@@ -242,16 +246,18 @@ def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle:
 
 def test_settings_that_cannot_be_are_refused(local_ray: Any, bundle: Path) -> None:
     data = local_ray.from_items([{"text": "a"}])
-    chain = ShuntRunnable(small=BundledSmallModel.at(bundle), large=lambda _: "L", pruning=None)
+    chain = ShuntRunnable(small=BundledSmallModel.from_folder(bundle), large=lambda _: "L", pruning=None)
     with pytest.raises(ConfigurationError, match="large_concurrency 1 for 2 large actors"):
         shunt_dataset(data, chain, large_actors=2, large_concurrency=1)
     with pytest.raises(ConfigurationError, match="pool of"):
         shunt_dataset(data, chain, small_actors=(3, 2))
     lock = threading.Lock()
-    held = ShuntRunnable(small=BundledSmallModel.at(bundle), large=lambda _: str(lock), pruning=None)
+    held = ShuntRunnable(small=BundledSmallModel.from_folder(bundle), large=lambda _: str(lock), pruning=None)
     with pytest.raises(ConfigurationError, match="makes it there"):
         shunt_dataset(data, held)
-    nameless = ShuntRunnable(small=lambda _: Prediction.of({"a": 1.0}), large=lambda _: "L", pruning=None)
+    nameless = ShuntRunnable(
+        small=lambda _: Prediction.from_probabilities({"a": 1.0}), large=lambda _: "L", pruning=None
+    )
     with pytest.raises(ConfigurationError, match="knows no labels"):
         shunt_dataset(data, nameless)
 
@@ -261,7 +267,7 @@ def test_what_only_the_actors_see_is_told_with_the_first_batch(bundle: Path) -> 
         return "L"
 
     def make() -> Any:
-        return ShuntRunnable(small=BundledSmallModel.at(bundle), large=large, pruning=None)
+        return ShuntRunnable(small=BundledSmallModel.from_folder(bundle), large=large, pruning=None)
 
     with pytest.raises(ConfigurationError, match="has no column 'question'"):
         _SmallStage(make, "question")(arrow.table({"text": ["a"]}))
@@ -272,6 +278,6 @@ def test_what_only_the_actors_see_is_told_with_the_first_batch(bundle: Path) -> 
     with pytest.raises(ConfigurationError, match="gave a str, no ShuntRunnable"):
         _SmallStage(lambda: "chain", "text")(arrow.table({"text": ["a"]}))  # type: ignore[arg-type, return-value]
     with pytest.raises(BundleError):
-        _LargeStage(lambda: make().model_copy(update={"small": BundledSmallModel.at("nowhere")}), "text", 1)(
+        _LargeStage(lambda: make().model_copy(update={"small": BundledSmallModel.from_folder("nowhere")}), "text", 1)(
             arrow.table({"text": ["a"]})
         )

@@ -40,22 +40,22 @@ class LaidOut(Configured):
     """Configured, with something made of the settings (steps, locks) that a copy or a pickle makes anew for itself."""
 
     kept_privates: ClassVar[dict[str, Any]] = {}
-    """Private attributes that have to be there before `_lay_out` is called after unpickling, with their values."""
+    """Private attributes that have to be there before `_build` is called after unpickling, with their values."""
 
     @abstractmethod
-    def _lay_out(self) -> None:
+    def _build(self) -> None:
         """Make it of the settings."""
 
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         copied = super().model_copy(update=update, deep=deep)
-        copied._lay_out()
+        copied._build()
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         copied = self.__copy__()
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        copied._lay_out()
+        copied._build()
         return copied
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -64,7 +64,7 @@ class LaidOut(Configured):
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__({**state, "__pydantic_private__": dict(self.kept_privates)})
-        self._lay_out()
+        self._build()
 
 
 class Strategy(Configured):
@@ -76,12 +76,12 @@ class Strategy(Configured):
         return repr(self)
 
 
-def as_plain(value: Configured) -> dict[str, Any]:
+def to_dict(value: Configured) -> dict[str, Any]:
     """A configured object as JSON-ready values: its class's name and its settings, nested ones likewise."""
 
     def plain(inner: Any) -> Any:
         if isinstance(inner, Configured):
-            return as_plain(inner)
+            return to_dict(inner)
         if isinstance(inner, dict):
             return {key: plain(one) for key, one in inner.items()}
         return [plain(one) for one in inner] if isinstance(inner, (list, tuple)) else inner
@@ -89,17 +89,17 @@ def as_plain(value: Configured) -> dict[str, Any]:
     return {"is": type(value).__name__, **{name: plain(getattr(value, name)) for name in type(value).model_fields}}
 
 
-def from_plain(value: Any, classes: Mapping[str, type[Configured]]) -> Any:
-    """What `as_plain` wrote, made of the given classes only.
+def from_dict(value: Any, classes: Mapping[str, type[Configured]]) -> Any:
+    """What `to_dict` wrote, made of the given classes only.
 
     Raises:
         ConfigurationError: It names another class, or its settings are wrong.
     """
     if isinstance(value, list):
-        return tuple(from_plain(one, classes) for one in value)
+        return tuple(from_dict(one, classes) for one in value)
     if not isinstance(value, dict):
         return value
-    inner = {key: from_plain(one, classes) for key, one in value.items() if key != "is"}
+    inner = {key: from_dict(one, classes) for key, one in value.items() if key != "is"}
     if "is" not in value:
         return inner
     if value["is"] not in classes:

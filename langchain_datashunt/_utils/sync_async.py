@@ -70,7 +70,7 @@ async def to_the_end(work: Awaitable[T]) -> T:
         raise
 
 
-def settled(outputs: list[Any], return_exceptions: bool) -> list[Any]:
+def raise_first_error(outputs: list[Any], return_exceptions: bool) -> list[Any]:
     """The outputs; the first error is raised, where errors are not to be returned."""
     if not return_exceptions:
         for output in outputs:

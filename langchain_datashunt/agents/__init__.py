@@ -8,15 +8,15 @@ from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from langchain_datashunt.agents.arguments import NoArguments, PatternArguments, WholeText
-    from langchain_datashunt.agents.guard_middleware import OutboundGateMiddleware
+    from langchain_datashunt.agents.guard_middleware import PrivacyGuardMiddleware
     from langchain_datashunt.agents.model_middleware import ShuntModelRouterMiddleware
     from langchain_datashunt.agents.tool_middleware import ShuntToolRouterMiddleware
     from langchain_datashunt.agents.tool_router import ToolRanking, ToolRouter
 
 _MODULE_OF = {
     "NoArguments": "arguments",
-    "OutboundGateMiddleware": "guard_middleware",
     "PatternArguments": "arguments",
+    "PrivacyGuardMiddleware": "guard_middleware",
     "ShuntModelRouterMiddleware": "model_middleware",
     "ShuntToolRouterMiddleware": "tool_middleware",
     "ToolRanking": "tool_router",
@@ -26,8 +26,8 @@ _MODULE_OF = {
 
 __all__ = [
     "NoArguments",
-    "OutboundGateMiddleware",
     "PatternArguments",
+    "PrivacyGuardMiddleware",
     "ShuntModelRouterMiddleware",
     "ShuntToolRouterMiddleware",
     "ToolRanking",

@@ -1,4 +1,4 @@
-"""OutboundGateMiddleware: what an agent's model is shown passes the gate, and its answers come back restored."""
+"""PrivacyGuardMiddleware: what an agent's model is shown passes the guard, and its answers come back restored."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from langchain_core.runnables.config import ensure_config
 from typing_extensions import override
 
 from langchain_datashunt.agents.turns import is_draft
-from langchain_datashunt.exceptions import StaysLocal
-from langchain_datashunt.privacy.guard import OutboundGate, subject_of
+from langchain_datashunt.exceptions import LocalOnlyError
+from langchain_datashunt.privacy.guard import PrivacyGuard, subject_of
 from langchain_datashunt.privacy.redaction import Placeholders
 
 
-class OutboundGateMiddleware(AgentMiddleware[Any, Any, Any]):
-    """An outbound gate around the model of `create_agent`.
+class PrivacyGuardMiddleware(AgentMiddleware[Any, Any, Any]):
+    """An outbound guard around the model of `create_agent`.
 
     ```python
-    gate = OutboundGate(local_kinds={"API_KEY"}, on_local="abstain")
-    agent = create_agent(ChatOpenAI(model="gpt-4o"), tools, middleware=[router, OutboundGateMiddleware(gate)])
+    guard = PrivacyGuard(local_kinds={"API_KEY"}, on_local="abstain")
+    agent = create_agent(ChatOpenAI(model="gpt-4o"), tools, middleware=[router, PrivacyGuardMiddleware(guard)])
     ```
 
     Put it last, next to the model, so that it sees what the other middlewares made of the turn. The system message and
     all messages pass, results of tools too; descriptions of tools are yours and are not looked at. The turns of a local
     model in a `ShuntModelRouterMiddleware` do not pass, for they stay on this machine. Tokens that the agent streams
-    while the model writes show placeholders; messages have the texts again. (`ShuntChatModel(gate=...)` restores
+    while the model writes show placeholders; messages have the texts again. (`ShuntChatModel(guard=...)` restores
     streamed tokens as well.)
 
     Args:
-        gate: What may leave. Where its `on_local` is "raise" a turn that must stay raises `StaysLocal`; else the agent
-            says so, and ends.
+        guard: The guard. With `on_local="raise"`, a turn that must stay raises `LocalOnlyError`; otherwise the agent
+            says so and ends.
         name: Name of this middleware; several in one agent need different ones.
 
     Raises:
-        ConfigurationError: The gate has `local_labels`, and here is no small model that knows labels.
+        ConfigurationError: The guard has `local_labels`, and here is no small model that knows labels.
     """
 
-    def __init__(self, gate: OutboundGate, *, name: str = "OutboundGateMiddleware") -> None:
+    def __init__(self, guard: PrivacyGuard, *, name: str = "PrivacyGuardMiddleware") -> None:
         super().__init__()
-        gate.check_without_labels("an agent's middleware")
-        self.gate, self._name = gate, name
+        guard.check_without_labels("an agent's middleware")
+        self.guard, self._name = guard, name
 
     @property
     @override
@@ -58,7 +58,7 @@ class OutboundGateMiddleware(AgentMiddleware[Any, Any, Any]):
             return handler(request)
         try:
             asked, placeholders = self._outbound(request)
-        except StaysLocal as error:
+        except LocalOnlyError as error:
             return self._abstained(error)
         return self._restored(handler(asked), placeholders)
 
@@ -70,13 +70,13 @@ class OutboundGateMiddleware(AgentMiddleware[Any, Any, Any]):
             return await handler(request)
         try:
             asked, placeholders = self._outbound(request)
-        except StaysLocal as error:
+        except LocalOnlyError as error:
             return self._abstained(error)
         return self._restored(await handler(asked), placeholders)
 
     def _outbound(self, request: ModelRequest[Any]) -> tuple[ModelRequest[Any], Placeholders]:
         told = {"system": request.system_message, "messages": list(request.messages)}
-        out, placeholders = self.gate.outbound(told, subject_of(ensure_config()))
+        out, placeholders = self.guard.outbound(told, subject_of(ensure_config()))
         return request.override(system_message=out["system"], messages=out["messages"]), placeholders
 
     @staticmethod
@@ -84,7 +84,7 @@ class OutboundGateMiddleware(AgentMiddleware[Any, Any, Any]):
         structured = placeholders.restore(response.structured_response)
         return replace(response, result=placeholders.restore(list(response.result)), structured_response=structured)
 
-    def _abstained(self, error: StaysLocal) -> ModelResponse[Any]:
-        if self.gate.on_local == "raise":
+    def _abstained(self, error: LocalOnlyError) -> ModelResponse[Any]:
+        if self.guard.on_local == "raise":
             raise error
-        return ModelResponse(result=[AIMessage(str(self.gate.abstained(error, None)))])
+        return ModelResponse(result=[AIMessage(str(self.guard.abstained(error, None)))])

@@ -102,7 +102,7 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             raise PredictionError(
                 f"{model_name(self.small)} gave no log-probabilities with its turn, so nobody knows how sure it is."
             )
-        prediction = Prediction.of_answer(message, sure, model_id=model_name(self.small))
+        prediction = Prediction.from_answer(message, sure, model_id=model_name(self.small))
         keep, score, limit = self.policy.evaluate_one(prediction)
         route, reason = ("small", "confident") if keep else ("large", "deferred")
         return keep, ShuntDecision(route, reason, prediction, score, limit, str(self.policy))  # type: ignore[arg-type]

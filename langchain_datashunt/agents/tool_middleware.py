@@ -29,7 +29,7 @@ from langchain_datashunt.chat.messages import text_alone
 from langchain_datashunt.decision import Latency, ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.inputs import text_of, text_reader
-from langchain_datashunt.large_models.prompt_pruning import ConformalPrompt
+from langchain_datashunt.large_models.prompt_pruning import ConformalPruning
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.policies.thresholds import Policy
 
@@ -89,7 +89,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         mode: "conformal" offers a conformal set (the router must be calibrated), "hard" the `keep` likeliest, "soft"
             offers all and tells their probabilities in the system message; None takes the router's.
         keep: Tools that are offered in "hard" mode, and told in "soft" mode; None takes the router's.
-        conformal: A fitted `ConformalPrompt`, instead of a calibrated router.
+        conformal: A fitted `ConformalPruning`, instead of a calibrated router.
         always_include: Names of tools that are always offered.
         direct: When the likeliest tool is called without asking the large model; None never does. Only in answer to
             the user's message, and only where `arguments` finds arguments that fit the tool.
@@ -105,7 +105,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         *,
         mode: Mode | None = None,
         keep: int | None = None,
-        conformal: ConformalPrompt | None = None,
+        conformal: ConformalPruning | None = None,
         always_include: Sequence[str] = (),
         direct: Policy | None = None,
         arguments: ArgumentExtractor | None = None,

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.large_models.prompt_pruning import ConformalPrompt
+from langchain_datashunt.large_models.prompt_pruning import ConformalPruning
 from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBatch
 from langchain_datashunt.routing.plan import checked_prediction
 from langchain_datashunt.small_models.base import SmallModel
@@ -74,7 +74,7 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
     keep: int = Field(default=5, ge=1)
     """Tools of a "hard" shortlist, and of a conformal one that would be empty."""
 
-    conformal: ConformalPrompt | None = None
+    conformal: ConformalPruning | None = None
     """Fitted by `calibrate`."""
 
     @field_validator("classifier", mode="before")
@@ -102,7 +102,7 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
         Raises:
             ConfigurationError: A tool is not among the classifier's labels.
         """
-        fitted = ConformalPrompt(alpha=alpha).fit(self._predict(queries), tools)
+        fitted = ConformalPruning(alpha=alpha).fit(self._predict(queries), tools)
         return self.model_copy(update={"mode": "conformal", "conformal": fitted})
 
     def rank_batch(self, queries: Sequence[Any]) -> list[ToolRanking]:

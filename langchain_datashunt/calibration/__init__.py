@@ -6,8 +6,8 @@ from langchain_datashunt.calibration.objectives import (
     MatchLarge,
     MaxAccuracy,
     MaxCost,
+    MaxDeferralRate,
     Objective,
-    QueryShare,
     RiskControl,
 )
 from langchain_datashunt.calibration.scaling import VectorScaling, fit_vector_scaling
@@ -21,7 +21,7 @@ __all__ = [
     "MaxAccuracy",
     "MaxCost",
     "Objective",
-    "QueryShare",
+    "MaxDeferralRate",
     "RiskControl",
     "ThresholdChoice",
     "VectorScaling",

@@ -113,19 +113,19 @@ class Objective(Strategy):
 
 
 class MaxAccuracy(Objective):
-    """The most accurate point; of several the one that asks least. `max_share` bounds the share asked.
+    """The most accurate point; of several the one that asks least. `max_deferral_rate` bounds the share asked.
 
     From 200 examples on, accuracy is what a logistic curve of each side's P(right | score) expects. `tolerance` is
     what may be given up of it to ask less.
     """
 
-    max_share: float = Field(default=1.0, ge=0.0, le=1.0)
+    max_deferral_rate: float = Field(default=1.0, ge=0.0, le=1.0)
     tolerance: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def choose(self, data: CalibrationData) -> Pick:
         """The point with the highest accuracy within the bound."""
         curve = data.expected_curve
-        accuracy = np.where(curve.query_share <= self.max_share + _HALF_UP, curve.accuracy, -np.inf)
+        accuracy = np.where(curve.deferral_rate <= self.max_deferral_rate + _HALF_UP, curve.accuracy, -np.inf)
         best = np.flatnonzero(accuracy >= accuracy.max() - self.tolerance - _HALF_UP)[-1]
         return Pick(float(curve.thresholds[best]), NO_GUARANTEE)
 
@@ -174,18 +174,18 @@ class MatchLarge(Objective):
         return Pick(float(grid[last]), words)
 
 
-class QueryShare(Objective):
+class MaxDeferralRate(Objective):
     """The most accurate point that asks at most this share; without recorded answers the loosest that does."""
 
     needs_large: ClassVar[bool] = False
 
-    share: float = Field(ge=0.0, le=1.0)
+    rate: float = Field(ge=0.0, le=1.0)
 
     def choose(self, data: CalibrationData) -> Pick:
         """The point within the share."""
         if data.large_right is not None:
-            return MaxAccuracy(max_share=self.share).choose(data)
-        within = np.flatnonzero(data.curve.query_share <= self.share + _HALF_UP)[0]
+            return MaxAccuracy(max_deferral_rate=self.rate).choose(data)
+        within = np.flatnonzero(data.curve.deferral_rate <= self.rate + _HALF_UP)[0]
         return Pick(float(data.curve.thresholds[within]), NO_GUARANTEE)
 
 

@@ -29,12 +29,12 @@ class ThresholdChoice:
         threshold: Its threshold; above 1 where everything is sent.
         accuracy: Of the shunt on the data it was chosen on (NaN without recorded large answers); choosing on it makes
             this a little too good.
-        query_share: Share asked on that data.
-        kept_error: Error among what the small model keeps; NaN where it keeps nothing.
+        deferral_rate: Share asked on that data.
+        selective_risk: Error among what the small model keeps; NaN where it keeps nothing.
         usd_per_1000: Cost of asking for 1,000 inputs; None where costs are not known.
         small_accuracy: Of the small model alone.
         large_accuracy: Of the large model alone; NaN without recorded answers.
-        intervals: 95% bootstrap intervals of accuracy, query_share and kept_error at this threshold.
+        intervals: 95% bootstrap intervals of accuracy, deferral_rate and selective_risk at this threshold.
         fitted_on: How many examples it was chosen on.
         objective: What was aimed for, in words.
         guarantee: What is promised, in words.
@@ -45,8 +45,8 @@ class ThresholdChoice:
     policy: Policy
     threshold: float
     accuracy: float
-    query_share: float
-    kept_error: float
+    deferral_rate: float
+    selective_risk: float
     usd_per_1000: float | None
     small_accuracy: float
     large_accuracy: float
@@ -60,8 +60,8 @@ class ThresholdChoice:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the curve."""
         names = (
-            "accuracy", "query_share", "kept_error", "usd_per_1000", "small_accuracy", "large_accuracy", "fitted_on",
-            "objective", "guarantee", "proven",
+            "accuracy", "deferral_rate", "selective_risk", "usd_per_1000", "small_accuracy", "large_accuracy",
+            "fitted_on", "objective", "guarantee", "proven",
         )  # fmt: skip
         plain = {name: _finite(getattr(self, name)) for name in names}
         intervals = {name: [_finite(found.low), _finite(found.high)] for name, found in self.intervals.items()}
@@ -78,7 +78,7 @@ def select_threshold(
     fusion: AnswerFusion | None = None,
     large_cost: float | Sequence[float] | None = None,
     labels_are: Literal["true", "large"] = "true",
-    unseen: Literal["raise", "wrong"] = "raise",
+    unknown_labels: Literal["raise", "wrong"] = "raise",
 ) -> ThresholdChoice:
     """Choose the shunt threshold on held-out labelled examples.
 
@@ -92,7 +92,7 @@ def select_threshold(
         fusion: Fitted on these very examples: asked answers count as fused, each without its own example's count.
         large_cost: USD of asking, one number or `n`.
         labels_are: "large" where the labels are the large model's own answers: the guarantee says so.
-        unseen: What to make of true labels that the small model does not have: an error, or wrong answers.
+        unknown_labels: What to make of true labels that the small model does not have: an error, or wrong answers.
 
     Raises:
         DataError: The data cannot be used, or cannot show what is asked for; the message says what to do.
@@ -100,12 +100,18 @@ def select_threshold(
     aim = objective or MaxAccuracy()
     measure = score or MaxProbability()
     data = calibration_data(
-        predictions, labels, large=large, score=measure, fusion=fusion, large_cost=large_cost, unseen=unseen
+        predictions,
+        labels,
+        large=large,
+        score=measure,
+        fusion=fusion,
+        large_cost=large_cost,
+        unknown_labels=unknown_labels,
     )
     if data.large_right is None and aim.needs_large:
         raise DataError(
             f"{type(aim).__name__} compares with the large model's answers, and none are given. Pass `large`, or use "
-            f"RiskControl or QueryShare."
+            f"RiskControl or MaxDeferralRate."
         )
     pick = aim.choose(data)
     guarantee = pick.guarantee
@@ -122,7 +128,7 @@ def calibration_data(
     score: ConfidenceScore | None = None,
     fusion: AnswerFusion | None = None,
     large_cost: float | Sequence[float] | None = None,
-    unseen: Literal["raise", "wrong"] = "raise",
+    unknown_labels: Literal["raise", "wrong"] = "raise",
 ) -> CalibrationData:
     """Check labelled examples, and say of each who was right; arguments as for `select_threshold`.
 
@@ -132,12 +138,12 @@ def calibration_data(
     measure, n = score or MaxProbability(), len(predictions)
     _check(predictions, labels, large, large_cost)
     truth = positions(predictions.labels, labels)
-    if unseen == "raise" and (truth == OTHER).any():
+    if unknown_labels == "raise" and (truth == OTHER).any():
         strange = sorted({label for label, at in zip(labels, truth.tolist(), strict=True) if at == OTHER})
         raise DataError(
             f"{int((truth == OTHER).sum())} examples have labels that the small model does not know: "
             f"{', '.join(strange[:5])}. Train it with them, remove these rows, or count them as wrong "
-            f"(unseen='wrong')."
+            f"(unknown_labels='wrong')."
         )
     alone = after = None
     if large is not None:
@@ -229,8 +235,8 @@ def _described(
     keep = data.score >= limit
     columns = {"keep": keep, "kept_wrong": keep & ~data.small_right}
     statistics: dict[str, Any] = {
-        "query_share": lambda mean: 1.0 - mean["keep"],
-        "kept_error": lambda mean: (
+        "deferral_rate": lambda mean: 1.0 - mean["keep"],
+        "selective_risk": lambda mean: (
             np.where(mean["keep"] > 0, mean["kept_wrong"], np.nan) / np.where(mean["keep"] > 0, mean["keep"], 1.0)
         ),
     }
@@ -243,8 +249,8 @@ def _described(
         policy=policy,
         threshold=float(pick.threshold),
         accuracy=found["accuracy"].value if "accuracy" in found else float("nan"),
-        query_share=found["query_share"].value,
-        kept_error=found["kept_error"].value,
+        deferral_rate=found["deferral_rate"].value,
+        selective_risk=found["selective_risk"].value,
         usd_per_1000=cost,
         small_accuracy=float(data.small_right.mean()),
         large_accuracy=float("nan") if data.alone_right is None else data.large_accuracy,

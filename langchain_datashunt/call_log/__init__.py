@@ -10,41 +10,41 @@ if TYPE_CHECKING:
     from langchain_datashunt.call_log.callbacks import RecordingCallbackHandler
     from langchain_datashunt.call_log.filters import CallFilter
     from langchain_datashunt.call_log.ledger import SharedLedger
-    from langchain_datashunt.call_log.record import RoutedCall
+    from langchain_datashunt.call_log.record import CallRecord
     from langchain_datashunt.call_log.recorder import Recorder, RecorderCounters
-    from langchain_datashunt.call_log.redaction_rules import Keeping, OutputBudget
-    from langchain_datashunt.call_log.shared_threshold import SharedControl
-    from langchain_datashunt.call_log.store import DistillationStore
-    from langchain_datashunt.call_log.summary import OverviewRow, overview_of
+    from langchain_datashunt.call_log.redaction_rules import OutputBudget, RedactionRules
+    from langchain_datashunt.call_log.shared_threshold import SharedThreshold
+    from langchain_datashunt.call_log.store import CallLog
+    from langchain_datashunt.call_log.summary import SummaryRow, summarize
 
 _MODULE_OF = {
     "CallFilter": "filters",
-    "DistillationStore": "store",
-    "Keeping": "redaction_rules",
+    "CallLog": "store",
+    "CallRecord": "record",
     "OutputBudget": "redaction_rules",
-    "OverviewRow": "summary",
     "Recorder": "recorder",
     "RecorderCounters": "recorder",
     "RecordingCallbackHandler": "callbacks",
-    "RoutedCall": "record",
-    "SharedControl": "shared_threshold",
+    "RedactionRules": "redaction_rules",
     "SharedLedger": "ledger",
-    "overview_of": "summary",
+    "SharedThreshold": "shared_threshold",
+    "SummaryRow": "summary",
+    "summarize": "summary",
 }
 
 __all__ = [
     "CallFilter",
-    "DistillationStore",
-    "Keeping",
+    "CallLog",
+    "CallRecord",
     "OutputBudget",
-    "OverviewRow",
     "Recorder",
     "RecorderCounters",
     "RecordingCallbackHandler",
-    "RoutedCall",
-    "SharedControl",
+    "RedactionRules",
     "SharedLedger",
-    "overview_of",
+    "SharedThreshold",
+    "SummaryRow",
+    "summarize",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -13,7 +13,7 @@ from langchain_core.outputs import LLMResult
 from langchain_core.runnables.config import ensure_config
 from typing_extensions import override
 
-from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.call_log.recorder import Recorder
 from langchain_datashunt.exceptions import InputError, ShuntError
 from langchain_datashunt.inputs import text_of
@@ -73,10 +73,10 @@ class RecordingCallbackHandler(BaseCallbackHandler):
 
     def _record(
         self, run_id: str, text: str, subject: str | None, seconds: float, watcher: LargeCallWatcher
-    ) -> RoutedCall:
+    ) -> CallRecord:
         label = self._label(watcher.text or "")
         distribution, confidence = large_sureness(watcher, self.labels, label)
-        return RoutedCall(
+        return CallRecord(
             id=run_id,
             task=self.recorder.task,
             input=text,

@@ -44,7 +44,7 @@ class Seal:
             ) from error
 
     @classmethod
-    def of(cls, key: str | bytes | Sequence[str | bytes] | None) -> Seal | None:
+    def from_key(cls, key: str | bytes | Sequence[str | bytes] | None) -> Seal | None:
         """The seal of a key or of several, else of the environment variable; None where there is none."""
         if key is None:
             told = os.environ.get(KEY_VARIABLE, "").strip()

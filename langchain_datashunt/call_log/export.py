@@ -15,8 +15,8 @@ from pydantic_core import to_json
 from langchain_datashunt._utils.atomic_dir import put_in_place
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.call_log.filters import EVERYTHING, CallFilter
-from langchain_datashunt.call_log.record import RoutedCall
-from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.call_log.record import CallRecord
+from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.prediction import ANSWER_LABELS
 
@@ -28,7 +28,7 @@ DEFAULT_INSTRUCTION = "Sort the message into one of these labels and answer with
 
 
 def export(
-    store: DistillationStore,
+    store: CallLog,
     out: str | Path,
     *,
     kind: str | None = None,
@@ -62,7 +62,7 @@ def export(
     return writers[chosen]()
 
 
-def plain(call: RoutedCall) -> dict[str, Any]:
+def plain(call: CallRecord) -> dict[str, Any]:
     """A record as JSON-ready values, with what is computed from it; the subject's hash stays in the store."""
     computed = {"small_label": call.small_label, "confidence": call.confidence, "input_hash": call.input_hash}
     values = {**vars(call), **computed}
@@ -70,7 +70,7 @@ def plain(call: RoutedCall) -> dict[str, Any]:
     return values
 
 
-def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
+def chats(store: CallLog, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
     """One chat for each record with a true label, or else with a large answer: what OpenAI's fine-tuning takes.
 
     Records whose inputs were not kept are left out: nothing can be learnt from them.
@@ -89,7 +89,7 @@ def chats(store: DistillationStore, which: CallFilter, instruction: str) -> Iter
             }
 
 
-def _calls(store: DistillationStore, which: CallFilter) -> Iterator[RoutedCall]:
+def _calls(store: CallLog, which: CallFilter) -> Iterator[CallRecord]:
     for batch in store.iterate(which):
         yield from batch
 
@@ -147,7 +147,7 @@ def _schema(pa: Any) -> Any:
     )
 
 
-def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
+def _parquet(path: Path, store: CallLog, which: CallFilter) -> int:
     pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
     n, schema = 0, _schema(pa)
     with _whole(path) as partial, parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
@@ -162,7 +162,7 @@ def _parquet(path: Path, store: DistillationStore, which: CallFilter) -> int:
     return n
 
 
-def _dataset(folder: Path, store: DistillationStore, which: CallFilter) -> int:
+def _dataset(folder: Path, store: CallLog, which: CallFilter) -> int:
     """A `datasets.Dataset` saved to disk, by way of a Parquet file beside it."""
     datasets = require("datasets", "distill")
     if folder.exists() and not (folder / "dataset_info.json").is_file() and (folder.is_file() or any(folder.iterdir())):

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.decision import Latency, ShuntDecision, ShuntResult
-from langchain_datashunt.exceptions import UnparsableAnswer
+from langchain_datashunt.exceptions import UnparsableAnswerError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.large_models.watcher import LargeCallWatcher, large_sureness
 from langchain_datashunt.prediction import ANSWER_LABELS, answer_text
@@ -45,7 +45,7 @@ class FinishedCall(NamedTuple):
     ended: float
     audit: bool = False
 
-    def __call__(self) -> RoutedCall:
+    def __call__(self) -> CallRecord:
         """Make the record."""
         prediction, watcher = self.decision.prediction, self.watcher
         labels = prediction.labels if prediction is not None else tuple(self.labels or ())
@@ -53,7 +53,7 @@ class FinishedCall(NamedTuple):
         label = self._large_label()
         written = None if prediction is None else prediction.answer
         distribution, confidence = (None, None) if watcher is None else large_sureness(watcher, labels, label)
-        return RoutedCall(
+        return CallRecord(
             id=self.record_id,
             time=self.ended,
             task=self.task,
@@ -98,7 +98,7 @@ def _said(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
         return None
     if watcher.text is not None:
         return watcher.text
-    if isinstance(answer, UnparsableAnswer):
+    if isinstance(answer, UnparsableAnswerError):
         return answer.raw
     return None if answer is None or isinstance(answer, Exception) else str(answer)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeAlias
 
 from langchain_datashunt.call_log.encryption import Seal, sealed
-from langchain_datashunt.call_log.record import Columns, RoutedCall
+from langchain_datashunt.call_log.record import CallRecord, Columns
 from langchain_datashunt.call_log.rows import Key, merged
 from langchain_datashunt.call_log.segments import MAX_RECORDS, Segment, compressed
 
@@ -33,7 +33,7 @@ class Group:
     content: Callable[[], bytes]
 
 
-def groups_of(records: Sequence[RoutedCall], seal: Seal | None) -> Iterator[Group]:
+def groups_of(records: Sequence[CallRecord], seal: Seal | None) -> Iterator[Group]:
     """Records in groups; where there are several, each is compressed by another thread while that before is written."""
     if len(records) <= MAX_RECORDS:
         yield _group(records, seal, lambda work: work)
@@ -51,7 +51,7 @@ def groups_of(records: Sequence[RoutedCall], seal: Seal | None) -> Iterator[Grou
 _Later: TypeAlias = Callable[[Callable[[], bytes]], Callable[[], bytes]]
 
 
-def _group(records: Sequence[RoutedCall], seal: Seal | None, later: _Later) -> Group:
+def _group(records: Sequence[CallRecord], seal: Seal | None, later: _Later) -> Group:
     keys, columns, others = merged(records, seal)
     segment = Segment.of(columns)
     return Group(keys, columns, others, segment, later(partial(_stored, segment.body(), seal)))

@@ -12,7 +12,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from langchain_datashunt.call_log.schema import controls, disclosures
-from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.exceptions import StoreError
 from langchain_datashunt.privacy.budget import Disclosure
 
@@ -26,8 +26,8 @@ class SharedLedger:
         store: A store, or its URL.
     """
 
-    def __init__(self, store: DistillationStore | str | Path) -> None:
-        self.store = store if isinstance(store, DistillationStore) else DistillationStore(store)
+    def __init__(self, store: CallLog | str | Path) -> None:
+        self.store = store if isinstance(store, CallLog) else CallLog(store)
 
     def spend(self, amounts: Mapping[str, tuple[float, float]]) -> str | None:
         """Add amounts to what was spent under their names, all or none; the name of the first that is above its bound.

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, select
 
-from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.call_log.rows import record_of, segment_and_place
 from langchain_datashunt.call_log.schema import calls, contexts
 from langchain_datashunt.call_log.segment_table import read_segment
 from langchain_datashunt.call_log.segments import Segment
 
 if TYPE_CHECKING:
-    from langchain_datashunt.call_log.store import DistillationStore
+    from langchain_datashunt.call_log.store import CallLog
 
 SHARED = ("task", "small_model", "large_model", "policy", "labels")
 """What calls share with others, by the names of its columns."""
 
-Found: TypeAlias = tuple[RowMapping, RoutedCall | Exception]
+Found: TypeAlias = tuple[RowMapping, CallRecord | Exception]
 """A row, and its record, or why that cannot be read."""
 
 _ROWS = select(calls, *(contexts.c[name] for name in SHARED))
@@ -34,7 +34,7 @@ class Reader:
         store: Whose records.
     """
 
-    def __init__(self, store: DistillationStore) -> None:
+    def __init__(self, store: CallLog) -> None:
         self._store = store
         self._after = -1
         self._open: tuple[int, Segment] | None = None
@@ -68,7 +68,7 @@ class Reader:
         return [(row, self._record(row, self._open[1])) for row in rows]
 
     @staticmethod
-    def _record(row: RowMapping, segment: Segment) -> RoutedCall | Exception:
+    def _record(row: RowMapping, segment: Segment) -> CallRecord | Exception:
         try:
             return record_of(row, segment)
         except Exception as error:

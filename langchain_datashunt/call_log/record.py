@@ -29,10 +29,10 @@ _NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
 
 
 Columns: TypeAlias = dict[str, list[Any]]
-"""For each field of `RoutedCall` its values in `n` records."""
+"""For each field of `CallRecord` its values in `n` records."""
 
 
-class RoutedCall(BaseModel):
+class CallRecord(BaseModel):
     """One call, as it is stored. Probabilities are in the order of `labels`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True)
@@ -145,9 +145,9 @@ class RoutedCall(BaseModel):
         return None if self.label is None or self.small_label is None else self.label == self.small_label
 
 
-def columns_of(records: Sequence[RoutedCall]) -> Columns:
+def columns_of(records: Sequence[CallRecord]) -> Columns:
     """Records column by column: in one pass, for many at a time are larger than a processor's cache."""
-    fields, values = tuple(RoutedCall.model_fields), list(map(vars, records))
+    fields, values = tuple(CallRecord.model_fields), list(map(vars, records))
     if values and tuple(values[0]) == fields and set(map(len, values)) == {len(fields)}:
         flat = list(chain.from_iterable(map(dict.values, values)))  # pydantic keeps fields in their order
         return {field: flat[i :: len(fields)] for i, field in enumerate(fields)}

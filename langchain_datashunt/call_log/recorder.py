@@ -19,16 +19,16 @@ from sqlalchemy import URL, make_url
 from langchain_datashunt._utils.fork import AFTER_FORK
 from langchain_datashunt.call_log.encryption import KEY_VARIABLE, Seal
 from langchain_datashunt.call_log.process_end import at_the_end_of_a_worker, written_at_the_end
-from langchain_datashunt.call_log.record import RoutedCall
-from langchain_datashunt.call_log.redaction_rules import Keeping
+from langchain_datashunt.call_log.record import CallRecord
+from langchain_datashunt.call_log.redaction_rules import RedactionRules
 from langchain_datashunt.call_log.spool import spool_of
-from langchain_datashunt.call_log.store import DistillationStore, url_of
+from langchain_datashunt.call_log.store import CallLog, url_of
 from langchain_datashunt.exceptions import ConfigurationError, RecordRefusedError, ShuntError, StoreError
 from langchain_datashunt.prediction import Route
 
 logger = logging.getLogger(__name__)
 
-MakeRecord = Callable[[], RoutedCall]
+MakeRecord = Callable[[], CallRecord]
 """A record, or how to make it: the writer's thread does that, not the caller's."""
 
 _UNREADABLE_SECONDS = 60.0
@@ -98,7 +98,7 @@ class Recorder:
 
     def __init__(
         self,
-        store: DistillationStore | str | Path,
+        store: CallLog | str | Path,
         *,
         task: str = "default",
         sample_small: float = 0.1,
@@ -109,7 +109,7 @@ class Recorder:
         spool: str | Path | None = None,
         retry_seconds: float = 5.0,
         seed: int | None = None,
-        keep: Keeping | None = None,
+        keep: RedactionRules | None = None,
     ) -> None:
         if not 0.0 <= sample_small <= 1.0:
             raise ConfigurationError(f"sample_small is {sample_small}; it is a share, give a number from 0 to 1.")
@@ -124,11 +124,11 @@ class Recorder:
         self.retry_seconds = retry_seconds
         self.keep = keep
         self._random = random.Random(seed)
-        self._url = store.url if isinstance(store, DistillationStore) else store
-        self._store = store if isinstance(store, DistillationStore) else None
+        self._url = store.url if isinstance(store, CallLog) else store
+        self._store = store if isinstance(store, CallLog) else None
         self.spool = spool
         self._spool_file = Path(spool) if spool is not None else spool_of(store)
-        self._spool: DistillationStore | None = None
+        self._spool: CallLog | None = None
         self._lock = threading.Lock()
         self._counters = RecorderCounters()
         self._closed = False
@@ -223,7 +223,7 @@ class Recorder:
                     group.done.set()
             self._drain()
 
-    def _made(self, group: _Group) -> list[RoutedCall]:
+    def _made(self, group: _Group) -> list[CallRecord]:
         """The records of a group; one that cannot be made is counted, and the others are kept."""
         records = []
         for make in group.makers:
@@ -235,7 +235,7 @@ class Recorder:
                 self._count(failed=1)
         return records
 
-    def _write(self, records: list[RoutedCall], *, spool: bool = False) -> None:
+    def _write(self, records: list[CallRecord], *, spool: bool = False) -> None:
         """Write to the database, else to the spool, else count and report."""
         if not records:
             return
@@ -260,10 +260,10 @@ class Recorder:
         else:
             self._count(spooled=len(records) - len(refused))
 
-    def _refusing(self, refused: set[str]) -> Callable[[RoutedCall, Exception], None]:
+    def _refusing(self, refused: set[str]) -> Callable[[CallRecord, Exception], None]:
         """Counts and names a record that the database does not take, and adds its id to these."""
 
-        def refuse(record: RoutedCall, error: Exception) -> None:
+        def refuse(record: CallRecord, error: Exception) -> None:
             logger.error("The record %s cannot be written: %s", record.id, _said_of(error))
             self._count(failed=1)
             refused.add(record.id)
@@ -275,7 +275,7 @@ class Recorder:
 
     def _try_open(self) -> bool:
         try:
-            self._store = DistillationStore(self._url, durability=self.durability)  # type: ignore[arg-type]
+            self._store = CallLog(self._url, durability=self.durability)  # type: ignore[arg-type]
         except StoreError as error:
             self._went_away(error)
         return self._store is not None
@@ -284,11 +284,11 @@ class Recorder:
         logger.warning("The store cannot be written, records are spooled to %s: %s", self._spool_file, error)
         self._away_until = time.monotonic() + self.retry_seconds
 
-    def _spool_store(self) -> DistillationStore:
+    def _spool_store(self) -> CallLog:
         with self._lock:
             if self._spool is None:
                 seal = None if self._store is None else self._store.seal
-                self._spool = DistillationStore(self._spool_file, durability="record", key=seal)
+                self._spool = CallLog(self._spool_file, durability="record", key=seal)
             return self._spool
 
     def _drain(self) -> None:
@@ -364,7 +364,7 @@ class Recorder:
         Raises:
             ConfigurationError: The store encrypts with a key that another process would not have.
         """
-        seal, told = None if self._store is None else self._store.seal, Seal.of(None)
+        seal, told = None if self._store is None else self._store.seal, Seal.from_key(None)
         if seal is not None and (told is None or told.hashes(b"") != seal.hashes(b"")):
             raise ConfigurationError(
                 f"{self!r} encrypts with a key that was given to its store, and keys are not pickled. Give the key by "

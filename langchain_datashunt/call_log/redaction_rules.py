@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from pydantic import ConfigDict, Field
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt.call_log.record import HASHED, LEFT_OUT, RoutedCall, hash_subject
+from langchain_datashunt.call_log.record import HASHED, LEFT_OUT, CallRecord, hash_subject
 from langchain_datashunt.prediction import ANSWER_LABELS
 from langchain_datashunt.privacy.budget import PeriodBudget
 from langchain_datashunt.privacy.detectors import DETECTORS
@@ -38,7 +38,7 @@ class OutputBudget(PeriodBudget):
     subject_outputs: int | None = Field(default=None, ge=0)
     """To one person's inputs in a period."""
 
-    def admits(self, record: RoutedCall) -> bool:
+    def admits(self, record: CallRecord) -> bool:
         """Whether the answer of this record may be stored; counts it. Where nobody can count, it may not."""
         person = None if record.subject is None else hash_subject(record.subject)
         try:
@@ -48,7 +48,7 @@ class OutputBudget(PeriodBudget):
             return False
 
 
-class Keeping(Configured):
+class RedactionRules(Configured):
     """How each text of a record is kept.
 
     Redaction happens in the writer's thread, before anything touches a disk. From inputs that are hashed or left out
@@ -75,7 +75,7 @@ class Keeping(Configured):
     detectors: tuple[Any, ...] = Field(default=DETECTORS, exclude=True, repr=False)
     """What is looked for where something is redacted."""
 
-    def __call__(self, record: RoutedCall) -> RoutedCall:
+    def __call__(self, record: CallRecord) -> CallRecord:
         """The record as it is kept."""
         names = Placeholders(self.detectors, allow_binary=True)  # one set, so that a text has one placeholder in all
         names.reserve([record.input, record.raw_output, record.small_answer])

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 from langchain_datashunt.call_log.encryption import Seal
 from langchain_datashunt.call_log.record import (
     SUBJECT_HASH,
+    CallRecord,
     Columns,
-    RoutedCall,
     columns_of,
     hash_input,
     hash_subject,
@@ -27,7 +27,7 @@ from langchain_datashunt.call_log.record import (
 from langchain_datashunt.call_log.segments import MAX_RECORDS, Segment
 from langchain_datashunt.prediction import Reason, Route
 
-ROUTES: tuple[Route, ...] = ("small", "learnable", "large")
+ROUTES: tuple[Route, ...] = ("small", "student", "large")
 REASONS: tuple[Reason, ...] = ("confident", "deferred", "small_error", "large_error", "local_only")
 _ROUTES = {route: i for i, route in enumerate(ROUTES)}
 _REASONS = {reason: i for i, reason in enumerate(REASONS)}
@@ -167,7 +167,7 @@ def keys_of(task: str, large_model: str, input_hash: bytes, seal: Seal | None) -
     return list(map(key_of_bytes, [plain] if seal is None else [*seal.hashes(plain), plain]))
 
 
-def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes], Columns, list[tuple[bytes, Key]]]:
+def merged(records: Sequence[CallRecord], seal: Seal | None) -> tuple[list[bytes], Columns, list[tuple[bytes, Key]]]:
     """Keys, the columns of one record a key, and the ids of the others with their keys: no row is written twice.
 
     The newest record stands for its key, with the counts of all; one that is there twice, by its id, counts once.
@@ -178,7 +178,7 @@ def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes
         keys = [seal.hashes(key)[0] for key in keys]
     if len(set(keys)) == len(keys):
         return keys, columns, []
-    alike: dict[bytes, dict[str, RoutedCall]] = {}
+    alike: dict[bytes, dict[str, CallRecord]] = {}
     for key, record in zip(keys, records, strict=True):
         alike.setdefault(key, {})[record.id] = record
     newest = {key: _joined(sorted(same.values(), key=attrgetter("time"))) for key, same in alike.items()}
@@ -191,7 +191,7 @@ def merged(records: Sequence[RoutedCall], seal: Seal | None) -> tuple[list[bytes
     return list(newest), columns_of(list(newest.values())), others
 
 
-def _joined(calls: Sequence[RoutedCall]) -> RoutedCall:
+def _joined(calls: Sequence[CallRecord]) -> CallRecord:
     """The last of calls with one input, with the counts of all, and what only older ones know."""
     last = calls[-1]
     if len(calls) == 1:
@@ -201,7 +201,7 @@ def _joined(calls: Sequence[RoutedCall]) -> RoutedCall:
     return last.model_copy(update={**kept, "count": sum(call.count for call in calls)})
 
 
-def record_of(row: Any, segment: Segment) -> RoutedCall:
+def record_of(row: Any, segment: Segment) -> CallRecord:
     """The record of a row with its context's columns.
 
     Raises:
@@ -217,7 +217,7 @@ def record_of(row: Any, segment: Segment) -> RoutedCall:
         "cost_usd", "gold", "gold_source", "count",
     )  # fmt: skip
     told = {name: value for name, value in said._asdict().items() if name != "strange_label"}
-    return RoutedCall(
+    return CallRecord(
         **{name: row[name] for name in same},
         **told,
         id=id_of(row),
@@ -236,7 +236,7 @@ def id_of(row: Any) -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def fits(row: Any, record: RoutedCall, seal: Seal | None) -> bool:
+def fits(row: Any, record: CallRecord, seal: Seal | None) -> bool:
     """Whether a row's hash is that of its record."""
     return (row["key_high"], row["key_low"]) in keys_of(record.task, record.large_model, hash_input(record.input), seal)
 

@@ -271,7 +271,7 @@ def migrate(connection: Connection) -> int:
     if done and min(done) < FIRST:
         raise StoreError(
             f"The store has schema version {max(done)}, from before the first release, which this code does not read. "
-            f"Export it with the code that wrote it (datashunt store export), and begin a new one."
+            f"Export it with the code that wrote it (datashunt log export), and begin a new one."
         )
     for version, step in enumerate(STEPS, start=FIRST):
         if version not in done:

@@ -39,7 +39,7 @@ Distribution = tuple[float, ...]
 
 
 class Content(NamedTuple):
-    """What a segment says of one record; the fields are those of `RoutedCall`, `strange_label` one outside its set."""
+    """What a segment says of one record; the fields are those of `CallRecord`, `strange_label` one outside its set."""
 
     input: str
     raw_output: str | None

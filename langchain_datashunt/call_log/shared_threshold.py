@@ -1,4 +1,4 @@
-"""SharedControl: a number in the store that many processes read and move, for budgets that they keep together."""
+"""SharedThreshold: a number in the store that many processes read and move, for budgets that they keep together."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sqlalchemy import insert, select
 
 from langchain_datashunt._utils.fork import AFTER_FORK
 from langchain_datashunt.call_log.schema import controls
-from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.exceptions import StoreError
 
 _LOG = logging.getLogger(__name__)
 
 
-class SharedControl:
-    """The threshold of a `QueryBudget` or `CostBudget`, shared through a store.
+class SharedThreshold:
+    """The threshold of a `DeferralBudget` or `CostBudget`, shared through a store.
 
     ```python
-    policy = QueryBudget(share=0.2, control=SharedControl("postgresql+psycopg://...", "support"))
+    policy = DeferralBudget(rate=0.2, control=SharedThreshold("postgresql+psycopg://...", "support"))
     ```
 
     Each decision then costs a round trip to the database. With the database away a process goes on with the number that
@@ -34,8 +34,8 @@ class SharedControl:
         retry_seconds: Pause between attempts to reach a database that was away.
     """
 
-    def __init__(self, store: DistillationStore | str | Path, name: str, *, retry_seconds: float = 5.0) -> None:
-        self.store = store if isinstance(store, DistillationStore) else DistillationStore(store)
+    def __init__(self, store: CallLog | str | Path, name: str, *, retry_seconds: float = 5.0) -> None:
+        self.store = store if isinstance(store, CallLog) else CallLog(store)
         self.name = name
         self.retry_seconds = retry_seconds
         self._known: float | None = None
@@ -96,4 +96,4 @@ class SharedControl:
             return float(connection.execute(moved).scalar_one())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SharedControl, (self.store.url.render_as_string(hide_password=False), self.name)
+        return SharedThreshold, (self.store.url.render_as_string(hide_password=False), self.name)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
-from langchain_datashunt.call_log.store import DistillationStore, url_of
+from langchain_datashunt.call_log.store import CallLog, url_of
 from langchain_datashunt.exceptions import ConfigurationError
 
 
-def spool_of(store: DistillationStore | str | Path) -> Path:
+def spool_of(store: CallLog | str | Path) -> Path:
     """Beside a SQLite file; for another database a file of its own, so that its records reach no other.
 
     Raises:
         ConfigurationError: The user has no home, and the folder in the temporary one is another user's.
     """
-    url = make_url(url_of(store.url.render_as_string() if isinstance(store, DistillationStore) else store))
+    url = make_url(url_of(store.url.render_as_string() if isinstance(store, CallLog) else store))
     if url.get_backend_name() == "sqlite":
         return Path(f"{url.database}.spool")
     digest = hashlib.sha256(url.render_as_string(hide_password=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""DistillationStore: the records of routed calls in SQLite or PostgreSQL. It stores and finds; it does not train."""
+"""CallLog: the records of routed calls in SQLite or PostgreSQL. It stores and finds; it does not train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Self, TypeAlias
 from langchain_datashunt._utils.fork import AFTER_FORK, LEFT_ALONE
 from langchain_datashunt.call_log.encryption import Seal
 from langchain_datashunt.call_log.groups import Group, groups_of
-from langchain_datashunt.call_log.record import Columns, RoutedCall, hash_subject, id_bytes
+from langchain_datashunt.call_log.record import CallRecord, Columns, hash_subject, id_bytes
 from langchain_datashunt.call_log.rows import (
     Key,
     fits,
@@ -74,7 +74,7 @@ of 64 MiB lets many changes of one page be written at once. A file that is there
 
 _LOG = logging.getLogger(__name__)
 
-Refused: TypeAlias = Callable[[RoutedCall, Exception], None]
+Refused: TypeAlias = Callable[[CallRecord, Exception], None]
 """Is told of a record that a database does not take, and why."""
 
 _READS = "datashunt_reads"
@@ -89,11 +89,11 @@ TIDY_EVERY = 65_536
 """After so many records it is looked whether much of what is stored has been replaced."""
 
 
-class DistillationStore:
+class CallLog:
     """The log of routed calls that later distillation learns from.
 
     ```python
-    store = DistillationStore("sqlite:///calls.db")  # or postgresql+psycopg://user@host/database
+    store = CallLog("sqlite:///calls.db")  # or postgresql+psycopg://user@host/database
     for batch in store.iterate(CallFilter(route="large")):
         ...
     ```
@@ -123,7 +123,7 @@ class DistillationStore:
         key: str | bytes | Sequence[str | bytes] | Seal | None = None,
     ) -> None:
         self.url = make_url(url_of(url))
-        self.seal = key if isinstance(key, Seal) else Seal.of(key)
+        self.seal = key if isinstance(key, Seal) else Seal.from_key(key)
         self.durability = durability
         self._contexts: dict[tuple[Any, ...], int] = {}
         self._appended = 0
@@ -172,7 +172,7 @@ class DistillationStore:
 
     # Writing
 
-    def append(self, records: Sequence[RoutedCall]) -> None:
+    def append(self, records: Sequence[CallRecord]) -> None:
         """Store records in one transaction, the newest of each (task, input, large model) winning.
 
         Raises:
@@ -193,7 +193,7 @@ class DistillationStore:
         with self._lock:  # only now are they there for others
             self._contexts.update(known)
 
-    def append_each(self, records: Sequence[RoutedCall], refused: Refused) -> None:
+    def append_each(self, records: Sequence[CallRecord], refused: Refused) -> None:
         """Store records but those that the database does not take, which are found by halves.
 
         Args:
@@ -278,7 +278,7 @@ class DistillationStore:
 
     # Reading
 
-    def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[RoutedCall]]:
+    def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[CallRecord]]:
         """The records in batches, in constant memory, in the order in which they were last written.
 
         Records written meanwhile may or may not be among them.
@@ -290,17 +290,17 @@ class DistillationStore:
         while rows := reader.page(which.where(), batch_size):
             yield [self._read(row, found) for row, found in rows]
 
-    def _read(self, row: Any, found: RoutedCall | Exception) -> RoutedCall:
+    def _read(self, row: Any, found: CallRecord | Exception) -> CallRecord:
         if isinstance(found, StoreError):
             raise found
         if isinstance(found, Exception):
             raise StoreError(
-                f"Call {id_of(row)} in {self!r} cannot be read: {found}. `datashunt store verify` tells which are "
+                f"Call {id_of(row)} in {self!r} cannot be read: {found}. `datashunt log verify` tells which are "
                 f"damaged."
             ) from found
         return found
 
-    def get(self, record_id: str) -> RoutedCall | None:
+    def get(self, record_id: str) -> CallRecord | None:
         """One record by the id of its newest call."""
         rows = Reader(self).page(and_(_JOINED, calls.c.id == id_bytes(record_id)), 1)
         return self._read(*rows[0]) if rows else None
@@ -386,7 +386,7 @@ class DistillationStore:
 
     def move_to(
         self,
-        other: DistillationStore,
+        other: CallLog,
         *,
         batch_size: int = 2048,
         batches: int | None = None,
@@ -509,7 +509,7 @@ class DistillationStore:
         self.close()
 
     def __repr__(self) -> str:
-        return f"DistillationStore({self.url.render_as_string(hide_password=True)!r})"
+        return f"CallLog({self.url.render_as_string(hide_password=True)!r})"
 
 
 def url_of(url: str | Path) -> str:

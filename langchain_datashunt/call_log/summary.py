@@ -13,7 +13,7 @@ from sqlalchemy import Integer, and_, cast, func, or_, select
 from langchain_datashunt.call_log.filters import CallFilter
 from langchain_datashunt.call_log.rows import REASONS, ROUTES
 from langchain_datashunt.call_log.schema import calls, contexts, disclosures
-from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.exceptions import ConfigurationError
 
 Period = Literal["day", "week", "all"]
@@ -24,14 +24,14 @@ _FIRST_MONDAY = 4 * 86_400.0
 
 
 @dataclass(frozen=True)
-class OverviewRow:
+class SummaryRow:
     """One period. A figure that nothing is known of is None.
 
     Attributes:
         start: When it began, seconds since 1970 UTC; the first record's time where all is one period.
         calls: Calls that were made, repeats counted; of what the small model kept, the part that is recorded is scaled
             up. Audits are no calls of their own.
-        query_share: Part of them that the large model was asked about, also where it failed.
+        deferral_rate: Part of them that the large model was asked about, also where it failed.
         cost_usd: What was paid for all that is recorded, audits too.
         usd_per_1000: The same for 1,000 calls.
         all_large_usd_per_1000: What 1,000 calls would have cost if all had been asked, at the mean price of those that
@@ -51,7 +51,7 @@ class OverviewRow:
 
     start: float
     calls: float = 0.0
-    query_share: float | None = None
+    deferral_rate: float | None = None
     cost_usd: float = 0.0
     usd_per_1000: float | None = None
     all_large_usd_per_1000: float | None = None
@@ -71,13 +71,13 @@ class OverviewRow:
         return asdict(self)
 
 
-def overview_of(
-    store: DistillationStore,
+def summarize(
+    store: CallLog,
     *,
     by: Period = "day",
     sample_small: float = 0.1,
     which: CallFilter = CallFilter(),  # noqa: B008
-) -> list[OverviewRow]:
+) -> list[SummaryRow]:
     """Leakage, cost and quality of a store's calls, period by period.
 
     Args:
@@ -95,19 +95,19 @@ def overview_of(
     if not 0.0 < sample_small <= 1.0:
         raise ConfigurationError(f"sample_small is {sample_small}; give the recorder's rate, above 0 and at most 1.")
     rows = {
-        start: _counted(OverviewRow(start), counts, sample_small) for start, counts in _calls(store, by, which)
+        start: _counted(SummaryRow(start), counts, sample_small) for start, counts in _calls(store, by, which)
     }  # fmt: skip
     for start, left in _left(store, by, which).items():
-        rows[start] = replace(rows.get(start, OverviewRow(start)), **left)
+        rows[start] = replace(rows.get(start, SummaryRow(start)), **left)
     for start, right in _right(store, by, which).items():
-        rows[start] = replace(rows.get(start, OverviewRow(start)), **right)
+        rows[start] = replace(rows.get(start, SummaryRow(start)), **right)
     if by == "all" and rows:
         oldest = store.stats(which)["oldest"]
         return [replace(row, start=row.start if oldest is None else float(oldest)) for row in rows.values()]
     return [rows[start] for start in sorted(rows)]
 
 
-def _bucket(store: DistillationStore, moment: Any, by: str) -> Any:
+def _bucket(store: CallLog, moment: Any, by: str) -> Any:
     """The number of a moment's period, in SQL: a cast to whole numbers cuts in SQLite and rounds in PostgreSQL."""
     number = (moment - _offset(by)) / _SECONDS[by]
     return cast(number if store.url.get_backend_name() == "sqlite" else func.floor(number), Integer)
@@ -121,7 +121,7 @@ def _start(number: int, by: str) -> float:
     return number * _SECONDS[by] + _offset(by)
 
 
-def _calls(store: DistillationStore, by: str, which: CallFilter) -> Iterator[tuple[float, dict[str, Any]]]:
+def _calls(store: CallLog, by: str, which: CallFilter) -> Iterator[tuple[float, dict[str, Any]]]:
     c, number = calls.c, _bucket(store, calls.c.time, by).label("number")
     large, sure = c.route == ROUTES.index("large"), c.reason == REASONS.index("confident")
     asked = or_(large, c.reason == REASONS.index("large_error"))
@@ -150,13 +150,13 @@ def _calls(store: DistillationStore, by: str, which: CallFilter) -> Iterator[tup
             yield _start(row["number"], by), dict(row)
 
 
-def _counted(row: OverviewRow, counts: dict[str, Any], sample_small: float) -> OverviewRow:
+def _counted(row: SummaryRow, counts: dict[str, Any], sample_small: float) -> SummaryRow:
     asked, cost = float(counts["asked"]), float(counts["cost_usd"])
     everything = asked + float(counts["sampled"]) / sample_small + float(counts["others"])
     return replace(
         row,
         calls=everything,
-        query_share=asked / everything if everything else None,
+        deferral_rate=asked / everything if everything else None,
         cost_usd=cost,
         usd_per_1000=1000.0 * cost / everything if everything else None,
         all_large_usd_per_1000=1000.0 * float(counts["asked_usd"]) / asked if asked else None,
@@ -164,7 +164,7 @@ def _counted(row: OverviewRow, counts: dict[str, Any], sample_small: float) -> O
     )
 
 
-def _left(store: DistillationStore, by: str, which: CallFilter) -> dict[float, dict[str, Any]]:
+def _left(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, Any]]:
     d, found = disclosures.c, defaultdict[float, dict[str, Any]](lambda: {"sent": 0, "refused": 0, "characters": 0})
     kinds = defaultdict[float, dict[str, Counter[str]]](lambda: {"replaced": Counter(), "plain": Counter()})
     statement = select(_bucket(store, d.time, by), d.refused, d.characters, d.replaced, d.plain)
@@ -183,7 +183,7 @@ def _left(store: DistillationStore, by: str, which: CallFilter) -> dict[float, d
     return {start: {**told, **{name: dict(n) for name, n in kinds[start].items()}} for start, told in found.items()}
 
 
-def _right(store: DistillationStore, by: str, which: CallFilter) -> dict[float, dict[str, Any]]:
+def _right(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, Any]]:
     told = defaultdict[float, Counter[str]](Counter)
     for batch in store.iterate(replace(which, labelled=True)):
         for call in batch:

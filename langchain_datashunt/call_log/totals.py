@@ -11,11 +11,11 @@ from langchain_datashunt.call_log.rows import ROUTES
 from langchain_datashunt.call_log.schema import calls
 
 if TYPE_CHECKING:
-    from langchain_datashunt.call_log.store import DistillationStore
+    from langchain_datashunt.call_log.store import CallLog
 
 
-def totals(store: DistillationStore, which: CallFilter) -> dict[str, Any]:
-    """As `DistillationStore.stats`."""
+def totals(store: CallLog, which: CallFilter) -> dict[str, Any]:
+    """As `CallLog.stats`."""
     c = calls.c
     spared = and_(c.route == ROUTES.index("large"), c.score >= c.threshold)
     both = and_(c.small_label.isnot(None), c.label.isnot(None))

@@ -9,17 +9,17 @@ from langchain_datashunt._utils.lazy import lazy_names
 if TYPE_CHECKING:
     from langchain_datashunt.chat.answers import ToolAnswer
     from langchain_datashunt.chat.model import ShuntChatModel
-    from langchain_datashunt.chat.small_model import ChatModelSmallModel
+    from langchain_datashunt.chat.small_model import SmallChatModel
 
 _MODULE_OF = {
-    "ChatModelSmallModel": "small_model",
     "ShuntChatModel": "model",
+    "SmallChatModel": "small_model",
     "ToolAnswer": "answers",
 }
 
 __all__ = [
-    "ChatModelSmallModel",
     "ShuntChatModel",
+    "SmallChatModel",
     "ToolAnswer",
 ]
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.policies.thresholds import Policy, Verdict
+from langchain_datashunt.policies.thresholds import Policy, PolicyDecision
 from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBatch, answer_text
 
 
@@ -67,7 +67,7 @@ class AnswerForm:
         if self.structured or "response_format" in settings:
             return replace(self, closed=True)
         all_told = {**self.bound, **settings}
-        return AnswerForm.of_tools(all_told.get("tools") or (), all_told.get("tool_choice"), all_told)
+        return AnswerForm.from_tools(all_told.get("tools") or (), all_told.get("tool_choice"), all_told)
 
     def allows(self, message: AIMessage) -> bool:
         """Whether a message calls what it must, and nothing that is not there."""
@@ -75,7 +75,7 @@ class AnswerForm:
         return called <= ({self.only} if self.only else self.tools) and bool(called or not self.must_call)
 
     @classmethod
-    def of_tools(cls, tools: Sequence[Any], tool_choice: Any, settings: Mapping[str, Any]) -> AnswerForm:
+    def from_tools(cls, tools: Sequence[Any], tool_choice: Any, settings: Mapping[str, Any]) -> AnswerForm:
         """What a call with bound tools may be answered with.
 
         Args:
@@ -178,14 +178,14 @@ class Answerable(Policy):
     _known: dict[str, bool] = PrivateAttr(default_factory=dict)
 
     @override
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         if batch.answers is None:
             among = np.array([self._known_label(label) for label in batch.labels], dtype=np.bool_)
             keep = among[batch.best]
         else:
             keep = np.array([self.answers.answerable(said, self.form) for said in map(answer_text, batch.answers)])
         nothing = np.full(len(batch), np.nan)
-        return Verdict(keep.astype(np.bool_), nothing, nothing)
+        return PolicyDecision(keep.astype(np.bool_), nothing, nothing)
 
     def _known_label(self, label: str) -> bool:
         if label not in self._known:

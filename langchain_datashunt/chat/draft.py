@@ -13,7 +13,7 @@ from typing_extensions import override
 from langchain_datashunt.chat.answers import AnswerForm
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.logprobs import token_logprobs
-from langchain_datashunt.policies.scores import LeastTokenProbability, LengthNormalizedProbability, TokenScore
+from langchain_datashunt.policies.scores import LengthNormalizedProbability, MinTokenProbability, TokenScore
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
 SILENT_TAGS = ["nostream", "langsmith:nostream"]
@@ -31,9 +31,9 @@ def mean_token_probability(message: AIMessage) -> float | None:
     return _scored(message, LengthNormalizedProbability())
 
 
-def least_token_probability(message: AIMessage) -> float | None:
+def min_token_probability(message: AIMessage) -> float | None:
     """The smallest of the probabilities of the message's tokens; None without log-probabilities."""
-    return _scored(message, LeastTokenProbability())
+    return _scored(message, MinTokenProbability())
 
 
 def _scored(message: AIMessage, score: TokenScore) -> float | None:
@@ -89,7 +89,7 @@ class DraftingModel(Runnable[Any, Prediction]):
                 f"{self.model_id} gave no log-probabilities with its draft, so nobody knows how sure it is. Let it "
                 f"give them (ChatOpenAI(logprobs=True)), or give `confidence`, a function from message to [0, 1]."
             )
-        return Prediction.of_answer(
+        return Prediction.from_answer(
             said if self.give_raw else answer, sure, model_id=self.model_id,
             token_logprobs=token_logprobs(tokens) if tokens and not message.tool_calls else None,
         )  # fmt: skip

@@ -42,7 +42,7 @@ class Hint:
             return ""
         return self.template.format(**{name: variables[name] for name in self.template.input_variables})
 
-    def of(self, prediction: Prediction | None) -> str:
+    def paragraph_for(self, prediction: Prediction | None) -> str:
         """The hint for a prediction."""
         return "" if prediction is None else self.text(self.pruning.prepare(prediction.as_batch())[0])
 

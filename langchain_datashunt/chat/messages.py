@@ -13,7 +13,7 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables import RunnableConfig
 
 from langchain_datashunt.decision import ShuntDecision, ShuntResult
-from langchain_datashunt.exceptions import StaysLocal
+from langchain_datashunt.exceptions import LocalOnlyError
 from langchain_datashunt.privacy.guard import AbstainedLocally
 
 
@@ -29,7 +29,7 @@ def each_answered(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
     for result in results:
         try:
             found.append(result if isinstance(result, Exception) else answered(result))
-        except StaysLocal as error:
+        except LocalOnlyError as error:
             if not return_exceptions:
                 raise
             found.append(error)
@@ -40,10 +40,10 @@ def said_by(result: ShuntResult) -> Any:
     """The output of a result.
 
     Raises:
-        StaysLocal: There is none: the input must not leave, and no small model could answer.
+        LocalOnlyError: There is none: the input must not leave, and no small model could answer.
     """
     if isinstance(result.output, AbstainedLocally):
-        raise StaysLocal(result.output.reason, result.output.kinds)
+        raise LocalOnlyError(result.output.reason, result.output.kinds)
     return result.output
 
 

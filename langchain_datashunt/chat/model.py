@@ -256,7 +256,7 @@ class ShuntChatModel(ShuntChatSettings):
         large = self.large.bind_tools(tools, **given)
         drafter = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
         bound = self.model_copy()
-        bound._lay_out(large, drafter, AnswerForm.of_tools(tools, tool_choice, kwargs))
+        bound._build(large, drafter, AnswerForm.from_tools(tools, tool_choice, kwargs))
         return bound.bind()
 
     @override

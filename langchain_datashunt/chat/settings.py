@@ -24,11 +24,11 @@ from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.limits import CallLimiter
-from langchain_datashunt.large_models.prompt_pruning import Pruning, SoftPrompt
+from langchain_datashunt.large_models.prompt_pruning import Pruning, SoftPruning
 from langchain_datashunt.large_models.retry import Retry
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import ANSWER_LABELS
-from langchain_datashunt.privacy.guard import OutboundGate
+from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.routing.shunt import ShuntRunnable
 
@@ -37,7 +37,7 @@ NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does n
 
 _SETTINGS = (
     "on_large_error", "max_concurrency", "retry", "threshold_id", "monitor", "fail_safe", "shadow", "recorder",
-    "gate", "breaker", "max_pending",
+    "guard", "breaker", "max_pending",
 )  # fmt: skip
 """Fields that are handed on to the shunt as they are."""
 
@@ -67,7 +67,7 @@ class ShuntChatSettings(Configured, BaseChatModel):
     policy: Policy | None = None
     """When to keep; see `ShuntRunnable.policy`."""
 
-    pruning: Pruning | None = SoftPrompt()
+    pruning: Pruning | None = SoftPruning()
     """What the large model is told of a small model's opinion, in the system message; None tells it nothing."""
 
     hint: str | None = None
@@ -97,9 +97,9 @@ class ShuntChatSettings(Configured, BaseChatModel):
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.recorder`."""
 
-    gate: OutboundGate | None = None
-    """See `ShuntRunnable.gate`. What stays and has no small answer raises a `StaysLocal`; turns without a question for
-    the small side pass the gate too."""
+    guard: PrivacyGuard | None = None
+    """See `ShuntRunnable.guard`. An input that stays and has no small answer raises `LocalOnlyError`. Turns without a
+    question for the small side pass the guard too."""
 
     breaker: Any = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.breaker`."""
@@ -148,7 +148,7 @@ class ShuntChatSettings(Configured, BaseChatModel):
         """Lay the shunt out."""
         super().model_post_init(context)
         self._limiter = CallLimiter(self.max_concurrency)
-        self._lay_out(self.large, self.small, AnswerForm())
+        self._build(self.large, self.small, AnswerForm())
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -194,16 +194,16 @@ class ShuntChatSettings(Configured, BaseChatModel):
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)
         self._limiter = CallLimiter(self.max_concurrency)
-        self._lay_out(self._asked, self._drafter, self._form)
+        self._build(self._asked, self._drafter, self._form)
 
     def _again(self, changed: set[str]) -> None:
         """Lay out anew after settings have changed."""
         if "max_concurrency" in changed:
             self._limiter = CallLimiter(self.max_concurrency)
         if changed & {"small", "large"}:
-            self._lay_out(self.large, self.small, AnswerForm())
+            self._build(self.large, self.small, AnswerForm())
         else:
-            self._lay_out(self._asked, self._drafter, self._form)
+            self._build(self._asked, self._drafter, self._form)
 
     @property
     @override
@@ -217,14 +217,14 @@ class ShuntChatSettings(Configured, BaseChatModel):
         """Whether the small side is a chat model."""
         return isinstance(self.small, BaseChatModel)
 
-    def _lay_out(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
+    def _build(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
         self._form, self._asked, self._drafter = form, large, drafter
         self._shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel")
         self._direct = self._caller_of(large)
 
     def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
-        """What asks the large model where there is no question for the small side; it passes the same gate."""
-        gated = large if self.gate is None else self.gate.around(large)
+        """What asks the large model where there is no question for the small side; it passes the same guard."""
+        gated = large if self.guard is None else self.guard.around(large)
         return LargeCaller(gated, self.retry, self._limiter, self.breaker, self.max_pending)
 
     def _shunt_over(

@@ -1,4 +1,4 @@
-"""ChatModelSmallModel: a chat model that gives log-probabilities, as the small side of a shunt."""
+"""SmallChatModel: a chat model that gives log-probabilities, as the small side of a shunt."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from langchain_datashunt.exceptions import ConfigurationError, PredictionError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_models.label_chat import default_prompt
 from langchain_datashunt.large_models.label_parser import LabelParser
-from langchain_datashunt.large_models.prompt_pruning import NoHint, Pruning
+from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning
 from langchain_datashunt.logprobs import label_distribution, said, token_logprobs
 from langchain_datashunt.policies.scores import MeanTokenProbability, TokenScore
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
 
-class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
+class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
     """A small chat model whose own log-probabilities say how sure it is.
 
     ```python
     local = ChatOpenAI(base_url="http://localhost:8000/v1", api_key="none", model="small")   # vLLM, llama.cpp, Ollama
-    shunt = ShuntRunnable(small=ChatModelSmallModel(chat_model=local), large=prompt | ChatOpenAI() | StrOutputParser())
+    shunt = ShuntRunnable(small=SmallChatModel(chat_model=local), large=prompt | ChatOpenAI() | StrOutputParser())
     ```
 
     Without `labels` it writes its answer, and its confidence is `score` of the answer's tokens. With `labels` it is a
@@ -87,9 +87,9 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
     def model_post_init(self, context: Any, /) -> None:
         """Put prompt and model together."""
         super().model_post_init(context)
-        self._lay_out()
+        self._build()
 
-    def _lay_out(self) -> None:
+    def _build(self) -> None:
         if self.model_id in ("", self._own_name):  # nobody gave it a name
             self._own_name = _name_of(self.chat_model)
             super().__setattr__("model_id", self._own_name)
@@ -99,7 +99,7 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
         prompt = self.prompt
         if self.chooses:
             self._parser = LabelParser(labels=self.labels, aliases=self.aliases)
-            prompt = prompt or default_prompt(NoHint(), self.input_key, self.reader)
+            prompt = prompt or default_prompt(NoPruning(), self.input_key, self.reader)
         elif prompt is None:
             prompt = ChatPromptTemplate.from_messages([("placeholder", "{history}"), ("placeholder", "{asked}")])
         self._chain = prompt | _with_logprobs(self.chat_model, self.top_logprobs if self.chooses else 0)
@@ -225,12 +225,14 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
             raise PredictionError(f"{self.model_id} gave log-probabilities that are not numbers (NaN).")
         if self._parser is None:
             sure = float(np.clip(self.score.of_tokens(logs), 0.0, 1.0))
-            return Prediction.of_answer(text, sure, model_id=self.model_id, token_logprobs=logs)
+            return Prediction.from_answer(text, sure, model_id=self.model_id, token_logprobs=logs)
         label = self._parser.parse(said(message))
         found = label_distribution(tokens, self.labels, label)
         if found is None:
             raise PredictionError(f"{self.model_id}'s log-probabilities tell nothing of its answer {label!r}.")
-        return Prediction.of(dict(zip(self.labels, found[0].tolist(), strict=True)), model_id=self.model_id)
+        return Prediction.from_probabilities(
+            dict(zip(self.labels, found[0].tolist(), strict=True)), model_id=self.model_id
+        )
 
     # What a Runnable says of itself
 
@@ -257,16 +259,16 @@ class ChatModelSmallModel(Configured, RunnableSerializable[Any, Prediction]):
         """Change a setting; the next call follows it."""
         super().__setattr__(name, value)
         if name in ("chat_model", "prompt", "labels", "aliases", "top_logprobs", "input_key"):
-            self._lay_out()
+            self._build()
 
     @override
     def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
         copied = super().model_copy(update=update, deep=deep)
-        copied._lay_out()
+        copied._build()
         return copied
 
 
-_CANDIDATES: Pruning = NoHint()
+_CANDIDATES: Pruning = NoPruning()
 
 
 def _silent(config: RunnableConfig) -> RunnableConfig:

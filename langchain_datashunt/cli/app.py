@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from langchain_datashunt.cli.log import AsJson, JsonOut, log_app
 from langchain_datashunt.cli.output import errors, report, say_json, write_json
-from langchain_datashunt.cli.store import AsJson, Task, Url, moment, opened_store, store_app
 
 app = typer.Typer(
     name="datashunt",
@@ -18,18 +18,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(store_app, name="store")
+app.add_typer(log_app, name="log")
 
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
-OBJECTIVES = "max-accuracy, match-large[=MARGIN], budget=SHARE, cost=USD_PER_1000 or risk=ALPHA."
+OBJECTIVES = "max-accuracy, match-large[=MARGIN], deferral=RATE, cost=USD_PER_1000 or risk=ALPHA."
 MODELS = "auto, embedding, neighbours, ensemble, contrastive[:PATH_OR_ID], textcnn, lstm, or transformers[:PATH_OR_ID]."
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
 CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu for the small model; the first there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the bundle's own.")]
-Engine = Annotated[str | None, typer.Option(help="auto, packed, plain, onnx or onnx-int8.")]
+Engine = Annotated[str | None, typer.Option(help="auto, padding-free, plain, onnx or onnx-int8.")]
 Log = Annotated[Path | None, typer.Option(help="Folder for metrics.json and TensorBoard's events.")]
 
 
@@ -60,7 +60,9 @@ def train(
     time_budget: Annotated[
         float, typer.Option(min=1.0, help="Seconds for --model auto, which tries all kinds.")
     ] = 300.0,
-    name_labels: Annotated[bool, typer.Option("--name-labels", help="Learn each label's own name, too.")] = False,
+    label_names_as_examples: Annotated[
+        bool, typer.Option("--label-names-as-examples", help="Learn each label's own name, too.")
+    ] = False,
     unlabelled: Annotated[
         Path | None, typer.Option(help="File with more texts of the kind, whose labels nobody knows; for contrastive.")
     ] = None,
@@ -68,7 +70,8 @@ def train(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = 200,
     log: Log = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Train a small model on labelled texts and save it as a bundle."""
     from langchain_datashunt.cli.train import train_bundle
@@ -76,36 +79,38 @@ def train(
     with errors():
         summary = train_bundle(
             data, text, label, model, out,
-            per_label=per_label, validation=validation, device=device, name_labels=name_labels,
+            per_label=per_label, validation=validation, device=device, label_names_as_examples=label_names_as_examples,
             unlabelled=unlabelled, time_budget=time_budget,
             settings={
                 "seed": seed, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
                 "precision": precision, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log": log,
             },
         )  # fmt: skip
-        report(summary, as_json, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}")
+        report(
+            summary, as_json, json_out, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}"
+        )
 
 
 @app.command()
-def collect(
+def init(
     labels: Annotated[Path, typer.Option(help="File with the task's labels, one a line.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     first: Annotated[str, typer.Option(help="Kind of the first small model, which `datashunt distill` trains.")] = (
         "embedding"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Make the bundle of a task that has no small model yet: with it everything is asked, and recorded by --store."""
-    from langchain_datashunt.cli.collect import collecting_bundle
+    from langchain_datashunt.cli.init import cold_start_bundle
 
     with errors():
-        summary = collecting_bundle(labels, out, first)
-        report(summary, as_json, f"{summary['labels']} labels and no model yet; bundle: {out}")
+        summary = cold_start_bundle(labels, out, first)
+        report(summary, as_json, json_out, f"{summary['labels']} labels and no model yet; bundle: {out}")
 
 
 LargeLabel = Annotated[str | None, typer.Option("--large-label", help="Column with the large model's answer.")]
 LargeCost = Annotated[str | None, typer.Option("--large-cost", help="Column with USD of asking, or a number.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
 @app.command()
@@ -119,17 +124,22 @@ def calibrate(
     large_cost: LargeCost = None,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of a guarantee.")] = 0.95,
     fusion: Annotated[bool, typer.Option("--fusion", help="Answer with what both models say together.")] = False,
-    unseen: Annotated[str, typer.Option(help="True labels that the model lacks: raise, or count as wrong.")] = "raise",
-    json_file: JsonFile = None,
+    unknown_labels: Annotated[
+        str, typer.Option(help="True labels that the model lacks: raise, or count as wrong.")
+    ] = "raise",
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Choose temperature and policy on labelled examples; exit status 1 where a guarantee cannot be shown."""
     from langchain_datashunt.cli.calibrate import LabelledFile, calibrate_bundle
 
     with errors():
         file = LabelledFile(data, text, label, large_label, large_cost)
-        summary = calibrate_bundle(bundle, file, objective, confidence=confidence, fusion=fusion, unseen=unseen)
-        write_json(json_file, summary)
-        report(summary, False, f"{summary['policy']} asks {100 * summary['query_share']:.1f}%. {summary['guarantee']}")
+        summary = calibrate_bundle(
+            bundle, file, objective, confidence=confidence, fusion=fusion, unknown_labels=unknown_labels
+        )
+        line = f"{summary['policy']} defers {100 * summary['deferral_rate']:.1f}%. {summary['guarantee']}"
+        report(summary, as_json, json_out, line)
     if not summary["proven"]:
         raise typer.Exit(1)
 
@@ -144,7 +154,8 @@ def evaluate(
     large_cost: LargeCost = None,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own policy.")] = None,
     small_cost: Annotated[float, typer.Option(min=0.0, help="USD of one input on the small model.")] = 0.0,
-    json_file: JsonFile = None,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write an HTML report to this file.")] = None,
     texts: Annotated[bool, typer.Option(help="Show example texts in the report.")] = True,
 ) -> None:
@@ -155,16 +166,15 @@ def evaluate(
         file = LabelledFile(data, text, label, large_label, large_cost)
         found, read = evaluate_bundle(bundle, file, threshold=threshold, small_cost=small_cost)
         figures = found.to_dict()
-        write_json(json_file, figures)
         if report_file is not None:
             from langchain_datashunt.evaluation.report import write_report
 
             write_report(report_file, found, title=f"{bundle.name} on {data.name}", texts=read if texts else None)
-        report(figures, False, f"{found.n} examples, policy {found.policy}")
+        report(figures, as_json, json_out, f"{found.n} examples, policy {found.policy}")
 
 
-@app.command("agreement")
-def agreement_command(
+@app.command("compare-engines")
+def compare_engines(
     bundle: Annotated[Path, typer.Option(help="Folder of the small model.")],
     data: DataFile,
     text: TextColumn,
@@ -173,10 +183,11 @@ def agreement_command(
     device: Device = None,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own policy, or 0.9.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Texts at the most.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Compare a bundle's answers in a number format, or by an engine, with transformers' own in float32."""
-    from langchain_datashunt.cli.agreement import compare_bundle
+    from langchain_datashunt.cli.compare_engines import compare_bundle
 
     given = {"device": device, "dtype": dtype, "engine": engine}
     computed = {name: value for name, value in given.items() if value is not None}
@@ -186,7 +197,7 @@ def agreement_command(
             f"{found['n']} texts: {100 * found['same_label']:.2f}% the same label, "
             f"{100 * found['same_route']:.2f}% the same route, {found['times_as_fast']:.1f} times as fast."
         )
-        report(found, as_json, line)
+        report(found, as_json, json_out, line)
 
 
 @app.command("run")
@@ -210,7 +221,8 @@ def run_command(
     device: Device = None,
     dtype: Dtype = None,
     engine: Engine = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Answer every row of a file; exit status 1 where some rows could not be answered."""
     from langchain_datashunt.cli.run import run_file
@@ -224,14 +236,15 @@ def run_command(
             retry_failed=retry_failed, max_failures=max_failures,
             computed={name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
-        report(summary, as_json, f"{summary['rows']} rows; answers: {out}")
+        report(summary, as_json, json_out, f"{summary['rows']} rows; answers: {out}")
     if summary["failed"]:
         raise typer.Exit(1)
 
 
 @app.command()
 def demo(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
     download: Annotated[bool, typer.Option(help="Download Banking77 with GPT-4's answers first (1 MB).")] = False,
     large: Annotated[str | None, typer.Option(help="openai:MODEL to ask a real model (costs money).")] = None,
     per_label: Annotated[int, typer.Option(min=2, help="Training examples a label.")] = 10,
@@ -245,8 +258,11 @@ def demo(
 
     with errors():
         figures = run_demo(large=large, per_label=per_label, seed=seed, limit=limit, out=out, download=download)
-        print_figures(figures)
-        write_json(json_file, figures)
+        if as_json:
+            say_json(figures)
+        else:
+            print_figures(figures)
+        write_json(json_out, figures)
 
 
 @app.command()
@@ -273,7 +289,8 @@ def distill(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = 200,
     log: Log = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Distil a new small model from the store; it is promoted where it passes the gate (exit status 1 where not).
 
@@ -295,33 +312,6 @@ def distill(
         summary = distill_bundle(asked)
         if processes().first:
             promoted = "promoted" if summary["promoted"] else "rejected"
-            report(summary, as_json, f"Version {summary['version']}: {promoted}")
+            report(summary, as_json, json_out, f"Version {summary['version']}: {promoted}")
     if not summary["promoted"]:
         raise typer.Exit(1)
-
-
-@app.command("report")
-def report_command(
-    store: Url,
-    task: Task = None,
-    by: Annotated[str, typer.Option(help="day, week or all.")] = "day",
-    since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
-    until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
-    sample_small: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="The recorder's rate for calls that the small model answered.")
-    ] = 0.1,
-    as_json: AsJson = False,
-) -> None:
-    """What left, what it cost and how good the answers were, side by side."""
-    from langchain_datashunt.call_log.filters import CallFilter
-    from langchain_datashunt.call_log.summary import overview_of
-    from langchain_datashunt.cli.report import print_overview
-
-    with errors():
-        which = CallFilter(task=task, since=moment(since), until=moment(until))
-        with opened_store(store) as opened:
-            rows = overview_of(opened, by=by, sample_small=sample_small, which=which)  # type: ignore[arg-type]
-    if as_json:
-        say_json([row.to_dict() for row in rows])
-    else:
-        print_overview(rows, by)

@@ -13,8 +13,8 @@ from langchain_datashunt.calibration import (
     MatchLarge,
     MaxAccuracy,
     MaxCost,
+    MaxDeferralRate,
     Objective,
-    QueryShare,
     RiskControl,
     fit_temperature,
     select_threshold,
@@ -29,7 +29,7 @@ from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.small_models import SmallModel, load_small_model
 from langchain_datashunt.small_models.training.training import seen_in_training
 
-OBJECTIVES = "max-accuracy, match-large[=MARGIN], budget=SHARE, cost=USD_PER_1000 or risk=ALPHA"
+OBJECTIVES = "max-accuracy, match-large[=MARGIN], deferral=RATE, cost=USD_PER_1000 or risk=ALPHA"
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ def objective_of(words: str, confidence: float) -> Objective:
     """
     name, _, value = words.partition("=")
     number = _number(value)
-    needs = {"budget": "share", "cost": "usd_per_1000", "risk": "alpha"}
+    needs = {"deferral": "rate", "cost": "usd_per_1000", "risk": "alpha"}
     if value and number is None or name in needs and number is None:
         raise ConfigurationError(f"--objective {words!r} needs a number, for example {name}=0.05.")
     if name == "max-accuracy":
         return MaxAccuracy()
     if name == "match-large":
         return MatchLarge(margin=number or 0.0)
-    if name == "budget":
-        return QueryShare(share=number)
+    if name == "deferral":
+        return MaxDeferralRate(rate=number)
     if name == "cost":
         return MaxCost(usd_per_1000=number)
     if name == "risk":
@@ -103,7 +103,7 @@ def objective_of(words: str, confidence: float) -> Objective:
 
 
 def calibrate_bundle(
-    bundle: Path, file: LabelledFile, objective: str, *, confidence: float, fusion: bool, unseen: str
+    bundle: Path, file: LabelledFile, objective: str, *, confidence: float, fusion: bool, unknown_labels: str
 ) -> dict[str, Any]:
     """Fit temperature, fusion and policy on labelled examples, and write them into the bundle; JSON-ready.
 
@@ -132,7 +132,7 @@ def calibrate_bundle(
         fitted = AnswerFusion.fit(small.labels, [labels[i] for i in known], [large[i] for i in known])
     choice = select_threshold(
         predictions, labels, large=large, objective=aim, fusion=fitted, large_cost=cost,
-        unseen="wrong" if unseen == "wrong" else "raise",
+        unknown_labels="wrong" if unknown_labels == "wrong" else "raise",
     )  # fmt: skip
     small.policy, small.fusion = choice.policy, fitted
     plain = isinstance(choice.policy, Threshold) and isinstance(choice.policy.score, MaxProbability)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from langchain_datashunt.cli.log import require_store
 from langchain_datashunt.cli.output import console
-from langchain_datashunt.cli.store import require_store
 from langchain_datashunt.exceptions import DataError
 
 
@@ -52,9 +52,9 @@ class DistillTask:
     def records(self, **which: Any) -> Iterator[Any]:
         """The records, in batches; `which` as for `CallFilter`."""
         from langchain_datashunt.call_log.filters import CallFilter
-        from langchain_datashunt.call_log.store import DistillationStore
+        from langchain_datashunt.call_log.store import CallLog
 
-        with DistillationStore(self.store) as opened:
+        with CallLog(self.store) as opened:
             yield from opened.iterate(CallFilter(task=self.task, **which))
 
     def teacher(self, registry: Any, examples: HeldOut) -> Any:

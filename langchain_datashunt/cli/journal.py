@@ -256,7 +256,7 @@ class Journal:
         return {
             "rows": rows,
             "asked": large,
-            "query_share": round(large / rows, 6) if rows else 0.0,
+            "deferral_rate": round(large / rows, 6) if rows else 0.0,
             "failed": failed,
             "cost_usd": cost,
         }

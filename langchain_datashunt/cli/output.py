@@ -38,8 +38,16 @@ def errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def report(summary: dict[str, Any], as_json: bool, line: str) -> None:
-    """A summary: JSON on standard output, or a line and its figures for people."""
+def report(summary: dict[str, Any], as_json: bool, json_out: Path | None, line: str) -> None:
+    """Print a summary, as JSON on standard output or as a line with its figures.
+
+    Args:
+        summary: JSON-ready.
+        as_json: Whether to print JSON.
+        json_out: File to write the JSON to as well; None writes none.
+        line: One sentence for people.
+    """
+    write_json(json_out, summary)
     if as_json:
         say_json(summary)
         return

@@ -21,7 +21,7 @@ from langchain_datashunt.cli.journal import FIELDS, Journal, is_failed
 from langchain_datashunt.cli.output import progress
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, TooManyFailuresError
-from langchain_datashunt.large_models.prompt_pruning import NoHint, Pruning, SoftPrompt, TopHint
+from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning, SoftPruning, TopHint
 from langchain_datashunt.large_models.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.policies.thresholds import Policy, Threshold
 from langchain_datashunt.prediction import writable
@@ -34,7 +34,7 @@ STEPS_AT_ONCE = 3
 _MOST_STEPS = 16
 """Finished ones too, which are not written while they may have to be asked anew."""
 
-PRUNINGS: dict[str, type[Pruning]] = {"soft": SoftPrompt, "top": TopHint, "none": NoHint}
+PRUNINGS: dict[str, type[Pruning]] = {"soft": SoftPruning, "top": TopHint, "none": NoPruning}
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def run_file(
         chain = ConfidenceRouterChain.from_models(
             small,
             chat_model,
-            pruning=PRUNINGS[pruning]() if small.has_opinion else NoHint(),
+            pruning=NoPruning() if small.is_placeholder else PRUNINGS[pruning](),
             policy=policy,
             answer_format="text",
             on_large_error=cast(Literal["raise", "small"], on_large_error),

@@ -39,7 +39,7 @@ def train_bundle(
     per_label: int | None,
     validation: Path | None,
     device: str | None,
-    name_labels: bool = False,
+    label_names_as_examples: bool = False,
     unlabelled: Path | None = None,
     time_budget: float = 300.0,
     settings: dict[str, Any],
@@ -64,9 +64,11 @@ def train_bundle(
         raise DataError(
             f"{validation} has labels without a training example: {', '.join(unknown[:5])}. Add some, or remove them."
         )
-    names = {name: name.replace("_", " ") for name in sorted(set(labels))} if name_labels else None
-    if name_labels and kind not in (*READ_NAMES, AUTO):
-        raise ConfigurationError(f"--name-labels is for {', '.join(READ_NAMES)}; {kind} does not read names.")
+    names = {name: name.replace("_", " ") for name in sorted(set(labels))} if label_names_as_examples else None
+    if label_names_as_examples and kind not in (*READ_NAMES, AUTO):
+        raise ConfigurationError(
+            f"--label-names-as-examples is for {', '.join(READ_NAMES)}; {kind} does not read names."
+        )
     if unlabelled is not None and kind not in (*READ_UNLABELLED, AUTO):
         raise ConfigurationError(
             f"--unlabelled is for --model {' or '.join(READ_UNLABELLED)}; {kind} learns from labelled texts only."

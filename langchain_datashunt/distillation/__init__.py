@@ -9,45 +9,45 @@ from langchain_datashunt._utils.lazy import lazy_names
 if TYPE_CHECKING:
     from langchain_datashunt.distillation.continual import ContinualDistiller
     from langchain_datashunt.distillation.distiller import (
+        DistillationResult,
         DistillationSettings,
-        Distilled,
         TwoStageDistiller,
         cold_start,
     )
-    from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+    from langchain_datashunt.distillation.gate import PromotionGate, PromotionResult
     from langchain_datashunt.distillation.prepared import DistillationReport
     from langchain_datashunt.distillation.registry import ModelRegistry, ModelVersion, RegistryModel
-    from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherVerdict
+    from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherCheckResult
 
 _MODULE_OF = {
     "ContinualDistiller": "continual",
     "DistillationReport": "prepared",
+    "DistillationResult": "distiller",
     "DistillationSettings": "distiller",
-    "Distilled": "distiller",
     "ModelRegistry": "registry",
     "ModelVersion": "registry",
     "PromotionGate": "gate",
+    "PromotionResult": "gate",
     "RegistryModel": "registry",
     "TeacherCheck": "teacher",
-    "TeacherVerdict": "teacher",
+    "TeacherCheckResult": "teacher",
     "TwoStageDistiller": "distiller",
-    "Verdict": "gate",
     "cold_start": "distiller",
 }
 
 __all__ = [
     "ContinualDistiller",
     "DistillationReport",
+    "DistillationResult",
     "DistillationSettings",
-    "Distilled",
     "ModelRegistry",
     "ModelVersion",
     "PromotionGate",
+    "PromotionResult",
     "RegistryModel",
     "TeacherCheck",
-    "TeacherVerdict",
+    "TeacherCheckResult",
     "TwoStageDistiller",
-    "Verdict",
     "cold_start",
 ]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import FloatArray, PredictionBatch, answer_text
@@ -27,7 +27,7 @@ def prepare_answers(
     settings: DistillationSettings,
     training: TrainingSettings,
     small: GeneratingModel,
-    calls: Sequence[RoutedCall],
+    calls: Sequence[CallRecord],
     labelled: tuple[Sequence[str], Sequence[str]] | None,
     report: DistillationReport,
 ) -> Prepared[AnswerExamples]:
@@ -79,14 +79,14 @@ def _add(examples: AnswerExamples, text: str, answer: str) -> None:
 
 
 def _of_small(
-    settings: DistillationSettings, small: GeneratingModel, calls: Sequence[RoutedCall]
+    settings: DistillationSettings, small: GeneratingModel, calls: Sequence[CallRecord]
 ) -> tuple[list[str | None], list[bool]]:
     """What S1 writes to each input, None where it fails, and where it is sure."""
     own: list[str | None] = [None] * len(calls)
     sure = [False] * len(calls)
     if not calls:
         return own, sure
-    outcome = small.try_predict([call.input for call in calls])
+    outcome = small.predict_batch([call.input for call in calls], return_errors=True)
     if outcome.batch is None:
         return own, sure
     kept = _sure(settings, small, outcome.batch, calls)
@@ -96,7 +96,7 @@ def _of_small(
 
 
 def _sure(
-    settings: DistillationSettings, small: GeneratingModel, batch: PredictionBatch, calls: Sequence[RoutedCall]
+    settings: DistillationSettings, small: GeneratingModel, batch: PredictionBatch, calls: Sequence[CallRecord]
 ) -> FloatArray:
     """Where S1 is sure: by the threshold that was set, else its own, else as the newest record had it, else 0.9."""
     if settings.threshold is None and small.policy is not None:

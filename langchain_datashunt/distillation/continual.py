@@ -16,12 +16,12 @@ from typing import Any, Self
 
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.call_log.filters import CallFilter
-from langchain_datashunt.call_log.record import RoutedCall
-from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.call_log.record import CallRecord
+from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller, readable_calls
-from langchain_datashunt.distillation.gate import PromotionGate, Verdict
+from langchain_datashunt.distillation.gate import PromotionGate, PromotionResult
 from langchain_datashunt.distillation.registry import ModelRegistry
-from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherVerdict
+from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherCheckResult
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.small_models.base import SmallModel
 
@@ -108,20 +108,20 @@ class ContinualDistiller:
     def due(self) -> bool:
         """Whether enough new answers are there."""
         state = self._state()
-        with DistillationStore(self.store) as store:
+        with CallLog(self.store) as store:
             more = self._answers(store) - int(state.get("answers", 0))
             if more < self.every and "time" in state:  # where old records are pruned there are never more of them
                 since = CallFilter(task=self.task, asked=True, since=math.nextafter(state["time"], math.inf))
                 more = max(more, store.count(since, repeated=False))
         return more >= self.every
 
-    def _answers(self, store: DistillationStore) -> int:
+    def _answers(self, store: CallLog) -> int:
         return store.count(CallFilter(task=self.task, asked=True))
 
-    def step(self) -> tuple[int, Verdict] | None:
+    def step(self) -> tuple[int, PromotionResult] | None:
         """Distil, test and keep, in this process; the version and the verdict, None where there is too little yet."""
         small = self.registry.load(self.registry.first_version())
-        with DistillationStore(self.store) as store:
+        with CallLog(self.store) as store:
             answers = self._answers(store)
             calls = [call for batch in store.iterate(CallFilter(task=self.task)) for call in batch]
         learn, texts, labels = self._split(calls, small)
@@ -138,7 +138,7 @@ class ContinualDistiller:
         (self.registry.folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
         return found
 
-    def _split(self, calls: list[RoutedCall], small: SmallModel) -> tuple[list[RoutedCall], list[str], list[str]]:
+    def _split(self, calls: list[CallRecord], small: SmallModel) -> tuple[list[CallRecord], list[str], list[str]]:
         """What is learnt from, and what the gate tests on."""
         if self.holdout is not None:
             return calls, list(self.holdout[0]), list(self.holdout[1])
@@ -157,7 +157,7 @@ class ContinualDistiller:
                 learn.append(call)
         return learn, texts, labels
 
-    def _teacher(self, calls: list[RoutedCall]) -> TeacherVerdict | None:
+    def _teacher(self, calls: list[CallRecord]) -> TeacherCheckResult | None:
         """What is to be thought of the answers since the version in service took over."""
         if self.holdout is None or self.holdout_large is None:
             return None

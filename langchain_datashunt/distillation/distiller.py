@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.distillation.answers import prepare_answers
 from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
 from langchain_datashunt.exceptions import DataError, InputError
@@ -73,7 +73,7 @@ class DistillationSettings(Configured):
 
 
 @dataclass(frozen=True)
-class Distilled:
+class DistillationResult:
     """The candidate S2, and what it learnt from."""
 
     model: SmallModel
@@ -99,15 +99,15 @@ class TwoStageDistiller:
     def distill(
         self,
         small: SmallModel,
-        records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
+        records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]],
         *,
         labelled: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> Distilled:
+    ) -> DistillationResult:
         """Train S2.
 
         Args:
             small: S1; not changed.
-            records: Records, or batches of them as `DistillationStore.iterate` gives them.
+            records: Records, or batches of them as `CallLog.iterate` gives them.
             labelled: Texts and true labels to learn beside the log, for example what S1 was trained on.
 
         Raises:
@@ -122,7 +122,7 @@ class TwoStageDistiller:
         else:
             mode = self.settings.mode
             loss = partial(soft_cross_entropy, temperature=self.settings.temperature, gce=self.settings.gce)
-            model = small.relearn(prepared.stages, prepared.held_out, training, loss)
+            model = small.fit_soft_targets(prepared.stages, prepared.held_out, training, loss)
         model.lineage = {
             **model.lineage,
             "distillation": {**vars(prepared.report), "mode": mode},
@@ -130,12 +130,12 @@ class TwoStageDistiller:
         }
         if training.checkpoint is not None and processes().first:
             Prepared.forget(training.checkpoint)
-        return Distilled(model, prepared.report)
+        return DistillationResult(model, prepared.report)
 
     def _prepared(
         self,
         small: SmallModel,
-        records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
+        records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]],
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
     ) -> Prepared[Any]:
@@ -157,7 +157,7 @@ class TwoStageDistiller:
     def _fresh(
         self,
         small: SmallModel,
-        records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]],
+        records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]],
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
     ) -> Prepared[Any]:
@@ -189,7 +189,7 @@ class TwoStageDistiller:
     def _stages(
         self,
         small: SmallModel,
-        calls: list[RoutedCall],
+        calls: list[CallRecord],
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         report: DistillationReport,
     ) -> list[Examples]:
@@ -217,7 +217,7 @@ class TwoStageDistiller:
         report.new_labels = {str(label): count for label, count in strange.most_common()}
         return [stage for stage in stages if len(stage)]
 
-    def _reliability(self, calls: list[RoutedCall], report: DistillationReport) -> dict[str, float]:
+    def _reliability(self, calls: list[CallRecord], report: DistillationReport) -> dict[str, float]:
         """How often the large model is right when it answers a label, shrunk to its overall accuracy."""
         checked = [call for call in calls if call.gold is not None and call.label is not None]
         right, asked = Counter[str](), Counter[str]()
@@ -234,7 +234,7 @@ class TwoStageDistiller:
 
     def _teachers(
         self,
-        calls: list[RoutedCall],
+        calls: list[CallRecord],
         predictions: PredictionBatch,
         sure: BoolArray,
         reliability: dict[str, float],
@@ -274,13 +274,13 @@ class TwoStageDistiller:
             Examples([texts[i] for i in kept.tolist()], self._tempered(stage_b)),
         ]
 
-    def _sure(self, small: SmallModel, predictions: PredictionBatch, calls: list[RoutedCall]) -> BoolArray:
+    def _sure(self, small: SmallModel, predictions: PredictionBatch, calls: list[CallRecord]) -> BoolArray:
         """Where S1 is sure: by the threshold that was set, else its own policy, else as records had it."""
         if self.settings.threshold is None and small.policy is not None:
             return small.policy.evaluate(predictions).keep
         return np.asarray(predictions.confidence >= self._threshold(small, calls))
 
-    def _threshold(self, small: SmallModel, calls: list[RoutedCall]) -> float:
+    def _threshold(self, small: SmallModel, calls: list[CallRecord]) -> float:
         """Where S1 counts as sure: as set, else S1's own threshold, else as the newest record had it, else 0.9."""
         for threshold in (self.settings.threshold, small.threshold):
             if threshold is not None:
@@ -296,7 +296,7 @@ class TwoStageDistiller:
         labels: tuple[str, ...],
         answers: np.ndarray[Any, np.dtype[np.intp]],
         trust: FloatArray,
-        calls: list[RoutedCall],
+        calls: list[CallRecord],
     ) -> FloatArray:
         """The distributions that stage A teaches, shape `[a, k]`."""
         n, k = own.shape if own.ndim == 2 else (0, 0)
@@ -333,7 +333,7 @@ def _fingerprint(small: SmallModel) -> str:
 
 
 def cold_start(
-    records: Iterable[RoutedCall] | Iterable[Sequence[RoutedCall]], *, kind: str = "embedding", **options: Any
+    records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]], *, kind: str = "embedding", **options: Any
 ) -> SmallModel:
     """Train the first small model of a task from logged large answers alone (true labels where there are).
 
@@ -361,20 +361,20 @@ def cold_start(
     return trained
 
 
-def _flat(records: Iterable[Any]) -> list[RoutedCall]:
-    found: list[RoutedCall] = []
+def _flat(records: Iterable[Any]) -> list[CallRecord]:
+    found: list[CallRecord] = []
     for item in records:
-        found += [item] if isinstance(item, RoutedCall) else item
+        found += [item] if isinstance(item, CallRecord) else item
     return [call for call in found if call.readable]
 
 
-def readable_calls(small: SmallModel, calls: list[RoutedCall]) -> tuple[list[RoutedCall], int]:
+def readable_calls(small: SmallModel, calls: list[CallRecord]) -> tuple[list[CallRecord], int]:
     """Those whose input the small model reads, in a fixed order, and how many others there were."""
     found = sorted(calls, key=lambda call: (call.input_hash, call.id))
     reader = small.reader
     if isinstance(reader, TextReader):
         return found, 0
-    good: list[RoutedCall] = []
+    good: list[CallRecord] = []
     for call in found:
         with suppress(InputError):
             reader.read(call.input)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from langchain_datashunt.distillation.teacher import TeacherVerdict
+from langchain_datashunt.distillation.teacher import TeacherCheckResult
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import BoolArray
 from langchain_datashunt.small_models.base import SmallModel
@@ -19,7 +19,7 @@ Labels: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.object_]]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PromotionResult:
     """What the gate found.
 
     Attributes:
@@ -42,7 +42,7 @@ class Verdict:
     lower_bound: float
     proficient_lower_bound: float | None = None
     forgotten: dict[str, float] = field(default_factory=dict)
-    teacher: TeacherVerdict | None = None
+    teacher: TeacherCheckResult | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class PromotionGate:
         texts: Sequence[str],
         labels: Sequence[str],
         *,
-        teacher: TeacherVerdict | None = None,
-    ) -> Verdict:
+        teacher: TeacherCheckResult | None = None,
+    ) -> PromotionResult:
         """Compare two models on the same held-out examples.
 
         Args:
@@ -121,7 +121,7 @@ class PromotionGate:
         reason = self._reason(lower, lower_proficient, forgotten)
         if not reason and teacher is not None and not teacher.passed:
             reason = teacher.reason
-        return Verdict(
+        return PromotionResult(
             not reason,
             reason or f"not inferior by more than {self.margin:.3f} at {100 * self.level:.0f}% confidence",
             len(texts),

@@ -26,13 +26,13 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.fork import Mutex
 from langchain_datashunt._utils.optional import require
-from langchain_datashunt.distillation.gate import PromotionGate, Verdict
-from langchain_datashunt.distillation.teacher import TeacherVerdict
+from langchain_datashunt.distillation.gate import PromotionGate, PromotionResult
+from langchain_datashunt.distillation.teacher import TeacherCheckResult
 from langchain_datashunt.exceptions import RegistryError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundles.loading import load_small_model
-from langchain_datashunt.small_models.scores import Scores
+from langchain_datashunt.small_models.scores import Outcome, Scores
 from langchain_datashunt.small_models.serving.caching import ResultCache
 
 _LOG = logging.getLogger(__name__)
@@ -181,8 +181,8 @@ class ModelRegistry:
         *,
         gate: PromotionGate | None = None,
         metrics: dict[str, Any] | None = None,
-        teacher: TeacherVerdict | None = None,
-    ) -> tuple[int, Verdict]:
+        teacher: TeacherCheckResult | None = None,
+    ) -> tuple[int, PromotionResult]:
         """Add a candidate, test it against the version in service, and promote or reject it with the reason.
 
         Args:
@@ -279,7 +279,7 @@ class RegistryModel(SmallModel):
         Raises:
             RegistryError: It has no version in service.
         """
-        serving = {name: overrides.pop(name) for name in ("micro_batching", "cache_size") if name in overrides}
+        serving = {name: overrides.pop(name) for name in ("dynamic_batching", "cache_size") if name in overrides}
         stamp = registry.stamp()  # before what it stands for is loaded, which may take a while
         first = registry.load(**overrides)
         model = cls(
@@ -362,8 +362,8 @@ class RegistryModel(SmallModel):
             self._model.forget()
 
     @override
-    def try_predict(self, inputs: Sequence[Any]) -> Any:
-        return self._remembering().try_predict(inputs)
+    def _outcome(self, inputs: Sequence[Any]) -> Outcome:
+        return self._remembering().predict_batch(inputs, return_errors=True)
 
     def _remembering(self) -> SmallModel:
         """The version in service, which remembers as many texts as this model is to; each version begins anew."""
@@ -392,7 +392,7 @@ class RegistryModel(SmallModel):
         return {**state, "__pydantic_private__": private}
 
 
-def _figures(verdict: Verdict) -> dict[str, Any]:
+def _figures(verdict: PromotionResult) -> dict[str, Any]:
     return {
         "n": verdict.n,
         "old_accuracy": verdict.old_accuracy,

@@ -9,14 +9,14 @@ from statistics import NormalDist
 
 import numpy as np
 
-from langchain_datashunt.call_log.record import RoutedCall
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import BoolArray, FloatArray
 from langchain_datashunt.small_models.base import SmallModel
 
 
 @dataclass(frozen=True)
-class TeacherVerdict:
+class TeacherCheckResult:
     """What is to be thought of the answers that taught a candidate.
 
     Attributes:
@@ -62,8 +62,8 @@ class TeacherCheck:
     min_examples: int = 50
 
     def test(
-        self, small: SmallModel, calls: Iterable[RoutedCall], texts: Sequence[str], answers: Sequence[str | None]
-    ) -> TeacherVerdict:
+        self, small: SmallModel, calls: Iterable[CallRecord], texts: Sequence[str], answers: Sequence[str | None]
+    ) -> TeacherCheckResult:
         """Compare.
 
         Args:
@@ -99,14 +99,14 @@ class TeacherCheck:
                 ": the model, its prompt or the log has changed since. Look at the answers, record held-out ones anew, "
                 "or distil without large answers for the held-out examples"
             )
-        return TeacherVerdict(passed, told, len(taught), len(held), surprising, expected, lower)
+        return TeacherCheckResult(passed, told, len(taught), len(held), surprising, expected, lower)
 
-    def _nothing(self, taught: int, held: int) -> TeacherVerdict:
+    def _nothing(self, taught: int, held: int) -> TeacherCheckResult:
         words = f"{taught} logged and {held} held-out answers are too few to compare; {self.min_examples} are needed"
-        return TeacherVerdict(True, words, taught, held)
+        return TeacherCheckResult(True, words, taught, held)
 
 
-def _of_call(call: RoutedCall) -> tuple[float, bool] | None:
+def _of_call(call: CallRecord) -> tuple[float, bool] | None:
     """Confidence, and whether the answer is surprising; None where the call says nothing of that."""
     p = call.probabilities
     if call.audit or call.reason != "deferred" or not p or call.small_answer is not None:

@@ -19,13 +19,13 @@ class DeferralCurve:
     Attributes:
         thresholds: Shape `[m]`, from sending all (the strictest) to keeping all; one for each distinct score.
         accuracy: Shape `[m]`: of the shunt, kept and asked together.
-        query_share: Shape `[m]`: share asked, falling from 1 to 0.
+        deferral_rate: Shape `[m]`: share asked, falling from 1 to 0.
         cost: Shape `[m]`: mean USD of an example, where the large model's cost is known.
     """
 
     thresholds: FloatArray
     accuracy: FloatArray
-    query_share: FloatArray
+    deferral_rate: FloatArray
     cost: FloatArray | None = None
 
     def thinned(self, points: int = 200) -> DeferralCurve:
@@ -34,7 +34,7 @@ class DeferralCurve:
             return self
         at = np.unique(np.linspace(0, len(self.thresholds) - 1, points).round().astype(np.intp))
         cost = None if self.cost is None else self.cost[at]
-        return DeferralCurve(self.thresholds[at], self.accuracy[at], self.query_share[at], cost)
+        return DeferralCurve(self.thresholds[at], self.accuracy[at], self.deferral_rate[at], cost)
 
 
 def deferral_curve(

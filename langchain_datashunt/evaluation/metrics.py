@@ -65,7 +65,7 @@ def random_mix(small_accuracy: float, large_accuracy: float, share: float) -> fl
 
 def deferral_area(curve: DeferralCurve) -> float:
     """Mean accuracy over all shares asked: the area under the deferral curve (trapezoids)."""
-    return _area(curve.accuracy[::-1], curve.query_share[::-1])
+    return _area(curve.accuracy[::-1], curve.deferral_rate[::-1])
 
 
 def performance_gap_recovered(accuracy: float, small_accuracy: float, large_accuracy: float) -> float:
@@ -97,7 +97,7 @@ def call_performance_threshold(curve: DeferralCurve, recovered: float) -> float:
     """
     small, large = float(curve.accuracy[-1]), float(curve.accuracy[0])
     gap = np.array([performance_gap_recovered(a, small, large) for a in curve.accuracy[::-1].tolist()])
-    share = curve.query_share[::-1]
+    share = curve.deferral_rate[::-1]
     reached = np.flatnonzero(gap >= recovered - 1e-12)
     if not reached.size:
         return float("nan")
@@ -110,7 +110,7 @@ def call_performance_threshold(curve: DeferralCurve, recovered: float) -> float:
 
 def cost_to_match(curve: DeferralCurve, margin: float = 0.0) -> float:
     """The smallest cost (share asked, where costs are not known) that is as accurate as the large model."""
-    measure = curve.query_share if curve.cost is None else curve.cost
+    measure = curve.deferral_rate if curve.cost is None else curve.cost
     return float(measure[curve.accuracy >= curve.accuracy[0] - margin - 1e-12].min())
 
 

@@ -39,7 +39,7 @@ class LabelRow:
         n: Examples with it.
         small_accuracy: Of the small model on them.
         kept: Share of them that the small model answers.
-        kept_error: Error among what is kept of them; NaN for nothing.
+        selective_risk: Error among what is kept of them; NaN for nothing.
         large_accuracy: Of the large model on them; NaN without recorded answers.
         confused_with: What the small model says instead, most often.
     """
@@ -48,7 +48,7 @@ class LabelRow:
     n: int
     small_accuracy: float
     kept: float
-    kept_error: float
+    selective_risk: float
     large_accuracy: float
     confused_with: str | None
 
@@ -98,9 +98,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Keys are stable; a figure that cannot be known is null, its interval too.
 
-        n; small_accuracy, large_accuracy; shunt_accuracy: kept and asked together; query_share; fused_accuracy: with
-        fused answers where asked; random_mix_accuracy: a random part of the same size asked; kept_error: among what is
-        kept; aurc, e_aurc, augrc; ece_before, ece_after: before and after calibration; brier, nll; deferral_area;
+        n; small_accuracy, large_accuracy; shunt_accuracy: kept and asked together; deferral_rate; fused_accuracy: with
+        fused answers where asked; random_mix_accuracy: a random part of the same size asked; selective_risk: error
+        among local answers; aurc, e_aurc, augrc; ece_before, ece_after: before and after calibration; brier, nll; deferral_area;
         apgr, cpt50, cpt80; cost_to_match: least share asked (USD an input, where costs are known) as accurate as the
         large model; cost_usd_per_1000; savings_usd_per_1000: against asking always; and for each `<name>_interval`.
         """
@@ -187,8 +187,8 @@ def evaluate(
 _UNKNOWN = Interval(float("nan"), float("nan"), float("nan"))
 
 _ALWAYS = (
-    "small_accuracy", "large_accuracy", "shunt_accuracy", "query_share", "fused_accuracy", "random_mix_accuracy",
-    "kept_error", "aurc", "e_aurc", "augrc", "ece_before", "ece_after", "brier", "nll", "deferral_area", "apgr",
+    "small_accuracy", "large_accuracy", "shunt_accuracy", "deferral_rate", "fused_accuracy", "random_mix_accuracy",
+    "selective_risk", "aurc", "e_aurc", "augrc", "ece_before", "ece_after", "brier", "nll", "deferral_area", "apgr",
     "cpt50", "cpt80", "cost_to_match", "cost_usd_per_1000", "savings_usd_per_1000",
 )  # fmt: skip
 """Figures that are always there, NaN where they cannot be known."""
@@ -206,8 +206,8 @@ def _columns(
     columns: dict[str, Any] = {"small": small, "keep": keep, "kept_wrong": keep & ~small}
     statistics: dict[str, Any] = {
         "small_accuracy": lambda mean: mean["small"],
-        "query_share": lambda mean: 1.0 - mean["keep"],
-        "kept_error": lambda mean: _ratio(mean["kept_wrong"], mean["keep"]),
+        "deferral_rate": lambda mean: 1.0 - mean["keep"],
+        "selective_risk": lambda mean: _ratio(mean["kept_wrong"], mean["keep"]),
     }
     if asked is not None:
         columns |= {"large": asked, "shunt": np.where(keep, small, asked)}
@@ -297,7 +297,7 @@ def _by_label(
             whole = np.bincount(at, weights=weights.astype(np.float64), minlength=k).astype(np.float64)
         return _ratio(part, whole)
 
-    small_share, kept, kept_error = share(small), share(keep), share(keep & ~small, keep)
+    small_share, kept, selective_risk = share(small), share(keep), share(keep & ~small, keep)
     large = np.full(k, np.nan) if asked is None else share(asked)
     confusions = np.zeros((k, len(predictions.labels)))
     np.add.at(confusions, (at[~small], predictions.best[~small]), 1.0)
@@ -307,7 +307,7 @@ def _by_label(
             int(total[i]),
             float(small_share[i]),
             float(kept[i]),
-            float(kept_error[i]),
+            float(selective_risk[i]),
             float(large[i]),
             predictions.labels[int(confusions[i].argmax())] if confusions[i].any() else None,
         )

@@ -66,9 +66,9 @@ def render(evaluation: Evaluation, *, title: str = "Data Shunt report", texts: S
 
 def _headline(evaluation: Evaluation) -> str:
     f = evaluation.figures
-    asked = _share(f["query_share"].value)
+    asked = _share(f["deferral_rate"].value)
     if math.isnan(f["shunt_accuracy"].value):
-        wrong = _share(f["kept_error"].value)
+        wrong = _share(f["selective_risk"].value)
         return f"{asked} of {evaluation.n:,} inputs go to the large model; of the rest {wrong} are wrong."
     best = f["shunt_accuracy"].value
     if not math.isnan(f["fused_accuracy"].value):
@@ -86,17 +86,17 @@ def _cost_accuracy(evaluation: Evaluation) -> Chart | None:
         return None
     small, large = f["small_accuracy"].value, f["large_accuracy"].value
     lines = [
-        Line("Small model where it is sure, else the large one", curve.query_share.tolist(), curve.accuracy.tolist())
+        Line("Small model where it is sure, else the large one", curve.deferral_rate.tolist(), curve.accuracy.tolist())
     ]
     chosen = f["shunt_accuracy"].value
     if (fused := evaluation.fused_curve) is not None:
-        lines.append(Line("The same with fused answers", fused.query_share.tolist(), fused.accuracy.tolist(), "--b"))
+        lines.append(Line("The same with fused answers", fused.deferral_rate.tolist(), fused.accuracy.tolist(), "--b"))
         chosen = f["fused_accuracy"].value
     lines.append(Line("A random part asked", [0.0, 1.0], [small, large], "--d", dashed=True))
     points = [
         Point("small alone", 0.0, small, "--d"),
         Point("large alone", 1.0, large, "--d"),
-        Point("chosen", f["query_share"].value, chosen),
+        Point("chosen", f["deferral_rate"].value, chosen),
     ]
     return Chart("Accuracy by share asked", "share of inputs asked", "accuracy", lines, points)
 
@@ -114,8 +114,8 @@ def _reliability(evaluation: Evaluation) -> Chart:
 
 def _risk(evaluation: Evaluation) -> Chart:
     found, f = evaluation.risk_coverage, evaluation.figures
-    kept = 1.0 - f["query_share"].value
-    points = [] if math.isnan(f["kept_error"].value) else [Point("chosen", kept, f["kept_error"].value)]
+    kept = 1.0 - f["deferral_rate"].value
+    points = [] if math.isnan(f["selective_risk"].value) else [Point("chosen", kept, f["selective_risk"].value)]
     line = Line("Error among what is kept, the surest first", found.coverage.tolist(), found.risk.tolist())
     return Chart("Risk and coverage", "share of inputs kept", "error among the kept", [line], points)
 
@@ -131,7 +131,7 @@ def _advice(row: LabelRow) -> str:
     """What to do about a label."""
     if row.n < 10:
         return "Few examples here: label some more before you act on it."
-    if not math.isnan(row.kept_error) and row.kept_error > 0.1 and row.kept > 0.2:
+    if not math.isnan(row.selective_risk) and row.selective_risk > 0.1 and row.kept > 0.2:
         return "Kept too readily: a threshold of its own (RiskControl with per_label), or more examples."
     if row.small_accuracy < 0.7 and row.large_accuracy < 0.7:
         return "Hard for both models: look at its definition, it may overlap another label."

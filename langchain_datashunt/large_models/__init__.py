@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from langchain_datashunt.large_models.label_chat import LabelAsker
     from langchain_datashunt.large_models.label_parser import LabelParser
     from langchain_datashunt.large_models.prompt_pruning import (
-        ConformalPrompt,
-        HardPrompt,
-        NoHint,
+        ConformalPruning,
+        HardPruning,
+        NoPruning,
         Pruning,
-        SoftPrompt,
+        SoftPruning,
         TopHint,
         measure_proficiency,
     )
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "CircuitBreaker": "circuit_breaker",
-    "ConformalPrompt": "prompt_pruning",
-    "HardPrompt": "prompt_pruning",
+    "ConformalPruning": "prompt_pruning",
+    "HardPruning": "prompt_pruning",
     "LabelAsker": "label_chat",
     "LabelParser": "label_parser",
-    "NoHint": "prompt_pruning",
+    "NoPruning": "prompt_pruning",
     "Pruning": "prompt_pruning",
     "Retry": "retry",
-    "SoftPrompt": "prompt_pruning",
+    "SoftPruning": "prompt_pruning",
     "TopHint": "prompt_pruning",
     "measure_proficiency": "prompt_pruning",
 }
 
 __all__ = [
     "CircuitBreaker",
-    "ConformalPrompt",
-    "HardPrompt",
+    "ConformalPruning",
+    "HardPruning",
     "LabelAsker",
     "LabelParser",
-    "NoHint",
+    "NoPruning",
     "Pruning",
     "Retry",
-    "SoftPrompt",
+    "SoftPruning",
     "TopHint",
     "measure_proficiency",
 ]

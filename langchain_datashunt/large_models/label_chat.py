@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt._utils.sync_async import Effect, Steps
-from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswerError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of
 from langchain_datashunt.large_models.label_parser import LabelParser
 from langchain_datashunt.large_models.prompt_pruning import Pruning
@@ -175,8 +175,8 @@ class LabelAsker(Configured, RunnableSerializable[Any, str]):
             again: list[int] = []
             for j, i in enumerate(pending):
                 outcome = outcomes[i] = found.get(j, texts[j])
-                if isinstance(outcome, UnparsableAnswer):
-                    outcomes[i] = UnparsableAnswer(outcome.raw, self.labels, attempt)
+                if isinstance(outcome, UnparsableAnswerError):
+                    outcomes[i] = UnparsableAnswerError(outcome.raw, self.labels, attempt)
                     correction = [AIMessage(outcome.raw or "(empty)"), HumanMessage(CORRECTION)]
                     conversations[i] = [*conversations[i], *correction]
                     again.append(i)

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 
 _LEAD = re.compile(r"^(?:the\s+)?(?:final\s+)?(?:label|answer|category|class|intent)\s*(?:is)?\s*[:=]\s*", re.I)
 _WRAPPING = " \t\r\n\"'`*“”‘’.,;:"
@@ -59,13 +59,13 @@ class LabelParser(Configured, BaseOutputParser[str]):
         """The label.
 
         Raises:
-            UnparsableAnswer: The answer is none of the labels; it carries the raw text.
+            UnparsableAnswerError: The answer is none of the labels; it carries the raw text.
         """
         for candidate in _readings(text):
             label = self._exact.get(candidate) or self._loose.get(normalised(candidate))
             if label is not None and candidate:
                 return label
-        raise UnparsableAnswer(text, self.labels)
+        raise UnparsableAnswerError(text, self.labels)
 
     @override
     def get_format_instructions(self) -> str:

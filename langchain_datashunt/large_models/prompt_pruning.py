@@ -34,7 +34,7 @@ class Pruning(Strategy):
     """Turns a deferred prediction into prompt variables.
 
     Every probability put into a prompt is disclosed to the large model's provider: `decimals` rounds, `top_k`
-    limits, and `NoHint` discloses nothing.
+    limits, and `NoPruning` discloses nothing.
     """
 
     narrows: ClassVar[bool] = False
@@ -123,7 +123,7 @@ class Pruning(Strategy):
         """Raise a `ConfigurationError` where the strategy cannot work for these labels (None: unknown)."""
 
 
-class SoftPrompt(Pruning):
+class SoftPruning(Pruning):
     """All candidates stay; probabilities are shown for the likely labels and those the small model is good at.
 
     Args:
@@ -157,14 +157,14 @@ class SoftPrompt(Pruning):
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Refuse proficient labels that do not exist."""
-        _check_known("SoftPrompt.proficient", self.proficient, labels)
+        _check_known("SoftPruning.proficient", self.proficient, labels)
 
 
-class HardPrompt(Pruning):
+class HardPruning(Pruning):
     """The labels that the small model excels at are removed: it would have answered those itself.
 
     Args:
-        proficient: The labels to remove, measured on held-out data (`measure_proficiency`, or `HardPrompt.fit`).
+        proficient: The labels to remove, measured on held-out data (`measure_proficiency`, or `HardPruning.fit`).
     """
 
     variables: ClassVar[frozenset[str]] = frozenset({"candidates"})
@@ -182,7 +182,7 @@ class HardPrompt(Pruning):
         minimum: float = 0.9,
         min_examples: int = 5,
         **settings: Any,
-    ) -> HardPrompt:
+    ) -> HardPruning:
         """Measure the proficient labels on held-out examples; see `measure_proficiency`."""
         found = measure_proficiency(predictions, labels, policy, minimum=minimum, min_examples=min_examples)
         return cls(proficient=found, **settings)
@@ -198,17 +198,17 @@ class HardPrompt(Pruning):
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Refuse labels that do not exist; warn where no candidate would be left."""
-        _check_known("HardPrompt.proficient", self.proficient, labels)
+        _check_known("HardPruning.proficient", self.proficient, labels)
         if labels and set(labels) <= set(self.proficient):
             warnings.warn(
-                "HardPrompt would remove every label, so it removes none. Measure proficiency with a higher "
+                "HardPruning would remove every label, so it removes none. Measure proficiency with a higher "
                 "`minimum`, or let the small model answer alone (AlwaysSmall()).",
                 PruningWarning,
                 stacklevel=2,
             )
 
 
-class ConformalPrompt(Pruning):
+class ConformalPruning(Pruning):
     """Only labels of a conformal set stay candidates; the true one is among them with probability >= 1 - alpha.
 
     Split conformal prediction (Angelopoulos & Bates 2021) on 1 - p, fitted on calibration examples that were
@@ -229,7 +229,9 @@ class ConformalPrompt(Pruning):
     quantile: float | None = None
     n_calibration: int = Field(default=0, ge=0)
 
-    def fit(self, predictions: PredictionBatch, labels: Sequence[str], policy: Policy | None = None) -> ConformalPrompt:
+    def fit(
+        self, predictions: PredictionBatch, labels: Sequence[str], policy: Policy | None = None
+    ) -> ConformalPruning:
         """A copy fitted on the examples that `policy` defers (all of them without a policy).
 
         Args:
@@ -292,7 +294,7 @@ class TopHint(Pruning):
         return shown
 
 
-class NoHint(Pruning):
+class NoPruning(Pruning):
     """All candidates stay and nothing of the small model's opinion leaves the machine."""
 
     variables: ClassVar[frozenset[str]] = frozenset()
@@ -346,7 +348,7 @@ def measure_proficiency(
 
 
 _NOT_FITTED = (
-    "ConformalPrompt has not been fitted. Call ConformalPrompt(alpha=...).fit(predictions, labels, policy) "
+    "ConformalPruning has not been fitted. Call ConformalPruning(alpha=...).fit(predictions, labels, policy) "
     "on calibration examples that the small model was not trained on."
 )
 

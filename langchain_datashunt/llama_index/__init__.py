@@ -9,15 +9,15 @@ from langchain_datashunt._utils.lazy import lazy_names
 if TYPE_CHECKING:
     from langchain_datashunt.llama_index.deciding import ShuntDecisionEvent
     from langchain_datashunt.llama_index.embedding import EncoderEmbedding
-    from langchain_datashunt.llama_index.guarded_llm import GatedFunctionCallingLLM, GatedLLM
+    from langchain_datashunt.llama_index.guarded_llm import GuardedFunctionCallingLLM, GuardedLLM
     from langchain_datashunt.llama_index.llm import ShuntFunctionCallingLLM, ShuntLLM
     from langchain_datashunt.llama_index.query_engine import ShuntQueryEngine
     from langchain_datashunt.llama_index.selector import ShuntSelection, ShuntSelector
 
 _MODULE_OF = {
     "EncoderEmbedding": "embedding",
-    "GatedFunctionCallingLLM": "guarded_llm",
-    "GatedLLM": "guarded_llm",
+    "GuardedFunctionCallingLLM": "guarded_llm",
+    "GuardedLLM": "guarded_llm",
     "ShuntDecisionEvent": "deciding",
     "ShuntFunctionCallingLLM": "llm",
     "ShuntLLM": "llm",
@@ -28,8 +28,8 @@ _MODULE_OF = {
 
 __all__ = [
     "EncoderEmbedding",
-    "GatedFunctionCallingLLM",
-    "GatedLLM",
+    "GuardedFunctionCallingLLM",
+    "GuardedLLM",
     "ShuntDecisionEvent",
     "ShuntFunctionCallingLLM",
     "ShuntLLM",

@@ -29,7 +29,7 @@ dispatcher = get_dispatcher(__name__)
 class ShuntDecisionEvent(BaseEvent):
     """Where one question went, and why; see `ShuntDecision`. Never the question itself."""
 
-    route: Literal["small", "learnable", "large"]
+    route: Literal["small", "student", "large"]
     reason: str
     label: str | None = None
     confidence: float | None = None

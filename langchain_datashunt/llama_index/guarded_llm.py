@@ -1,4 +1,4 @@
-"""GatedLLM: any LlamaIndex LLM behind an outbound gate. It decides nothing else."""
+"""GuardedLLM: any LlamaIndex LLM behind an outbound guard. It decides nothing else."""
 
 from __future__ import annotations
 
@@ -19,73 +19,73 @@ from llama_index.core.llms.llm import LLM, ToolSelection
 from llama_index.core.tools.types import BaseTool
 from typing_extensions import override
 
-from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
 from langchain_datashunt.llama_index.function_calling import PreparedByLarge
-from langchain_datashunt.privacy.guard import OutboundGate
+from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.privacy.redaction import Placeholders, without_unfinished
 
 
-class GatedLLM(LLM):
+class GuardedLLM(LLM):
     """Wherever an LLM goes: in a `ShuntLLM`, an `LLMSingleSelector`, a response synthesizer, an agent.
 
     ```python
-    llm = GatedLLM(large=OpenAI(model="gpt-4o"), gate=OutboundGate(local_kinds={"IBAN"}))
+    llm = GuardedLLM(large=OpenAI(model="gpt-4o"), guard=PrivacyGuard(local_kinds={"IBAN"}))
     selector = ShuntSelector(small, LLMSingleSelector.from_defaults(llm=llm))
     ```
 
     Prompts and messages leave with placeholders, answers come back with the texts, streamed or not. What must stay is
-    answered with an `AbstainedLocally` in words, or raises `StaysLocal` where the gate's `on_local` is "raise". Over an
-    LLM that calls functions it is one itself (`GatedFunctionCallingLLM`).
+    answered with an `AbstainedLocally` in words, or raises `LocalOnlyError` with `on_local="raise"`. Over an
+    LLM that calls functions it is one itself (`GuardedFunctionCallingLLM`).
     """
 
-    large: LLM = Field(description="The LLM behind the gate.")
-    gate: Any = Field(description="A datashunt OutboundGate.", exclude=True)
+    large: LLM = Field(description="The LLM behind the guard.")
+    guard: Any = Field(description="A datashunt PrivacyGuard.", exclude=True)
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """A `GatedFunctionCallingLLM` where the LLM calls functions."""
-        if cls is GatedLLM and isinstance(settings.get("large"), FunctionCallingLLM):
-            return super().__new__(GatedFunctionCallingLLM)  # type: ignore[return-value]
+        """A `GuardedFunctionCallingLLM` where the LLM calls functions."""
+        if cls is GuardedLLM and isinstance(settings.get("large"), FunctionCallingLLM):
+            return super().__new__(GuardedFunctionCallingLLM)  # type: ignore[return-value]
         return super().__new__(cls)
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        if not isinstance(self.gate, OutboundGate):
-            raise ConfigurationError(f"`gate` is a {type(self.gate).__name__}; give a datashunt OutboundGate.")
-        self.gate.check_without_labels("a LlamaIndex LLM")
+        if not isinstance(self.guard, PrivacyGuard):
+            raise ConfigurationError(f"`guard` is a {type(self.guard).__name__}; give a datashunt PrivacyGuard.")
+        self.guard.check_without_labels("a LlamaIndex LLM")
         if self.callback_manager.handlers and not self.large.callback_manager.handlers:
             self.large.callback_manager = self.callback_manager
 
     @classmethod
     @override
     def class_name(cls) -> str:
-        return "GatedLLM"
+        return "GuardedLLM"
 
     @property
     @override
     def metadata(self) -> LLMMetadata:
         return self.large.metadata
 
-    # Through the gate
+    # Through the guard
 
     def _out(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], Placeholders]:
         told = [{"blocks": list(one.blocks), "more": one.additional_kwargs} for one in messages]
-        out, found = self.gate.outbound(told)
+        out, found = self.guard.outbound(told)
         changed = [
             one.model_copy(update={"blocks": new["blocks"], "additional_kwargs": new["more"]})
             for one, new in zip(messages, out, strict=True)
         ]
         return changed, found
 
-    def _abstained(self, error: StaysLocal) -> str:
-        if self.gate.on_local == "raise":
+    def _abstained(self, error: LocalOnlyError) -> str:
+        if self.guard.on_local == "raise":
             raise error
-        return str(self.gate.abstained(error, None))
+        return str(self.guard.abstained(error, None))
 
-    def _chat_abstained(self, error: StaysLocal) -> ChatResponse:
+    def _chat_abstained(self, error: LocalOnlyError) -> ChatResponse:
         words = self._abstained(error)
         return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=words), delta=words)
 
-    def _text_abstained(self, error: StaysLocal) -> CompletionResponse:
+    def _text_abstained(self, error: LocalOnlyError) -> CompletionResponse:
         words = self._abstained(error)
         return CompletionResponse(text=words, delta=words)
 
@@ -95,7 +95,7 @@ class GatedLLM(LLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         try:
             asked, found = self._out(messages)
-        except StaysLocal as error:
+        except LocalOnlyError as error:
             return self._chat_abstained(error)
         return _restored(self.large.chat(asked, **kwargs), found)
 
@@ -103,7 +103,7 @@ class GatedLLM(LLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         try:
             asked, found = self._out(messages)
-        except StaysLocal as error:
+        except LocalOnlyError as error:
             return self._chat_abstained(error)
         return _restored(await self.large.achat(asked, **kwargs), found)
 
@@ -112,7 +112,7 @@ class GatedLLM(LLM):
         def chunks() -> Generator[ChatResponse]:
             try:
                 asked, found = self._out(messages)
-            except StaysLocal as error:
+            except LocalOnlyError as error:
                 yield self._chat_abstained(error)
                 return
             shown = _Shown(found)
@@ -127,7 +127,7 @@ class GatedLLM(LLM):
         async def chunks() -> AsyncGenerator[ChatResponse]:
             try:
                 asked, found = self._out(messages)
-            except StaysLocal as error:
+            except LocalOnlyError as error:
                 yield self._chat_abstained(error)
                 return
             shown = _Shown(found)
@@ -143,16 +143,16 @@ class GatedLLM(LLM):
     @override
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         try:
-            asked, found = self.gate.outbound(prompt)
-        except StaysLocal as error:
+            asked, found = self.guard.outbound(prompt)
+        except LocalOnlyError as error:
             return self._text_abstained(error)
         return _restored_text(self.large.complete(asked, formatted, **kwargs), found)
 
     @override
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         try:
-            asked, found = self.gate.outbound(prompt)
-        except StaysLocal as error:
+            asked, found = self.guard.outbound(prompt)
+        except LocalOnlyError as error:
             return self._text_abstained(error)
         return _restored_text(await self.large.acomplete(asked, formatted, **kwargs), found)
 
@@ -160,8 +160,8 @@ class GatedLLM(LLM):
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Generator[CompletionResponse]:
         def chunks() -> Generator[CompletionResponse]:
             try:
-                asked, found = self.gate.outbound(prompt)
-            except StaysLocal as error:
+                asked, found = self.guard.outbound(prompt)
+            except LocalOnlyError as error:
                 yield self._text_abstained(error)
                 return
             shown = _Shown(found)
@@ -177,8 +177,8 @@ class GatedLLM(LLM):
     ) -> AsyncGenerator[CompletionResponse]:
         async def chunks() -> AsyncGenerator[CompletionResponse]:
             try:
-                asked, found = self.gate.outbound(prompt)
-            except StaysLocal as error:
+                asked, found = self.guard.outbound(prompt)
+            except LocalOnlyError as error:
                 yield self._text_abstained(error)
                 return
             shown = _Shown(found)
@@ -190,10 +190,10 @@ class GatedLLM(LLM):
         return chunks()
 
 
-class GatedFunctionCallingLLM(GatedLLM, PreparedByLarge):
-    """A `GatedLLM` over an LLM that calls functions; made by `GatedLLM(...)`."""
+class GuardedFunctionCallingLLM(GuardedLLM, PreparedByLarge):
+    """A `GuardedLLM` over an LLM that calls functions; made by `GuardedLLM(...)`."""
 
-    large: FunctionCallingLLM = Field(description="The LLM behind the gate.")
+    large: FunctionCallingLLM = Field(description="The LLM behind the guard.")
 
     @override
     def _validate_chat_with_tools_response(

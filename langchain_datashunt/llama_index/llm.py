@@ -27,7 +27,7 @@ from langchain_datashunt.chat.answers import ToolAnswer
 from langchain_datashunt.chat.hint import Hint
 from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.large_models.prompt_pruning import Pruning, SoftPrompt
+from langchain_datashunt.large_models.prompt_pruning import Pruning, SoftPruning
 from langchain_datashunt.llama_index.deciding import Decider
 from langchain_datashunt.llama_index.function_calling import PreparedByLarge
 from langchain_datashunt.llama_index.responses import (
@@ -67,7 +67,7 @@ class ShuntLLM(LLM):
     )
     policy: Any = Field(default=None, description="When to keep; a datashunt Policy.", exclude=True)
     pruning: Any = Field(
-        default_factory=SoftPrompt, description="What the large LLM is told of the small model.", exclude=True
+        default_factory=SoftPruning, description="What the large LLM is told of the small model.", exclude=True
     )
     hint: str | None = Field(default=None, description="A template of what it is told.")
     question_of: Callable[[str], str] | None = Field(
@@ -92,10 +92,10 @@ class ShuntLLM(LLM):
             raise ConfigurationError(
                 f"`pruning` is a {type(self.pruning).__name__}; give a datashunt Pruning, or None."
             )
-        self._lay_out()
+        self._build()
         self._share_callbacks()
 
-    def _lay_out(self) -> None:
+    def _build(self) -> None:
         self._decider = Decider(self.small, self.policy, self.recorder)
         self._hint = None if self.pruning is None else Hint(self.pruning, self.hint)
 
@@ -110,14 +110,14 @@ class ShuntLLM(LLM):
         super().__setattr__(name, value)
         if "_decider" in (self.__pydantic_private__ or {}):
             if name in ("small", "policy", "pruning", "hint", "recorder"):
-                self._lay_out()
+                self._build()
             elif name in ("callback_manager", "large"):
                 self._share_callbacks()
 
     @override
     def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
         copied = super().model_copy(update=update, deep=deep)
-        copied._lay_out()
+        copied._build()
         copied._share_callbacks()
         return copied
 
@@ -164,7 +164,7 @@ class ShuntLLM(LLM):
         return None
 
     def _hinted(self, messages: Sequence[ChatMessage], decision: ShuntDecision) -> list[ChatMessage]:
-        told = "" if self._hint is None else self._hint.of(decision.prediction)
+        told = "" if self._hint is None else self._hint.paragraph_for(decision.prediction)
         if not told:
             return list(messages)
         if messages[0].role == MessageRole.SYSTEM:
@@ -173,7 +173,7 @@ class ShuntLLM(LLM):
         return [ChatMessage(role=MessageRole.SYSTEM, content=told), *messages]
 
     def _hinted_prompt(self, prompt: str, decision: ShuntDecision) -> str:
-        told = "" if self._hint is None else self._hint.of(decision.prediction)
+        told = "" if self._hint is None else self._hint.paragraph_for(decision.prediction)
         return f"{told}\n\n{prompt}" if told else prompt
 
     def _kept(self, text: str, decision: ShuntDecision, seconds: float) -> tuple[dict[str, Any], list[Any]]:

@@ -14,7 +14,7 @@ from llama_index.core.schema import QueryBundle
 from llama_index.core.tools.types import ToolMetadata
 
 from langchain_datashunt.decision import ShuntDecision
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 from langchain_datashunt.large_models.prompt_pruning import Pruning
 from langchain_datashunt.llama_index.deciding import Decider
 from langchain_datashunt.policies.thresholds import Policy
@@ -52,7 +52,7 @@ class ShuntSelector(BaseSelector):
         large: The selector that is asked where it is not sure.
         policy: When its choice is kept; None for the small model's own, or a threshold of 0.9.
         keep: How many choices the LLM is shown: the likeliest; None for all, or those that `pruning` keeps.
-        pruning: A strategy that narrows the candidates, for example a fitted `ConformalPrompt`.
+        pruning: A strategy that narrows the candidates, for example a fitted `ConformalPruning`.
         names: Name of the choice by label, where they differ.
         recorder: A `distillation.Recorder` that keeps what the LLM chose, for the small model to learn.
     """
@@ -192,7 +192,7 @@ class ShuntSelector(BaseSelector):
         known = [0 <= one.index < len(candidates) for one in found.selections]
         if not known or not all(known):
             names = tuple(choices[i].name or choices[i].description for i in candidates)
-            raise UnparsableAnswer(str([one.index + 1 for one in found.selections]), names)
+            raise UnparsableAnswerError(str([one.index + 1 for one in found.selections]), names)
         place = self._places(choices, decision.prediction)
         return ShuntSelection(
             selections=[SingleSelection(index=candidates[one.index], reason=one.reason) for one in found.selections],

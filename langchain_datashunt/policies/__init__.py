@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from langchain_datashunt.policies.budgets import CostBudget, QueryBudget
+    from langchain_datashunt.policies.budgets import CostBudget, DeferralBudget
     from langchain_datashunt.policies.fusion import AnswerFusion
     from langchain_datashunt.policies.learned_deferral import LearnedDeferral
     from langchain_datashunt.policies.scores import (
         ConfidenceScore,
         Entropy,
-        LeastTokenProbability,
         LengthNormalizedProbability,
         Margin,
         MaxProbability,
         MeanTokenProbability,
+        MinTokenProbability,
         TokenQuantile,
     )
     from langchain_datashunt.policies.thresholds import (
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
         OnlyLabels,
         PerLabelThreshold,
         Policy,
+        PolicyDecision,
         Threshold,
-        ValueOfAsking,
+        ValueOfInformation,
     )
 
 _MODULE_OF = {
@@ -36,20 +37,21 @@ _MODULE_OF = {
     "AnswerFusion": "fusion",
     "ConfidenceScore": "scores",
     "CostBudget": "budgets",
+    "DeferralBudget": "budgets",
     "Entropy": "scores",
     "LearnedDeferral": "learned_deferral",
-    "LeastTokenProbability": "scores",
     "LengthNormalizedProbability": "scores",
     "Margin": "scores",
     "MaxProbability": "scores",
     "MeanTokenProbability": "scores",
+    "MinTokenProbability": "scores",
     "OnlyLabels": "thresholds",
     "PerLabelThreshold": "thresholds",
     "Policy": "thresholds",
-    "QueryBudget": "budgets",
+    "PolicyDecision": "thresholds",
     "Threshold": "thresholds",
     "TokenQuantile": "scores",
-    "ValueOfAsking": "thresholds",
+    "ValueOfInformation": "thresholds",
 }
 
 __all__ = [
@@ -58,20 +60,21 @@ __all__ = [
     "AnswerFusion",
     "ConfidenceScore",
     "CostBudget",
+    "DeferralBudget",
     "Entropy",
     "LearnedDeferral",
-    "LeastTokenProbability",
     "LengthNormalizedProbability",
     "Margin",
     "MaxProbability",
     "MeanTokenProbability",
+    "MinTokenProbability",
     "OnlyLabels",
     "PerLabelThreshold",
     "Policy",
-    "QueryBudget",
+    "PolicyDecision",
     "Threshold",
     "TokenQuantile",
-    "ValueOfAsking",
+    "ValueOfInformation",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

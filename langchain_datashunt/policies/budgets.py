@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt.policies.scores import ConfidenceScore, MaxProbability
-from langchain_datashunt.policies.thresholds import Policy, Verdict
+from langchain_datashunt.policies.thresholds import Policy, PolicyDecision
 from langchain_datashunt.prediction import FloatArray, PredictionBatch
 
 STEP_ROWS = 32
@@ -22,7 +22,7 @@ STEP_ROWS = 32
 
 
 class Control(Protocol):
-    """A number that several callers read and move; `distillation.SharedControl` shares it between processes."""
+    """A number that several callers read and move; `distillation.SharedThreshold` shares it between processes."""
 
     def get(self, start: float) -> float:
         """Its value; `start` where it has none yet."""
@@ -100,7 +100,7 @@ class _Controlled(Policy):
         return 0.0
 
     @override
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Decide by the threshold now; in a long batch it moves every `STEP_ROWS` rows as it will be moved.
 
         Nothing is noted: that is `observe`'s, which a shunt calls when it knows what was asked in the end.
@@ -114,7 +114,7 @@ class _Controlled(Policy):
             limit += self._move(limit, asked - self._expected(rows.stop - start))
         if threshold is not None:
             limits = np.where(np.isnan(threshold), limits, threshold)
-        return Verdict(score >= limits, score, limits)
+        return PolicyDecision(score >= limits, score, limits)
 
     @override
     def observe(self, asked: int, total: int) -> None:
@@ -136,25 +136,25 @@ class _Controlled(Policy):
         return float(self._control.get(self.start))
 
 
-class QueryBudget(_Controlled):
+class DeferralBudget(_Controlled):
     """Ask a given share of the inputs in the long run, however traffic drifts.
 
     After each decision the threshold moves by gain * (share - asked), as in adaptive conformal inference (Gibbs &
     Candes 2021): over T decisions the share asked is off by at most about 1 / (gain * T), whatever the inputs are.
 
     Attributes:
-        share: In [0, 1].
+        rate: In [0, 1].
     """
 
-    share: float = Field(ge=0.0, le=1.0)
+    rate: float = Field(ge=0.0, le=1.0)
 
     @override
     def _allowed(self, rows: int) -> float:
-        return self.share * rows
+        return self.rate * rows
 
     @override
     def _expected(self, rows: int) -> float:
-        return self.share * rows
+        return self.rate * rows
 
 
 class CostBudget(_Controlled):
@@ -202,7 +202,7 @@ class ShadowOf(Policy):
 
     policy: Policy
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep none."""
         verdict = self.policy.evaluate(batch, threshold)
         return verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
@@ -222,7 +222,7 @@ class FailSafe(Policy):
     policy: Policy
     monitor: Any = Field(exclude=True, repr=False)
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """As the policy, or keep none."""
         verdict = self.policy.evaluate(batch, threshold)
         return verdict if not self.monitor.alarmed else verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))

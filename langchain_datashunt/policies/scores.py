@@ -110,7 +110,7 @@ class MeanTokenProbability(TokenScore):
         return float(np.exp(logprobs).mean())
 
 
-class LeastTokenProbability(TokenScore):
+class MinTokenProbability(TokenScore):
     """The smallest of the tokens' probabilities."""
 
     def of_tokens(self, logprobs: FloatArray) -> float:

@@ -17,17 +17,17 @@ from langchain_datashunt.policies.learned_deferral import LearnedDeferral
 from langchain_datashunt.policies.scores import (
     ConfidenceScore,
     Entropy,
-    LeastTokenProbability,
     LengthNormalizedProbability,
     Margin,
     MaxProbability,
     MeanTokenProbability,
+    MinTokenProbability,
     TokenQuantile,
 )
 from langchain_datashunt.prediction import ANSWER_LABELS, BoolArray, FloatArray, Prediction, PredictionBatch
 
 
-class Verdict(NamedTuple):
+class PolicyDecision(NamedTuple):
     """What a policy makes of `n` predictions.
 
     Attributes:
@@ -45,7 +45,7 @@ class Policy(Strategy):
     """Decides, for each prediction of a batch, whether the small model's answer is kept."""
 
     @abstractmethod
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Decide on a batch.
 
         Args:
@@ -98,11 +98,11 @@ class Threshold(Policy):
     def _number(cls, value: float) -> float:
         return _require_number(value)
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Compare the score with the threshold, `>=`."""
         score = self.score(batch)
         limit = _with_override(np.full(len(batch), self.threshold), threshold)
-        return Verdict(score >= limit, score, limit)
+        return PolicyDecision(score >= limit, score, limit)
 
     def evaluate_one(self, prediction: Prediction, threshold: float | None = None) -> tuple[bool, float, float]:
         """Compare one score with the threshold, without arrays where the score allows it."""
@@ -163,12 +163,12 @@ class PerLabelThreshold(Policy):
     def _number(cls, value: float) -> float:
         return _require_number(value)
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Compare each score with its predicted label's threshold, `>=`."""
         score = self.score(batch)
         by_label = np.array([self.thresholds.get(label, self.default) for label in batch.labels])
         limit = _with_override(by_label[batch.best], threshold)
-        return Verdict(score >= limit, score, limit)
+        return PolicyDecision(score >= limit, score, limit)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Refuse thresholds for labels that the small model does not have."""
@@ -181,7 +181,7 @@ class PerLabelThreshold(Policy):
             raise ConfigurationError(msg)
 
 
-class ValueOfAsking(Policy):
+class ValueOfInformation(Policy):
     """Ask where the expected gain in accuracy from the fused answer exceeds its price.
 
     The gain is `AnswerFusion.value_of_asking`; the score that is shown is its negative, and the threshold `-price`.
@@ -195,17 +195,17 @@ class ValueOfAsking(Policy):
     fusion: AnswerFusion
     price: float = Field(default=0.0, ge=0.0, le=1.0)
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep where asking gains no more than it costs."""
         score = -self.fusion.value_of_asking(self.fusion.aligned(batch).probabilities)
         limit = _with_override(np.full(len(batch), -self.price), threshold)
-        return Verdict(score >= limit, score, limit)
+        return PolicyDecision(score >= limit, score, limit)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Refuse a fusion over other labels."""
         if labels and set(labels) != set(self.fusion.labels):
             raise ConfigurationError(
-                f"ValueOfAsking was fitted on {len(self.fusion.labels)} labels that are not the small model's "
+                f"ValueOfInformation was fitted on {len(self.fusion.labels)} labels that are not the small model's "
                 f"{len(labels)}. Fit its fusion with the labels of this model."
             )
 
@@ -213,7 +213,7 @@ class ValueOfAsking(Policy):
 class AlwaysSmall(Policy):
     """Keep everything: the small model alone."""
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep all."""
         return _constant(batch, keep=True)
 
@@ -221,7 +221,7 @@ class AlwaysSmall(Policy):
 class AlwaysLarge(Policy):
     """Defer everything: the large model alone."""
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep none."""
         return _constant(batch, keep=False)
 
@@ -231,7 +231,7 @@ class OnlyLabels(Policy):
 
     labels: frozenset[str]
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep where the most probable label is one of them."""
         among = np.array([label in self.labels for label in batch.labels], dtype=np.bool_)
         return _constant(batch, keep=True)._replace(keep=among[batch.best])
@@ -249,7 +249,7 @@ class AllOf(Policy):
 
     policies: tuple[Policy, ...] = Field(min_length=1)
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep where all keep."""
         return _combine([policy.evaluate(batch, threshold) for policy in self.policies], settles=False)
 
@@ -269,7 +269,7 @@ class AnyOf(Policy):
 
     policies: tuple[Policy, ...] = Field(min_length=1)
 
-    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> Verdict:
+    def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
         """Keep where any keeps."""
         return _combine([policy.evaluate(batch, threshold) for policy in self.policies], settles=True)
 
@@ -288,12 +288,12 @@ def _parts(kind: type[AllOf] | type[AnyOf], policy: Policy) -> tuple[Policy, ...
     return policy.policies if isinstance(policy, kind) else (policy,)
 
 
-def _constant(batch: PredictionBatch, *, keep: bool) -> Verdict:
+def _constant(batch: PredictionBatch, *, keep: bool) -> PolicyDecision:
     nothing = np.full(len(batch), np.nan)
-    return Verdict(np.full(len(batch), keep), nothing, nothing)
+    return PolicyDecision(np.full(len(batch), keep), nothing, nothing)
 
 
-def _combine(verdicts: list[Verdict], *, settles: bool) -> Verdict:
+def _combine(verdicts: list[PolicyDecision], *, settles: bool) -> PolicyDecision:
     """Fold verdicts from left to right; the first whose `keep` equals `settles` decides a row."""
     keep, score, limit = verdicts[0]
     for verdict in verdicts[1:]:
@@ -301,7 +301,7 @@ def _combine(verdicts: list[Verdict], *, settles: bool) -> Verdict:
         keep = np.where(turned, settles, keep)
         score = np.where(turned, verdict.score, score)
         limit = np.where(turned, verdict.threshold, limit)
-    return Verdict(keep, score, limit)
+    return PolicyDecision(keep, score, limit)
 
 
 def _with_override(own: FloatArray, threshold: FloatArray | None) -> FloatArray:
@@ -333,9 +333,9 @@ def _warn_if_constant(threshold: float, low: float, high: float, where: str) -> 
 PLAIN_CLASSES: dict[str, type[Configured]] = {
     kind.__name__: kind
     for kind in (
-        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, LearnedDeferral, LeastTokenProbability,
+        AllOf, AlwaysLarge, AlwaysSmall, AnswerFusion, AnyOf, Entropy, LearnedDeferral, MinTokenProbability,
         LengthNormalizedProbability, Margin, MaxProbability, MeanTokenProbability, OnlyLabels, PerLabelThreshold,
-        Threshold, TokenQuantile, ValueOfAsking,
+        Threshold, TokenQuantile, ValueOfInformation,
     )
 }  # fmt: skip
 """What a bundle's policy and fusion may be made of."""

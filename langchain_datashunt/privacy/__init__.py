@@ -1,4 +1,4 @@
-"""Privacy: what may leave this machine. Detectors find, redaction replaces and restores, the gate decides."""
+"""Privacy: what may leave this machine. Detectors find, redaction replaces and restores, the guard decides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from langchain_datashunt.privacy.detectors import (
     PresidioDetector,
     find_entities,
 )
-from langchain_datashunt.privacy.guard import AbstainedLocally, GatedModel, OutboundGate
+from langchain_datashunt.privacy.guard import AbstainedLocally, GuardedModel, PrivacyGuard
 from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "Disclosure",
     "DisclosureBudget",
     "Entity",
-    "GatedModel",
+    "GuardedModel",
     "LocalLedger",
-    "OutboundGate",
+    "PrivacyGuard",
     "PatternDetector",
     "Placeholders",
     "PresidioDetector",

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 from pydantic import ConfigDict, Field
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
 from langchain_datashunt.privacy.redaction import Placeholders
 
 
@@ -165,7 +165,7 @@ class DisclosureBudget(PeriodBudget):
     """Bounds on what leaves for the large model; what would go above one stays here.
 
     ```python
-    gate = OutboundGate(budget=DisclosureBudget(request_characters=4000, subject_calls=50, usd=20, usd_per_call=0.01))
+    guard = PrivacyGuard(budget=DisclosureBudget(request_characters=4000, subject_calls=50, usd=20, usd_per_call=0.01))
     shunt.invoke(text, {"configurable": {"shunt_subject": "jane"}})
     ```
 
@@ -232,7 +232,7 @@ class DisclosureBudget(PeriodBudget):
             subject: Whose data it is.
 
         Raises:
-            StaysLocal: It would go above a bound, or the ledger cannot be reached.
+            LocalOnlyError: It would go above a bound, or the ledger cannot be reached.
         """
         now, plain = self.clock(), sum(found.plain.values())
         person = None if subject is None else hashlib.sha256(b"subject\0" + subject.encode()).digest()[:16]
@@ -243,9 +243,9 @@ class DisclosureBudget(PeriodBudget):
         try:
             self.ledger.note(entry)
         except Exception as error:
-            raise StaysLocal(f"what leaves cannot be noted ({type(error).__name__})") from error
+            raise LocalOnlyError(f"what leaves cannot be noted ({type(error).__name__})") from error
         if refused:
-            raise StaysLocal(f"the bound {refused!r} of the budget {self.name!r} is reached")
+            raise LocalOnlyError(f"the bound {refused!r} of the budget {self.name!r} is reached")
 
     def _refused(self, characters: int, entities: int, person: bytes | None) -> str:
         """Which bound this request is above; empty for none, and then it is counted."""
@@ -258,4 +258,4 @@ class DisclosureBudget(PeriodBudget):
         try:
             return self.above(amounts, person)
         except Exception as error:  # a database that is away: nothing leaves that cannot be counted
-            raise StaysLocal(f"the budget {self.name!r} cannot be counted ({type(error).__name__})") from error
+            raise LocalOnlyError(f"the budget {self.name!r} cannot be counted ({type(error).__name__})") from error

@@ -1,4 +1,4 @@
-"""OutboundGate: the only way to a large model. What must not leave stays; what is replaced comes back restored."""
+"""PrivacyGuard: the only way to a large model. What must not leave stays; what is replaced comes back restored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt._utils.sync_async import settled
-from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
+from langchain_datashunt._utils.sync_async import raise_first_error
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
 from langchain_datashunt.prediction import Prediction
 from langchain_datashunt.privacy.budget import DisclosureBudget, LocalLedger
 from langchain_datashunt.privacy.detectors import DETECTORS, Detector
@@ -41,12 +41,12 @@ class AbstainedLocally:
         return f"No answer: this input stays on this machine, since {self.reason}."
 
 
-class OutboundGate(Configured):
+class PrivacyGuard(Configured):
     """What may leave this machine, and how.
 
     ```python
-    gate = OutboundGate(local_kinds={"IBAN", "API_KEY"}, local_labels={"medical"})
-    shunt = ShuntRunnable(small=small, large=prompt | ChatOpenAI() | StrOutputParser(), gate=gate)
+    guard = PrivacyGuard(local_kinds={"IBAN", "API_KEY"}, local_labels={"medical"})
+    shunt = ShuntRunnable(small=small, large=prompt | ChatOpenAI() | StrOutputParser(), guard=guard)
     ```
 
     Everything that a shunt hands to its large side passes: the input, the history, and what the small model thinks.
@@ -77,7 +77,7 @@ class OutboundGate(Configured):
 
     on_local: Literal["small", "abstain", "raise"] = "small"
     """What is answered to an input that stays: what the small model thinks (where it thinks nothing, as "abstain"), an
-    `AbstainedLocally`, or nothing, with a `StaysLocal` raised."""
+    `AbstainedLocally`, or nothing, with a `LocalOnlyError` raised."""
 
     budget: DisclosureBudget | None = None
     """How much may leave; None for no bound."""
@@ -101,23 +101,23 @@ class OutboundGate(Configured):
         """Refuse labels that stay where no small model is asked.
 
         Raises:
-            ConfigurationError: The gate has `local_labels`.
+            ConfigurationError: The guard has `local_labels`.
         """
         if self.local_labels:
             raise ConfigurationError(
-                f"The gate has local_labels ({', '.join(sorted(self.local_labels))}), and in {where} there is no small "
+                f"The guard has local_labels ({', '.join(sorted(self.local_labels))}), and {where} has no small "
                 f"model to tell them. Use local_kinds or local_where here."
             )
 
-    def check_prediction(self, prediction: Prediction | None) -> StaysLocal | None:
+    def check_prediction(self, prediction: Prediction | None) -> LocalOnlyError | None:
         """Why an input stays because of what the small model takes it for; None where it may leave."""
         if prediction is not None and prediction.answer is None and prediction.label in self.local_labels:
-            return StaysLocal(f"the small model takes it for {prediction.label!r}")
+            return LocalOnlyError(f"the small model takes it for {prediction.label!r}")
         if self.local_labels and prediction is None:
-            return StaysLocal("the small model failed, so nobody knows whether its label is a local one")
+            return LocalOnlyError("the small model failed, so nobody knows whether its label is a local one")
         return None
 
-    def check_predictions(self, predictions: Sequence[Prediction | None]) -> StaysLocal | None:
+    def check_predictions(self, predictions: Sequence[Prediction | None]) -> LocalOnlyError | None:
         """The first reason why an input stays because of what small models take it for; None where it may leave."""
         if not self.local_labels:
             return None
@@ -131,7 +131,7 @@ class OutboundGate(Configured):
             subject: Whose data it is.
 
         Raises:
-            StaysLocal: It must not leave, or a detector or rule failed.
+            LocalOnlyError: It must not leave, or a detector or rule failed.
         """
         kinds = frozenset[str]() if self.redact == "none" else None if self.redact == "all" else self.redact
         found = Placeholders(
@@ -144,14 +144,14 @@ class OutboundGate(Configured):
             if self.budget is not None:
                 self.budget.spend(found, subject)
             return out, found
-        except StaysLocal:
+        except LocalOnlyError:
             raise
         except Exception as error:  # whatever a detector raises: nothing leaves that was not looked at
-            raise StaysLocal(f"looking at it failed ({type(error).__name__})") from error
+            raise LocalOnlyError(f"looking at it failed ({type(error).__name__})") from error
 
     @override
     def to_json(self) -> Any:
-        """Detectors and rules of one's own cannot be written down, so that a gate with some is not."""
+        """Detectors and rules of one's own cannot be written down, so that a guard with some is not."""
         own = tuple(self.detectors) != DETECTORS or self.local_where is not None
         if own or (self.budget is not None and not isinstance(self.budget.ledger, LocalLedger)):
             return self.to_json_not_implemented()
@@ -159,34 +159,34 @@ class OutboundGate(Configured):
         plain["kwargs"] = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in plain["kwargs"].items()}
         return plain
 
-    def around(self, large: Runnable[Any, Any]) -> GatedModel:
-        """A large model behind this gate."""
-        return GatedModel(large, self)
+    def around(self, large: Runnable[Any, Any]) -> GuardedModel:
+        """A large model behind this guard."""
+        return GuardedModel(large, self)
 
-    def abstained(self, error: StaysLocal, prediction: Prediction | None) -> AbstainedLocally:
+    def abstained(self, error: LocalOnlyError, prediction: Prediction | None) -> AbstainedLocally:
         """The answer where nobody may answer."""
         return AbstainedLocally(error.reason, error.kinds, prediction)
 
 
-class GatedModel(Runnable[Any, Any]):
-    """A large model behind a gate. It makes no runs of its own: what tracers see of the model is what left.
+class GuardedModel(Runnable[Any, Any]):
+    """A large model behind a guard. It makes no runs of its own: what tracers see of the model is what left.
 
     Args:
         large: The model.
-        gate: What may leave.
+        guard: What may leave.
     """
 
-    def __init__(self, large: Runnable[Any, Any], gate: OutboundGate) -> None:
-        self.large, self.gate = large, gate
+    def __init__(self, large: Runnable[Any, Any], guard: PrivacyGuard) -> None:
+        self.large, self.guard = large, guard
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.gate.outbound(input, subject_of(config))
+        asked, placeholders = self.guard.outbound(input, subject_of(config))
         return placeholders.restore(self.large.invoke(asked, config, **kwargs))
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.gate.outbound(input, subject_of(config))
+        asked, placeholders = self.guard.outbound(input, subject_of(config))
         return placeholders.restore(await self.large.ainvoke(asked, config, **kwargs))
 
     @override
@@ -202,7 +202,7 @@ class GatedModel(Runnable[Any, Any]):
         if rows:
             answers = self.large.batch(asked, each, return_exceptions=return_exceptions, **kwargs)
             self._take(results, rows, answers, found)
-        return settled(results, return_exceptions)
+        return raise_first_error(results, return_exceptions)
 
     @override
     async def abatch(
@@ -217,7 +217,7 @@ class GatedModel(Runnable[Any, Any]):
         if rows:
             answers = await self.large.abatch(asked, each, return_exceptions=return_exceptions, **kwargs)
             self._take(results, rows, answers, found)
-        return settled(results, return_exceptions)
+        return raise_first_error(results, return_exceptions)
 
     def _sorted(
         self, inputs: list[Any], config: RunnableConfig | list[RunnableConfig] | None
@@ -230,8 +230,8 @@ class GatedModel(Runnable[Any, Any]):
         for i, value in enumerate(inputs):
             try:
                 own = config[i] if isinstance(config, list) else config
-                out, placeholders = self.gate.outbound(value, subject_of(own))
-            except StaysLocal as error:
+                out, placeholders = self.guard.outbound(value, subject_of(own))
+            except LocalOnlyError as error:
                 results[i] = error
                 continue
             rows.append(i)
@@ -247,7 +247,7 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        asked, placeholders = self.gate.outbound(input, subject_of(config))
+        asked, placeholders = self.guard.outbound(input, subject_of(config))
         restorer = StreamRestorer(placeholders)
         with closing(self.large.stream(asked, config, **kwargs)) as chunks:  # type: ignore[type-var]
             for chunk in chunks:
@@ -256,7 +256,7 @@ class GatedModel(Runnable[Any, Any]):
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        asked, placeholders = self.gate.outbound(input, subject_of(config))
+        asked, placeholders = self.guard.outbound(input, subject_of(config))
         restorer = StreamRestorer(placeholders)
         async with aclosing(self.large.astream(asked, config, **kwargs)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:

@@ -17,7 +17,7 @@ from langchain_core.prompt_values import PromptValue
 from pydantic import BaseModel
 
 from langchain_datashunt.decision import ShuntResult
-from langchain_datashunt.exceptions import StaysLocal
+from langchain_datashunt.exceptions import LocalOnlyError
 from langchain_datashunt.prediction import Candidates
 from langchain_datashunt.privacy.detectors import Detector, Entity, all_entities, without_overlaps
 
@@ -87,7 +87,7 @@ class Placeholders:
         """A copy of any structure with placeholders in its texts.
 
         Raises:
-            StaysLocal: It holds what must not leave, or something in which nobody can look.
+            LocalOnlyError: It holds what must not leave, or something in which nobody can look.
         """
         if isinstance(value, Enum):  # one of a few names of somebody's code
             return value
@@ -106,7 +106,7 @@ class Placeholders:
             return Document(page_content=self._redact_text(value.page_content), metadata=self.redact(value.metadata))
         if isinstance(value, Mapping):
             if not self.allow_binary and value.get("type") in _BINARY:
-                raise StaysLocal(f"it holds a part of the type {value['type']!r}, in which nobody can look")
+                raise LocalOnlyError(f"it holds a part of the type {value['type']!r}, in which nobody can look")
             made = {self.redact(key): self.redact(one) for key, one in value.items()}
             return made if type(value) is dict else self._same_kind(value, made)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -116,7 +116,7 @@ class Placeholders:
             return inner if type(value) is list else self._same_kind(value, inner)
         if isinstance(value, BaseModel):
             if not self.allow_binary and getattr(value, "block_type", None) in _BINARY:
-                raise StaysLocal(f"it holds a block of the type {value.block_type!r}, in which nobody can look")  # type: ignore[attr-defined]
+                raise LocalOnlyError(f"it holds a block of the type {value.block_type!r}, in which nobody can look")  # type: ignore[attr-defined]
             return value.model_copy(update={name: self.redact(one) for name, one in fields_of(value).items()})
         if is_dataclass(value) and not isinstance(value, type):
             return replace(
@@ -127,10 +127,10 @@ class Placeholders:
         if isinstance(value, int | float | complex):
             return self._redact_number(value)
         if isinstance(value, bytes | bytearray | memoryview) and not self.allow_binary:
-            raise StaysLocal(f"it holds {type(value).__name__}, in which nobody can look")
+            raise LocalOnlyError(f"it holds {type(value).__name__}, in which nobody can look")
         if self.allow_binary:
             return value
-        raise StaysLocal(f"it holds a {type(value).__name__}, in which nobody can look")
+        raise LocalOnlyError(f"it holds a {type(value).__name__}, in which nobody can look")
 
     @staticmethod
     def _same_kind(value: Any, made: Any) -> Any:
@@ -163,7 +163,7 @@ class Placeholders:
 
     def _redact_text(self, text: str) -> str:
         if self.local_where is not None and self.local_where(text):
-            raise StaysLocal("a rule of yours keeps it here")
+            raise LocalOnlyError("a rule of yours keeps it here")
         return self._replaced(text)
 
     def _replaced(self, text: str) -> str:
@@ -182,7 +182,7 @@ class Placeholders:
             return []
         found = all_entities(text, self.detectors)
         if here := sorted({entity.kind for entity in found} & self.local):
-            raise StaysLocal(f"it holds {', '.join(here)}", kinds=tuple(here))
+            raise LocalOnlyError(f"it holds {', '.join(here)}", kinds=tuple(here))
         if self.kinds is None:
             return [whole for whole, _ in without_overlaps(found)]
         for whole, parts in without_overlaps(found):

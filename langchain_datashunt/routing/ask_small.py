@@ -71,7 +71,8 @@ def predict_many(
         abatch = partial(model.abatch, given, configs, return_exceptions=True)
         order = None if isinstance(model, SmallModel) else partial(in_task_order, labels)
         return outcome_of((yield Effect(batch, abatch)), allowed, order)
-    asked = Effect(partial(model.try_predict, values), partial(run_in_executor, None, model.try_predict, values))
+    predict = partial(model.predict_batch, values, return_errors=True)
+    asked = Effect(predict, partial(run_in_executor, None, predict))
     if not runs.traced:
         outcome: Outcome = yield asked
         return outcome

@@ -16,7 +16,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.decision import Latency, ShuntResult
 from langchain_datashunt.evaluation.monitor import Monitor
-from langchain_datashunt.exceptions import UnparsableAnswer
+from langchain_datashunt.exceptions import UnparsableAnswerError
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 
@@ -94,7 +94,7 @@ class Auditor:
         effect = self.caller.one(asked, config, {})
         answer = asked if isinstance(asked, Exception) else _carried_out(effect.sync)
         answer = answer.output if isinstance(answer, ShuntResult) else answer
-        silent = isinstance(answer, UnparsableAnswer)
+        silent = isinstance(answer, UnparsableAnswerError)
         failed = not silent and not isinstance(answer, str)
         with self._lock:
             self.counters.failed += failed

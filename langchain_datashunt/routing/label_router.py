@@ -10,7 +10,7 @@ from langchain_core.runnables import Runnable
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.large_models.label_chat import LabelAsker, default_prompt
-from langchain_datashunt.large_models.prompt_pruning import NoHint, Pruning, SoftPrompt
+from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning, SoftPruning
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.routing.shunt import ShuntRunnable
 
@@ -49,8 +49,8 @@ class ConfidenceRouterChain(ShuntRunnable):
             aliases: Other wordings that are accepted, by label.
             prompt: A template that uses `input` and at least one variable of the pruning strategy; None for the
                 default prompt.
-            pruning: What the prompt gets of the small model's opinion; None for `SoftPrompt()`, with a `fusion`
-                or while answers are only collected for `NoHint()`. To send nothing, say `NoHint()`.
+            pruning: What the prompt gets of the small model's opinion; None for `SoftPruning()`, with a `fusion`
+                or while answers are only collected for `NoPruning()`. To send nothing, say `NoPruning()`.
             policy: When to keep; None for the small model's own threshold, or 0.9.
             answer_format: "structured" asks for structured output with the labels as an enumeration (which the
                 provider counts as tokens), "text" for plain text, "auto" structured where the model offers it.
@@ -67,8 +67,8 @@ class ConfidenceRouterChain(ShuntRunnable):
             )
         descriptions = dict(labels) if isinstance(labels, Mapping) else {}
         # fusion counts the small model's opinion itself; a stand-in for one has none
-        quiet = settings.get("fusion") is not None or not getattr(small, "has_opinion", True)
-        strategy = pruning if pruning is not None else NoHint() if quiet else SoftPrompt()
+        quiet = settings.get("fusion") is not None or getattr(small, "is_placeholder", False)
+        strategy = pruning if pruning is not None else NoPruning() if quiet else SoftPruning()
         asker = LabelAsker(
             prompt=prompt
             if prompt is not None

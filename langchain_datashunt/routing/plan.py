@@ -12,13 +12,13 @@ import numpy as np
 
 from langchain_datashunt._utils.control_flow import raise_control_flow
 from langchain_datashunt.decision import ShuntDecision
-from langchain_datashunt.exceptions import PredictionError, StaysLocal
+from langchain_datashunt.exceptions import LocalOnlyError, PredictionError
 from langchain_datashunt.large_models.prompt_pruning import Pruning
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray, Prediction, PredictionBatch, Reason, Route
 from langchain_datashunt.small_models.scores import Outcome
 
-STAGES: tuple[Route, ...] = ("small", "learnable")
+STAGES: tuple[Route, ...] = ("small", "student")
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Plan:
     Attributes:
         n: How many inputs.
         policy: The policy in words.
-        batches: Predictions by stage (0 small, 1 learnable).
+        batches: Predictions by stage (0 small, 1 student).
         stage: Shape `[n]`: whose prediction decided.
         row: Shape `[n]`: its row in that stage's batch, -1 where there is none.
         kept: Shape `[n]`: True where a small model answers.
@@ -232,7 +232,7 @@ def _decision(
     reason: Reason = "deferred"
     if kept:
         route, reason = stage, "confident"
-    elif isinstance(large_error, StaysLocal):
+    elif isinstance(large_error, LocalOnlyError):
         route, reason = stage, "local_only"
     elif large_error is not None:
         route, reason = (stage if fell_back else "large"), "large_error"
@@ -286,7 +286,7 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
     if not isinstance(answer, Prediction):
         return PredictionError(
             f"The small model gave a {type(answer).__name__} where a Prediction is needed. "
-            f"Return Prediction.of({{label: probability, ...}})."
+            f"Return Prediction.from_probabilities({{label: probability, ...}})."
         )
     try:
         p = np.asarray(answer.probabilities, dtype=np.float64)
@@ -296,7 +296,8 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
     if not sound:
         return PredictionError(
             f"The small model {answer.model_id or 'without a name'!r} gave something that is no distribution over its "
-            f"labels with its label and confidence: {_shown(answer)}. Make predictions with Prediction.of(...)."
+            f"labels with its label and confidence: {_shown(answer)}. "
+            f"Make predictions with Prediction.from_probabilities(...)."
         )
     if allowed is not None and not allowed.issuperset(answer.labels):
         strange = sorted(set(answer.labels) - allowed)

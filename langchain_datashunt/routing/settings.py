@@ -18,12 +18,12 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.limits import CallLimiter
-from langchain_datashunt.large_models.prompt_pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPrompt
+from langchain_datashunt.large_models.prompt_pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPruning
 from langchain_datashunt.large_models.retry import Retry
 from langchain_datashunt.policies.budgets import FailSafe, ShadowOf
 from langchain_datashunt.policies.fusion import AnswerFusion
 from langchain_datashunt.policies.thresholds import Policy, Threshold
-from langchain_datashunt.privacy.guard import OutboundGate
+from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.routing.audit import Auditor
 from langchain_datashunt.routing.shunt_graph import shunt_graph
 from langchain_datashunt.routing.steps import CallSteps
@@ -52,13 +52,13 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
     large: Runnable[Any, Any]
     """The large model, usually `prompt | chat_model | parser`. May be a shunt itself."""
 
-    learnable: Runnable[Any, Any] | None = None
-    """The learnable small model (S2 of 2CD): asked where `small` is not sure, before `large`."""
+    student: Runnable[Any, Any] | None = None
+    """The student (S2 of 2CD): asked where `small` is not sure, before `large`."""
 
     policy: Policy | None = None
     """When to keep; None is the small model's own policy, or `Threshold` at its own threshold, or at 0.9."""
 
-    pruning: Pruning | None = SoftPrompt()
+    pruning: Pruning | None = SoftPruning()
     """What the large prompt gets of the small model's opinion; None hands the caller's input on untouched."""
 
     labels: tuple[str, ...] | None = None
@@ -116,13 +116,13 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
     """Large calls that wait or are under way at the most; more end at once with a `QueueFullError`, as a failure of the
     large model."""
 
-    gate: OutboundGate | None = None
+    guard: PrivacyGuard | None = None
     """What may leave for the large model, and how; None lets everything pass."""
 
     _steps: CallSteps = PrivateAttr()
     _limiter: CallLimiter | None = PrivateAttr(default=None)
 
-    @field_validator("small", "large", "learnable", "small_output", mode="before")
+    @field_validator("small", "large", "student", "small_output", mode="before")
     @classmethod
     def _runnable(cls, value: Any) -> Any:
         try:
@@ -134,7 +134,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
     def model_post_init(self, context: Any, /) -> None:
         """Check that the parts fit together, and lay out the steps of a call."""
         super().model_post_init(context)
-        self._lay_out()
+        self._build()
         self._check()
 
     def _check(self) -> None:
@@ -169,7 +169,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
         if told:
             raise ConfigurationError(
                 f"The large prompt carries the small model's opinion ({', '.join(sorted(told))}), and fusion would "
-                f"count it a second time. Use pruning=NoHint() with fusion, or no fusion."
+                f"count it a second time. Use pruning=NoPruning() with fusion, or no fusion."
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -181,14 +181,14 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             raise ConfigurationError(in_words(type(self).__name__, error)) from error
         if name in type(self).model_fields:
             try:
-                self._lay_out()
+                self._build()
                 self._check()
             except Exception:
                 super().__setattr__(name, before)
-                self._lay_out()
+                self._build()
                 raise
 
-    def _lay_out(self) -> None:
+    def _build(self) -> None:
         policy = policy_for(self.small, self.policy)
         words = str(policy)
         if self.fail_safe == "large":
@@ -202,10 +202,10 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
         large = self.large
         if self.return_decision and isinstance(large, ShuntSettings):
             large = large.model_copy(update={"return_decision": True})
-        if self.gate is not None:
-            large = self.gate.around(large)
+        if self.guard is not None:
+            large = self.guard.around(large)
         self._steps = CallSteps(
-            stages=(self.small,) if self.learnable is None else (self.small, self.learnable),
+            stages=(self.small,) if self.student is None else (self.small, self.student),
             caller=(caller := self._caller_of(large)),
             policy=policy,
             policy_in_words=words,
@@ -222,7 +222,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             fusion=self.fusion,
             auditor=Auditor(self.audit_rate, caller, self.monitor, self.recorder) if self.audit_rate > 0 else None,
             monitor=self.monitor,
-            gate=self.gate,
+            guard=self.guard,
             in_shadow=self.shadow,
         )
 
@@ -233,7 +233,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
     def sharing(self, limiter: CallLimiter) -> Self:
         """This shunt, whose large calls share a bound with others'."""
         self._limiter = limiter
-        self._lay_out()
+        self._build()
         return self
 
     @property
@@ -265,7 +265,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             raise ConfigurationError(
                 f"The prompt of `large` uses {sorted(used)} and none of what {type(pruning).__name__} fills: "
                 f"{sorted(pruning.variables)}. Use one of these in the template (all there are: "
-                f"{', '.join(PRUNING_VARIABLES)}), or set pruning=NoHint() or None."
+                f"{', '.join(PRUNING_VARIABLES)}), or set pruning=NoPruning() or None."
             )
 
     # What a Runnable says of itself

@@ -17,7 +17,7 @@ from langchain_core.runnables.utils import coro_with_context
 from typing_extensions import override
 
 from langchain_datashunt._utils.control_flow import raise_control_flow
-from langchain_datashunt._utils.sync_async import arun, run, settled
+from langchain_datashunt._utils.sync_async import arun, raise_first_error, run
 from langchain_datashunt.decision import Latency, ShuntResult
 from langchain_datashunt.large_models.caller import END
 from langchain_datashunt.routing.plan import AnyPlan
@@ -98,7 +98,7 @@ class ShuntRunnable(ShuntSettings):
             return []
         runs = Runs(self, inputs, config)
         outputs = trace(runs, self._steps.many(inputs, runs, kwargs))
-        return settled(outputs, return_exceptions)
+        return raise_first_error(outputs, return_exceptions)
 
     @override
     async def abatch(
@@ -114,7 +114,7 @@ class ShuntRunnable(ShuntSettings):
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
         outputs = await atrace(runs, self._steps.many(inputs, runs, kwargs))
-        return settled(outputs, return_exceptions)
+        return raise_first_error(outputs, return_exceptions)
 
     # As they are ready
 

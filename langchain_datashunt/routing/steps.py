@@ -18,7 +18,13 @@ from langchain_datashunt._utils.sync_async import Effect, Steps
 from langchain_datashunt.call_log.finished_call import FinishedCall, now, snapped
 from langchain_datashunt.decision import Latency, ShuntDecision, ShuntResult
 from langchain_datashunt.evaluation.monitor import Monitor
-from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, StaysLocal, UnparsableAnswer
+from langchain_datashunt.exceptions import (
+    ConfigurationError,
+    InputError,
+    LocalOnlyError,
+    PredictionError,
+    UnparsableAnswerError,
+)
 from langchain_datashunt.inputs import InputReader, TextReader, text_reader
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.prompt_pruning import Pruning
@@ -26,7 +32,7 @@ from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.policies.fusion import AnswerFusion
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import Prediction, answer_text
-from langchain_datashunt.privacy.guard import SUBJECT_KEY, OutboundGate
+from langchain_datashunt.privacy.guard import SUBJECT_KEY, PrivacyGuard
 from langchain_datashunt.routing.ask_small import predict_many, predict_one
 from langchain_datashunt.routing.audit import Auditor
 from langchain_datashunt.routing.call_results import result_of, thresholds_of_calls
@@ -42,7 +48,7 @@ from langchain_datashunt.routing.plan import (
 from langchain_datashunt.routing.runs import Runs
 from langchain_datashunt.small_models.base import SmallModel
 
-_TAGS = ("shunt:small", "shunt:learnable")
+_TAGS = ("shunt:small", "shunt:student")
 _LARGE = "shunt:large"
 _SMALL_OUTPUT = "shunt:small_output"
 
@@ -68,7 +74,7 @@ class CallSteps:
     fusion: AnswerFusion | None = None
     auditor: Auditor | None = None
     monitor: Monitor | None = None
-    gate: OutboundGate | None = None
+    guard: PrivacyGuard | None = None
     in_shadow: bool = False
 
     @cached_property
@@ -210,11 +216,11 @@ class CallSteps:
                 prepared.append(error)
         return prepared
 
-    def _staying(self, plan: AnyPlan, i: int) -> StaysLocal | None:
+    def _staying(self, plan: AnyPlan, i: int) -> LocalOnlyError | None:
         """Why a deferred input must not leave because of its label; None where it may."""
-        if self.gate is None or not self.gate.local_labels:
+        if self.guard is None or not self.guard.local_labels:
             return None
-        return self.gate.check_prediction(next(iter(plan.predictions([i])), None))
+        return self.guard.check_prediction(next(iter(plan.predictions([i])), None))
 
     def _large_configs(
         self, rows: list[int], plan: Plan, runs: Runs
@@ -302,8 +308,8 @@ class CallSteps:
         """
         heard, answer = answer, self._fused(plan, i, answer)
         failed = answer if isinstance(answer, Exception) else None
-        stays = failed if isinstance(failed, StaysLocal) else None
-        falls_back = self.falls_back if stays is None or self.gate is None else self.gate.on_local == "small"
+        stays = failed if isinstance(failed, LocalOnlyError) else None
+        falls_back = self.falls_back if stays is None or self.guard is None else self.guard.on_local == "small"
         fell_back = failed is not None and falls_back and plan.has_prediction(i)
         if failed is None and not self.return_decision and self.recorder is None:
             return answer
@@ -313,8 +319,8 @@ class CallSteps:
             log.append(self._finished(decision, value, heard, runs, i, record_id, latency, watcher))
         if failed is not None:
             yield from runs.note([i], lambda _: decision)
-        if stays is not None and self.gate is not None and not fell_back and self.gate.on_local != "raise":
-            answer = self.gate.abstained(stays, decision.prediction)
+        if stays is not None and self.guard is not None and not fell_back and self.guard.on_local != "raise":
+            answer = self.guard.abstained(stays, decision.prediction)
         elif failed is not None:
             if not fell_back:
                 return failed
@@ -327,11 +333,11 @@ class CallSteps:
         result = result_of(decision, answer, record_id, latency, handler)
         if self.fusion is None or failed is not None:
             return result
-        return replace(result, large_output=heard.raw if isinstance(heard, UnparsableAnswer) else heard)
+        return replace(result, large_output=heard.raw if isinstance(heard, UnparsableAnswerError) else heard)
 
     def _fused(self, plan: AnyPlan, i: int, answer: Any) -> Any:
         """What both models say together, where there is a fusion and both said something; else the answer itself."""
-        silent = isinstance(answer, UnparsableAnswer)
+        silent = isinstance(answer, UnparsableAnswerError)
         if self.fusion is None or not plan.has_prediction(i) or (isinstance(answer, Exception) and not silent):
             return answer
         answer = answer.output if isinstance(answer, ShuntResult) else answer

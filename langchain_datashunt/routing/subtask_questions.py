@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt._utils.sync_async import Effect, Steps, arun, run
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of
 from langchain_datashunt.large_models.label_chat import offers_structured_output
 from langchain_datashunt.large_models.label_parser import LabelParser
@@ -104,7 +104,7 @@ class OpenQuestions(tuple[OpenQuestion, ...]):
     """What is asked; formats as one line a question."""
 
     def redacted_with(self, redact: Callable[[Any], Any]) -> OpenQuestions:
-        """The same with what small models wrote as a gate lets it pass; the questions themselves are yours."""
+        """The same with what small models wrote as a guard lets it pass; the questions themselves are yours."""
         return OpenQuestions(question._replace(hint=tuple(redact(one) for one in question.hint)) for question in self)
 
     def __str__(self) -> str:
@@ -211,7 +211,7 @@ class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
             correction = f"That is not a full answer. {told}. Answer with the whole JSON object again."
             messages = [*messages, AIMessage(text or "(empty)"), HumanMessage(correction)]
         expected = [label for question in questions for label in question.subtask.labels or (question.subtask.name,)]
-        raise UnparsableAnswer(text, expected, self.max_reasks + 1)
+        raise UnparsableAnswerError(text, expected, self.max_reasks + 1)
 
     def _model_for(self, questions: OpenQuestions) -> Runnable[Any, Any]:
         """The chat model, held to the questions' form where it offers that."""
@@ -283,7 +283,7 @@ def read_answers(text: str, questions: Sequence[OpenQuestion]) -> tuple[dict[str
         else:
             try:
                 found[name] = LabelParser(labels=labels).parse(value)
-            except UnparsableAnswer:
+            except UnparsableAnswerError:
                 wrong[name] = f"it must be one of {', '.join(labels)}"
     return found, wrong
 

@@ -9,7 +9,7 @@ from typing import Any
 from langchain_core.messages.ai import UsageMetadata
 
 from langchain_datashunt.decision import Latency, ShuntDecision
-from langchain_datashunt.exceptions import ConfigurationError, StaysLocal, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError, UnparsableAnswerError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.prediction import Prediction
@@ -77,7 +77,7 @@ def decision_of(plan: Plan | None, i: int, failed: Exception | None, fell_back: 
         return plan.decision(i, failed, fell_back=fell_back and plan.has_prediction(i))
     if failed is None:
         return ShuntDecision("large", "deferred", policy="no small model")
-    if isinstance(failed, StaysLocal):
+    if isinstance(failed, LocalOnlyError):
         return ShuntDecision("small", "local_only", policy="no small model", error=str(failed))
     return ShuntDecision("large", "large_error", policy="no small model", error=f"{type(failed).__name__}: {failed}")
 
@@ -95,5 +95,5 @@ def checked_answers(answer: Any, questions: OpenQuestions) -> Any:
     for question in questions:
         labels, name = question.subtask.labels, question.subtask.name
         if labels is not None and name not in missing and answer[name] not in labels:
-            return UnparsableAnswer(str(answer[name]), labels)
-    return UnparsableAnswer(str(dict(answer)), missing) if missing else answer
+            return UnparsableAnswerError(str(answer[name]), labels)
+    return UnparsableAnswerError(str(dict(answer)), missing) if missing else answer

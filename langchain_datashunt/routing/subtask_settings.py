@@ -17,7 +17,7 @@ from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInpu
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.retry import Retry
-from langchain_datashunt.privacy.guard import OutboundGate
+from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.routing.subtask_questions import (
     Subtask,
@@ -66,7 +66,7 @@ class SubtaskSettings(LaidOut, RunnableSerializable[Any, Any]):
     max_pending: int | None = Field(default=None, ge=1)
     """Large calls that wait or are under way at the most."""
 
-    gate: OutboundGate | None = None
+    guard: PrivacyGuard | None = None
     """What may leave for the large model, and how; None lets everything pass. An input that stays has what its small
     models think and None for other parts, or raises (`on_local="raise"`)."""
 
@@ -85,16 +85,16 @@ class SubtaskSettings(LaidOut, RunnableSerializable[Any, Any]):
     def model_post_init(self, context: Any, /) -> None:
         """Check the names, and get ready to ask."""
         super().model_post_init(context)
-        self._lay_out()
+        self._build()
 
-    def _lay_out(self) -> None:
+    def _build(self) -> None:
         names = [subtask.name for subtask in self.subtasks]
         if len(set(names)) < len(names):
             raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}. Rename one.")
         for subtask in self.subtasks:
             if subtask.small is not None:
                 policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
-        large = self.large if self.gate is None else self.gate.around(self.large)
+        large = self.large if self.guard is None else self.guard.around(self.large)
         limiter = CallLimiter(self.max_concurrency)
         self._caller = LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
 
@@ -102,7 +102,7 @@ class SubtaskSettings(LaidOut, RunnableSerializable[Any, Any]):
         """Change a setting; the next call follows it."""
         super().__setattr__(name, value)
         if name in type(self).model_fields:
-            self._lay_out()
+            self._build()
 
     @property
     def reader(self) -> InputReader:

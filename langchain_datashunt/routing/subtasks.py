@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.control_flow import raise_control_flow
 from langchain_datashunt._utils.pricing import cost_usd
-from langchain_datashunt._utils.sync_async import Effect, Steps, arun, run, settled
+from langchain_datashunt._utils.sync_async import Effect, Steps, arun, raise_first_error, run
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.call_log.record import id_bytes
 from langchain_datashunt.decision import Latency, ShuntDecision
-from langchain_datashunt.exceptions import InputError, StaysLocal
+from langchain_datashunt.exceptions import InputError, LocalOnlyError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
@@ -124,7 +124,7 @@ class SubtaskShunt(SubtaskSettings):
             return []
         runs = Runs(self, inputs, config)
         outputs = trace(runs, self._many(inputs, runs, kwargs))
-        return settled(outputs, return_exceptions)
+        return raise_first_error(outputs, return_exceptions)
 
     @override
     async def abatch(
@@ -140,7 +140,7 @@ class SubtaskShunt(SubtaskSettings):
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
         outputs = await atrace(runs, self._many(inputs, runs, kwargs))
-        return settled(outputs, return_exceptions)
+        return raise_first_error(outputs, return_exceptions)
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
@@ -151,7 +151,7 @@ class SubtaskShunt(SubtaskSettings):
             plans, works, seconds = run(self._plan([input], runs))
             if works[0].known and works[0].open and not self.return_decision:
                 yield AddableDict(works[0].known)
-            output = settled(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            output = raise_first_error(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
             yield self._rest(output, works[0])
         except BaseException as error:
             run(runs.fail_rest(error))
@@ -167,7 +167,7 @@ class SubtaskShunt(SubtaskSettings):
             plans, works, seconds = await arun(self._plan([input], runs))
             if works[0].known and works[0].open and not self.return_decision:
                 yield AddableDict(works[0].known)
-            output = settled(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
+            output = raise_first_error(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
             yield self._rest(output, works[0])
         except BaseException as error:
             await arun(runs.fail_rest(error))
@@ -274,7 +274,7 @@ class SubtaskShunt(SubtaskSettings):
             if self.return_decision or self.recorder is not None:
                 work.watcher = LargeCallWatcher()
             labelled = [plans[name].prediction(i) for name in plans if name not in work.known]
-            stays = None if self.gate is None else self.gate.check_predictions(labelled)
+            stays = None if self.guard is None else self.guard.check_predictions(labelled)
             configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
             try:
                 told = {"known": KnownAnswers(work.known), "open": work.open}
@@ -297,8 +297,8 @@ class SubtaskShunt(SubtaskSettings):
         decisions: dict[str, ShuntDecision],
     ) -> Any:
         failed = work.answer if isinstance(work.answer, Exception) else None
-        stays = isinstance(failed, StaysLocal) and self.gate is not None
-        falls_back = self.gate.on_local != "raise" if stays and self.gate else self.on_large_error == "small"
+        stays = isinstance(failed, LocalOnlyError) and self.guard is not None
+        falls_back = self.guard.on_local != "raise" if stays and self.guard else self.on_large_error == "small"
         fell_back = failed is not None and falls_back
         outputs: dict[str, Any] = {}
         record_id = runs.record_id(i)

@@ -9,7 +9,7 @@ from langchain_datashunt._utils.lazy import lazy_names
 if TYPE_CHECKING:
     from langchain_datashunt.small_models.base import SmallModel
     from langchain_datashunt.small_models.bundles.loading import BundledSmallModel, load_small_model, small_model_class
-    from langchain_datashunt.small_models.kinds.cold_start import CollectingModel
+    from langchain_datashunt.small_models.kinds.cold_start import ColdStartModel
     from langchain_datashunt.small_models.kinds.contrastive import ContrastiveClassifier
     from langchain_datashunt.small_models.kinds.embedding import EmbeddingClassifier
     from langchain_datashunt.small_models.kinds.encoder import CachedEmbeddings, SentenceEncoder
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from langchain_datashunt.small_models.kinds.transformers_generator import TransformersGenerator
     from langchain_datashunt.small_models.kinds.word_networks import LSTMClassifier, TextCNN
     from langchain_datashunt.small_models.scores import Scores
-    from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatching
+    from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBatching
     from langchain_datashunt.small_models.training.training import TrainingSettings
 
 _MODULE_OF = {
     "BundledSmallModel": "bundles.loading",
     "CachedEmbeddings": "kinds.encoder",
-    "CollectingModel": "kinds.cold_start",
+    "ColdStartModel": "kinds.cold_start",
     "ContrastiveClassifier": "kinds.contrastive",
+    "DynamicBatching": "serving.dynamic_batching",
     "EmbeddingClassifier": "kinds.embedding",
     "EnsembleClassifier": "kinds.ensemble",
     "ImageClassifier": "kinds.image_classifier",
     "LSTMClassifier": "kinds.word_networks",
-    "MicroBatching": "serving.dynamic_batching",
     "NeighbourClassifier": "kinds.neighbours",
     "PredictProbaClassifier": "kinds.predict_proba",
     "Scores": "scores",
@@ -50,13 +50,13 @@ _MODULE_OF = {
 __all__ = [
     "BundledSmallModel",
     "CachedEmbeddings",
-    "CollectingModel",
+    "ColdStartModel",
     "ContrastiveClassifier",
+    "DynamicBatching",
     "EmbeddingClassifier",
     "EnsembleClassifier",
     "ImageClassifier",
     "LSTMClassifier",
-    "MicroBatching",
     "NeighbourClassifier",
     "PredictProbaClassifier",
     "Scores",

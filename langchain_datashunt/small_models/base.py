@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, overload
 
 import numpy as np
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._utils.fork import Mutex
-from langchain_datashunt._utils.sync_async import settled
+from langchain_datashunt._utils.sync_async import raise_first_error
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,
@@ -29,7 +29,7 @@ from langchain_datashunt.small_models.bundles.bundle import BundleInfo
 from langchain_datashunt.small_models.bundles.saving import Saved
 from langchain_datashunt.small_models.scores import NOT_OF_SCORES, Outcome, Remembered, Scores, softmax
 from langchain_datashunt.small_models.serving.caching import ResultCache
-from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBatcher, DynamicBatching
 from langchain_datashunt.small_models.serving.serving import Serving
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     reads_text: ClassVar[bool] = True
     """Whether inputs of this kind are texts, so that nobody needs to ask a model for its reader."""
 
-    micro_batching: MicroBatching | None = Field(default=MicroBatching(), exclude=True, repr=False)
+    dynamic_batching: DynamicBatching | None = Field(default=DynamicBatching(), exclude=True, repr=False)
     """How single requests that arrive while the model is busy are computed together; None computes each alone.
 
     A batch has many callers, so it is computed without their context variables: a kind that reads these, or calls
@@ -72,9 +72,9 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         """Logits for `n` inputs, as `reader` reads them (texts, where a kind says nothing else), in one pass."""
 
     @property
-    def has_opinion(self) -> bool:
-        """Whether what it predicts is worth telling; not where it only stands in for a model to come."""
-        return True
+    def is_placeholder(self) -> bool:
+        """Whether this model has learned nothing yet, so that its probabilities must not be shown to a large model."""
+        return False
 
     @property
     def reader(self) -> InputReader:
@@ -88,24 +88,35 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
 
     # Predicting
 
-    def predict_batch(self, inputs: Sequence[Any]) -> PredictionBatch:
+    @overload
+    def predict_batch(self, inputs: Sequence[Any], *, return_errors: Literal[False] = False) -> PredictionBatch: ...
+
+    @overload
+    def predict_batch(self, inputs: Sequence[Any], *, return_errors: Literal[True]) -> Outcome: ...
+
+    def predict_batch(self, inputs: Sequence[Any], *, return_errors: bool = False) -> PredictionBatch | Outcome:
         """Predict `n` inputs in one vectorised call.
 
+        Args:
+            inputs: `n` inputs, as `reader` reads them.
+            return_errors: Whether an input that fails is returned as an error, beside the predictions of the others,
+                instead of raising.
+
+        Returns:
+            The predictions. With `return_errors`, an `Outcome`: predictions, their rows, and errors by row.
+
         Raises:
-            InputError: An input cannot be read; nothing is predicted.
-            PredictionError: The model gave NaN, or scores of a wrong shape.
+            InputError: An input cannot be read, and `return_errors` is False.
+            PredictionError: The model returned NaN, and `return_errors` is False; or scores of a wrong shape.
         """
-        outcome = self.try_predict(inputs)
+        outcome = self._outcome(inputs)
+        if return_errors:
+            return outcome
         if outcome.errors:
             raise outcome.errors[min(outcome.errors)]
         return outcome.batch if outcome.batch is not None else self._empty()
 
-    def try_predict(self, inputs: Sequence[Any]) -> Outcome:
-        """Predict `n` inputs in one vectorised call; an input that cannot be read or scored fails alone.
-
-        Raises:
-            Exception: Whatever the model raises for the whole batch.
-        """
+    def _outcome(self, inputs: Sequence[Any]) -> Outcome:
         texts, rows, errors = self._read(inputs)
         if not texts:
             return Outcome(None, np.array(rows, dtype=np.intp), errors)
@@ -132,26 +143,26 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         Raises:
             InputError: The input cannot be read.
             PredictionError: The model gave NaN, or scores of a wrong shape.
-            QueueFullError: More requests wait than `micro_batching` allows.
+            QueueFullError: More requests wait than `dynamic_batching` allows.
         """
-        if self.micro_batching is None:
+        if self.dynamic_batching is None:
             return self._predict_one(input)
         prediction: Prediction = self.batcher.call(input)
         return prediction
 
     async def apredict(self, input: Any) -> Prediction:
         """As `predict`; the event loop goes on meanwhile, and a cancelled request is not computed."""
-        if self.micro_batching is None:
+        if self.dynamic_batching is None:
             return await run_in_executor(None, self._predict_one, input)
         prediction: Prediction = await self.batcher.acall(input)
         return prediction
 
     @property
-    def batcher(self) -> MicroBatcher:
+    def batcher(self) -> DynamicBatcher:
         """The line in front of this model, with its counters.
 
         Raises:
-            ConfigurationError: `micro_batching` is None.
+            ConfigurationError: `dynamic_batching` is None.
         """
         return self._served().batcher_of(self)
 
@@ -205,7 +216,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
                 for i in range(len(new))
             ]
 
-        rows = cache.of(texts, compute, keep=lambda row: row.error is None and bool(np.isfinite(row.logits).all()))
+        rows = cache.get_all(texts, compute, keep=lambda row: row.error is None and bool(np.isfinite(row.logits).all()))
         features = [row.features for row in rows if row.features is not None]
         answers = tuple(copy.deepcopy(row.answer) for row in rows)  # callers may change what they are given
         return Scores(
@@ -276,7 +287,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         **kwargs: Any,
     ) -> list[Prediction]:
         if _unseen(config):
-            return settled(self._predict_many(inputs), return_exceptions)
+            return raise_first_error(self._predict_many(inputs), return_exceptions)
         return self._batch_with_config(
             self._predict_many, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
@@ -294,7 +305,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             return await run_in_executor(None, self._predict_many, values)
 
         if _unseen(config):
-            return settled(await predict(inputs), return_exceptions)
+            return raise_first_error(await predict(inputs), return_exceptions)
         return await self._abatch_with_config(
             predict, inputs, config, return_exceptions=return_exceptions, run_type="small_model"
         )
@@ -303,7 +314,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         return self.predict_batch([value])[0]
 
     def _predict_many(self, values: list[Any]) -> list[Prediction | Exception]:
-        outcome = self.try_predict(values)
+        outcome = self.predict_batch(values, return_errors=True)
         answers: list[Prediction | Exception | None] = [outcome.errors.get(i) for i in range(len(values))]
         for prediction, row in zip(outcome.batch or (), outcome.rows.tolist(), strict=True):
             answers[row] = prediction
@@ -321,7 +332,9 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
 
     # Learning on
 
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Self:
         """A copy of this model, trained on soft targets of several stages; this one is not changed.
 
         Args:

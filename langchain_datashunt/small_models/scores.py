@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 
 NOT_OF_SCORES = frozenset(
-    {"temperature", "threshold", "policy", "fusion", "model_id", "lineage", "micro_batching", "cache_size", "labels"}
+    {"temperature", "threshold", "policy", "fusion", "model_id", "lineage", "dynamic_batching", "cache_size", "labels"}
 )
 """Settings that can change without changing what is computed for a text."""
 

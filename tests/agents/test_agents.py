@@ -17,7 +17,7 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.tools import BaseTool, StructuredTool, tool
 from langgraph.prebuilt import InjectedState
 
-from langchain_datashunt import AlwaysSmall, ConformalPrompt, QueryBudget, Threshold
+from langchain_datashunt import AlwaysSmall, ConformalPruning, DeferralBudget, Threshold
 from langchain_datashunt.agents import (
     NoArguments,
     PatternArguments,
@@ -27,7 +27,7 @@ from langchain_datashunt.agents import (
     WholeText,
 )
 from langchain_datashunt.agents.arguments import extracted
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt.call_log import CallLog, Recorder
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, ShuntWarning
 from tests.support.handlers import RunBook
 from tests.support.models import WordModel, failing_word_model, predict_words
@@ -78,7 +78,7 @@ def test_a_router_ranks_tools_and_shortlists_them() -> None:
     with pytest.raises(ConfigurationError, match="needs calibration"):
         ToolRouter(classifier=WordModel()).invoke(UNSURE)
     with pytest.raises(ConfigurationError, match="not fitted"):
-        ToolRouter(classifier=WordModel(), conformal=ConformalPrompt())
+        ToolRouter(classifier=WordModel(), conformal=ConformalPruning())
     queries = [f"{word} {'surely' if i % 4 else ''}" for i, word in enumerate(["cancel", "refund", "status"] * 20)]
     fitted = router.calibrate(queries, ["cancel", "refund", "status"] * 20, alpha=0.05)
     assert fitted.invoke("surely cancel").shortlist == ("cancel",)
@@ -229,10 +229,10 @@ def test_several_routers_in_one_agent_and_many_threads(server: ScriptedServer) -
     agent = create_agent(chat(server), TOOLS, middleware=[narrow, hint])
     messages = ask(agent)
     assert set(messages[1].response_metadata["shunt_tools"]) == {"narrow", "hint"}
-    gate = threading.Barrier(8)
+    guard = threading.Barrier(8)
 
     def one(word: str) -> str:
-        gate.wait(timeout=30)
+        guard.wait(timeout=30)
         found = ask(agent, f"what about {word}")
         return str(found[1].response_metadata["shunt_tools"]["narrow"]["offered"])
 
@@ -257,7 +257,7 @@ def test_the_large_models_choice_is_recorded_to_learn_from(server: ScriptedServe
     with Recorder(url, task="tools") as recorder:
         middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, recorder=recorder)
         ask(create_agent(chat(server), TOOLS[:3], middleware=[middleware]))
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         ((record,),) = store.iterate()
     assert (record.input, record.label, record.large_model) == (UNSURE, "cancel", "scripted")
     assert record.probabilities is not None
@@ -304,7 +304,7 @@ def test_both_middlewares_in_one_agent(tmp_path: Path) -> None:
         assert messages[1].response_metadata["shunt"]["policy"] == "a tool router called the tool"
         assert (tools.stats.direct_calls, turns.stats.small) == (1, 1)
         recorder.flush()
-        with DistillationStore(tmp_path / "calls.db") as store:
+        with CallLog(tmp_path / "calls.db") as store:
             labels = [record.label for batch in store.iterate() for record in batch]
         assert labels == ["cancel"], "the large model's choice, and not the draft's"
 
@@ -370,7 +370,7 @@ def test_the_shortlist_is_of_the_tools_that_are_there(server: ScriptedServer) ->
 
 def test_a_budget_of_turns_is_told_what_was_asked() -> None:
     with ScriptedServer(small_turns(0.5)) as server:
-        policy = QueryBudget(share=0.2)
+        policy = DeferralBudget(rate=0.2)
         middleware = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True), policy=policy)
         ask(create_agent(chat(server), [], middleware=[middleware]))
         assert policy.current == pytest.approx(0.9 - 0.02 * 0.8)

@@ -32,7 +32,7 @@ def compared(train: Labelled, texts: list[str]) -> dict[str, dict[str, float]]:
     )
     wanted, found = own.predict_batch(texts), {}
     for dtype in ("float32", "bfloat16"):
-        quick = own.model_copy(update={"embeddings": SentenceEncoder(engine="packed", dtype=dtype)})
+        quick = own.model_copy(update={"embeddings": SentenceEncoder(engine="padding-free", dtype=dtype)})
         given = quick.predict_batch(texts)
         far = np.abs(wanted.probabilities - given.probabilities).max(axis=1)
         found[dtype] = {

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from langchain_datashunt._utils.table_files import sample_per_label
-from langchain_datashunt.call_log import RoutedCall
+from langchain_datashunt.call_log import CallRecord
 from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
 from langchain_datashunt.distillation import DistillationSettings, PromotionGate, TeacherCheck, TwoStageDistiller
 from langchain_datashunt.evaluation import mean_interval
@@ -35,7 +35,7 @@ GATE_PER_LABEL = 10
 QUIET = TrainingSettings(progress=False)
 
 
-def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[RoutedCall]:
+def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[CallRecord]:
     """What a shunt would have recorded: the large model's answer only where the small one was not sure."""
     predictions = small.predict_batch(texts)
     calls = []
@@ -43,7 +43,7 @@ def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[
         sure = prediction.confidence >= THRESHOLD
         asked = {} if sure else {"large_model": "gpt-4", "label": answer, "raw_output": answer}
         calls.append(
-            RoutedCall(
+            CallRecord(
                 input=text,
                 labels=prediction.labels,
                 probabilities=tuple(prediction.probabilities.tolist()),
@@ -56,7 +56,7 @@ def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[
     return calls
 
 
-def plain_fine_tuning(small: EmbeddingClassifier, records: list[RoutedCall]) -> SmallModel:
+def plain_fine_tuning(small: EmbeddingClassifier, records: list[CallRecord]) -> SmallModel:
     """The head trained on with Adam on GPT-4's answers alone: what many would try first."""
     import torch
 
@@ -76,7 +76,7 @@ def plain_fine_tuning(small: EmbeddingClassifier, records: list[RoutedCall]) -> 
     return small.model_copy(update={"head": head.detach().numpy(), "bias": bias.detach().numpy()})
 
 
-def paper_2cd(small: EmbeddingClassifier, records: list[RoutedCall]) -> SmallModel:
+def paper_2cd(small: EmbeddingClassifier, records: list[CallRecord]) -> SmallModel:
     """The authors' recipe on the head: bare answers of both teachers, batches of 64 in turn, 7 epochs, Adam 1e-4."""
     import torch
 
@@ -146,7 +146,7 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         forgetting = mean_interval(base["proficient"].astype(float) - pooled["proficient"])
         rows[name] = {
             "accuracy": float(pooled["right"].mean()),
-            "query_share": float(pooled["asked"].mean()),
+            "deferral_rate": float(pooled["asked"].mean()),
             "shunt_accuracy": float(pooled["shunt"].mean()),
             "accuracy_gain": list(gain["right"]),
             "query_share_change": list(gain["asked"]),
@@ -157,8 +157,8 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     return {
         "s1_accuracy": s1["accuracy"],
         "s2_accuracy": s2["accuracy"],
-        "s1_query_share": s1["query_share"],
-        "s2_query_share": s2["query_share"],
+        "s1_query_share": s1["deferral_rate"],
+        "s2_query_share": s2["deferral_rate"],
         "shunt_accuracy_before": s1["shunt_accuracy"],
         "shunt_accuracy_after": s2["shunt_accuracy"],
         "forgetting": s2["forgetting"][0],
@@ -272,7 +272,7 @@ def table(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         low, high = row["forgetting"][1:]
         lines.append(
-            f"| {name} | {100 * row['accuracy']:.1f}% | {100 * row['query_share']:.1f}% | "
+            f"| {name} | {100 * row['accuracy']:.1f}% | {100 * row['deferral_rate']:.1f}% | "
             f"{100 * row['shunt_accuracy']:.1f}% | "
             f"{100 * row['forgetting'][0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
         )

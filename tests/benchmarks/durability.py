@@ -30,7 +30,7 @@ from uuid import uuid4
 from sqlalchemy import create_engine, text
 
 from langchain_datashunt import ShuntRunnable
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt.call_log import CallLog, Recorder
 from tests.support.models import WordModel
 
 POSTGRES = os.environ.get("DATASHUNT_TEST_POSTGRES", "postgresql+psycopg://127.0.0.1:5432/test")
@@ -75,7 +75,7 @@ def killed_once(durability: str, rng: random.Random, folder: Path) -> dict[str, 
     threading.Timer(rng.uniform(0.3, 2.0), process.kill).start()
     returned = {int(line) for line in process.stdout if line.endswith("\n")}
     process.wait()
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         stored = {int(call.input.split()[1]) for batch in store.iterate() for call in batch}
         problems = store.verify()
     return {"returned": len(returned), "missing": len(returned - stored), "damaged": len(problems)}
@@ -159,7 +159,7 @@ def outage(seconds: float, folder: Path) -> dict[str, Any]:
                 break
             time.sleep(0.1)
         drained_after = time.monotonic() - restored
-        with DistillationStore(f"{POSTGRES}?options=-csearch_path%3D{schema}") as store:
+        with CallLog(f"{POSTGRES}?options=-csearch_path%3D{schema}") as store:
             stored, problems = store.count(), len(store.verify())
         counters = recorder.counters
     finally:

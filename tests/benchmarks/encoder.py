@@ -49,13 +49,13 @@ def long_texts(short: list[str], n: int) -> list[str]:
 
 
 def compare(texts: list[str], rounds: int) -> dict[str, Any]:
-    plain, packed = SentenceEncoder(engine="plain"), SentenceEncoder(engine="packed")
-    half_plain, half = (SentenceEncoder(engine=engine, dtype="bfloat16") for engine in ("plain", "packed"))  # type: ignore[arg-type]
+    plain, packed = SentenceEncoder(engine="plain"), SentenceEncoder(engine="padding-free")
+    half_plain, half = (SentenceEncoder(engine=engine, dtype="bfloat16") for engine in ("plain", "padding-free"))  # type: ignore[arg-type]
     few = texts[: max(1, len(texts) // 8)]
     ways: dict[str, tuple[Callable[[], Any], int]] = {
         "one_by_one": (lambda: [plain.encode([text]) for text in few], len(few)),
         "plain": (lambda: plain.encode(texts), len(texts)),
-        "packed": (lambda: packed.encode(texts), len(texts)),
+        "padding-free": (lambda: packed.encode(texts), len(texts)),
         "plain_bf16": (lambda: half_plain.encode(texts), len(texts)),
         "packed_bf16": (lambda: half.encode(texts), len(texts)),
     }
@@ -67,9 +67,9 @@ def compare(texts: list[str], rounds: int) -> dict[str, Any]:
             if run:  # the first round warms up
                 rates[name].append(n / (time.perf_counter() - started))
     found: dict[str, Any] = {name: float(np.median(each)) for name, each in rates.items()}
-    for name in ("plain", "packed", "packed_bf16"):
+    for name in ("plain", "padding-free", "packed_bf16"):
         found[f"{name}_over_one_by_one"] = found[name] / found["one_by_one"]
-    found["packed_over_plain"] = float(np.median(np.array(rates["packed"]) / np.array(rates["plain"])))
+    found["packed_over_plain"] = float(np.median(np.array(rates["padding-free"]) / np.array(rates["plain"])))
     found["packed_bf16_over_plain_bf16"] = float(np.median(np.array(rates["packed_bf16"]) / rates["plain_bf16"]))
     own = plain.encode(texts)[0]
     found["largest_difference"] = float(np.abs(packed.encode(texts)[0] - own).max())
@@ -103,7 +103,9 @@ def architectures(texts: list[str], rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ARCHITECTURES:
         network = network_of(kind)
-        engines = {name: Packing(name).of(network) or plain_encoder(network) for name in ("packed", "plain")}  # type: ignore[arg-type]
+        engines = {
+            name: Packing(name).engine_for(network) or plain_encoder(network) for name in ("padding-free", "plain")
+        }  # type: ignore[arg-type]
         found[kind] = {}
         for name, some in (("short", texts), ("long", long_texts(texts, len(texts) // 4)), ("single", texts[:50])):
             ids = encoder.tokenizer(some)[0]
@@ -117,7 +119,7 @@ def architectures(texts: list[str], rounds: int) -> dict[str, Any]:
                     for rows in batches:
                         compute([ids[i] for i in rows])
                     taken[engine].append(time.perf_counter() - started)
-            found[kind][name] = round(float(np.median(np.array(taken["plain"]) / np.array(taken["packed"]))), 2)
+            found[kind][name] = round(float(np.median(np.array(taken["plain"]) / np.array(taken["padding-free"]))), 2)
     return found
 
 

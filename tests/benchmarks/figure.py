@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from langchain_datashunt import EmbeddingClassifier, TrainingSettings
+from langchain_datashunt import EmbeddingClassifier
 from langchain_datashunt._utils.table_files import sample_per_label
 from langchain_datashunt.calibration import MaxAccuracy, select_threshold
 from langchain_datashunt.cli.demo.benchmark_task import banking77_folder, load_banking77
 from langchain_datashunt.evaluation import deferral_curve
 from langchain_datashunt.evaluation.figures import Chart, Line, Point
+from langchain_datashunt.small_models import TrainingSettings
 from tests.benchmarks.reproduction.output import standalone
 from tests.benchmarks.thresholds import calibrated
 
@@ -54,7 +55,7 @@ def main() -> None:
         "share of questions that GPT-4 is asked",
         "accuracy",
         [
-            Line("small where it is sure", curve.query_share.tolist(), curve.accuracy.tolist()),
+            Line("small where it is sure", curve.deferral_rate.tolist(), curve.accuracy.tolist()),
             Line("a random part asked", [0.0, 1.0], [float(right.mean()), float(large.mean())], "--d", dashed=True),
         ],
         [

@@ -81,7 +81,7 @@ def measure(device: str, n: int, rounds: int, folder: Path) -> dict[str, Any]:
     long, short = texts_of(TOKENS, n), short_texts(200)
     own = full.predict_batch(short).probabilities
     half = packed.predict_batch(short).probabilities
-    encoder = packed._packing.of(packed._network.base_model)
+    encoder = packed._packing.engine_for(packed._network.base_model)
     if isinstance(encoder, GraphedEncoder):
         ungraphed.predict_batch(short[:1])
         ungraphed._packing._made = encoder.encoder

@@ -4,7 +4,7 @@
 
 Both routers do the same job with the same trivial parts: a small model (a RunnableLambda that returns a ready
 prediction), a condition on its confidence, and a large model (a RunnableLambda). Both hand the input on as it is
-(`pruning=None`); what the prompt variables of `SoftPrompt` cost on top stands in rows of its own. "Over its parts" is
+(`pruning=None`); what the prompt variables of `SoftPruning` cost on top stands in rows of its own. "Over its parts" is
 the router's time less that of the Runnables which it has to call for this input, called alone in the same round.
 Rounds are interleaved; medians over rounds are reported, in microseconds, with minimum and maximum.
 """
@@ -27,10 +27,10 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableBranch, RunnableLambda
 
-from langchain_datashunt import Prediction, ShuntRunnable, SoftPrompt, Threshold
+from langchain_datashunt import Prediction, ShuntRunnable, SoftPruning, Threshold
 
-SURE = Prediction.of({"a": 0.95, "b": 0.05})
-UNSURE = Prediction.of({"a": 0.6, "b": 0.4})
+SURE = Prediction.from_probabilities({"a": 0.95, "b": 0.05})
+UNSURE = Prediction.from_probabilities({"a": 0.6, "b": 0.4})
 BATCH = 1000
 
 
@@ -45,7 +45,7 @@ def parts() -> dict[str, Any]:
         "condition": sure,
         "answer": answer,
         "shunt": ShuntRunnable(small=small, large=large, policy=Threshold(0.9), pruning=None),
-        "pruning shunt": ShuntRunnable(small=small, large=large, policy=Threshold(0.9), pruning=SoftPrompt()),
+        "pruning shunt": ShuntRunnable(small=small, large=large, policy=Threshold(0.9), pruning=SoftPruning()),
         "branch": RunnableBranch((sure, answer), large),
     }
 

@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from langchain_datashunt.call_log import DistillationStore, Recorder, RoutedCall
+from langchain_datashunt.call_log import CallLog, CallRecord, Recorder
 from langchain_datashunt.call_log.export import export
 from langchain_datashunt.call_log.store import PRAGMAS
 from langchain_datashunt.cli.demo.benchmark_task import load_messages
@@ -39,12 +39,12 @@ GROUP = 32_768
 ROUNDS = 5
 
 
-def made(n: int, seed: int = 0) -> list[RoutedCall]:
+def made(n: int, seed: int = 0) -> list[CallRecord]:
     """Different records of natural text."""
     return list(stream(n, seed))
 
 
-def stream(n: int, seed: int = 0) -> Iterator[RoutedCall]:
+def stream(n: int, seed: int = 0) -> Iterator[CallRecord]:
     """The same, one by one."""
     task, rng = load_messages(), random.Random(seed)
     sentences = [*task.train.texts, *task.dev.texts, *task.test.texts]
@@ -53,7 +53,7 @@ def stream(n: int, seed: int = 0) -> Iterator[RoutedCall]:
         return " ".join(rng.choices(sentences, k=12))[:length]
 
     for i in range(n):
-        yield RoutedCall(
+        yield CallRecord(
             input=f"{seed} {i} {text(390)}",
             raw_output=text(200),
             labels=LABELS,
@@ -70,9 +70,9 @@ def stream(n: int, seed: int = 0) -> Iterator[RoutedCall]:
         )
 
 
-def written(file: Path, records: list[RoutedCall]) -> tuple[float, float]:
+def written(file: Path, records: list[CallRecord]) -> tuple[float, float]:
     """Records a second, and bytes a record."""
-    with DistillationStore(file, durability="record") as store:
+    with CallLog(file, durability="record") as store:
         started = time.perf_counter()
         for start in range(0, len(records), GROUP):
             store.append(records[start : start + GROUP])
@@ -80,7 +80,7 @@ def written(file: Path, records: list[RoutedCall]) -> tuple[float, float]:
     return len(records) / seconds, file.stat().st_size / len(records)
 
 
-def plainly_inserted(file: Path, records: list[RoutedCall]) -> float:
+def plainly_inserted(file: Path, records: list[CallRecord]) -> float:
     """Records a second of the least that SQLite can be asked for: texts and probabilities as they are, no index."""
     connection = sqlite3.connect(file, isolation_level=None)
     for pragma in ("journal_mode=WAL", "synchronous=FULL"):
@@ -127,20 +127,20 @@ def keys_alone(file: Path, n: int) -> dict[str, float]:
     }
 
 
-def on_the_callers_path(file: Path, records: list[RoutedCall]) -> float:
+def on_the_callers_path(file: Path, records: list[CallRecord]) -> float:
     """Seconds that `Recorder.record` takes of the caller."""
     with Recorder(file) as recorder:
-        makers: list[Callable[[], RoutedCall]] = [lambda record=record: record for record in records]  # type: ignore[misc]
+        makers: list[Callable[[], CallRecord]] = [lambda record=record: record for record in records]  # type: ignore[misc]
         started = time.perf_counter()
         for maker in makers:
             recorder.record([maker])
         return (time.perf_counter() - started) / len(makers)
 
 
-def beside_a_busy_thread(file: Path, records: list[RoutedCall]) -> float:
+def beside_a_busy_thread(file: Path, records: list[CallRecord]) -> float:
     """Records a second of the writer while this thread computes without a pause."""
-    with DistillationStore(file, durability="record") as store, Recorder(store) as recorder:
-        makers: list[Callable[[], RoutedCall]] = [lambda record=record: record for record in records]  # type: ignore[misc]
+    with CallLog(file, durability="record") as store, Recorder(store) as recorder:
+        makers: list[Callable[[], CallRecord]] = [lambda record=record: record for record in records]  # type: ignore[misc]
         started = time.perf_counter()
         for start in range(0, len(makers), 64):
             recorder.record(makers[start : start + 64])
@@ -152,7 +152,7 @@ def beside_a_busy_thread(file: Path, records: list[RoutedCall]) -> float:
 def read_large(file: Path, out: Path) -> dict[str, Any]:
     """Statistics and exports of a store, with the memory that they took; for a process of its own."""
     figures: dict[str, Any] = {}
-    with DistillationStore(file) as store:
+    with CallLog(file) as store:
         next(store.iterate(batch_size=10))
         figures["mib_before"] = round(peak_mib(), 1)
         steps: dict[str, Callable[[], Any]] = {
@@ -171,7 +171,7 @@ def read_large(file: Path, out: Path) -> dict[str, Any]:
 def large_store(n: int, folder: Path) -> dict[str, Any]:
     """Write a large store here, read it in another process."""
     file, seconds = folder / "large.db", 0.0
-    with DistillationStore(file, durability="record") as store:
+    with CallLog(file, durability="record") as store:
         coming = stream(n, seed=1)
         while group := list(islice(coming, GROUP)):
             started = time.perf_counter()

@@ -34,19 +34,12 @@ import numpy as np
 import psutil
 from sqlalchemy import event
 
-from langchain_datashunt import (
-    CircuitBreaker,
-    ConfidenceRouterChain,
-    OutboundGate,
-    Retry,
-    TextCNN,
-    Threshold,
-    TrainingSettings,
-)
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt import ConfidenceRouterChain, PrivacyGuard, Retry, Threshold
+from langchain_datashunt.call_log import CallLog, Recorder
 from langchain_datashunt.cli.demo.benchmark_task import load_messages
+from langchain_datashunt.large_models import CircuitBreaker
 from langchain_datashunt.prediction import Reason
-from langchain_datashunt.small_models import SmallModel
+from langchain_datashunt.small_models import SmallModel, TextCNN, TrainingSettings
 
 FAULTS = {"429": 0.03, "500": 0.02, "malformed": 0.01, "html": 0.01, "wrong": 0.01, "timeout": 0.002}
 LABELS = tuple(load_messages().labels)
@@ -117,9 +110,9 @@ class Soak:
             await asyncio.sleep(1.0)
 
 
-def store_without_cache(file: Path) -> DistillationStore:
+def store_without_cache(file: Path) -> CallLog:
     """A store whose database cache is 2 MiB instead of 64: filling it up is no leak, and would look like one."""
-    store = DistillationStore(file)
+    store = CallLog(file)
     event.listen(store.engine, "connect", lambda connection, _: connection.execute("PRAGMA cache_size=-2048"))
     store.engine.dispose()
     return store
@@ -141,7 +134,7 @@ async def run(minutes: float, clients: int, folder: Path, url: str) -> dict[str,
         chain = ConfidenceRouterChain.from_models(
             small, model, policy=Threshold(float(np.quantile(confidence, 0.5))), answer_format="text",
             recorder=recorder, retry=Retry(attempts=3, initial_wait=0.05, jitter=0.05), on_large_error="small",
-            return_decision=True, gate=OutboundGate(), breaker=CircuitBreaker(failures=50, reset_seconds=1.0),
+            return_decision=True, guard=PrivacyGuard(), breaker=CircuitBreaker(failures=50, reset_seconds=1.0),
             max_concurrency=64,
         )  # fmt: skip
         soak, samples = Soak(chain, small, list(task.test.texts)), []  # type: ignore[var-annotated]
@@ -150,7 +143,7 @@ async def run(minutes: float, clients: int, folder: Path, url: str) -> dict[str,
         await asyncio.gather(soak.memory(until, samples), *(soak.client(until) for _ in range(clients)))
         seconds = time.monotonic() - started
         recorder.close()
-    with DistillationStore(folder / "calls.db") as store:
+    with CallLog(folder / "calls.db") as store:
         stored = int(store.stats()["calls"])
     answered = sum(n for name, n in soak.counts.items() if name in get_args(Reason))
     raised = sum(n for name, n in soak.counts.items() if name.startswith("raised"))

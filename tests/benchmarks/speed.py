@@ -58,12 +58,11 @@ from langchain_datashunt import (
     ShuntRunnable,
     SmallModel,
     Threshold,
-    TrainingSettings,
     TransformersClassifier,
 )
 from langchain_datashunt.cli.demo.benchmark_task import load_messages
 from langchain_datashunt.large_models.replay import ChatServer
-from langchain_datashunt.small_models import Scores
+from langchain_datashunt.small_models import Scores, TrainingSettings
 from langchain_datashunt.small_models.engine.layers import Linear
 from langchain_datashunt.small_models.engine.text_batches import token_budget, token_budget_batches
 from langchain_datashunt.small_models.kinds.encoder import bundled_encoder_path
@@ -71,11 +70,11 @@ from tests.benchmarks.encoder import long_texts, short_texts
 from tests.benchmarks.gpu import measure as measure_gpu
 from tests.benchmarks.overhead import measure as measure_overhead
 
-Verdict = dict[str, Any]
+PromotionResult = dict[str, Any]
 Work = Callable[[], Any]
 
 
-def verdict(values: dict[str, float], targets: dict[str, tuple[str, float]], **more: Any) -> Verdict:
+def verdict(values: dict[str, float], targets: dict[str, tuple[str, float]], **more: Any) -> PromotionResult:
     """What was measured beside what was wanted: `targets` has ">=" or "<=" and a number for some of `values`.
 
     What was not measured is not met.
@@ -167,7 +166,7 @@ def agreement(models: Models, texts: list[str]) -> dict[str, float]:
     return found
 
 
-def offline(models: Models, texts: list[str], rounds: int, *, long: bool) -> Verdict:
+def offline(models: Models, texts: list[str], rounds: int, *, long: bool) -> PromotionResult:
     few = texts[: max(8, len(texts) // 8)]
     ways: dict[str, tuple[Work, int]] = {
         "pipeline_1": (lambda: [models.pipeline(text) for text in few], len(few)),
@@ -221,13 +220,13 @@ def semantic_router() -> Callable[[str], Any] | None:
     return SemanticRouter(encoder=encoder, routes=routes, auto_sync="local")
 
 
-def engine_share(models: Models, texts: list[str], rounds: int) -> Verdict:
+def engine_share(models: Models, texts: list[str], rounds: int) -> PromotionResult:
     values: dict[str, float] = {}
     for name, model in (("fp32", models.fp32), ("bf16", models.bf16)):
         ids = model.features(texts)
         lengths = [len(one) for one in ids]
         batches = [[ids[i] for i in rows] for rows in token_budget_batches(lengths, token_budget("cpu"))]
-        packed = model._packing.of(model._network.base_model)
+        packed = model._packing.engine_for(model._network.base_model)
         if packed is None:
             return verdict({}, {"fp32_share": (">=", 0.95)}, note="no packed engine here")
 
@@ -264,7 +263,7 @@ def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
     return work
 
 
-def concurrent(models: Models, texts: list[str], rounds: int) -> Verdict:
+def concurrent(models: Models, texts: list[str], rounds: int) -> PromotionResult:
     """Clients that each ask again as soon as they are answered."""
 
     async def clients(n: int, ask: Callable[[str], Any]) -> list[float]:
@@ -314,11 +313,11 @@ def concurrent(models: Models, texts: list[str], rounds: int) -> Verdict:
     return verdict(values, targets, clients=latencies)
 
 
-def idle_request(models: Models, texts: list[str], rounds: int) -> Verdict:
+def idle_request(models: Models, texts: list[str], rounds: int) -> PromotionResult:
     shunt = ShuntRunnable(small=models.fp32, large=RunnableLambda(str), policy=AlwaysSmall(), pruning=None)
     few = texts[:100]
 
-    packed: Any = models.fp32._packing.of(models.fp32._network.base_model)
+    packed: Any = models.fp32._packing.engine_for(models.fp32._network.base_model)
     ids = {text: models.fp32.features([text]) for text in few}
 
     def bare(text: str) -> None:
@@ -361,7 +360,7 @@ def idle_request(models: Models, texts: list[str], rounds: int) -> Verdict:
     return verdict(values, targets, packed=packed is not None, adds_ms=parts)
 
 
-def router_overhead(rounds: int) -> Verdict:
+def router_overhead(rounds: int) -> PromotionResult:
     found = measure_overhead(None, rounds)
     values = {}
     for row in found["rows"]:
@@ -389,7 +388,7 @@ class Echo(Runnable[Any, Any]):
         return ["L"] * len(inputs)
 
 
-def trivial_batch(rounds: int) -> Verdict:
+def trivial_batch(rounds: int) -> PromotionResult:
     small = Trivial()
     shunt = ShuntRunnable(small=small, large=Echo(), policy=Threshold(0.9), pruning=None)
     lambdas = ShuntRunnable(small=small, large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
@@ -419,7 +418,7 @@ def child(*words: str) -> dict[str, Any]:
     return found
 
 
-def recording() -> Verdict:
+def recording() -> PromotionResult:
     found = child("tests.benchmarks.recording", "--records", "10000")
     values = {
         name: float(found[name])
@@ -433,7 +432,7 @@ def recording() -> Verdict:
     return verdict(values, targets)
 
 
-def imports(rounds: int) -> Verdict:
+def imports(rounds: int) -> PromotionResult:
     """With bytecode on disk, as an installed package has it: the first round, which does not count, writes it."""
     programs = {"nothing": "pass", "package": "import langchain_datashunt"}
     programs["shunt"] = "from langchain_datashunt import ShuntRunnable"
@@ -450,13 +449,13 @@ def imports(rounds: int) -> Verdict:
     return verdict(values, {"package_s": ("<=", 0.1), "shunt_s": ("<=", 0.6)}, python_itself_s=base)
 
 
-def selection() -> Verdict:
+def selection() -> PromotionResult:
     found = child("tests.benchmarks.selection")
     values = {"select_seconds": found["select_seconds"], "select_peak_gib": found["select_peak_gib"]}
     return verdict(values, {"select_seconds": ("<=", 20.0), "select_peak_gib": ("<=", 4.0)}, details=found)
 
 
-def bulk(rows: int, folder: Path) -> Verdict:
+def bulk(rows: int, folder: Path) -> PromotionResult:
     """A model of n-grams, so that the file's length, not the model, is what is measured."""
     task = load_messages().train
     words = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
@@ -522,7 +521,7 @@ def _lines(file: str) -> list[str]:
         return []
 
 
-def on_a_gpu(rounds: int, folder: Path) -> Verdict:
+def on_a_gpu(rounds: int, folder: Path) -> PromotionResult:
     found = measure_gpu("cuda", 16_384, rounds, folder)
     values = {name: found.pop(name) for name in ("share_of_products", "single_p50_ms", "texts_per_second")}
     return verdict(values, {"share_of_products": (">=", 0.6), "single_p50_ms": ("<=", 1.5)}, **found)
@@ -556,7 +555,7 @@ def main() -> None:
         long = long_texts(short, options.texts // 4)
         models = Models(folder / "model") if not wanted or wanted & {"P1", "P2", "P3", "P4", "P5"} else None
 
-        def one_thread(work: Callable[[], Verdict]) -> Verdict:
+        def one_thread(work: Callable[[], PromotionResult]) -> PromotionResult:
             before = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
@@ -564,7 +563,7 @@ def main() -> None:
             finally:
                 torch.set_num_threads(before)
 
-        steps: dict[str, Callable[[], Verdict]] = {
+        steps: dict[str, Callable[[], PromotionResult]] = {
             "P1": lambda: one_thread(lambda: offline(models, short, rounds, long=False)),  # type: ignore[arg-type]
             "P2": lambda: one_thread(lambda: offline(models, long, rounds, long=True)),  # type: ignore[arg-type]
             "P3": lambda: one_thread(lambda: engine_share(models, short, rounds)),  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from langchain_datashunt._utils.table_files import labelled_texts
-from langchain_datashunt.call_log import RoutedCall
+from langchain_datashunt.call_log import CallRecord
 from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
 from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
 from langchain_datashunt.policies.fusion import AnswerFusion
@@ -52,7 +52,7 @@ def one_pass(
             told: dict[str, Any] = {"route": "small", "reason": "confident"}
             if not sure:
                 told = {"large_model": "gpt-4", "label": said, "raw_output": said}
-            log.append(RoutedCall(input=task.test.texts[i], labels=prediction.labels, threshold=threshold, **told))
+            log.append(CallRecord(input=task.test.texts[i], labels=prediction.labels, threshold=threshold, **told))
             right += answer == task.test.labels[i]
             asked += not sure
             new += not sure

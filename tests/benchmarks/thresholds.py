@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt import LearnedDeferral
 from langchain_datashunt._utils.table_files import sample_per_label
 from langchain_datashunt.calibration import (
     MatchLarge,
@@ -35,6 +34,7 @@ from langchain_datashunt.calibration import (
 from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, banking77_folder, load_banking77
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.evaluation.metrics import apgr, call_performance_threshold
+from langchain_datashunt.policies import LearnedDeferral
 from langchain_datashunt.policies.fusion import AnswerFusion
 from langchain_datashunt.prediction import BoolArray, FloatArray, PredictionBatch
 from langchain_datashunt.small_models import (
@@ -86,9 +86,14 @@ def one_seed(
     }
     given: dict[str, Any] = {"large": task.dev.large}
     choices = {
-        "plain": (select_threshold(dev, task.dev.labels, **given, objective=MaxAccuracy(max_share=0.25)), "large"),
+        "plain": (
+            select_threshold(dev, task.dev.labels, **given, objective=MaxAccuracy(max_deferral_rate=0.25)),
+            "large",
+        ),
         "fused": (
-            select_threshold(dev, task.dev.labels, **given, objective=MaxAccuracy(max_share=0.3), fusion=fusion),
+            select_threshold(
+                dev, task.dev.labels, **given, objective=MaxAccuracy(max_deferral_rate=0.3), fusion=fusion
+            ),
             "fused",
         ),
         "match_large": (select_threshold(dev, task.dev.labels, **given, objective=MatchLarge()), "large"),

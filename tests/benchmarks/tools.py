@@ -31,17 +31,15 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from langchain_datashunt import (
     EmbeddingClassifier,
-    EnsembleClassifier,
-    NeighbourClassifier,
     PredictProbaClassifier,
     SmallModel,
-    TrainingSettings,
     TransformersClassifier,
     load_small_model,
 )
 from langchain_datashunt.agents import ShuntToolRouterMiddleware, ToolRouter
 from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, Labelled
 from langchain_datashunt.evaluation import mean_interval
+from langchain_datashunt.small_models import EnsembleClassifier, NeighbourClassifier, TrainingSettings
 from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings, shared_encoder
 from tests.support.scripted_server import ScriptedServer
 
@@ -94,7 +92,7 @@ def train(parts: dict[str, Labelled], epochs: int) -> SmallModel:
         batch = member.predict_batch(stop[0])
         right = np.mean([a == b for a, b in zip(batch.label_names(), stop[1], strict=True)])
         print(f"{member.kind()}: {right:.4f} on the part to stop on", file=sys.stderr, flush=True)
-    return EnsembleClassifier.of(members, stop, model_id="tools")
+    return EnsembleClassifier.from_members(members, stop, model_id="tools")
 
 
 def tool_of(name: str, description: str) -> BaseTool:

@@ -5,17 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_datashunt import Margin, PredictionBatch
 from langchain_datashunt.calibration import (
     MatchLarge,
     MaxAccuracy,
-    QueryShare,
+    MaxDeferralRate,
     deferral_curve,
     fit_temperature,
     select_threshold,
 )
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.policies import Margin
+from langchain_datashunt.prediction import PredictionBatch
 from langchain_datashunt.small_models.scores import softmax
 
 
@@ -59,10 +60,10 @@ def test_the_curve_is_what_the_rule_gives_at_each_threshold(rows: list[tuple[flo
     score = np.array([row[0] for row in rows])
     small, large = (np.array([row[i] for row in rows]) for i in (1, 2))
     curve = deferral_curve(score, small, large)
-    assert (np.diff(curve.query_share) < 1e-12).all()
+    assert (np.diff(curve.deferral_rate) < 1e-12).all()
     assert (np.diff(curve.thresholds) < 0).all()
-    assert (curve.query_share[0], curve.query_share[-1]) == (1.0, pytest.approx(0.0))
-    for threshold, accuracy, share in zip(curve.thresholds, curve.accuracy, curve.query_share, strict=True):
+    assert (curve.deferral_rate[0], curve.deferral_rate[-1]) == (1.0, pytest.approx(0.0))
+    for threshold, accuracy, share in zip(curve.thresholds, curve.accuracy, curve.deferral_rate, strict=True):
         keep = score >= threshold
         assert accuracy == pytest.approx(np.where(keep, small, large).mean())
         assert share == pytest.approx(1 - keep.mean())
@@ -71,7 +72,7 @@ def test_the_curve_is_what_the_rule_gives_at_each_threshold(rows: list[tuple[flo
 def example() -> tuple[PredictionBatch, list[str], list[str]]:
     """Sure ones right, unsure ones wrong, the large model right but once."""
     p = np.array([0.99, 0.95, 0.9, 0.7, 0.6, 0.55])
-    batch = PredictionBatch.of(("a", "b"), np.stack([p, 1 - p], axis=1))
+    batch = PredictionBatch.from_arrays(("a", "b"), np.stack([p, 1 - p], axis=1))
     return batch, ["a", "a", "a", "b", "a", "b"], ["a", "b", "a", "b", "a", "b"]
 
 
@@ -79,7 +80,7 @@ def test_the_most_accurate_threshold_is_chosen_and_asks_least() -> None:
     batch, gold, large = example()
     choice = select_threshold(batch, gold, large=large)
     assert choice.policy.threshold == 0.9
-    assert (choice.accuracy, choice.query_share) == (1.0, 0.5)
+    assert (choice.accuracy, choice.deferral_rate) == (1.0, 0.5)
     assert choice.small_accuracy == pytest.approx(4 / 6)
     assert choice.large_accuracy == pytest.approx(5 / 6)
     assert choice.fitted_on == 6
@@ -88,30 +89,30 @@ def test_the_most_accurate_threshold_is_chosen_and_asks_least() -> None:
 
 def test_objectives_follow_their_words() -> None:
     batch, gold, large = example()
-    cheap = select_threshold(batch, gold, large=large, objective=QueryShare(share=0.2))
-    assert cheap.query_share <= 0.2
+    cheap = select_threshold(batch, gold, large=large, objective=MaxDeferralRate(rate=0.2))
+    assert cheap.deferral_rate <= 0.2
     assert cheap.accuracy == pytest.approx(5 / 6)
     match = select_threshold(batch, gold, large=large, objective=MatchLarge())
     assert match.accuracy >= match.large_accuracy
-    assert match.query_share == pytest.approx(1 / 6)
+    assert match.deferral_rate == pytest.approx(1 / 6)
     loose = select_threshold(batch, gold, large=large, objective=MatchLarge(margin=0.2))
-    assert loose.query_share == 0.0
-    assert select_threshold(batch, gold, large=large, objective=MaxAccuracy(max_share=0.0)).query_share == 0.0
+    assert loose.deferral_rate == 0.0
+    assert select_threshold(batch, gold, large=large, objective=MaxAccuracy(max_deferral_rate=0.0)).deferral_rate == 0.0
     margin = select_threshold(batch, gold, large=large, score=Margin())
     assert margin.policy.threshold == pytest.approx(0.8)
     with pytest.raises(ConfigurationError, match="share"):
-        QueryShare(share=1.5)
+        MaxDeferralRate(rate=1.5)
 
 
 def test_a_hopeless_small_model_is_never_asked_and_nobody_is_warned() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[1.0, 0.0], [0.1, 0.9]])
+    batch = PredictionBatch.from_arrays(("a", "b"), [[1.0, 0.0], [0.1, 0.9]])
     choice = select_threshold(batch, ["b", "a"], large=["b", "a"])
-    assert choice.query_share == 1.0
+    assert choice.deferral_rate == 1.0
     assert not choice.policy.evaluate(batch).keep.any()
 
 
 def test_a_missing_large_answer_counts_as_wrong() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[0.9, 0.1], [0.9, 0.1]])
+    batch = PredictionBatch.from_arrays(("a", "b"), [[0.9, 0.1], [0.9, 0.1]])
     assert select_threshold(batch, ["a", "b"], large=[None, "b"]).large_accuracy == 0.5
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from langchain_datashunt import AlwaysLarge, Entropy, PerLabelThreshold, PredictionBatch, Threshold
+from langchain_datashunt import AlwaysLarge, PerLabelThreshold, Threshold
 from langchain_datashunt.calibration import (
     MatchLarge,
     MaxAccuracy,
     MaxCost,
-    QueryShare,
+    MaxDeferralRate,
     RiskControl,
     deferral_curve,
     fit_vector_scaling,
@@ -29,7 +29,9 @@ from langchain_datashunt.calibration.risk import (
 from langchain_datashunt.calibration.smoothing import smoothed_right
 from langchain_datashunt.evaluation import ConfidenceSequence, betting_p_value
 from langchain_datashunt.exceptions import ConfigurationError, DataError
+from langchain_datashunt.policies import Entropy
 from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.prediction import PredictionBatch
 from langchain_datashunt.small_models.scores import softmax
 
 LABELS = ("a", "b", "c", "d")
@@ -41,7 +43,7 @@ def drawn(n: int, seed: int, sharp: float = 2.0, scale: float = 1.0) -> tuple[Pr
     logits = rng.normal(0, sharp, (n, len(LABELS)))
     p = softmax(logits)
     truth = (p.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1).clip(max=len(LABELS) - 1)
-    return PredictionBatch.of(LABELS, softmax(logits * scale)), [LABELS[i] for i in truth]
+    return PredictionBatch.from_arrays(LABELS, softmax(logits * scale)), [LABELS[i] for i in truth]
 
 
 def answers(truth: list[str], accuracy: float, seed: int) -> list[str]:
@@ -97,13 +99,13 @@ def test_a_bound_on_the_error_needs_no_large_answers() -> None:
     choice = select_threshold(batch, truth, objective=RiskControl(alpha=0.1))
     assert choice.proven
     assert isinstance(choice.policy, Threshold)
-    assert 0 < choice.query_share < 1
-    assert choice.kept_error <= 0.1
+    assert 0 < choice.deferral_rate < 1
+    assert choice.selective_risk <= 0.1
     assert "With 95% confidence at most 10% of what the small model answers is wrong" in choice.guarantee
     assert np.isnan(choice.accuracy)
     assert choice.to_dict()["accuracy"] is None
-    low, _, high = choice.intervals["kept_error"].low, None, choice.intervals["kept_error"].high
-    assert low <= choice.kept_error <= high
+    low, _, high = choice.intervals["selective_risk"].low, None, choice.intervals["selective_risk"].high
+    assert low <= choice.selective_risk <= high
     of_large = select_threshold(batch, truth, objective=RiskControl(alpha=0.1), labels_are="large")
     assert "bounds disagreement with it, not error" in of_large.guarantee
     by_entropy = select_threshold(batch, truth, objective=RiskControl(alpha=0.1), score=Entropy())
@@ -112,11 +114,11 @@ def test_a_bound_on_the_error_needs_no_large_answers() -> None:
 
 def test_what_cannot_be_shown_sends_everything_and_says_so() -> None:
     rng = np.random.default_rng(0)
-    batch = PredictionBatch.of(LABELS, softmax(rng.normal(0, 2, (500, 4))))
+    batch = PredictionBatch.from_arrays(LABELS, softmax(rng.normal(0, 2, (500, 4))))
     choice = select_threshold(batch, list(rng.choice(LABELS, 500)), objective=RiskControl(alpha=0.05))
     assert isinstance(choice.policy, AlwaysLarge)
     assert not choice.proven
-    assert choice.query_share == 1.0
+    assert choice.deferral_rate == 1.0
     assert "everything is sent to the large model. Give more examples" in choice.guarantee
 
 
@@ -126,7 +128,7 @@ def test_each_label_can_have_a_proven_threshold() -> None:
     assert isinstance(choice.policy, PerLabelThreshold)
     assert set(choice.policy.thresholds) == set(LABELS)
     together = select_threshold(batch, truth, objective=RiskControl(alpha=0.1))
-    assert choice.query_share > together.query_share, "the correction for four promises at once costs something"
+    assert choice.deferral_rate > together.deferral_rate, "the correction for four promises at once costs something"
     few = select_threshold(*drawn(120, 3, sharp=4.0), objective=RiskControl(alpha=0.1, per_label=True))
     assert "could not be shown" in few.guarantee or not few.proven
 
@@ -138,10 +140,10 @@ def test_matching_the_large_model_can_be_proven() -> None:
     assert sure.proven
     assert sure.accuracy >= sure.large_accuracy
     loose = select_threshold(batch, truth, large=large, objective=MatchLarge(confidence=0.95, margin=0.05))
-    assert loose.query_share <= sure.query_share
+    assert loose.deferral_rate <= sure.deferral_rate
     perfect = select_threshold(batch, truth, large=truth, objective=MatchLarge(confidence=0.95))
     assert not perfect.proven
-    assert perfect.query_share == 1.0
+    assert perfect.deferral_rate == 1.0
 
 
 def test_matching_breaks_its_promise_seldom() -> None:
@@ -155,7 +157,7 @@ def test_matching_breaks_its_promise_seldom() -> None:
         right = np.mean([a == b for a, b in zip(batch.label_names(), truth, strict=True)])
         assert right < 0.95
         choice = select_threshold(batch, truth, large=large, objective=MatchLarge(confidence=0.9, margin=0.0))
-        made += choice.proven and choice.query_share < 1.0 and right < 0.84
+        made += choice.proven and choice.deferral_rate < 1.0 and right < 0.84
     assert made / 200 <= 0.1 + 3 * (0.09 / 200) ** 0.5
 
 
@@ -178,7 +180,7 @@ def test_cost_is_bounded() -> None:
     large = answers(truth, 0.95, 2)
     choice = select_threshold(batch, truth, large=large, large_cost=0.01, objective=MaxCost(usd_per_1000=3.0))
     assert choice.usd_per_1000 is not None and choice.usd_per_1000 <= 3.0 + 1e-9
-    assert choice.query_share == pytest.approx(0.3, abs=0.01)
+    assert choice.deferral_rate == pytest.approx(0.3, abs=0.01)
     dear = select_threshold(batch, truth, large=large, large_cost=[0.01] * 1000, objective=MaxCost(usd_per_1000=100))
     assert dear.accuracy == select_threshold(batch, truth, large=large).accuracy
     with pytest.raises(DataError, match="give `large_cost` in USD"):
@@ -189,8 +191,8 @@ def test_cost_is_bounded() -> None:
 
 def test_a_share_needs_no_large_answers() -> None:
     batch, truth = drawn(1000, 1)
-    choice = select_threshold(batch, truth, objective=QueryShare(share=0.25))
-    assert 0.2 <= choice.query_share <= 0.25
+    choice = select_threshold(batch, truth, objective=MaxDeferralRate(rate=0.25))
+    assert 0.2 <= choice.deferral_rate <= 0.25
 
 
 # Fusion in the choice
@@ -241,7 +243,7 @@ def test_smoothing_survives_what_is_always_right_or_always_wrong() -> None:
 
 def test_fusion_that_is_worse_than_the_large_model_sends_everything() -> None:
     rng = np.random.default_rng(0)
-    batch = PredictionBatch.of(LABELS, softmax(rng.normal(0, 6, (150, 4))))
+    batch = PredictionBatch.from_arrays(LABELS, softmax(rng.normal(0, 6, (150, 4))))
     truth = [str(name) for name in rng.choice(LABELS, 150)]
     large = answers(truth, 0.97, 1)
     fusion = AnswerFusion.uniform(LABELS, 0.3)
@@ -258,7 +260,7 @@ def test_fusion_that_is_worse_than_the_large_model_sends_everything() -> None:
     [
         ({"labels": []}, "give one of each for every example"),
         ({"labels": ["a"] * 50}, "All 50 examples have the label 'a'"),
-        ({"labels": ["a", "z"] * 25}, "labels that the small model does not know: z.*unseen='wrong'"),
+        ({"labels": ["a", "z"] * 25}, "labels that the small model does not know: z.*unknown_labels='wrong'"),
         ({"large": ["a"] * 50}, "The large model's answer is 'a' for all 50 examples.*wrong column"),
         ({"large": None}, "MaxAccuracy compares with the large model's answers, and none are given"),
         ({"objective": RiskControl(alpha=0.01)}, "50 calibration examples cannot show .* 299 kept examples"),
@@ -284,9 +286,9 @@ def test_unseen_labels_can_count_as_wrong() -> None:
     batch, truth = drawn(200, 0)
     large = answers(truth, 0.9, 1)
     truth[3] = large[3] = "z"
-    choice = select_threshold(batch, truth, large=large, unseen="wrong")
+    choice = select_threshold(batch, truth, large=large, unknown_labels="wrong")
     assert choice.fitted_on == 200
-    assert select_threshold(batch, truth, large=large, unseen="wrong", fusion=AnswerFusion.uniform(LABELS, 0.9))
+    assert select_threshold(batch, truth, large=large, unknown_labels="wrong", fusion=AnswerFusion.uniform(LABELS, 0.9))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 5])
@@ -365,22 +367,22 @@ def test_thresholds_for_written_answers_go_down_to_nothing() -> None:
     rng = np.random.default_rng(0)
     sure = rng.random(2000)
     right = rng.random(2000) < np.where(sure < 0.25, 0.1, 0.98)
-    batch = PredictionBatch.of(("answer", "other"), np.column_stack([sure, 1 - sure]))
+    batch = PredictionBatch.from_arrays(("answer", "other"), np.column_stack([sure, 1 - sure]))
     batch = replace(batch, answers=[f"text {i}" for i in range(2000)])
     labels = ["answer" if one else "other" for one in right]
     choice = select_threshold(batch, labels, objective=RiskControl(alpha=0.1))
     assert 0.1 < choice.threshold < 0.5
-    assert choice.kept_error < 0.1
+    assert choice.selective_risk < 0.1
 
 
 def test_a_label_that_only_the_large_model_has_counts_for_it() -> None:
     batch, truth = drawn(1000, 0)
     unknown = [i % 5 == 0 for i in range(1000)]
     labels = ["new" if new else label for new, label in zip(unknown, truth, strict=True)]
-    choice = select_threshold(batch, labels, large=labels[:-1] + ["a"], objective=MatchLarge(), unseen="wrong")
+    choice = select_threshold(batch, labels, large=labels[:-1] + ["a"], objective=MatchLarge(), unknown_labels="wrong")
     assert choice.large_accuracy >= 0.999
     with pytest.raises(DataError, match="None is no text"):
-        select_threshold(batch, [None, *labels[1:]], objective=QueryShare(share=0.5))  # type: ignore[list-item]
+        select_threshold(batch, [None, *labels[1:]], objective=MaxDeferralRate(rate=0.5))  # type: ignore[list-item]
     with pytest.raises(DataError, match="USD of asking"):
         select_threshold(batch, truth, large=truth[:-1] + ["a"], large_cost=["x"] * 1000, objective=MatchLarge())  # type: ignore[arg-type]
 

@@ -33,7 +33,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from sqlalchemy import create_engine, event, text
 
 from langchain_datashunt import ConfidenceRouterChain, ShuntRunnable
-from langchain_datashunt.call_log import CallFilter, DistillationStore, Recorder, RecordingCallbackHandler, RoutedCall
+from langchain_datashunt.call_log import CallFilter, CallLog, CallRecord, Recorder, RecordingCallbackHandler
 from langchain_datashunt.call_log.export import export
 from langchain_datashunt.call_log.record import columns_of, hash_input, id_bytes, ids_bytes
 from langchain_datashunt.call_log.schema import FIRST, STEPS
@@ -77,25 +77,25 @@ def url(request: Any, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def store(url: str) -> Any:
-    with DistillationStore(url) as opened:
+    with CallLog(url) as opened:
         yield opened
 
 
-def call(i: int = 0, **changes: Any) -> RoutedCall:
+def call(i: int = 0, **changes: Any) -> CallRecord:
     defaults: dict[str, Any] = {
         "id": str(uuid4()), "input": f"question {i}", "labels": LABELS, "small_model": "words", "time": 1000.0 + i,
         "probabilities": (0.5, 0.25, 0.25), "score": 0.5, "threshold": 0.9, "policy": "Threshold(0.9)",
         "large_model": "gpt-4", "raw_output": "Refund.", "label": "refund", "input_tokens": 100, "output_tokens": 2,
         "cost_usd": 0.01, "large_seconds": 0.5,
     }  # fmt: skip
-    return RoutedCall(**{**defaults, **changes})
+    return CallRecord(**{**defaults, **changes})
 
 
-def everything(store: DistillationStore, which: CallFilter = CallFilter()) -> list[RoutedCall]:  # noqa: B008
+def everything(store: CallLog, which: CallFilter = CallFilter()) -> list[CallRecord]:  # noqa: B008
     return sorted((r for batch in store.iterate(which, batch_size=3) for r in batch), key=lambda r: r.time)
 
 
-def test_a_record_comes_back_as_it_went_in(store: DistillationStore) -> None:
+def test_a_record_comes_back_as_it_went_in(store: CallLog) -> None:
     record = call(
         subject="jane", gold="status", gold_source="user", large_confidence=0.75, large_probabilities=(0.25, 0.5, 0.25),
         audit=True, reason="deferred", input="äöü 日本 \n \"quoted\"" * 20,
@@ -110,7 +110,7 @@ def test_a_record_comes_back_as_it_went_in(store: DistillationStore) -> None:
     assert (back.small_label, back.confidence, back.agrees) == ("cancel", 0.5, False)
 
 
-def test_a_written_answer_is_kept_beside_the_large_models(store: DistillationStore) -> None:
+def test_a_written_answer_is_kept_beside_the_large_models(store: CallLog) -> None:
     written: dict[str, Any] = {"labels": ("answer", "other"), "probabilities": (0.25, 0.75)}
     same = call(1, small_answer="a cat", label="a cat", raw_output="a cat.", **written)
     other = call(2, small_answer="ä dög" * 50, label="answer", raw_output=None, **written)
@@ -126,21 +126,21 @@ def test_a_written_answer_is_kept_beside_the_large_models(store: DistillationSto
     assert not store.verify()
 
 
-def test_what_is_not_known_stays_unknown(store: DistillationStore) -> None:
-    bare = RoutedCall(input="x", route="small", reason="confident")
+def test_what_is_not_known_stays_unknown(store: CallLog) -> None:
+    bare = CallRecord(input="x", route="small", reason="confident")
     store.append([bare])
     (back,) = everything(store)
     assert back.model_dump() == bare.model_dump()
     assert (back.agrees, back.small_label, back.confidence) == (None, None, None)
 
 
-def test_a_label_outside_the_label_set_is_kept_and_counted(store: DistillationStore) -> None:
+def test_a_label_outside_the_label_set_is_kept_and_counted(store: CallLog) -> None:
     store.append([call(label="brand new")])
     assert everything(store)[0].label == "brand new"
     assert store.stats()["outside_label_set"] == 1
 
 
-def test_repeats_replace_and_are_counted(store: DistillationStore) -> None:
+def test_repeats_replace_and_are_counted(store: CallLog) -> None:
     first, second, third = (call(7, time=t, label=label) for t, label in ((1, "refund"), (2, "status"), (3, "cancel")))
     store.append([first, second])
     store.append([third.model_copy(update={"input": "  QUESTION 7 "})])
@@ -150,7 +150,7 @@ def test_repeats_replace_and_are_counted(store: DistillationStore) -> None:
     assert store.count() == 4
 
 
-def test_feedback_finds_also_a_call_that_was_replaced(store: DistillationStore) -> None:
+def test_feedback_finds_also_a_call_that_was_replaced(store: CallLog) -> None:
     first, second = call(1, time=1), call(1, time=2)
     store.append([first])
     store.label(first.id, "status")
@@ -165,9 +165,7 @@ def test_feedback_finds_also_a_call_that_was_replaced(store: DistillationStore) 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize("together", [True, False])
-def test_the_newest_call_stays_whatever_comes_last(
-    store: DistillationStore, order: tuple[int, ...], together: bool
-) -> None:
+def test_the_newest_call_stays_whatever_comes_last(store: CallLog, order: tuple[int, ...], together: bool) -> None:
     """A spool is drained after newer calls were written; feedback on any of them finds their row."""
     made = [
         call(1, time=1, label="refund", gold="food", gold_source="user", raw_output="the oldest"),
@@ -188,7 +186,7 @@ def test_the_newest_call_stays_whatever_comes_last(
     assert store.verify() == []
 
 
-def test_a_call_that_is_written_again_is_counted_once(store: DistillationStore) -> None:
+def test_a_call_that_is_written_again_is_counted_once(store: CallLog) -> None:
     """As a spool that two processes drain, or one that died, delivers it."""
     first, second = call(1, time=1, count=3), call(1, time=2)
     store.append([first, call(2), first])
@@ -201,9 +199,9 @@ def test_a_call_that_is_written_again_is_counted_once(store: DistillationStore) 
     assert store.verify() == []
 
 
-def test_feedback_finds_also_a_call_that_was_replaced_in_the_spool(store: DistillationStore, tmp_path: Path) -> None:
+def test_feedback_finds_also_a_call_that_was_replaced_in_the_spool(store: CallLog, tmp_path: Path) -> None:
     first, second, third, fourth = (call(1, time=time) for time in range(1, 5))
-    with DistillationStore(tmp_path / "spool.db") as spool:
+    with CallLog(tmp_path / "spool.db") as spool:
         spool.append([first, second])
         spool.append([third, call(2)])
         store.append([fourth])
@@ -217,13 +215,13 @@ def test_feedback_finds_also_a_call_that_was_replaced_in_the_spool(store: Distil
 
 def test_two_that_drain_one_spool_move_each_record_once(url: str, tmp_path: Path) -> None:
     spool = tmp_path / "spool.db"
-    with DistillationStore(spool) as own:
+    with CallLog(spool) as own:
         own.append([call(i) for i in range(3_000)])
     failed: list[Exception] = []
 
     def drain() -> None:
         try:
-            with DistillationStore(spool) as mine, DistillationStore(url) as there:
+            with CallLog(spool) as mine, CallLog(url) as there:
                 mine.move_to(there, batch_size=100)
         except Exception as error:
             failed.append(error)
@@ -234,13 +232,13 @@ def test_two_that_drain_one_spool_move_each_record_once(url: str, tmp_path: Path
     for thread in threads:
         thread.join()
     assert not failed
-    with DistillationStore(url) as there, DistillationStore(spool) as own:
+    with CallLog(url) as there, CallLog(spool) as own:
         assert own.count() == 0
         assert {one.count for one in everything(there)} == {1}
         assert there.count() == 3_000
 
 
-def test_filters_mean_what_they_say(store: DistillationStore) -> None:
+def test_filters_mean_what_they_say(store: CallLog) -> None:
     store.append(
         [
             call(0, route="small", reason="confident", probabilities=(0.98, 0.01, 0.01), large_model="", label=None),
@@ -267,7 +265,7 @@ def test_filters_mean_what_they_say(store: DistillationStore) -> None:
         assert store.count(which) == len(expected)
 
 
-def test_stats_are_sums_over_all(store: DistillationStore) -> None:
+def test_stats_are_sums_over_all(store: CallLog) -> None:
     assert store.stats()["records"] == 0
     store.append([call(i, label="cancel" if i % 2 else "refund") for i in range(10)])
     stats = store.stats()
@@ -277,7 +275,7 @@ def test_stats_are_sums_over_all(store: DistillationStore) -> None:
     assert (stats["oldest"], stats["newest"]) == (1000.0, 1009.0)
 
 
-def test_a_person_can_be_forgotten(store: DistillationStore) -> None:
+def test_a_person_can_be_forgotten(store: CallLog) -> None:
     store.append([call(1, subject="jane"), call(2, subject="joe"), call(3)])
     store.append([call(1, subject="jane")])
     assert store.delete(subject="jane") == 1
@@ -289,7 +287,7 @@ def test_a_person_can_be_forgotten(store: DistillationStore) -> None:
 
 def test_nothing_of_what_was_deleted_stays_in_the_file(tmp_path: Path) -> None:
     """Short records are not compressed, so that their text could be seen."""
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         store.append(
             [call(1, input="jane one", raw_output="first", subject="jane"), call(2, input="joe", subject="joe")]
         )
@@ -311,9 +309,7 @@ def test_nothing_of_what_was_deleted_stays_in_the_file(tmp_path: Path) -> None:
         assert store.verify() == []
 
 
-def test_what_was_replaced_is_erased_when_it_is_more_than_what_is_there(
-    store: DistillationStore, monkeypatch: Any
-) -> None:
+def test_what_was_replaced_is_erased_when_it_is_more_than_what_is_there(store: CallLog, monkeypatch: Any) -> None:
     monkeypatch.setattr("langchain_datashunt.call_log.store.TIDY_EVERY", 20)
     first = [call(i, raw_output="x" * 50) for i in range(5)]
     store.append(first)
@@ -328,12 +324,12 @@ def test_what_was_replaced_is_erased_when_it_is_more_than_what_is_there(
     assert [record.gold for record in everything(store)] == ["status", None, None, None, None]
 
 
-def test_people_can_be_forgotten_at_once(store: DistillationStore, url: str) -> None:
+def test_people_can_be_forgotten_at_once(store: CallLog, url: str) -> None:
     """Each deletion rewrites the group that all of them stand in."""
     store.append([call(i, subject=f"person {i}") for i in range(40)])
 
     def forget(who: int) -> None:
-        with DistillationStore(url) as mine:
+        with CallLog(url) as mine:
             assert mine.delete(subject=f"person {who}") == 1
 
     threads = [threading.Thread(target=forget, args=(who,)) for who in range(8)]
@@ -347,14 +343,14 @@ def test_people_can_be_forgotten_at_once(store: DistillationStore, url: str) -> 
     assert [text is None for text in Segment.unpack(bytes(content)).inputs] == [i < 8 for i in range(40)]
 
 
-def stored_texts(store: DistillationStore) -> list[str]:
+def stored_texts(store: CallLog) -> list[str]:
     """All inputs that stand in segments, whether a row refers to them or not."""
     with store.connection() as connection:
         contents = connection.execute(text("SELECT content FROM datashunt_segments")).scalars().all()
     return [one for content in contents for one in Segment.unpack(bytes(content)).inputs if one is not None]
 
 
-def test_a_record_that_was_written_twice_is_forgotten_twice(store: DistillationStore) -> None:
+def test_a_record_that_was_written_twice_is_forgotten_twice(store: CallLog) -> None:
     """A spool that was drained while the process died delivers records again."""
     record = call(1, subject="jane")
     store.append([record, call(2)])
@@ -364,17 +360,17 @@ def test_a_record_that_was_written_twice_is_forgotten_twice(store: DistillationS
     assert stored_texts(store) == ["question 2"]
 
 
-def test_what_is_written_while_something_is_deleted_is_whole_or_gone(store: DistillationStore, url: str) -> None:
+def test_what_is_written_while_something_is_deleted_is_whole_or_gone(store: CallLog, url: str) -> None:
     """Writers move a person's rows to new groups while the person is forgotten, again and again."""
     stop = threading.Event()
 
     def write() -> None:
-        with DistillationStore(url) as mine:
+        with CallLog(url) as mine:
             while not stop.is_set():
                 mine.append([call(i, subject="jane") for i in range(5)] + [call(100, subject="joe")])
 
     def forget() -> None:
-        with DistillationStore(url) as mine:
+        with CallLog(url) as mine:
             while not stop.is_set():
                 mine.delete(subject="jane")
 
@@ -391,7 +387,7 @@ def test_what_is_written_while_something_is_deleted_is_whole_or_gone(store: Dist
     assert store.verify() == []
 
 
-def test_a_group_that_failed_leaves_no_trace_in_the_next(store: DistillationStore) -> None:
+def test_a_group_that_failed_leaves_no_trace_in_the_next(store: CallLog) -> None:
     """Its context was never stored, so that its number may become another's."""
     with pytest.raises(Exception, match="(?i)overflow|too large|out of range"):
         store.append([call(1, task="first", input_tokens=2**70)])
@@ -403,7 +399,7 @@ def test_a_group_that_failed_leaves_no_trace_in_the_next(store: DistillationStor
     }
 
 
-def test_two_inputs_cannot_have_one_id(store: DistillationStore) -> None:
+def test_two_inputs_cannot_have_one_id(store: CallLog) -> None:
     """Neither takes the other's place unsaid, nor is anything of their group stored."""
     first = call(1)
     store.append([first])
@@ -414,8 +410,8 @@ def test_two_inputs_cannot_have_one_id(store: DistillationStore) -> None:
     assert store.verify() == []
 
 
-def test_a_large_group_of_all_kinds_comes_back_as_it_went_in(store: DistillationStore) -> None:
-    def kind(i: int, again: int = 0) -> RoutedCall:
+def test_a_large_group_of_all_kinds_comes_back_as_it_went_in(store: CallLog) -> None:
+    def kind(i: int, again: int = 0) -> CallRecord:
         k = 2 + i % 5
         some: dict[str, Any] = [
             {"probabilities": None, "score": None},
@@ -445,7 +441,7 @@ def test_a_large_group_of_all_kinds_comes_back_as_it_went_in(store: Distillation
 
 def test_a_group_takes_few_statements(tmp_path: Path) -> None:
     """Each of them gives the interpreter up, and waits for it where other threads compute."""
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         statements: list[str] = []
         event.listen(store.engine, "before_cursor_execute", lambda _c, _u, sql, *_: statements.append(sql))
         store.append([call(i) for i in range(2_048)])
@@ -459,7 +455,7 @@ def test_a_group_takes_few_statements(tmp_path: Path) -> None:
 def test_a_group_is_taken_apart_without_an_object_for_each_record(tmp_path: Path) -> None:
     """Which the garbage collector would look through, with all records that wait, again and again."""
     records = [call(i) for i in range(8_192)]
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         store.append(records[:1])
         collected: list[int] = []
 
@@ -478,7 +474,7 @@ def test_a_group_is_taken_apart_without_an_object_for_each_record(tmp_path: Path
 
 
 def test_a_sqlite_of_few_parameters_is_written_in_more_statements(tmp_path: Path) -> None:
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
 
         @event.listens_for(store.engine, "connect")
         def limit(connection: Any, _: Any) -> None:
@@ -498,7 +494,7 @@ def test_ids_are_the_same_together_as_alone(ids: list[str]) -> None:
     assert ids_bytes(ids) == [id_bytes(one) for one in ids]
 
 
-class _NotedCall(RoutedCall):
+class _NotedCall(CallRecord):
     note: str = ""
 
 
@@ -507,18 +503,18 @@ def test_columns_are_those_of_the_fields_however_a_record_was_made() -> None:
     values = dict(reversed(whole.model_dump().items()))
     records = [
         whole,
-        RoutedCall(**values),
-        RoutedCall.model_construct(**values),
-        RoutedCall.model_validate_json(whole.model_dump_json()),
+        CallRecord(**values),
+        CallRecord.model_construct(**values),
+        CallRecord.model_validate_json(whole.model_dump_json()),
         whole.model_copy(update={"count": 7, "input": "another"}),
         copy.deepcopy(whole),
         pickle.loads(pickle.dumps(whole)),
     ]
     for some in (records, [*records, _NotedCall(**values, note="more than a call")], [_NotedCall(**values)], []):
-        assert columns_of(some) == {name: [getattr(one, name) for one in some] for name in RoutedCall.model_fields}
+        assert columns_of(some) == {name: [getattr(one, name) for one in some] for name in CallRecord.model_fields}
 
 
-def test_a_filter_that_few_records_pass_opens_one_group_at_a_time(store: DistillationStore, monkeypatch: Any) -> None:
+def test_a_filter_that_few_records_pass_opens_one_group_at_a_time(store: CallLog, monkeypatch: Any) -> None:
     for group in range(12):
         store.append([call(100 * group + i, gold="refund" if i == 0 else None) for i in range(3)])
     alive, most = 0, 0
@@ -547,16 +543,16 @@ def test_a_record_that_no_database_takes_harms_no_other(tmp_path: Path, caplog: 
         assert recorder.flush(10)
         assert (recorder.counters.written, recorder.counters.failed) == (3, 1)
     assert "cannot be written" in caplog.text
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         assert [one.input for one in everything(store)] == ["lone \ud800 surrogate", "question 2", "question 4"]
 
 
 def test_a_record_that_the_database_refuses_does_not_make_it_away(url: str, tmp_path: Path, caplog: Any) -> None:
     """Neither in a group nor in the spool: the others are written, and it is named and counted."""
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         store.append([call(0, id=(taken := str(uuid4())))])
     poison = call(50, id=taken)
-    with DistillationStore(tmp_path / "spool.db") as spool:
+    with CallLog(tmp_path / "spool.db") as spool:
         spool.append([*(call(i) for i in range(100, 120)), poison, *(call(i) for i in range(120, 140))])
     makers = [lambda i=i: call(i) for i in range(1, 40)]  # type: ignore[misc]
     with Recorder(url, spool=tmp_path / "spool.db", retry_seconds=0.1) as recorder:
@@ -571,7 +567,7 @@ def test_a_record_that_the_database_refuses_does_not_make_it_away(url: str, tmp_
         recorder.flush()
         assert recorder.counters.written == 40
     assert caplog.text.count(f"The record {taken} cannot be written") == 2
-    with DistillationStore(url) as store, DistillationStore(tmp_path / "spool.db") as spool:
+    with CallLog(url) as store, CallLog(tmp_path / "spool.db") as spool:
         assert (store.count(), spool.count()) == (81, 0)
         with pytest.raises(RecordRefusedError):
             store.append([call(61, id=taken)])
@@ -590,7 +586,7 @@ def test_a_record_that_no_spool_takes_harms_no_other(tmp_path: Path) -> None:
 def test_a_damaged_spool_harms_no_other_record(url: str, tmp_path: Path, caplog: Any, damage: str) -> None:
     """What can be read of it is drained, what cannot stays where it is, and new calls are written as ever."""
     file = tmp_path / "spool.db"
-    with DistillationStore(file) as spool:
+    with CallLog(file) as spool:
         spool.append([call(i) for i in range(100, 110)])
         spool.append([call(i) for i in range(110, 140)])
         if damage == "a record":
@@ -610,11 +606,11 @@ def test_a_damaged_spool_harms_no_other_record(url: str, tmp_path: Path, caplog:
         assert recorder.counters.drained == (30 if damage == "a record" else 0)
     assert ("cannot be read and stay there" if damage == "a record" else "cannot be drained now") in caplog.text
     if damage == "a record":
-        with DistillationStore(file) as spool:
+        with CallLog(file) as spool:
             assert spool.count() == 10
 
 
-def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
+def test_retention_is_by_age_and_by_number(store: CallLog) -> None:
     store.append([call(i, time=time.time() - (9 - i) * 100) for i in range(10)])
     assert store.prune(max_age_seconds=550) == 4
     assert store.prune(max_records=3) == 3
@@ -622,7 +618,7 @@ def test_retention_is_by_age_and_by_number(store: DistillationStore) -> None:
     assert store.prune(max_records=3) == store.prune() == 0
 
 
-def test_verify_finds_what_was_damaged(store: DistillationStore, url: str) -> None:
+def test_verify_finds_what_was_damaged(store: CallLog, url: str) -> None:
     for i in range(5):
         store.append([call(i)])
     assert store.verify() == []
@@ -656,7 +652,7 @@ def test_no_damaged_byte_of_a_segment_is_read(n: int) -> None:
     assert other == 0
 
 
-def test_verify_finds_an_id_that_was_damaged(store: DistillationStore) -> None:
+def test_verify_finds_an_id_that_was_damaged(store: CallLog) -> None:
     store.append([call(i) for i in range(3)])
     with store.engine.begin() as connection:
         damaged = connection.execute(text("SELECT min(number) FROM datashunt_calls")).scalar()
@@ -667,7 +663,7 @@ def test_verify_finds_an_id_that_was_damaged(store: DistillationStore) -> None:
     assert "its id has 5 bytes" in problem
 
 
-def test_what_is_exported_is_what_is_stored(store: DistillationStore, tmp_path: Path) -> None:
+def test_what_is_exported_is_what_is_stored(store: CallLog, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -695,18 +691,18 @@ def test_what_is_exported_is_what_is_stored(store: DistillationStore, tmp_path: 
         }
 
 
-def test_a_database_of_newer_code_is_refused(store: DistillationStore, url: str) -> None:
-    with DistillationStore(url):
+def test_a_database_of_newer_code_is_refused(store: CallLog, url: str) -> None:
+    with CallLog(url):
         pass
     with store.engine.begin() as connection:
         connection.execute(text("INSERT INTO datashunt_schema (version) VALUES (99)"))
     with pytest.raises(StoreError, match=f"schema version 99 and this code knows up to {FIRST + len(STEPS) - 1}"):
-        DistillationStore(url)
+        CallLog(url)
 
 
 @pytest.mark.parametrize("url", ["nosuch://user:secret@host/x", "mysql+nosuchdriver://user:secret@host/x"])
 def test_a_database_that_is_not_known_is_a_wrong_setting_and_not_one_that_is_away(url: str, tmp_path: Path) -> None:
-    for make in (DistillationStore, lambda url: Recorder(url, spool=tmp_path / "spool.db")):
+    for make in (CallLog, lambda url: Recorder(url, spool=tmp_path / "spool.db")):
         with pytest.raises(ConfigurationError, match=r"user:\*\*\*@host/x cannot be used") as raised:
             make(url)
         assert "secret" not in str(raised.value)
@@ -745,7 +741,7 @@ BLOB_KEYS = {
 """The tables of version 8, whose keys are bytes."""
 
 
-def _with_keys_of_bytes(store: DistillationStore) -> None:
+def _with_keys_of_bytes(store: CallLog) -> None:
     """Make a store one of version 8."""
     backend = store.engine.dialect.name
     with store.engine.begin() as connection:
@@ -768,14 +764,14 @@ def _with_keys_of_bytes(store: DistillationStore) -> None:
         connection.execute(text("DELETE FROM datashunt_schema WHERE version > 8"))
 
 
-def test_a_database_whose_keys_are_bytes_is_brought_up_to_date(store: DistillationStore, url: str) -> None:
+def test_a_database_whose_keys_are_bytes_is_brought_up_to_date(store: CallLog, url: str) -> None:
     first, again = call(1, time=1.0), call(1, time=2.0, subject="jane")
     store.append([first])
     store.append([again, *(call(i) for i in range(2, 30))])
     before = everything(store)
     _with_keys_of_bytes(store)
     store.close()
-    with DistillationStore(url) as opened:
+    with CallLog(url) as opened:
         assert everything(opened) == before
         assert opened.verify() == []
         opened.label(first.id, "status")
@@ -790,7 +786,7 @@ def test_a_database_whose_keys_are_bytes_is_brought_up_to_date(store: Distillati
         assert opened.verify() == []
         with opened.reading() as connection:
             assert connection.execute(text("SELECT count(*) FROM datashunt_dead")).scalar() == 0
-    with DistillationStore(url) as opened:
+    with CallLog(url) as opened:
         assert opened.count() == 27
 
 
@@ -799,16 +795,16 @@ def test_a_database_from_before_the_first_release_is_refused(tmp_path: Path) -> 
         plain.execute("CREATE TABLE datashunt_schema (version INTEGER PRIMARY KEY)")
         plain.execute("INSERT INTO datashunt_schema VALUES (4)")
     with pytest.raises(StoreError, match=r"version 4, from before the first release.*Export it"):
-        DistillationStore(tmp_path / "old.db")
+        CallLog(tmp_path / "old.db")
 
 
 def _append_many(url: str, start: int) -> None:
-    with DistillationStore(url) as mine:
+    with CallLog(url) as mine:
         for i in range(start, start + 40, 4):
             mine.append([call(j) for j in range(i, i + 4)])
 
 
-def test_many_processes_write_at_once(store: DistillationStore, url: str) -> None:
+def test_many_processes_write_at_once(store: CallLog, url: str) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append_many, args=(url, start)) for start in (0, 20, 100)]
     for writer in writers:
@@ -824,13 +820,13 @@ def test_many_processes_write_at_once(store: DistillationStore, url: str) -> Non
 def test_a_store_that_cannot_be_opened_is_explained(tmp_path: Path) -> None:
     (tmp_path / "no.db").write_text("this is no database, it is a plain text file of some length")
     with pytest.raises(StoreError, match="cannot be used"):
-        DistillationStore(tmp_path / "no.db")
+        CallLog(tmp_path / "no.db")
     with pytest.raises(StoreError) as caught:
-        DistillationStore("postgresql+psycopg://user:secret@127.0.0.1:9/none")
+        CallLog("postgresql+psycopg://user:secret@127.0.0.1:9/none")
     assert "secret" not in str(caught.value)
 
 
-def test_a_database_that_breaks_while_it_is_read_is_explained(store: DistillationStore) -> None:
+def test_a_database_that_breaks_while_it_is_read_is_explained(store: CallLog) -> None:
     store.append([call(1)])
     with store.engine.begin() as connection:
         connection.execute(text("DROP TABLE datashunt_segments"))
@@ -844,7 +840,7 @@ def test_a_database_that_breaks_while_it_is_read_is_explained(store: Distillatio
 
 
 def test_the_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         store.append([call()])
     assert stat.S_IMODE((tmp_path / "calls.db").stat().st_mode) == 0o600
 
@@ -854,7 +850,7 @@ def test_the_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
 def test_any_text_and_distribution_survive(tmp_path_factory: Any, value: str, raw: str | None, p: list[float]) -> None:
     total = sum(p)
     record = call(input=value, raw_output=raw, probabilities=tuple(x / total for x in p))
-    with DistillationStore(tmp_path_factory.mktemp("s") / "c.db") as store:
+    with CallLog(tmp_path_factory.mktemp("s") / "c.db") as store:
         store.append([record])
         (back,) = everything(store)
     assert (back.input, back.raw_output) == (value, raw)
@@ -909,7 +905,7 @@ async def test_every_way_of_calling_is_recorded(url: str, durability: Any) -> No
         [pair async for pair in router.abatch_as_completed(["refund 11", "surely cancel 12"])]
         if durability == "group":
             assert recorder.flush()
-        with DistillationStore(url) as store:
+        with CallLog(url) as store:
             records = everything(store)
             assert sorted(int(r.input.split()[-1]) for r in records) == list(range(1, 13))
             assert {r.route for r in records} == {"small", "large"}
@@ -930,7 +926,7 @@ def test_a_record_tells_the_whole_call(url: str) -> None:
         )
         result = chain.invoke("where is my refund")
         recorder.flush()
-        with DistillationStore(url) as store:
+        with CallLog(url) as store:
             (record,) = everything(store)
             assert result.record_id is not None
             store.label(result.record_id, "refund")
@@ -959,7 +955,7 @@ def test_failures_and_unparsable_answers_are_recorded_too(tmp_path: Path) -> Non
         chain = ConfidenceRouterChain.from_models(WordModel(), model, recorder=recorder, max_reasks=0)
         assert chain.batch(["z"], return_exceptions=True)
         recorder.flush()
-        with DistillationStore(tmp_path / "c.db") as store:
+        with CallLog(tmp_path / "c.db") as store:
             found = {r.input: r for r in everything(store)}
     assert {name: (r.reason, r.route) for name, r in found.items()} == {
         "x": ("large_error", "large"), "y": ("large_error", "small"), "z": ("large_error", "large"),
@@ -988,7 +984,7 @@ def test_any_chain_can_be_recorded_by_a_handler(url: str) -> None:
         parsing = RecordingCallbackHandler(recorder, labels=LABELS, parse=lambda text: "status")
         chain.invoke({"q": "where"}, {"callbacks": [parsing]})
         recorder.flush()
-        with DistillationStore(url) as store:
+        with CallLog(url) as store:
             labels = {r.input: (r.label, r.raw_output) for r in everything(store)}
     assert labels == {
         "money back": ("refund", "refund"), "who knows": (None, "gibberish"), "where": ("status", "refund"),
@@ -1014,12 +1010,12 @@ def test_a_person_can_be_forgotten_whose_calls_a_handler_recorded(url: str, how:
             chain.invoke({"q": "hers"}, jane)
         chain.invoke({"q": "nobody's"}, {"callbacks": [handler]})
         recorder.flush()
-        with DistillationStore(url) as store:
+        with CallLog(url) as store:
             assert store.delete(subject="jane") == 1
             assert [one.input for one in everything(store)] == ["nobody's"]
 
 
-class AwayStore(DistillationStore):
+class AwayStore(CallLog):
     """A store whose database can be taken away."""
 
     away = False
@@ -1052,7 +1048,7 @@ def test_with_the_database_away_nothing_is_lost(tmp_path: Path) -> None:
         assert store.verify() == []
 
 
-class NotingStore(DistillationStore):
+class NotingStore(CallLog):
     """A store that notes how many records it is given, and calls back at the first of them."""
 
     def __init__(self, url: str | Path, at_first: Callable[[], None]) -> None:
@@ -1068,7 +1064,7 @@ class NotingStore(DistillationStore):
 
 
 def test_what_is_called_while_a_spool_is_drained_does_not_wait_for_all_of_it(tmp_path: Path) -> None:
-    with DistillationStore(tmp_path / "spool.db") as spool:
+    with CallLog(tmp_path / "spool.db") as spool:
         for start in range(0, 6_000, 3_000):
             spool.append([call(i) for i in range(start, start + 3_000)])
     ready = threading.Event()
@@ -1106,13 +1102,13 @@ def test_each_database_has_a_spool_of_its_own(tmp_path: Path, monkeypatch: Any) 
 
 
 def test_what_an_earlier_process_spooled_is_drained(tmp_path: Path) -> None:
-    with DistillationStore(tmp_path / "c.db.spool") as spool:
+    with CallLog(tmp_path / "c.db.spool") as spool:
         spool.append([call(1), call(2, subject="jane")])
     with Recorder(tmp_path / "c.db", retry_seconds=0.05) as recorder:
         deadline = time.monotonic() + 20
         while recorder.counters.drained < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        with DistillationStore(tmp_path / "c.db") as store:
+        with CallLog(tmp_path / "c.db") as store:
             assert store.count() == 2
             assert store.delete(subject="jane") == 1
 
@@ -1136,7 +1132,7 @@ def test_a_full_queue_makes_callers_wait_a_little_then_spool(tmp_path: Path) -> 
     recorder.close()
     recorder.close()
     recorder.record([lambda: call(99)])
-    with DistillationStore(tmp_path / "s.db") as spool:
+    with CallLog(tmp_path / "s.db") as spool:
         assert spool.count() == 1, "what comes after closing is spooled"
 
 
@@ -1145,7 +1141,7 @@ def test_what_waits_is_written_in_one_group(tmp_path: Path) -> None:
     written: list[int] = []
     began, go_on = threading.Event(), threading.Event()
 
-    class Watched(DistillationStore):
+    class Watched(CallLog):
         def append(self, records: Any) -> None:
             written.append(len(records))
             began.set()
@@ -1161,7 +1157,7 @@ def test_what_waits_is_written_in_one_group(tmp_path: Path) -> None:
         recorder.flush()
         assert written == [1, 9000]
         assert recorder.counters.written == 9001
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         assert store.count() == 9001
         assert [record.input for group in store.iterate() for record in group] == [call(i).input for i in range(9001)]
 
@@ -1202,11 +1198,11 @@ async def test_async_callers_are_not_held_up_by_a_full_queue(tmp_path: Path) -> 
 
 PROGRAM = """
 import sys, time
-from langchain_datashunt.distillation import Recorder, RoutedCall
+from langchain_datashunt.distillation import Recorder, CallRecord
 recorder = Recorder(sys.argv[1], durability=sys.argv[2])
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
-    recorder.record([lambda i=i: RoutedCall(input=f"question {i}", large_model="m")])
+    recorder.record([lambda i=i: CallRecord(input=f"question {i}", large_model="m")])
     if sys.argv[2] == "record":
         print(i, flush=True)
 print("done", flush=True)
@@ -1231,7 +1227,7 @@ def test_pending_records_are_written_at_exit_and_on_sigterm(tmp_path: Path, end:
     if end == "SIGTERM":
         program.send_signal(signal.SIGTERM)
     assert program.wait(30) == (-signal.SIGTERM if end == "SIGTERM" else 0)
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         assert store.count() == 3000
 
 
@@ -1239,14 +1235,14 @@ def test_many_records_are_stored_by_what_runs_at_exit(tmp_path: Path) -> None:
     """The interpreter starts no thread then that could compress them."""
     code = """if True:
         import atexit, sys
-        from langchain_datashunt.distillation import DistillationStore, RoutedCall
-        store = DistillationStore(sys.argv[1])
-        records = [RoutedCall(input=f"question {i}", labels=("a", "b"), raw_output="a" * 50) for i in range(9000)]
+        from langchain_datashunt.distillation import CallLog, CallRecord
+        store = CallLog(sys.argv[1])
+        records = [CallRecord(input=f"question {i}", labels=("a", "b"), raw_output="a" * 50) for i in range(9000)]
         atexit.register(store.append, records)
     """
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.db")], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         assert [len(batch) for batch in store.iterate(batch_size=8000)] == [8000, 1000]
         assert store.verify() == []
 
@@ -1263,7 +1259,7 @@ def test_after_sigkill_every_call_that_returned_has_its_record(tmp_path: Path) -
             break
     returned = max([returned, *(int(line) for line in program.stdout if line.strip().isdigit())])
     program.wait()
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         stored = {int(r.input.split()[1]) for r in everything(store)}
         assert set(range(returned + 1)) <= stored
         assert store.verify() == []
@@ -1278,7 +1274,7 @@ def test_a_child_process_gets_a_writer_of_its_own(tmp_path: Path) -> None:
         recorder.record([lambda: call(2)])
         os._exit(0 if recorder.flush(20) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         assert store.count() == 2
     import pickle
 
@@ -1309,7 +1305,7 @@ def test_forked_processes_do_not_share_a_connection(url: str, tmp_path: Path) ->
             recorder.flush()
         assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
         assert recorder.counters.spooled == 0
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         assert store.count() == 501
         assert store.verify() == []
 
@@ -1329,7 +1325,7 @@ def test_what_a_worker_process_has_pending_is_written_when_it_ends(tmp_path: Pat
     for worker in workers:
         worker.join()
     recorder.close()
-    with DistillationStore(tmp_path / "c.db") as store:
+    with CallLog(tmp_path / "c.db") as store:
         assert store.count() == 100
 
 
@@ -1344,11 +1340,11 @@ def test_threads_share_a_recorder(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        with DistillationStore(tmp_path / "c.db") as store:
+        with CallLog(tmp_path / "c.db") as store:
             assert store.count() == 80
 
 
-def test_an_export_that_fails_leaves_the_one_before_it(store: DistillationStore, tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_the_one_before_it(store: CallLog, tmp_path: Path) -> None:
     store.append([call(i) for i in range(3)])
     for name in ("calls.jsonl", "calls.parquet"):
         export(store, tmp_path / name)
@@ -1364,7 +1360,7 @@ def test_an_export_that_fails_leaves_the_one_before_it(store: DistillationStore,
         export(store, tmp_path, kind="jsonl")
 
 
-def test_chats_for_fine_tuning_are_only_what_can_be_learnt(store: DistillationStore, tmp_path: Path) -> None:
+def test_chats_for_fine_tuning_are_only_what_can_be_learnt(store: CallLog, tmp_path: Path) -> None:
     written = call(2, labels=("answer", "other"), probabilities=(0.4, 0.6), label="It is on its way.")
     store.append([call(1), written, call(3, input="hashed:sha256:" + "0" * 64)])
     assert export(store, tmp_path / "chats.jsonl", kind="openai") == 2
@@ -1373,7 +1369,7 @@ def test_chats_for_fine_tuning_are_only_what_can_be_learnt(store: DistillationSt
     assert told[1][2]["content"] == "It is on its way."
 
 
-def test_totals_count_repeats(store: DistillationStore) -> None:
+def test_totals_count_repeats(store: CallLog) -> None:
     for i in range(10):
         store.append([call(1, time=1000.0 + i)])
     store.append([call(2, route="small", reason="confident", large_model="", label=None, cost_usd=None)])
@@ -1387,7 +1383,7 @@ def test_totals_count_repeats(store: DistillationStore) -> None:
 def test_pending_counts_records_until_they_are_written(tmp_path: Path) -> None:
     going, begun = threading.Event(), threading.Event()
 
-    def slow() -> RoutedCall:
+    def slow() -> CallRecord:
         begun.set()
         assert going.wait(20)
         return call(0)
@@ -1404,7 +1400,7 @@ def test_pending_counts_records_until_they_are_written(tmp_path: Path) -> None:
 
 def test_a_dataset_of_nothing_is_one_and_takes_no_other_folders_place(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         store.append([call(i) for i in range(3)])
         nothing = CallFilter(until=1.0)
         for which, n in ((nothing, 0), (CallFilter(), 3), (nothing, 0)):

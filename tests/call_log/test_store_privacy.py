@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from cryptography.fernet import Fernet
 
-from langchain_datashunt import AlwaysLarge, NoHint, ShuntRunnable
-from langchain_datashunt.call_log import DistillationStore, Keeping, Recorder, RoutedCall
+from langchain_datashunt import AlwaysLarge, NoPruning, ShuntRunnable
+from langchain_datashunt.call_log import CallLog, CallRecord, Recorder, RedactionRules
 from langchain_datashunt.call_log.encryption import KEY_VARIABLE, Seal
 from langchain_datashunt.call_log.record import hash_input
 from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller, cold_start
@@ -28,10 +28,10 @@ def on_disk(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in folder.iterdir() if file.is_file())
 
 
-def shunted(store: DistillationStore, keep: Keeping | None, texts: list[str]) -> list[RoutedCall]:
+def shunted(store: CallLog, keep: RedactionRules | None, texts: list[str]) -> list[CallRecord]:
     with Recorder(store, keep=keep) as recorder:
         shunt = ShuntRunnable(
-            small=WordModel(), large=lambda asked: f"about {asked['input']}", policy=AlwaysLarge(), pruning=NoHint(),
+            small=WordModel(), large=lambda asked: f"about {asked['input']}", policy=AlwaysLarge(), pruning=NoPruning(),
             recorder=recorder,
         )  # fmt: skip
         shunt.batch(texts, {"configurable": {"shunt_subject": "jane"}})
@@ -40,8 +40,8 @@ def shunted(store: DistillationStore, keep: Keeping | None, texts: list[str]) ->
 
 @pytest.mark.parametrize("form", ["redacted", "hashed", "left_out"])
 def test_fields_are_kept_as_they_are_told(form: Any, tmp_path: Path) -> None:
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
-        keep = Keeping(input=form, raw_output=form, small_answer=form, subject=form != "left_out")
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+        keep = RedactionRules(input=form, raw_output=form, small_answer=form, subject=form != "left_out")
         calls = shunted(store, keep, [SECRET, SECRET, f"other {MAIL}"])
         assert not store.verify()
     assert MAIL.encode() not in on_disk(tmp_path)
@@ -60,7 +60,7 @@ def test_fields_are_kept_as_they_are_told(form: Any, tmp_path: Path) -> None:
 
 
 def test_nothing_is_learnt_from_what_was_not_kept() -> None:
-    kept = Keeping(input="hashed")
+    kept = RedactionRules(input="hashed")
     records = [kept(call(i, input=f"refund {i}", label="refund")) for i in range(40)]
     with pytest.raises(DataError, match="in 0 records"):
         TwoStageDistiller(DistillationSettings()).distill(WordModel(), records)
@@ -69,18 +69,18 @@ def test_nothing_is_learnt_from_what_was_not_kept() -> None:
 
 
 def test_an_input_cannot_pass_as_something_that_was_redacted() -> None:
-    kept = Keeping(input="redacted", raw_output="redacted")(
+    kept = RedactionRules(input="redacted", raw_output="redacted")(
         call(1, input=f"<EMAIL_1> {MAIL}", raw_output=MAIL, label=None)
     )
     assert (kept.input, kept.raw_output) == ("<EMAIL_1> <EMAIL_2>", "<EMAIL_2>")
     plain = call(1)
-    assert Keeping()(plain) == plain
+    assert RedactionRules()(plain) == plain
 
 
 def test_an_encrypted_store_shows_nothing_without_its_key(url: str, tmp_path: Path) -> None:  # noqa: F811
     key, other = Fernet.generate_key(), Fernet.generate_key()
     records = [call(1, input=SECRET, raw_output=f"about {SECRET}"), call(2, input="x", small_answer=None)]
-    with DistillationStore(url, key=key) as store:
+    with CallLog(url, key=key) as store:
         store.append(records)
         store.append([again := call(1, input=SECRET, raw_output=f"about {SECRET}")])
         assert sorted((one.input, one.count) for one in everything(store)) == [(SECRET, 2), ("x", 1)]
@@ -89,24 +89,24 @@ def test_an_encrypted_store_shows_nothing_without_its_key(url: str, tmp_path: Pa
     if url.startswith("sqlite"):
         assert b"secret of" not in on_disk(tmp_path)
         assert hash_input(SECRET) not in on_disk(tmp_path)
-    with DistillationStore(url) as store, pytest.raises(StoreError, match=KEY_VARIABLE):
+    with CallLog(url) as store, pytest.raises(StoreError, match=KEY_VARIABLE):
         everything(store)
-    with DistillationStore(url, key=other) as store, pytest.raises(StoreError, match="another key"):
+    with CallLog(url, key=other) as store, pytest.raises(StoreError, match="another key"):
         everything(store)
-    with DistillationStore(url, key=[other, key]) as store:  # a new key in front; the old one still reads
+    with CallLog(url, key=[other, key]) as store:  # a new key in front; the old one still reads
         store.append([call(3, input="new")])
         assert [one.input for one in everything(store)] == [SECRET, "x", "new"]
         assert not store.verify()
         assert store.delete(input_hash=records[0].input_hash) == 1
         assert store.delete(input_hash=call(3, input="new").input_hash) == 1
-    with DistillationStore(url, key=[other, key]) as store:
+    with CallLog(url, key=[other, key]) as store:
         assert [one.input for one in everything(store)] == ["x"]
 
 
 def test_the_key_can_come_from_the_environment_and_goes_nowhere_else(monkeypatch: Any, tmp_path: Path) -> None:
     key = Fernet.generate_key().decode()
     monkeypatch.setenv(KEY_VARIABLE, key)
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         (one,) = shunted(store, None, [SECRET])
         assert one.input == SECRET
         assert store.seal is not None
@@ -115,23 +115,23 @@ def test_the_key_can_come_from_the_environment_and_goes_nowhere_else(monkeypatch
             pickle.dumps(store.seal)
     assert b"secret of" not in on_disk(tmp_path)
     monkeypatch.delenv(KEY_VARIABLE)
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store, pytest.raises(StoreError, match="encrypted"):
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store, pytest.raises(StoreError, match="encrypted"):
         everything(store)
     for wrong in ("short", b"\xff", ["a", "b"]):
         with pytest.raises(ConfigurationError, match="no Fernet key"):
-            DistillationStore(tmp_path / "other.db", key=wrong)
+            CallLog(tmp_path / "other.db", key=wrong)
 
 
 def test_what_is_spooled_is_encrypted_and_kept_as_told_too(tmp_path: Path) -> None:
     key = Fernet.generate_key()
     spool = tmp_path / "spool" / "s.db"
-    with DistillationStore(tmp_path / "calls.db", key=key) as store:
-        recorder = Recorder(store, spool=spool, keep=Keeping(raw_output="left_out"), retry_seconds=60)
+    with CallLog(tmp_path / "calls.db", key=key) as store:
+        recorder = Recorder(store, spool=spool, keep=RedactionRules(raw_output="left_out"), retry_seconds=60)
         recorder._away_until = float("inf")
         recorder.record([lambda: call(1, input=SECRET, raw_output="said")])
         recorder.flush()
         assert recorder.counters.spooled == 1
-        with DistillationStore(spool, key=key) as spooled:
+        with CallLog(spool, key=key) as spooled:
             (one,) = everything(spooled)
         assert (one.input, one.raw_output) == (SECRET, None)
         assert b"secret of" not in on_disk(spool.parent)
@@ -143,13 +143,13 @@ def test_a_changed_record_is_found(tmp_path: Path) -> None:
     import sqlite3
 
     key = Fernet.generate_key()
-    with DistillationStore(tmp_path / "calls.db", key=key) as store:
+    with CallLog(tmp_path / "calls.db", key=key) as store:
         store.append([call(1)])
     with sqlite3.connect(tmp_path / "calls.db") as connection:
         (content,) = connection.execute("SELECT content FROM datashunt_segments").fetchone()
         changed = content[:-1] + bytes([content[-1] ^ 1])
         connection.execute("UPDATE datashunt_segments SET content = ?", (changed,))
-    with DistillationStore(tmp_path / "calls.db", key=key) as store:
+    with CallLog(tmp_path / "calls.db", key=key) as store:
         assert "changed" in store.verify()[0]
 
 
@@ -157,7 +157,7 @@ def test_a_changed_record_is_found(tmp_path: Path) -> None:
 def test_files_are_their_owners_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with DistillationStore(tmp_path / "calls.db") as store:
+        with CallLog(tmp_path / "calls.db") as store:
             shunted(store, None, ["a", "b"])
             modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     finally:
@@ -173,7 +173,7 @@ def test_a_recorder_that_encrypts_is_not_pickled_into_one_that_does_not(
 
     key, other = Fernet.generate_key().decode(), Fernet.generate_key().decode()
     monkeypatch.delenv("DATASHUNT_STORE_KEY", raising=False)
-    with Recorder(DistillationStore(tmp_path / "calls.db", key=key), spool=tmp_path / "s.db") as recorder:
+    with Recorder(CallLog(tmp_path / "calls.db", key=key), spool=tmp_path / "s.db") as recorder:
         for told in (None, other):
             if told:
                 monkeypatch.setenv("DATASHUNT_STORE_KEY", told)
@@ -182,16 +182,16 @@ def test_a_recorder_that_encrypts_is_not_pickled_into_one_that_does_not(
         monkeypatch.setenv("DATASHUNT_STORE_KEY", key)
         with pickle.loads(pickle.dumps(recorder)) as again:
             assert again.spool == tmp_path / "s.db"
-            again.record([lambda: RoutedCall(input="a secret", labels=("a", "b"), large_model="gpt", label="a")])
+            again.record([lambda: CallRecord(input="a secret", labels=("a", "b"), large_model="gpt", label="a")])
             assert again.flush()
             assert again.counters.written == 1
     assert b"a secret" not in (tmp_path / "calls.db").read_bytes()
 
 
 def test_a_pickled_recorder_keeps_its_keeping(tmp_path: Path) -> None:
-    with Recorder(tmp_path / "calls.db", keep=Keeping(input="hashed")) as recorder:
+    with Recorder(tmp_path / "calls.db", keep=RedactionRules(input="hashed")) as recorder:
         again = pickle.loads(pickle.dumps(recorder))
-        assert again.keep == Keeping(input="hashed")
+        assert again.keep == RedactionRules(input="hashed")
         again.close()
 
 
@@ -207,17 +207,17 @@ def test_no_password_and_no_input_stands_in_a_repr_an_error_or_the_log(tmp_path:
     with caplog.at_level("DEBUG"):
         recorder = Recorder(away, spool=tmp_path / "s.db", retry_seconds=60)
         assert "hunter2" not in repr(recorder)
-        recorder.record([lambda: RoutedCall(input=SECRET, labels=("a", "b"), probabilities=(1.0,))])
-        recorder.record([lambda: RoutedCall(input=SECRET, large_confidence=3.0)])
+        recorder.record([lambda: CallRecord(input=SECRET, labels=("a", "b"), probabilities=(1.0,))])
+        recorder.record([lambda: CallRecord(input=SECRET, large_confidence=3.0)])
         recorder.flush()
         recorder.close()
     assert recorder.counters.failed == 2
     assert "hunter2" not in caplog.text
     assert SECRET not in caplog.text
     with pytest.raises(StoreError) as caught:
-        DistillationStore(away)
+        CallLog(away)
     assert "hunter2" not in str(caught.value)
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         with store.connection() as connection:
             connection.exec_driver_sql("DROP TABLE datashunt_calls")
         with pytest.raises(StoreError) as caught:
@@ -228,17 +228,17 @@ def test_no_password_and_no_input_stands_in_a_repr_an_error_or_the_log(tmp_path:
 
 def test_a_lost_key_does_not_keep_others_from_being_forgotten(tmp_path: Path) -> None:
     old, new = Fernet.generate_key(), Fernet.generate_key()
-    with DistillationStore(tmp_path / "calls.db", key=old) as store:
+    with CallLog(tmp_path / "calls.db", key=old) as store:
         store.append([call(1, subject="jane"), call(9, subject="ann")])
         store.append([call(1, subject="jane")])
-    with DistillationStore(tmp_path / "calls.db", key=new) as store:
+    with CallLog(tmp_path / "calls.db", key=new) as store:
         store.append([call(2, subject="joe"), call(3)])
         assert store.delete(subject="joe") == 1, "what another key has sealed is erased another time"
         store.append([call(4), call(5)])
-    with DistillationStore(tmp_path / "calls.db", key=old) as store:
+    with CallLog(tmp_path / "calls.db", key=old) as store:
         with pytest.raises(StoreError, match="another key"):  # question 3 stands there too, and cannot be written anew
             store.prune(max_records=2)
         assert store.count() == 5, "nothing of it was done"
-    with DistillationStore(tmp_path / "calls.db", key=[new, old]) as store:
+    with CallLog(tmp_path / "calls.db", key=[new, old]) as store:
         assert store.delete(subject="jane") == 1
         assert [one.input for one in everything(store)] == ["question 3", "question 4", "question 5", "question 9"]

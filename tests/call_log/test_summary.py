@@ -13,16 +13,16 @@ from typer.testing import CliRunner
 from langchain_datashunt import AlwaysLarge, ShuntRunnable
 from langchain_datashunt.call_log import (
     CallFilter,
-    DistillationStore,
-    Keeping,
+    CallLog,
     OutputBudget,
     Recorder,
+    RedactionRules,
     SharedLedger,
-    overview_of,
+    summarize,
 )
 from langchain_datashunt.cli.app import app
 from langchain_datashunt.exceptions import ConfigurationError, StoreError
-from langchain_datashunt.privacy import DisclosureBudget, LocalLedger, OutboundGate
+from langchain_datashunt.privacy import DisclosureBudget, LocalLedger, PrivacyGuard
 from tests.call_log.test_store import call, url  # noqa: F401  # a fixture
 from tests.support.models import WordModel
 
@@ -32,11 +32,11 @@ MAIL = "jane@example.com"
 
 @pytest.fixture
 def store(url: str) -> Any:  # noqa: F811
-    with DistillationStore(url) as opened:
+    with CallLog(url) as opened:
         yield opened
 
 
-def filled(store: DistillationStore) -> None:
+def filled(store: CallLog) -> None:
     monday = 4 * DAY  # of the second week of 1970
     asked = [
         call(i, time=monday + 1.7 + i * DAY / 2, label=label, gold=gold)
@@ -47,27 +47,27 @@ def filled(store: DistillationStore) -> None:
     store.append([asked[2].model_copy(update={"id": str(uuid4())})])
 
 
-def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: DistillationStore) -> None:
+def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: CallLog) -> None:
     filled(store)
-    first, second, last = overview_of(store, sample_small=0.5)
+    first, second, last = summarize(store, sample_small=0.5)
     assert [row.start / DAY for row in (first, second, last)] == [4, 5, 13]
-    assert (first.calls, first.query_share) == (4.0, 0.5)
+    assert (first.calls, first.deferral_rate) == (4.0, 0.5)
     assert first.cost_usd == pytest.approx(0.02)
     assert first.usd_per_1000 == pytest.approx(5.0)
     assert first.all_large_usd_per_1000 == pytest.approx(10.0)
     assert (first.agreement, first.labelled) == (0.5, 3)
     assert first.accuracy == pytest.approx(2 / 3), "refund by the large model, cancel by the small one"
     assert (first.small_accuracy, first.large_accuracy) == (pytest.approx(1 / 3), 0.5)
-    assert (second.calls, second.query_share, second.labelled) == (2.0, 1.0, 0), "a repeat counts"
-    assert (last.query_share, last.usd_per_1000, last.all_large_usd_per_1000) == (0.0, 0.0, None)
-    weeks = overview_of(store, by="week", sample_small=0.5)
+    assert (second.calls, second.deferral_rate, second.labelled) == (2.0, 1.0, 0), "a repeat counts"
+    assert (last.deferral_rate, last.usd_per_1000, last.all_large_usd_per_1000) == (0.0, 0.0, None)
+    weeks = summarize(store, by="week", sample_small=0.5)
     assert [(row.start / DAY, row.calls) for row in weeks] == [(4, 6.0), (11, 2.0)]
-    (everything,) = overview_of(store, by="all", sample_small=1.0)
+    (everything,) = summarize(store, by="all", sample_small=1.0)
     assert (everything.calls, everything.start) == (6.0, 4 * DAY + 1.7)
-    assert overview_of(store, which=CallFilter(until=4 * DAY)) == []
+    assert summarize(store, which=CallFilter(until=4 * DAY)) == []
 
 
-def test_only_what_is_sampled_is_scaled_up(store: DistillationStore) -> None:
+def test_only_what_is_sampled_is_scaled_up(store: CallLog) -> None:
     """Audits, inputs that had to stay, and failed large calls are recorded always."""
     nothing: dict[str, Any] = {"label": None, "raw_output": None, "cost_usd": None, "large_model": "", "time": 10.0}
     kept: dict[str, Any] = {**nothing, "route": "small", "reason": "confident"}
@@ -80,53 +80,55 @@ def test_only_what_is_sampled_is_scaled_up(store: DistillationStore) -> None:
             *(call(400 + i, **{**nothing, "route": "small", "reason": "large_error"}) for i in range(1)),
         ]
     )
-    (row,) = overview_of(store, sample_small=0.1)
+    (row,) = summarize(store, sample_small=0.1)
     assert row.calls == 10 / 0.1 + 6 + 3 + 1
-    assert row.query_share == pytest.approx(7 / 110)
+    assert row.deferral_rate == pytest.approx(7 / 110)
     assert row.cost_usd == pytest.approx(4 * 0.5 + 6 * 0.01)
     assert row.all_large_usd_per_1000 == pytest.approx(1000 * 0.06 / 7)
 
 
-def test_what_the_gate_let_out_stands_beside_it(store: DistillationStore) -> None:
+def test_what_the_gate_let_out_stands_beside_it(store: CallLog) -> None:
     ledger = SharedLedger(store)
-    gate = OutboundGate(budget=DisclosureBudget(calls=2, ledger=ledger), redact=frozenset({"EMAIL"}))
+    guard = PrivacyGuard(budget=DisclosureBudget(calls=2, ledger=ledger), redact=frozenset({"EMAIL"}))
     with Recorder(store, sample_small=1.0) as recorder:
         shunt = ShuntRunnable(
-            small=WordModel(), large=lambda asked: "refund", policy=AlwaysLarge(), pruning=None, gate=gate,
+            small=WordModel(), large=lambda asked: "refund", policy=AlwaysLarge(), pruning=None, guard=guard,
             recorder=recorder,
         )  # fmt: skip
         for i in range(4):
             shunt.invoke({"input": f"refund {i} {MAIL} from 192.168.0.{i}"})
-    (row,) = overview_of(store, sample_small=1.0)
+    (row,) = summarize(store, sample_small=1.0)
     assert (row.calls, row.sent, row.refused) == (4.0, 2, 2)
     assert (row.replaced, row.plain) == ({"EMAIL": 2}, {"IP": 2})
     assert row.characters > 2 * len("refund 0 <EMAIL_1> from 192.168.0.0")
-    assert row.query_share == 0.5
+    assert row.deferral_rate == 0.5
 
 
-def test_the_report_is_a_table_or_json(store: DistillationStore, url: str) -> None:  # noqa: F811
+def test_the_report_is_a_table_or_json(store: CallLog, url: str) -> None:  # noqa: F811
     filled(store)
     runner = CliRunner()
-    shown = runner.invoke(app, ["report", "--store", url, "--by", "week", "--sample-small", "0.5"])
+    shown = runner.invoke(app, ["log", "summary", "--store", url, "--by", "week", "--sample-small", "0.5"])
     assert shown.exit_code == 0
     assert "1970-01-05" in shown.stdout
     assert "66.7% of 3" in shown.stdout
-    found = runner.invoke(app, ["report", "--store", url, "--json", "--since", "1970-01-06", "--sample-small", "0.5"])
+    found = runner.invoke(
+        app, ["log", "summary", "--store", url, "--json", "--since", "1970-01-06", "--sample-small", "0.5"]
+    )
     assert [row["calls"] for row in json.loads(found.stdout)] == [2.0, 2.0]
-    wrong = runner.invoke(app, ["report", "--store", url, "--by", "hour"])
+    wrong = runner.invoke(app, ["log", "summary", "--store", url, "--by", "hour"])
     assert wrong.exit_code == 2
     assert "no period 'hour'" in wrong.stderr
     with pytest.raises(ConfigurationError, match="above 0"):
-        overview_of(store, sample_small=0.0)
+        summarize(store, sample_small=0.0)
 
 
 @pytest.fixture(params=["here", "shared"])
 def ledger(request: pytest.FixtureRequest, url: str) -> Any:  # noqa: F811
-    return LocalLedger() if request.param == "here" else SharedLedger(DistillationStore(url))
+    return LocalLedger() if request.param == "here" else SharedLedger(CallLog(url))
 
 
-def test_no_more_answers_are_stored_than_the_budget_has(store: DistillationStore, ledger: Any) -> None:
-    keep = Keeping(outputs=OutputBudget(outputs=3, subject_outputs=2, ledger=ledger, name="stored"))
+def test_no_more_answers_are_stored_than_the_budget_has(store: CallLog, ledger: Any) -> None:
+    keep = RedactionRules(outputs=OutputBudget(outputs=3, subject_outputs=2, ledger=ledger, name="stored"))
     with Recorder(store, sample_small=1.0, keep=keep) as recorder:
         shunt = ShuntRunnable(
             small=WordModel(), large=lambda asked: "refund", policy=AlwaysLarge(), pruning=None, recorder=recorder
@@ -139,12 +141,12 @@ def test_no_more_answers_are_stored_than_the_budget_has(store: DistillationStore
     assert [one.label for one in records if one.raw_output is None] == [None, None]
 
 
-def test_answers_that_cannot_be_counted_are_not_stored(store: DistillationStore, caplog: Any) -> None:
+def test_answers_that_cannot_be_counted_are_not_stored(store: CallLog, caplog: Any) -> None:
     class Away(LocalLedger):
         def spend(self, amounts: Any) -> Any:
             raise StoreError("the database is away")
 
-    kept = Keeping(outputs=OutputBudget(outputs=5, ledger=Away()))(call(1))
+    kept = RedactionRules(outputs=OutputBudget(outputs=5, ledger=Away()))(call(1))
     assert (kept.raw_output, kept.label) == (None, None)
     assert "cannot be counted" in caplog.text
     with pytest.raises(ConfigurationError, match="without a bound"):
@@ -165,7 +167,7 @@ def test_a_ledger_forgets_other_periods_only(monkeypatch: Any) -> None:
 
 
 def test_budgets_and_keepings_can_be_pickled(tmp_path: Any) -> None:
-    keep = Keeping(outputs=OutputBudget(outputs=3))
+    keep = RedactionRules(outputs=OutputBudget(outputs=3))
     assert pickle.loads(pickle.dumps(keep)).outputs.outputs == 3
     assert pickle.loads(pickle.dumps(DisclosureBudget(calls=1))).calls == 1
     with Recorder(tmp_path / "calls.db", keep=keep) as recorder:
@@ -177,7 +179,7 @@ def test_money_is_a_bound_too() -> None:
     budget = DisclosureBudget(usd=0.05, subject_usd=0.02, usd_per_call=0.01, ledger=ledger)
     shunt = ShuntRunnable(
         small=WordModel(), large=lambda mapping: asked.append(mapping["input"]) or "refund", policy=AlwaysLarge(),
-        pruning=None, return_decision=True, gate=OutboundGate(budget=budget),
+        pruning=None, return_decision=True, guard=PrivacyGuard(budget=budget),
     )  # fmt: skip
     whose = ["jane", "jane", "jane", "joe", "joe", "ann", "bob"]
     reasons = [
@@ -186,12 +188,12 @@ def test_money_is_a_bound_too() -> None:
     ]
     sent, stays = "deferred", "local_only"
     assert reasons == [sent, sent, stays, sent, sent, sent, stays]
-    by_length = OutboundGate(budget=DisclosureBudget(usd=0.01, usd_per_1000_characters=0.1, ledger=LocalLedger()))
+    by_length = PrivacyGuard(budget=DisclosureBudget(usd=0.01, usd_per_1000_characters=0.1, ledger=LocalLedger()))
     by_length.outbound("x" * 90)
     with pytest.raises(Exception, match="bound 'usd'"):
         by_length.outbound("x" * 20)
     by_length.outbound("x" * 9)
-    exact = OutboundGate(budget=DisclosureBudget(usd=0.3, usd_per_call=0.1, ledger=LocalLedger()))
+    exact = PrivacyGuard(budget=DisclosureBudget(usd=0.3, usd_per_call=0.1, ledger=LocalLedger()))
     for _ in range(3):
         exact.outbound("three times a tenth is three tenths")
     with pytest.raises(Exception, match="bound 'usd'"):
@@ -200,8 +202,8 @@ def test_money_is_a_bound_too() -> None:
         DisclosureBudget(usd=1.0)
 
 
-def test_a_call_that_failed_was_not_answered(store: DistillationStore) -> None:
+def test_a_call_that_failed_was_not_answered(store: CallLog) -> None:
     lost: dict[str, Any] = {"route": "large", "reason": "large_error", "label": None, "large_model": "", "time": 10.0}
     store.append([call(i, gold="refund", **lost) for i in range(3)])
-    (row,) = overview_of(store, by="all", sample_small=1.0)
+    (row,) = summarize(store, by="all", sample_small=1.0)
     assert (row.labelled, row.accuracy) == (0, None)

@@ -25,20 +25,12 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from langchain_datashunt import (
-    AlwaysSmall,
-    HardPrompt,
-    NoHint,
-    Prediction,
-    Retry,
-    ShuntChatModel,
-    Threshold,
-    ToolAnswer,
-)
+from langchain_datashunt import AlwaysSmall, HardPruning, NoPruning, Prediction, Retry, ShuntChatModel, Threshold
+from langchain_datashunt.chat import ToolAnswer
 from langchain_datashunt.chat.answers import AnswerForm
-from langchain_datashunt.chat.draft import least_token_probability
-from langchain_datashunt.exceptions import ConfigurationError, QueueFullError, StaysLocal, ThresholdWarning
-from langchain_datashunt.privacy import OutboundGate
+from langchain_datashunt.chat.draft import min_token_probability
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError, QueueFullError, ThresholdWarning
+from langchain_datashunt.privacy import PrivacyGuard
 from tests.support.at_once import AtOnce
 from tests.support.faulty_server import FaultyServer
 from tests.support.handlers import RunBook
@@ -99,9 +91,9 @@ def test_the_rest_goes_to_the_large_model_with_a_hint(server: ScriptedServer) ->
     shunt(server, hint="It may be {small_label}.").invoke(UNSURE)
     assert server.bodies[1]["messages"][0] == {"role": "system", "content": "It may be cancel."}
     blocks = SystemMessage([{"type": "text", "text": "Be brief."}])
-    shunt(server, pruning=HardPrompt(proficient=())).invoke([blocks, HumanMessage(UNSURE)])
+    shunt(server, pruning=HardPruning(proficient=())).invoke([blocks, HumanMessage(UNSURE)])
     assert [part["text"][:9] for part in server.bodies[2]["messages"][0]["content"]] == ["Be brief.", "About the"]
-    for quiet in (None, NoHint()):
+    for quiet in (None, NoPruning()):
         shunt(server, pruning=quiet).invoke(UNSURE)
         assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"]
     shunt(server, small=failing_word_model(ValueError("broken"))).invoke(UNSURE)
@@ -152,7 +144,7 @@ class Writes(Runnable[Any, Prediction]):
     model_id = "writer"
 
     def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
-        return Prediction.of_answer(input[-1].text.split()[-1], 0.95, model_id=self.model_id)
+        return Prediction.from_answer(input[-1].text.split()[-1], 0.95, model_id=self.model_id)
 
 
 def test_what_a_small_model_wrote_is_given_where_it_fits(server: ScriptedServer) -> None:
@@ -240,8 +232,8 @@ def test_a_chat_model_without_log_probabilities_is_never_believed(server: Script
     assert (told["route"], told["reason"]) == ("large", "small_error")
     assert "gave no log-probabilities" in told["error"]
     tokens = {"logprobs": {"content": [{"logprob": math.log(p)} for p in (0.9, 0.5, 0.8)]}}
-    assert least_token_probability(AIMessage("a b c", response_metadata=tokens)) == pytest.approx(0.5)
-    assert least_token_probability(AIMessage("a")) is None
+    assert min_token_probability(AIMessage("a b c", response_metadata=tokens)) == pytest.approx(0.5)
+    assert min_token_probability(AIMessage("a")) is None
 
 
 def test_the_large_models_cache_and_rate_limiter_stay_its_own(server: ScriptedServer) -> None:
@@ -412,8 +404,8 @@ def test_what_a_call_binds_itself_counts_too(server: ScriptedServer) -> None:
     assert server.bodies == []
     model.bind(response_format={"type": "json_object"}).invoke(SURE)
     assert len(server.bodies) == 1
-    assert AnswerForm.of_tools([cancel_order], {"type": "any"}, {}).must_call
-    assert AnswerForm.of_tools([cancel_order], {"type": "none"}, {}).tools == frozenset()
+    assert AnswerForm.from_tools([cancel_order], {"type": "any"}, {}).must_call
+    assert AnswerForm.from_tools([cancel_order], {"type": "none"}, {}).tools == frozenset()
 
 
 def test_the_bound_and_the_retries_hold_for_every_call() -> None:
@@ -516,21 +508,21 @@ def test_settings_that_change_are_followed_and_wrong_ones_refused(server: Script
 async def test_what_must_stay_loses_no_other_answer_of_its_batch(
     server: ScriptedServer, on_local: Any, way: str
 ) -> None:
-    gate = OutboundGate(local_where=lambda text: "secret" in text, on_local=on_local)
-    model = shunt(server, gate=gate, small=failing_word_model(ValueError("down")))
+    guard = PrivacyGuard(local_where=lambda text: "secret" in text, on_local=on_local)
+    model = shunt(server, guard=guard, small=failing_word_model(ValueError("down")))
     inputs: list[Any] = ["tell me", "a secret", "tell me more"]
     if way == "batch":
         found = model.batch(inputs, return_exceptions=True)
     else:
         found = await model.abatch(inputs, return_exceptions=True)
-    assert [type(one) for one in found] == [AIMessage, StaysLocal, AIMessage]
-    with pytest.raises(StaysLocal):
+    assert [type(one) for one in found] == [AIMessage, LocalOnlyError, AIMessage]
+    with pytest.raises(LocalOnlyError):
         model.batch(inputs)
 
 
 def test_calls_with_tools_or_settings_of_their_own_wait_in_the_same_line() -> None:
-    gate = threading.Event()
-    large = ToolsChat(responses=["done"], wait=gate)
+    guard = threading.Event()
+    large = ToolsChat(responses=["done"], wait=guard)
     model = ShuntChatModel(small=WordModel(), large=large, max_pending=2, max_concurrency=1)
     bound = [model.bind_tools([cancel_order]) for _ in range(6)]
 
@@ -544,7 +536,7 @@ def test_calls_with_tools_or_settings_of_their_own_wait_in_the_same_line() -> No
         waiting = [pool.submit(ask, one) for one in bound]
         while sum(one.done() for one in waiting) < 4:
             time.sleep(0.01)
-        gate.set()
+        guard.set()
         answered = [one.result(20) for one in waiting]
     assert sum(isinstance(one, QueueFullError) for one in answered) == 4
 

@@ -14,16 +14,9 @@ from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from langchain_datashunt import (
-    AlwaysLarge,
-    BundledSmallModel,
-    EmbeddingClassifier,
-    MaxProbability,
-    Retry,
-    ShuntChatModel,
-    SoftPrompt,
-    Threshold,
-)
+from langchain_datashunt import AlwaysLarge, EmbeddingClassifier, Retry, ShuntChatModel, SoftPruning, Threshold
+from langchain_datashunt.policies import MaxProbability
+from langchain_datashunt.small_models import BundledSmallModel
 from tests.support.models import LABELS, LetterEmbeddings, WordModel
 from tests.support.scripted_server import ScriptedServer
 
@@ -59,7 +52,7 @@ class TestUnit(ChatModelUnitTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        small = BundledSmallModel.at(self.folder)
+        small = BundledSmallModel.from_folder(self.folder)
         return {"small": small, "large": ChatOpenAI(model="gpt-4o"), "policy": Threshold(0.8), "answers": ANSWERS}
 
     @property
@@ -89,7 +82,7 @@ class TestUnit(ChatModelUnitTests):
         super().test_serdes(model, snapshot)
 
     def test_it_is_made_again_where_its_classes_are_allowed(self, model: BaseChatModel) -> None:
-        kinds = [ShuntChatModel, BundledSmallModel, ChatOpenAI, Threshold, MaxProbability, SoftPrompt, Retry]
+        kinds = [ShuntChatModel, BundledSmallModel, ChatOpenAI, Threshold, MaxProbability, SoftPruning, Retry]
         again = load(
             dumpd(model), allowed_objects=kinds, valid_namespaces=["langchain_datashunt"], secrets_from_env=True
         )

@@ -20,24 +20,20 @@ from langchain_openai import ChatOpenAI
 
 from langchain_datashunt import (
     AlwaysLarge,
-    ChatModelSmallModel,
     ConfidenceRouterChain,
-    Entropy,
-    ImageReader,
-    LeastTokenProbability,
-    Margin,
-    MeanTokenProbability,
-    Monitor,
-    Picture,
     ShuntChatModel,
     ShuntRunnable,
-    SoftPrompt,
+    SoftPruning,
     Threshold,
     TopHint,
 )
 from langchain_datashunt.agents import ShuntModelRouterMiddleware
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt.call_log import CallLog, Recorder
+from langchain_datashunt.chat import SmallChatModel
+from langchain_datashunt.evaluation.monitor import Monitor
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError
+from langchain_datashunt.images import ImageReader, Picture
+from langchain_datashunt.policies import Entropy, Margin, MeanTokenProbability, MinTokenProbability
 from tests.support.handlers import RunBook
 from tests.support.modalities import ScriptedSmall, image_modality
 from tests.support.models import LABELS
@@ -63,7 +59,7 @@ def tiny(server: ScriptedServer, **settings: Any) -> ChatOpenAI:
 
 async def test_it_writes_and_knows_how_sure_it_is() -> None:
     with ScriptedServer(reply) as server:
-        small = ChatModelSmallModel(chat_model=tiny(server))
+        small = SmallChatModel(chat_model=tiny(server))
         assert small.model_id == "tiny"
         one = small.invoke("surely something")
         assert (one.answer, one.label, one.model_id) == ("A small answer.", "answer", "tiny")
@@ -83,7 +79,7 @@ async def test_it_writes_and_knows_how_sure_it_is() -> None:
         assert [message["content"] for message in server.bodies[-1]["messages"]] == [
             "Be brief.", "one", "two", "surely three",
         ]  # fmt: skip
-        least = ChatModelSmallModel(chat_model=tiny(server), score=LeastTokenProbability(), model_id="mine")
+        least = SmallChatModel(chat_model=tiny(server), score=MinTokenProbability(), model_id="mine")
         assert least.invoke("surely").model_id == "mine"
         other = server.chat_model(model="other")
         assert small.model_copy(update={"chat_model": other}).model_id == "other"
@@ -93,14 +89,14 @@ async def test_it_writes_and_knows_how_sure_it_is() -> None:
 
 
 async def test_a_shunt_between_two_servers_models(tmp_path: Path) -> None:
-    with ScriptedServer(reply) as server, DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with ScriptedServer(reply) as server, CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         prompt = ChatPromptTemplate.from_messages(
             [("system", "A small model says: {small_label} ({small_confidence})"), ("human", "{input}")]
         )
         large = prompt | server.chat_model(http_async_client=httpx.AsyncClient()) | StrOutputParser()
         with Recorder(store, task="chat", sample_small=1.0) as recorder:
             shunt = ShuntRunnable(
-                small=ChatModelSmallModel(chat_model=tiny(server)), large=large, policy=Threshold(0.9),
+                small=SmallChatModel(chat_model=tiny(server)), large=large, policy=Threshold(0.9),
                 pruning=TopHint(),
                 recorder=recorder,
             )  # fmt: skip
@@ -122,7 +118,7 @@ async def test_a_shunt_between_two_servers_models(tmp_path: Path) -> None:
 
 def test_it_chooses_labels_from_their_tokens() -> None:
     with ScriptedServer(reply) as server:
-        small = ChatModelSmallModel(chat_model=tiny(server), labels=LABELS, aliases={"refund": ("money back",)})
+        small = SmallChatModel(chat_model=tiny(server), labels=LABELS, aliases={"refund": ("money back",)})
         one = small.invoke("surely refund")
         assert (one.label, one.answer) == ("refund", None)
         assert one.confidence == pytest.approx(0.97)
@@ -137,7 +133,7 @@ def test_it_chooses_labels_from_their_tokens() -> None:
 
 
 async def test_a_model_without_log_probabilities_is_never_believed() -> None:
-    small = ChatModelSmallModel(chat_model=FakeListChatModel(responses=["hello"]))
+    small = SmallChatModel(chat_model=FakeListChatModel(responses=["hello"]))
     with pytest.raises(PredictionError, match="gave no log-probabilities"):
         small.invoke("x")
     with pytest.raises(PredictionError, match="gave no log-probabilities"):
@@ -146,16 +142,16 @@ async def test_a_model_without_log_probabilities_is_never_believed() -> None:
     result = shunt.invoke("x")
     assert (result.output, result.reason) == ("large", "small_error")
     with pytest.raises(ConfigurationError, match="no Runnable"):
-        ChatModelSmallModel(chat_model=3)  # type: ignore[arg-type]
+        SmallChatModel(chat_model=3)  # type: ignore[arg-type]
     with pytest.raises(PredictionError, match="a chat model's message is needed"):
-        ChatModelSmallModel(chat_model=lambda _: "text").invoke("x")  # type: ignore[arg-type]
+        SmallChatModel(chat_model=lambda _: "text").invoke("x")  # type: ignore[arg-type]
 
 
 def test_images_go_to_a_multimodal_model_with_what_the_small_one_thinks(tmp_path: Path) -> None:
     modality = image_modality(tmp_path)
     with ScriptedServer(text="red") as server:
         chain = ConfidenceRouterChain.from_models(
-            modality.small, server.chat_model(), policy=AlwaysLarge(), pruning=SoftPrompt(), answer_format="text"
+            modality.small, server.chat_model(), policy=AlwaysLarge(), pruning=SoftPruning(), answer_format="text"
         )
         value = HumanMessage([{"type": "text", "text": "Which colour?"}, Picture(modality.inputs[0]).block()])
         assert chain.invoke(value) == "red"
@@ -183,7 +179,7 @@ def test_images_go_to_a_multimodal_model_with_what_the_small_one_thinks(tmp_path
 
 def test_a_multimodal_chat_model_can_be_the_small_side() -> None:
     with ScriptedServer(reply) as server:
-        small = ChatModelSmallModel(chat_model=tiny(server), reader=ImageReader(), labels=LABELS)
+        small = SmallChatModel(chat_model=tiny(server), reader=ImageReader(), labels=LABELS)
         found = small.batch([np.zeros((8, 8, 3), np.uint8), "no image"], return_exceptions=True)
         assert isinstance(found[0], Exception)  # the scripted model sees no label in a picture
         assert isinstance(found[1], InputError)
@@ -206,7 +202,7 @@ def test_a_label_is_never_surer_than_the_one_that_was_said() -> None:
         [token("Label", 0.06, ("status", 0.9)), token(":", 1), token(" status", 0.99)],
         [token("stat", 0.9, ("stat", 0.9), ("ref", 0.05)), token("us", 0.1)],
     ):
-        small = ChatModelSmallModel(chat_model=said("status", tokens), labels=("status", "refund"))
+        small = SmallChatModel(chat_model=said("status", tokens), labels=("status", "refund"))
         one = small.invoke("x")
         assert (one.label, one.confidence < 0.9) == ("status", True)
 
@@ -219,15 +215,15 @@ def test_what_cannot_be_believed_is_an_error_of_its_own_input() -> None:
     }
     for words, model in bad.items():
         with pytest.raises(PredictionError, match=words):
-            ChatModelSmallModel(chat_model=model, model_id="m").invoke("x")
+            SmallChatModel(chat_model=model, model_id="m").invoke("x")
     good, none = said("hello", [token("hello", 0.9)]), bad["no numbers"]
     mixed = RunnableLambda(lambda value: (none if "bad" in value.to_string() else good).invoke(value))
-    found = ChatModelSmallModel(chat_model=mixed, model_id="m").batch(["a", "bad", "c"], return_exceptions=True)
+    found = SmallChatModel(chat_model=mixed, model_id="m").batch(["a", "bad", "c"], return_exceptions=True)
     assert [getattr(one, "answer", None) for one in found] == ["hello", None, "hello"]
 
 
 def test_changed_settings_are_followed() -> None:
-    small = ChatModelSmallModel(chat_model=said("A", [token("A", 0.9)]), model_id="m")
+    small = SmallChatModel(chat_model=said("A", [token("A", 0.9)]), model_id="m")
     small.chat_model = said("B", [token("B", 0.9)])
     assert small.invoke("x").answer == "B"
     assert small.model_copy(update={"chat_model": said("C", [token("C", 0.9)])}).invoke("x").answer == "C"
@@ -239,7 +235,7 @@ def test_written_answers_in_chat_models_llms_and_audits() -> None:
 
     from langchain_datashunt.llama_index import ShuntLLM
 
-    small = ChatModelSmallModel(chat_model=said("hello there", [token("hello", 0.99)]), model_id="m")
+    small = SmallChatModel(chat_model=said("hello there", [token("hello", 0.99)]), model_id="m")
     chat = ShuntChatModel(small=small, large=FakeListChatModel(responses=["large"]))
     assert chat.invoke("hi").content == "hello there"
     assert ShuntLLM(small=ScriptedSmall(), large=MockLLM()).complete("surely hi").text == "short: surely hi"
@@ -258,7 +254,7 @@ def test_written_answers_in_chat_models_llms_and_audits() -> None:
 def test_drafts_are_recorded_as_text_and_scored_by_their_tokens(tmp_path: Path) -> None:
     draft = AIMessage("hello there", response_metadata={"logprobs": {"content": [token("hello", 0.5)]}})
     tiny_model = GenericFakeChatModel(messages=iter([draft, draft]))
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store) as recorder:
             large = FakeListChatModel(responses=["BIG"])
             policy = Threshold(0.9, score=MeanTokenProbability())

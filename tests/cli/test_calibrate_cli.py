@@ -71,8 +71,8 @@ def test_the_best_kind_can_be_chosen_on_the_command_line(folder: Path, tmp_path:
     said = run("train", folder, "train.csv", "--model", "auto", "--out", out, "--time-budget", "3", "--epochs", "2")
     assert "embedding: NLL" in said
     assert load_small_model(out).labels == LABELS
-    words = run("train", folder, "train.csv", "--model", "textcnn", "--out", out, "--name-labels", code=2)
-    assert "--name-labels is for embedding, neighbours, ensemble" in words
+    words = run("train", folder, "train.csv", "--model", "textcnn", "--out", out, "--label-names-as-examples", code=2)
+    assert "--label-names-as-examples is for embedding, neighbours, ensemble" in words
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_the_best_kind_can_be_chosen_on_the_command_line(folder: Path, tmp_path:
         ("max-accuracy", ["--large-label", "large", "--fusion"]),
         ("match-large", ["--large-label", "large"]),
         ("match-large=0.02", ["--large-label", "large"]),
-        ("budget=0.2", ["--large-label", "large"]),
-        ("budget=0.2", []),
+        ("deferral=0.2", ["--large-label", "large"]),
+        ("deferral=0.2", []),
         ("cost=1.5", ["--large-label", "large", "--large-cost", "usd"]),
         ("cost=1.5", ["--large-label", "large", "--large-cost", "0.005"]),
         ("risk=0.15", []),
@@ -94,7 +94,7 @@ def test_every_objective_is_written_into_the_bundle(
     objective: str, more: list[str], folder: Path, bundle: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "choice.json"
-    run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", objective, "--json", str(out), *more)
+    run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", objective, "--json-out", str(out), *more)
     told, small = json.loads(out.read_text()), load_small_model(bundle)
     if objective == "risk=0.2":  # 13% are wrong of all that it answers, so everything may be kept
         assert isinstance(small.policy, AlwaysSmall)
@@ -103,13 +103,13 @@ def test_every_objective_is_written_into_the_bundle(
         assert small.policy.threshold == told["threshold"] == small.threshold
     assert (small.fusion is not None) == ("--fusion" in more)
     if objective.startswith("budget"):
-        assert told["query_share"] <= 0.2 + 1e-9
+        assert told["deferral_rate"] <= 0.2 + 1e-9
     if objective.startswith("cost"):
         assert told["usd_per_1000"] <= 1.5 + 1e-9
     if objective.startswith("risk"):
         percent = objective.removeprefix("risk=0.").ljust(2, "0")
         assert f"With 95% confidence at most {percent}%" in told["guarantee"]
-        assert told["kept_error"] <= int(percent) / 100
+        assert told["selective_risk"] <= int(percent) / 100
         assert told["temperature"] == load_small_model(folder / "base").temperature, "scores must not see the labels"
     from langchain_core.language_models import FakeListChatModel
 
@@ -126,11 +126,11 @@ def test_a_promise_that_cannot_be_shown_ends_with_status_1(folder: Path, bundle:
 def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, tmp_path: Path) -> None:
     out, asked = tmp_path / "figures.json", ["--large-label", "large"]
     run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", "max-accuracy", "--fusion", *asked)
-    given = ["--bundle", bundle, "--json", str(out), *asked, "--large-cost", "usd"]
+    given = ["--bundle", bundle, "--json-out", str(out), *asked, "--large-cost", "usd"]
     run("evaluate", folder, "test.csv", *given)
     told = json.loads(out.read_text())
     keys = (
-        "small_accuracy", "large_accuracy", "shunt_accuracy", "query_share", "fused_accuracy", "random_mix_accuracy",
+        "small_accuracy", "large_accuracy", "shunt_accuracy", "deferral_rate", "fused_accuracy", "random_mix_accuracy",
         "aurc", "ece_before", "ece_after", "savings_usd_per_1000",
     )  # fmt: skip
     assert told["n"] == 600
@@ -139,7 +139,7 @@ def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, 
         assert low <= high
     assert told["shunt_accuracy"] > told["random_mix_accuracy"]
     run("evaluate", folder, "test.csv", *given, "--threshold", "0.99")
-    assert json.loads(out.read_text())["query_share"] > told["query_share"]
+    assert json.loads(out.read_text())["deferral_rate"] > told["deferral_rate"]
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, 
         ),
         ("dev.csv", ["--objective", "risk=0.0001"], "calibration examples cannot show"),
         ("empty.csv", ["--objective", "risk=0.1"], "has no rows"),
-        ("strange.csv", ["--objective", "budget=0.1"], "does not know: unheard-of"),
-        ("one.csv", ["--objective", "budget=0.1"], "All 20 examples have the label 'refund'"),
+        ("strange.csv", ["--objective", "deferral=0.1"], "does not know: unheard-of"),
+        ("one.csv", ["--objective", "deferral=0.1"], "All 20 examples have the label 'refund'"),
     ],
 )
 def test_impossible_asks_name_the_remedy(data: str, more: list[str], words: str, folder: Path, bundle: str) -> None:

@@ -25,13 +25,13 @@ from langchain_datashunt import (
     AlwaysLarge,
     ConfidenceRouterChain,
     EmbeddingClassifier,
-    NoHint,
+    NoPruning,
     ShuntRunnable,
     Threshold,
     load_small_model,
 )
 from langchain_datashunt._utils.table_files import read_rows, texts_of
-from langchain_datashunt.call_log import DistillationStore
+from langchain_datashunt.call_log import CallLog
 from langchain_datashunt.cli.app import app
 from langchain_datashunt.cli.journal import FIELDS, Journal
 from langchain_datashunt.cli.run import _answer_all
@@ -431,7 +431,7 @@ def test_a_row_is_on_disk_only_after_its_record(work: Path, tmp_path: Path, shop
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [row["text"] for row in read_rows(tmp_path / out)] == texts
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         assert {call.input for group in store.iterate() for call in group} == set(texts)
 
 
@@ -546,7 +546,7 @@ def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path
 
 def test_a_chain_over_a_trained_bundle_is_what_run_uses(work: Path) -> None:
     small = load_small_model(work / "bundle")
-    chain = ConfidenceRouterChain.from_models(small, lambda prompt: small.labels[0], pruning=NoHint())
+    chain = ConfidenceRouterChain.from_models(small, lambda prompt: small.labels[0], pruning=NoPruning())
     assert chain.invoke("my lamp arrived broken") in small.labels
 
 
@@ -558,13 +558,13 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     done = answer(work, tmp_path / "o.jsonl", "--threshold", "0.6", "--store", url, "--task", "shop")
     assert done.exit_code == 0, done.output
     asked = json.loads(done.stdout)["asked"]
-    stats = json.loads(command("store", "stats", "--store", url, "--json").stdout)
+    stats = json.loads(command("log", "stats", "--store", url, "--json").stdout)
     assert (stats["records"], stats["route_large"]) == (144, asked)
-    assert command("store", "verify", "--store", url).exit_code == 0
+    assert command("log", "verify", "--store", url).exit_code == 0
 
     for name, kind, rows in (("a.jsonl", None, asked), ("b.parquet", None, asked), ("c.jsonl", "openai", asked)):
         more = ["--format", kind] if kind else []
-        out = command("store", "export", "--store", url, "--out", tmp_path / name, "--route", "large", *more)
+        out = command("log", "export", "--store", url, "--out", tmp_path / name, "--route", "large", *more)
         assert out.exit_code == 0, out.output
         assert f"{rows} records written" in " ".join(out.output.split())
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
@@ -573,9 +573,9 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     chat = json.loads((tmp_path / "c.jsonl").open().readline())["messages"]
     assert [m["role"] for m in chat] == ["system", "user", "assistant"]
     assert chat[2]["content"] in dict(zip(*shop_messages, strict=True)).values()
-    none = command("store", "export", "--store", url, "--out", tmp_path / "n.jsonl", "--until", "2001-01-01")
+    none = command("log", "export", "--store", url, "--out", tmp_path / "n.jsonl", "--until", "2001-01-01")
     assert "0 records written" in none.output
-    folder = command("store", "export", "--store", url, "--out", tmp_path / "ds", "--format", "datasets", "--agreeing")
+    folder = command("log", "export", "--store", url, "--out", tmp_path / "ds", "--format", "datasets", "--agreeing")
     assert folder.exit_code == 0, folder.output
     from datasets import load_from_disk
 
@@ -584,9 +584,9 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
 
     with (tmp_path / "feedback.csv").open("w") as stream:
         stream.write("id,label\n" + "".join(f"{line['id']},{line['label']}\n" for line in lines[:3]) + "nobody,x\n")
-    noted = command("store", "label", "--store", url, "--from", tmp_path / "feedback.csv")
+    noted = command("log", "label", "--store", url, "--from", tmp_path / "feedback.csv")
     assert (noted.exit_code, "3 labels noted, 1 ids not found" in noted.output) == (1, True)
-    assert json.loads(command("store", "stats", "--store", url, "--json").stdout)["labelled"] == 3
+    assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["labelled"] == 3
 
     words = ["distill", "--bundle", work / "bundle", "--store", url, "--holdout", work / "data.csv",
              "--large-label", "label", "--out", tmp_path / "models", "--json"]  # fmt: skip
@@ -601,16 +601,16 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     again = command(*words)
     assert again.exit_code == 1, "S1 distilled once more is no better than the version in service by chance alone"
 
-    assert command("store", "prune", "--store", url, "--max-records", "10").exit_code == 0
-    assert json.loads(command("store", "stats", "--store", url, "--json").stdout)["records"] == 10
-    assert command("store", "prune", "--store", url, "--max-age-days", "0", "--subject", "jane").exit_code == 0
+    assert command("log", "prune", "--store", url, "--max-records", "10").exit_code == 0
+    assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["records"] == 10
+    assert command("log", "prune", "--store", url, "--max-age-days", "0", "--subject", "jane").exit_code == 0
 
 
 def test_without_a_small_model_answers_are_collected_and_make_the_first_one(work: Path, tmp_path: Path) -> None:
     """Cold start: everything is asked and recorded, and what was recorded makes the first small model."""
     labels = sorted({json.loads(line)["answer"] for line in (work / "answers.jsonl").open()})
     (tmp_path / "labels.txt").write_text("\n".join(labels) + "\n")
-    made = command("collect", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "none", "--json")
+    made = command("init", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "none", "--json")
     assert (made.exit_code, json.loads(made.stdout)["labels"]) == (0, len(labels)), made.output
     url = tmp_path / "calls.db"
     done = command(
@@ -619,7 +619,7 @@ def test_without_a_small_model_answers_are_collected_and_make_the_first_one(work
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["asked"] == json.loads(done.stdout)["rows"] == 144
-    stats = json.loads(command("store", "stats", "--store", url, "--json").stdout)
+    stats = json.loads(command("log", "stats", "--store", url, "--json").stdout)
     assert (stats["records"], stats["route_large"]) == (144, 144)
     distilled = command(
         "distill", "--bundle", tmp_path / "none", "--store", url, "--holdout", work / "data.csv", "--out",
@@ -635,11 +635,11 @@ def test_without_a_small_model_answers_are_collected_and_make_the_first_one(work
         (["--labels", tmp_path / "nowhere.txt"], "cannot be read"),
         (["--labels", tmp_path / "labels.txt", "--first", "oracle"], "--first 'oracle' is not known"),
     ):
-        refused = command("collect", "--out", tmp_path / "x", *words)
+        refused = command("init", "--out", tmp_path / "x", *words)
         assert (refused.exit_code, message in " ".join(refused.output.split())) == (2, True), refused.output
 
 
-@pytest.mark.parametrize("words", [["distill"], ["report"]])
+@pytest.mark.parametrize("words", [["distill"], ["log", "summary"]])
 def test_a_store_that_is_not_there_is_not_made(words: list[str], work: Path, tmp_path: Path) -> None:
     more = ["--bundle", work / "bundle", "--holdout", work / "data.csv", "--out", tmp_path / "models"]
     refused = command(*words, "--store", tmp_path / "typo.db", *(more if words == ["distill"] else []))
@@ -653,13 +653,13 @@ def test_a_store_that_is_not_there_is_not_made(words: list[str], work: Path, tmp
         (["prune"], "Give --max-age-days"),
         (["export", "--out", "x.xyz"], "cannot be exported as 'xyz'"),
         (["export", "--out", "x.jsonl", "--since", "yesterday"], "is no date"),
-        (["export", "--out", "x.jsonl", "--route", "up"], "use one of small, learnable, large"),
+        (["export", "--out", "x.jsonl", "--route", "up"], "use one of small, student, large"),
         (["label", "--from", "nothing.csv"], "There is no file"),
     ],
 )
 def test_store_commands_explain_wrong_options(tmp_path: Path, words: list[str], message: str) -> None:
-    DistillationStore(tmp_path / "c.db").close()
-    done = command("store", words[0], "--store", tmp_path / "c.db", *words[1:])
+    CallLog(tmp_path / "c.db").close()
+    done = command("log", words[0], "--store", tmp_path / "c.db", *words[1:])
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
 
@@ -667,13 +667,13 @@ def test_store_commands_explain_wrong_options(tmp_path: Path, words: list[str], 
 def test_verify_reports_damage(tmp_path: Path) -> None:
     import sqlite3
 
-    from langchain_datashunt.call_log import DistillationStore, RoutedCall
+    from langchain_datashunt.call_log import CallLog, CallRecord
 
-    with DistillationStore(tmp_path / "c.db") as store:
-        store.append([RoutedCall(input="x")])
+    with CallLog(tmp_path / "c.db") as store:
+        store.append([CallRecord(input="x")])
     with sqlite3.connect(tmp_path / "c.db") as plain:
         plain.execute("UPDATE datashunt_segments SET content = x'70'")
-    done = command("store", "verify", "--store", tmp_path / "c.db", "--json")
+    done = command("log", "verify", "--store", tmp_path / "c.db", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["problems"]
 
@@ -705,7 +705,7 @@ def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: P
 )
 def test_a_store_that_is_not_there_is_not_looked_after(tmp_path: Path, words: list[str]) -> None:
     """A typing error must not look like a check that was passed, or a person that was forgotten."""
-    done = command("store", words[0], "--store", tmp_path / "typo.db", *words[1:])
+    done = command("log", words[0], "--store", tmp_path / "typo.db", *words[1:])
     assert done.exit_code == 2
     assert "There is no store" in done.stderr
     assert not (tmp_path / "typo.db").exists()
@@ -783,14 +783,14 @@ def test_agreement_tells_what_another_engine_changes(tmp_path: Path, shop_messag
 
     def compared(*more: Any) -> dict[str, Any]:
         done = command(
-            "agreement", "--bundle", tmp_path / "bundle", "--data", tmp_path / "more.csv", "--text", "text",
+            "compare-engines", "--bundle", tmp_path / "bundle", "--data", tmp_path / "more.csv", "--text", "text",
             "--device", "cpu", "--json", *more,
         )  # fmt: skip
         assert done.exit_code == 0, done.output
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    exact = compared("--engine", "packed")
+    exact = compared("--engine", "padding-free")
     assert exact["n"] == 84
     assert exact["same_label"] == exact["same_route"] == 1.0
     assert 0.9 < exact["same_label_interval"][0] < 1.0 == exact["same_label_interval"][1]
@@ -810,6 +810,6 @@ def test_agreement_explains_what_it_cannot_compare(work: Path, tmp_path: Path) -
         (["--text", "body"], "no column 'body'"),
     ):
         given = {"--bundle": work / "bundle", "--data": work / "data.csv", "--text": "text", **dict([words])}
-        done = command("agreement", *(part for pair in given.items() for part in pair))
+        done = command("compare-engines", *(part for pair in given.items() for part in pair))
         assert done.exit_code == 2
         assert message in " ".join(done.output.split())

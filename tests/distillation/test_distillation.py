@@ -16,21 +16,16 @@ import numpy as np
 import pytest
 
 from langchain_datashunt import (
-    BundledSmallModel,
-    CollectingModel,
     ConfidenceRouterChain,
     EmbeddingClassifier,
-    LSTMClassifier,
     PredictProbaClassifier,
     ShuntRunnable,
     SmallModel,
-    TextCNN,
     Threshold,
-    TrainingSettings,
     TransformersClassifier,
     load_small_model,
 )
-from langchain_datashunt.call_log import DistillationStore, Recorder, RoutedCall
+from langchain_datashunt.call_log import CallLog, CallRecord, Recorder
 from langchain_datashunt.distillation import (
     ContinualDistiller,
     DistillationSettings,
@@ -41,6 +36,13 @@ from langchain_datashunt.distillation import (
     cold_start,
 )
 from langchain_datashunt.exceptions import BundleTruncatedError, ConfigurationError, DataError, RegistryError
+from langchain_datashunt.small_models import (
+    BundledSmallModel,
+    ColdStartModel,
+    LSTMClassifier,
+    TextCNN,
+    TrainingSettings,
+)
 from langchain_datashunt.small_models.training.training import one_hot, soft_cross_entropy
 from tests.small_models.test_small_models import Coin, LetterEmbeddings, tiny_transformer
 
@@ -64,7 +66,7 @@ def s1(halves: Any) -> EmbeddingClassifier:
     return model
 
 
-def log_of(small: SmallModel, texts: list[str], answers: list[Any], **changes: Any) -> list[RoutedCall]:
+def log_of(small: SmallModel, texts: list[str], answers: list[Any], **changes: Any) -> list[CallRecord]:
     """What a shunt with threshold 0.8 would have recorded."""
     calls = []
     for text, answer, prediction in zip(texts, answers, small.predict_batch(texts), strict=True):
@@ -72,7 +74,7 @@ def log_of(small: SmallModel, texts: list[str], answers: list[Any], **changes: A
         asked = {} if sure else {"large_model": "gpt-4", "label": answer, "raw_output": str(answer)}
         route: Any = "small" if sure else "large"
         calls.append(
-            RoutedCall(input=text, labels=prediction.labels, threshold=0.8, route=route, **{**asked, **changes})
+            CallRecord(input=text, labels=prediction.labels, threshold=0.8, route=route, **{**asked, **changes})
         )
     return calls
 
@@ -123,7 +125,7 @@ def test_every_trainable_kind_learns_on(kind: Any, mode: Any, halves: Any, tmp_p
 def test_a_kind_that_cannot_learn_says_so(s1: EmbeddingClassifier, halves: Any) -> None:
     with pytest.raises(ConfigurationError, match="PredictProbaClassifier cannot be distilled"):
         coin = PredictProbaClassifier(estimator=Coin(), labels=("heads", "tails"))
-        calls = [RoutedCall(input=f"x{i}", large_model="m", label="heads") for i in range(30)]
+        calls = [CallRecord(input=f"x{i}", large_model="m", label="heads") for i in range(30)]
         distiller(threshold=0.9).distill(coin, calls)
 
 
@@ -157,7 +159,7 @@ def test_labelled_examples_are_learnt_beside_the_log(s1: EmbeddingClassifier, ha
 def test_new_labels_are_reported_and_not_dropped_in_silence(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     log = log_of(s1, texts, ["brand new" if i % 5 == 0 else label for i, label in enumerate(labels)])
-    log += [RoutedCall(input="odd", large_model="m", label=None), RoutedCall(input="odder", large_model="")]
+    log += [CallRecord(input="odd", large_model="m", label=None), CallRecord(input="odder", large_model="")]
     report = distiller().distill(s1, log).report
     assert report.new_labels == {"brand new": sum(call.label == "brand new" for call in log)}
     assert report.unparsable == 1
@@ -205,7 +207,7 @@ def test_losses_are_what_their_formulas_say() -> None:
 
 def test_a_first_model_comes_from_the_log_alone(halves: Any) -> None:
     _, _, texts, labels = halves
-    log = [RoutedCall(input=text, large_model="m", label=label) for text, label in zip(texts, labels, strict=True)]
+    log = [CallRecord(input=text, large_model="m", label=label) for text, label in zip(texts, labels, strict=True)]
     model = cold_start([log], settings=QUIET)
     assert accuracy(model, texts, labels) > 0.8
     assert cold_start(log, kind="textcnn", settings=SHORT).labels == model.labels
@@ -508,18 +510,18 @@ def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) 
 @pytest.fixture
 def logged(s1: EmbeddingClassifier, halves: Any, tmp_path: Path) -> Any:
     """A registry with S1 in service, and a store with what a shunt recorded."""
-    from langchain_datashunt.call_log import DistillationStore
+    from langchain_datashunt.call_log import CallLog
 
     registry = ModelRegistry(tmp_path / "models")
     registry.promote(registry.add(s1))
     url = str(tmp_path / "calls.db")
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         store.append(log_of(s1, halves[2][:80], halves[3][:80]))
     return registry, url, (halves[2][80:], halves[3][80:])
 
 
 def test_a_round_is_due_after_so_many_new_answers(logged: Any, s1: Any, halves: Any) -> None:
-    from langchain_datashunt.call_log import DistillationStore
+    from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
     registry, url, holdout = logged
@@ -535,34 +537,34 @@ def test_a_round_is_due_after_so_many_new_answers(logged: Any, s1: Any, halves: 
     assert verdict.passed, verdict.reason
     assert (registry.current_version(), registry.first_version()) == (version, 1)
     assert not continual.due(), "the same answers are not distilled twice"
-    with DistillationStore(url) as store:
-        store.append([RoutedCall(input=f"new {i}", large_model="m", label="promo_code") for i in range(40)])
+    with CallLog(url) as store:
+        store.append([CallRecord(input=f"new {i}", large_model="m", label="promo_code") for i in range(40)])
     assert continual.due()
 
 
 def test_a_round_is_due_also_where_old_records_are_pruned(logged: Any) -> None:
-    from langchain_datashunt.call_log import DistillationStore
+    from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
     registry, url, holdout = logged
     continual = ContinualDistiller(registry, url, every=40, holdout=holdout, gate=PromotionGate(min_examples=10**6))
     (registry.folder / "continual.json").write_text(json.dumps({"answers": 80, "time": time.time()}))
     assert not continual.due()
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         for i in range(40):
-            store.append([RoutedCall(input=f"new {i}", large_model="m", label="promo_code")])
+            store.append([CallRecord(input=f"new {i}", large_model="m", label="promo_code")])
             store.prune(max_records=80)
             assert store.count() == 80
             assert continual.due() == (i == 39)
 
 
 def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
-    from langchain_datashunt.call_log import DistillationStore
+    from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
     registry, url, _ = logged
     continual = ContinualDistiller(registry, url, every=1, settings=DistillationSettings(training=QUIET))
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         calls = [call for batch in store.iterate() for call in batch]
     learn, texts, labels = continual._split(calls, registry.load())
     assert len(learn) + len(texts) == len(calls)
@@ -575,15 +577,15 @@ def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
 
 
 def test_too_little_to_learn_is_no_failure(s1: Any, tmp_path: Path) -> None:
-    from langchain_datashunt.call_log import DistillationStore
+    from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
     registry = ModelRegistry(tmp_path / "models")
     with pytest.raises(RegistryError, match="no version in service"):
         registry.first_version()
     registry.promote(registry.add(s1))
-    with DistillationStore(tmp_path / "c.db") as store:
-        store.append([RoutedCall(input="x", large_model="m", label="promo_code")])
+    with CallLog(tmp_path / "c.db") as store:
+        store.append([CallRecord(input="x", large_model="m", label="promo_code")])
     assert ContinualDistiller(registry, tmp_path / "c.db", every=1, holdout=(["x"], ["promo_code"])).step() is None
     assert registry.current_version() == 1
 
@@ -618,9 +620,9 @@ def test_a_distribution_is_read_in_its_own_records_order(s1: Any, halves: Any) -
     few, few_labels, texts, answers = halves
     order = tuple(reversed(s1.labels))
 
-    def told(labels: tuple[str, ...]) -> list[RoutedCall]:
+    def told(labels: tuple[str, ...]) -> list[CallRecord]:
         return [
-            RoutedCall(
+            CallRecord(
                 input=text, labels=labels, route="large", large_model="gpt-4", label=answer, threshold=0.999,
                 large_probabilities=tuple(0.94 if label == answer else 0.02 for label in labels),
             )
@@ -644,7 +646,7 @@ def test_what_is_known_to_be_another_label_is_not_taught(s1: Any, halves: Any) -
 
 def test_true_labels_alone_are_enough(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
-    calls = [RoutedCall(input=text, labels=s1.labels, gold=label) for text, label in zip(texts, labels, strict=True)]
+    calls = [CallRecord(input=text, labels=s1.labels, gold=label) for text, label in zip(texts, labels, strict=True)]
     assert distiller().distill(s1, calls).report.gold == len(texts)
     with pytest.raises(DataError, match="too little to learn from"):
         distiller().distill(s1, calls[:3], labelled=(texts, labels))
@@ -654,9 +656,9 @@ def test_odd_inputs_of_a_log_stop_nothing(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = log_of(s1, [*texts, "half a \ud83d character"], [*labels, labels[0]])
     assert distiller().distill(s1, calls).report.records == len(calls)
-    empty = [RoutedCall(input=" ", labels=s1.labels, large_model="gpt-4", label=labels[0], route="large")] * 3
+    empty = [CallRecord(input=" ", labels=s1.labels, large_model="gpt-4", label=labels[0], route="large")] * 3
     answered = [
-        RoutedCall(input=text, labels=s1.labels, large_model="gpt-4", label=label, route="large")
+        CallRecord(input=text, labels=s1.labels, large_model="gpt-4", label=label, route="large")
         for text, label in zip(texts, labels, strict=True)
     ]
     assert set(cold_start([*empty, *answered], settings=QUIET).labels) == set(labels)
@@ -664,14 +666,14 @@ def test_odd_inputs_of_a_log_stop_nothing(s1: Any, halves: Any) -> None:
 
 def test_few_records_leave_the_temperature_as_it_was(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
-    calls = [RoutedCall(input=t, labels=s1.labels, gold=y) for t, y in zip(texts[:30], labels[:30], strict=True)]
+    calls = [CallRecord(input=t, labels=s1.labels, gold=y) for t, y in zip(texts[:30], labels[:30], strict=True)]
     assert distiller().distill(s1, calls).model.temperature == s1.temperature
 
 
 def test_the_gate_of_continual_mode_reads_only_what_was_kept(registry: ModelRegistry, s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = [
-        RoutedCall(input=text if i % 2 else f"hashed:sha256:{i:064x}", labels=s1.labels, label=label, large_model="x")
+        CallRecord(input=text if i % 2 else f"hashed:sha256:{i:064x}", labels=s1.labels, label=label, large_model="x")
         for i, (text, label) in enumerate(zip(texts * 3, labels * 3, strict=True))
     ]
     _, held_out, _ = ContinualDistiller(registry, "sqlite://")._split(calls, s1)
@@ -698,11 +700,11 @@ def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first
         prompts.append(str(prompt[0].content))
         return truth[str(prompt[-1].content)]
 
-    small = CollectingModel(labels=tuple(words), model_id="none yet")
+    small = ColdStartModel(labels=tuple(words), model_id="none yet")
     registry = ModelRegistry(tmp_path / "models")
     registry.promote(registry.add(small), "to begin with")
     following = registry.model(check_seconds=0.0)
-    with DistillationStore(tmp_path / "calls.db") as store, Recorder(store) as recorder:
+    with CallLog(tmp_path / "calls.db") as store, Recorder(store) as recorder:
         told = ConfidenceRouterChain.from_models(small, chat, recorder=recorder, answer_format="text")
         assert told.batch(texts[:30]) == [truth[text] for text in texts[:30]]
         assert recorder.flush()
@@ -733,13 +735,13 @@ def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first
     again = pickle.loads(pickle.dumps(small))
     assert again.predict_batch(texts[:3]).confidence.tolist() == small.predict_batch(texts[:3]).confidence.tolist()
     assert load_small_model(small.save(tmp_path / "bundle")).labels == tuple(words)
-    bundled = BundledSmallModel.at(tmp_path / "bundle")
-    assert not bundled.has_opinion
+    bundled = BundledSmallModel.from_folder(tmp_path / "bundle")
+    assert bundled.is_placeholder
     assert bundled._model is None, "known without its weights"
     prompts.clear()
     ConfidenceRouterChain.from_models(bundled, chat, answer_format="text").batch(texts[:2])
     assert "probab" not in prompts[0].lower()
-    assert not bundled.has_opinion
-    assert BundledSmallModel.at(distilled.model.save(tmp_path / "trained")).has_opinion
+    assert bundled.is_placeholder
+    assert not BundledSmallModel.from_folder(distilled.model.save(tmp_path / "trained")).is_placeholder
     with pytest.raises(ConfigurationError, match="two labels or more"):
-        CollectingModel(labels=("one",))
+        ColdStartModel(labels=("one",))

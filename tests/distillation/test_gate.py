@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
-from langchain_datashunt import PredictionBatch
 from langchain_datashunt.distillation import PromotionGate
 from langchain_datashunt.exceptions import DataError
+from langchain_datashunt.prediction import PredictionBatch
 from langchain_datashunt.small_models import Scores, SmallModel
 
 
@@ -120,11 +120,8 @@ def test_labels_that_nobody_knows_are_no_examples() -> None:
 
 def test_written_answers_are_not_tested_by_labels() -> None:
     class Writes(Recorded):
-        def try_predict(self, inputs: Sequence[str]) -> Any:
-            raise NotImplementedError
-
-        def predict_batch(self, inputs: Sequence[str]) -> PredictionBatch:
-            batch = PredictionBatch.of(("answer", "other"), np.full((len(inputs), 2), 0.5))
+        def predict_batch(self, inputs: Sequence[str], **given: Any) -> Any:
+            batch = PredictionBatch.from_arrays(("answer", "other"), np.full((len(inputs), 2), 0.5))
             return replace(batch, answers=["something"] * len(inputs))
 
     model = Writes(labels=("answer", "other"))

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
-from langchain_datashunt.call_log import DistillationStore, RoutedCall
+from langchain_datashunt.call_log import CallLog, CallRecord
 from langchain_datashunt.distillation import (
     ContinualDistiller,
     DistillationSettings,
@@ -54,7 +54,7 @@ class World:
     def drawn(self) -> NDArray[np.intp]:
         return (self.p.cumsum(axis=1) > self.rng.random((len(self.p), 1))).argmax(axis=1)
 
-    def calls(self, rows: range, flipped: float = 0.0) -> list[RoutedCall]:
+    def calls(self, rows: range, flipped: float = 0.0) -> list[CallRecord]:
         """What a shunt records, with a share of the large answers replaced by random ones."""
         found = []
         for i in rows:
@@ -68,8 +68,8 @@ class World:
         return [str(i) for i in rows], [LABELS[self.large[i]] for i in rows]
 
 
-def call(**fields: Any) -> RoutedCall:
-    return RoutedCall(**{"labels": LABELS, "large_model": "m", "threshold": THRESHOLD, "raw_output": "x"} | fields)
+def call(**fields: Any) -> CallRecord:
+    return CallRecord(**{"labels": LABELS, "large_model": "m", "threshold": THRESHOLD, "raw_output": "x"} | fields)
 
 
 def share_refused(flipped: float, tries: int, check: TeacherCheck, n: int = 1000) -> float:
@@ -206,10 +206,10 @@ def test_a_round_of_distillation_compares_the_answers(shop: Any, tmp_path: Path,
     registry.promote(registry.add(s1))
     assert registry.in_service_since() == 0.0, "the calls of the first version may be older than the registry"
     wrong = dict(zip(sorted(set(labels)), sorted(set(labels))[1:] + sorted(set(labels))[:1], strict=True))
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         store.append(
             [
-                RoutedCall(
+                CallRecord(
                     input=text, labels=s1.labels, probabilities=tuple(p.probabilities.tolist()), threshold=1.1,
                     large_model="m", label=wrong[label] if flipped else label,
                 )

@@ -15,7 +15,7 @@ from langchain_datashunt.prediction import PredictionBatch
 
 
 def batch(first: list[float], labels: tuple[str, ...] = ("a", "b")) -> PredictionBatch:
-    return PredictionBatch.of(labels, [[one, 1.0 - one] for one in first])
+    return PredictionBatch.from_arrays(labels, [[one, 1.0 - one] for one in first])
 
 
 def test_labels_routes_and_probabilities_are_compared() -> None:

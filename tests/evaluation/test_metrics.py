@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langchain_datashunt import PredictionBatch, Threshold
+from langchain_datashunt import Threshold
 from langchain_datashunt.evaluation import (
     deferral_curve,
     evaluate,
@@ -20,6 +20,7 @@ from langchain_datashunt.evaluation import (
 from langchain_datashunt.evaluation import metrics as m
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.policies.fusion import AnswerFusion
+from langchain_datashunt.prediction import PredictionBatch
 
 SCORE = np.array([0.9, 0.8, 0.7, 0.6])
 RIGHT = np.array([True, True, False, True])
@@ -60,7 +61,7 @@ def test_a_perfect_order_has_no_excess(rows: list[tuple[float, bool]]) -> None:
 
 def test_routing_figures_of_a_worked_example() -> None:
     curve = deferral_curve(SCORE, RIGHT, LARGE)
-    assert curve.query_share.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert curve.deferral_rate.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert curve.accuracy.tolist() == [0.75, 0.75, 0.75, 0.5, 0.75]
     assert m.deferral_area(curve) == pytest.approx(0.25 * ((0.75 + 0.5) / 2 * 2 + 0.75 + 0.75))
     assert m.random_mix(0.6, 0.8, 0.25) == pytest.approx(0.65)
@@ -125,7 +126,7 @@ def scored(n: int = 400, seed: int = 0) -> tuple[PredictionBatch, list[str], lis
     names = ("a", "b", "c")
     truth = [names[int(rng.choice(3, p=row))] for row in p]
     large = [t if rng.random() < 0.85 else None if rng.random() < 0.2 else str(rng.choice(names)) for t in truth]
-    return PredictionBatch.of(names, p, logits=logits * 2), truth, large
+    return PredictionBatch.from_arrays(names, p, logits=logits * 2), truth, large
 
 
 def test_an_evaluation_says_what_the_rule_gives() -> None:
@@ -140,8 +141,8 @@ def test_an_evaluation_says_what_the_rule_gives() -> None:
     assert told["small_accuracy"] == pytest.approx(small.mean())
     assert told["large_accuracy"] == pytest.approx(asked.mean())
     assert told["shunt_accuracy"] == pytest.approx(np.where(keep, small, asked).mean())
-    assert told["query_share"] == pytest.approx(1 - keep.mean())
-    assert told["kept_error"] == pytest.approx((~small[keep]).mean())
+    assert told["deferral_rate"] == pytest.approx(1 - keep.mean())
+    assert told["selective_risk"] == pytest.approx((~small[keep]).mean())
     assert told["random_mix_accuracy"] == pytest.approx(
         m.random_mix(small.mean(), asked.mean(), float(1 - keep.mean()))
     )

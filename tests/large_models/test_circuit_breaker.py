@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.runnables import Runnable, RunnableLambda
 
-from langchain_datashunt import AlwaysLarge, CircuitBreaker, NoHint, Retry, ShuntRunnable, Subtask, SubtaskShunt
-from langchain_datashunt.exceptions import CircuitOpenError, ConfigurationError, QueueFullError, StaysLocal
+from langchain_datashunt import AlwaysLarge, NoPruning, Retry, ShuntRunnable, SubtaskShunt
+from langchain_datashunt.exceptions import CircuitOpenError, ConfigurationError, LocalOnlyError, QueueFullError
+from langchain_datashunt.large_models import CircuitBreaker
+from langchain_datashunt.routing import Subtask
 from tests.support.handlers import RunBook
 from tests.support.models import HttpError, WordModel
 
@@ -39,7 +41,7 @@ class Flaky(Runnable[Any, Any]):
 
 
 def shunt(large: Any, breaker: CircuitBreaker | None, **settings: Any) -> ShuntRunnable:
-    given: dict[str, Any] = {"policy": AlwaysLarge(), "pruning": NoHint(), "retry": Retry(attempts=1)}
+    given: dict[str, Any] = {"policy": AlwaysLarge(), "pruning": NoPruning(), "retry": Retry(attempts=1)}
     return ShuntRunnable(small=WordModel(), large=large, breaker=breaker, **{**given, **settings})
 
 
@@ -191,10 +193,10 @@ def test_copies_share_it_and_pickles_do_not() -> None:
 
 
 def test_more_than_may_wait_is_refused_at_once() -> None:
-    gate = threading.Event()
+    guard = threading.Event()
 
     def slow(_: Any) -> str:
-        gate.wait(10)
+        guard.wait(10)
         return "large"
 
     chain = shunt(RunnableLambda(slow), None, max_pending=2, max_concurrency=1)
@@ -208,7 +210,7 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
         chain.invoke("x")
     with pytest.raises(QueueFullError):
         next(chain.stream("x"))
-    gate.set()
+    guard.set()
     for thread in threads:
         thread.join()
     assert found == ["large", "large"]
@@ -241,13 +243,13 @@ def test_what_never_reached_the_model_tells_nothing_of_it() -> None:
     clock, breaker = Clock(), CircuitBreaker(failures=2, reset_seconds=10.0)
     breaker._clock = clock
     breaker.note(HttpError(503))
-    breaker.note(StaysLocal("a rule of yours keeps it here"))
+    breaker.note(LocalOnlyError("a rule of yours keeps it here"))
     breaker.note(KeyError("a variable of the prompt"))
     breaker.note(HttpError(503))
     assert breaker.state == "open", "two failures in a row"
     clock.now += 10.1
-    with pytest.raises(StaysLocal), breaker.watching():
-        raise StaysLocal("a rule of yours keeps it here")
+    with pytest.raises(LocalOnlyError), breaker.watching():
+        raise LocalOnlyError("a rule of yours keeps it here")
     assert breaker.state == "half-open", "the model was not asked"
     with pytest.raises(HttpError), breaker.watching():
         raise HttpError(400)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 from langchain_datashunt.large_models.label_parser import LabelParser, normalised
 
 LABELS = ("card_arrival", "lost-card", "Refund not showing up", "pin")
@@ -51,7 +51,7 @@ def test_an_answer_that_is_a_label_is_read(parser: LabelParser, answer: str, lab
     ],
 )
 def test_anything_else_is_unparsable_with_its_raw_text(parser: LabelParser, answer: str) -> None:
-    with pytest.raises(UnparsableAnswer) as caught:
+    with pytest.raises(UnparsableAnswerError) as caught:
         parser.parse(answer)
     assert caught.value.raw == answer
     assert caught.value.labels == LABELS
@@ -62,7 +62,7 @@ def test_labels_that_differ_by_case_only_must_be_answered_exactly() -> None:
     parser = LabelParser(labels=("A b", "a_b", "other"))
     assert parser.parse("A b") == "A b"
     assert parser.parse("a_b") == "a_b"
-    with pytest.raises(UnparsableAnswer):
+    with pytest.raises(UnparsableAnswerError):
         parser.parse("a-b")
 
 
@@ -71,7 +71,7 @@ def test_signs_are_no_separators() -> None:
     assert numbers.parse("-1") == "-1"
     grades = LabelParser(labels=("A+", "A-", "pos"), aliases={"A-": ("-",)})
     for parser, answer in ((numbers, "1"), (grades, "A"), (grades, ""), (grades, "..."), (grades, "_")):
-        with pytest.raises(UnparsableAnswer):
+        with pytest.raises(UnparsableAnswerError):
             parser.parse(answer)
     assert grades.parse("-") == "A-"
 
@@ -108,12 +108,12 @@ def test_parsing_gives_a_label_or_unparsable_and_nothing_else(text: str) -> None
     parser = LabelParser(labels=LABELS)
     try:
         assert parser.parse(text) in LABELS
-    except UnparsableAnswer as error:
+    except UnparsableAnswerError as error:
         assert error.raw == text
 
 
 def test_the_message_of_a_long_answer_stays_short() -> None:
-    error = UnparsableAnswer("x" * 1000, [str(i) for i in range(77)], attempts=2)
+    error = UnparsableAnswerError("x" * 1000, [str(i) for i in range(77)], attempts=2)
     assert len(str(error)) < 600
     assert "asked 2 times" in str(error)
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 
-from langchain_datashunt import AlwaysLarge, ConfidenceRouterChain, OutboundGate, SoftPrompt, Subtask, SubtaskShunt
-from langchain_datashunt.exceptions import UnparsableAnswer
+from langchain_datashunt import AlwaysLarge, ConfidenceRouterChain, PrivacyGuard, SoftPruning, SubtaskShunt
+from langchain_datashunt.exceptions import UnparsableAnswerError
 from langchain_datashunt.large_models.label_parser import LabelParser
+from langchain_datashunt.routing import Subtask
 from langchain_datashunt.routing.subtask_questions import OpenQuestion, OpenQuestions, read_answers
 from tests.support.models import LABELS, WordModel
 from tests.support.scripted_server import ScriptedServer
@@ -127,7 +128,7 @@ def test_the_corpus_is_large_enough() -> None:
 def test_the_input_stands_in_its_own_message_and_changes_nothing_else(kind: str, text: str) -> None:
     with ScriptedServer(text="status") as server:
         chain = ConfidenceRouterChain.from_models(
-            WordModel(), server.chat_model(), policy=AlwaysLarge(), pruning=SoftPrompt(top_k=1), answer_format="text"
+            WordModel(), server.chat_model(), policy=AlwaysLarge(), pruning=SoftPruning(top_k=1), answer_format="text"
         )
         assert chain.invoke(text) == "status"
         chain.invoke("harmless")
@@ -148,7 +149,7 @@ def test_a_model_that_repeats_its_input_has_not_answered(kind: str, text: str) -
     """What a model says that fell for it is no label, but where it says exactly one, and nothing else."""
     parser = LabelParser(labels=LABELS)
     for said in (f"The user says: {text}", f"{text}\nI think so.", f"Sure! {text}", f"I was told: {text} -- but no."):
-        with pytest.raises(UnparsableAnswer):
+        with pytest.raises(UnparsableAnswerError):
             parser.parse(said)
 
 
@@ -179,7 +180,7 @@ def test_answers_to_sub_tasks_come_from_the_model_alone(kind: str, text: str) ->
 @pytest.mark.parametrize(("kind", "text"), CORPUS)
 def test_placeholders_cannot_be_forged(kind: str, text: str) -> None:
     mail = "jane@example.com"
-    out, placeholders = OutboundGate().outbound({"input": f"{text} <EMAIL_1> <email_2> {mail}"})
+    out, placeholders = PrivacyGuard().outbound({"input": f"{text} <EMAIL_1> <email_2> {mail}"})
     assert mail not in out["input"]
     back = placeholders.restore(out["input"])
     assert back.endswith(f"<EMAIL_1> <email_2> {mail}")

@@ -6,26 +6,18 @@ import numpy as np
 import pytest
 from langchain_core.prompts import ChatPromptTemplate
 
-from langchain_datashunt import (
-    ConformalPrompt,
-    HardPrompt,
-    NoHint,
-    PredictionBatch,
-    SoftPrompt,
-    Threshold,
-    TopHint,
-    measure_proficiency,
-)
+from langchain_datashunt import ConformalPruning, HardPruning, NoPruning, SoftPruning, Threshold, TopHint
 from langchain_datashunt.exceptions import ConfigurationError, PruningWarning
+from langchain_datashunt.large_models import measure_proficiency
 from langchain_datashunt.large_models.prompt_pruning import PRUNING_VARIABLES, Pruning
-from langchain_datashunt.prediction import Candidates
+from langchain_datashunt.prediction import Candidates, PredictionBatch
 
 LABELS = ("a", "b", "c", "d")
-BATCH = PredictionBatch.of(LABELS, [[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
+BATCH = PredictionBatch.from_arrays(LABELS, [[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
 
 
 def test_soft_keeps_all_candidates_and_shows_the_likely_ones_in_order() -> None:
-    first, second = SoftPrompt(top_k=2, decimals=1).prepare(BATCH)
+    first, second = SoftPruning(top_k=2, decimals=1).prepare(BATCH)
     assert tuple(first["candidates"]) == LABELS
     assert list(first["candidate_probabilities"].items()) == [("a", 0.5), ("b", 0.3)]
     assert list(second["candidate_probabilities"]) == ["d", "c"]
@@ -33,33 +25,33 @@ def test_soft_keeps_all_candidates_and_shows_the_likely_ones_in_order() -> None:
 
 
 def test_soft_also_shows_what_the_small_model_is_good_at() -> None:
-    first, second = SoftPrompt(top_k=1, proficient=("d",)).prepare(BATCH)
+    first, second = SoftPruning(top_k=1, proficient=("d",)).prepare(BATCH)
     assert list(first["candidate_probabilities"]) == ["a", "d"]
     assert list(second["candidate_probabilities"]) == ["d"]
-    assert len(SoftPrompt(top_k=None).prepare(BATCH)[0]["candidate_probabilities"]) == 4
+    assert len(SoftPruning(top_k=None).prepare(BATCH)[0]["candidate_probabilities"]) == 4
 
 
 def test_no_more_digits_are_disclosed_than_asked_for() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[0.123456, 0.876544]])
-    shown = SoftPrompt(decimals=1).prepare(batch)[0]
+    batch = PredictionBatch.from_arrays(("a", "b"), [[0.123456, 0.876544]])
+    shown = SoftPruning(decimals=1).prepare(batch)[0]
     assert shown["candidate_probabilities"] == {"b": 0.9, "a": 0.1}
     assert shown["small_confidence"] == 0.9
 
 
 def test_hard_removes_the_proficient_labels_and_shows_no_probability() -> None:
-    prepared = HardPrompt(proficient=("a", "c")).prepare(BATCH)[0]
+    prepared = HardPruning(proficient=("a", "c")).prepare(BATCH)[0]
     assert tuple(prepared["candidates"]) == ("b", "d")
     assert prepared["candidate_probabilities"] == {}
 
 
 def test_hard_keeps_everything_rather_than_nothing() -> None:
-    everything = HardPrompt(proficient=LABELS)
+    everything = HardPruning(proficient=LABELS)
     assert tuple(everything.prepare(BATCH)[0]["candidates"]) == LABELS
     with pytest.warns(PruningWarning, match="removes none"):
         everything.check(LABELS)
 
 
-@pytest.mark.parametrize("strategy", [HardPrompt(proficient=("z",)), SoftPrompt(proficient=("z",))])
+@pytest.mark.parametrize("strategy", [HardPruning(proficient=("z",)), SoftPruning(proficient=("z",))])
 def test_proficient_labels_must_exist(strategy: Pruning) -> None:
     with pytest.raises(ConfigurationError, match="do not exist: z"):
         strategy.check(LABELS)
@@ -68,9 +60,9 @@ def test_proficient_labels_must_exist(strategy: Pruning) -> None:
 
 def test_labels_that_the_small_model_does_not_know_stay_candidates() -> None:
     task = [*LABELS, "new"]
-    assert "new" in HardPrompt(proficient=("a",)).prepare(BATCH, task)[0]["candidates"]
-    assert tuple(NoHint().prepare(BATCH, task)[0]["candidates"]) == tuple(task)
-    assert "new" not in SoftPrompt().prepare(BATCH, task)[0]["candidate_probabilities"]
+    assert "new" in HardPruning(proficient=("a",)).prepare(BATCH, task)[0]["candidates"]
+    assert tuple(NoPruning().prepare(BATCH, task)[0]["candidates"]) == tuple(task)
+    assert "new" not in SoftPruning().prepare(BATCH, task)[0]["candidate_probabilities"]
 
 
 def test_the_top_hint_says_label_and_confidence() -> None:
@@ -80,13 +72,13 @@ def test_the_top_hint_says_label_and_confidence() -> None:
 
 
 def test_no_hint_discloses_nothing() -> None:
-    prepared = NoHint().prepare(BATCH)
+    prepared = NoPruning().prepare(BATCH)
     assert prepared[0] == prepared[1]
     assert prepared[0]["small_label"] == "unknown"
     assert not prepared[0]["candidate_probabilities"]
 
 
-@pytest.mark.parametrize("strategy", [SoftPrompt(), HardPrompt(proficient=("a",)), TopHint(), NoHint()])
+@pytest.mark.parametrize("strategy", [SoftPruning(), HardPruning(proficient=("a",)), TopHint(), NoPruning()])
 def test_every_strategy_fills_every_variable(strategy: Pruning) -> None:
     assert set(strategy.prepare(BATCH)[0]) == set(PRUNING_VARIABLES)
     assert set(strategy.without_prediction(LABELS)) == set(PRUNING_VARIABLES)
@@ -97,7 +89,7 @@ def test_candidates_format_as_lines_with_descriptions() -> None:
     candidates = Candidates(["a", "b"], {"a": "the first"})
     assert str(candidates) == "- a: the first\n- b"
     template = ChatPromptTemplate.from_template("Choose:\n{candidates}\n{candidate_probabilities}")
-    text = template.format(**SoftPrompt(top_k=1).prepare(BATCH, descriptions={"b": "second"})[0])
+    text = template.format(**SoftPruning(top_k=1).prepare(BATCH, descriptions={"b": "second"})[0])
     assert "- a\n- b: second\n- c\n- d\n- a with probability 0.5" in text
     again = pickle.loads(pickle.dumps(candidates))
     assert (str(again), again) == (str(candidates), candidates)
@@ -109,53 +101,53 @@ def test_text_in_a_description_or_label_is_never_a_template() -> None:
 
 
 def test_proficiency_is_measured_on_what_is_kept_and_right() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[0.95, 0.05]] * 9 + [[0.6, 0.4]] + [[0.1, 0.9]] * 5 + [[0.9, 0.1]])
+    batch = PredictionBatch.from_arrays(("a", "b"), [[0.95, 0.05]] * 9 + [[0.6, 0.4]] + [[0.1, 0.9]] * 5 + [[0.9, 0.1]])
     gold = ["a"] * 10 + ["b"] * 6
     assert measure_proficiency(batch, gold, Threshold(0.9)) == ("a",)
     assert measure_proficiency(batch, gold, Threshold(0.9), minimum=0.8) == ("a", "b")
     assert measure_proficiency(batch, gold, Threshold(0.9), min_examples=11) == ()
-    assert HardPrompt.fit(batch, gold, Threshold(0.9)).proficient == ("a",)
+    assert HardPruning.fit(batch, gold, Threshold(0.9)).proficient == ("a",)
 
 
 def test_gold_labels_must_fit_the_predictions() -> None:
     with pytest.raises(ConfigurationError, match="2 predictions and 1 true labels"):
         measure_proficiency(BATCH, ["a"], Threshold(0.9))
     with pytest.raises(ConfigurationError, match="does not know: z"):
-        ConformalPrompt().fit(BATCH, ["a", "z"])
+        ConformalPruning().fit(BATCH, ["a", "z"])
 
 
 def test_conformal_refuses_to_work_unfitted() -> None:
     with pytest.raises(ConfigurationError, match="not been fitted"):
-        ConformalPrompt(alpha=0.1).check(LABELS)
+        ConformalPruning(alpha=0.1).check(LABELS)
     with pytest.raises(ConfigurationError, match="not been fitted"):
-        ConformalPrompt(alpha=0.1).prepare(BATCH)
+        ConformalPruning(alpha=0.1).prepare(BATCH)
 
 
 def test_conformal_takes_the_quantile_of_the_definition() -> None:
     p_true = np.linspace(0.05, 0.95, 19)
-    batch = PredictionBatch.of(("a", "b"), np.stack([p_true, 1 - p_true], axis=1))
-    fitted = ConformalPrompt(alpha=0.05).fit(batch, ["a"] * 19)
+    batch = PredictionBatch.from_arrays(("a", "b"), np.stack([p_true, 1 - p_true], axis=1))
+    fitted = ConformalPruning(alpha=0.05).fit(batch, ["a"] * 19)
     assert fitted.quantile == pytest.approx(0.95)  # rank ceil(20 * 0.95) = 19, the largest of 1 - p
-    assert ConformalPrompt(alpha=0.5).fit(batch, ["a"] * 19).quantile == pytest.approx(0.5)
+    assert ConformalPruning(alpha=0.5).fit(batch, ["a"] * 19).quantile == pytest.approx(0.5)
     assert fitted.n_calibration == 19
 
 
 def test_conformal_with_too_few_examples_keeps_all_and_says_so() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[0.9, 0.1]] * 18)
+    batch = PredictionBatch.from_arrays(("a", "b"), [[0.9, 0.1]] * 18)
     with pytest.warns(PruningWarning, match=r"18 deferred .* too few for alpha=0.05 \(19 are needed\)"):
-        fitted = ConformalPrompt(alpha=0.05).fit(batch, ["a"] * 18)
+        fitted = ConformalPruning(alpha=0.05).fit(batch, ["a"] * 18)
     assert tuple(fitted.prepare(BATCH)[0]["candidates"]) == LABELS
 
 
 def test_conformal_is_fitted_on_deferred_examples_only() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[0.99, 0.01]] * 50 + [[0.6, 0.4]] * 30)
-    fitted = ConformalPrompt(alpha=0.1).fit(batch, ["a"] * 80, Threshold(0.9))
+    batch = PredictionBatch.from_arrays(("a", "b"), [[0.99, 0.01]] * 50 + [[0.6, 0.4]] * 30)
+    fitted = ConformalPruning(alpha=0.1).fit(batch, ["a"] * 80, Threshold(0.9))
     assert fitted.n_calibration == 30
     assert fitted.quantile == pytest.approx(0.4)
 
 
 def test_an_empty_conformal_set_means_all_candidates() -> None:
-    strategy = ConformalPrompt(alpha=0.1, quantile=0.3)
+    strategy = ConformalPruning(alpha=0.1, quantile=0.3)
     assert tuple(strategy.prepare(BATCH)[1]["candidates"]) == LABELS
 
 
@@ -167,8 +159,8 @@ def test_conformal_keeps_the_true_label_as_often_as_promised(alpha: float) -> No
         p = rng.dirichlet(np.full(8, 0.4), size=3000)
         truth = (p.cumsum(axis=1) < rng.random((3000, 1))).sum(axis=1)
         names = [labels[i] for i in truth]
-        calibration, test = PredictionBatch.of(labels, p[:1000]), PredictionBatch.of(labels, p[1000:])
-        fitted = ConformalPrompt(alpha=alpha).fit(calibration, names[:1000])
+        calibration, test = PredictionBatch.from_arrays(labels, p[:1000]), PredictionBatch.from_arrays(labels, p[1000:])
+        fitted = ConformalPruning(alpha=alpha).fit(calibration, names[:1000])
         coverage.append(fitted.candidates(test)[np.arange(2000), truth[1000:]].mean())
     one_run = np.sqrt(alpha * (1 - alpha) * (1 / 1000 + 1 / 2000))
     assert np.mean(coverage) >= 1 - alpha - 4 * one_run / np.sqrt(20)

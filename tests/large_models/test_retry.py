@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from langchain_core.runnables import RunnableLambda
 
-from langchain_datashunt import CircuitBreaker, Retry, ShuntRunnable
+from langchain_datashunt import Retry, ShuntRunnable
 from langchain_datashunt.exceptions import LargeTimeoutError
+from langchain_datashunt.large_models import CircuitBreaker
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.retry import is_retryable, retry_after
 from tests.support.at_once import AtOnce

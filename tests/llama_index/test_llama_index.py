@@ -27,18 +27,10 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 from pydantic import BaseModel
 
-from langchain_datashunt import (
-    AlwaysLarge,
-    ConformalPrompt,
-    EmbeddingClassifier,
-    MeanTokenProbability,
-    NoHint,
-    Threshold,
-    ToolAnswer,
-    TrainingSettings,
-)
-from langchain_datashunt.call_log import DistillationStore, Recorder
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt import AlwaysLarge, ConformalPruning, EmbeddingClassifier, NoPruning, Threshold
+from langchain_datashunt.call_log import CallLog, Recorder
+from langchain_datashunt.chat import ToolAnswer
+from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 from langchain_datashunt.llama_index import (
     EncoderEmbedding,
     ShuntDecisionEvent,
@@ -48,6 +40,8 @@ from langchain_datashunt.llama_index import (
     ShuntSelection,
     ShuntSelector,
 )
+from langchain_datashunt.policies import MeanTokenProbability
+from langchain_datashunt.small_models import TrainingSettings
 from tests.support.models import WordModel, failing_word_model, predict_words
 
 SURE, UNSURE = "surely cancel it", "maybe cancel it"
@@ -155,9 +149,9 @@ async def test_every_way_of_asking_is_shunted(listener: Listener) -> None:
 
 async def test_what_the_small_side_cannot_answer_is_left_to_the_large_one() -> None:
     big = large()
-    llm = ShuntLLM(small=WordModel(), large=big, answers={"cancel": "It is cancelled."}, pruning=NoHint())
+    llm = ShuntLLM(small=WordModel(), large=big, answers={"cancel": "It is cancelled."}, pruning=NoPruning())
     assert llm.chat(user("surely refund it")).message.content == "From the large one."
-    assert big.__dict__["asked"][-1] == user("surely refund it"), "NoHint tells nothing"
+    assert big.__dict__["asked"][-1] == user("surely refund it"), "NoPruning tells nothing"
     answers = await all_ways(llm, "surely refund it")
     assert {one.additional_kwargs["shunt"]["reason"] for one in answers} == {"deferred"}
     talk = [*user(SURE), ChatMessage(role="assistant", content="Hm."), ChatMessage(role="tool", content="done")]
@@ -321,7 +315,7 @@ async def test_a_selector_asks_with_fewer_choices_where_it_is_not_sure(listener:
     assert (only.decision["route"], only.decision["policy"][-27:]) == ("small", "no other candidate was left")
     selector.select(metadata("status", "refund", "other"), SURE)
     assert asked.shown[-1] == ["status", "refund", "other"], "what it means cannot be chosen: the LLM sees all"
-    fitted = ConformalPrompt(alpha=0.5, quantile=0.6, n_calibration=9)
+    fitted = ConformalPruning(alpha=0.5, quantile=0.6, n_calibration=9)
     ShuntSelector(WordModel(), asked, pruning=fitted).select(choices, UNSURE)
     assert asked.shown[-1] == ["other", "cancel"]
     everything = ShuntSelector(WordModel(), asked).select(metadata("cancel", "refund", "status"), UNSURE)
@@ -342,8 +336,8 @@ def test_a_selector_says_what_is_wrong() -> None:
     with pytest.raises(ConfigurationError, match="keep=0"):
         ShuntSelector(WordModel(), First(), keep=0)
     with pytest.raises(ConfigurationError, match="not both"):
-        ShuntSelector(WordModel(), First(), keep=2, pruning=NoHint())
-    with pytest.raises(UnparsableAnswer, match="none of the 2 labels"):
+        ShuntSelector(WordModel(), First(), keep=2, pruning=NoPruning())
+    with pytest.raises(UnparsableAnswerError, match="none of the 2 labels"):
         ShuntSelector(WordModel(), First(position=2), keep=2).select(metadata("cancel", "refund", "status"), UNSURE)
     named = ShuntSelector(WordModel(), First(), names={"cancel": "cancellations"})
     assert named.select(metadata("refund", "cancellations"), SURE).ind == 1
@@ -501,7 +495,7 @@ async def test_what_the_large_side_said_is_recorded(tmp_path: Path) -> None:
         ShuntQueryEngine(WordModel(), {}, Fixed("Said."), recorder=recorder).query("maybe status")
         llm = ShuntLLM(small=WordModel(), large=large("Spoken."), recorder=recorder)
         await llm.achat(user("maybe a refund"))
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         records = {record.input: record for batch in store.iterate() for record in batch}
     chosen = records[UNSURE]
     assert (chosen.label, chosen.route, chosen.large_model) == ("refund", "large", "First")

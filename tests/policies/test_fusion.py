@@ -10,18 +10,18 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_datashunt import (
     AlwaysLarge,
     ConfidenceRouterChain,
-    ConformalPrompt,
-    NoHint,
+    ConformalPruning,
+    NoPruning,
     Prediction,
-    PredictionBatch,
     ShuntRunnable,
-    SoftPrompt,
+    SoftPruning,
     Threshold,
     load_small_model,
 )
 from langchain_datashunt.exceptions import BundleError, ConfigurationError, DataError
 from langchain_datashunt.policies.fusion import AnswerFusion
-from langchain_datashunt.policies.thresholds import ValueOfAsking
+from langchain_datashunt.policies.thresholds import ValueOfInformation
+from langchain_datashunt.prediction import PredictionBatch
 from tests.support.models import LABELS, WordModel
 
 NAMES = ("a", "b", "c")
@@ -48,9 +48,11 @@ def test_the_posterior_is_bayes_rule() -> None:
 
 def test_a_sure_small_model_outweighs_and_an_unsure_one_gives_way() -> None:
     fusion = fitted()
-    assert fusion.fuse(Prediction.of({"a": 0.99, "b": 0.005, "c": 0.005}), "b") == "a"
-    assert fusion.fuse(Prediction.of({"a": 0.4, "b": 0.35, "c": 0.25}), "b") == "b"
-    assert fusion.fuse(Prediction.of({"b": 0.35, "c": 0.25, "a": 0.4}), None) == "a", "other order, nothing said"
+    assert fusion.fuse(Prediction.from_probabilities({"a": 0.99, "b": 0.005, "c": 0.005}), "b") == "a"
+    assert fusion.fuse(Prediction.from_probabilities({"a": 0.4, "b": 0.35, "c": 0.25}), "b") == "b"
+    assert fusion.fuse(Prediction.from_probabilities({"b": 0.35, "c": 0.25, "a": 0.4}), None) == "a", (
+        "other order, nothing said"
+    )
 
 
 def test_cross_fitting_leaves_each_example_out() -> None:
@@ -82,8 +84,8 @@ def test_asking_never_loses_on_average_and_gains_where_it_is_unsure() -> None:
 
 
 def test_the_value_of_asking_is_a_policy() -> None:
-    policy = ValueOfAsking(fusion=fitted(0.9), price=0.05)
-    batch = PredictionBatch.of(NAMES, [[0.34, 0.33, 0.33], [0.98, 0.01, 0.01]])
+    policy = ValueOfInformation(fusion=fitted(0.9), price=0.05)
+    batch = PredictionBatch.from_arrays(NAMES, [[0.34, 0.33, 0.33], [0.98, 0.01, 0.01]])
     verdict = policy.evaluate(batch)
     assert verdict.keep.tolist() == [False, True]
     assert (verdict.threshold == -0.05).all()
@@ -109,7 +111,7 @@ def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="counts of shape"):
         AnswerFusion(labels=NAMES, counts=((1.0,),))
     with pytest.raises(ConfigurationError, match="Fit it again"):
-        fitted().fuse(Prediction.of({"x": 0.5, "y": 0.5}), "x")
+        fitted().fuse(Prediction.from_probabilities({"x": 0.5, "y": 0.5}), "x")
 
 
 # In a shunt
@@ -153,28 +155,28 @@ def test_an_answer_that_is_no_label_is_a_column_of_its_own() -> None:
 
 
 def test_what_the_large_model_said_is_what_is_recorded(tmp_path: Any) -> None:
-    from langchain_datashunt.call_log import DistillationStore, Recorder
+    from langchain_datashunt.call_log import CallLog, Recorder
 
     with Recorder(tmp_path / "calls.db") as recorder:
         assert chain("refund", recorder=recorder).invoke("my status please") == "status"
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         (call,) = next(store.iterate())
     assert (call.label, call.raw_output) == ("refund", "refund")
 
 
 def test_a_prompt_that_carries_the_opinion_cannot_be_fused() -> None:
     with pytest.raises(ConfigurationError, match="count it a second time"):
-        chain("refund", pruning=SoftPrompt())
+        chain("refund", pruning=SoftPruning())
     prompt = ChatPromptTemplate.from_template("{input} {candidates} {small_label}")
     with pytest.raises(ConfigurationError, match="small_label"):
-        from langchain_datashunt import HardPrompt
+        from langchain_datashunt import HardPruning
 
         ShuntRunnable(
             small=WordModel(), large=prompt | FakeListChatModel(responses=["x"]), fusion=word_fusion(),
-            pruning=HardPrompt(proficient=("cancel",)),
+            pruning=HardPruning(proficient=("cancel",)),
         )  # fmt: skip
-    assert isinstance(chain("refund").pruning, NoHint), "the default with fusion"
-    narrowed = ConformalPrompt(alpha=0.1, quantile=0.5, n_calibration=100)
+    assert isinstance(chain("refund").pruning, NoPruning), "the default with fusion"
+    narrowed = ConformalPruning(alpha=0.1, quantile=0.5, n_calibration=100)
     with pytest.raises(ConfigurationError, match=r"opinion \(candidates\)"):
         chain("refund", pruning=narrowed)
 
@@ -204,15 +206,15 @@ def test_fusion_needs_a_label_from_the_large_model() -> None:
 
 
 def test_a_bundle_keeps_policy_and_fusion(tmp_path: Any) -> None:
-    from langchain_datashunt import BundledSmallModel, TextCNN, TrainingSettings
+    from langchain_datashunt.small_models import BundledSmallModel, TextCNN, TrainingSettings
 
     texts = [f"please {label} {i}" for label in LABELS for i in range(4)]
     names = [label for label in LABELS for _ in range(4)]
     small = TextCNN.train(texts, names, settings=TrainingSettings(epochs=1, progress=False))
-    small.policy = ValueOfAsking(fusion=word_fusion(), price=0.02) & Threshold(0.4)
+    small.policy = ValueOfInformation(fusion=word_fusion(), price=0.02) & Threshold(0.4)
     small.fusion = word_fusion()
     small.save(tmp_path / "bundle")
-    for back in (load_small_model(tmp_path / "bundle"), BundledSmallModel.at(tmp_path / "bundle")):
+    for back in (load_small_model(tmp_path / "bundle"), BundledSmallModel.from_folder(tmp_path / "bundle")):
         assert back.policy == small.policy
         assert back.fusion == small.fusion
         shunt = ShuntRunnable(small=back, large=lambda _: "cancel", pruning=None)

@@ -7,27 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_datashunt import (
-    AlwaysLarge,
-    AlwaysSmall,
-    Entropy,
-    Margin,
-    MaxProbability,
-    PerLabelThreshold,
-    Policy,
-    PredictionBatch,
-    Threshold,
-)
+from langchain_datashunt import AlwaysLarge, AlwaysSmall, PerLabelThreshold, Threshold
 from langchain_datashunt.exceptions import ConfigurationError, ThresholdWarning
+from langchain_datashunt.policies import Entropy, Margin, MaxProbability, Policy
 from langchain_datashunt.policies.scores import ConfidenceScore
+from langchain_datashunt.prediction import PredictionBatch
 
-BATCH = PredictionBatch.of(("a", "b", "c"), [[0.9, 0.05, 0.05], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0]])
+BATCH = PredictionBatch.from_arrays(
+    ("a", "b", "c"), [[0.9, 0.05, 0.05], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0]]
+)
 distributions = st.lists(st.lists(st.floats(0.001, 1.0), min_size=4, max_size=4), min_size=1, max_size=15)
 
 
 def normalised(values: list[list[float]]) -> PredictionBatch:
     p = np.array(values)
-    return PredictionBatch.of(tuple("abcd"), p / p.sum(axis=1, keepdims=True))
+    return PredictionBatch.from_arrays(tuple("abcd"), p / p.sum(axis=1, keepdims=True))
 
 
 SCORES: tuple[ConfidenceScore, ...] = (MaxProbability(), Margin(), Entropy())
@@ -49,7 +43,7 @@ def test_a_score_stays_within_its_bounds_and_is_the_same_alone(
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
 def test_a_score_reaches_its_bounds_at_certainty_and_at_none(score: ConfidenceScore) -> None:
-    batch = PredictionBatch.of(tuple("abcd"), [[0.0, 1.0, 0.0, 0.0], [0.25] * 4])
+    batch = PredictionBatch.from_arrays(tuple("abcd"), [[0.0, 1.0, 0.0, 0.0], [0.25] * 4])
     assert score(batch).tolist() == pytest.approx(list(reversed(score.bounds(4))))
 
 
@@ -170,10 +164,10 @@ def test_a_higher_threshold_never_keeps_more(values: list[list[float]], low: flo
 
 
 def test_scores_know_certainty_and_ignorance() -> None:
-    batch = PredictionBatch.of(("a", "b"), [[1.0, 0.0], [0.5, 0.5]])
+    batch = PredictionBatch.from_arrays(("a", "b"), [[1.0, 0.0], [0.5, 0.5]])
     assert Entropy()(batch).tolist() == [1.0, 0.0]
     assert Margin()(batch).tolist() == [1.0, 0.0]
-    single = PredictionBatch.of(("a",), [[1.0]])
+    single = PredictionBatch.from_arrays(("a",), [[1.0]])
     assert Entropy()(single).tolist() == Margin()(single).tolist() == [1.0]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from langchain_datashunt import AlwaysLarge, ShuntRunnable
-from langchain_datashunt.call_log import DistillationStore, SharedLedger
+from langchain_datashunt.call_log import CallLog, SharedLedger
 from langchain_datashunt.call_log.schema import controls
-from langchain_datashunt.exceptions import ConfigurationError, StaysLocal, StoreError
-from langchain_datashunt.privacy import Disclosure, DisclosureBudget, LocalLedger, OutboundGate, Placeholders
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError, StoreError
+from langchain_datashunt.privacy import Disclosure, DisclosureBudget, LocalLedger, Placeholders, PrivacyGuard
 from tests.call_log.test_store import url  # noqa: F401  # a fixture
 from tests.support.models import WordModel
 
@@ -26,14 +26,14 @@ class Clock:
         return self.now
 
 
-def shunt(budget: DisclosureBudget, asked: list[Any], **gate: Any) -> ShuntRunnable:
+def shunt(budget: DisclosureBudget, asked: list[Any], **guard: Any) -> ShuntRunnable:
     def large(mapping: Any) -> str:
         asked.append(mapping["input"])
         return "large"
 
     return ShuntRunnable(
         small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, return_decision=True,
-        gate=OutboundGate(budget=budget, **gate),
+        guard=PrivacyGuard(budget=budget, **guard),
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def about(subject: str) -> Any:
 def ledger(request: pytest.FixtureRequest, url: str) -> Any:  # noqa: F811
     if request.param == "here":
         return LocalLedger()
-    return SharedLedger(DistillationStore(url))
+    return SharedLedger(CallLog(url))
 
 
 def test_what_is_above_a_bound_stays(ledger: Any) -> None:
@@ -105,7 +105,7 @@ def test_what_running_periods_spent_outlives_a_clearing(url: str) -> None:  # no
     """Of two budgets with periods of a day and a week, and one that is not named."""
     clock, day = Clock(), 86_400.0
     seconds = {"daily": day, "weekly": 7 * day, "other": day}
-    with DistillationStore(url) as store:
+    with CallLog(url) as store:
         ledger = SharedLedger(store)
         budgets = [
             DisclosureBudget(calls=1, name=name, period_seconds=length, ledger=ledger, clock=clock)
@@ -128,9 +128,7 @@ def test_many_threads_together_stay_within_it(ledger: Any) -> None:
     asked: list[Any] = []
     chains = [shunt(DisclosureBudget(calls=25, ledger=ledger), asked) for _ in range(4)]
     if isinstance(ledger, SharedLedger):  # as other processes have it: connections of their own
-        others = [
-            SharedLedger(DistillationStore(ledger.store.url.render_as_string(hide_password=False))) for _ in range(4)
-        ]
+        others = [SharedLedger(CallLog(ledger.store.url.render_as_string(hide_password=False))) for _ in range(4)]
         chains = [shunt(DisclosureBudget(calls=25, ledger=other), asked) for other in others]
 
     def work(chain: ShuntRunnable) -> None:
@@ -177,9 +175,9 @@ def test_budgets_that_cannot_work_are_refused() -> None:
         DisclosureBudget(calls=1, ledger=3)
     with pytest.raises(ConfigurationError, match="name"):
         DisclosureBudget(calls=1, name="a:b")
-    with pytest.raises(StaysLocal, match="'request_characters'"):
-        OutboundGate(budget=DisclosureBudget(request_characters=3)).outbound("hello")
-    OutboundGate(budget=DisclosureBudget(request_characters=5)).outbound("hello")
+    with pytest.raises(LocalOnlyError, match="'request_characters'"):
+        PrivacyGuard(budget=DisclosureBudget(request_characters=3)).outbound("hello")
+    PrivacyGuard(budget=DisclosureBudget(request_characters=5)).outbound("hello")
 
 
 def test_a_short_budget_of_many_people_forgets_no_long_one() -> None:
@@ -194,6 +192,6 @@ def test_a_short_budget_of_many_people_forgets_no_long_one() -> None:
     for i in range(1000):
         now[0] = float(i)
         minute.spend(left, f"person {i}")
-    with pytest.raises(StaysLocal, match="'calls' of the budget 'day'"):
+    with pytest.raises(LocalOnlyError, match="'calls' of the budget 'day'"):
         day.spend(left, None)
     assert len(ledger._spent) < 1000

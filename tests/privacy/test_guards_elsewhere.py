@@ -1,4 +1,4 @@
-"""The outbound gate where LlamaIndex or an agent makes the large calls."""
+"""The outbound guard where LlamaIndex or an agent makes the large calls."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from llama_index.core.selectors import LLMSingleSelector
 from llama_index.core.tools import FunctionTool, ToolMetadata
 from pydantic import BaseModel, ConfigDict
 
-from langchain_datashunt import OutboundGate, Threshold
-from langchain_datashunt.agents import OutboundGateMiddleware, ShuntModelRouterMiddleware
-from langchain_datashunt.exceptions import ConfigurationError, StaysLocal
-from langchain_datashunt.llama_index import GatedFunctionCallingLLM, GatedLLM, ShuntLLM
+from langchain_datashunt import PrivacyGuard, Threshold
+from langchain_datashunt.agents import PrivacyGuardMiddleware, ShuntModelRouterMiddleware
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
+from langchain_datashunt.llama_index import GuardedFunctionCallingLLM, GuardedLLM, ShuntLLM
 from langchain_datashunt.privacy import DisclosureBudget, LocalLedger
 from tests.support.models import WordModel
 
 MAIL, IBAN = "jane@example.com", "DE89 3704 0044 0532 0130 00"
-GATE = OutboundGate(local_kinds=frozenset({"IBAN"}))
+GATE = PrivacyGuard(local_kinds=frozenset({"IBAN"}))
 
 
 class Echo(LLM):
@@ -121,7 +121,7 @@ async def said(llm: LLM, way: str, text: str) -> tuple[str, str]:
 @pytest.mark.parametrize("way", WAYS)
 async def test_what_leaves_a_llama_index_llm_is_replaced_and_comes_back(way: str) -> None:
     echo = Echo(asked=[])
-    llm = GatedLLM(large=echo, gate=GATE)
+    llm = GuardedLLM(large=echo, guard=GATE)
     text = f"write to {MAIL}, then to joe@example.org <soon"
     assert await said(llm, way, text) == (text, text)
     assert echo.asked == ["write to <EMAIL_1>, then to <EMAIL_2> <soon"]
@@ -130,24 +130,24 @@ async def test_what_leaves_a_llama_index_llm_is_replaced_and_comes_back(way: str
 @pytest.mark.parametrize("way", WAYS)
 async def test_what_must_stay_never_reaches_a_llama_index_llm(way: str) -> None:
     echo = Echo(asked=[])
-    whole, shown = await said(GatedLLM(large=echo, gate=GATE), way, f"pay {IBAN}")
+    whole, shown = await said(GuardedLLM(large=echo, guard=GATE), way, f"pay {IBAN}")
     assert whole == shown
     assert "stays on this machine" in whole
     assert IBAN not in whole
-    strict = GatedLLM(large=echo, gate=GATE.model_copy(update={"on_local": "raise"}))
-    with pytest.raises(StaysLocal):
+    strict = GuardedLLM(large=echo, guard=GATE.model_copy(update={"on_local": "raise"}))
+    with pytest.raises(LocalOnlyError):
         await said(strict, way, f"pay {IBAN}")
     assert echo.asked == []
 
 
 def test_history_images_and_budgets_pass_the_gate_too() -> None:
     echo, ledger = Echo(asked=[]), LocalLedger()
-    llm = GatedLLM(large=echo, gate=OutboundGate(budget=DisclosureBudget(calls=1, ledger=ledger)))
+    llm = GuardedLLM(large=echo, guard=PrivacyGuard(budget=DisclosureBudget(calls=1, ledger=ledger)))
     assert llm.chat([ChatMessage(role="system", content=MAIL), ChatMessage(role="user", content=f"is {MAIL} mine")])
     assert echo.asked == ["is <EMAIL_1> mine"]
     assert dict(ledger.trail[0].replaced) == {"EMAIL": 1}
     picture = ChatMessage(role="user", blocks=[ImageBlock(image=b"a picture")])
-    assert "stays on this machine" in str(GatedLLM(large=echo, gate=GATE).chat([picture]))
+    assert "stays on this machine" in str(GuardedLLM(large=echo, guard=GATE).chat([picture]))
     assert "bound 'calls'" in str(llm.chat([ChatMessage(role="user", content="again")]))
     assert len(echo.asked) == 1
 
@@ -159,13 +159,13 @@ def test_a_gated_llm_serves_selectors_and_shunts() -> None:
             return CompletionResponse(text='[{"choice": 2, "reason": "because"}]')
 
     chooser = Chooser(asked=[])
-    selector = LLMSingleSelector.from_defaults(llm=GatedLLM(large=chooser, gate=GATE))
+    selector = LLMSingleSelector.from_defaults(llm=GuardedLLM(large=chooser, guard=GATE))
     choices = [ToolMetadata(description=name, name=name) for name in ("cancel", "status")]
     assert selector.select(choices, query=f"where is the parcel of {MAIL}").ind == 1
     assert MAIL not in chooser.asked[0]
     assert "<EMAIL_1>" in chooser.asked[0]
     echo = Echo(asked=[])
-    shunt = ShuntLLM(small=WordModel(), large=GatedLLM(large=echo, gate=GATE), policy=Threshold(0.9), pruning=None)
+    shunt = ShuntLLM(small=WordModel(), large=GuardedLLM(large=echo, guard=GATE), policy=Threshold(0.9), pruning=None)
     assert shunt.complete(f"maybe cancel {MAIL}").text == f"maybe cancel {MAIL}"
     assert echo.asked == ["maybe cancel <EMAIL_1>"]
 
@@ -182,21 +182,21 @@ def test_tools_are_called_with_the_texts() -> None:
         """Send a letter."""
         return f"sent to {to}"
 
-    llm = GatedLLM(large=MockFunctionCallingLLM(response_generator=reply), gate=GATE)
-    assert isinstance(llm, GatedFunctionCallingLLM)
+    llm = GuardedLLM(large=MockFunctionCallingLLM(response_generator=reply), guard=GATE)
+    assert isinstance(llm, GuardedFunctionCallingLLM)
     response = llm.predict_and_call([FunctionTool.from_defaults(send)], user_msg=f"write to {MAIL}")
     assert str(response) == f"sent to {MAIL}"
     assert asked == ["write to <EMAIL_1>"]
 
 
 def test_labels_that_stay_need_a_small_model() -> None:
-    gate = OutboundGate(local_labels=frozenset({"health"}))
+    guard = PrivacyGuard(local_labels=frozenset({"health"}))
     with pytest.raises(ConfigurationError, match="no small model to tell them"):
-        GatedLLM(large=Echo(), gate=gate)
+        GuardedLLM(large=Echo(), guard=guard)
     with pytest.raises(ConfigurationError, match="no small model to tell them"):
-        OutboundGateMiddleware(gate)
-    with pytest.raises(ConfigurationError, match="give a datashunt OutboundGate"):
-        GatedLLM(large=Echo(), gate=3)
+        PrivacyGuardMiddleware(guard)
+    with pytest.raises(ConfigurationError, match="give a datashunt PrivacyGuard"):
+        GuardedLLM(large=Echo(), guard=3)
 
 
 class Scripted(GenericFakeChatModel):
@@ -223,7 +223,7 @@ async def test_an_agents_model_sees_placeholders_and_its_tools_see_texts(way: st
     call = {"name": "find_order", "args": {"mail": "<EMAIL_1>"}, "id": "1", "type": "tool_call"}
     model = Scripted(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("call <PHONE_1> about <EMAIL_1>")]))
     agent = create_agent(
-        model, [find_order], system_prompt=f"Copies go to {MAIL}.", middleware=[OutboundGateMiddleware(GATE)]
+        model, [find_order], system_prompt=f"Copies go to {MAIL}.", middleware=[PrivacyGuardMiddleware(GATE)]
     )
     asked = {"messages": [HumanMessage(f"where is the order of {MAIL}")]}
     found = agent.invoke(asked) if way == "invoke" else await agent.ainvoke(asked)
@@ -241,13 +241,13 @@ async def test_an_agents_model_sees_placeholders_and_its_tools_see_texts(way: st
 async def test_an_agent_says_that_it_may_not_ask(way: str) -> None:
     model = Scripted(messages=iter([]), asked=[])
 
-    async def run(gate: OutboundGate) -> Any:
-        agent = create_agent(model, [], middleware=[OutboundGateMiddleware(gate)])
+    async def run(guard: PrivacyGuard) -> Any:
+        agent = create_agent(model, [], middleware=[PrivacyGuardMiddleware(guard)])
         asked: Any = {"messages": [HumanMessage(f"pay {IBAN}")]}
         return agent.invoke(asked) if way == "invoke" else await agent.ainvoke(asked)
 
     assert "stays on this machine" in (await run(GATE))["messages"][-1].text
-    with pytest.raises(StaysLocal):
+    with pytest.raises(LocalOnlyError):
         await run(GATE.model_copy(update={"on_local": "raise"}))
     assert model.asked == []
 
@@ -256,7 +256,7 @@ def test_the_turns_of_a_local_model_do_not_pass_the_gate() -> None:
     sure = {"logprobs": {"content": [{"token": "x", "logprob": 0.0}]}}
     small = Scripted(messages=iter([AIMessage("local", response_metadata=sure)]), asked=[])
     large = Scripted(messages=iter([]), asked=[])
-    agent = create_agent(large, [], middleware=[ShuntModelRouterMiddleware(small), OutboundGateMiddleware(GATE)])
+    agent = create_agent(large, [], middleware=[ShuntModelRouterMiddleware(small), PrivacyGuardMiddleware(GATE)])
     found = agent.invoke({"messages": [HumanMessage(f"pay {IBAN}")]})
     assert found["messages"][-1].text == "local"
     assert IBAN in repr(small.asked)
@@ -265,9 +265,9 @@ def test_the_turns_of_a_local_model_do_not_pass_the_gate() -> None:
 
 async def test_a_persons_budget_holds_in_an_agent_too() -> None:
     ledger = LocalLedger()
-    gate = OutboundGate(budget=DisclosureBudget(subject_calls=1, ledger=ledger))
+    guard = PrivacyGuard(budget=DisclosureBudget(subject_calls=1, ledger=ledger))
     model = Scripted(messages=iter([AIMessage("one"), AIMessage("two")]), asked=[])
-    agent = create_agent(model, [], middleware=[OutboundGateMiddleware(gate)])
+    agent = create_agent(model, [], middleware=[PrivacyGuardMiddleware(guard)])
     jane: Any = {"configurable": {"shunt_subject": "jane"}}
     asked: Any = {"messages": [HumanMessage("hello")]}
     first, second = agent.invoke(asked, jane), await agent.ainvoke(asked, jane)
@@ -290,4 +290,4 @@ def test_objects_of_every_kind_are_replaced_and_restored() -> None:
     assert MAIL not in repr(out)
     assert found.restore(out) == [Order(MAIL), loose]
     letter = ChatMessage(role="user", blocks=[DocumentBlock(url="https://example.com/letter.pdf")])
-    assert "stays on this machine" in str(GatedLLM(large=Echo(asked=[]), gate=GATE).chat([letter]))
+    assert "stays on this machine" in str(GuardedLLM(large=Echo(asked=[]), guard=GATE).chat([letter]))

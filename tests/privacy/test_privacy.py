@@ -18,28 +18,28 @@ from pydantic import BaseModel
 
 from langchain_datashunt import (
     AlwaysLarge,
-    NoHint,
+    NoPruning,
     Prediction,
     ShuntRunnable,
-    SoftPrompt,
-    Subtask,
+    SoftPruning,
     SubtaskShunt,
     Threshold,
     TopHint,
 )
-from langchain_datashunt.call_log import DistillationStore, Recorder
-from langchain_datashunt.exceptions import ConfigurationError, ShuntError, StaysLocal
+from langchain_datashunt.call_log import CallLog, Recorder
+from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError, ShuntError
 from langchain_datashunt.privacy import (
     DETECTORS,
     AbstainedLocally,
     Entity,
-    OutboundGate,
     PatternDetector,
     Placeholders,
     PresidioDetector,
+    PrivacyGuard,
     StreamRestorer,
     find_entities,
 )
+from langchain_datashunt.routing import Subtask
 from tests.support.handlers import RunBook
 from tests.support.modalities import ScriptedSmall
 from tests.support.models import WordModel, failing_word_model
@@ -146,8 +146,8 @@ class Analyzer:
 
 
 def test_presidios_recognisers_can_be_asked() -> None:
-    gate = OutboundGate(detectors=(*DETECTORS, PresidioDetector(Analyzer())), local_kinds={"IBAN"})
-    out, placeholders = gate.outbound({"input": "Jane Doe, jane@example.com"})
+    guard = PrivacyGuard(detectors=(*DETECTORS, PresidioDetector(Analyzer())), local_kinds={"IBAN"})
+    out, placeholders = guard.outbound({"input": "Jane Doe, jane@example.com"})
     assert out == {"input": "<PERSON_1>, <EMAIL_1>"}
     assert placeholders.counts == {"PERSON": 1, "EMAIL": 1}
     with pytest.raises(ConfigurationError, match="analyze"):
@@ -176,7 +176,7 @@ def test_every_structure_is_redacted_and_nothing_is_changed_in_place() -> None:
         "form": Form(who=MAIL), "numbers": (1, 2.5, None, True), f"key {MAIL}": {MAIL}, "card": 4111111111111111,
     }  # fmt: skip
     before = repr(value)
-    out, placeholders = OutboundGate().outbound(value)
+    out, placeholders = PrivacyGuard().outbound(value)
     assert repr(value) == before
     assert MAIL not in repr(out)
     assert OTHER not in repr(out)
@@ -194,36 +194,36 @@ def test_every_structure_is_redacted_and_nothing_is_changed_in_place() -> None:
 
 
 def test_an_input_cannot_name_our_placeholders() -> None:
-    out, placeholders = OutboundGate().outbound({"input": f"<EMAIL_1> <email_7> {MAIL}"})
+    out, placeholders = PrivacyGuard().outbound({"input": f"<EMAIL_1> <email_7> {MAIL}"})
     assert out["input"] == "<EMAIL_1> <email_7> <EMAIL_2>"
     assert placeholders.restore("<EMAIL_1> <EMAIL_2> <Email_2> <EMAIL_9>") == f"<EMAIL_1> {MAIL} {MAIL} <EMAIL_9>"
 
 
 def test_only_chosen_kinds_are_replaced() -> None:
     text = f"{MAIL} from 192.168.0.17"
-    assert OutboundGate(redact={"IP"}).outbound(text)[0] == f"{MAIL} from <IP_1>"
-    assert OutboundGate(redact="none").outbound(text)[0] == text
+    assert PrivacyGuard(redact={"IP"}).outbound(text)[0] == f"{MAIL} from <IP_1>"
+    assert PrivacyGuard(redact="none").outbound(text)[0] == text
     with pytest.raises(ConfigurationError, match="No detector finds NAME"):
-        OutboundGate(redact={"NAME"})
+        PrivacyGuard(redact={"NAME"})
     with pytest.raises(ConfigurationError, match="no detector"):
-        OutboundGate(detectors=(3,))
+        PrivacyGuard(detectors=(3,))
 
 
 def test_what_is_local_stays() -> None:
-    gate = OutboundGate(local_kinds={"IBAN"}, local_where=lambda text: "secret project" in text)
+    guard = PrivacyGuard(local_kinds={"IBAN"}, local_where=lambda text: "secret project" in text)
     for value in ("DE89 3704 0044 0532 0130 00", {"history": [HumanMessage("about the secret project")]}):
-        with pytest.raises(StaysLocal) as caught:
-            gate.outbound(value)
+        with pytest.raises(LocalOnlyError) as caught:
+            guard.outbound(value)
         assert "0532" not in str(caught.value)
-    assert gate.outbound("hello")[0] == "hello"
+    assert guard.outbound("hello")[0] == "hello"
 
 
 def test_what_cannot_be_looked_at_stays() -> None:
     image = {"type": "image", "base64": "aaaa", "mime_type": "image/png"}
     for value in (b"bytes", {"input": [HumanMessage([image])]}, {"x": object()}):
-        with pytest.raises(StaysLocal, match="nobody can look"):
-            OutboundGate().outbound(value)
-        OutboundGate(allow_binary=True).outbound(value)
+        with pytest.raises(LocalOnlyError, match="nobody can look"):
+            PrivacyGuard().outbound(value)
+        PrivacyGuard(allow_binary=True).outbound(value)
 
     class Broken:
         kinds = ("X",)
@@ -231,9 +231,9 @@ def test_what_cannot_be_looked_at_stays() -> None:
         def find(self, text: str) -> list[Entity]:
             raise RuntimeError(f"cannot read {text}")
 
-    for gate in (OutboundGate(detectors=(Broken(),)), OutboundGate(local_where=lambda text: 1 / 0 > 1)):
-        with pytest.raises(StaysLocal, match="looking at it failed") as caught:
-            gate.outbound("the text")
+    for guard in (PrivacyGuard(detectors=(Broken(),)), PrivacyGuard(local_where=lambda text: 1 / 0 > 1)):
+        with pytest.raises(LocalOnlyError, match="looking at it failed") as caught:
+            guard.outbound("the text")
         assert "the text" not in str(caught.value)
 
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_looked_at_stays() -> None:
 )
 def test_streams_come_back_whole_however_they_are_cut(parts: list[str], size: int) -> None:
     text = " ".join(parts)
-    out, placeholders = OutboundGate().outbound(text)
+    out, placeholders = PrivacyGuard().outbound(text)
     assert MAIL not in out
     restorer = StreamRestorer(placeholders)
     shown = [restorer.feed(out[i : i + size]) for i in range(0, len(out), size)]
@@ -259,7 +259,7 @@ def test_streams_come_back_whole_however_they_are_cut(parts: list[str], size: in
 
 
 def test_arguments_of_tool_calls_come_back_across_chunks() -> None:
-    _, placeholders = OutboundGate().outbound(MAIL)
+    _, placeholders = PrivacyGuard().outbound(MAIL)
     restorer = StreamRestorer(placeholders)
     pieces = ['{"to": "<EM', "AIL_", '1>", "n": "<"', "}"]
     total: Any = None
@@ -294,7 +294,7 @@ class Listening(Runnable[Any, Any]):
 async def test_nothing_personal_leaves_a_shunt_and_answers_are_whole() -> None:
     large = Listening()
     shunt = ShuntRunnable(
-        small=ScriptedSmall(), large=large, policy=Threshold(0.9), pruning=TopHint(), gate=OutboundGate()
+        small=ScriptedSmall(), large=large, policy=Threshold(0.9), pruning=TopHint(), guard=PrivacyGuard()
     )
     text = f"I am {MAIL}"
     expected = f"You said {text}; I think short: {text}"
@@ -315,15 +315,15 @@ async def test_what_stays_is_answered_here_or_by_nobody() -> None:
     for on_local, expected in (("small", "refund"), ("abstain", None), ("raise", None)):
         large = Listening()
         shunt = ShuntRunnable(
-            small=WordModel(), large=large, policy=AlwaysLarge(), pruning=NoHint(), return_decision=True,
-            gate=OutboundGate(local_kinds={"IBAN"}, on_local=on_local),
+            small=WordModel(), large=large, policy=AlwaysLarge(), pruning=NoPruning(), return_decision=True,
+            guard=PrivacyGuard(local_kinds={"IBAN"}, on_local=on_local),
         )  # fmt: skip
         book = RunBook()
         if on_local == "raise":
-            with pytest.raises(StaysLocal, match="IBAN"):
+            with pytest.raises(LocalOnlyError, match="IBAN"):
                 shunt.invoke(iban, {"callbacks": [book]})
             found = shunt.batch([iban, "hello"], return_exceptions=True)
-            assert isinstance(found[0], StaysLocal)
+            assert isinstance(found[0], LocalOnlyError)
             assert found[1].output == "You said hello; I think None" or found[1].output.startswith("You said hello")
             continue
         results = [
@@ -346,11 +346,11 @@ async def test_what_stays_is_answered_here_or_by_nobody() -> None:
 
 def test_labels_can_be_local_and_a_small_model_that_fails_keeps_the_input_here() -> None:
     large = Listening()
-    gate = OutboundGate(local_labels={"refund"}, on_local="abstain")
-    shunt = ShuntRunnable(small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, gate=gate)
+    guard = PrivacyGuard(local_labels={"refund"}, on_local="abstain")
+    shunt = ShuntRunnable(small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, guard=guard)
     assert isinstance(shunt.invoke({"input": "refund"}), AbstainedLocally)
     assert str(shunt.invoke({"input": "status"})).startswith("You said status")
-    failing = ShuntRunnable(small=failing_word_model(RuntimeError("x")), large=large, pruning=NoHint(), gate=gate)
+    failing = ShuntRunnable(small=failing_word_model(RuntimeError("x")), large=large, pruning=NoPruning(), guard=guard)
     answer = failing.invoke("status")
     assert isinstance(answer, AbstainedLocally)
     assert answer.prediction is None
@@ -359,9 +359,9 @@ def test_labels_can_be_local_and_a_small_model_that_fails_keeps_the_input_here()
 
 def test_audits_pass_the_gate_too() -> None:
     large = Listening()
-    gate = OutboundGate(local_labels={"refund"}, local_kinds={"IBAN"})
+    guard = PrivacyGuard(local_labels={"refund"}, local_kinds={"IBAN"})
     shunt = ShuntRunnable(
-        small=WordModel(), large=large, policy=Threshold(0.5), pruning=NoHint(), gate=gate, audit_rate=1.0
+        small=WordModel(), large=large, policy=Threshold(0.5), pruning=NoPruning(), guard=guard, audit_rate=1.0
     )
     shunt.batch([f"surely status {MAIL}", "surely refund", "surely status DE89 3704 0044 0532 0130 00"])
     assert shunt.auditor is not None
@@ -370,11 +370,11 @@ def test_audits_pass_the_gate_too() -> None:
 
 
 def test_records_say_that_nobody_was_asked(tmp_path: Any) -> None:
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="t") as recorder:
             shunt = ShuntRunnable(
-                small=WordModel(), large=Listening(), policy=AlwaysLarge(), pruning=NoHint(), recorder=recorder,
-                gate=OutboundGate(local_kinds={"IBAN"}),
+                small=WordModel(), large=Listening(), policy=AlwaysLarge(), pruning=NoPruning(), recorder=recorder,
+                guard=PrivacyGuard(local_kinds={"IBAN"}),
             )  # fmt: skip
             shunt.batch(["refund to DE89 3704 0044 0532 0130 00", "status"])
         calls = {call.reason: call for part in store.iterate() for call in part}
@@ -392,9 +392,9 @@ def test_subtasks_pass_the_gate() -> None:
 
     def small(text: str) -> Prediction:
         return (
-            Prediction.of({"refund": 0.9, "status": 0.1})
+            Prediction.from_probabilities({"refund": 0.9, "status": 0.1})
             if "refund" in text
-            else Prediction.of({"refund": 0.2, "status": 0.8})
+            else Prediction.from_probabilities({"refund": 0.2, "status": 0.8})
         )
 
     parts = (
@@ -402,8 +402,8 @@ def test_subtasks_pass_the_gate() -> None:
         Subtask(name="intent", small=small, labels=("refund", "status"), policy=Threshold(0.1)),
         Subtask(name="reply"),
     )
-    gate = OutboundGate(local_kinds={"IBAN"})
-    shunt = SubtaskShunt(subtasks=parts, large=RunnableLambda(answer), gate=gate)
+    guard = PrivacyGuard(local_kinds={"IBAN"})
+    shunt = SubtaskShunt(subtasks=parts, large=RunnableLambda(answer), guard=guard)
     assert shunt.invoke(f"I am {MAIL}")["reply"] == f"about I am {MAIL}"
     assert MAIL not in str(asked[0]["open"])
     assert "short: I am <EMAIL_1>" in str(asked[0]["open"])
@@ -411,9 +411,9 @@ def test_subtasks_pass_the_gate() -> None:
     assert shunt.invoke(iban) == {"draft": f"short: {iban}", "intent": "refund", "reply": None}
     assert len(asked) == 1
     strict = SubtaskShunt(
-        subtasks=parts, large=RunnableLambda(answer), gate=OutboundGate(local_kinds={"IBAN"}, on_local="raise")
+        subtasks=parts, large=RunnableLambda(answer), guard=PrivacyGuard(local_kinds={"IBAN"}, on_local="raise")
     )
-    with pytest.raises(StaysLocal):
+    with pytest.raises(LocalOnlyError):
         strict.invoke(iban)
 
 
@@ -427,7 +427,7 @@ def test_a_stream_of_messages_keeps_what_it_carries() -> None:
         for one in inputs:
             yield from chunks(one)
 
-    gated = OutboundGate().around(RunnableGenerator(given))
+    gated = PrivacyGuard().around(RunnableGenerator(given))
     total: Any = None
     for chunk in gated.stream(MAIL):
         total = chunk if total is None else total + chunk
@@ -447,8 +447,8 @@ def test_what_tracers_see_of_the_large_model_is_what_left() -> None:
 
     prompt = ChatPromptTemplate.from_messages([("human", "{input} {candidate_probabilities}")])
     shunt = ShuntRunnable(
-        small=WordModel(), large=prompt | RunnableLambda(lambda value: value.to_string()), pruning=SoftPrompt(),
-        policy=AlwaysLarge(), gate=OutboundGate(),
+        small=WordModel(), large=prompt | RunnableLambda(lambda value: value.to_string()), pruning=SoftPruning(),
+        policy=AlwaysLarge(), guard=PrivacyGuard(),
     )  # fmt: skip
     assert MAIL in shunt.invoke(f"refund {MAIL}", {"callbacks": [Tracer()]})
     assert seen
@@ -456,42 +456,42 @@ def test_what_tracers_see_of_the_large_model_is_what_left() -> None:
 
 
 def test_a_gate_is_written_down_only_where_nothing_is_lost() -> None:
-    gate = OutboundGate(local_kinds={"IBAN"}, redact={"EMAIL"}, on_local="abstain")
-    back = load(dumpd(gate), allowed_objects=[OutboundGate], valid_namespaces=["langchain_datashunt"])
-    assert back == gate
+    guard = PrivacyGuard(local_kinds={"IBAN"}, redact={"EMAIL"}, on_local="abstain")
+    back = load(dumpd(guard), allowed_objects=[PrivacyGuard], valid_namespaces=["langchain_datashunt"])
+    assert back == guard
     assert back.detectors == DETECTORS
-    for own in (OutboundGate(local_where=lambda text: True), OutboundGate(detectors=DETECTORS[:2])):
+    for own in (PrivacyGuard(local_where=lambda text: True), PrivacyGuard(detectors=DETECTORS[:2])):
         assert dumpd(own)["type"] == "not_implemented"
-    assert json.dumps(dumpd(gate))
+    assert json.dumps(dumpd(guard))
 
 
 def test_errors_are_ours() -> None:
-    assert issubclass(StaysLocal, ShuntError)
+    assert issubclass(LocalOnlyError, ShuntError)
     assert Placeholders(DETECTORS).restore("x") == "x"
     assert not Placeholders(DETECTORS)
 
 
 def test_a_longer_entity_of_another_kind_hides_none() -> None:
     secret = "connect to postgres://admin:Tr0ub4dor@db.example.com/prod"
-    assert OutboundGate(redact={"URL_SECRET"}).outbound(secret)[0] == (
+    assert PrivacyGuard(redact={"URL_SECRET"}).outbound(secret)[0] == (
         "connect to postgres://<URL_SECRET_1>@db.example.com/prod"
     )
-    with pytest.raises(StaysLocal, match="URL_SECRET"):
-        OutboundGate(local_kinds={"URL_SECRET"}).outbound(secret)
-    out, placeholders = OutboundGate().outbound(secret)
+    with pytest.raises(LocalOnlyError, match="URL_SECRET"):
+        PrivacyGuard(local_kinds={"URL_SECRET"}).outbound(secret)
+    out, placeholders = PrivacyGuard().outbound(secret)
     assert "admin" not in out
     assert placeholders.restore(out) == secret
-    assert OutboundGate(redact={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")[0] == "my SSN is <NATIONAL_ID_1>"
-    with pytest.raises(StaysLocal, match="NATIONAL_ID"):
-        OutboundGate(local_kinds={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")
-    _, found = OutboundGate(redact={"URL_SECRET"}).outbound(f"{secret}, {MAIL}")
+    assert PrivacyGuard(redact={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")[0] == "my SSN is <NATIONAL_ID_1>"
+    with pytest.raises(LocalOnlyError, match="NATIONAL_ID"):
+        PrivacyGuard(local_kinds={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")
+    _, found = PrivacyGuard(redact={"URL_SECRET"}).outbound(f"{secret}, {MAIL}")
     assert found.plain == {"EMAIL": 1}, "what is covered by a replaced one is not plain"
 
 
 def test_many_entities_take_time_by_their_number() -> None:
     text = " ".join(f"u{i}@example.com" for i in range(20_000))
     started = time.perf_counter()
-    _, placeholders = OutboundGate().outbound(text)
+    _, placeholders = PrivacyGuard().outbound(text)
     assert placeholders.counts == {"EMAIL": 20_000}
     assert time.perf_counter() - started < 30
 
@@ -502,7 +502,7 @@ def test_a_value_ends_no_string_of_streamed_arguments() -> None:
     for text, kind in zip(
         ("My password: " + values[0], "store " + values[1]), ("PASSWORD", "PRIVATE_KEY"), strict=True
     ):
-        _, placeholders = OutboundGate().outbound(text)
+        _, placeholders = PrivacyGuard().outbound(text)
         for shown in (f"<{kind}_1>", f"\\u003c{kind}_1\\u003e"):
             restorer, args, total = StreamRestorer(placeholders), f'{{"key": "{shown}"}}', None
             parts = [args[i : i + 3] for i in range(0, len(args), 3)]
@@ -537,18 +537,18 @@ def test_a_value_ends_no_string_of_streamed_arguments() -> None:
     ],
 )
 def test_a_rule_sees_all_that_would_leave(value: Any) -> None:
-    with pytest.raises(StaysLocal, match="a rule of yours"):
-        OutboundGate(local_where=lambda text: "PROJECT X" in text).outbound([HumanMessage("hi"), value])
+    with pytest.raises(LocalOnlyError, match="a rule of yours"):
+        PrivacyGuard(local_where=lambda text: "PROJECT X" in text).outbound([HumanMessage("hi"), value])
 
 
 def test_a_rule_sees_numbers_and_no_questions_of_yours() -> None:
-    gate = OutboundGate(local_where=lambda text: "4711" in text or "salary" in text, on_local="raise")
-    with pytest.raises(StaysLocal):
-        gate.outbound({"input": "order", "order": 4711})
-    assert gate.outbound({"input": "order", "paid": True, "note": None})[0]["paid"] is True
+    guard = PrivacyGuard(local_where=lambda text: "4711" in text or "salary" in text, on_local="raise")
+    with pytest.raises(LocalOnlyError):
+        guard.outbound({"input": "order", "order": 4711})
+    assert guard.outbound({"input": "order", "paid": True, "note": None})[0]["paid"] is True
     salary = Subtask(name="topic", question="Is it about a salary?", labels=("yes", "no"))
     asked: list[Any] = []
-    shunt = SubtaskShunt(subtasks=[salary], large=lambda value: asked.append(value) or {"topic": "no"}, gate=gate)
+    shunt = SubtaskShunt(subtasks=[salary], large=lambda value: asked.append(value) or {"topic": "no"}, guard=guard)
     assert shunt.invoke("When does the canteen open?") == {"topic": "no"}
     assert asked
 
@@ -560,15 +560,15 @@ def test_the_chunks_of_a_call_that_is_put_back_are_redacted() -> None:
             {"name": "mail", "args": f'{{"to": "{MAIL}"}}', "id": "c", "index": 0, "type": "tool_call_chunk"}
         ],
     )
-    (out,), _ = OutboundGate().outbound([streamed])
+    (out,), _ = PrivacyGuard().outbound([streamed])
     assert MAIL not in repr(out)
     assert json.loads(out.tool_call_chunks[0]["args"]) == {"to": "<EMAIL_1>"}
 
 
 @pytest.mark.parametrize("kind", ["2FA_CODE", "ÄRZTE", "x" * 60, "DE_STEUER-ID"])
 def test_placeholders_of_any_kind_come_back(kind: str) -> None:
-    gate = OutboundGate(detectors=[PatternDetector(kind, re.compile(r"(?<!_)\d{6}"))])
-    out, placeholders = gate.outbound("code 123456, not <EMAIL_999999>")
+    guard = PrivacyGuard(detectors=[PatternDetector(kind, re.compile(r"(?<!_)\d{6}"))])
+    out, placeholders = guard.outbound("code 123456, not <EMAIL_999999>")
     assert "123456" not in out
     assert placeholders.restore(out) == "code 123456, not <EMAIL_999999>"
 
@@ -593,7 +593,7 @@ async def test_a_stream_that_is_left_is_closed_behind_a_gate() -> None:
             finally:
                 closed.append("async")
 
-    gated = OutboundGate().around(Streaming())
+    gated = PrivacyGuard().around(Streaming())
     chunks = gated.stream("x")
     assert next(chunks) == "a"
     chunks.close()  # type: ignore[attr-defined]

@@ -20,23 +20,21 @@ from pydantic import PrivateAttr
 from langchain_datashunt import (
     AlwaysLarge,
     ConfidenceRouterChain,
-    Entropy,
-    HardPrompt,
-    Margin,
-    MaxProbability,
-    NoHint,
+    HardPruning,
+    NoPruning,
     Prediction,
     Retry,
     ShuntRunnable,
-    SoftPrompt,
+    SoftPruning,
     Threshold,
     TopHint,
-    UnparsableAnswer,
+    UnparsableAnswerError,
 )
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.large_models.label_chat import LabelAsker, default_prompt, offers_structured_output
 from langchain_datashunt.large_models.label_parser import LabelParser
 from langchain_datashunt.large_models.prompt_pruning import Pruning
+from langchain_datashunt.policies import Entropy, Margin, MaxProbability
 from langchain_datashunt.policies.thresholds import AllOf, AnyOf
 from tests.support.handlers import RunBook
 from tests.support.models import LABELS, CountingLarge, WordModel, predict_words
@@ -86,10 +84,10 @@ def test_the_default_prompt_holds_candidates_hint_history_and_input() -> None:
 @pytest.mark.parametrize(
     ("pruning", "there", "absent"),
     [
-        (SoftPrompt(top_k=1), "with probability", "says refund"),
+        (SoftPruning(top_k=1), "with probability", "says refund"),
         (TopHint(), "says refund, with confidence 0.48", "with probability"),
-        (HardPrompt(proficient=("status",)), "- cancel\n- refund\n\n", "- status"),
-        (NoHint(), "- status", "probability"),
+        (HardPruning(proficient=("status",)), "- cancel\n- refund\n\n", "- status"),
+        (NoPruning(), "- status", "probability"),
     ],
 )
 def test_each_strategy_writes_its_own_prompt(pruning: Pruning, there: str, absent: str) -> None:
@@ -130,18 +128,18 @@ def test_an_answer_that_is_no_label_is_asked_for_again() -> None:
     router, model = chain(script, max_reasks=2)
     outputs = router.batch(["a", "b", "c"], return_exceptions=True)
     assert outputs[:2] == ["status", "refund"]
-    assert isinstance(outputs[2], UnparsableAnswer)
+    assert isinstance(outputs[2], UnparsableAnswerError)
     assert (outputs[2].raw, outputs[2].attempts) == ("nonsense", 3)
     again = next(messages for messages in model._asked if len(messages) == 6)
     assert [m.type for m in again] == ["system", "human", "ai", "human", "ai", "human"]
     assert again[2].content == "Hard to say."
-    with pytest.raises(UnparsableAnswer, match="asked 3 times"):
+    with pytest.raises(UnparsableAnswerError, match="asked 3 times"):
         router.invoke("c")
 
 
 def test_no_reask_means_one_call() -> None:
     router, model = chain({"c": ["nonsense"]}, max_reasks=0)
-    with pytest.raises(UnparsableAnswer):
+    with pytest.raises(UnparsableAnswerError):
         asyncio.run(router.ainvoke("c"))
     assert len(model._asked) == 1
 
@@ -150,7 +148,7 @@ def test_an_unparsable_answer_is_not_retried_but_may_give_way() -> None:
     router, model = chain({"refund": ["?"]}, on_large_error="small", max_reasks=0, return_decision=True)
     result = router.invoke("refund")
     assert (result.output, result.reason) == ("refund", "large_error")
-    assert "UnparsableAnswer" in result.decision.error
+    assert "UnparsableAnswerError" in result.decision.error
     assert len(model._asked) == 1
 
 
@@ -191,7 +189,7 @@ def test_structured_output_is_used_where_it_is_offered() -> None:
     assert not offers_structured_output(RunnableLambda(str))
     router = ConfidenceRouterChain.from_models(WordModel(), Structured(script={"x": ["status"], "y": ["broken"]}))
     assert router.invoke("x") == "status"
-    with pytest.raises(UnparsableAnswer) as caught:
+    with pytest.raises(UnparsableAnswerError) as caught:
         router.invoke("y")
     assert caught.value.raw == "broken"
     text = ConfidenceRouterChain.from_models(WordModel(), Structured(), answer_format="text")
@@ -283,14 +281,14 @@ def test_the_asker_describes_itself() -> None:
 
 
 OURS = [
-    AlwaysLarge, ConfidenceRouterChain, Entropy, HardPrompt, LabelAsker, LabelParser, Margin, NoHint, Retry,
-    ShuntRunnable, SoftPrompt, Threshold, TopHint, WordModel,
+    AlwaysLarge, ConfidenceRouterChain, Entropy, HardPruning, LabelAsker, LabelParser, Margin, NoPruning, Retry,
+    ShuntRunnable, SoftPruning, Threshold, TopHint, WordModel,
 ]  # fmt: skip
 
 
 def test_langchains_own_serialisation_keeps_policies_and_strategies() -> None:
     policy = Threshold(0.8, score=Margin()) & (Threshold(0.9) | AlwaysLarge())
-    for value in (policy, SoftPrompt(top_k=3), HardPrompt(proficient=("a",)), Retry(attempts=5)):
+    for value in (policy, SoftPruning(top_k=3), HardPruning(proficient=("a",)), Retry(attempts=5)):
         again = loads(
             dumps(value),
             allowed_objects=[*OURS, AllOf, AnyOf, MaxProbability],
@@ -300,7 +298,7 @@ def test_langchains_own_serialisation_keeps_policies_and_strategies() -> None:
 
 
 def test_langchains_own_serialisation_keeps_a_chain_over_a_bundle(tmp_path: Any, shop_messages: Any) -> None:
-    from langchain_datashunt import BundledSmallModel, TextCNN, TrainingSettings
+    from langchain_datashunt.small_models import BundledSmallModel, TextCNN, TrainingSettings
 
     texts, labels = shop_messages
     small = TextCNN.train(texts, labels, settings=TrainingSettings(epochs=1, progress=False))
@@ -347,4 +345,4 @@ def test_a_shunt_of_unsaved_parts_is_dumped_without_failing() -> None:
     dumped = dumpd(ShuntRunnable(small=predict_words, large=CountingLarge()))
     assert dumped["kwargs"]["small"]["type"] == "not_implemented"
     assert dumpd(WordModel())["type"] == "not_implemented"
-    assert Prediction.of({"a": 1.0}) is not None
+    assert Prediction.from_probabilities({"a": 1.0}) is not None

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from langchain_datashunt import ShuntRunnable, SoftPrompt, Threshold, load_small_model
-from langchain_datashunt.call_log import DistillationStore, Recorder, RoutedCall
+from langchain_datashunt import ShuntRunnable, SoftPruning, Threshold, load_small_model
+from langchain_datashunt.call_log import CallLog, CallRecord, Recorder
 from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
 from langchain_datashunt.small_models.kinds.generating import GeneratingModel
 from tests.support.modalities import MODALITIES, Modality, quiet
@@ -50,7 +50,9 @@ async def called(shunt: ShuntRunnable, way: str, inputs: list[Any]) -> list[Any]
 async def test_every_way_to_call_gives_the_same(modality: Modality, way: str) -> None:
     threshold = middle(modality)
     batch = modality.small.predict_batch(modality.inputs)
-    shunt = ShuntRunnable(small=modality.small, large=modality.large, policy=Threshold(threshold), pruning=SoftPrompt())
+    shunt = ShuntRunnable(
+        small=modality.small, large=modality.large, policy=Threshold(threshold), pruning=SoftPruning()
+    )
     found = await called(shunt, way, list(modality.inputs))
     kept = batch.confidence >= threshold
     assert 0 < kept.sum() < len(kept)
@@ -62,7 +64,7 @@ async def test_every_way_to_call_gives_the_same(modality: Modality, way: str) ->
 
 def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) -> None:
     threshold = middle(modality)
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="t", sample_small=1.0) as recorder:
             shunt = ShuntRunnable(
                 small=modality.small, large=modality.large, policy=Threshold(threshold), recorder=recorder
@@ -75,7 +77,7 @@ def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) 
     assert len(by_key) == len(modality.inputs)
     predictions = modality.small.predict_batch(modality.inputs)
     for i, value in enumerate(modality.inputs):
-        call: RoutedCall = by_key[reader.key(reader.read(value))]
+        call: CallRecord = by_key[reader.key(reader.read(value))]
         assert call.route == ("small" if results[i] == predictions.outputs()[i] and call.label is None else "large")
         assert call.small_label == predictions.outputs()[i]
         assert call.confidence == pytest.approx(predictions.confidence[i], abs=2e-3)
@@ -103,8 +105,8 @@ def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) 
 def test_a_learnable_model_of_the_same_modality_is_asked_second(modality: Modality) -> None:
     surer = {"intercept": 12.0} if isinstance(modality.small, GeneratingModel) else {"temperature": 0.01}
     shunt = ShuntRunnable(
-        small=modality.small, learnable=modality.small.model_copy(update=surer), large=modality.large,
+        small=modality.small, student=modality.small.model_copy(update=surer), large=modality.large,
         policy=Threshold(middle(modality) + 1e-4), return_decision=True,
     )  # fmt: skip
     routes = {result.route for result in shunt.batch(list(modality.inputs))}
-    assert {"small", "learnable"} <= routes
+    assert {"small", "student"} <= routes

@@ -16,21 +16,20 @@ from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda
 
 from langchain_datashunt import (
-    Alarm,
     AlwaysSmall,
     CostBudget,
-    Monitor,
+    DeferralBudget,
     Prediction,
-    PredictionBatch,
-    QueryBudget,
     ShuntRunnable,
-    SoftPrompt,
+    SoftPruning,
     Threshold,
 )
-from langchain_datashunt.call_log import CallFilter, DistillationStore, Recorder, RoutedCall, SharedControl
+from langchain_datashunt.call_log import CallFilter, CallLog, CallRecord, Recorder, SharedThreshold
+from langchain_datashunt.evaluation.monitor import Alarm, Monitor
 from langchain_datashunt.exceptions import ConfigurationError, StoreError
 from langchain_datashunt.policies.budgets import LocalControl
-from langchain_datashunt.privacy import DisclosureBudget, OutboundGate
+from langchain_datashunt.prediction import PredictionBatch
+from langchain_datashunt.privacy import DisclosureBudget, PrivacyGuard
 from tests.support.models import WordModel
 
 NAMES = ("a", "b")
@@ -40,7 +39,7 @@ def traffic(n: int, seed: int, easy: float) -> PredictionBatch:
     """Confidences in [0.5, 1], the higher the easier the traffic."""
     rng = np.random.default_rng(seed)
     p = 0.5 + 0.5 * rng.beta(easy, 1.0, n)
-    return PredictionBatch.of(NAMES, np.column_stack([p, 1 - p]))
+    return PredictionBatch.from_arrays(NAMES, np.column_stack([p, 1 - p]))
 
 
 def decided(policy: Any, batch: PredictionBatch) -> Any:
@@ -55,14 +54,14 @@ def decided(policy: Any, batch: PredictionBatch) -> Any:
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.9, 1.0])
 def test_a_share_is_kept_while_traffic_drifts(share: float) -> None:
-    policy = QueryBudget(share=share)
+    policy = DeferralBudget(rate=share)
     asked = [~decided(policy, traffic(50, day, easy)) for day, easy in enumerate(np.linspace(0.3, 8.0, 120))]
     assert np.concatenate(asked).mean() == pytest.approx(share, abs=0.02)
     assert np.concatenate(asked[-20:]).mean() == pytest.approx(share, abs=0.06)
 
 
 def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
-    policy = QueryBudget(share=0.2, gain=0.05)
+    policy = DeferralBudget(rate=0.2, gain=0.05)
     asked = []
     for day, easy in enumerate((6.0, 0.2, 6.0)):
         for prediction in traffic(800, day, easy):
@@ -72,7 +71,7 @@ def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
 
 
 def test_a_threshold_of_a_call_does_not_stop_the_budget() -> None:
-    policy, batch = QueryBudget(share=0.5), traffic(64, 0, 1.0)
+    policy, batch = DeferralBudget(rate=0.5), traffic(64, 0, 1.0)
     verdict = policy.evaluate(batch, np.where(np.arange(64) < 2, 0.0, np.nan))
     assert verdict.keep[:2].all()
     assert (verdict.threshold[:2] == 0.0).all()
@@ -92,7 +91,7 @@ def test_spending_follows_the_clock() -> None:
 
 
 def test_threads_share_one_threshold() -> None:
-    policy, asked = QueryBudget(share=0.25), []
+    policy, asked = DeferralBudget(rate=0.25), []
 
     def work(seed: int) -> None:
         for i in range(60):
@@ -108,17 +107,17 @@ def test_threads_share_one_threshold() -> None:
 
 def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
     url = tmp_path / "calls.db"
-    one, two = (QueryBudget(share=0.3, control=SharedControl(url, "support")) for _ in range(2))
+    one, two = (DeferralBudget(rate=0.3, control=SharedThreshold(url, "support")) for _ in range(2))
     for i in range(150):
         for policy in (one, two):
             decided(policy, traffic(10, i, 1.0))
     assert one.current == two.current != 0.9
-    copied = pickle.loads(pickle.dumps(SharedControl(url, "support")))
+    copied = pickle.loads(pickle.dumps(SharedThreshold(url, "support")))
     assert copied.get(0.9) == one.current
-    assert SharedControl(url, "other").get(0.4) == 0.4
+    assert SharedThreshold(url, "other").get(0.4) == 0.4
     before = one.current
     threads = [
-        threading.Thread(target=lambda: [SharedControl(url, "support").add(0.9, 0.001) for _ in range(20)])
+        threading.Thread(target=lambda: [SharedThreshold(url, "support").add(0.9, 0.001) for _ in range(20)])
         for _ in range(4)
     ]
     for thread in threads:
@@ -128,7 +127,7 @@ def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
     assert one.current == pytest.approx(before + 0.08), "no change is lost"
 
 
-class CutStore(DistillationStore):
+class CutStore(CallLog):
     """A store whose database can be taken away."""
 
     away = False
@@ -144,11 +143,11 @@ class CutStore(DistillationStore):
 
 
 def test_a_shared_budget_goes_on_while_the_database_is_away(tmp_path: Path, caplog: Any) -> None:
-    store, other = CutStore(tmp_path / "c.db"), SharedControl(tmp_path / "c.db", "support")
-    control = SharedControl(store, "support", retry_seconds=0.2)
+    store, other = CutStore(tmp_path / "c.db"), SharedThreshold(tmp_path / "c.db", "support")
+    control = SharedThreshold(store, "support", retry_seconds=0.2)
     control.add(0.5, 0.1)
     store.away, store.asked = True, 0
-    policy = QueryBudget(share=0.3, start=0.5, control=control)
+    policy = DeferralBudget(rate=0.3, start=0.5, control=control)
     shunt = ShuntRunnable(small=WordModel(), large=lambda asked: "large", policy=policy)
     assert len(shunt.batch(["x"] * 5)) == 5
     moved = control.get(0.5) - 0.6
@@ -163,30 +162,30 @@ def test_a_shared_budget_goes_on_while_the_database_is_away(tmp_path: Path, capl
 
 
 def test_readers_and_writers_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    with DistillationStore(tmp_path / "c.db") as reader, DistillationStore(tmp_path / "c.db") as writer:
+    with CallLog(tmp_path / "c.db") as reader, CallLog(tmp_path / "c.db") as writer:
         with reader.reading() as connection:
             connection.exec_driver_sql("SELECT count(*) FROM datashunt_calls").scalar()
             started = time.monotonic()
-            writer.append([RoutedCall(input="x", large_model="m")])
+            writer.append([CallRecord(input="x", large_model="m")])
             assert time.monotonic() - started < 10
         assert reader.count() == 1
 
 
 def test_looking_at_predictions_does_not_move_a_budget() -> None:
-    policy = QueryBudget(share=0.1)
+    policy = DeferralBudget(rate=0.1)
     policy.evaluate(traffic(500, 0, 0.5))
     assert policy.current == 0.9
 
 
-@pytest.mark.parametrize("learnable", [False, True])
-def test_a_shunt_keeps_the_budget_also_with_a_second_small_model(learnable: bool) -> None:
+@pytest.mark.parametrize("student", [False, True])
+def test_a_shunt_keeps_the_budget_also_with_a_second_small_model(student: bool) -> None:
     def guess(text: str) -> Prediction:
         p = 0.5 + 0.5 * np.random.default_rng(int(text)).beta(2.0, 1.0)
-        return Prediction.of({"a": p, "b": 1 - p})
+        return Prediction.from_probabilities({"a": p, "b": 1 - p})
 
-    policy = QueryBudget(share=0.2)
+    policy = DeferralBudget(rate=0.2)
     shunt = ShuntRunnable(
-        small=guess, learnable=guess if learnable else None, large=lambda _: "b", pruning=None, policy=policy,
+        small=guess, student=guess if student else None, large=lambda _: "b", pruning=None, policy=policy,
         return_decision=True,
     )  # fmt: skip
     routes = [result.route for i in range(0, 1500, 30) for result in shunt.batch([str(j) for j in range(i, i + 30)])]
@@ -195,21 +194,21 @@ def test_a_shunt_keeps_the_budget_also_with_a_second_small_model(learnable: bool
 
 
 def test_budgets_are_copied_and_pickled_with_their_threshold() -> None:
-    for policy in (QueryBudget(share=0.2), CostBudget(usd_per_hour=1.0, usd_per_call=0.01)):
+    for policy in (DeferralBudget(rate=0.2), CostBudget(usd_per_hour=1.0, usd_per_call=0.01)):
         decided(policy, traffic(300, 0, 1.0))
         for again in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
             assert again.current == policy.current
             decided(again, traffic(300, 1, 0.2))
-    shunt = ShuntRunnable(small=WordModel(), large=lambda _: "x", pruning=None, policy=QueryBudget(share=0.2))
+    shunt = ShuntRunnable(small=WordModel(), large=lambda _: "x", pruning=None, policy=DeferralBudget(rate=0.2))
     assert copy.deepcopy(shunt).policy == shunt.policy
 
 
 def test_a_bundle_refuses_a_policy_that_it_could_not_give_back(tmp_path: Path) -> None:
-    from langchain_datashunt import TextCNN, TrainingSettings
+    from langchain_datashunt.small_models import TextCNN, TrainingSettings
 
     small = TextCNN.train(["a b", "c d"] * 4, ["x", "y"] * 4, settings=TrainingSettings(epochs=1, progress=False))
-    small.policy = QueryBudget(share=0.2)
-    with pytest.raises(ConfigurationError, match="'QueryBudget' is none of what is known here"):
+    small.policy = DeferralBudget(rate=0.2)
+    with pytest.raises(ConfigurationError, match="'DeferralBudget' is none of what is known here"):
         small.save(tmp_path / "bundle")
 
 
@@ -227,7 +226,7 @@ def test_an_audit_reads_the_answer_of_a_nested_shunt() -> None:
 
 def test_an_audit_lists_the_labels_and_never_fails_the_call() -> None:
     def known(text: Any) -> Prediction:
-        return Prediction.of({"refund": 0.9, "status": 0.1})
+        return Prediction.from_probabilities({"refund": 0.9, "status": 0.1})
 
     large = Asked()
     shunt = ShuntRunnable(small=known, large=large, policy=AlwaysSmall(), audit_rate=1.0)
@@ -326,7 +325,7 @@ class Asked:
 
 
 def audited(large: Any, **settings: Any) -> ShuntRunnable:
-    given = {"policy": AlwaysSmall(), "audit_rate": 1.0, "pruning": SoftPrompt(), **settings}
+    given = {"policy": AlwaysSmall(), "audit_rate": 1.0, "pruning": SoftPruning(), **settings}
     return ShuntRunnable(small=WordModel(), large=large, **given)
 
 
@@ -343,7 +342,7 @@ def test_confident_answers_are_audited_behind_the_callers_back(tmp_path: Path) -
     assert all(not value["candidate_probabilities"] for value in large.seen), "the small model's opinion is kept back"
     assert monitor.report()["disagreement"]["n"] == 3
     assert monitor.disagreement.mean == pytest.approx(1 / 3)
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         calls = [call for batch in store.iterate(CallFilter(route="small")) for call in batch]
     assert sorted(call.audit for call in calls) == [False] * 3 + [True] * 3
     assert all(call.label == "refund" for call in calls if call.audit)
@@ -401,27 +400,27 @@ def test_in_shadow_mode_nothing_changes_and_everything_is_noted(tmp_path: Path) 
     would_keep = [result.decision.score >= result.decision.threshold for result in results]
     assert would_keep == [True, True, False]
     assert results[0].decision.policy.startswith("shadow of Threshold")
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         stats = store.stats()
     assert stats["would_be_kept"] == 2
     assert stats["would_be_kept_agreeing"] == 1
     assert stats["would_be_saved_usd"] == 0.0
 
 
-@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("student", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_in_shadow_mode_a_budget_settles_where_it_will_in_earnest(learnable: bool, alone: bool) -> None:
+def test_in_shadow_mode_a_budget_settles_where_it_will_in_earnest(student: bool, alone: bool) -> None:
     """Each input counts once, also where a second small model, surer than the first, is asked about all of them."""
 
     def guess(text: str, more: float = 0.0) -> Prediction:
         p = min(0.999, 0.5 + 0.4 * np.random.default_rng(int(text)).beta(2.0, 1.0) + more)
-        return Prediction.of({"a": p, "b": 1 - p})
+        return Prediction.from_probabilities({"a": p, "b": 1 - p})
 
-    settled = []
+    raise_first_error = []
     for shadow in (False, True):
-        policy = QueryBudget(share=0.2)
+        policy = DeferralBudget(rate=0.2)
         shunt = ShuntRunnable(
-            small=guess, learnable=(lambda text: guess(text, 0.1)) if learnable else None, large=lambda _: "b",
+            small=guess, student=(lambda text: guess(text, 0.1)) if student else None, large=lambda _: "b",
             pruning=None, policy=policy, shadow=shadow, return_decision=True,
         )  # fmt: skip
         if alone:
@@ -430,13 +429,13 @@ def test_in_shadow_mode_a_budget_settles_where_it_will_in_earnest(learnable: boo
             results = [r for i in range(0, 2000, 20) for r in shunt.batch([str(j) for j in range(i, i + 20)])]
         sure = [result.decision.score >= result.decision.threshold for result in results[-400:]]
         assert np.mean(sure) == pytest.approx(0.8, abs=0.06)
-        settled.append(policy.current)
-    assert settled[0] == pytest.approx(settled[1], abs=0.02)
+        raise_first_error.append(policy.current)
+    assert raise_first_error[0] == pytest.approx(raise_first_error[1], abs=0.02)
 
 
 def test_what_the_threshold_did_not_cause_is_soon_forgotten() -> None:
     """As where the small model was down, or an alarm sent everything to the large one."""
-    policy = QueryBudget(share=0.2)
+    policy = DeferralBudget(rate=0.2)
     for day in range(40):
         decided(policy, traffic(32, day, 1.0))
     for _ in range(2000):
@@ -462,8 +461,8 @@ def test_a_reference_without_numbers_is_refused() -> None:
 
 
 def test_an_audit_is_of_the_same_person_as_its_call() -> None:
-    large, gate = Asked(), OutboundGate(budget=DisclosureBudget(subject_calls=1), on_local="raise")
-    shunt = audited(RunnableLambda(large), gate=gate)
+    large, guard = Asked(), PrivacyGuard(budget=DisclosureBudget(subject_calls=1), on_local="raise")
+    shunt = audited(RunnableLambda(large), guard=guard)
     for i in range(4):
         shunt.invoke(f"surely refund {i}", {"configurable": {"shunt_subject": "jane"}})
     shunt.invoke("surely refund joe", {"configurable": {"shunt_subject": "joe"}})

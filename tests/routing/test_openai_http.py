@@ -14,13 +14,13 @@ from openai import BadRequestError, InternalServerError, RateLimitError
 
 from langchain_datashunt import (
     ConfidenceRouterChain,
-    ConformalPrompt,
-    NoHint,
+    ConformalPruning,
+    NoPruning,
     Retry,
     ShuntResult,
     ShuntRunnable,
-    SoftPrompt,
-    UnparsableAnswer,
+    SoftPruning,
+    UnparsableAnswerError,
 )
 from tests.support.faulty_server import FaultyServer
 from tests.support.handlers import RunBook
@@ -67,12 +67,12 @@ async def test_a_deferred_question_is_answered_over_http() -> None:
 async def test_probabilities_stand_in_the_request_itself() -> None:
     with server() as serving:
         serving.keep_bodies = True
-        router(serving, pruning=SoftPrompt(top_k=2)).invoke("refund")
+        router(serving, pruning=SoftPruning(top_k=2)).invoke("refund")
         system = serving.bodies[-1]["messages"][0]["content"]
         assert "- refund with probability 0.48\n- cancel with probability 0.26" in system
-        router(serving, pruning=NoHint()).invoke("refund")
+        router(serving, pruning=NoPruning()).invoke("refund")
         assert "probability" not in str(serving.bodies[-1])
-        fitted = ConformalPrompt(alpha=0.1, quantile=0.6, n_calibration=50)
+        fitted = ConformalPruning(alpha=0.1, quantile=0.6, n_calibration=50)
         router(serving, pruning=fitted).invoke("refund")
         system = serving.bodies[-1]["messages"][0]["content"]
         assert "- refund" in system
@@ -143,7 +143,7 @@ async def test_an_answer_that_is_no_label_is_asked_again_over_http() -> None:
         assert router(serving).invoke("refund") == "refund"
         assert [m["role"] for m in serving.bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
     with server(lambda number, body: "wrong" if number % 2 else "empty") as serving:
-        with pytest.raises(UnparsableAnswer) as caught:
+        with pytest.raises(UnparsableAnswerError) as caught:
             await router(serving).ainvoke("refund")
         assert caught.value.attempts == 2
 

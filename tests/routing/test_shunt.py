@@ -17,12 +17,12 @@ from langchain_core.runnables import ConfigurableField, RunnableLambda, Runnable
 from langchain_datashunt import (
     AlwaysLarge,
     AlwaysSmall,
-    NoHint,
+    NoPruning,
     Prediction,
     Retry,
     ShuntResult,
     ShuntRunnable,
-    SoftPrompt,
+    SoftPruning,
     Threshold,
     TopHint,
 )
@@ -147,12 +147,12 @@ async def test_the_large_call_is_retried(way: str) -> None:
 async def test_the_learnable_model_is_asked_before_the_large_one(way: str) -> None:
     def learned(text: str) -> Prediction:
         sure = 0.97 if "seen" in text else 0.7
-        return Prediction.of({"cancel": 1 - sure, "refund": 0.0, "status": sure}, model_id="S2")
+        return Prediction.from_probabilities({"cancel": 1 - sure, "refund": 0.0, "status": sure}, model_id="S2")
 
-    shunt = make(learnable=learned, return_decision=True)
+    shunt = make(student=learned, return_decision=True)
     assert (await call(shunt, way, "surely refund")).route == "small"
     result = await call(shunt, way, "seen before")
-    assert (result.output, result.route, result.reason) == ("status", "learnable", "confident")
+    assert (result.output, result.route, result.reason) == ("status", "student", "confident")
     asked = await call(shunt, way, "refund")
     assert asked.route == "large"
     assert asked.prediction.model_id == "S2", "the surer opinion goes into the prompt"
@@ -260,11 +260,11 @@ def test_a_bare_chat_model_as_the_large_side_is_refused() -> None:
 def test_a_template_that_uses_no_pruning_variable_is_refused() -> None:
     model = FakeListChatModel(responses=["x"]) | StrOutputParser()
     blind = ChatPromptTemplate.from_template("Classify: {input}") | model
-    with pytest.raises(ConfigurationError, match=r"none of what SoftPrompt fills: \['candidate_probabilities'\]"):
+    with pytest.raises(ConfigurationError, match=r"none of what SoftPruning fills: \['candidate_probabilities'\]"):
         make(large=blind)
     with pytest.raises(ConfigurationError, match="TopHint"):
         make(large=ChatPromptTemplate.from_template("{input} {candidates}") | model, pruning=TopHint())
-    make(large=blind, pruning=NoHint())
+    make(large=blind, pruning=NoPruning())
     make(large=ChatPromptTemplate.from_template("{input} {candidate_probabilities}") | model)
 
 
@@ -314,7 +314,7 @@ def test_it_composes_with_other_runnables() -> None:
 
 
 def test_schemas_specs_and_graph_describe_it() -> None:
-    shunt = make(learnable=predict_words)
+    shunt = make(student=predict_words)
     assert "string" in str(shunt.get_input_jsonschema())
     assert shunt.get_output_schema() is not None
     assert make(return_decision=True).OutputType is ShuntResult
@@ -401,8 +401,8 @@ def test_answers_outside_the_tasks_labels_are_never_given() -> None:
     with pytest.raises(ConfigurationError, match="not in `labels`: status"):
         make(labels=("cancel", "refund"))
     with pytest.raises(ConfigurationError, match="not in `labels`"):
-        make(small=predict_words, labels=("cancel",), learnable=WordModel())
-    shunt = make(small=lambda _: Prediction.of({"zzz": 1.0}), labels=("a",), return_decision=True)
+        make(small=predict_words, labels=("cancel",), student=WordModel())
+    shunt = make(small=lambda _: Prediction.from_probabilities({"zzz": 1.0}), labels=("a",), return_decision=True)
     assert shunt.invoke("x").reason == "small_error"
     assert "not the task's: zzz" in shunt.batch(["x", "y"])[0].decision.error
 
@@ -464,7 +464,7 @@ def test_results_have_a_json_schema() -> None:
 
 def test_soft_prompt_is_the_default_and_nothing_else_is_disclosed() -> None:
     large = CountingLarge()
-    make(large=large, pruning=SoftPrompt(top_k=1)).invoke("refund")
+    make(large=large, pruning=SoftPruning(top_k=1)).invoke("refund")
     assert set(large.invoked[0]) == {
         "input", "candidates", "candidate_probabilities", "small_label", "small_confidence",
     }  # fmt: skip
@@ -486,9 +486,9 @@ async def test_what_is_a_message_to_the_framework_is_no_failure(way: str) -> Non
 
 def test_a_setting_that_is_refused_leaves_the_shunt_as_it_was() -> None:
     prompt = ChatPromptTemplate.from_template("{candidate_probabilities} {input}")
-    shunt = make(large=prompt | FakeListChatModel(responses=["a"]) | StrOutputParser(), pruning=SoftPrompt())
+    shunt = make(large=prompt | FakeListChatModel(responses=["a"]) | StrOutputParser(), pruning=SoftPruning())
     with pytest.raises(ConfigurationError):
         shunt.pruning = TopHint()
-    assert isinstance(shunt.pruning, SoftPrompt)
-    assert isinstance(shunt._steps.pruning, SoftPrompt)
+    assert isinstance(shunt.pruning, SoftPruning)
+    assert isinstance(shunt._steps.pruning, SoftPruning)
     assert shunt.invoke("refund") == "a"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langchain_datashunt import NoHint, Prediction, Retry, ShuntRunnable, SoftPrompt, Threshold
+from langchain_datashunt import NoPruning, Prediction, Retry, ShuntRunnable, SoftPruning, Threshold
 from langchain_datashunt.exceptions import PredictionError
 from tests.support.models import CountingLarge, HttpError, WordModel, failing_word_model, predict_words
 
@@ -115,7 +115,7 @@ def test_a_large_side_that_breaks_the_contract_of_batch_is_contained(way: str) -
 
 def test_predictions_over_different_label_sets_fail_alone() -> None:
     def small(text: str) -> Prediction:
-        return Prediction.of({"a": 0.99, "b": 0.01} if text != "odd" else {"z": 0.99, "b": 0.01})
+        return Prediction.from_probabilities({"a": 0.99, "b": 0.01} if text != "odd" else {"z": 0.99, "b": 0.01})
 
     shunt = ShuntRunnable(small=small, large=lambda asked: "large", return_decision=True)
     results = shunt.batch(["one", "odd", "two"])
@@ -187,7 +187,7 @@ def test_a_batch_answers_what_single_calls_would(plan: list[tuple[str, list[int]
 @pytest.mark.parametrize("way", ["batch", "abatch"])
 def test_labels_in_another_order_are_the_same_labels(way: str) -> None:
     def small(text: str) -> Prediction:
-        return Prediction.of({"a": 0.95, "b": 0.05} if "a" in text else {"b": 0.95, "a": 0.05})
+        return Prediction.from_probabilities({"a": 0.95, "b": 0.05} if "a" in text else {"b": 0.95, "a": 0.05})
 
     shunt = ShuntRunnable(small=small, large=lambda asked: "large")
     assert run_batch(shunt, way, ["a", "x", "a", "y"]) == ["a", "b", "a", "b"]
@@ -205,10 +205,10 @@ def test_a_model_that_sorts_its_labels_by_score_tells_nothing_by_their_order(lab
         prompts.append(asked["candidates"])
         return "large"
 
-    for pruning in (NoHint(), SoftPrompt()):
+    for pruning in (NoPruning(), SoftPruning()):
         shunt = ShuntRunnable(
-            small=lambda text: Prediction.of(scores[text]), large=large, pruning=pruning, policy=Threshold(0.7),
-            labels=labels,
+            small=lambda text: Prediction.from_probabilities(scores[text]), large=large, pruning=pruning,
+            policy=Threshold(0.7), labels=labels,
         )  # fmt: skip
         seen = []
         for texts in (["x"], ["y"], ["tie"], ["x", "y", "tie"], ["tie", "y", "x"]):
@@ -217,10 +217,13 @@ def test_a_model_that_sorts_its_labels_by_score_tells_nothing_by_their_order(lab
             seen.append(dict(zip(texts, prompts, strict=True)))
         for text in scores:
             assert len({str(one[text]) for one in seen if text in one}) == 1
-        if pruning == NoHint():
+        if pruning == NoPruning():
             assert len({str(told) for one in seen for told in one.values()}) == 1
     keeping = ShuntRunnable(
-        small=lambda text: Prediction.of(scores[text]), large=large, policy=Threshold(0.39), labels=labels
+        small=lambda text: Prediction.from_probabilities(scores[text]),
+        large=large,
+        policy=Threshold(0.39),
+        labels=labels,
     )
     alone = [keeping.invoke(text) for text in scores]
     assert alone[2] == ("b" if labels is None else "c")

@@ -251,6 +251,6 @@ def test_usage_is_counted_once_and_priced() -> None:
 def test_an_error_that_quotes_a_text_is_told_by_its_kind() -> None:
     told = [
         ShuntDecision("large", "small_error", error=error).to_metadata()["shunt_error"]
-        for error in ("UnparsableAnswer: the model said 'jane's number is 4711'", "PredictionError: NaN", None)
+        for error in ("UnparsableAnswerError: the model said 'jane's number is 4711'", "PredictionError: NaN", None)
     ]
-    assert told == ["UnparsableAnswer", "PredictionError: NaN", None]
+    assert told == ["UnparsableAnswerError", "PredictionError: NaN", None]

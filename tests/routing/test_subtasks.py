@@ -14,19 +14,12 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda
 from pydantic import Field
 
-from langchain_datashunt import (
-    AlwaysSmall,
-    MeanTokenProbability,
-    Retry,
-    ShuntRunnable,
-    Subtask,
-    SubtaskResult,
-    SubtaskShunt,
-    Threshold,
-)
-from langchain_datashunt.call_log import CallFilter, DistillationStore, Recorder
+from langchain_datashunt import AlwaysSmall, Retry, ShuntRunnable, SubtaskShunt, Threshold
+from langchain_datashunt.call_log import CallFilter, CallLog, Recorder
 from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswer
+from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
+from langchain_datashunt.policies import MeanTokenProbability
+from langchain_datashunt.routing import Subtask, SubtaskResult
 from langchain_datashunt.routing.subtask_questions import (
     KnownAnswers,
     OpenQuestion,
@@ -149,7 +142,7 @@ def test_an_answer_that_lacks_something_is_asked_for_again() -> None:
     assert shunt.invoke(HALF) == {"intent": "refund", "tone": "cross", "reply": "R"}
     assert "tone: it must be one of kind, cross" in model.asked[1]
     shunt, model = triage("what?", "what?")
-    with pytest.raises(UnparsableAnswer, match="asked 2 times"):
+    with pytest.raises(UnparsableAnswerError, match="asked 2 times"):
         shunt.invoke(HALF)
     shunt, _ = triage("Just this.")  # one open question may be answered plainly
     assert shunt.invoke(SURE)["reply"] == "Just this."
@@ -217,11 +210,11 @@ def test_any_large_side_that_gives_a_mapping_will_do() -> None:
 
     shunt = SubtaskShunt(subtasks=tuple(parts), large=RunnableLambda(answer))
     assert shunt.invoke({"input": "x", "given": "refund"}) == {"intent": "refund", "reply": "refund"}
-    with pytest.raises(UnparsableAnswer):
+    with pytest.raises(UnparsableAnswerError):
         shunt.invoke({"input": "x", "given": "no label"})
     with pytest.raises(ConfigurationError, match="a mapping with intent, reply is needed"):
         SubtaskShunt(subtasks=tuple(parts), large=RunnableLambda(lambda _: "text")).invoke("x")
-    with pytest.raises(UnparsableAnswer):
+    with pytest.raises(UnparsableAnswerError):
         SubtaskShunt(subtasks=tuple(parts), large=RunnableLambda(lambda _: {"intent": "refund"})).invoke("x")
 
 
@@ -248,7 +241,7 @@ def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Pa
     texts = [f"refund case {i}" for i in range(30)] + [f"surely status {i}" for i in range(10)]
     answers = [{"intent": "cancel", "tone": "kind", "reply": f"R{i}"} for i in range(30)]
     answers += [{"tone": "kind", "reply": "S"} for _ in range(10)]
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="triage", sample_small=1.0) as recorder:
             shunt, _ = triage(*answers, recorder=recorder, max_concurrency=1)
             shunt.batch(texts, {"configurable": {"shunt_subject": "jane"}})
@@ -270,7 +263,7 @@ def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Pa
         assert store.delete(subject="jane") == 120
 
     class Learner(WordModel):
-        def relearn(self, stages: Any, held_out: Any, settings: Any, loss: Any) -> Any:
+        def fit_soft_targets(self, stages: Any, held_out: Any, settings: Any, loss: Any) -> Any:
             self.lineage["stages"] = [len(stage) for stage in stages]
             return self.model_copy()
 
@@ -325,7 +318,7 @@ def test_records_are_found_by_their_ids_and_hold_what_each_model_read(tmp_path: 
         Subtask(name="subject", small=WordModel(), policy=Threshold(0.9)),
         Subtask(name="body", small=WordModel(input_key="body"), policy=Threshold(0.9)),
     )
-    with DistillationStore(f"sqlite:///{tmp_path / 'calls.db'}") as store:
+    with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="t", sample_small=1.0) as recorder:
             shunt = SubtaskShunt(
                 subtasks=parts, large=RunnableLambda(lambda _: {}), recorder=recorder, return_decision=True

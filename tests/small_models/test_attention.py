@@ -25,7 +25,7 @@ HOW_FAR = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.
 
 
 def tokens_of(lengths: list[int]) -> Tokens:
-    return Tokens.of([[0] * length for length in lengths], torch.device("cpu"))
+    return Tokens.from_ids([[0] * length for length in lengths], torch.device("cpu"))
 
 
 def text_by_text(qkv: torch.Tensor, lengths: list[int], window: int | None = None) -> torch.Tensor:

@@ -22,7 +22,7 @@ from langchain_datashunt.exceptions import ShuntWarning  # noqa: E402
 from langchain_datashunt.small_models import SentenceEncoder  # noqa: E402
 from langchain_datashunt.small_models.engine.cuda_graphs import GraphedEncoder  # noqa: E402
 from langchain_datashunt.small_models.engine.layers import Tokens  # noqa: E402
-from langchain_datashunt.small_models.engine.padding_free import PackedEncoder, packed  # noqa: E402
+from langchain_datashunt.small_models.engine.padding_free import PaddingFreeEncoder, packed  # noqa: E402
 from tests.benchmarks import gpu as gpu_benchmark  # noqa: E402
 from tests.small_models.test_padding_free import network, saved  # noqa: E402
 from tests.support.cuda_stand_in import Device, OnDevice, RefusedError, stand_in_for_cuda  # noqa: E402
@@ -53,7 +53,7 @@ def cuda(request: pytest.FixtureRequest) -> Any:
 def classifiers(kind: str, dtype: str, folder: Path) -> tuple[TransformersClassifier, TransformersClassifier]:
     """Plain and packed."""
     given: dict[str, Any] = {"model": saved(kind, folder), "dtype": dtype, "max_length": 100, "device": "cuda"}
-    plain, quick = (TransformersClassifier(engine=engine, **given) for engine in ("plain", "packed"))  # type: ignore[arg-type]
+    plain, quick = (TransformersClassifier(engine=engine, **given) for engine in ("plain", "padding-free"))  # type: ignore[arg-type]
     return plain, quick
 
 
@@ -65,7 +65,7 @@ def test_single_texts_by_cuda_graphs_agree(kind: str, texts: list[str], tmp_path
         for text in texts[-8:]:
             one, two = plain.invoke(text), quick.invoke(text)
             assert np.abs(np.array(one.probabilities) - np.array(two.probabilities)).max() <= 1e-2
-    encoder = quick._packing.of(quick._network.base_model)
+    encoder = quick._packing.engine_for(quick._network.base_model)
     assert isinstance(encoder, GraphedEncoder)
     assert encoder._graphs, "graphs were recorded"
 
@@ -155,12 +155,12 @@ def test_an_embedding_classifier_agrees(stand_in_later: Any, shop_messages: Any,
     own.save(tmp_path / "bundle")
     with stand_in_later() as device:
         found = load_small_model(tmp_path / "bundle", device="cuda").predict_batch(texts[60:90])
-        quick = SentenceEncoder(device="cuda", dtype="auto", engine="packed")
+        quick = SentenceEncoder(device="cuda", dtype="auto", engine="padding-free")
         assert quick.network.dtype is torch.bfloat16, "on a GPU the network itself is in half precision"
         vectors, _ = quick.encode(texts[:10])
         assert device.graphs == [], "they are for single texts"
     assert np.abs(found.probabilities - own.predict_batch(texts[60:90]).probabilities).max() < 1e-4
-    exact, _ = SentenceEncoder(engine="packed").encode(texts[:10])
+    exact, _ = SentenceEncoder(engine="padding-free").encode(texts[:10])
     assert (vectors * exact).sum(1).min() > 0.999
 
 
@@ -182,7 +182,7 @@ def test_without_flash_attention_there_are_no_graphs(tmp_path: Path, texts: list
         plain, quick = classifiers("bert", "bfloat16", tmp_path)
         one, two = plain.predict_batch(texts), quick.predict_batch(texts)
         quick.invoke(texts[0])
-        assert isinstance(quick._packing._made, PackedEncoder)
+        assert isinstance(quick._packing._made, PaddingFreeEncoder)
     assert device.graphs == []
     assert np.abs(one.probabilities - two.probabilities).max() <= 1e-2
 

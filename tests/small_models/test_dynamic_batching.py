@@ -25,20 +25,12 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.context import collect_runs
 
-from langchain_datashunt import (
-    AlwaysSmall,
-    EmbeddingClassifier,
-    Prediction,
-    ShuntRunnable,
-    Threshold,
-    TrainingSettings,
-    load_small_model,
-)
+from langchain_datashunt import AlwaysSmall, EmbeddingClassifier, Prediction, ShuntRunnable, Threshold, load_small_model
 from langchain_datashunt.exceptions import ConfigurationError, InputError, PredictionError, QueueFullError
-from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings, Scores
+from langchain_datashunt.small_models import BundledSmallModel, CachedEmbeddings, Scores, TrainingSettings
 from langchain_datashunt.small_models.engine.devices import share_of_threads
 from langchain_datashunt.small_models.serving.caching import ResultCache
-from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBatcher, DynamicBatching
 from langchain_datashunt.small_models.serving.serving import Serving
 from tests.support.at_once import AtOnce
 from tests.support.handlers import RunBook
@@ -63,8 +55,8 @@ class Gated:
         return [value * 2 for value in values]
 
 
-def batcher_of(compute: Callable[[list[Any]], Sequence[Any]], workers: int = 1, **settings: Any) -> MicroBatcher:
-    return MicroBatcher(compute, MicroBatching(**settings), workers)
+def batcher_of(compute: Callable[[list[Any]], Sequence[Any]], workers: int = 1, **settings: Any) -> DynamicBatcher:
+    return DynamicBatcher(compute, DynamicBatching(**settings), workers)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -241,7 +233,7 @@ class TestFailures:
         def count() -> int:
             raise RuntimeError("no")
 
-        batcher = MicroBatcher(lambda values: values, MicroBatching(), count, fail)
+        batcher = DynamicBatcher(lambda values: values, DynamicBatching(), count, fail)
         assert await asyncio.wait_for(asyncio.gather(*(batcher.acall(i) for i in range(50))), 20) == list(range(50))
 
     def test_without_torch_small_models_are_served(self) -> None:
@@ -263,7 +255,7 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
                         self.invoke(text.split(";")[0])
                 return super().predict_scores(texts)
 
-        model = Halves(micro_batching=MicroBatching(workers=1))
+        model = Halves(dynamic_batching=DynamicBatching(workers=1))
         assert model.invoke("surely refund; no").label == "refund"
         found = await asyncio.wait_for(asyncio.gather(*(model.ainvoke(f"surely refund; {i}") for i in range(20))), 20)
         assert {one.label for one in found} == {"refund"}
@@ -409,7 +401,7 @@ class TestCancellation:
                 time.sleep(0.2)
                 return super().predict_scores(texts)
 
-        model = Slow(micro_batching=MicroBatching(workers=1, max_batch=1))
+        model = Slow(dynamic_batching=DynamicBatching(workers=1, max_batch=1))
         shunt = ShuntRunnable(small=model, large=RunnableLambda(lambda x: "L"), policy=AlwaysSmall(), pruning=None)
         assert await shunt.ainvoke("status") == "status"
         first = asyncio.create_task(shunt.ainvoke("cancel"))
@@ -585,8 +577,8 @@ class TestSmallModels:
             assert model.batch([], config if not isinstance(config, list) else []) == []  # type: ignore[arg-type]
 
         class Losing(WordModel):
-            def try_predict(self, inputs: Sequence[Any]) -> Any:
-                outcome = super().try_predict(inputs)
+            def predict_batch(self, inputs: Sequence[Any], **given: Any) -> Any:
+                outcome = super().predict_batch(inputs, return_errors=True)
                 return outcome._replace(batch=outcome.batch.take([0]), rows=outcome.rows[:1])  # type: ignore[union-attr]
 
         kept, lost = Losing().batch(["refund", "cancel"], return_exceptions=True)
@@ -594,7 +586,7 @@ class TestSmallModels:
         assert isinstance(lost, PredictionError)
 
     def test_copies_pickles_and_new_settings_make_a_line_of_their_own(self) -> None:
-        model = WordModel(micro_batching=MicroBatching(max_batch=5), cache_size=10)
+        model = WordModel(dynamic_batching=DynamicBatching(max_batch=5), cache_size=10)
         model.predict("surely refund")
         hot = model.model_copy(update={"temperature": 50.0})
         assert hot.predict("surely refund").confidence < 0.5 < model.predict("surely refund").confidence
@@ -602,17 +594,17 @@ class TestSmallModels:
             assert other.predict("surely cancel").label == "cancel"
             assert other.batcher is not model.batcher
             assert other.cache is not model.cache
-            assert other.micro_batching == MicroBatching(max_batch=5)
+            assert other.dynamic_batching == DynamicBatching(max_batch=5)
         before = model.batcher
-        model.micro_batching = MicroBatching(max_batch=6)
+        model.dynamic_batching = DynamicBatching(max_batch=6)
         assert model.batcher is not before
-        model.micro_batching = None
+        model.dynamic_batching = None
         assert model.predict("surely cancel").label == "cancel"
-        with pytest.raises(ConfigurationError, match="micro_batching is None"):
+        with pytest.raises(ConfigurationError, match="dynamic_batching is None"):
             _ = model.batcher
 
     async def test_without_micro_batching_each_is_computed_alone(self) -> None:
-        model = WordModel(micro_batching=None)
+        model = WordModel(dynamic_batching=None)
         await asyncio.gather(*(model.ainvoke("surely refund") for _ in range(20)))
         assert model._calls == [1] * 20
 
@@ -664,14 +656,17 @@ class TestSmallModels:
             return load_small_model(path, **overrides)
 
         monkeypatch.setattr("langchain_datashunt.small_models.bundles.loading.load_small_model", load)
-        light = BundledSmallModel.at(
-            tmp_path / "bundle", embeddings=LetterEmbeddings(), cache_size=7, micro_batching=MicroBatching(max_batch=3)
+        light = BundledSmallModel.from_folder(
+            tmp_path / "bundle",
+            embeddings=LetterEmbeddings(),
+            cache_size=7,
+            dynamic_batching=DynamicBatching(max_batch=3),
         )
-        assert (light.cache_size, light.micro_batching) == (7, MicroBatching(max_batch=3))
+        assert (light.cache_size, light.dynamic_batching) == (7, DynamicBatching(max_batch=3))
         assert (await light.ainvoke("aaa")).label == "a"
         assert loaders
         assert threading.get_ident() not in loaders
-        for wrong in ({"cache_size": -1}, {"micro_batching": "often"}):
+        for wrong in ({"cache_size": -1}, {"dynamic_batching": "often"}):
             with pytest.raises(ConfigurationError, match=next(iter(wrong))):
                 load_small_model(tmp_path / "bundle", embeddings=LetterEmbeddings(), **wrong)
 
@@ -686,7 +681,7 @@ class TestSmallModels:
                 return super().predict_scores(texts)
 
         book = RunBook()
-        model = Asking(micro_batching=None)
+        model = Asking(dynamic_batching=None)
         shunt = ShuntRunnable(small=model, large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
         config: Any = {"callbacks": [book]}
         for run in (shunt, model) if traced else (shunt,):
@@ -701,7 +696,7 @@ class TestSmallModels:
     def test_a_subclass_with_calls_of_its_own_is_called_by_them(self) -> None:
         class Own(WordModel):
             def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
-                return Prediction.of({"cancel": 0.99, "refund": 0.01})
+                return Prediction.from_probabilities({"cancel": 0.99, "refund": 0.01})
 
         shunt = ShuntRunnable(small=Own(), large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
         assert shunt.invoke("surely refund") == "cancel"
@@ -749,7 +744,7 @@ class TestSmallModels:
     @pytest.mark.parametrize("setting", [{"max_batch": 0}, {"workers": 0}, {"max_waiting": -1}, {"wait_ms": 2}])
     def test_settings_are_checked(self, setting: dict[str, int]) -> None:
         with pytest.raises(ConfigurationError, match=next(iter(setting))):
-            MicroBatching(**setting)
+            DynamicBatching(**setting)
 
     def test_each_worker_has_its_share_of_the_threads_and_others_keep_theirs(self) -> None:
         torch = pytest.importorskip("torch")
@@ -832,12 +827,12 @@ told()
 import asyncio, torch
 torch.set_num_threads(4)
 from tests.support.models import WordModel
-from langchain_datashunt.small_models import MicroBatching
+from langchain_datashunt.small_models import DynamicBatching
 class Telling(WordModel):
     def predict_scores(self, texts):
         print(torch.get_num_threads())
         return super().predict_scores(texts)
-model = Telling(micro_batching=MicroBatching(workers=2))
+model = Telling(dynamic_batching=DynamicBatching(workers=2))
 asyncio.run(model.ainvoke("refund"))
 while model.batcher._busy:
     pass
@@ -885,7 +880,7 @@ class TestMemory:
     def test_what_is_no_number_is_not_remembered(self) -> None:
         model = WordModel(cache_size=100)
         for _ in range(2):
-            outcome = model.try_predict(["nan", "refund"])
+            outcome = model.predict_batch(["nan", "refund"], return_errors=True)
             assert list(outcome.errors) == [0]
         assert model._calls == [2, 1]
 
@@ -928,7 +923,7 @@ class TestMemory:
             cache.clear()
             return texts
 
-        assert cache.of(["a"], old) == ["a"]
+        assert cache.get_all(["a"], old) == ["a"]
         assert len(cache) == 0
 
     def test_embeddings_that_are_no_numbers_are_not_remembered(self) -> None:
@@ -950,11 +945,11 @@ class TestMemory:
             return [text.upper() for text in texts]
 
         for text in ("a", "b", "a", "c"):
-            assert cache.of([text], shout) == [text.upper()]
+            assert cache.get_all([text], shout) == [text.upper()]
         assert (cache.hits, cache.misses, len(cache)) == (1, 3, 2)
-        cache.of(["a"], shout)
+        cache.get_all(["a"], shout)
         assert (cache.hits, cache.misses) == (2, 3), "a was asked for later than b"
-        cache.of(["b"], shout)
+        cache.get_all(["b"], shout)
         assert (cache.hits, cache.misses) == (2, 4), "b was forgotten"
 
     def test_another_setting_of_the_model_forgets(self) -> None:
@@ -1021,7 +1016,7 @@ class TestMemory:
             rng = np.random.default_rng(seed)
             for _ in range(300):
                 texts = [str(number) for number in rng.integers(0, 100, 5)]
-                assert cache.of(texts, lengths) == [int(text) for text in texts]
+                assert cache.get_all(texts, lengths) == [int(text) for text in texts]
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, Threshold, TrainingSettings
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, Threshold
+from langchain_datashunt.call_log import CallLog, Recorder
 from langchain_datashunt.cli.demo.benchmark_task import load_banking77
+from langchain_datashunt.small_models import TrainingSettings
 from langchain_datashunt.small_models.engine.devices import cpu_has_bfloat16
 from langchain_datashunt.small_models.kinds.encoder import SentenceEncoder, shared_encoder
 
@@ -25,10 +26,13 @@ def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tm
     answers = dict(zip(task.test.texts, task.test.large, strict=True))
     settings = TrainingSettings(progress=False)
     quick = EmbeddingClassifier.train(
-        task.train.texts[::12], task.train.labels[::12], settings=settings, embeddings=shared_encoder(engine="packed")
+        task.train.texts[::12],
+        task.train.labels[::12],
+        settings=settings,
+        embeddings=shared_encoder(engine="padding-free"),
     )
-    plain = quick.model_copy(update={"embeddings": SentenceEncoder(engine="plain"), "micro_batching": None})
-    assert quick.micro_batching is not None
+    plain = quick.model_copy(update={"embeddings": SentenceEncoder(engine="plain"), "dynamic_batching": None})
+    assert quick.dynamic_batching is not None
     remembering = quick.model_copy(update={"cache_size": 5_000})
 
     def routed(small: Any, name: str, *, one_by_one: bool = False) -> tuple[list[Any], list[Any]]:
@@ -43,7 +47,7 @@ def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tm
                 return await asyncio.gather(*map(shunt.ainvoke, texts))
 
             results = asyncio.run(all_at_once()) if one_by_one else shunt.batch(texts)
-        with DistillationStore(file) as store:
+        with CallLog(file) as store:
             records = sorted((call for group in store.iterate() for call in group), key=lambda call: call.input)
         return [(result.output, result.route, result.prediction.label) for result in results], records
 
@@ -76,7 +80,7 @@ def test_the_engine_agrees_with_transformers_on_real_questions(
         task.train.texts[::12], task.train.labels[::12], settings=TrainingSettings(progress=False),
         embeddings=SentenceEncoder(engine="plain"),
     )  # fmt: skip
-    quick = plain.model_copy(update={"embeddings": SentenceEncoder(engine="packed", dtype=dtype)})
+    quick = plain.model_copy(update={"embeddings": SentenceEncoder(engine="padding-free", dtype=dtype)})
     wanted, found = plain.predict_batch(texts), quick.predict_batch(texts)
     far = np.abs(wanted.probabilities - found.probabilities).max(axis=1)
     assert far.max() <= furthest

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from langchain_datashunt.call_log import DistillationStore, RoutedCall
+from langchain_datashunt.call_log import CallLog, CallRecord
 from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
 from langchain_datashunt.distillation.distiller import _fingerprint as fingerprint
 from langchain_datashunt.exceptions import ConfigurationError, DataError
@@ -68,7 +68,7 @@ def test_a_training_of_other_weights_is_not_gone_on_with(tmp_path: Path) -> None
     kept = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=tmp_path, checkpoint_every=2)
 
     def learn(model: Any, settings: TrainingSettings) -> Any:
-        return model.relearn(*given, settings, soft_cross_entropy)
+        return model.fit_soft_targets(*given, settings, soft_cross_entropy)
 
     with killed_after(5):
         learn(one, kept)
@@ -160,9 +160,9 @@ def test_the_parts_of_a_batch_weigh_as_the_whole(count: int, n: int) -> None:
 # Distillation, killed and spread
 
 
-def routed(i: int) -> RoutedCall:
+def routed(i: int) -> CallRecord:
     text, label = TEXTS[i % len(TEXTS)] + f" again {i}", TRUTH[i % len(TRUTH)]
-    return RoutedCall(input=text, labels=LABELS, large_model="gpt", label=label, threshold=0.9)
+    return CallRecord(input=text, labels=LABELS, large_model="gpt", label=label, threshold=0.9)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def log_of_calls(tmp_path: Path) -> Path:
     settings = TrainingSettings(epochs=1, batch_size=8, progress=False)
     small = TextCNN.train(TEXTS, TRUTH, settings=settings, dropout=0.0, **SMALL)
     small.save(tmp_path / "s1")
-    with DistillationStore(tmp_path / "calls.db") as store:
+    with CallLog(tmp_path / "calls.db") as store:
         store.append([routed(i) for i in range(240)])
     rows = "\n".join(f"{text},{label}" for text, label in zip(TEXTS, TRUTH, strict=True))
     (tmp_path / "holdout.csv").write_text(f"text,label\n{rows}\n")

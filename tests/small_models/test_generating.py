@@ -13,29 +13,22 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from pydantic import PrivateAttr
 
-from langchain_datashunt import (
+from langchain_datashunt import NoPruning, Prediction, ShuntRunnable, SoftPruning, Threshold, TopHint, load_small_model
+from langchain_datashunt.calibration import RiskControl, select_threshold
+from langchain_datashunt.call_log import CallRecord
+from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
+from langchain_datashunt.exceptions import ConfigurationError, DataError, PredictionError, TruncationWarning
+from langchain_datashunt.policies import (
     Entropy,
-    LeastTokenProbability,
     LengthNormalizedProbability,
     Margin,
     MaxProbability,
     MeanTokenProbability,
-    NoHint,
-    Prediction,
-    PredictionBatch,
-    ShuntRunnable,
-    SoftPrompt,
-    Threshold,
+    MinTokenProbability,
     TokenQuantile,
-    TopHint,
-    TransformersGenerator,
-    load_small_model,
 )
-from langchain_datashunt.calibration import RiskControl, select_threshold
-from langchain_datashunt.call_log import RoutedCall
-from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
-from langchain_datashunt.exceptions import ConfigurationError, DataError, PredictionError, TruncationWarning
-from langchain_datashunt.prediction import ANSWER_LABELS
+from langchain_datashunt.prediction import ANSWER_LABELS, PredictionBatch
+from langchain_datashunt.small_models import TransformersGenerator
 from langchain_datashunt.small_models.kinds.generating import Generated, GeneratingModel, split_answers
 from tests.benchmarks.reproduction.caption_model import CaptionModel
 from tests.benchmarks.reproduction.local_large import LocalLargeModel
@@ -74,10 +67,10 @@ class Scripted(GeneratingModel):
 
 
 def test_scores_of_tokens() -> None:
-    batch = Prediction.of_answer("x", 0.7, token_logprobs=LOGS).as_batch()
+    batch = Prediction.from_answer("x", 0.7, token_logprobs=LOGS).as_batch()
     expected = {
         MeanTokenProbability(): (0.9 + 0.5 + 0.2) / 3,
-        LeastTokenProbability(): 0.2,
+        MinTokenProbability(): 0.2,
         TokenQuantile(alpha=0.0): 0.2,
         TokenQuantile(alpha=0.5): 0.5,
         LengthNormalizedProbability(): (0.9 * 0.5 * 0.2) ** (1 / 3),
@@ -88,31 +81,31 @@ def test_scores_of_tokens() -> None:
         assert score.bounds(2)[1] == 1.0
         assert Threshold(0.3, score=score).evaluate(batch).keep[0] == (value >= 0.3)
     with pytest.raises(PredictionError, match="MeanTokenProbability needs the probabilities"):
-        MeanTokenProbability()(PredictionBatch.of(("a", "b"), [[0.5, 0.5]]))
+        MeanTokenProbability()(PredictionBatch.from_arrays(("a", "b"), [[0.5, 0.5]]))
     with pytest.raises(ConfigurationError, match="alpha"):
         TokenQuantile(alpha=2.0)
 
 
 def test_an_answer_without_token_probabilities_is_deferred_alone() -> None:
-    sure = Prediction.of_answer("a cat", 0.9, token_logprobs=np.log([0.9]))
-    batch = PredictionBatch.stack([sure, Prediction.of_answer("a call", 0.9), sure])
+    sure = Prediction.from_answer("a cat", 0.9, token_logprobs=np.log([0.9]))
+    batch = PredictionBatch.stack([sure, Prediction.from_answer("a call", 0.9), sure])
     assert MeanTokenProbability()(batch).tolist() == pytest.approx([0.9, 0.0, 0.9])
 
     class Drafts(ScriptedSmall):
         def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
-            return Prediction.of_answer(input, 0.9, token_logprobs=None if input == "call" else np.log([0.9]))
+            return Prediction.from_answer(input, 0.9, token_logprobs=None if input == "call" else np.log([0.9]))
 
     shunt = ShuntRunnable(
         small=Drafts(), large=RunnableLambda(lambda _: "large"), policy=Threshold(0.5, score=MeanTokenProbability()),
-        pruning=NoHint(),
+        pruning=NoPruning(),
     )  # fmt: skip
     assert shunt.batch(["a", "call", "b"]) == ["a", "large", "b"]
 
 
 def test_a_written_answer_is_a_prediction_of_itself() -> None:
-    unsure = Prediction.of_answer("a cat", 0.1, model_id="m", token_logprobs=LOGS)
+    unsure = Prediction.from_answer("a cat", 0.1, model_id="m", token_logprobs=LOGS)
     assert (unsure.label, unsure.confidence, unsure.answer) == ("answer", 0.1, "a cat")
-    batch = PredictionBatch.stack([unsure, Prediction.of_answer("a dog", 0.8, token_logprobs=LOGS[:1])])
+    batch = PredictionBatch.stack([unsure, Prediction.from_answer("a dog", 0.8, token_logprobs=LOGS[:1])])
     assert batch.confidence.tolist() == pytest.approx([0.1, 0.8])
     assert batch.best.tolist() == [0, 0]
     assert batch.outputs() == ["a cat", "a dog"]
@@ -122,9 +115,9 @@ def test_a_written_answer_is_a_prediction_of_itself() -> None:
     assert batch[0].to_dict()["answer"] == "a cat"
     for answer, confidence in ((None, 0.5), ("x", 1.5), ("x", float("nan"))):
         with pytest.raises(PredictionError, match="a number in"):
-            Prediction.of_answer(answer, confidence)
+            Prediction.from_answer(answer, confidence)
     with pytest.raises(PredictionError, match="some have none"):
-        PredictionBatch.stack([unsure, Prediction.of({"answer": 0.5, "other": 0.5})])
+        PredictionBatch.stack([unsure, Prediction.from_probabilities({"answer": 0.5, "other": 0.5})])
 
 
 def test_policies_know_written_answers() -> None:
@@ -133,7 +126,7 @@ def test_policies_know_written_answers() -> None:
         with pytest.raises(ConfigurationError, match="writes its answers"):
             ShuntRunnable(small=Scripted(), large=str, pruning=None, policy=Threshold(0.3, score=score))
     with pytest.raises(PredictionError, match="needs the probabilities of the answer's tokens"):
-        Threshold(0.5, score=MeanTokenProbability()).evaluate_one(Prediction.of_answer("x", 0.5))
+        Threshold(0.5, score=MeanTokenProbability()).evaluate_one(Prediction.from_answer("x", 0.5))
 
 
 def test_a_generating_model_predicts_whether_it_is_right() -> None:
@@ -145,7 +138,7 @@ def test_a_generating_model_predicts_whether_it_is_right() -> None:
     assert one.answer == "said 0.9 0.5"
     assert one.token_logprobs is not None
     np.testing.assert_allclose(one.token_logprobs, np.log([0.9, 0.5]))
-    least = Scripted(score=LeastTokenProbability()).predict("0.9 0.5")
+    least = Scripted(score=MinTokenProbability()).predict("0.9 0.5")
     assert least.confidence == pytest.approx(0.5)
     with pytest.warns(TruncationWarning):
         assert model.predict("long 0.5").truncated
@@ -155,7 +148,7 @@ def test_an_empty_answer_fails_alone_and_defers() -> None:
     found = Scripted().batch(["0.9", "empty 0.9", "no numbers"], return_exceptions=True)
     assert found[0].answer == "said 0.9"
     assert all(isinstance(one, PredictionError) and "empty answer" in str(one) for one in found[1:])
-    shunt = ShuntRunnable(small=Scripted(), large=lambda _: "large", pruning=NoHint(), return_decision=True)
+    shunt = ShuntRunnable(small=Scripted(), large=lambda _: "large", pruning=NoPruning(), return_decision=True)
     results = shunt.batch(["0.99", "empty 0.99"])
     assert [(one.output, one.reason) for one in results] == [("said 0.99", "confident"), ("large", "small_error")]
     strange = Scripted().batch(["0.9", "0"], return_exceptions=True)
@@ -213,9 +206,9 @@ def test_what_was_written_stands_in_the_prompt() -> None:
     assert shunt.invoke("surely x") == "short: surely x"
     assert shunt.invoke("perhaps") == "L"
     assert "- short: perhaps with probability 0.2 | short: perhaps" in seen[0]
-    (told,) = TopHint().prepare(Prediction.of_answer("x", 0.456).as_batch())
+    (told,) = TopHint().prepare(Prediction.from_answer("x", 0.456).as_batch())
     assert (told["small_label"], told["small_confidence"]) == ("x", 0.46)
-    (told,) = NoHint().prepare(Prediction.of_answer("x", 0.456).as_batch(), ANSWER_LABELS)
+    (told,) = NoPruning().prepare(Prediction.from_answer("x", 0.456).as_batch(), ANSWER_LABELS)
     assert not told["candidate_probabilities"]
     assert not told["candidates"]
     assert shunt.invoke("fail") == "L"
@@ -452,9 +445,9 @@ def test_captions_that_cannot_be_learnt_from() -> None:
 # 2CD
 
 
-def call(text: str, said: str | None, **more: Any) -> RoutedCall:
+def call(text: str, said: str | None, **more: Any) -> CallRecord:
     given = {"large_model": "gpt", "label": said, "raw_output": said} if said is not None else {}
-    return RoutedCall(input=text, labels=ANSWER_LABELS, **{**given, **more})
+    return CallRecord(input=text, labels=ANSWER_LABELS, **{**given, **more})
 
 
 def test_distillation_sorts_answers_into_stages() -> None:
@@ -492,7 +485,7 @@ def test_a_killed_distillation_of_answers_goes_on_though_the_log_grew(tmp_path: 
     small = TransformersGenerator(model=tiny_gpt2(tmp_path / "tiny"), max_new_tokens=4)
     records = [call(f"{text} {i}", answer) for i, (text, answer) in enumerate(zip(*echoes(), strict=True))][:40]
 
-    def distill(calls: list[RoutedCall], checkpoint: Path | None) -> Any:
+    def distill(calls: list[CallRecord], checkpoint: Path | None) -> Any:
         settings = quiet(3, batch_size=8, checkpoint=checkpoint, checkpoint_every=2)
         return TwoStageDistiller(DistillationSettings(threshold=0.99, training=settings)).distill(small, calls)
 
@@ -514,7 +507,9 @@ def test_a_local_large_model_heeds_what_it_is_told() -> None:
 
     large = LocalLargeModel(model=WordModel())
     assert large.invoke("surely refund") == "refund"
-    told = SoftPrompt(top_k=None).prepare(PredictionBatch.of(("cancel", "refund", "status"), [[0.98, 0.01, 0.01]]))[0]
+    told = SoftPruning(top_k=None).prepare(
+        PredictionBatch.from_arrays(("cancel", "refund", "status"), [[0.98, 0.01, 0.01]])
+    )[0]
     asked = {"input": "refund", **told}
     assert large.invoke(asked) == "cancel"
     assert LocalLargeModel(model=WordModel(), opinion="ignore").invoke(asked) == "refund"

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from langchain_datashunt import EmbeddingClassifier, TrainingSettings, TransformersClassifier
+from langchain_datashunt import EmbeddingClassifier, TransformersClassifier
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
+from langchain_datashunt.small_models import TrainingSettings
 from langchain_datashunt.small_models.engine import cuda_graphs as graphs_module
 from langchain_datashunt.small_models.engine import devices as devices_module
 from langchain_datashunt.small_models.engine import padding_free as packed_module
@@ -111,7 +112,7 @@ def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts
         assert packed(network(kind).base_model) is None
         pytest.skip("this version of transformers lays ModernBERT out otherwise, and computes it itself")
     plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
-    quick = TransformersClassifier(model=folder, engine="packed", dtype=dtype, max_length=100)
+    quick = TransformersClassifier(model=folder, engine="padding-free", dtype=dtype, max_length=100)
     one, two = plain.predict_batch(texts), quick.predict_batch(texts)
     assert np.abs(one.probabilities - two.probabilities).max() <= (1e-4 if dtype == "float32" else 1e-2)
     assert (one.best == two.best).mean() >= 0.995
@@ -124,7 +125,7 @@ def test_only_products_are_rounded_on_a_cpu(kind: str, texts: list[str], tmp_pat
     folder = saved(kind, tmp_path)
     exact = TransformersClassifier(model=folder, engine="plain", max_length=100)
     whole = TransformersClassifier(model=folder, engine="plain", dtype="bfloat16", max_length=100)
-    products = TransformersClassifier(model=folder, dtype="bfloat16", engine="packed", max_length=100)
+    products = TransformersClassifier(model=folder, dtype="bfloat16", engine="padding-free", max_length=100)
     wanted = exact.predict_batch(texts).probabilities
     far = [np.abs(one.predict_batch(texts).probabilities - wanted).mean() for one in (whole, products)]
     assert 0 < far[1] < 0.9 * far[0]
@@ -135,9 +136,9 @@ def test_only_products_are_rounded_on_a_cpu(kind: str, texts: list[str], tmp_pat
 def test_where_transformers_computes_all_is_in_the_format_that_was_asked_for(texts: list[str]) -> None:
     base = network("electra").base_model
     packing = pickle.loads(pickle.dumps(Packing("auto", torch.bfloat16)))
-    assert packing.of(base) is None
+    assert packing.engine_for(base) is None
     assert base.dtype == torch.bfloat16
-    assert packing.of(base) is None
+    assert packing.engine_for(base) is None
     whole = network("bert")
     whole.base_model.register_forward_hook(lambda *_: None)
     assert Packing("auto", torch.bfloat16).of(whole.base_model, whole) is None
@@ -155,7 +156,7 @@ def test_padding_tokens_inside_a_text_are_placed_as_transformers_does(kind: str)
 
 
 def test_copies_with_another_network_or_engine_have_their_own(tmp_path: Path, texts: list[str]) -> None:
-    model = TransformersClassifier(model=saved("bert", tmp_path), engine="packed")
+    model = TransformersClassifier(model=saved("bert", tmp_path), engine="padding-free")
     own = model.predict_batch(texts[:4])
     other = model.model_copy()
     other._network = copy.deepcopy(model._network)
@@ -163,16 +164,16 @@ def test_copies_with_another_network_or_engine_have_their_own(tmp_path: Path, te
         other._network.classifier.weight.mul_(2.0)
     assert not np.array_equal(other.predict_batch(texts[:4]).probabilities, own.probabilities)
     assert other._packing is not model._packing
-    first = model._packing.of(model._network.base_model)
+    first = model._packing.engine_for(model._network.base_model)
     assert np.array_equal(model.predict_batch(texts[:4]).probabilities, own.probabilities)
-    assert model._packing.of(model._network.base_model) is first, "made once"
+    assert model._packing.engine_for(model._network.base_model) is first, "made once"
     plain = model.model_copy(update={"engine": "plain"})
     assert np.abs(plain.predict_batch(texts[:4]).probabilities - own.probabilities).max() < 1e-4
     assert plain._packing.engine == "plain"
 
 
 def test_a_text_without_tokens_gets_one(texts: list[str]) -> None:
-    encoder = SentenceEncoder(engine="packed")
+    encoder = SentenceEncoder(engine="padding-free")
     encoder.tokenizer.backend.post_processor = None
     assert encoder.tokenizer(["", "card"])[0][0] == [encoder.tokenizer.pad_id]
     one, two = encoder.encode(["", "card", ""])[0], encoder.encode([""])[0]
@@ -191,12 +192,12 @@ def test_an_architecture_that_is_not_known_is_left_to_transformers(
         assert model.predict_batch(texts).sound.all()
         model.predict_batch(texts[:2])
     assert ["'electra' has no packed form" in record.message for record in caplog.records] == [True]
-    for engine in ("packed", "onnx"):
+    for engine in ("padding-free", "onnx"):
         with pytest.raises(ConfigurationError, match="ElectraForSequenceClassification is not computed by engine="):
             TransformersClassifier(model=folder, engine=engine).predict_batch(texts)  # type: ignore[arg-type]
     assert packed(network("electra").base_model) is None
     with pytest.raises(ConfigurationError, match="'electra' has no packed form here"):
-        Packing("packed").of(network("electra").base_model)
+        Packing("padding-free").of(network("electra").base_model)
     with pytest.raises(ConfigurationError, match="no engine 'quick'"):
         SentenceEncoder(engine="quick")  # type: ignore[arg-type]
 
@@ -223,38 +224,38 @@ def test_without_onednn_torchs_own_product_is_used(monkeypatch: Any) -> None:
 
 
 def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
-    base, packing = network("bert").base_model, Packing("packed")
-    first = packing.of(base)
+    base, packing = network("bert").base_model, Packing("padding-free")
+    first = packing.engine_for(base)
     assert first is not None
-    assert packing.of(base) is first
+    assert packing.engine_for(base) is first
     with torch.no_grad():
         base.encoder.layer[0].output.dense.weight.mul_(1.5)
-    again = packing.of(base)
+    again = packing.engine_for(base)
     assert again is not None
     assert again is not first, "the weights have changed"
     ids = [[5, 6, 7], [8, 9]]
     assert not torch.allclose(first(ids).states, again(ids).states)
-    assert packing.of(base.train()) is None, "what is being trained is left to transformers"
-    assert packing.of(base.eval()) is again
+    assert packing.engine_for(base.train()) is None, "what is being trained is left to transformers"
+    assert packing.engine_for(base.eval()) is again
     base.load_state_dict(network("bert").base_model.state_dict(), assign=True)
-    assert packing.of(base) is not again, "the weights were replaced"
-    third = packing.of(base)
+    assert packing.engine_for(base) is not again, "the weights were replaced"
+    third = packing.engine_for(base)
     base.encoder.layer[1].output.dense.weight.data = torch.zeros_like(base.encoder.layer[1].output.dense.weight)
-    assert packing.of(base) is not third, "a weight was moved"
-    fourth = packing.of(base)
+    assert packing.engine_for(base) is not third, "a weight was moved"
+    fourth = packing.engine_for(base)
     packing.forget()
-    assert packing.of(base) is not fourth
+    assert packing.engine_for(base) is not fourth
     base.register_forward_hook(lambda *_: None)
     assert packed(base) is None, "a hook wants to see the network's calls"
     assert packed(network("bert").base_model.double()) is None
     assert Packing("plain").of(base) is None
     for copied in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
-        assert (copied.engine, copied._made) == ("packed", None)
+        assert (copied.engine, copied._made) == ("padding-free", None)
 
 
 def test_the_encoder_embeds_the_same_packed_and_plain(texts: list[str]) -> None:
     plain = SentenceEncoder(engine="plain").encode(texts)[0]
-    quick = SentenceEncoder(engine="packed")
+    quick = SentenceEncoder(engine="padding-free")
     assert np.abs(quick.encode(texts)[0] - plain).max() < 1e-5
     assert np.allclose(np.linalg.norm(quick.encode(texts)[0], axis=1), 1.0, atol=1e-5)
     quick.pooling = "cls"
@@ -351,28 +352,30 @@ def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
     taken = Packing("auto")
     finds(packed=1.0, plain=0.5)
     assert taken.of(base) is None
-    assert taken.seconds == {"packed": 1.0, "plain": 0.5}
-    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"packed": 0.1, "plain": 0.9})
+    assert taken.seconds == {"padding-free": 1.0, "plain": 0.5}
+    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"padding-free": 0.1, "plain": 0.9})
     assert Packing("auto").of(network("bert").base_model) is None, "networks of one form are computed alike"
     finds(packed=1.0, plain=0.9, onnx=0.85)
-    assert isinstance(Packing("auto").of(base), packed_module.PackedEncoder), "a little slower may be a busy moment"
+    assert isinstance(Packing("auto").of(base), packed_module.PaddingFreeEncoder), (
+        "a little slower may be a busy moment"
+    )
     finds(packed=2.0, plain=1.1, onnx=1.0)
     assert Packing("auto").of(base) is None, "ONNX Runtime must win by half"
     finds(packed=1.6, plain=1.6, onnx=1.0)
     monkeypatch.setattr(packed_module, "_onnx", lambda network: "made")
     assert Packing("auto").of(base) == "made"
-    assert Packing("packed").of(base) is not None
+    assert Packing("padding-free").of(base) is not None
 
 
 def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     own = Packing("auto")
     own.of(network("bert").base_model)
-    assert set(own.seconds) >= {"packed", "plain"}
+    assert set(own.seconds) >= {"padding-free", "plain"}
     assert all(0 < seconds < 60 for seconds in own.seconds.values())
     half = Packing("auto")
     half.of(network("bert").base_model.bfloat16())
-    assert set(half.seconds) == {"packed", "plain"}, "ONNX Runtime computes float32 here"
+    assert set(half.seconds) == {"padding-free", "plain"}, "ONNX Runtime computes float32 here"
 
 
 @pytest.mark.parametrize(("kind", "gains"), [("bert", True), ("bert", False), ("electra", False)])
@@ -385,17 +388,17 @@ def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
 
     def trial(encoders: dict[str, Any], vocabulary: int) -> dict[str, float]:
         tried.append(set(encoders))
-        seconds = {"plain": 1.0, "packed": 0.5 if gains else 0.95, "onnx": 0.1}
+        seconds = {"plain": 1.0, "padding-free": 0.5 if gains else 0.95, "onnx": 0.1}
         return {name: seconds[name] for name in encoders}
 
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     monkeypatch.setattr(packed_module, "trial", trial)
     packing, base = Packing("auto"), network(kind).base_model
-    made = packing.of(base)
-    there = {"plain"} | ({"packed"} if kind == "bert" else set())
+    made = packing.engine_for(base)
+    there = {"plain"} | ({"padding-free"} if kind == "bert" else set())
     if gains:
         assert tried == [there]
-        assert isinstance(made, packed_module.PackedEncoder)
+        assert isinstance(made, packed_module.PaddingFreeEncoder)
         return
     assert tried[-1] == {*there, "onnx"}
     assert isinstance(made, OnnxEncoder)
@@ -420,8 +423,8 @@ def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any)
     base = network("bert").base_model
     base.embeddings.word_embeddings = torch.nn.Embedding(50, 48)
     packing = Packing("auto")
-    packing.of(base)
-    assert set(packing.seconds) >= {"packed", "plain"}
+    packing.engine_for(base)
+    assert set(packing.seconds) >= {"padding-free", "plain"}
 
 
 def test_an_export_that_holds_for_short_texts_alone_is_not_taken(monkeypatch: Any) -> None:
@@ -455,7 +458,7 @@ def test_an_engine_that_fails_in_the_trial_is_not_taken() -> None:
     def broken(ids: Any) -> Any:
         raise IndexError("no such token")
 
-    found = packed_module.trial({"packed": broken, "plain": packed_module.plain_encoder(base)}, [[5, 6], [7]])
+    found = packed_module.trial({"padding-free": broken, "plain": packed_module.plain_encoder(base)}, [[5, 6], [7]])
     assert list(found) == ["plain"]
 
 
@@ -467,23 +470,23 @@ def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
         lambda base: base.encoder.layer[1].register_forward_hook(lambda *_: None),
         lambda base: base.encoder.layer[1].register_forward_pre_hook(lambda *_: None),
     ):
-        base, packing = network("bert").base_model, Packing("packed")
-        assert packing.of(base) is packing.of(base)
+        base, packing = network("bert").base_model, Packing("padding-free")
+        assert packing.engine_for(base) is packing.engine_for(base)
         handle = add(base)
         assert Packing("auto").of(base) is None, "it wants to see the network's calls"
         with pytest.raises(ConfigurationError, match="has hooks"):
-            packing.of(base)
+            packing.engine_for(base)
         handle.remove()
-        assert packing.of(base) is not None
+        assert packing.engine_for(base) is not None
     assert "bert" not in packed_module._SAID, "the architecture has a packed form"
     assert Packing("auto").seconds == {}
     own = Packing("auto")
     own.of(network("bert").base_model)
-    assert "packed" in own.seconds, "that a network with a hook had none says nothing of others"
-    base, packing = network("bert").base_model, Packing("packed")
-    first = packing.of(base)
+    assert "padding-free" in own.seconds, "that a network with a hook had none says nothing of others"
+    base, packing = network("bert").base_model, Packing("padding-free")
+    first = packing.engine_for(base)
     base.encoder.layer.append(copy.deepcopy(base.encoder.layer[0]))
-    assert packing.of(base) is not first
+    assert packing.engine_for(base) is not first
     assert packing.difference(base, [[5, 6, 7]]) < 1e-5
 
 
@@ -622,7 +625,7 @@ class TestGraphs:
 class _PaddedAsTwo:
     """A packed encoder on a CPU that keeps the two texts of a graph apart as variable-length attention does."""
 
-    def __init__(self, made: packed_module.PackedEncoder) -> None:
+    def __init__(self, made: packed_module.PaddingFreeEncoder) -> None:
         self.made, self.device = made, made.device
 
     def __call__(self, ids: Any) -> Any:
@@ -641,7 +644,7 @@ def test_onnx_runtime_computes_in_a_forked_child() -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     base, packing = network("bert").base_model, Packing("onnx")
-    own = packing.of(base)
+    own = packing.engine_for(base)
     assert own is not None
     ids = [[5, 6, 7], [8, 9]]
     expected = own(ids).states.numpy()
@@ -649,10 +652,10 @@ def test_onnx_runtime_computes_in_a_forked_child() -> None:
     if not child:
         signal.alarm(60)
         try:
-            made = packing.of(base)
+            made = packing.engine_for(base)
             same = made is not own and made is not None and np.allclose(made(ids).states.numpy(), expected, atol=1e-5)
             os._exit(0 if same else 3)
         except BaseException:
             os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert packing.of(base) is own
+    assert packing.engine_for(base) is own

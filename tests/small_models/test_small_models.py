@@ -18,16 +18,9 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.messages import HumanMessage
 
 from langchain_datashunt import (
-    BundledSmallModel,
-    ContrastiveClassifier,
     EmbeddingClassifier,
-    EnsembleClassifier,
-    LSTMClassifier,
-    NeighbourClassifier,
     PredictProbaClassifier,
     SmallModel,
-    TextCNN,
-    TrainingSettings,
     TransformersClassifier,
     load_small_model,
 )
@@ -42,7 +35,18 @@ from langchain_datashunt.exceptions import (
     PredictionError,
     TruncationWarning,
 )
-from langchain_datashunt.small_models import Scores, SentenceEncoder, small_model_class
+from langchain_datashunt.small_models import (
+    BundledSmallModel,
+    ContrastiveClassifier,
+    EnsembleClassifier,
+    LSTMClassifier,
+    NeighbourClassifier,
+    Scores,
+    SentenceEncoder,
+    TextCNN,
+    TrainingSettings,
+    small_model_class,
+)
 from langchain_datashunt.small_models.bundles import loading as loading_module
 from langchain_datashunt.small_models.bundles.bundle import FORMAT, WEIGHTS_FILE
 from langchain_datashunt.small_models.engine.tokenization import TextTokenizer
@@ -401,7 +405,9 @@ def test_a_head_learns_on_from_texts_that_repeat(texts: list[str]) -> None:
         labels=("a", "b"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2)
     )
     examples = Examples(texts, one_hot(["a", "b"] * 30, ("a", "b")))
-    learnt = small.relearn([examples.take(np.arange(40))], examples.take(np.arange(40, 60)), QUIET, soft_cross_entropy)
+    learnt = small.fit_soft_targets(
+        [examples.take(np.arange(40))], examples.take(np.arange(40, 60)), QUIET, soft_cross_entropy
+    )
     assert np.isfinite(learnt.head).all()
     assert 0 < learnt.temperature < np.inf
 
@@ -594,7 +600,7 @@ def test_loading_through_the_wrong_class_says_which_kind_it_is(bundle: Path) -> 
 
 
 def test_a_bundled_model_is_light_until_it_is_used(bundle: Path, trained: Any, shop_messages: Any) -> None:
-    light = BundledSmallModel.at(bundle, batch_size=8)
+    light = BundledSmallModel.from_folder(bundle, batch_size=8)
     assert light.labels == trained["textcnn"].labels
     assert len(pickle.dumps(light)) < 20_000
     texts = shop_messages[0][:4]
@@ -606,7 +612,7 @@ def test_a_bundled_model_is_light_until_it_is_used(bundle: Path, trained: Any, s
 
 
 def test_a_bundled_model_can_be_changed_and_saved(bundle: Path, tmp_path: Path) -> None:
-    light = BundledSmallModel.at(bundle)
+    light = BundledSmallModel.from_folder(bundle)
     light.threshold = 0.42
     light.save(tmp_path / "copy")
     assert load_small_model(tmp_path / "copy").threshold == 0.42
@@ -644,7 +650,7 @@ def test_what_one_member_cannot_score_is_an_error_of_the_ensemble() -> None:
             return super().predict_scores(texts)._replace(errors=errors)
 
     ensemble = EnsembleClassifier(labels=WordModel().labels, members=(WordModel(), Picky()), model_id="both")
-    outcome = ensemble.try_predict(["surely refund", "odd"])
+    outcome = ensemble.predict_batch(["surely refund", "odd"], return_errors=True)
     assert outcome.batch is not None
     assert outcome.batch.label_names() == ["refund"]
     assert str(outcome.errors[1]) == "bad odd"
@@ -693,7 +699,7 @@ def test_neighbours_learn_by_remembering(shop_messages: Any) -> None:
     model = NeighbourClassifier.train(texts, labels, settings=QUIET)
     strange = "my hovercraft is full of eels"
     told = Examples([strange], one_hot(["promo_code"], model.labels))
-    learner = model.relearn([told], told, QUIET, soft_cross_entropy)
+    learner = model.fit_soft_targets([told], told, QUIET, soft_cross_entropy)
     assert learner.invoke(strange).label == "promo_code"
     assert len(learner.vectors) == len(model.vectors) + 2
 
@@ -835,7 +841,7 @@ def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
     assert model.lineage["examples"] + model.lineage["validation_examples"] == len(texts), "trained on all in the end"
     held = (texts[::4], labels[::4])
     model, table = train_best(
-        texts, labels, validation=held, settings=QUIET, kinds=("embedding", "lstm"), time_budget=0.5
+        texts, labels, validation=held, settings=QUIET, kinds=("embedding", "lstm"), time_deferral=0.5
     )
     assert type(model).kind() == "embedding"
     assert table[1].note
@@ -950,7 +956,7 @@ def test_a_bundle_that_is_replaced_again_and_again_is_always_whole(tmp_path: Pat
             model = load_small_model(folder, embeddings=LetterEmbeddings())
             assert isinstance(model, EmbeddingClassifier)
             assert model.head[0, 0] == model.threshold == len(model.labels)
-            assert BundledSmallModel.at(folder).labels in made
+            assert BundledSmallModel.from_folder(folder).labels in made
             n += 1
         return n
 
@@ -1007,7 +1013,7 @@ def test_a_label_stands_once_in_a_label_set(tmp_path: Path) -> None:
 
 def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> None:
     folder = EmbeddingClassifier.train(*shop_messages, settings=QUIET).save(tmp_path / "model")
-    for load in (load_small_model, BundledSmallModel.at, EmbeddingClassifier.load):
+    for load in (load_small_model, BundledSmallModel.from_folder, EmbeddingClassifier.load):
         with pytest.raises(ConfigurationError, match=r"not loaded with threshold, trheads; this can be set: device"):
             load(folder, threshold=0.5, trheads=2)
     assert load_small_model(folder, device="cpu", batch_size=4, cache_size=3).cache_size == 3
@@ -1015,7 +1021,7 @@ def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> No
 
 def test_a_bundle_is_loaded_once_for_many_threads(tmp_path: Path, monkeypatch: Any) -> None:
     model = TextCNN.train(["a", "b"] * 8, ["x", "y"] * 8, settings=SHORT)
-    light, loads = BundledSmallModel.at(model.save(tmp_path / "b")), []
+    light, loads = BundledSmallModel.from_folder(model.save(tmp_path / "b")), []
     from langchain_datashunt.small_models.bundles import loading
 
     load = loading.load_small_model

@@ -19,10 +19,11 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["langchain_datashunt"]):
-    from langchain_datashunt import TextCNN, TrainingSettings, UnparsableAnswer, load_small_model
+    from langchain_datashunt import UnparsableAnswerError, load_small_model
     from langchain_datashunt.call_log.segments import Segment
     from langchain_datashunt.exceptions import ShuntError
     from langchain_datashunt.large_models.label_parser import LabelParser
+    from langchain_datashunt.small_models import TextCNN, TrainingSettings
 
 LABELS = ("cancel", "refund", "order status")
 PARSER = LabelParser(labels=LABELS)
@@ -33,7 +34,7 @@ def answers(data: bytes) -> None:
     text = atheris.FuzzedDataProvider(data).ConsumeUnicode(sys.maxsize)
     try:
         assert PARSER.parse(text) in LABELS
-    except UnparsableAnswer:
+    except UnparsableAnswerError:
         return
 
 

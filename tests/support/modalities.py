@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from langchain_core.runnables import Runnable, RunnableLambda
 
-from langchain_datashunt import ImageClassifier, Prediction, TextCNN, TrainingSettings, TransformersGenerator
+from langchain_datashunt import Prediction
+from langchain_datashunt.small_models import ImageClassifier, TextCNN, TrainingSettings, TransformersGenerator
 from tests.benchmarks.reproduction.caption_model import CaptionModel
 from tests.benchmarks.reproduction.local_large import LocalLargeModel
 from tests.benchmarks.reproduction.scenes import draw_scenes
@@ -196,4 +197,4 @@ class ScriptedSmall(Runnable[Any, Prediction]):
         text = input if isinstance(input, str) else input["input"]
         if "fail" in text:
             raise RuntimeError("no luck")
-        return Prediction.of_answer(f"short: {text}", 0.95 if "surely" in text else 0.2, model_id="scripted")
+        return Prediction.from_answer(f"short: {text}", 0.95 if "surely" in text else 0.2, model_id="scripted")

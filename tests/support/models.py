@@ -112,4 +112,6 @@ def predict_words(value: Any) -> Prediction:
     sure = 0.96 if "surely" in text else 0.5
     label = next((label for label in LABELS if label in text), LABELS[0])
     rest = (1.0 - sure) / 2
-    return Prediction.of({name: sure if name == label else rest for name in LABELS}, model_id="function")
+    return Prediction.from_probabilities(
+        {name: sure if name == label else rest for name in LABELS}, model_id="function"
+    )

@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 
 import langchain_datashunt
-from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, TrainingSettings, load_small_model
-from langchain_datashunt.call_log import DistillationStore, Recorder
+from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, load_small_model
+from langchain_datashunt.call_log import CallLog, Recorder
+from langchain_datashunt.small_models import TrainingSettings
 
 assert "site-packages" in str(Path(langchain_datashunt.__file__)), "the installed package is what is tested"
 
@@ -24,6 +25,6 @@ with tempfile.TemporaryDirectory() as name:
             return_decision=True,
         )  # fmt: skip
         result = shunt.invoke("has my parcel shipped")
-    with DistillationStore(folder / "calls.db") as store:
+    with CallLog(folder / "calls.db") as store:
         assert store.count() == 1
 print(f"{langchain_datashunt.__version__}: {result.output!r} by the {result.route} model")

@@ -19,7 +19,7 @@ from langchain_datashunt._version import __version__
 from langchain_datashunt.calibration import ThresholdChoice, fit_temperature, select_threshold
 from langchain_datashunt.call_log.filters import CallFilter
 from langchain_datashunt.call_log.recorder import Recorder
-from langchain_datashunt.call_log.store import DistillationStore
+from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.cli.demo.benchmark_task import (
     DATA_DIR_VARIABLE,
     BenchmarkTask,
@@ -34,9 +34,9 @@ from langchain_datashunt.cli.output import console, progress
 from langchain_datashunt.cli.run import large_model
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.distillation import DistillationSettings, ModelRegistry, TwoStageDistiller
-from langchain_datashunt.exceptions import DataError, UnparsableAnswer
+from langchain_datashunt.exceptions import DataError, UnparsableAnswerError
 from langchain_datashunt.large_models.label_chat import LabelAsker, default_prompt
-from langchain_datashunt.large_models.prompt_pruning import NoHint, SoftPrompt
+from langchain_datashunt.large_models.prompt_pruning import NoPruning, SoftPruning
 from langchain_datashunt.large_models.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import PredictionBatch
@@ -152,7 +152,7 @@ def _shuffled(task: BenchmarkTask, size: int, seed: int) -> BenchmarkTask:
 def _ask_everything(task: BenchmarkTask, large: str) -> BenchmarkTask:
     """The real model's answers, which `large alone` and the choice of the threshold need."""
     with large_model(large) as model:
-        asker = LabelAsker(prompt=default_prompt(NoHint()), chat_model=model, labels=task.labels)
+        asker = LabelAsker(prompt=default_prompt(NoPruning()), chat_model=model, labels=task.labels)
         answered = {}
         for part, split in (("dev", task.dev), ("test", task.test)):
             asked = [mapping_for(text, task) for text in split.texts]
@@ -160,7 +160,9 @@ def _ask_everything(task: BenchmarkTask, large: str) -> BenchmarkTask:
                 answers: list[str] = []
                 for chunk in bar.track(list(_chunks(asked, _CONCURRENCY)), description=f"large model, {part}"):
                     found = asker.batch(chunk, {"max_concurrency": _CONCURRENCY}, return_exceptions=True)
-                    answers += ["" if isinstance(answer, UnparsableAnswer) else _or_raise(answer) for answer in found]
+                    answers += [
+                        "" if isinstance(answer, UnparsableAnswerError) else _or_raise(answer) for answer in found
+                    ]
             answered[part] = Labelled(split.texts, split.labels, answers)
     return replace(task, dev=answered["dev"], test=answered["test"])
 
@@ -224,7 +226,7 @@ def _route(
             model,
             labels={label: setup.task.descriptions.get(label, "") for label in setup.task.labels},
             policy=policy,
-            pruning=NoHint() if replayed else SoftPrompt(),
+            pruning=NoPruning() if replayed else SoftPruning(),
             answer_format="text",
             max_concurrency=_CONCURRENCY,
             on_large_error="small",
@@ -268,7 +270,7 @@ def _loop(setup: Setup, small: SmallModel, choice: ThresholdChoice, task: str, o
     order = np.random.default_rng(0).permutation(len(texts))
     stream, rest = {texts[i] for i in order[: len(order) // 2].tolist()}, order[len(order) // 2 :].tolist()
     rest = [i for i in rest if texts[i] not in stream]
-    with DistillationStore(out / "calls.db") as store:
+    with CallLog(out / "calls.db") as store:
         records = [call for batch in store.iterate(CallFilter(task=task)) for call in batch if call.input in stream]
     settings = DistillationSettings(threshold=choice.threshold, training=TrainingSettings(progress=False))
     labelled = (setup.train.texts, setup.train.labels)
@@ -305,7 +307,7 @@ def _row(small: SmallModel, choice: ThresholdChoice, half: Labelled) -> dict[str
     return {
         **with_interval("small_accuracy", right),
         **with_interval("shunt_accuracy", np.where(keep, right, large)),
-        **with_interval("query_share", ~keep),
+        **with_interval("deferral_rate", ~keep),
     }
 
 

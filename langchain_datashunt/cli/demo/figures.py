@@ -14,11 +14,11 @@ from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.evaluation import mean_interval
 from langchain_datashunt.large_models.label_chat import default_prompt
 from langchain_datashunt.large_models.prompt_pruning import (
-    ConformalPrompt,
-    HardPrompt,
-    NoHint,
+    ConformalPruning,
+    HardPruning,
+    NoPruning,
     Pruning,
-    SoftPrompt,
+    SoftPruning,
     TopHint,
 )
 from langchain_datashunt.large_models.replay import estimate_message_tokens, estimate_tokens
@@ -61,7 +61,7 @@ def figures_of(setup: Setup, results: list[ShuntResult], choice: ThresholdChoice
         **with_interval("small_accuracy", small_right),
         **with_interval("large_accuracy", large_right),
         **with_interval("shunt_accuracy", shunt_right),
-        **with_interval("query_share", asked),
+        **with_interval("deferral_rate", asked),
         **with_interval("shunt_minus_large", shunt_right.astype(float) - large_right),
         **with_interval("shunt_minus_small", shunt_right.astype(float) - small_right),
         "cost_large_usd": cost_large,
@@ -98,7 +98,7 @@ def _tokens_priced(setup: Setup, results: list[ShuntResult]) -> float | None:
 
 def _cost_of_asking_all(setup: Setup) -> tuple[float | None, float]:
     """Price of asking about every test text with all candidates, and the mean prompt tokens of that; estimated."""
-    template, task = default_prompt(NoHint()), setup.task
+    template, task = default_prompt(NoPruning()), setup.task
     tokens = [_prompt_tokens(template, mapping_for(text, task)) for text in task.test.texts]
     reply = sum(estimate_tokens(answer) for answer in task.test.large)
     price = token_price(setup.price_model, sum(tokens), reply)
@@ -114,11 +114,11 @@ def prompt_figures(
         return {"prompt_tokens": {}}
     batch = PredictionBatch.stack([p for i in asked if (p := results[i].prediction) is not None])
     strategies: dict[str, Pruning] = {
-        "all candidates": NoHint(),
+        "all candidates": NoPruning(),
         "top hint": TopHint(),
-        "soft, top 5": SoftPrompt(top_k=5),
-        "hard": HardPrompt.fit(dev, task.dev.labels, policy),
-        "conformal, alpha 0.05": ConformalPrompt(alpha=0.05).fit(dev, task.dev.labels, policy),
+        "soft, top 5": SoftPruning(top_k=5),
+        "hard": HardPruning.fit(dev, task.dev.labels, policy),
+        "conformal, alpha 0.05": ConformalPruning(alpha=0.05).fit(dev, task.dev.labels, policy),
     }
     truth = [task.test.labels[i] for i in asked]
     rows = {}
@@ -144,4 +144,4 @@ def _prompt_tokens(template: Any, mapping: dict[str, Any]) -> int:
 
 def mapping_for(text: str, task: BenchmarkTask) -> dict[str, Any]:
     """What the default prompt takes for a text, with all candidates and no hint."""
-    return {"input": text, **NoHint().without_prediction(task.labels, task.descriptions)}
+    return {"input": text, **NoPruning().without_prediction(task.labels, task.descriptions)}

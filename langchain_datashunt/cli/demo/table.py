@@ -36,7 +36,7 @@ def _main_table(figures: dict[str, Any]) -> Table:
     table.add_row(
         "[bold]shunt[/]",
         f"[bold]{_share(figures, 'shunt_accuracy')}[/]",
-        _share(figures, "query_share"),
+        _share(figures, "deferral_rate"),
         _usd(figures["cost_shunt_usd"]),
         f"{figures['p50_ms_shunt']:.1f} ms{replayed}",
     )
@@ -57,7 +57,7 @@ def _loop_table(loop: dict[str, Any]) -> Table:
     for column in ("", "small alone", "shunt", "share asked"):
         table.add_column(column, justify="left" if not column else "right")
     for row, words in ((loop["before"], "before"), (loop["after"], "after distillation")):
-        names = ("small_accuracy", "shunt_accuracy", "query_share")
+        names = ("small_accuracy", "shunt_accuracy", "deferral_rate")
         table.add_row(words, *(_share(row, name) for name in names))
     return table
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.atomic_dir import unless_replaced
 from langchain_datashunt._utils.fork import Mutex
-from langchain_datashunt._utils.settings import Configured, from_plain
+from langchain_datashunt._utils.settings import Configured, from_dict
 from langchain_datashunt.exceptions import BundleError, ConfigurationError
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.policies.fusion import AnswerFusion
@@ -20,9 +20,9 @@ from langchain_datashunt.policies.thresholds import PLAIN_CLASSES, Policy
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.bundles.bundle import BundleInfo, read_bundle, read_info
 from langchain_datashunt.small_models.scores import Scores
-from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatching
+from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBatching
 
-_COLLECTING = "collecting"
+_COLD_START = "cold_start"
 
 KINDS: dict[str, tuple[str, str]] = {
     "embedding": ("langchain_datashunt.small_models.kinds.embedding", "EmbeddingClassifier"),
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "contrastive": ("langchain_datashunt.small_models.kinds.contrastive", "ContrastiveClassifier"),
     "generator": ("langchain_datashunt.small_models.kinds.transformers_generator", "TransformersGenerator"),
     "image": ("langchain_datashunt.small_models.kinds.image_classifier", "ImageClassifier"),
-    _COLLECTING: ("langchain_datashunt.small_models.kinds.cold_start", "CollectingModel"),
+    _COLD_START: ("langchain_datashunt.small_models.kinds.cold_start", "ColdStartModel"),
     "predict_proba": ("langchain_datashunt.small_models.kinds.predict_proba", "PredictProbaClassifier"),
 }
 """Kind -> module and class; a new kind of small model is one line here."""
@@ -59,7 +59,7 @@ def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
     Args:
         folder: Where `SmallModel.save` or `datashunt train` wrote it.
         **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
-            `embeddings`, `engine`, `micro_batching`, `cache_size`.
+            `embeddings`, `engine`, `dynamic_batching`, `cache_size`.
 
     Raises:
         BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
@@ -91,7 +91,7 @@ def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
         BundleError: They cannot be made of what the bundle says.
     """
     try:
-        policy, fusion = (from_plain(part, PLAIN_CLASSES) for part in (info.policy, info.fusion))
+        policy, fusion = (from_dict(part, PLAIN_CLASSES) for part in (info.policy, info.fusion))
     except ConfigurationError as error:
         raise BundleError(f"The bundle's policy or fusion cannot be read: {error}") from error
     if not isinstance(policy, Policy | None) or not isinstance(fusion, AnswerFusion | None):
@@ -109,7 +109,7 @@ MACHINE_SETTINGS = ("device", "dtype", "batch_size", "embeddings", "engine")
 class _Serving(Configured):
     """Settings of every kind that no bundle holds."""
 
-    micro_batching: MicroBatching | None = MicroBatching()
+    dynamic_batching: DynamicBatching | None = DynamicBatching()
     cache_size: int = Field(default=0, ge=0)
 
 
@@ -154,7 +154,7 @@ class BundledSmallModel(SmallModel):
     _lock: Any = PrivateAttr(default_factory=Mutex)
 
     @classmethod
-    def at(cls, folder: str | Path, **overrides: Any) -> Self:
+    def from_folder(cls, folder: str | Path, **overrides: Any) -> Self:
         """The model in a folder; `overrides` as for `load_small_model`."""
         serving = _serving_of(overrides)
         return cls.model_validate({"path": str(Path(folder).absolute()), "overrides": overrides, **serving})
@@ -179,9 +179,9 @@ class BundledSmallModel(SmallModel):
 
     @property
     @override
-    def has_opinion(self) -> bool:
+    def is_placeholder(self) -> bool:
         """As the model's own, told without its weights."""
-        return self._model.has_opinion if self._model is not None else _info(self.path).kind != _COLLECTING
+        return self._model.is_placeholder if self._model is not None else _info(self.path).kind == _COLD_START
 
     @property
     @override

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
-from langchain_datashunt._utils.settings import Configured, as_plain, from_plain
+from langchain_datashunt._utils.settings import Configured, from_dict, to_dict
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
 from langchain_datashunt.policies.fusion import AnswerFusion
@@ -107,8 +107,8 @@ class Saved(Configured):
         """A policy or a fusion as a bundle keeps it; refused here where it could not be read back."""
         if part is None:
             return None
-        plain = as_plain(part)
-        from_plain(plain, PLAIN_CLASSES)
+        plain = to_dict(part)
+        from_dict(plain, PLAIN_CLASSES)
         return plain
 
     def save(self, folder: str | Path) -> Path:

@@ -84,10 +84,10 @@ def _bert(network: Any, config: Any, products: Products) -> Parts:
             PostNormLayer(
                 products.joined((inner.query, inner.key, inner.value)),
                 attention,
-                products.of(out.dense),
+                products.pack(out.dense),
                 out.LayerNorm,
-                products.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
-                products.of(layer.output.dense),
+                products.pack(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
+                products.pack(layer.output.dense),
                 layer.output.LayerNorm,
             )
         )
@@ -102,10 +102,10 @@ def _distilbert(network: Any, config: Any, products: Products) -> Parts:
         PostNormLayer(
             products.joined((layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin)),
             attention,
-            products.of(layer.attention.out_lin),
+            products.pack(layer.attention.out_lin),
             layer.sa_layer_norm,
-            products.of(layer.ffn.lin1, layer.ffn.activation),
-            products.of(layer.ffn.lin2),
+            products.pack(layer.ffn.lin1, layer.ffn.activation),
+            products.pack(layer.ffn.lin2),
             layer.output_layer_norm,
         )
         for layer in network.transformer.layer
@@ -127,13 +127,13 @@ def _modernbert(network: Any, config: Any, products: Products) -> Parts | None:
     layers = [
         PreNormGatedLayer(
             layer.attn_norm,
-            products.of(layer.attn.Wqkv),
+            products.pack(layer.attn.Wqkv),
             kinds[layer.attention_type],
-            products.of(layer.attn.Wo),
+            products.pack(layer.attn.Wo),
             layer.mlp_norm,
-            products.of(layer.mlp.Wi),
+            products.pack(layer.mlp.Wi),
             layer.mlp.act,
-            products.of(layer.mlp.Wo),
+            products.pack(layer.mlp.Wo),
         )
         for layer in network.layers
     ]
@@ -169,11 +169,11 @@ def _deberta(network: Any, config: Any, products: Products) -> Parts | None:
     layers = [
         PostNormLayer(
             products.joined((own.query_proj, own.key_proj, own.value_proj)),
-            DisentangledAttention.of(own, relative, products.dtype),
-            products.of(layer.attention.output.dense),
+            DisentangledAttention.from_attention(own, relative, products.dtype),
+            products.pack(layer.attention.output.dense),
             layer.attention.output.LayerNorm,
-            products.of(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
-            products.of(layer.output.dense),
+            products.pack(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
+            products.pack(layer.output.dense),
             layer.output.LayerNorm,
         )
         for layer in network.encoder.layer

@@ -78,7 +78,7 @@ class Groups:
     order: torch.Tensor | None
 
     @classmethod
-    def of(cls, runs: Sequence[Run], longest: int) -> Groups:
+    def from_runs(cls, runs: Sequence[Run], longest: int) -> Groups:
         """Texts up to a length with others that are little shorter or longer, those above it with equal ones alone."""
         torch_ = require("torch", "torch")
         alike: dict[int, list[Run]] = {}
@@ -175,7 +175,7 @@ class Attention:
             longest = min(longest, self.window + 1)
         key = ("groups", longest)
         if key not in tokens.kept:
-            tokens.kept[key] = Groups.of(tokens.runs, longest)
+            tokens.kept[key] = Groups.from_runs(tokens.runs, longest)
         plan: Groups = tokens.kept[key]
         seen = three.new_empty((sum(group.texts * group.length for group in plan.groups), *three.shape[2:]))
         at = 0

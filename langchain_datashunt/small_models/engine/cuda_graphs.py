@@ -20,7 +20,7 @@ from langchain_datashunt.small_models.engine.layers import PackedStates, Run, To
 if TYPE_CHECKING:
     import torch
 
-    from langchain_datashunt.small_models.engine.padding_free import PackedEncoder
+    from langchain_datashunt.small_models.engine.padding_free import PaddingFreeEncoder
 
 SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens of the recorded graphs: a text takes the next larger one. Longer texts are computed without a graph."""
@@ -59,7 +59,7 @@ class GraphedEncoder:
         record: How a computation is recorded; None for CUDA graphs.
     """
 
-    def __init__(self, encoder: PackedEncoder, record: Record | None = None) -> None:
+    def __init__(self, encoder: PaddingFreeEncoder, record: Record | None = None) -> None:
         self.encoder, self.device = encoder, encoder.device
         self._record: Record | None = record or CudaRecorder(encoder.device)
         self._graphs: dict[int, _Graph] = {}

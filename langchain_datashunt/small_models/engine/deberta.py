@@ -35,7 +35,7 @@ class DisentangledAttention:
     place_queries: torch.Tensor | None
 
     @classmethod
-    def of(cls, own: Any, relative: torch.Tensor, dtype: torch.dtype) -> Self:
+    def from_attention(cls, own: Any, relative: torch.Tensor, dtype: torch.dtype) -> Self:
         """That of a layer of transformers, with the embeddings of relative places `[2 * span, d]`, for such queries."""
         heads, span = int(own.num_attention_heads), int(own.pos_ebd_size)
         shared = own.share_att_key

@@ -74,7 +74,7 @@ def kept_dtype(dtype: torch.dtype, device: torch.device | str, engine: str) -> t
     """
     torch_, on_cpu = require("torch", "torch"), getattr(device, "type", device) == "cpu"
     kept: torch.dtype = (
-        torch_.float32 if on_cpu and dtype == torch_.bfloat16 and engine in ("auto", "packed") else dtype
+        torch_.float32 if on_cpu and dtype == torch_.bfloat16 and engine in ("auto", "padding-free") else dtype
     )
     return kept
 

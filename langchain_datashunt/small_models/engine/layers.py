@@ -76,7 +76,7 @@ class Tokens:
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ids: Sequence[Sequence[int]], device: torch.device) -> Tokens:
+    def from_ids(cls, ids: Sequence[Sequence[int]], device: torch.device) -> Tokens:
         """The tokens of texts in their order; they reach a device by one copy."""
         n = len(ids)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=n)
@@ -158,7 +158,7 @@ class Products:
 
     dtype: torch.dtype
 
-    def of(self, layer: torch.nn.Linear, activation: Callable[[Any], Any] | None = None) -> Linear:
+    def pack(self, layer: torch.nn.Linear, activation: Callable[[Any], Any] | None = None) -> Linear:
         """That of a torch layer."""
         return self._made(layer.weight, layer.bias, activation)
 

@@ -1,4 +1,4 @@
-"""PackedEncoder: encoders without padding, on the CPU with weights laid out for the matrix library.
+"""PaddingFreeEncoder: encoders without padding, on the CPU with weights laid out for the matrix library.
 
 Tokens of all texts of a batch stand one after the other, so that nothing is computed for padding; texts of one length
 share an attention call. Products go through oneDNN with weights that are reordered once; by torch's own product where
@@ -32,7 +32,7 @@ from langchain_datashunt.small_models.engine.tokenization import pad, usable_len
 if TYPE_CHECKING:
     import torch
 
-Engine: TypeAlias = Literal["auto", "packed", "plain", "onnx", "onnx-int8"]
+Engine: TypeAlias = Literal["auto", "padding-free", "plain", "onnx", "onnx-int8"]
 """What computes an encoder."""
 
 AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], PackedStates]
@@ -62,7 +62,7 @@ _SAID: set[str] = set()
 """Architectures of which it was said that they have no packed form."""
 
 
-class PackedEncoder:
+class PaddingFreeEncoder:
     """The packed form of a transformers encoder; made by `packed`."""
 
     def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
@@ -71,7 +71,7 @@ class PackedEncoder:
     def __call__(self, ids: Sequence[Sequence[int]]) -> PackedStates:
         """States of texts, given as token ids, in their order; quickest where texts of one length stand together."""
         with require("torch", "torch").inference_mode():
-            tokens = Tokens.of(ids, self.device)
+            tokens = Tokens.from_ids(ids, self.device)
             return PackedStates(self.states_of(tokens), tokens.lengths)
 
     def states_of(self, tokens: Tokens) -> torch.Tensor:
@@ -86,8 +86,8 @@ class Packing:
     """The engine of one network, made when it is first needed, and anew when the network's weights have changed.
 
     Args:
-        engine: "plain" is transformers, "packed" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime; "auto"
-            takes the quickest of the first three that can be had and agree, which a few texts at the first use tell.
+        engine: "plain" is transformers, "padding-free" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime;
+            "auto" takes the quickest of the first three that can be had and agree, measured on a few texts at first use.
         dtype: The number format of matrix products; None is the network's own. Of a network in float32 the packed form
             computes products alone in another format, and sums, norms and embeddings as they are.
     """
@@ -121,7 +121,7 @@ class Packing:
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Packing:
         return Packing(self.engine, self.dtype)
 
-    def of(self, network: torch.nn.Module, whole: torch.nn.Module | None = None) -> AnyEncoder | None:
+    def engine_for(self, network: torch.nn.Module, whole: torch.nn.Module | None = None) -> AnyEncoder | None:
         """The engine, None where transformers is to compute, to whose number format the network is brought then.
 
         Args:
@@ -145,7 +145,7 @@ class Packing:
                         self._watched = _parts_of(network)
                         stamp = self._stamp_now()
                     self.network, self._stamp = network, stamp
-        if self._made is None and self.engine == "packed":
+        if self._made is None and self.engine == "padding-free":
             raise ConfigurationError(
                 f"This network of the architecture {getattr(network.config, 'model_type', '?')!r} has no packed form "
                 f"here: it is none of {', '.join(ARCHITECTURES)}, runs on neither CPU nor CUDA, has hooks, or a "
@@ -159,7 +159,7 @@ class Packing:
         What that does to answers is for labelled texts to tell: see how often labels agree before a format of lower
         precision is used, and choose the threshold under it.
         """
-        encoder = self.of(network)
+        encoder = self.engine_for(network)
         own = plain_encoder(network)(ids).states.float()
         return 0.0 if encoder is None else float((encoder(ids).states.float() - own).abs().max() / own.abs().max())
 
@@ -185,7 +185,7 @@ class Packing:
             return session
         own = packed(network, self.dtype)
         made = None if own is None else graphed(own)
-        if self.engine == "packed":
+        if self.engine == "padding-free":
             return made
         if made is None and not _has_hooks(network):
             say_once(str(getattr(network.config, "model_type", "?")))
@@ -193,7 +193,7 @@ class Packing:
         name = _chosen(self.seconds)
         if name == "onnx":
             return engines.get("onnx") or _onnx(network)
-        return made if name == "packed" else None
+        return made if name == "padding-free" else None
 
 
 def _chosen(seconds: dict[str, float]) -> str:
@@ -202,7 +202,7 @@ def _chosen(seconds: dict[str, float]) -> str:
     ONNX Runtime must win by more: it keeps the weights twice and takes seconds to be made anew.
     """
     best, taken = "", float("inf")
-    for name, must_win in (("packed", 1.0), ("plain", _MUCH_SLOWER), ("onnx", _MUCH_SLOWER_THAN_ONNX)):
+    for name, must_win in (("padding-free", 1.0), ("plain", _MUCH_SLOWER), ("onnx", _MUCH_SLOWER_THAN_ONNX)):
         if name in seconds and seconds[name] * must_win < taken:
             best, taken = name, seconds[name]
     return best
@@ -219,7 +219,7 @@ def say_once(kind: str) -> None:
         )
 
 
-def graphed(made: PackedEncoder) -> AnyEncoder:
+def graphed(made: PaddingFreeEncoder) -> AnyEncoder:
     """With single texts as CUDA graphs, where attention over texts of any length is one call."""
     if made.device.type != "cuda" or made.parts.by_length or not has_variable_length(made.device, made.dtype):
         return made
@@ -269,9 +269,9 @@ def _tried(
             engines["plain"] = plain_encoder(network if own else copy.deepcopy(network).to(dtype))
             found = {"plain": 0.0}
             if made is not None:
-                engines["packed"] = made
+                engines["padding-free"] = made
                 found = trial(engines, ids)
-            gains = found.get("packed", float("inf")) * _MUCH_SLOWER < found.get("plain", float("inf"))
+            gains = found.get("padding-free", float("inf")) * _MUCH_SLOWER < found.get("plain", float("inf"))
             if not gains and own and (onnx := _onnx(network)) is not None:
                 engines["onnx"] = onnx
                 found = trial(engines, ids)
@@ -319,7 +319,7 @@ def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
     return encode
 
 
-def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> PackedEncoder | None:
+def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> PaddingFreeEncoder | None:
     """The packed form of an encoder that transformers made, its products in a format, None where it cannot be had.
 
     It is had for what `ARCHITECTURES` names, on the CPU and on CUDA, after its states were compared with the
@@ -335,7 +335,7 @@ def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> Packed
         parts = ARCHITECTURES[kind](network, network.config, Products(dtype))
         if parts is None:
             return None
-        made = PackedEncoder(parts, one.device, dtype)
+        made = PaddingFreeEncoder(parts, one.device, dtype)
         far = _difference(network, made)
     except Exception as error:  # whatever a network that is laid out otherwise leads to: transformers knows it
         warnings.warn(f"The packed form of {kind} cannot be made ({error}); transformers computes it.", ShuntWarning, 2)
@@ -386,7 +386,7 @@ def _difference(network: torch.nn.Module, made: AnyEncoder, *, longest: bool = F
 
     With `longest` one of the texts is about as long as the network takes, for an export may hold for short ones alone.
     """
-    window = made.parts.window if isinstance(made, PackedEncoder) else 0
+    window = made.parts.window if isinstance(made, PaddingFreeEncoder) else 0
     more = (min(usable_length(network.config), _LONGEST_PROBE),) if longest else (window + 9,) if window else ()
     ids = made_up(network, (*_PROBE_LENGTHS, *more))
     own = plain_encoder(network)(ids).states.float()

@@ -36,10 +36,10 @@ class TextTokenizer:
     @classmethod
     def from_pretrained(cls, model: str, max_length: int | None = None) -> TextTokenizer:
         """From a transformers folder or hub id; `max_length` is lowered to what the tokenizer allows."""
-        return cls.of(require("transformers", "torch").AutoTokenizer.from_pretrained(model), max_length)
+        return cls.from_auto(require("transformers", "torch").AutoTokenizer.from_pretrained(model), max_length)
 
     @classmethod
-    def of(cls, auto: Any, max_length: int | None = None) -> TextTokenizer:
+    def from_auto(cls, auto: Any, max_length: int | None = None) -> TextTokenizer:
         """From a fast tokenizer of transformers, which is not changed."""
         limit = min(n for n in (max_length, auto.model_max_length) if n is not None)
         backend = require("tokenizers", "torch").Tokenizer.from_str(auto.backend_tokenizer.to_str())

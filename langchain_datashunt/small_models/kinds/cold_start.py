@@ -1,4 +1,4 @@
-"""CollectingModel: stands where there is no small model yet, so that everything is asked and recorded."""
+"""ColdStartModel: stands where there is no small model yet, so that everything is asked and recorded."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.small_models.base import Loss, SmallModel
 from langchain_datashunt.small_models.bundles.bundle import BundleInfo
 from langchain_datashunt.small_models.scores import Scores
-from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatching
+from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBatching
 from langchain_datashunt.small_models.training.training import Examples, TrainingSettings
 
 _NEXT_TO_NOTHING = 1e-3
 
 
-class CollectingModel(SmallModel):
+class ColdStartModel(SmallModel):
     """Knows the labels of a task and nothing else: collect mode, before there is a small model.
 
     ```python
-    small = CollectingModel(labels=("refund", "cancel", "status"))
+    small = ColdStartModel(labels=("refund", "cancel", "status"))
     chain = ConfidenceRouterChain.from_models(small, chat_model, recorder=recorder)
     ```
 
@@ -35,9 +35,9 @@ class CollectingModel(SmallModel):
     """
 
     first: str = "embedding"
-    """The kind of the first small model, which `relearn` trains."""
+    """The kind of the first small model, which `fit_soft_targets` trains."""
 
-    micro_batching: MicroBatching | None = Field(default=None, exclude=True, repr=False)
+    dynamic_batching: DynamicBatching | None = Field(default=None, exclude=True, repr=False)
     """There is nothing to join requests for."""
 
     @field_validator("labels")
@@ -49,8 +49,8 @@ class CollectingModel(SmallModel):
 
     @property
     @override
-    def has_opinion(self) -> bool:
-        return False
+    def is_placeholder(self) -> bool:
+        return True
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
@@ -58,7 +58,9 @@ class CollectingModel(SmallModel):
         return Scores(np.array([_lots(text, len(self.labels)) for text in texts]).reshape(-1, len(self.labels)))
 
     @override
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Any:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Any:
         """The first small model, of the kind `first`, from the most probable label of each example.
 
         A kind holds out for itself what it stops on and is calibrated on; the loss is its own.
@@ -81,7 +83,7 @@ class CollectingModel(SmallModel):
     @classmethod
     @override
     def kind(cls) -> str:
-        return "collecting"
+        return "cold_start"
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -158,7 +158,9 @@ class EmbeddingClassifier(OnEmbeddings):
         )
 
     @override
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Self:
         """As for every kind; the head's loss is convex, so the stages' sum is minimised at once, by L-BFGS.
 
         The temperature is fitted on cross-fitted logits: each example's from heads that did not see it.

@@ -54,7 +54,7 @@ class SentenceEncoder(Embeddings):
             form computes products alone in bfloat16 on a CPU.
         batch_size: Texts computed at once at the most; None for as many as the token budget of the device holds.
         max_length: Tokens of a text at the most; None for what the model's own settings say.
-        engine: What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses.
+        engine: What computes it on a CPU: "padding-free" is without padding, "plain" is transformers, "auto" chooses.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SentenceEncoder(Embeddings):
         self.network = network.to(self.device).eval()
         limit = usable_length(self.network.config, max_length or _max_length(self.path))
         self.auto_tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        self.tokenizer = TextTokenizer.of(self.auto_tokenizer, limit)
+        self.tokenizer = TextTokenizer.from_auto(self.auto_tokenizer, limit)
 
     @property
     def dimension(self) -> int:
@@ -107,7 +107,7 @@ class SentenceEncoder(Embeddings):
         )
 
     def _forward(self, ids: list[list[int]]) -> torch.Tensor:
-        if (packed := self.packing.of(self.network)) is None:
+        if (packed := self.packing.engine_for(self.network)) is None:
             return self._embed_padded(self.network, ids)  # a batch is of like lengths already
         states = packed(ids)
         pooled = states.first().float() if self.pooling == "cls" else states.mean()
@@ -198,7 +198,7 @@ class CachedEmbeddings(Embeddings):
 
         if not texts:
             return embed(self.encoder, texts)
-        found = self.cache.of(texts, compute, keep=lambda one: bool(np.isfinite(one[0]).all()))
+        found = self.cache.get_all(texts, compute, keep=lambda one: bool(np.isfinite(one[0]).all()))
         return np.stack([vector for vector, _ in found]), np.array([cut for _, cut in found])
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -210,7 +210,7 @@ class CachedEmbeddings(Embeddings):
         """Embed one question, as the encoder embeds those."""
         if isinstance(self.encoder, SentenceEncoder):
             return self.embed_documents([text])[0]
-        return list(self._queries.of([text], lambda new: [self.encoder.embed_query(one) for one in new])[0])
+        return list(self._queries.get_all([text], lambda new: [self.encoder.embed_query(one) for one in new])[0])
 
 
 class PrecomputedEmbeddings(Embeddings):

@@ -161,7 +161,7 @@ class EnsembleClassifier(SmallModel):
         )
 
     @classmethod
-    def of(
+    def from_members(
         cls,
         members: Sequence[SmallModel],
         validation: tuple[Sequence[str], Sequence[str]],
@@ -203,9 +203,11 @@ class EnsembleClassifier(SmallModel):
         )
 
     @override
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Self:
         members = tuple(
-            member.relearn(stages, held_out, _part(settings, f"member{i}"), loss)
+            member.fit_soft_targets(stages, held_out, _part(settings, f"member{i}"), loss)
             for i, member in enumerate(self.members)
         )
         learner = self.model_copy(update={"members": members, "lineage": {"parent": self.lineage}})

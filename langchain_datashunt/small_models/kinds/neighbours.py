@@ -142,7 +142,9 @@ class NeighbourClassifier(OnEmbeddings):
         )
 
     @override
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Self:
         """A copy that remembers these examples too; the loss plays no part."""
         texts = [text for stage in (*stages, held_out) for text in stage.texts]
         more = np.concatenate([stage.targets for stage in (*stages, held_out)]).astype(np.float32)

@@ -30,7 +30,7 @@ from langchain_datashunt.small_models.engine.text_batches import compute_texts, 
 from langchain_datashunt.small_models.engine.tokenization import TextTokenizer, pad, usable_length
 from langchain_datashunt.small_models.kinds.encoder import BUNDLED_ENCODER, bundled_encoder_path
 from langchain_datashunt.small_models.scores import Scores
-from langchain_datashunt.small_models.training.fitting import Stage, fit_network, relearn_network
+from langchain_datashunt.small_models.training.fitting import Stage, fit_network, fit_soft_targets_network
 from langchain_datashunt.small_models.training.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -104,7 +104,7 @@ class TransformersClassifier(SmallModel):
     """Tokens of a text at the most; None for the model's own limit."""
 
     engine: Engine = "auto"
-    """What computes it on a CPU: "packed" is without padding, "plain" is transformers, "auto" chooses."""
+    """What computes it on a CPU: "padding-free" is without padding, "plain" is transformers, "auto" chooses."""
 
     _network: Any = PrivateAttr(default=None)
     _packing: Packing = PrivateAttr()
@@ -176,7 +176,7 @@ class TransformersClassifier(SmallModel):
             if self.engine == "auto":
                 say_once(str(self._network.config.model_type))
             return self.logits_of(self._network, ids)
-        encoder = self._own_packing().of(self._network.base_model, self._network)
+        encoder = self._own_packing().engine_for(self._network.base_model, self._network)
         return self.logits_of(self._network, ids) if encoder is None else head(self._network, encoder(ids))
 
     def _own_packing(self) -> Packing:
@@ -259,9 +259,11 @@ class TransformersClassifier(SmallModel):
         return model
 
     @override
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Self:
         chosen = settings.filled(epochs=7, batch_size=16, learning_rate=2e-5, patience=2)
-        learner: Self = relearn_network(self, stages, held_out, chosen, loss)
+        learner: Self = fit_soft_targets_network(self, stages, held_out, chosen, loss)
         return learner
 
     # Bundles

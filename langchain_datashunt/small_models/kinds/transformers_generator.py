@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._utils.optional import require
-from langchain_datashunt._utils.settings import from_plain
+from langchain_datashunt._utils.settings import from_dict
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError
 from langchain_datashunt.images import ImageReader, Picture
 from langchain_datashunt.inputs import InputReader, text_reader
@@ -384,7 +384,7 @@ class TransformersGenerator(GeneratingModel):
             **info.shared(),
             **{name: said[name] for name in names},
             stop=tuple(said["stop"]),
-            score=from_plain(said["score"], PLAIN_CLASSES),
+            score=from_dict(said["score"], PLAIN_CLASSES),
             scale=None if said["scale"] is None else ImageScale(**said["scale"]),
             images=ImageReader(**said["images"]),
             device=overrides.get("device"),

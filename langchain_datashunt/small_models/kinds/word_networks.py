@@ -25,7 +25,7 @@ from langchain_datashunt.small_models.engine.devices import choose_device, cpu_w
 from langchain_datashunt.small_models.engine.text_batches import compute_texts, token_budget
 from langchain_datashunt.small_models.engine.tokenization import pad
 from langchain_datashunt.small_models.scores import Scores
-from langchain_datashunt.small_models.training.fitting import Stage, fit_network, relearn_network
+from langchain_datashunt.small_models.training.fitting import Stage, fit_network, fit_soft_targets_network
 from langchain_datashunt.small_models.training.training import (
     MIN_EXAMPLES_FOR_CALIBRATION,
     Examples,
@@ -166,9 +166,11 @@ class WordNetwork(SmallModel):
         return model
 
     @override
-    def relearn(self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss) -> Self:
+    def fit_soft_targets(
+        self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
+    ) -> Self:
         chosen = settings.filled(epochs=20, batch_size=32, learning_rate=1e-3, patience=4)
-        learner: Self = relearn_network(self, stages, held_out, chosen, loss)
+        learner: Self = fit_soft_targets_network(self, stages, held_out, chosen, loss)
         return learner
 
     # Bundles

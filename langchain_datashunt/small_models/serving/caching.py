@@ -44,7 +44,7 @@ class ResultCache(Generic[V]):
     def __len__(self) -> int:
         return len(self._found)
 
-    def of(
+    def get_all(
         self, texts: Sequence[Any], compute: Callable[[list[Any]], Sequence[V]], keep: Callable[[V], bool] | None = None
     ) -> list[V]:
         """The value of each input; those not known are computed in one call, each once.

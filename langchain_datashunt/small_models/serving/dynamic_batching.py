@@ -27,7 +27,7 @@ _GONE_KEPT = 64
 """Requests whose callers have gone that may stay in line until their turn, where fewer wait."""
 
 
-class MicroBatching(Strategy):
+class DynamicBatching(Strategy):
     """How single requests to one small model are joined."""
 
     max_batch: int = Field(default=32, ge=1)
@@ -60,7 +60,7 @@ class _Shift:
         self.revoked = self.begun = False
 
 
-class MicroBatcher:
+class DynamicBatcher:
     """The line in front of one model, and the threads that serve it; made by `SmallModel`.
 
     May be used by any number of threads and event loops at once. Threads are made when they are first needed, and end
@@ -77,7 +77,7 @@ class MicroBatcher:
     def __init__(
         self,
         compute: Compute,
-        settings: MicroBatching,
+        settings: DynamicBatching,
         workers: int | Callable[[], int] = 1,
         prepare_worker: Callable[[int], None] | None = None,
     ) -> None:
@@ -178,7 +178,7 @@ class MicroBatcher:
         if bound is not None and in_line >= bound and self._busy >= self._workers:
             raise QueueFullError(
                 f"{in_line} requests stand in line for the small model already, and no more than {bound} may. "
-                f"Send fewer at once, or raise max_waiting of its MicroBatching."
+                f"Send fewer at once, or raise max_waiting of its DynamicBatching."
             )
         self._line.append(request)
         self._waiting += 1
@@ -413,13 +413,13 @@ def _settle(requests: Sequence[_Request], answers: Sequence[Any]) -> None:
             by_loop.setdefault(request.loop, []).append((request.future, answer))
         elif isinstance(request, _ThreadRequest):
             request.settle(answer)
-    for loop, settled in by_loop.items():
+    for loop, raise_first_error in by_loop.items():
         with suppress(RuntimeError):  # a loop that was closed has nobody who waits
-            loop.call_soon_threadsafe(_resolve, settled)
+            loop.call_soon_threadsafe(_resolve, raise_first_error)
 
 
-def _resolve(settled: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, answer in settled:
+def _resolve(raise_first_error: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in raise_first_error:
         if future.done():
             continue
         if isinstance(answer, StopIteration):  # a future refuses it

@@ -12,7 +12,7 @@ from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.prediction import Prediction
 from langchain_datashunt.small_models.engine.devices import share_of_threads
 from langchain_datashunt.small_models.serving.caching import ResultCache
-from langchain_datashunt.small_models.serving.dynamic_batching import MicroBatcher, MicroBatching
+from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBatcher, DynamicBatching
 
 
 class Served(Protocol):
@@ -21,7 +21,7 @@ class Served(Protocol):
     cache_size: int
 
     @property
-    def micro_batching(self) -> MicroBatching | None:
+    def dynamic_batching(self) -> DynamicBatching | None:
         """How concurrent requests are batched."""
 
     @property
@@ -39,8 +39,8 @@ class Serving:
 
     def __init__(self, owner: Served | None = None) -> None:
         self.owner: Callable[[], Served | None] = (lambda: None) if owner is None else weakref.ref(owner)
-        self._batcher: MicroBatcher | None = None
-        self._settings: MicroBatching | None = None
+        self._batcher: DynamicBatcher | None = None
+        self._settings: DynamicBatching | None = None
         self._cache: ResultCache[Any] | None = None
         self._mutex = Mutex()
 
@@ -50,12 +50,12 @@ class Serving:
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Serving:
         return Serving()
 
-    def batcher_of(self, model: Served) -> MicroBatcher:
+    def batcher_of(self, model: Served) -> DynamicBatcher:
         """The line in front of the model, by the settings that it has now."""
-        settings = model.micro_batching
+        settings = model.dynamic_batching
         if settings is None:
             raise ConfigurationError(
-                "This small model computes each request alone: its micro_batching is None. Set MicroBatching()."
+                "This small model computes each request alone: its dynamic_batching is None. Set DynamicBatching()."
             )
         if self._batcher is None or self._settings is not settings:
             with self._mutex:
@@ -65,7 +65,7 @@ class Serving:
         return self._batcher
 
     @staticmethod
-    def _made(model: Served, settings: MicroBatching) -> MicroBatcher:
+    def _made(model: Served, settings: DynamicBatching) -> DynamicBatcher:
         owner = weakref.ref(model)  # whoever waits for an answer holds the model
 
         def compute(values: list[Any]) -> list[Prediction | Exception]:
@@ -77,7 +77,7 @@ class Serving:
             served = owner()
             return 1 if served is None else served.workers()
 
-        return MicroBatcher(compute, settings, settings.workers or workers, share_of_threads)
+        return DynamicBatcher(compute, settings, settings.workers or workers, share_of_threads)
 
     def forget(self) -> None:
         """Remember nothing: the model computes other scores now."""

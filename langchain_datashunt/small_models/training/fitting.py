@@ -359,7 +359,7 @@ def _warm_up_then_decay(steps: int, warm_up: float = 0.06) -> Callable[[int], fl
     return lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
 
 
-def relearn_network(
+def fit_soft_targets_network(
     model: Any, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: TensorLoss
 ) -> Any:
     """A copy of a model with a torch network, trained on soft targets of several stages in turn.

@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._utils.optional import require
-from langchain_datashunt._utils.settings import from_plain
+from langchain_datashunt._utils.settings import from_dict
 from langchain_datashunt.exceptions import BundleMismatchError, ConfigurationError, DataError, InputError
 from langchain_datashunt.images import ImageReader, Picture
 from langchain_datashunt.policies.thresholds import PLAIN_CLASSES
@@ -310,7 +310,7 @@ class CaptionModel(GeneratingModel):
             **info.shared(),
             **{
                 **said,
-                "score": from_plain(said["score"], PLAIN_CLASSES),
+                "score": from_dict(said["score"], PLAIN_CLASSES),
                 "scale": ImageScale(**said["scale"]),
                 "images": ImageReader(**said["images"]),
                 **known,

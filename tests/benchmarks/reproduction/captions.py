@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt import NoHint, ShuntRunnable, Threshold
+from langchain_datashunt import NoPruning, ShuntRunnable, Threshold
 from langchain_datashunt.evaluation.figures import Chart, Line, Point
 from langchain_datashunt.small_models import TrainingSettings
 from tests.benchmarks.reproduction.caption_model import CaptionModel
@@ -65,7 +65,7 @@ def one_seed(options: Namespace, seed: int) -> dict[str, Any]:
     best = max(value for value, _ in mixed)
     threshold = min(t for value, t in mixed if value >= best - 0.002)  # as few calls as the best allows
     shunt = ShuntRunnable(
-        small=small, large=LocalLargeModel(model=large), pruning=NoHint(), policy=Threshold(threshold),
+        small=small, large=LocalLargeModel(model=large), pruning=NoPruning(), policy=Threshold(threshold),
         return_decision=True,
     )  # fmt: skip
     results = shunt.batch([scene.pixels for scene in test])

@@ -93,7 +93,7 @@ class ImageTextModel(Configured, RunnableSerializable[Any, str]):
         found = self._probabilities([told_by(value, self.input_key)])[0]
         if isinstance(found, Exception):
             raise found
-        return PredictionBatch.of(self.labels, found[None], model_id=self.model)[0]
+        return PredictionBatch.from_arrays(self.labels, found[None], model_id=self.model)[0]
 
     def _one(self, value: Any) -> str:
         return self.predict(value).label

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from langchain_datashunt import ImageClassifier, NoHint, ShuntRunnable, SoftPrompt, Threshold
+from langchain_datashunt import NoPruning, ShuntRunnable, SoftPruning, Threshold
 from langchain_datashunt.calibration import select_threshold
 from langchain_datashunt.calibration.objectives import MaxAccuracy
-from langchain_datashunt.call_log import CallFilter, DistillationStore, Recorder
+from langchain_datashunt.call_log import CallFilter, CallLog, Recorder
 from langchain_datashunt.distillation import DistillationSettings, TwoStageDistiller
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import PredictionBatch
-from langchain_datashunt.small_models import SmallModel, TrainingSettings
+from langchain_datashunt.small_models import ImageClassifier, SmallModel, TrainingSettings
 from tests.benchmarks.reproduction.image_text import ImageTextModel
 from tests.benchmarks.reproduction.local_large import LocalLargeModel
 from tests.benchmarks.reproduction.output import Found, percent, table
@@ -127,11 +127,11 @@ def one_seed(options: Namespace, seed: int) -> dict[str, dict[str, float]]:
         s1 = small.model_copy(update={"threshold": threshold})
         s2 = distilled(s1, large, material, threshold, seed, options.small_run)
         told: list[tuple[str, SmallModel | None, Any]] = [
-            ("DS", None, NoHint()), ("DS-2CD", s2, NoHint()), ("DS-PP-2CD", s2, SoftPrompt(top_k=None)),
+            ("DS", None, NoPruning()), ("DS-2CD", s2, NoPruning()), ("DS-PP-2CD", s2, SoftPruning(top_k=None)),
         ]  # fmt: skip
-        for row, learnable, pruning in told:
+        for row, student, pruning in told:
             shunt = ShuntRunnable(
-                small=s1, learnable=learnable, large=large, pruning=pruning, policy=Threshold(threshold),
+                small=s1, student=student, large=large, pruning=pruning, policy=Threshold(threshold),
                 return_decision=True,
             )  # fmt: skip
             results = shunt.batch(material.test[0])
@@ -160,9 +160,9 @@ def asked_alone(large: Any, small: SmallModel, images: list[Any]) -> list[str]:
 
 def distilled(s1: SmallModel, large: Any, material: Material, threshold: float, seed: int, quick: bool) -> SmallModel:
     """S2 after a stream of inputs through the recorded shunt; no true label is used."""
-    with tempfile.TemporaryDirectory() as folder, DistillationStore(f"sqlite:///{folder}/calls.db") as store:
+    with tempfile.TemporaryDirectory() as folder, CallLog(f"sqlite:///{folder}/calls.db") as store:
         with Recorder(store, task="images", sample_small=1.0) as recorder:
-            ShuntRunnable(small=s1, large=large, pruning=NoHint(), recorder=recorder).batch(material.stream[0])
+            ShuntRunnable(small=s1, large=large, pruning=NoPruning(), recorder=recorder).batch(material.stream[0])
         records = [call for batch in store.iterate(CallFilter(task="images")) for call in batch]
     settings = DistillationSettings(
         threshold=threshold, large_accuracy=0.9,

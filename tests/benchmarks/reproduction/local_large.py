@@ -75,7 +75,7 @@ class LocalLargeModel(Configured, RunnableSerializable[Any, Any]):
     """Any model of this package as the large side of a shunt.
 
     ```python
-    shunt = ShuntRunnable(small=resnet, large=LocalLargeModel(model=big_vision_model), pruning=SoftPrompt())
+    shunt = ShuntRunnable(small=resnet, large=LocalLargeModel(model=big_vision_model), pruning=SoftPruning())
     ```
 
     It answers with a label (or with what it writes). `candidates` bound what it may answer; with `opinion="heed"` the
@@ -137,7 +137,7 @@ class LocalLargeModel(Configured, RunnableSerializable[Any, Any]):
 
     def _many(self, values: list[Any]) -> list[Any]:
         told = [told_by(value, self.input_key) for value in values]
-        outcome = self.model.try_predict([one.value for one in told])
+        outcome = self.model.predict_batch([one.value for one in told], return_errors=True)
         answers: list[Any] = [outcome.errors.get(i) for i in range(len(values))]
         if outcome.batch is None:
             return answers

@@ -1,4 +1,4 @@
-"""`datashunt agreement`: whether a bundle answers alike in another number format or by another engine, and how fast."""
+"""`datashunt compare-engines`: agreement and speed of another precision or engine on a file of texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`datashunt store ...`: options of what is done elsewhere."""
+"""`datashunt log`: inspect, export, verify, prune and label a call log."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from langchain_datashunt.cli.output import console, errors, report
+from langchain_datashunt.cli.output import console, errors, report, say_json
 from langchain_datashunt.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from langchain_datashunt.call_log.store import DistillationStore
+    from langchain_datashunt.call_log.store import CallLog
 
-store_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
+log_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option("--store", help="SQLAlchemy URL, or the path of a SQLite file.")]
 Task = Annotated[str | None, typer.Option(help="Only this task.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+JsonOut = Annotated[Path | None, typer.Option("--json-out", help="Write the JSON to this file.")]
 
 
 def moment(text: str | None) -> float | None:
@@ -35,17 +36,17 @@ def moment(text: str | None) -> float | None:
 
 
 @contextmanager
-def opened_store(store: str) -> Iterator[DistillationStore]:
+def opened_store(store: str) -> Iterator[CallLog]:
     """The store, which has to be there: what is read or deleted in a new one would only seem to have been looked for.
 
     Raises:
         Exit: There is no such file.
     """
     with errors():
-        from langchain_datashunt.call_log.store import DistillationStore
+        from langchain_datashunt.call_log.store import CallLog
 
         require_store(store)
-        with DistillationStore(store) as opened:
+        with CallLog(store) as opened:
             yield opened
 
 
@@ -62,16 +63,16 @@ def require_store(store: str) -> None:
         raise ConfigurationError(f"There is no store {path}. Check --store.")
 
 
-@store_app.command()
-def stats(store: Url, task: Task = None, as_json: AsJson = False) -> None:
+@log_app.command()
+def stats(store: Url, task: Task = None, as_json: AsJson = False, json_out: JsonOut = None) -> None:
     """Counts, cost, and how often both models agree."""
     with opened_store(store) as opened:
         from langchain_datashunt.call_log.filters import CallFilter
 
-        report(opened.stats(CallFilter(task=task)), as_json, store)
+        report(opened.stats(CallFilter(task=task)), as_json, json_out, store)
 
 
-@store_app.command()
+@log_app.command()
 def export(
     store: Url,
     out: Annotated[Path, typer.Option(help="File to write; for datasets a folder.")],
@@ -79,7 +80,7 @@ def export(
     task: Task = None,
     since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
     until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
-    route: Annotated[str | None, typer.Option(help="small, learnable or large.")] = None,
+    route: Annotated[str | None, typer.Option(help="small, student or large.")] = None,
     min_confidence: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Of the small model, at least.")
     ] = None,
@@ -103,17 +104,17 @@ def export(
         console.print(f"{written} records written to {out}", highlight=False)
 
 
-@store_app.command()
-def verify(store: Url, as_json: AsJson = False) -> None:
+@log_app.command()
+def verify(store: Url, as_json: AsJson = False, json_out: JsonOut = None) -> None:
     """Read everything back and compare hashes; exit status 1 where something is wrong."""
     with opened_store(store) as opened:
         problems = opened.verify()
-        report({"records": opened.count(), "problems": problems}, as_json, store)
+        report({"records": opened.count(), "problems": problems}, as_json, json_out, store)
     if problems:
         raise typer.Exit(1)
 
 
-@store_app.command()
+@log_app.command()
 def prune(
     store: Url,
     max_age_days: Annotated[float | None, typer.Option(min=0.0, help="Delete what is older.")] = None,
@@ -130,7 +131,7 @@ def prune(
         console.print(f"{gone} records deleted", highlight=False)
 
 
-@store_app.command()
+@log_app.command()
 def label(
     store: Url,
     source_file: Annotated[Path, typer.Option("--from", help="File with columns id and label.")],
@@ -151,3 +152,31 @@ def label(
         console.print(f"{len(ids) - len(missing)} labels noted, {len(missing)} ids not found", highlight=False)
     if missing:
         raise typer.Exit(1)
+
+
+@log_app.command()
+def summary(
+    store: Url,
+    task: Task = None,
+    by: Annotated[str, typer.Option(help="day, week or all.")] = "day",
+    since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
+    sample_small: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The recorder's rate for calls that the small model answered.")
+    ] = 0.1,
+    as_json: AsJson = False,
+    json_out: JsonOut = None,
+) -> None:
+    """What left, what it cost and how good the answers were, side by side."""
+    from langchain_datashunt.call_log.filters import CallFilter
+    from langchain_datashunt.call_log.summary import summarize
+    from langchain_datashunt.cli.log_summary import print_summary
+
+    with errors():
+        which = CallFilter(task=task, since=moment(since), until=moment(until))
+        with opened_store(store) as opened:
+            rows = summarize(opened, by=by, sample_small=sample_small, which=which)  # type: ignore[arg-type]
+    if as_json:
+        say_json([row.to_dict() for row in rows])
+    else:
+        print_summary(rows, by)

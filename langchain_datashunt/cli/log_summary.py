@@ -1,4 +1,4 @@
-"""`datashunt report`: what left, what it cost and how good it was, as a table."""
+"""`datashunt log summary`: what left, what it cost and how good it was, as a table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from langchain_datashunt.call_log.summary import OverviewRow
+from langchain_datashunt.call_log.summary import SummaryRow
 
 
-def overview_table(rows: Sequence[OverviewRow], by: str) -> Table:
+def summary_table(rows: Sequence[SummaryRow], by: str) -> Table:
     """One row a period: leakage, cost and quality side by side."""
     table = Table(title="What left, what it cost, how good it was", caption="- : nothing is known of it")
     table.add_column("since" if by == "all" else by)
@@ -24,7 +24,7 @@ def overview_table(rows: Sequence[OverviewRow], by: str) -> Table:
         table.add_row(
             datetime.fromtimestamp(row.start, UTC).date().isoformat(),
             f"{row.calls:,.0f}",
-            _share(row.query_share),
+            _share(row.deferral_rate),
             f"{row.sent:,} ({row.characters:,})",
             f"{row.refused:,}",
             _kinds(row.replaced),
@@ -40,12 +40,12 @@ def overview_table(rows: Sequence[OverviewRow], by: str) -> Table:
     return table
 
 
-def print_overview(rows: Sequence[OverviewRow], by: str) -> None:
+def print_summary(rows: Sequence[SummaryRow], by: str) -> None:
     """On standard output, as wide as it needs where that is no terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=240)
-    console.print(overview_table(rows, by))
+    console.print(summary_table(rows, by))
 
 
 def _share(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`datashunt collect`: from a file of labels to a bundle that stands where there is no small model yet."""
+"""`datashunt init`: from a file of labels to a bundle that stands where there is no small model yet."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from langchain_datashunt.cli.train import TRAINABLE
 from langchain_datashunt.exceptions import ConfigurationError, DataError
-from langchain_datashunt.small_models import CollectingModel
+from langchain_datashunt.small_models import ColdStartModel
 
 
-def collecting_bundle(labels: Path, out: Path, first: str) -> dict[str, Any]:
+def cold_start_bundle(labels: Path, out: Path, first: str) -> dict[str, Any]:
     """Save the bundle of a task whose first small model is still to be trained; returns what was done, JSON-ready.
 
     Raises:
@@ -23,6 +23,6 @@ def collecting_bundle(labels: Path, out: Path, first: str) -> dict[str, Any]:
         lines = [line.strip() for line in labels.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{labels} cannot be read: {error}.") from error
-    model = CollectingModel(labels=tuple(line for line in lines if line), first=first, model_id="collecting")
+    model = ColdStartModel(labels=tuple(line for line in lines if line), first=first, model_id="cold start")
     model.save(out)
     return {"kind": model.kind(), "labels": len(model.labels), "first": first, "out": str(out)}
