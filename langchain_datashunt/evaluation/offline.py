@@ -100,7 +100,8 @@ class Evaluation:
 
         n; small_accuracy, large_accuracy; shunt_accuracy: kept and asked together; deferral_rate; fused_accuracy: with
         fused answers where asked; random_mix_accuracy: a random part of the same size asked; selective_risk: error
-        among local answers; aurc, e_aurc, augrc; ece_before, ece_after: before and after calibration; brier, nll; deferral_area;
+        among local answers; aurc, e_aurc, augrc;
+        ece_before, ece_after: before and after calibration; brier, nll; deferral_area;
         apgr, cpt50, cpt80; cost_to_match: least share asked (USD an input, where costs are known) as accurate as the
         large model; cost_usd_per_1000; savings_usd_per_1000: against asking always; and for each `<name>_interval`.
         """

@@ -4,7 +4,8 @@
 
 P12: texts of 128 tokens through `batch` (tokenising and all), against the time of the same linear layers' products
 alone on the same device (without attention's own, so the share is if anything too small); and single requests by
-`invoke`, with CUDA graphs and without. Rounds are interleaved, medians are told.
+`invoke`, by transformers itself ("auto" on a GPU) and by the padding-free form. Rounds are interleaved; figures are
+medians.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 import transformers
 
 from langchain_datashunt import TransformersClassifier
-from langchain_datashunt.small_models.engine.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.kinds.encoder import bundled_encoder_path
 from tests.benchmarks.encoder import short_texts
 
@@ -76,29 +76,26 @@ def measure(device: str, n: int, rounds: int, folder: Path) -> dict[str, Any]:
     def model(dtype: str, **more: Any) -> TransformersClassifier:
         return TransformersClassifier(model=str(folder), device=device, dtype=dtype, max_length=256, **more)
 
-    packed, plain, full = model("bfloat16"), model("bfloat16", engine="plain"), model("float32", engine="plain")
-    ungraphed = model("bfloat16")
+    packed, plain = model("bfloat16", engine="padding-free"), model("bfloat16")
+    full = model("float32", engine="plain")
     long, short = texts_of(TOKENS, n), short_texts(200)
     own = full.predict_batch(short).probabilities
     half = packed.predict_batch(short).probabilities
     encoder = packed._packing.engine_for(packed._network.base_model)
-    if isinstance(encoder, GraphedEncoder):
-        ungraphed.predict_batch(short[:1])
-        ungraphed._packing._made = encoder.encoder
     ways: dict[str, Callable[[], Any]] = {
         "batch": lambda: packed.batch(long),
         "plain_batch": lambda: plain.batch(long),
         "products": products(packed._network.config, TOKENS * n, device),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    singles: dict[str, list[float]] = {"single": [], "single_ungraphed": [], "single_plain": []}
+    singles: dict[str, list[float]] = {"single": [], "single_plain": []}
     for turn in range(rounds + 1):
         for name, work in ways.items():
             seconds = seconds_of(work, device)
             if turn:
                 taken[name].append(seconds)
         for text in short[: 100 if turn else 20]:
-            for name, one in zip(singles, (packed, ungraphed, plain), strict=True):
+            for name, one in zip(singles, (packed, plain), strict=True):
                 seconds = seconds_of(lambda one=one, text=text: one.invoke(text), device)  # type: ignore[misc]
                 if turn:
                     singles[name].append(seconds)

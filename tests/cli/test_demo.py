@@ -87,7 +87,7 @@ def test_a_real_model_is_asked_over_http(tmp_path: Path, monkeypatch: Any) -> No
 
 
 def test_a_download_that_fails_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
-    from langchain_datashunt.cli.demo.command import command as demo
+    from langchain_datashunt.cli.demo import command as demo
 
     def refused(root: Path) -> Path:
         from langchain_datashunt.cli.demo.benchmark_task import download_banking77

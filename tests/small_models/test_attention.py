@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -12,14 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from torch.nn.attention import varlen
 
 from langchain_datashunt.small_models.engine import attention as packed_attention
 from langchain_datashunt.small_models.engine.attention import Attention, attend_by_products
 from langchain_datashunt.small_models.engine.layers import Tokens
 
 HEADS, WIDTH = 3, 8
-SIGNATURE = inspect.signature(varlen.varlen_attn)
 LENGTHS = st.lists(st.integers(1, 90) | st.integers(1, 12), min_size=1, max_size=40)
 HOW_FAR = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
@@ -154,54 +151,3 @@ def test_long_texts_are_torchs_own(monkeypatch: Any) -> None:
     rounded = Attention(HEADS)(qkv.bfloat16(), tokens_of(lengths))
     assert calls == [1025]
     assert (rounded.double() - text_by_text(qkv.bfloat16(), lengths)).abs().max() <= HOW_FAR[torch.bfloat16]
-
-
-def varlen_on_a_cpu(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **more: Any) -> Any:
-    """What torch's kernel for CUDA computes, by its own parameters; it checks what that one asks of them."""
-    bound = SIGNATURE.bind(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **more)
-    bound.apply_defaults()
-    left, right = bound.arguments["window_size"]
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (int(cu_seq_q[0]), int(cu_seq_q[-1])) == (0, len(q))
-    lengths = cu_seq_q.diff().tolist()
-    assert max(lengths) == max_q == max_k
-    assert left == right
-    assert q.shape[-1] % 8 == 0, "flash attention: head_size must be a multiple of 8"
-    found = []
-    for own in torch.arange(len(q)).split(lengths):
-        far = (own[:, None] - own).abs() > (left if left >= 0 else len(q))
-        mask = torch.zeros(far.shape).masked_fill(far, -math.inf)
-        heads = (part[own].transpose(0, 1) for part in (q, k, v))
-        seen = functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=bound.arguments["scale"])
-        found.append(seen.transpose(0, 1))
-    return torch.cat(found)
-
-
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("heads", [3, 2, 6])
-def test_torchs_kernel_is_given_what_it_asks_for(heads: int, window: int | None, monkeypatch: Any) -> None:
-    """The call of a GPU, with a stand-in for the kernel that keeps to its signature: heads are 8, 12 or 4 wide."""
-    monkeypatch.setattr(packed_attention, "has_variable_length", lambda device, dtype: True)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
-    lengths = [5, 1, 30, 12]
-    qkv = torch.randn(sum(lengths), 3 * HEADS * WIDTH)
-    found = Attention(heads, window=window)(qkv, tokens_of(lengths))
-    monkeypatch.undo()
-    own = Attention(heads, window=window)(qkv, tokens_of(lengths))
-    assert found.shape == own.shape == (sum(lengths), HEADS * WIDTH)
-    assert (found - own).abs().max() <= HOW_FAR[torch.float32]
-
-
-def test_wide_heads_go_without_the_kernel(monkeypatch: Any) -> None:
-    monkeypatch.setattr(packed_attention, "has_variable_length", lambda device, dtype: True)
-    found = Attention(1)(torch.randn(10, 3 * 264), tokens_of([4, 6]))
-    assert found.shape == (10, 264)
-
-
-def test_a_kernel_without_windows_is_not_used(monkeypatch: Any) -> None:
-    asked = packed_attention._torch_has_it.__wrapped__
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert asked()
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
-    assert not asked()
-    assert not packed_attention.has_variable_length(torch.device("cpu"), torch.bfloat16)

@@ -16,12 +16,9 @@ import torch
 from langchain_datashunt import EmbeddingClassifier, TransformersClassifier
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models import TrainingSettings
-from langchain_datashunt.small_models.engine import cuda_graphs as graphs_module
 from langchain_datashunt.small_models.engine import devices as devices_module
 from langchain_datashunt.small_models.engine import padding_free as packed_module
-from langchain_datashunt.small_models.engine.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.engine.devices import choose_dtype, cpu_workers
-from langchain_datashunt.small_models.engine.layers import Run, Tokens
 from langchain_datashunt.small_models.engine.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.engine.padding_free import Packing, packed
 from langchain_datashunt.small_models.kinds.encoder import SentenceEncoder, bundled_encoder_path, shared_encoder
@@ -540,103 +537,6 @@ def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> N
         "engine='plain' says that this is known."
     ]
     assert Packing("plain").of(base) is None
-
-
-class TestGraphs:
-    """What stands around CUDA graphs; the recording itself is the GPU's tests'."""
-
-    def graphed(self, kind: str, record: Any) -> tuple[Any, GraphedEncoder]:
-        base = network(kind).base_model
-        made = packed(base)
-        assert made is not None
-        return base, GraphedEncoder(_PaddedAsTwo(made), record)  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-    def test_a_single_text_is_replayed_in_the_next_larger_size(self, kind: str) -> None:
-        recorded: list[int] = []
-
-        def record(compute: Any) -> Any:
-            states = compute().clone()
-            recorded.append(len(states))
-            return lambda: states.copy_(compute()), states
-
-        base, encoder = self.graphed(kind, record)
-        rng = np.random.default_rng(0)
-        for length in (3, 16, 17, 20, 24, 60, 1, 90):
-            ids = [rng.integers(5, 3000, length).tolist()]
-            own, found = packed_module.plain_encoder(base)(ids), encoder(ids)
-            assert found.lengths.tolist() == [length]
-            assert (found.states - own.states).abs().max() < 1e-4
-            assert np.allclose(found.mean(), own.states.mean(0), atol=1e-4)
-            assert np.allclose(found.first(), own.states[:1], atol=1e-4)
-        assert recorded == [16, 24, 64, 96], "each size once"
-        first = encoder([[7, 8, 9]]).states
-        kept = first.clone()
-        encoder([[900, 8, 9, 4]])
-        assert np.array_equal(first, kept), "a later replay does not write over it"
-
-    def test_several_and_long_texts_are_computed_as_ever(self, monkeypatch: Any) -> None:
-        def record(compute: Any) -> Any:
-            raise AssertionError("not for these")
-
-        base, encoder = self.graphed("bert", record)
-        monkeypatch.setattr(graphs_module, "SIZES", (16, 64))
-        for ids in ([[5, 6], [7]], [list(range(5, 85))], []):
-            if ids:
-                assert (encoder(ids).states - packed_module.plain_encoder(base)(ids).states).abs().max() < 1e-4
-
-    @pytest.mark.parametrize("why", ["could not be recorded", "differ from what is computed without them"])
-    def test_what_fails_or_differs_ends_them(self, why: str) -> None:
-        tried: list[int] = []
-
-        def record(compute: Any) -> Any:
-            tried.append(1)
-            if "differ" not in why:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            return lambda: None, torch.full_like(compute(), torch.nan)
-
-        base, encoder = self.graphed("bert", record)
-        ids = [[5, 6, 7]]
-        with pytest.warns(ShuntWarning, match=why):
-            found = encoder(ids)
-        assert (found.states - packed_module.plain_encoder(base)(ids).states).abs().max() < 1e-4
-        assert (encoder(ids).states - found.states).abs().max() < 1e-6
-        assert tried == [1]
-
-    def test_a_recording_that_replays_nothing_is_noticed_at_once(self) -> None:
-        """As one on another GPU's stream would: what it left was right for the text that was recorded."""
-        _, encoder = self.graphed("bert", lambda compute: (lambda: None, compute().clone()))
-        with pytest.warns(ShuntWarning, match="differ from what is computed without them"):
-            encoder([[5, 6, 7]])
-
-    def test_they_are_used_where_attention_is_one_call(self, monkeypatch: Any) -> None:
-        made = packed(network("bert").base_model)
-        assert made is not None
-        assert packed_module.graphed(made) is made, "not on a CPU"
-        monkeypatch.setattr(packed_module, "has_variable_length", lambda device, dtype: True)
-        made.device = torch.device("cuda")
-        assert isinstance(packed_module.graphed(made), GraphedEncoder)
-        by_length = packed(network("deberta").base_model)
-        assert by_length is not None
-        by_length.device = torch.device("cuda")
-        assert packed_module.graphed(by_length) is by_length
-
-
-class _PaddedAsTwo:
-    """A packed encoder on a CPU that keeps the two texts of a graph apart as variable-length attention does."""
-
-    def __init__(self, made: packed_module.PaddingFreeEncoder) -> None:
-        self.made, self.device = made, made.device
-
-    def __call__(self, ids: Any) -> Any:
-        return self.made(ids)
-
-    def states_of(self, tokens: Tokens) -> torch.Tensor:
-        n, more = tokens.lengths.tolist()
-        assert tokens.longest == n + more
-        assert tokens.host_ids is None
-        runs = [Run(0, 1, n), *([Run(n, 1, more)] if more else [])]
-        return self.made.states_of(Tokens(tokens.ids, tokens.places, tokens.lengths, runs))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from langchain_datashunt.small_models.training.training import fitting
+from langchain_datashunt.small_models.training import fitting
 
 
 class Killed(Exception):

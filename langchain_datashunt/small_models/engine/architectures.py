@@ -34,14 +34,12 @@ class Parts:
         layers: One after the other.
         finish: Of the last states; None for nothing.
         window: How near a token attention is of its own kind, so that what is further is checked too; 0 for everywhere.
-        by_length: Whether attention goes over texts of one length always, and never over all of a batch in one call.
     """
 
     embed: Callable[[Tokens], torch.Tensor]
     layers: Sequence[Layer]
     finish: Callable[[Any], Any] | None = None
     window: int = 0
-    by_length: bool = False
 
 
 def _embedder(words: torch.Tensor, places: torch.Tensor, norm: Any, padding: int | None = None) -> Any:
@@ -192,7 +190,7 @@ def _deberta(network: Any, config: Any, products: Products) -> Parts | None:
             x = x + kinds
         return own.LayerNorm(x if own.embed_proj is None else own.embed_proj(x))
 
-    return Parts(embed, layers, window=max(0, int(getattr(config, "position_buckets", 0))) // 2, by_length=True)
+    return Parts(embed, layers, window=max(0, int(getattr(config, "position_buckets", 0))) // 2)
 
 
 ARCHITECTURES: dict[str, Callable[[Any, Any, Products], Parts | None]] = {

@@ -1,19 +1,15 @@
-"""Attention of a packed encoder: each text to itself, over tokens that stand one after the other.
+"""Attention of a padding-free encoder: each text attends to itself, over tokens that follow one another.
 
-On CUDA in half precision it is one call over all texts. On a CPU, texts of similar length are put side by side in small
-groups, and a group's scores, their exponentials and the sums by them are each one call of the matrix library or of
-torch's vector functions: for texts of ten or twenty tokens torch's own attention, which goes head by head, takes two or
-three times as long.
+On a CPU, texts of similar length form small groups. A group's scores, their exponentials and the sums are one call
+each of the matrix library or of torch's vector functions. For texts of ten or twenty tokens, torch's own attention
+works head by head and takes two or three times as long.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -41,9 +37,6 @@ _FEW_TOKENS = 32
 
 _LONGEST_IN_SINGLE = 24
 """Up to this length single precision costs hardly more than bfloat16, and is that much nearer to the truth."""
-
-_KERNEL_STEP, _KERNEL_WIDEST = 8, 256
-"""Heads that flash attention takes: widths that are multiples of so many, up to so many."""
 
 _SAFE_SUMS = (2.0**-100, 2.0**115)
 """Between these a sum of powers, also times values of some thousands, is far from the ends of a number format."""
@@ -149,23 +142,10 @@ class Attention:
         if self.rotation is not None:
             q, k, v = three.unbind(1)
             three = torch_.stack((self.rotation(q, tokens), self.rotation(k, tokens), v), 1)
-        if (kernel := _variable_length_kernel(three)) is not None:
-            return self._by_kernel(kernel, three, tokens).reshape(-1, width)
         if qkv.device.type == "cpu" and len(qkv) > _FEW_TOKENS:
             return self._in_groups(three, tokens).view(-1, width)
         parts = [self._by_torch(_texts_of(three, run), tokens).reshape(-1, width) for run in tokens.runs]
         return parts[0] if len(parts) == 1 else torch_.cat(parts)
-
-    def _by_kernel(self, kernel: Any, three: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """By one call, from `[tokens, 3, heads, width]` to `[tokens, heads, width]`; zeros fill heads up to a width."""
-        width, bounds, longest = three.shape[-1], tokens.bounds(), tokens.longest
-        if width % _KERNEL_STEP:
-            three = require("torch.nn.functional", "torch").pad(three, (0, -width % _KERNEL_STEP))
-        reach = (-1, -1) if self.window is None else (self.window, self.window)
-        seen: torch.Tensor = kernel(
-            *three.unbind(1), bounds, bounds, longest, longest, scale=width**-0.5, window_size=reach
-        )
-        return seen[..., :width]
 
     def _in_groups(self, three: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """From `[tokens, 3, heads, width]` to `[tokens, heads, width]`."""
@@ -250,31 +230,3 @@ def _powers(scores: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     if real is not None:
         scores[..., -_STEP:].mul_(real[..., -_STEP:])
     return scores.sum(-1, keepdim=True)
-
-
-def _variable_length_kernel(three: torch.Tensor) -> Any:
-    """Torch's attention over texts of any length in one call; None where there is none."""
-    if three.shape[-1] > _KERNEL_WIDEST or not has_variable_length(three.device, three.dtype):
-        return None
-    return require("torch.nn.attention.varlen", "torch").varlen_attn
-
-
-def has_variable_length(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention over texts of any length is one call: on CUDA in half precision, where card and torch have it.
-
-    It is flash attention, for NVIDIA's cards since Ampere.
-    """
-    if device.type != "cuda" or str(dtype) not in ("torch.bfloat16", "torch.float16"):
-        return False
-    torch_ = require("torch", "torch")
-    return _torch_has_it() and torch_.cuda.get_device_capability(device) >= (8, 0)
-
-
-@lru_cache(maxsize=1)
-def _torch_has_it() -> bool:
-    """Whether this torch has the kernel, with windows: its first versions had none, and some builds have none."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
-    kernel = require("torch.nn.attention.varlen", "torch").varlen_attn
-    flash: bool = require("torch", "torch").backends.cuda.is_flash_attention_available()
-    return flash and {"window_size", "scale"} <= set(inspect.signature(kernel).parameters)

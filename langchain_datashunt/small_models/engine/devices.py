@@ -193,12 +193,6 @@ def on_host(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
 
 
 def on_device(array: NDArray[Any], device: torch.device | str) -> torch.Tensor:
-    """A copy of a host array on a device; to a GPU from pinned memory, so that nothing waits for it."""
-    host = ready_for(array, device)
-    return host.to(device, non_blocking=host.is_pinned())
-
-
-def ready_for(array: NDArray[Any], device: torch.device | str) -> torch.Tensor:
-    """A host array as a tensor that can be copied to a device without waiting: for a GPU in pinned memory."""
+    """Return a copy of a host array on a device."""
     host: torch.Tensor = require("torch", "torch").from_numpy(array)
-    return host.pin_memory() if getattr(device, "type", device) == "cuda" else host
+    return host.to(device)

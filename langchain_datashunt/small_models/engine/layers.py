@@ -64,7 +64,7 @@ class Tokens:
         places: The place of each in its text, from 0, shape `[tokens]`.
         lengths: Tokens of each text, shape `[n]`.
         runs: Texts of one length that stand together.
-        host_ids: The ids on the host; None where they are not known there.
+        host_ids: The ids in host memory, shape `[tokens]`.
         kept: What layers compute once for the batch.
     """
 
@@ -72,7 +72,7 @@ class Tokens:
     places: torch.Tensor
     lengths: torch.Tensor
     runs: list[Run]
-    host_ids: NDArray[np.int64] | None = None
+    host_ids: NDArray[np.int64]
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -92,23 +92,9 @@ class Tokens:
         there = on_device(host, device)
         return cls(there[:total], there[total : 2 * total], there[2 * total :], runs, host[:total])
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max((run.length for run in self.runs), default=0)
-
     def may_contain(self, token: int) -> bool:
-        """Whether a token is among the ids; True where only the device knows."""
-        return self.host_ids is None or bool((self.host_ids == token).any())
-
-    def bounds(self) -> torch.Tensor:
-        """Where each text begins, and where the last one ends, shape `[n + 1]`; 32-bit, as kernels take it."""
-        torch_ = require("torch", "torch")
-        if "bounds" not in self.kept:
-            zero = torch_.zeros(1, dtype=torch_.int32, device=self.lengths.device)
-            self.kept["bounds"] = torch_.cat([zero, self.lengths.cumsum(0).to(torch_.int32)])
-        found: torch.Tensor = self.kept["bounds"]
-        return found
+        """Return whether a token is among the ids, without asking the device."""
+        return bool((self.host_ids == token).any())
 
 
 class Linear:

@@ -23,8 +23,6 @@ from langchain_datashunt._utils.fork import AFTER_FORK, LEFT_ALONE, Mutex
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models.engine.architectures import ARCHITECTURES, Parts
-from langchain_datashunt.small_models.engine.attention import has_variable_length
-from langchain_datashunt.small_models.engine.cuda_graphs import GraphedEncoder
 from langchain_datashunt.small_models.engine.layers import PackedStates, Products, Tokens
 from langchain_datashunt.small_models.engine.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.engine.tokenization import pad, usable_length
@@ -87,7 +85,7 @@ class Packing:
 
     Args:
         engine: "plain" is transformers, "padding-free" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime;
-            "auto" takes the quickest of the first three that can be had and agree, measured on a few texts at first use.
+            "auto" takes the quickest of the first three that agree, measured on a few texts at first use.
         dtype: The number format of matrix products; None is the network's own. Of a network in float32 the packed form
             computes products alone in another format, and sums, norms and embeddings as they are.
     """
@@ -183,8 +181,10 @@ class Packing:
             if self.engine == "onnx-int8":
                 _LOG.warning(_EIGHT_BITS, 100.0 * _difference(network, session))
             return session
-        own = packed(network, self.dtype)
-        made = None if own is None else graphed(own)
+        device = next(network.parameters()).device.type
+        if self.engine == "auto" and device != "cpu":
+            return None  # on a GPU the padding-free form is used only by name, after its self-check there
+        made = packed(network, self.dtype)
         if self.engine == "padding-free":
             return made
         if made is None and not _has_hooks(network):
@@ -217,13 +217,6 @@ def say_once(kind: str) -> None:
             "says that this is known.",
             kind,
         )
-
-
-def graphed(made: PaddingFreeEncoder) -> AnyEncoder:
-    """With single texts as CUDA graphs, where attention over texts of any length is one call."""
-    if made.device.type != "cuda" or made.parts.by_length or not has_variable_length(made.device, made.dtype):
-        return made
-    return GraphedEncoder(made)
 
 
 def _onnx(network: torch.nn.Module) -> OnnxEncoder | None:
