@@ -29,7 +29,7 @@ from langchain_datashunt.cli.demo.benchmark_task import (
     load_messages,
     names_digest,
 )
-from langchain_datashunt.cli.demo.command import benchmark_task
+from langchain_datashunt.cli.demo import benchmark_task
 from langchain_datashunt.exceptions import DataError, ReplayError
 from langchain_datashunt.large_models.replay import RecordedAnswers, estimate_message_tokens, estimate_tokens
 
