@@ -109,7 +109,7 @@ async def test_a_reply_of_200_that_is_none_is_an_error_and_never_an_answer(fault
 
 FULL_DISK = """
 import resource, sys
-from langchain_datashunt.distillation import Recorder, CallRecord
+from langchain_datashunt.call_log import Recorder, CallRecord
 recorder = Recorder(sys.argv[1])
 recorder.record([lambda: CallRecord(input="before", large_model="m")])
 assert recorder.flush()
@@ -273,7 +273,7 @@ def test_a_loop_that_closes_in_the_middle_leaves_nothing_behind() -> None:
 BATCH = """
 import sys, time
 from langchain_datashunt import Prediction, ShuntRunnable
-from langchain_datashunt.distillation import Recorder
+from langchain_datashunt.call_log import Recorder
 
 def small(text):
     sure = 0.99 if text.startswith("sure") else 0.4

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from langchain_core.load.serializable import Serializable
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, PrivateAttr, ValidationError
 from typing_extensions import override
 
 from langchain_datashunt.exceptions import ConfigurationError
@@ -36,35 +35,53 @@ class Configured(Serializable):
         return True
 
 
-class LaidOut(Configured):
-    """Configured, with something made of the settings (steps, locks) that a copy or a pickle makes anew for itself."""
+class Frozen(Configured):
+    """Settings that never change. A copy, also one that is unpickled, is made from the settings like a new object.
 
-    kept_privates: ClassVar[dict[str, Any]] = {}
-    """Private attributes that have to be there before `_build` is called after unpickling, with their values."""
+    Runtime state that is derived from the settings (locks, pools, call pipelines) is therefore always the copy's own, and
+    `model_copy(update=...)` checks what it is given.
+    """
 
-    @abstractmethod
-    def _build(self) -> None:
-        """Make it of the settings."""
+    _built: bool = PrivateAttr(default=False)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._built = True
 
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        copied._build()
-        return copied
+        """Return a copy with other settings.
+
+        Args:
+            update: New values by setting.
+            deep: Whether the other settings are copied too.
+
+        Raises:
+            ConfigurationError: A setting is unknown, of a wrong type or out of range.
+        """
+        settings = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**(copy.deepcopy(settings) if deep else settings), **(update or {})})
+
+    def __copy__(self) -> Self:
+        return self.model_copy()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        copied = self.__copy__()
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        copied._build()
-        return copied
+        settings = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**copy.deepcopy(settings, memo))
 
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without what holds locks; it is made again where the object is unpickled."""
-        return {**super().__getstate__(), "__pydantic_private__": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_settings, (type(self), {name: getattr(self, name) for name in self.model_fields_set})
 
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__({**state, "__pydantic_private__": dict(self.kept_privates)})
-        self._build()
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields and self._built:
+            raise ConfigurationError(
+                f"The settings of a {type(self).__name__} are frozen. Use model_copy(update={{{name!r}: ...}})."
+            )
+        super().__setattr__(name, value)
+
+
+def _from_settings(cls: type[Frozen], settings: dict[str, Any]) -> Frozen:
+    return cls(**settings)
 
 
 class Strategy(Configured):

@@ -1,6 +1,6 @@
-"""Steps written once for sync and async: a generator yields effects, a driver carries them out.
+"""Write a computation once for sync and async: a generator yields effects, and a driver performs them.
 
-Logic that only decides stays free of `await`; each thing that touches the world is an `Effect` with both forms.
+Decisions stay free of `await`. Each action on the outside world is an `Effect` with a sync and an async form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Effect(NamedTuple):
-    """One thing to be done, in its sync and its async form."""
+    """One action, in its sync and its async form."""
 
     sync: Callable[[], Any]
     asynchronous: Callable[[], Awaitable[Any]]
@@ -24,8 +24,14 @@ Steps: TypeAlias = Generator[Effect, Any, T]
 """A computation that yields effects, is sent their results, and returns a T."""
 
 
+def perform(sync: Callable[[], T], asynchronous: Callable[[], Awaitable[T]]) -> Steps[T]:
+    """Return the result of one action; use it as `result = yield from perform(...)`."""
+    result: T = yield Effect(sync, asynchronous)
+    return result
+
+
 def run(steps: Steps[T]) -> T:
-    """Carry steps out in this thread."""
+    """Perform the steps in this thread and return their result."""
     try:
         effect = next(steps)
         while True:
@@ -41,7 +47,7 @@ def run(steps: Steps[T]) -> T:
 
 
 async def arun(steps: Steps[T]) -> T:
-    """Carry steps out in this event loop."""
+    """Perform the steps in this event loop and return their result."""
     try:
         effect = next(steps)
         while True:
@@ -57,7 +63,7 @@ async def arun(steps: Steps[T]) -> T:
 
 
 async def to_the_end(work: Awaitable[T]) -> T:
-    """Await short work that must not be left half done: a cancellation is raised when it is through."""
+    """Await short work to its end, even if this task is cancelled meanwhile; the cancellation is raised afterwards."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -66,12 +72,12 @@ async def to_the_end(work: Awaitable[T]) -> T:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # taken note of; the cancellation is what counts
+            task.exception()  # retrieved, so that asyncio does not log it; the cancellation is raised instead
         raise
 
 
 def raise_first_error(outputs: list[Any], return_exceptions: bool) -> list[Any]:
-    """The outputs; the first error is raised, where errors are not to be returned."""
+    """Return outputs that may contain errors; raise the first error unless `return_exceptions`."""
     if not return_exceptions:
         for output in outputs:
             if isinstance(output, Exception):

@@ -20,6 +20,7 @@ from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.policies.thresholds import Policy, Threshold
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
+from langchain_datashunt.routing.plan import decide_one
 
 
 @dataclass
@@ -97,15 +98,14 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         message = next((one for one in draft.result if isinstance(one, AIMessage)), None)
         if message is not None and called_directly(message):
             return True, ShuntDecision("small", "confident", policy="a tool router called the tool")
-        sure = None if message is None else self.confidence(message)
-        if sure is None:
+        confidence = None if message is None else self.confidence(message)
+        name = model_name(self.small)
+        if confidence is None:
             raise PredictionError(
-                f"{model_name(self.small)} gave no log-probabilities with its turn, so nobody knows how sure it is."
+                f"{name} returned no log-probabilities, so its confidence is unknown. Enable logprobs."
             )
-        prediction = Prediction.from_answer(message, sure, model_id=model_name(self.small))
-        keep, score, limit = self.policy.evaluate_one(prediction)
-        route, reason = ("small", "confident") if keep else ("large", "deferred")
-        return keep, ShuntDecision(route, reason, prediction, score, limit, str(self.policy))  # type: ignore[arg-type]
+        decision = decide_one(Prediction.from_answer(message, confidence, model_id=name), self.policy)
+        return decision.route == "small", decision
 
     def _failed(self, error: Exception) -> tuple[bool, ShuntDecision]:
         raise_control_flow(error)

@@ -26,7 +26,7 @@ from langchain_datashunt.chat.messages import (
     marked,
     model_name,
 )
-from langchain_datashunt.chat.settings import NO_QUESTION, STANDARD, ShuntChatSettings
+from langchain_datashunt.chat.settings import NO_QUESTION, STANDARD, BoundSides, ShuntChatSettings
 from langchain_datashunt.chat.structured import StructuredChat, unasked
 from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.large_models.caller import END
@@ -63,7 +63,7 @@ class ShuntChatModel(ShuntChatSettings):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            message: AIMessage = unasked(self._direct.one(messages, config, settings).sync())
+            message: AIMessage = unasked(self._direct.invoke(messages, config, settings))
             return message
         return answered(self._shunt_for(settings).invoke(messages, config, **settings))
 
@@ -75,7 +75,7 @@ class ShuntChatModel(ShuntChatSettings):
         messages = self._convert_input(input).to_messages()
         config, settings = self._config(config), self._settings(stop, kwargs)
         if not self._has_question(messages):
-            message: AIMessage = unasked(await self._direct.one(messages, config, settings).asynchronous())
+            message: AIMessage = unasked(await self._direct.ainvoke(messages, config, settings))
             return message
         return answered(await self._shunt_for(settings).ainvoke(messages, config, **settings))
 
@@ -254,10 +254,9 @@ class ShuntChatModel(ShuntChatSettings):
         """Bind tools to both sides; the small side answers only what is allowed then."""
         given = {**kwargs, **({} if tool_choice is None else {"tool_choice": tool_choice})}
         large = self.large.bind_tools(tools, **given)
-        drafter = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
-        bound = self.model_copy()
-        bound._build(large, drafter, AnswerForm.from_tools(tools, tool_choice, kwargs))
-        return bound.bind()
+        small = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
+        sides = BoundSides(small, large, AnswerForm.from_tools(tools, tool_choice, kwargs))
+        return self.model_copy(update={"bound": sides}).bind()
 
     @override
     def with_structured_output(
@@ -269,12 +268,11 @@ class ShuntChatModel(ShuntChatSettings):
         one field only a label's text. A chat model as small side needs log-probabilities beside its structured output.
         """
         large = self._with_settings(self.large).with_structured_output(schema, include_raw=include_raw, **kwargs)
-        drafter = self.small
-        if isinstance(drafter, BaseChatModel):
-            drafter = self._with_settings(drafter).with_structured_output(schema, include_raw=True, **kwargs)
+        small = self.small
+        if isinstance(small, BaseChatModel):
+            small = self._with_settings(small).with_structured_output(schema, include_raw=True, **kwargs)
         form = AnswerForm(schema=schema, structured=True, closed=schema is None and not self.drafts)
-        shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel structured", raw=include_raw)
-        return StructuredChat(shunt, self, large)
+        return StructuredChat(self, BoundSides(small, large, form), include_raw=include_raw)
 
     def _with_settings(self, model: BaseChatModel) -> BaseChatModel:
         """A chat model with this one's settings where it has such fields: a parser after it passes no keywords on."""

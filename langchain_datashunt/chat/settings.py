@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage, HumanMessage
@@ -15,7 +15,7 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import override
 
-from langchain_datashunt._utils.settings import Configured
+from langchain_datashunt._utils.settings import Frozen
 from langchain_datashunt.chat.answers import Answerable, AnswerForm, Answering, SmallAnswers
 from langchain_datashunt.chat.draft import DraftConfidence, DraftingModel, mean_token_probability
 from langchain_datashunt.chat.hint import HintedModel
@@ -45,10 +45,24 @@ STANDARD = ("temperature", "max_tokens", "stop")
 """Fields that are handed on with each large call, where they are set."""
 
 
-class ShuntChatSettings(Configured, BaseChatModel):
+class BoundSides(NamedTuple):
+    """Both sides of a chat shunt, with what was bound to them.
+
+    Attributes:
+        small: The small model, or the chat model that drafts.
+        large: The large chat model.
+        form: The form of answers that was asked for.
+    """
+
+    small: Runnable[Any, Any]
+    large: Runnable[Any, Any]
+    form: AnswerForm
+
+
+class ShuntChatSettings(Frozen, BaseChatModel):
     """The settings of a `ShuntChatModel`."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=False)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     small: Runnable[Any, Any]
     """A small model (`Runnable` to a `Prediction`), or a chat model that drafts."""
@@ -119,12 +133,16 @@ class ShuntChatSettings(Configured, BaseChatModel):
     streaming: bool | None = None
     """False has `stream` give whole answers."""
 
-    _form: AnswerForm = PrivateAttr(default=AnswerForm())
-    _asked: Runnable[Any, Any] = PrivateAttr()
-    _drafter: Runnable[Any, Any] = PrivateAttr()
+    limiter: CallLimiter | None = Field(default=None, exclude=True, repr=False)
+    """See `ShuntRunnable.limiter`."""
+
+    bound: BoundSides | None = Field(default=None, exclude=True, repr=False)
+    """Both sides with tools bound to them, as `bind_tools` sets it; None uses `small` and `large` as they are."""
+
+    _sides: BoundSides = PrivateAttr()
+    _limiter: CallLimiter = PrivateAttr()
     _shunt: ShuntRunnable = PrivateAttr()
     _direct: LargeCaller = PrivateAttr()
-    _limiter: CallLimiter = PrivateAttr()
     _carried: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("small", mode="before")
@@ -145,10 +163,12 @@ class ShuntChatSettings(Configured, BaseChatModel):
         return value
 
     def model_post_init(self, context: Any, /) -> None:
-        """Lay the shunt out."""
+        """Build the shunt from the settings."""
         super().model_post_init(context)
-        self._limiter = CallLimiter(self.max_concurrency)
-        self._build(self.large, self.small, AnswerForm())
+        self._limiter = self.limiter or CallLimiter(self.max_concurrency)
+        self._sides = self.bound or BoundSides(self.small, self.large, AnswerForm())
+        self._shunt = self._shunt_over(self._sides, name="ShuntChatModel")
+        self._direct = self._caller_of(self._sides.large)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -166,44 +186,23 @@ class ShuntChatSettings(Configured, BaseChatModel):
             )
         return self
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it."""
-        super().__setattr__(name, value)
-        if name in type(self).model_fields and "_shunt" in (self.__pydantic_private__ or {}):
-            self._again({name})
-
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        if update:
-            copied._again(set(update))
-        return copied
+        """Return a copy with other settings; another model on either side loses tools that were bound."""
+        changed = dict(update or {})
+        if changed.keys() & {"small", "large"}:
+            changed.setdefault("bound", None)
+        changed.setdefault("limiter", None if "max_concurrency" in changed else self._limiter)
+        return super().model_copy(update=changed, deep=deep)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy with answers of its own; models hold connections and are shared."""
+        """Return a copy with its own answers; the models hold connections and are shared."""
         return self.model_copy(update={"answers": copy.deepcopy(self.answers, memo)})
 
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without what holds locks; it is laid out again where the model is unpickled."""
-        state = super().__getstate__()
-        kept = {
-            name: (state["__pydantic_private__"] or {})[name] for name in ("_form", "_asked", "_drafter", "_carried")
-        }
-        return {**state, "__pydantic_private__": kept}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
-        self._limiter = CallLimiter(self.max_concurrency)
-        self._build(self._asked, self._drafter, self._form)
-
-    def _again(self, changed: set[str]) -> None:
-        """Lay out anew after settings have changed."""
-        if "max_concurrency" in changed:
-            self._limiter = CallLimiter(self.max_concurrency)
-        if changed & {"small", "large"}:
-            self._build(self.large, self.small, AnswerForm())
-        else:
-            self._build(self._asked, self._drafter, self._form)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out the limiter, which belongs to this process."""
+        make, (cls, settings) = super().__reduce__()
+        return make, (cls, {name: value for name, value in settings.items() if name != "limiter"})
 
     @property
     @override
@@ -217,48 +216,42 @@ class ShuntChatSettings(Configured, BaseChatModel):
         """Whether the small side is a chat model."""
         return isinstance(self.small, BaseChatModel)
 
-    def _build(self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm) -> None:
-        self._form, self._asked, self._drafter = form, large, drafter
-        self._shunt = self._shunt_over(large, drafter, form, name="ShuntChatModel")
-        self._direct = self._caller_of(large)
-
     def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
         """What asks the large model where there is no question for the small side; it passes the same guard."""
         gated = large if self.guard is None else self.guard.around(large)
         return LargeCaller(gated, self.retry, self._limiter, self.breaker, self.max_pending)
 
-    def _shunt_over(
-        self, large: Runnable[Any, Any], drafter: Runnable[Any, Any], form: AnswerForm, *, name: str, raw: bool = False
-    ) -> ShuntRunnable:
-        """A shunt whose both sides answer in one form."""
+    def _shunt_over(self, sides: BoundSides, *, name: str, raw: bool = False) -> ShuntRunnable:
+        """Return a shunt both of whose sides answer in one form.
+
+        Args:
+            sides: The models, and the form of their answers.
+            name: Name of its runs.
+            raw: Whether structured answers come with their raw message.
+        """
         settings = {field: getattr(self, field) for field in _SETTINGS}
-        if self.drafts:
-            told = model_name(self.small)
-            small: Runnable[Any, Any] = DraftingModel(drafter, self.confidence, told, form=form, give_raw=raw)
-            return ShuntRunnable(
-                name=name, small=small, large=large, pruning=None, return_decision=True,
-                policy=policy_for(self.small, self.policy), **settings,
-            ).sharing(self._limiter)  # fmt: skip
-        answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
+        settings |= {"name": name, "return_decision": True, "limiter": self._limiter}
         policy = policy_for(self.small, self.policy)
-        if self.answers is not None or form != AnswerForm():
-            policy = policy & Answerable(answers=answers, form=form)
-        asked = large if self.pruning is None else HintedModel(large, self.pruning, self.hint)
+        if self.drafts:
+            draft = DraftingModel(sides.small, self.confidence, model_name(self.small), form=sides.form, give_raw=raw)
+            return ShuntRunnable(small=draft, large=sides.large, pruning=None, policy=policy, **settings)
+        answers = SmallAnswers(answers=self.answers, model_id=getattr(self.small, "model_id", "") or "small")
+        if self.answers is not None or sides.form != AnswerForm():
+            policy = policy & Answerable(answers=answers, form=sides.form)
+        large = sides.large if self.pruning is None else HintedModel(sides.large, self.pruning, self.hint)
+        output = RunnableLambda(Answering(answers, sides.form, raw), name="small answer")
         return ShuntRunnable(
-            name=name, small=self.small, large=asked, policy=policy, pruning=self.pruning, return_decision=True,
-            small_output=RunnableLambda(Answering(answers, form, raw), name="small answer"), **settings,
-        ).sharing(self._limiter)  # fmt: skip
+            small=self.small, large=large, policy=policy, pruning=self.pruning, small_output=output, **settings
+        )
 
     def _shunt_for(self, settings: dict[str, Any]) -> ShuntRunnable:
-        """The shunt of one call: another one where the call itself binds tools or a format, or there is a drafter."""
-        form = self._form
+        """Return the shunt of one call: another one if the call binds tools or a format, or if the small side drafts."""
+        sides = self._sides
         if settings.keys() & {"tools", "tool_choice", "response_format"}:
-            form = form.with_call(settings)
+            sides = sides._replace(form=sides.form.with_call(settings))
         if self.drafts and settings:
-            return self._shunt_over(self._asked, self._drafter.bind(**settings), form, name="ShuntChatModel")
-        if form != self._form:
-            return self._shunt_over(self._asked, self._drafter, form, name="ShuntChatModel")
-        return self._shunt
+            sides = sides._replace(small=sides.small.bind(**settings))
+        return self._shunt if sides is self._sides else self._shunt_over(sides, name="ShuntChatModel")
 
     def _has_question(self, messages: Sequence[BaseMessage]) -> bool:
         """Whether the small side can read what is asked: a classifier reads a human message of text alone."""

@@ -20,7 +20,7 @@ from langchain_datashunt.chat.draft import SILENT_TAGS
 from langchain_datashunt.chat.messages import model_name
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
-from langchain_datashunt.large_models.label_chat import default_prompt
+from langchain_datashunt.large_models.chat_asker import default_prompt
 from langchain_datashunt.large_models.label_parser import LabelParser
 from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning
 from langchain_datashunt.logprobs import label_distribution, said, token_logprobs

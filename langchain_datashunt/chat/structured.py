@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any
 
 from langchain_core.messages import BaseMessage
@@ -12,32 +13,27 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec
 from typing_extensions import override
 
 from langchain_datashunt.chat.messages import marked, said_by
-from langchain_datashunt.chat.settings import NO_QUESTION, ShuntChatSettings
+from langchain_datashunt.chat.settings import NO_QUESTION, BoundSides, ShuntChatSettings
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.large_models.caller import END
-from langchain_datashunt.routing.shunt import ShuntRunnable
 
 
 class StructuredChat(Runnable[Any, Any]):
-    """Structured answers: a shunt that takes what chat models take.
+    """A chat shunt whose answers are objects.
 
     Args:
-        shunt: From messages to results with objects, or with mappings that hold the raw message too.
-        owner: Reads inputs, and knows whether there is a question.
-        large: Asked where there is no question to classify.
+        owner: The chat shunt.
+        sides: Its models with structured output, and the form of the answers.
+        include_raw: Whether answers come as mappings that hold the raw message too.
     """
 
-    def __init__(self, shunt: ShuntRunnable, owner: ShuntChatSettings, large: Runnable[Any, Any]) -> None:
-        self.shunt, self.owner, self.large = shunt, owner, large
-        self.direct = owner._caller_of(large)
+    def __init__(self, owner: ShuntChatSettings, sides: BoundSides, *, include_raw: bool) -> None:
+        self.owner, self.sides, self.include_raw = owner, sides, include_raw
+        self.shunt = owner._shunt_over(sides, name="ShuntChatModel structured", raw=include_raw)
+        self.direct = owner._caller_of(sides.large)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What it was made of: its caller holds places of this process."""
-        return {"shunt": self.shunt, "owner": self.owner, "large": self.large}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-        self.shunt.sharing(self.owner._limiter)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(StructuredChat, include_raw=self.include_raw), (self.owner, self.sides)
 
     @property
     @override
@@ -52,14 +48,14 @@ class StructuredChat(Runnable[Any, Any]):
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         messages, config, question = self._read(input, config)
         if not question:
-            return unasked(self.direct.one(messages, config, kwargs).sync())
+            return unasked(self.direct.invoke(messages, config, kwargs))
         return parsed(self.shunt.invoke(messages, config, **kwargs))
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         messages, config, question = self._read(input, config)
         if not question:
-            return unasked(await self.direct.one(messages, config, kwargs).asynchronous())
+            return unasked(await self.direct.ainvoke(messages, config, kwargs))
         return parsed(await self.shunt.ainvoke(messages, config, **kwargs))
 
     @override

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from langchain_datashunt.large_models.chat_asker import ChatAsker
     from langchain_datashunt.large_models.circuit_breaker import CircuitBreaker
-    from langchain_datashunt.large_models.label_chat import LabelAsker
     from langchain_datashunt.large_models.label_parser import LabelParser
     from langchain_datashunt.large_models.prompt_pruning import (
         ConformalPruning,
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from langchain_datashunt.large_models.retry import Retry
 
 _MODULE_OF = {
+    "ChatAsker": "chat_asker",
     "CircuitBreaker": "circuit_breaker",
     "ConformalPruning": "prompt_pruning",
     "HardPruning": "prompt_pruning",
-    "LabelAsker": "label_chat",
     "LabelParser": "label_parser",
     "NoPruning": "prompt_pruning",
     "Pruning": "prompt_pruning",
@@ -36,10 +36,10 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "ChatAsker",
     "CircuitBreaker",
     "ConformalPruning",
     "HardPruning",
-    "LabelAsker",
     "LabelParser",
     "NoPruning",
     "Pruning",

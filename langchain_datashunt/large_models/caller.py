@@ -1,28 +1,41 @@
-"""Asking the large model: one input or one group, with retries and a bound on parallel calls."""
+"""LargeCaller: ask the large model, with retries, limits and a circuit breaker."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from langchain_core.runnables.utils import gather_with_concurrency
 
 from langchain_datashunt._utils.control_flow import raise_control_flow
-from langchain_datashunt._utils.sync_async import Effect, Steps
 from langchain_datashunt.large_models.circuit_breaker import CircuitBreaker
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.retry import Retry, is_retryable
 
+Configs: TypeAlias = RunnableConfig | list[RunnableConfig]
+"""One config for all inputs, or one each."""
+
 END: Any = object()
-"""What an opened stream's first chunk is where there is none."""
+"""The first chunk of an opened stream that has none."""
 
 
 class LargeCaller:
-    """One large model with its retries and its bound. Errors are values here; the caller decides what they mean."""
+    """A large model with its retries and limits.
+
+    `invoke`, `ainvoke`, `batch` and `abatch` return errors as values, since only the caller knows what an error means: it
+    may answer with the small model instead. An input that is an exception already is returned as it is.
+
+    Args:
+        large: The large model; any Runnable.
+        retry: How each call is retried.
+        limiter: Limits concurrent calls; may be shared with other callers.
+        breaker: Fails fast while the large model is down; None never does.
+        max_pending: Maximum calls that wait or run; None means unlimited.
+    """
 
     def __init__(
         self,
@@ -38,176 +51,151 @@ class LargeCaller:
         self.breaker = breaker
         self.max_pending = max_pending
 
-    def _admitted(self, calls: int = 1) -> AbstractContextManager[None]:
-        """Around calls that wait or are under way.
+    # One input
 
-        Raises:
-            QueueFullError: There are too many already.
-        """
-        return nullcontext() if self.max_pending is None else self.limiter.pending.counted(calls, self.max_pending)
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Around one stream, from before it is opened until it is closed.
-
-        Raises:
-            QueueFullError: Too many calls wait or are under way already.
-        """
-        with self._admitted(), self.limiter.slot():
-            yield
-
-    @asynccontextmanager
-    async def aplace(self) -> AsyncIterator[None]:
-        """As `place`."""
-        with self._admitted():
-            async with self.limiter.aslot():
-                yield
-
-    def _watched(self) -> AbstractContextManager[None]:
-        """Around one attempt."""
-        return nullcontext() if self.breaker is None else self.breaker.watching()
-
-    def one(
+    def invoke(
         self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None = None
-    ) -> Effect:
-        """Ask about one input; the output, or the last attempt's error. `failed` is a first attempt's error."""
-        return Effect(
-            partial(self._one, asked, config, kwargs, failed), partial(self._aone, asked, config, kwargs, failed)
-        )
-
-    def _one(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
-        invoke = partial(self.large.invoke, asked, config, **kwargs)
-
-        def ask() -> Any:
-            if self.limiter.limit is None and self.breaker is None:
-                return self.retry.within(invoke)
-            with self.limiter.slot(), self._watched():
-                return self.retry.within(invoke)
-
-        try:
-            with self._admitted():
-                return self.retry.call(ask, failed)
-        except Exception as error:
-            raise_control_flow(error)
-            return error
-
-    async def _aone(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None) -> Any:
-        invoke = partial(self.large.ainvoke, asked, config, **kwargs)
-
-        async def ask() -> Any:
-            if self.limiter.limit is None and self.breaker is None:
-                return await self.retry.awithin(invoke)
-            async with self.limiter.aslot():
-                with self._watched():
-                    return await self.retry.awithin(invoke)
-
-        try:
-            with self._admitted():
-                return await self.retry.acall(ask, failed)
-        except Exception as error:
-            raise_control_flow(error)
-            return error
-
-    def group(
-        self, asked: Sequence[Any], config: RunnableConfig | list[RunnableConfig], kwargs: dict[str, Any]
-    ) -> Steps[list[Any]]:
-        """One grouped call; what failed and may succeed is then retried item by item, beside the others.
+    ) -> Any:
+        """Return the large model's output for one input, or the error of the last attempt.
 
         Args:
-            asked: `n` inputs; one that is an exception already stays as it is.
-            config: One for all, or one each.
-            kwargs: Passed on.
+            asked: The input.
+            config: Its config.
+            kwargs: Passed to the large model.
+            failed: Error of a first attempt that was part of a grouped call; it counts as an attempt.
         """
-        results = list(asked)
-        ready = [j for j, value in enumerate(asked) if not isinstance(value, Exception)]
-        if not ready:
-            return results
-        each = [config] * len(results) if isinstance(config, dict) else config
-        if self.retry.attempt_seconds is not None:  # how long one may take cannot be said of a group
-            yield from self._each(results, ready, each, kwargs)
-            return results
-        while ready and self.breaker is not None and self.breaker.state == "half-open":
-            yield from self._each(results, ready[:1], each, kwargs)  # whether the model is back is seen by one call
-            del ready[0]
-        if not ready:
-            return results
-        given = config if isinstance(config, dict) else [each[j] for j in ready]
-        call = partial(self._batch, [asked[j] for j in ready], given, kwargs)
-        found = yield Effect(call, partial(self._abatch, *call.args))
-        for j, value in zip(ready, found, strict=True):
-            if isinstance(value, Exception):
-                raise_control_flow(value)
-            results[j] = value
-        again = [j for j in ready if self._worth_retrying(results[j])]
-        if again:
-            failed = {j: results[j] for j in again}
-            yield from self._each(results, again, each, kwargs, asked, failed)
-        return results
+        call = partial(self.large.invoke, asked, config, **kwargs)
 
-    def _each(
-        self,
-        results: list[Any],
-        rows: list[int],
-        configs: Sequence[RunnableConfig],
-        kwargs: dict[str, Any],
-        asked: Sequence[Any] | None = None,
-        failed: Mapping[int, Exception] | None = None,
-    ) -> Steps[None]:
-        """Ask about these rows one by one, beside each other, and put the answers into the results."""
-        wanted = results if asked is None else asked
-        effects = [self.one(wanted[j], configs[j], kwargs, failed=(failed or {}).get(j)) for j in rows]
-        found = yield Effect(partial(_in_threads, effects, configs[0]), partial(_gathered, effects, configs[0]))
-        for j, value in zip(rows, found, strict=True):
-            results[j] = value
+        def attempt() -> Any:
+            if self.limiter.limit is None and self.breaker is None:
+                return self.retry.within(call)
+            with self.limiter.slot(), self._watched():
+                return self.retry.within(call)
 
-    def _batch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
+        if isinstance(asked, Exception):
+            return asked
         try:
-            with self._admitted(len(asked)), self.limiter.slot(len(asked)):
-                probe = self.breaker is not None and self.breaker.admit()
-                results: Sequence[Any] = [None]
-                try:
-                    results = self.large.batch(asked, config, return_exceptions=True, **kwargs)
-                except BaseException as error:
-                    results = [error]
-                    raise
-                finally:
-                    self._note(results, probe)
+            with self.limiter.admitted(1, self.max_pending):
+                return self.retry.call(attempt, failed)
+        except Exception as error:
+            raise_control_flow(error)
+            return error
+
+    async def ainvoke(
+        self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any], failed: Exception | None = None
+    ) -> Any:
+        """Async version of `invoke`."""
+        call = partial(self.large.ainvoke, asked, config, **kwargs)
+
+        async def attempt() -> Any:
+            if self.limiter.limit is None and self.breaker is None:
+                return await self.retry.awithin(call)
+            async with self.limiter.aslot():
+                with self._watched():
+                    return await self.retry.awithin(call)
+
+        if isinstance(asked, Exception):
+            return asked
+        try:
+            with self.limiter.admitted(1, self.max_pending):
+                return await self.retry.acall(attempt, failed)
+        except Exception as error:
+            raise_control_flow(error)
+            return error
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.breaker is None else self.breaker.watching()
+
+    # Many inputs
+
+    def batch(self, asked: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> list[Any]:
+        """Return outputs for `n` inputs, errors among them.
+
+        One grouped call is made; an input that failed and may succeed is then retried on its own. Inputs are asked one by
+        one from the start if an attempt has a time limit, and until the model answers while the breaker is half open.
+
+        Args:
+            asked: `n` inputs.
+            config: One for all, or one each.
+            kwargs: Passed to the large model.
+        """
+        group = _Group(self, asked, config, kwargs)
+        while group.asks_singly:
+            _in_threads([partial(self.invoke, *call) for call in group.single_calls()], group)
+        if group.waiting:
+            group.answer(self._batch(*group.grouped_call()))
+            _in_threads([partial(self.invoke, *call) for call in group.retries()], group)
+        return group.results
+
+    async def abatch(self, asked: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> list[Any]:
+        """Async version of `batch`."""
+        group = _Group(self, asked, config, kwargs)
+        while group.asks_singly:
+            await _gathered([self.ainvoke(*call) for call in group.single_calls()], group)
+        if group.waiting:
+            group.answer(await self._abatch(*group.grouped_call()))
+            await _gathered([self.ainvoke(*call) for call in group.retries()], group)
+        return group.results
+
+    def _batch(self, asked: list[Any], config: Configs, kwargs: dict[str, Any]) -> Sequence[Any]:
+        try:
+            with self.limiter.admitted(len(asked), self.max_pending), self.limiter.slot(len(asked)):
+                with self._watched_group() as results:
+                    results += self.large.batch(asked, config, return_exceptions=True, **kwargs)
                 return results
         except Exception as error:
             return [error] * len(asked)
 
-    def _note(self, results: Sequence[Any], probe: bool) -> None:
-        """Tell the breaker how a grouped call ended."""
-        if self.breaker is None:
-            return
-        for i, result in enumerate(results):
-            self.breaker.note(result if isinstance(result, BaseException) else None, probe=probe and i == 0)
-
-    async def _abatch(self, asked: list[Any], config: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
+    async def _abatch(self, asked: list[Any], config: Configs, kwargs: dict[str, Any]) -> Sequence[Any]:
         try:
-            with self._admitted(len(asked)):
+            with self.limiter.admitted(len(asked), self.max_pending):
                 async with self.limiter.aslot(len(asked)):
-                    probe = self.breaker is not None and self.breaker.admit()
-                    results: Sequence[Any] = [None]
-                    try:
-                        results = await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
-                    except BaseException as error:
-                        results = [error]
-                        raise
-                    finally:
-                        self._note(results, probe)
+                    with self._watched_group() as results:
+                        results += await self.large.abatch(asked, config, return_exceptions=True, **kwargs)
                     return results
         except Exception as error:
             return [error] * len(asked)
 
-    def _worth_retrying(self, result: Any) -> bool:
-        return isinstance(result, Exception) and self.retry.attempts > 1 and is_retryable(result)
+    @contextmanager
+    def _watched_group(self) -> Iterator[list[Any]]:
+        """Report to the breaker how a grouped call ended; yields the list that its results are added to."""
+        probe = self.breaker is not None and self.breaker.admit()
+        results: list[Any] = []
+        ended: Sequence[Any] = results
+        try:
+            yield results
+        except BaseException as error:
+            ended = [error]
+            raise
+        finally:
+            if self.breaker is not None:
+                for i, result in enumerate(ended):
+                    self.breaker.note(result if isinstance(result, BaseException) else None, probe=probe and i == 0)
+
+    # Streams
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place for one stream, from before it is opened until it is closed.
+
+        Raises:
+            QueueFullError: Too many calls wait or run already.
+        """
+        with self.limiter.admitted(1, self.max_pending), self.limiter.slot():
+            yield
+
+    @asynccontextmanager
+    async def aplace(self) -> AsyncIterator[None]:
+        """Async version of `place`."""
+        with self.limiter.admitted(1, self.max_pending):
+            async with self.limiter.aslot():
+                yield
 
     def open(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, Generator[Any]]:
-        """Start a stream and wait for its first chunk, with retries: nothing has been shown until then.
+        """Start a stream and wait for its first chunk, with retries: until then nothing has been shown.
 
         Returns:
-            The first chunk (`END` where there is none) and the rest, which the caller closes.
+            The first chunk (`END` if there is none) and the other chunks, which the caller must close.
         """
 
         def begin() -> tuple[Any, Generator[Any]]:
@@ -222,7 +210,7 @@ class LargeCaller:
     async def aopen(
         self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]
     ) -> tuple[Any, AsyncGenerator[Any]]:
-        """As `open`."""
+        """Async version of `open`."""
 
         async def begin() -> tuple[Any, AsyncGenerator[Any]]:
             chunks = _achunks(self.large.astream(asked, config, **kwargs))
@@ -238,8 +226,60 @@ class LargeCaller:
         return await self.retry.acall(begin)
 
 
+class _Group:
+    """The inputs of one `batch`, and which of them wait for an answer; shared by the sync and the async version."""
+
+    def __init__(self, caller: LargeCaller, asked: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> None:
+        self.asked, self.config, self.kwargs = list(asked), config, kwargs
+        self.results: list[Any] = list(asked)
+        self.waiting = [j for j, value in enumerate(asked) if not isinstance(value, Exception)]
+        self.asking: list[int] = []
+        self._caller = caller
+
+    @property
+    def asks_singly(self) -> bool:
+        """Whether the next inputs are asked one by one."""
+        breaker = self._caller.breaker
+        half_open = breaker is not None and breaker.state == "half-open"
+        return bool(self.waiting) and (self._caller.retry.attempt_seconds is not None or half_open)
+
+    def single_calls(self) -> list[tuple[Any, ...]]:
+        """Return the arguments of the next single calls: of all inputs, or of one that probes a half-open breaker."""
+        self.asking = self.waiting if self._caller.retry.attempt_seconds is not None else self.waiting[:1]
+        self.waiting = self.waiting[len(self.asking) :]
+        return [(self.asked[j], self.config_of(j), self.kwargs) for j in self.asking]
+
+    def grouped_call(self) -> tuple[list[Any], Configs, dict[str, Any]]:
+        """Return the arguments of the grouped call for all that wait."""
+        self.asking, self.waiting = self.waiting, []
+        shared = isinstance(self.config, dict)
+        return (
+            [self.asked[j] for j in self.asking],
+            self.config if shared else [self.config_of(j) for j in self.asking],
+            self.kwargs,
+        )
+
+    def retries(self) -> list[tuple[Any, ...]]:
+        """Return the arguments of single calls for inputs that failed and may succeed."""
+        retry = self._caller.retry
+        failed = {j: self.results[j] for j in self.asking if isinstance(self.results[j], Exception)}
+        self.asking = [j for j, error in failed.items() if retry.attempts > 1 and is_retryable(error)]
+        return [(self.asked[j], self.config_of(j), self.kwargs, failed[j]) for j in self.asking]
+
+    def answer(self, results: Sequence[Any]) -> None:
+        """Take in the results of the calls that were made last."""
+        for j, value in zip(self.asking, results, strict=True):
+            if isinstance(value, Exception):
+                raise_control_flow(value)
+            self.results[j] = value
+
+    def config_of(self, j: int) -> RunnableConfig:
+        """Return the config of input `j`."""
+        return self.config if isinstance(self.config, dict) else self.config[j]
+
+
 def _chunks(stream: Any) -> Generator[Any]:
-    """A stream that can be closed, whatever it is made of: closing ends the runs below."""
+    """Make a stream closable, whatever it is; closing it ends the runs below."""
     try:
         yield from stream
     finally:
@@ -256,11 +296,13 @@ async def _achunks(stream: Any) -> AsyncGenerator[Any]:
             await close()
 
 
-def _in_threads(effects: Sequence[Effect], config: RunnableConfig) -> list[Any]:
-    with get_executor_for_config(config) as executor:
-        return list(executor.map(lambda effect: effect.sync(), effects))
+def _in_threads(calls: Sequence[Any], group: _Group) -> None:
+    if calls:
+        with get_executor_for_config(group.config_of(group.asking[0])) as executor:
+            group.answer(list(executor.map(lambda call: call(), calls)))
 
 
-async def _gathered(effects: Sequence[Effect], config: RunnableConfig) -> list[Any]:
-    calls: list[Any] = [effect.asynchronous() for effect in effects]
-    return await gather_with_concurrency(config.get("max_concurrency"), *calls)
+async def _gathered(calls: Sequence[Any], group: _Group) -> None:
+    if calls:
+        limit = group.config_of(group.asking[0]).get("max_concurrency")
+        group.answer(await gather_with_concurrency(limit, *calls))

@@ -5,181 +5,130 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
 
 from langchain_datashunt.exceptions import QueueFullError
 
 
 class CallLimiter:
-    """Lets at most `limit` large calls run at once: over all threads, and over all tasks of one event loop.
+    """Limits concurrent large-model calls, per process for threads and per event loop for tasks.
 
-    A grouped call takes as many places as it will use, so the bound holds for it too; whoever came first is served
-    first. Whoever holds a place because of a stream that it has not read to its end may make further calls, also from
-    tasks and threads that have its context; they do not wait for themselves.
+    A grouped call takes one place for each call that it may run at once, so the limit holds for groups too. Groups take
+    their places in turn, so that a group is served although single calls keep coming.
 
-    Callers that share it share their count of pending calls, too.
+    A stream holds its place until it has been read to its end. Calls made meanwhile in the same context (also in tasks
+    and threads that copied it) don't take another place; otherwise they would wait for themselves.
+
+    Args:
+        limit: Maximum concurrent calls; None means unlimited.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self.pending = Pending()
-        self._threads = _ThreadPlaces(limit) if limit else None
-        self._loops: weakref.WeakKeyDictionary[Any, _TaskPlaces] = weakref.WeakKeyDictionary()
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._in_turn = threading.Lock()
+        self._places = threading.BoundedSemaphore(limit) if limit else None
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[asyncio.Lock, asyncio.Semaphore]]
+        self._loops = weakref.WeakKeyDictionary()
 
     @contextmanager
     def slot(self, places: int = 1) -> Iterator[None]:
-        """Hold places for a sync call."""
-        room = self._threads
-        if room is None or self.limit is None or _holds(room):
+        """Hold places during a sync call."""
+        room = self._places
+        if room is None or self.limit is None or _is_held(room):
             yield
             return
-        taken = min(places, self.limit)
-        room.take(taken)
-        with _holding(room):
-            try:
-                yield
-            finally:
-                room.give(taken)
+        with ExitStack() as held:
+            with self._in_turn:
+                for _ in range(min(places, self.limit)):
+                    room.acquire()
+                    held.callback(room.release)
+            held.enter_context(_holding(room))
+            yield
 
     @asynccontextmanager
     async def aslot(self, places: int = 1) -> AsyncIterator[None]:
-        """Hold places for an async call."""
+        """Async version of `slot`; it limits the tasks of the running event loop."""
         if self.limit is None:
             yield
             return
         loop = asyncio.get_running_loop()
-        if (room := self._loops.get(loop)) is None:
-            room = self._loops.setdefault(loop, _TaskPlaces(self.limit))
-        if _holds(room):
+        if (own := self._loops.get(loop)) is None:
+            own = self._loops.setdefault(loop, (asyncio.Lock(), asyncio.Semaphore(self.limit)))
+        in_turn, room = own
+        if _is_held(room):
             yield
             return
-        taken = min(places, self.limit)
-        await room.take(taken)
-        with _holding(room):
-            try:
-                yield
-            finally:
-                room.give(taken)
+        with ExitStack() as held:
+            async with in_turn:
+                for _ in range(min(places, self.limit)):
+                    await room.acquire()
+                    held.callback(room.release)
+            held.enter_context(_holding(room))
+            yield
 
-    def bound(self, limit: int | None) -> int | None:
-        """The tighter of this limit and a caller's."""
-        given = [n for n in (self.limit, limit) if n]
-        return min(given) if given else None
+    @property
+    def pending(self) -> int:
+        """Calls that wait or run now, of callers with a bound on pending calls."""
+        return self._waiting
 
+    def admitted(self, calls: int, most: int | None) -> AbstractContextManager[None]:
+        """Count calls as pending while the returned context lasts.
 
-class Pending:
-    """How many calls wait or are under way."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def counted(self, calls: int, most: int) -> Iterator[None]:
-        """Around calls.
+        Args:
+            calls: How many begin now.
+            most: Maximum calls that wait or run; None means unlimited.
 
         Raises:
-            QueueFullError: With them there would be more than `most`.
+            QueueFullError: Together with the calls that wait or run already, they would exceed `most`.
         """
+        return nullcontext() if most is None else self._counted(calls, most)
+
+    @contextmanager
+    def _counted(self, calls: int, most: int) -> Iterator[None]:
         with self._lock:
-            if self.calls + calls > most:
+            if self._waiting + calls > most:
                 raise QueueFullError(
-                    f"{self.calls} calls of the large model wait or are under way, and with {calls} more there "
-                    f"would be more than the {most} that may. Send fewer at once, or raise max_pending."
+                    f"{self._waiting} large-model calls wait or run; {calls} more would exceed max_pending={most}. "
+                    f"Send fewer at once, or raise max_pending."
                 )
-            self.calls += calls
+            self._waiting += calls
         try:
             yield
         finally:
             with self._lock:
-                self.calls -= calls
+                self._waiting -= calls
+
+    def bound(self, limit: int | None) -> int | None:
+        """Return the lower of this limit and the caller's; None means unlimited."""
+        given = [n for n in (self.limit, limit) if n]
+        return min(given) if given else None
 
 
-class _Holding:
-    """That places of a room are held, until they are given back, by whoever has this in its context."""
+class _Hold:
+    """Marks that this context holds places of a semaphore, until they are released."""
 
     def __init__(self, room: object) -> None:
         self.room: object | None = room
 
 
-_HELD: ContextVar[tuple[_Holding, ...]] = ContextVar("datashunt_held", default=())
+_HOLDS: ContextVar[tuple[_Hold, ...]] = ContextVar("datashunt_holds", default=())
 
 
-def _holds(room: object) -> bool:
-    return any(holding.room is room for holding in _HELD.get())
+def _is_held(room: object) -> bool:
+    return any(hold.room is room for hold in _HOLDS.get())
 
 
 @contextmanager
 def _holding(room: object) -> Iterator[None]:
-    """While it lasts, this context holds places. A stream may end in another context than it began in."""
-    holding = _Holding(room)
-    _HELD.set((*_HELD.get(), holding))
+    # A stream may end in another context than it began in, so the hold is marked as released instead of reset.
+    hold = _Hold(room)
+    _HOLDS.set((*_HOLDS.get(), hold))
     try:
         yield
     finally:
-        holding.room = None
-        _HELD.set(tuple(one for one in _HELD.get() if one.room is not None))
-
-
-class _ThreadPlaces:
-    """Places that threads share, first come first served."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-        self._waiting: deque[object] = deque()
-        self._changed = threading.Condition()
-
-    def take(self, places: int) -> None:
-        with self._changed:
-            ticket = object()
-            self._waiting.append(ticket)
-            try:
-                self._changed.wait_for(lambda: self._waiting[0] is ticket and self._free >= places)
-                self._free -= places
-            finally:
-                self._waiting.remove(ticket)
-                self._changed.notify_all()
-
-    def give(self, places: int) -> None:
-        with self._changed:
-            self._free += places
-            self._changed.notify_all()
-
-
-class _TaskPlaces:
-    """Places that the tasks of one event loop share, first come first served."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, places: int) -> None:
-        if not self._waiting and self._free >= places:
-            self._free -= places
-            return
-        ticket = (places, asyncio.get_running_loop().create_future())
-        self._waiting.append(ticket)
-        try:
-            await ticket[1]
-        except asyncio.CancelledError:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            else:
-                self._free += places
-            self._wake()
-            raise
-
-    def give(self, places: int) -> None:
-        self._free += places
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self._free:
-            places, ticket = self._waiting.popleft()
-            if not ticket.done():
-                self._free -= places
-                ticket.set_result(None)
+        hold.room = None
+        _HOLDS.set(tuple(one for one in _HOLDS.get() if one.room is not None))

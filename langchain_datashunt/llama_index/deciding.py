@@ -15,12 +15,10 @@ from llama_index_instrumentation.base import BaseEvent
 from langchain_datashunt._utils.control_flow import raise_control_flow
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.decision import Latency, ShuntDecision
-from langchain_datashunt.exceptions import PredictionError
 from langchain_datashunt.inputs import text_reader
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.policies.thresholds import Policy
-from langchain_datashunt.prediction import Prediction
-from langchain_datashunt.routing.plan import checked_prediction
+from langchain_datashunt.routing.plan import decide_one
 from langchain_datashunt.routing.settings import policy_for
 
 dispatcher = get_dispatcher(__name__)
@@ -73,7 +71,7 @@ class Decider:
         except Exception as error:
             raise_control_flow(error)
             answer = error
-        return self._decided(answer), time.perf_counter() - started
+        return decide_one(answer, self.policy), time.perf_counter() - started
 
     async def adecide(self, text: str) -> tuple[ShuntDecision, float]:
         """As `decide`; the small model computes in a thread."""
@@ -83,22 +81,7 @@ class Decider:
         except Exception as error:
             raise_control_flow(error)
             answer = error
-        return self._decided(answer), time.perf_counter() - started
-
-    def _decided(self, answer: Any) -> ShuntDecision:
-        prediction = checked_prediction(answer)
-        words = str(self.policy)
-        if not isinstance(prediction, Prediction):
-            told = f"{type(prediction).__name__}: {prediction}"
-            return ShuntDecision("large", "small_error", policy=words, error=told)
-        try:
-            keep, score, limit = self.policy.evaluate_one(prediction)
-        except PredictionError as error:
-            return ShuntDecision("large", "small_error", policy=words, error=f"{type(error).__name__}: {error}")
-        numbers = (score if score == score else None, limit if limit == limit else None)
-        if keep:
-            return ShuntDecision("small", "confident", prediction, *numbers, words)
-        return ShuntDecision("large", "deferred", prediction, *numbers, words)
+        return decide_one(answer, self.policy), time.perf_counter() - started
 
     def deferred(self, decision: ShuntDecision) -> ShuntDecision:
         """The decision where there turned out to be no local answer."""

@@ -10,14 +10,13 @@ if TYPE_CHECKING:
     from langchain_datashunt.routing.label_router import ConfidenceRouterChain
     from langchain_datashunt.routing.shunt import ShuntRunnable
     from langchain_datashunt.routing.subtask_questions import Subtask
-    from langchain_datashunt.routing.subtask_results import SubtaskResult
-    from langchain_datashunt.routing.subtasks import SubtaskShunt
+    from langchain_datashunt.routing.subtasks import SubtaskResult, SubtaskShunt
 
 _MODULE_OF = {
     "ConfidenceRouterChain": "label_router",
     "ShuntRunnable": "shunt",
     "Subtask": "subtask_questions",
-    "SubtaskResult": "subtask_results",
+    "SubtaskResult": "subtasks",
     "SubtaskShunt": "subtasks",
 }
 

@@ -1,4 +1,4 @@
-"""Asking small models: one input, or many in one vectorised call, with runs only where somebody sees them."""
+"""Ask a small model about the inputs of a call, with callback runs only if a handler sees them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import run_in_executor, set_config_context
 from langchain_core.runnables.utils import coro_with_context
 
-from langchain_datashunt._utils.sync_async import Effect, Steps
-from langchain_datashunt.routing.plan import in_task_order, outcome_of
+from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.sync_async import Effect, Steps, perform
+from langchain_datashunt.routing.plan import failed_outcome, in_task_order, outcome_of
 from langchain_datashunt.routing.runs import ChildRuns, Runs
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.scores import Outcome
@@ -19,18 +20,51 @@ from langchain_datashunt.small_models.scores import Outcome
 _SMALL_RUN = "small_model"
 
 
-def predict_one(model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[Any]:
-    """Whatever a small model gives for the one input of some runs.
+def ask_small(
+    model: Runnable[Any, Any],
+    values: Sequence[Any],
+    rows: Sequence[int],
+    tag: str,
+    runs: Runs,
+    labels: Sequence[str] | None = None,
+    *,
+    strict: bool = False,
+) -> Steps[Outcome]:
+    """Return the predictions of a small model; one that raises makes all its inputs fail.
+
+    A single input (`invoke`) is one `invoke` of the small model; otherwise all inputs are one grouped call.
 
     Args:
         model: The small model.
-        value: The input.
-        tag: What its run is to the call.
-        runs: The call's.
+        values: `n` inputs.
+        rows: Which of the `runs` each input belongs to.
+        tag: Tag of the small model's runs.
+        runs: Callback runs of the calls.
+        labels: Labels of the task, in order; None if they are not known.
+        strict: Whether a prediction over other labels is an error.
     """
+    try:
+        if runs.single:
+            answers = [(yield from _one(model, values[0], tag, runs))]
+        elif _is_our_own(model, "batch", "abatch"):
+            return (yield from _vectorized(model, values, rows, tag, runs))
+        else:
+            given, configs = list(values), runs.children(rows, tag)
+            answers = yield from perform(
+                partial(model.batch, given, configs, return_exceptions=True),
+                partial(model.abatch, given, configs, return_exceptions=True),
+            )
+    except Exception as error:
+        raise_control_flow(error)
+        return failed_outcome(len(values), error)
+    allowed = frozenset(labels) if strict and labels is not None else None
+    return outcome_of(answers, allowed, None if isinstance(model, SmallModel) else partial(in_task_order, labels))
+
+
+def _one(model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[Any]:
     if not _is_our_own(model, "invoke", "ainvoke"):
         config = runs.child(0, tag)
-        return (yield Effect(partial(model.invoke, value, config), partial(model.ainvoke, value, config)))
+        return (yield from perform(partial(model.invoke, value, config), partial(model.ainvoke, value, config)))
     asked = Effect(partial(model.predict, value), partial(model.apredict, value))
     if not runs.traced:
         return (yield asked)
@@ -45,59 +79,34 @@ def predict_one(model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> 
     return prediction
 
 
-def predict_many(
-    model: Runnable[Any, Any],
-    values: Sequence[Any],
-    rows: list[int],
-    tag: str,
-    runs: Runs,
-    allowed: frozenset[str] | None = None,
-    labels: Sequence[str] | None = None,
-) -> Steps[Outcome]:
-    """One small-model call, vectorised; objects are made only for runs that are to be seen.
+def _vectorized(model: SmallModel, values: Sequence[Any], rows: Sequence[int], tag: str, runs: Runs) -> Steps[Outcome]:
+    """Skip `batch` and its per-input objects; they are made only for runs that a handler sees."""
 
-    Args:
-        model: The small model.
-        values: `n` inputs.
-        rows: Shape `[n]`: on behalf of which calls.
-        tag: What its runs are to them.
-        runs: The calls'.
-        allowed: The labels of the task; None allows all.
-        labels: The order of labels, of a model that is none of this package's.
-    """
-    if not _is_our_own(model, "batch", "abatch"):
-        given, configs = list(values), runs.children(rows, tag)
-        batch = partial(model.batch, given, configs, return_exceptions=True)
-        abatch = partial(model.abatch, given, configs, return_exceptions=True)
-        order = None if isinstance(model, SmallModel) else partial(in_task_order, labels)
-        return outcome_of((yield Effect(batch, abatch)), allowed, order)
-    predict = partial(model.predict_batch, values, return_errors=True)
-    asked = Effect(predict, partial(run_in_executor, None, predict))
+    def predict() -> Outcome:
+        return model.predict_batch(values, return_errors=True)
+
+    asked = perform(predict, partial(run_in_executor, None, predict))
     if not runs.traced:
-        outcome: Outcome = yield asked
-        return outcome
+        return (yield from asked)
     below = ChildRuns(runs, model, values, rows, tag, _SMALL_RUN)
     yield from below.start()
     try:
-        outcome = yield asked
-        found: dict[int, Any] = {
-            **outcome.errors,
-            **dict(zip(outcome.rows.tolist(), outcome.batch or (), strict=True)),
-        }
+        outcome = yield from asked
+        predictions = dict(zip(outcome.rows.tolist(), outcome.batch or (), strict=True))
     except BaseException as error:
         yield from below.fail_rest(error)
         raise
-    yield from below.end(found)
+    yield from below.end({**outcome.errors, **predictions})
     return outcome
 
 
 def _is_our_own(model: Runnable[Any, Any], *names: str) -> TypeGuard[SmallModel]:
-    """Whether it is a small model whose calls are as `SmallModel` has them, so that they can be spared."""
+    """Return whether `model` uses `SmallModel`'s own methods, so that its Runnable wrappers can be skipped."""
     return isinstance(model, SmallModel) and all(getattr(type(model), n) is getattr(SmallModel, n) for n in names)
 
 
 def _within(below: ChildRuns, asked: Effect) -> Effect:
-    """The same inside the first run: what is called there is below it."""
+    """Perform an action inside its run, so that runs of calls that it makes are children of that run."""
 
     def call() -> Any:
         with set_config_context(below.within(0)) as context:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -91,8 +92,7 @@ class Auditor:
     def _audit(self, asked: Any, finished: FinishedCall | None, small_label: str, configurable: dict[str, Any]) -> None:
         watcher, started = LargeCallWatcher(), time.perf_counter()
         config = RunnableConfig(tags=[AUDIT_TAG], callbacks=[watcher], configurable=configurable)
-        effect = self.caller.one(asked, config, {})
-        answer = asked if isinstance(asked, Exception) else _carried_out(effect.sync)
+        answer = _outcome_of(partial(self.caller.invoke, asked, config, {}))
         answer = answer.output if isinstance(answer, ShuntResult) else answer
         silent = isinstance(answer, UnparsableAnswerError)
         failed = not silent and not isinstance(answer, str)
@@ -117,7 +117,7 @@ class Auditor:
         return not wait(waiting, timeout).not_done
 
 
-def _carried_out(ask: Callable[[], Any]) -> Any:
+def _outcome_of(ask: Callable[[], Any]) -> Any:
     try:
         return ask()
     except Exception as error:

@@ -9,7 +9,7 @@ from langchain_core.runnables import Runnable
 
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
-from langchain_datashunt.large_models.label_chat import LabelAsker, default_prompt
+from langchain_datashunt.large_models.chat_asker import ChatAsker, default_prompt
 from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning, SoftPruning
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.routing.shunt import ShuntRunnable
@@ -69,13 +69,12 @@ class ConfidenceRouterChain(ShuntRunnable):
         # fusion counts the small model's opinion itself; a stand-in for one has none
         quiet = settings.get("fusion") is not None or getattr(small, "is_placeholder", False)
         strategy = pruning if pruning is not None else NoPruning() if quiet else SoftPruning()
-        asker = LabelAsker(
-            prompt=prompt
-            if prompt is not None
-            else default_prompt(strategy, settings.get("input_key", DEFAULT_INPUT_KEY), getattr(small, "reader", None)),
-            chat_model=chat_model,
-            labels=names,
-            aliases={label: tuple(wordings) for label, wordings in (aliases or {}).items()},
+        key = settings.get("input_key", DEFAULT_INPUT_KEY)
+        asker = ChatAsker.from_labels(
+            names,
+            chat_model,
+            prompt if prompt is not None else default_prompt(strategy, key, getattr(small, "reader", None)),
+            aliases=aliases,
             answer_format=answer_format,
             max_reasks=max_reasks,
         )

@@ -1,4 +1,7 @@
-"""Who answers which input: pure decisions on arrays, without a call, a callback or an await."""
+"""Decide who answers which input: pure decisions on arrays, without a call, a callback or an await.
+
+Every entrance decides here: the shunt, the chat model, LlamaIndex, agents and sub-tasks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -23,115 +26,140 @@ STAGES: tuple[Route, ...] = ("small", "student")
 
 @dataclass
 class Plan:
-    """Where `n` inputs go.
+    """Where `n` inputs go. An input is deferred until a stage's policy finds its prediction confident.
 
     Attributes:
-        n: How many inputs.
-        policy: The policy in words.
-        batches: Predictions by stage (0 small, 1 student).
-        stage: Shape `[n]`: whose prediction decided.
-        row: Shape `[n]`: its row in that stage's batch, -1 where there is none.
-        kept: Shape `[n]`: True where a small model answers.
-        score: Shape `[n]`, NaN where there was none.
-        limit: Shape `[n]`: what the score was compared with.
-        errors: Why the small model failed, by position.
+        policy: Name of the policy, for decisions.
+        batches: Predictions of each stage (0 small, 1 student); None if the whole stage failed.
+        stage: Stage of the prediction that decided, shape `[n]`.
+        row: Its row in that stage's batch, shape `[n]`; -1 if there is no prediction.
+        local: Whether a small model answers, shape `[n]`.
+        score: Confidence score, shape `[n]`; NaN without a prediction.
+        limit: Threshold that the score was compared with, shape `[n]`.
+        errors: Errors of the small model, by input.
     """
 
-    n: int
     policy: str
-    batches: list[PredictionBatch | None]
     stage: IntArray
     row: IntArray
-    kept: BoolArray
+    local: BoolArray
     score: FloatArray
     limit: FloatArray
+    batches: list[PredictionBatch | None] = field(default_factory=list)
     errors: dict[int, Exception] = field(default_factory=dict)
 
     @classmethod
-    def blank(cls, n: int, policy: str) -> Plan:
-        """Nothing predicted yet: everything deferred."""
-        return cls(
-            n,
-            policy,
-            [],
-            np.zeros(n, dtype=np.intp),
-            np.full(n, -1, dtype=np.intp),
-            np.zeros(n, dtype=np.bool_),
-            np.full(n, np.nan),
-            np.full(n, np.nan),
-        )
-
-    def keeps(self, i: int) -> bool:
-        """Whether a small model answers input `i`."""
-        return bool(self.kept[i])
-
-    def has_prediction(self, i: int) -> bool:
-        """Whether a small model had something to say about input `i`."""
-        return bool(self.row[i] >= 0)
+    def undecided(cls, n: int, policy: Policy | str) -> Plan:
+        """Return a plan without predictions, in which every input is deferred."""
+        stage = np.zeros(n, dtype=np.intp)
+        nothing = np.full(n, np.nan)
+        return cls(str(policy), stage, stage - 1, stage.astype(np.bool_), nothing, nothing.copy())
 
     @property
-    def deferred(self) -> IntArray:
-        """Positions that go to the large model."""
-        return np.flatnonzero(~self.kept)
+    def n(self) -> int:
+        """Number of inputs."""
+        return len(self.row)
 
-    def absorb(self, outcome: Outcome, rows: IntArray, policy: Policy, thresholds: FloatArray | None) -> None:
-        """Take one stage's predictions in: rows that it is sure of are kept, others remember the surer stage."""
-        stage = len(self.batches)
-        self.batches.append(outcome.batch)
+    @property
+    def deferred(self) -> list[int]:
+        """Inputs that go to the large model."""
+        rows: list[int] = np.flatnonzero(~self.local).tolist()
+        return rows
+
+    @property
+    def answered_locally(self) -> list[int]:
+        """Inputs that a small model answers."""
+        rows: list[int] = np.flatnonzero(self.local).tolist()
+        return rows
+
+    def add_stage(
+        self, outcome: Outcome, policy: Policy, rows: Sequence[int], thresholds: FloatArray | None = None
+    ) -> None:
+        """Decide by the predictions of one more stage.
+
+        A confident prediction is answered locally. Otherwise the prediction with the higher score is remembered. If the
+        policy cannot score the predictions, the stage counts as failed.
+
+        Args:
+            outcome: Predictions for `m` inputs, and errors.
+            policy: Decides which predictions are confident.
+            rows: Which inputs these are, `m` positions.
+            thresholds: Replace the policy's threshold, shape `[n]`; NaN and None keep it.
+        """
+        stage, batch, errors = len(self.batches), outcome.batch, outcome.errors
+        where = np.asarray(rows, dtype=np.intp)[outcome.rows]
+        found = None
+        if batch is not None:
+            try:
+                found = policy.evaluate(batch, None if thresholds is None else thresholds[where])
+            except PredictionError as error:
+                batch, errors = None, dict.fromkeys(range(len(rows)), error)
+        self.batches.append(batch)
         if stage == 0:
-            self.errors.update(outcome.errors)
-        if outcome.batch is None:
+            self.errors.update({rows[i]: error for i, error in errors.items()})
+        if found is None:
             return
-        where = rows[outcome.rows]
-        keep, score, limit = policy.evaluate(outcome.batch, None if thresholds is None else thresholds[where])
-        better = keep | (self.row[where] < 0) | (score > self.score[where])
+        confident, score, limit = found
+        better = confident | (self.row[where] < 0) | (score > self.score[where])
         chosen = where[better]
         self.stage[chosen] = stage
         self.row[chosen] = np.flatnonzero(better)
-        self.kept[chosen] = keep[better]
+        self.local[chosen] = confident[better]
         self.score[chosen] = score[better]
         self.limit[chosen] = limit[better]
 
-    def would_ask(self) -> int:
-        """How many inputs no small model's score is sure enough of, whatever was made of that: as in shadow mode."""
+    def count_unconfident(self) -> int:
+        """Count inputs whose score is below the threshold, also if shadow mode or an alarm defers all of them."""
         return self.n - int(np.count_nonzero(self.score >= self.limit))
 
     def prediction(self, i: int) -> Prediction | None:
-        """What the deciding small model thought of input `i`; None if it failed."""
+        """Return the prediction that decided about input `i`; None if the small model failed."""
         batch = self.batches[self.stage[i]] if self.row[i] >= 0 else None
         return None if batch is None else batch[int(self.row[i])]
 
     def predictions(self, rows: Sequence[int]) -> list[Prediction]:
-        """The predictions of rows that have one."""
+        """Return the predictions of those `rows` that have one."""
         found = [self.prediction(i) for i in rows]
         return [prediction for prediction in found if prediction is not None]
 
-    def outputs_of_kept(self, rows: Sequence[int]) -> list[Any]:
-        """The small models' answers to rows that have a prediction, without making `Prediction` objects."""
-        names = [None if batch is None else batch.outputs() for batch in self.batches]
+    def local_answers(self, rows: Sequence[int]) -> list[Any]:
+        """Return the small models' answers to `rows`, each of which must have a prediction."""
+        answers = [None if batch is None else batch.outputs() for batch in self.batches]
         found = []
         for i in rows:
-            stage_names = names[self.stage[i]]
-            assert stage_names is not None
-            found.append(stage_names[self.row[i]])
+            of_stage = answers[self.stage[i]]
+            assert of_stage is not None
+            found.append(of_stage[self.row[i]])
         return found
 
     def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
-        """The decision on input `i` in words.
+        """Return the decision about input `i`.
 
         Args:
-            i: Which input.
-            error: What the large model failed with, if it did.
-            fell_back: Whether the small model's answer was used because of that.
+            i: Position of the input.
+            error: Error of the large model, if it failed.
+            fell_back: Whether the small model's answer is used because of that.
         """
-        return _decision(
-            STAGES[self.stage[i]],
-            bool(self.kept[i]),
-            self.prediction(i),
-            (float(self.score[i]), float(self.limit[i]), self.policy),
-            self.errors.get(i),
-            error,
-            fell_back,
+        stage, prediction = STAGES[self.stage[i]], self.prediction(i)
+        route: Route = "large"
+        reason: Reason = "deferred"
+        if self.local[i]:
+            route, reason = stage, "confident"
+        elif isinstance(error, LocalOnlyError):
+            route, reason = stage, "local_only"
+        elif error is not None:
+            route, reason = (stage if fell_back else "large"), "large_error"
+        elif prediction is None:
+            reason = "small_error"
+        cause = error or (self.errors.get(i) if prediction is None else None)
+        return ShuntDecision(
+            route,
+            reason,
+            prediction,
+            _number(self.score[i]),
+            _number(self.limit[i]),
+            self.policy,
+            None if cause is None else f"{type(cause).__name__}: {cause}",
         )
 
     def prompt_variables(
@@ -141,107 +169,29 @@ class Plan:
         labels: Sequence[str] | None,
         descriptions: Mapping[str, str] | None,
     ) -> list[dict[str, Any]]:
-        """The pruning variables for deferred rows, in their order."""
+        """Return the pruning variables of deferred `rows`, in their order."""
         prepared: dict[int, dict[str, Any]] = {}
         for stage, batch in enumerate(self.batches):
             mine = [i for i in rows if self.row[i] >= 0 and self.stage[i] == stage]
             if batch is not None and mine:
                 ready = pruning.prepare(batch.take(self.row[mine]), labels, descriptions)
                 prepared.update(zip(mine, ready, strict=True))
+        if len(prepared) == len(rows):
+            return [prepared[i] for i in rows]
         blank = pruning.without_prediction(labels, descriptions)
         return [prepared.get(i, blank) for i in rows]
 
 
-class PlanOfOne:
-    """A `Plan` for one input, without arrays: what a single call pays is what it takes."""
+def decide_one(answer: Any, policy: Policy) -> ShuntDecision:
+    """Return the decision about one input.
 
-    def __init__(self, policy: str) -> None:
-        self._policy = policy
-        self._stage = 0
-        self._prediction: Prediction | None = None
-        self._kept = False
-        self._score = self._limit = math.nan
-        self._failure: Exception | None = None
-
-    def absorb(self, stage: int, answer: Prediction | Exception, policy: Policy, threshold: float | None) -> None:
-        """Take one stage's answer in; the surer stage's prediction is remembered."""
-        if not isinstance(answer, Prediction):
-            self._failure = self._failure or answer
-            return
-        keep, score, limit = policy.evaluate_one(answer, threshold)
-        if keep or self._prediction is None or score > self._score:
-            self._stage, self._prediction, self._kept = stage, answer, keep
-            self._score, self._limit = score, limit
-
-    def keeps(self, i: int) -> bool:
-        """Whether a small model answers."""
-        return self._kept
-
-    def would_ask(self) -> int:
-        """1 where no small model's score is sure enough, whatever was made of that; else 0."""
-        return 0 if self._prediction is not None and self._score >= self._limit else 1
-
-    def has_prediction(self, i: int) -> bool:
-        """Whether a small model had something to say."""
-        return self._prediction is not None
-
-    def prediction(self, i: int) -> Prediction | None:
-        """What the deciding small model thought; None if it failed."""
-        return self._prediction
-
-    def predictions(self, rows: Sequence[int]) -> list[Prediction]:
-        """The prediction, in a list."""
-        return [] if self._prediction is None else [self._prediction]
-
-    def outputs_of_kept(self, rows: Sequence[int]) -> list[Any]:
-        """The small model's answer, in a list."""
-        return [one.label if one.answer is None else one.answer for one in self.predictions(rows)]
-
-    def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
-        """The decision in words; see `Plan.decision`."""
-        numbers = (self._score, self._limit, self._policy)
-        return _decision(STAGES[self._stage], self._kept, self._prediction, numbers, self._failure, error, fell_back)
-
-    def prompt_variables(
-        self,
-        pruning: Pruning,
-        rows: Sequence[int],
-        labels: Sequence[str] | None,
-        descriptions: Mapping[str, str] | None,
-    ) -> list[dict[str, Any]]:
-        """The pruning variables, in a list."""
-        if self._prediction is None:
-            return [pruning.without_prediction(labels, descriptions)]
-        return pruning.prepare(PredictionBatch.stack([self._prediction]), labels, descriptions)
-
-
-AnyPlan: TypeAlias = Plan | PlanOfOne
-"""Where inputs go: many, or one."""
-
-
-def _decision(
-    stage: Route,
-    kept: bool,
-    prediction: Prediction | None,
-    numbers: tuple[float, float, str],
-    small_error: Exception | None,
-    large_error: Exception | None,
-    fell_back: bool,
-) -> ShuntDecision:
-    route: Route = "large"
-    reason: Reason = "deferred"
-    if kept:
-        route, reason = stage, "confident"
-    elif isinstance(large_error, LocalOnlyError):
-        route, reason = stage, "local_only"
-    elif large_error is not None:
-        route, reason = (stage if fell_back else "large"), "large_error"
-    elif prediction is None:
-        reason = "small_error"
-    score, limit, policy = numbers
-    cause = large_error or (small_error if prediction is None else None)
-    error = None if cause is None else f"{type(cause).__name__}: {cause}"
-    return ShuntDecision(route, reason, prediction, _number(score), _number(limit), policy, error)
+    Args:
+        answer: Return value of the small model, or the exception that it raised.
+        policy: Decides whether the prediction is confident.
+    """
+    plan = Plan.undecided(1, policy)
+    plan.add_stage(outcome_of([answer]), policy, [0])
+    return plan.decision(0)
 
 
 def outcome_of(
@@ -249,12 +199,12 @@ def outcome_of(
     allowed: frozenset[str] | None = None,
     order: Callable[[Prediction], Prediction] | None = None,
 ) -> Outcome:
-    """Sort what any Runnable gave for `n` inputs into predictions over one label order, and errors.
+    """Sort the return values of a small model into predictions over one label order, and errors.
 
     Args:
-        answers: `n` of anything.
-        allowed: The labels of the task, where they are set; None allows all.
-        order: Brings a prediction's labels into the order that they have for all; None for that of the first.
+        answers: Return values for `n` inputs; exceptions stand for inputs that failed.
+        allowed: Labels of the task; None allows all.
+        order: Reorders the labels of a prediction; None keeps the order of the first prediction.
     """
     errors: dict[int, Exception] = {}
     good: list[Prediction] = []
@@ -274,18 +224,18 @@ def outcome_of(
 
 
 def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Prediction | Exception:
-    """What a small model gave, where it is a prediction that holds together; else the error that it is.
+    """Return the prediction if it is a distribution over its labels; otherwise return an error.
 
     Args:
-        answer: Anything.
-        allowed: The labels of the task, where they are set; None allows all.
+        answer: Return value of the small model, or the exception that it raised.
+        allowed: Labels of the task; None allows all.
     """
     if isinstance(answer, Exception):
         raise_control_flow(answer)
         return answer
     if not isinstance(answer, Prediction):
         return PredictionError(
-            f"The small model gave a {type(answer).__name__} where a Prediction is needed. "
+            f"Expected a Prediction from the small model, got {type(answer).__name__}. "
             f"Return Prediction.from_probabilities({{label: probability, ...}})."
         )
     try:
@@ -295,18 +245,20 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
         sound = False
     if not sound:
         return PredictionError(
-            f"The small model {answer.model_id or 'without a name'!r} gave something that is no distribution over its "
-            f"labels with its label and confidence: {_shown(answer)}. "
+            f"The prediction of the small model {answer.model_id or 'without a name'!r} is not a distribution over its "
+            f"labels with the matching label and confidence: {_shown(answer)}. "
             f"Make predictions with Prediction.from_probabilities(...)."
         )
     if allowed is not None and not allowed.issuperset(answer.labels):
         strange = sorted(set(answer.labels) - allowed)
-        return PredictionError(f"The small model knows labels that are not the task's: {', '.join(strange[:5])}.")
+        return PredictionError(
+            f"The small model predicted labels that are not in `labels`: {', '.join(strange[:5])}. Add them to `labels`."
+        )
     return answer if p is answer.probabilities else replace(answer, probabilities=p)
 
 
 def _holds_together(answer: Prediction, p: FloatArray) -> bool:
-    """Whether `p` is a distribution over the labels, with its label and confidence where they belong."""
+    """Return whether `p` is a distribution over the labels that agrees with the label and the confidence."""
     if p.shape != (len(answer.labels),):
         return False
     if len(p) <= 64:  # plain numbers are quicker than three numpy reductions over a few labels
@@ -314,7 +266,7 @@ def _holds_together(answer: Prediction, p: FloatArray) -> bool:
         total, least, most = sum(values), min(values), max(values)
     else:
         total, least, most = float(p.sum()), float(p.min()), float(p.max())
-    if answer.answer is not None:  # the prediction is of that answer, also where another is likelier
+    if answer.answer is not None:  # the prediction is about this answer, even if another answer is likelier
         most = float(p[0])
     return bool(
         abs(total - 1.0) <= 1e-3
@@ -330,10 +282,10 @@ def _shown(answer: Prediction) -> str:
 
 
 def in_task_order(labels: Sequence[str] | None, prediction: Prediction) -> Prediction:
-    """A Runnable's prediction with its labels in the task's order, in that of the alphabet where there is none.
+    """Return the prediction with its labels in the task's order; in alphabetical order if the task has none.
 
-    Some models sort their labels by score: then an input's prompt would say what the model thinks of it by the order of
-    its candidates alone, and of equally likely labels another would be first in a batch than alone.
+    Some models sort their labels by score. The order of the candidates in the prompt would then disclose the prediction,
+    and ties would be broken differently in a batch and alone.
     """
     if prediction.answer is not None:
         return prediction
@@ -349,40 +301,27 @@ def in_task_order(labels: Sequence[str] | None, prediction: Prediction) -> Predi
 
 @lru_cache(maxsize=256)
 def _task_order(labels: tuple[str, ...] | None, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[int] | None]:
-    """A prediction's labels in the task's order, and where each stood; None where they have that order."""
+    """Return labels in the task's order, and the old position of each; None if the order is right already."""
     place = {label: i for i, label in enumerate(labels or ())}
     wanted = tuple(sorted(own, key=lambda label: (place.get(label, len(place)), label)))
     return wanted, None if wanted == own else [own.index(label) for label in wanted]
 
 
 def _in_order_of(labels: tuple[str, ...], prediction: Prediction) -> Prediction | Exception:
-    """The same prediction with its labels in the order of the batch's first; some models sort them by score."""
+    """Return the prediction with its labels in the order of the batch's first prediction."""
     if prediction.labels is labels or prediction.labels == labels:
         return prediction
     if sorted(prediction.labels) != sorted(labels):
         return PredictionError(
-            "This prediction has another label set than the first of its batch. Give probabilities over one label set."
+            "This prediction has another label set than the first of its batch. Use one label set for all predictions."
         )
     order = [prediction.labels.index(label) for label in labels]
     logits = None if prediction.logits is None else prediction.logits[order]
     return replace(prediction, labels=labels, probabilities=prediction.probabilities[order], logits=logits)
 
 
-def absorbed(
-    plan: Plan, outcome: Outcome, rows: IntArray, policy: Policy, thresholds: FloatArray | None = None
-) -> Outcome:
-    """Have a plan take one stage's predictions in; where the policy cannot score them, they count as failed."""
-    try:
-        plan.absorb(outcome, rows, policy, thresholds)
-    except PredictionError as error:
-        plan.batches.pop()
-        outcome = failed_outcome(len(rows), error)
-        plan.absorb(outcome, rows, policy, thresholds)
-    return outcome
-
-
 def failed_outcome(n: int, error: Exception) -> Outcome:
-    """All `n` inputs failed with one error."""
+    """Return the outcome of `n` inputs that all failed with one error."""
     return Outcome(None, np.array([], dtype=np.intp), dict.fromkeys(range(n), error))
 
 

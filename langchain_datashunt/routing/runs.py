@@ -16,7 +16,9 @@ from langchain_core.runnables.config import (
     get_async_callback_manager_for_config,
     get_callback_manager_for_config,
     get_config_list,
+    set_config_context,
 )
+from langchain_core.runnables.utils import coro_with_context
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
@@ -34,13 +36,21 @@ class Runs:
         owner: The Runnable whose runs these are.
         inputs: Its `n` inputs.
         config: One config, or one for each call, or None.
+        single: Whether the one input came by `invoke`, so that what it calls is invoked too, and not batched.
         asynchronous: Whether callbacks are awaited.
     """
 
     def __init__(
-        self, owner: Runnable[Any, Any], inputs: Sequence[Any], config: Any, *, asynchronous: bool = False
+        self,
+        owner: Runnable[Any, Any],
+        inputs: Sequence[Any],
+        config: Any,
+        *,
+        single: bool = False,
+        asynchronous: bool = False,
     ) -> None:
         self.n = len(inputs)
+        self.single = single
         self.shared: RunnableConfig | None = None
         self.each: list[RunnableConfig] = []
         self._owner = owner
@@ -208,10 +218,16 @@ class Runs:
 
 
 def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
-    """Carry out the steps of a batch inside its runs, which start before and end after; outputs, errors among them."""
+    """Perform the steps of a call inside its runs; return its outputs, errors among them."""
+    if not runs.traced:
+        return run(steps)
     run(runs.start())
     try:
-        outputs = run(steps)
+        if runs.single:
+            with set_config_context(runs.child(0)) as context:
+                outputs = context.run(run, steps)
+        else:
+            outputs = run(steps)
     except BaseException as error:
         run(runs.fail_rest(error))
         raise
@@ -220,10 +236,16 @@ def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
 
 
 async def atrace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
-    """As `trace`, in this event loop."""
+    """Async version of `trace`."""
+    if not runs.traced:
+        return await arun(steps)
     await arun(runs.start())
     try:
-        outputs = await arun(steps)
+        if runs.single:
+            with set_config_context(runs.child(0)) as context:
+                outputs = await coro_with_context(arun(steps), context)
+        else:
+            outputs = await arun(steps)
     except BaseException as error:
         await arun(runs.fail_rest(error))
         raise

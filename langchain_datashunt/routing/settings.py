@@ -1,21 +1,22 @@
-"""What a shunt is made of: its settings, whether they fit together, and the steps that they make. It asks nobody."""
+"""ShuntSettings: the settings of a shunt, and the checks that they fit together."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from functools import cached_property
+from typing import Any, Literal
 
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.graph import Graph, Node
 from langchain_core.runnables.utils import ConfigurableFieldSpec, get_unique_config_specs
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
-from langchain_datashunt._utils.settings import LaidOut, in_words
+from langchain_datashunt._utils.settings import Frozen
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, ShuntInput
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.prompt_pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPruning
@@ -25,102 +26,106 @@ from langchain_datashunt.policies.fusion import AnswerFusion
 from langchain_datashunt.policies.thresholds import Policy, Threshold
 from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.routing.audit import Auditor
-from langchain_datashunt.routing.shunt_graph import shunt_graph
-from langchain_datashunt.routing.steps import CallSteps
 
 DEFAULT_THRESHOLD = 0.9
-"""The threshold where neither the caller nor the small model's bundle gives one."""
+"""The threshold if neither the caller nor the small model's bundle sets one."""
 
 
 def policy_for(small: Runnable[Any, Any], policy: Policy | None = None) -> Policy:
-    """The policy in service: the given one, else the small model's own, else `Threshold` at its own or at 0.9."""
+    """Return `policy` if given, else the small model's own policy, else `Threshold` at its own threshold or 0.9."""
     own, chosen = getattr(small, "threshold", None), getattr(small, "policy", None)
     found = policy or (chosen if isinstance(chosen, Policy) else None)
     return found or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
 
 
-class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
-    """The settings of a `ShuntRunnable`."""
+class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
+    """The settings of a `ShuntRunnable`. They are frozen; change one by `shunt.model_copy(update={...})`."""
 
-    kept_privates: ClassVar[dict[str, Any]] = {"_limiter": None}
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     small: Runnable[Any, Any]
-    """The specific small model: any `Runnable[Input, Prediction]`."""
+    """Local classifier: any `Runnable[Input, Prediction]`, or a function. The paper calls it the specific small model."""
 
     large: Runnable[Any, Any]
-    """The large model, usually `prompt | chat_model | parser`. May be a shunt itself."""
+    """The large model, usually `prompt | chat_model | parser`. It may be a shunt itself."""
 
     student: Runnable[Any, Any] | None = None
-    """The student (S2 of 2CD): asked where `small` is not sure, before `large`."""
+    """A second small model, asked about inputs that `small` defers. The paper calls it the learnable small model (S2)."""
 
     policy: Policy | None = None
-    """When to keep; None is the small model's own policy, or `Threshold` at its own threshold, or at 0.9."""
+    """Decides which predictions are confident. None uses the policy of the small model's bundle, then its threshold, then
+    `Threshold(0.9)`."""
 
     pruning: Pruning | None = SoftPruning()
-    """What the large prompt gets of the small model's opinion; None hands the caller's input on untouched."""
+    """Prompt variables that the large prompt gets from the small model's probabilities. None passes the caller's input on
+    unchanged."""
 
     labels: tuple[str, ...] | None = None
-    """All labels of the task; None takes the small model's."""
+    """All labels of the task; None uses the small model's."""
 
     label_descriptions: dict[str, str] = Field(default_factory=dict)
-    """What labels mean; stands beside the candidates in the prompt."""
+    """Descriptions by label, shown beside the candidates in the prompt."""
 
     small_output: Runnable[Any, Any] | None = None
-    """From a `Prediction` to what the small route returns; None returns its label."""
+    """Maps a `Prediction` to the output of a local answer; None returns its label."""
 
     on_large_error: Literal["raise", "small"] = "raise"
-    """What to do when the large model has failed for good."""
+    """Whether a large model that has finally failed raises, or gives way to the small model's answer."""
 
     return_decision: bool = False
     """Whether to return a `ShuntResult` instead of the plain output."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
-    """Large calls at once at the most."""
+    """Maximum concurrent large calls; None means unlimited."""
 
     retry: Retry = Retry()
-    """Around each deferred input's large call."""
+    """How the large call of each deferred input is retried."""
 
     input_key: str = DEFAULT_INPUT_KEY
-    """The name of the input in the mapping that `large` gets."""
+    """Name of the input in the mapping that `large` gets."""
 
     threshold_id: str = "shunt_threshold"
-    """The key of `config["configurable"]` that replaces the threshold for one call."""
+    """Key of `config["configurable"]` that replaces the threshold for one call."""
 
     fusion: AnswerFusion | None = None
-    """Answers with what both models say together, where the large one was asked; its prompt must not carry the small
-    model's opinion then. A stream gives the answer in one piece."""
+    """Combines both models' answers for deferred inputs. The large prompt must not carry the small model's probabilities
+    then, which would count twice. A stream yields the fused answer in one piece."""
 
     audit_rate: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of what the small model answers that is asked of the large one too, in the background, without the small
-    model's opinion in the prompt: `monitor` learns from it, `recorder` keeps it."""
+    """Share of locally answered inputs about which the large model is asked too, in the background and without the small
+    model's probabilities in the prompt. `monitor` compares the answers, and `recorder` logs them."""
 
     monitor: Any = Field(default=None, exclude=True, repr=False)
-    """A `monitoring.Monitor` that watches error and drift; None watches nothing."""
+    """An `evaluation.monitor.Monitor` that watches errors and drift; None watches nothing."""
 
     fail_safe: Literal["none", "large"] = "none"
-    """"large" sends everything to the large model once the monitor has given an alarm."""
+    """"large" defers every input after the monitor has raised an alarm."""
 
     shadow: bool = False
-    """Whether everything goes to the large model, and what the policy would have done is only noted: the decision has
-    its score and threshold."""
+    """Whether every input is deferred although the policy runs; decisions then hold the score and threshold that would have
+    counted."""
 
     recorder: Any = Field(default=None, exclude=True, repr=False)
-    """A `distillation.Recorder` that keeps what is asked and answered, to learn from; None records nothing."""
+    """A `call_log.Recorder` that logs calls; None logs nothing."""
 
     breaker: Any = Field(default=None, exclude=True, repr=False)
-    """A `circuit.CircuitBreaker`, which leaves a large model alone that keeps failing; several shunts may share it."""
+    """A `large_models.CircuitBreaker`, which fails fast while the large model is down. Shunts may share one."""
 
     max_pending: int | None = Field(default=None, ge=1)
-    """Large calls that wait or are under way at the most; more end at once with a `QueueFullError`, as a failure of the
-    large model."""
+    """Maximum large calls that wait or run; None means unlimited. A call beyond it fails with `QueueFullError`, like a large
+    model that fails."""
 
     guard: PrivacyGuard | None = None
-    """What may leave for the large model, and how; None lets everything pass."""
+    """What may leave for the large model, and in which form; None lets everything leave."""
 
-    _steps: CallSteps = PrivateAttr()
-    _limiter: CallLimiter | None = PrivateAttr(default=None)
+    limiter: CallLimiter | None = Field(default=None, exclude=True, repr=False)
+    """Shares one limit on concurrent large calls with other shunts; None makes a limiter from `max_concurrency`."""
+
+    _stages: tuple[Runnable[Any, Any], ...] = PrivateAttr()
+    _policy: Policy = PrivateAttr()
+    _policy_name: str = PrivateAttr()
+    _caller: LargeCaller = PrivateAttr()
+    _auditor: Auditor | None = PrivateAttr(default=None)
 
     @field_validator("small", "large", "student", "small_output", mode="before")
     @classmethod
@@ -128,18 +133,39 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
         try:
             return None if value is None else coerce_to_runnable(value)
         except TypeError as error:
-            msg = f"A {type(value).__name__} is no Runnable. Give a Runnable or a function."
+            msg = f"Expected a Runnable or a function, got {type(value).__name__}."
             raise ConfigurationError(msg) from error
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check that the parts fit together, and lay out the steps of a call."""
+        """Build the call pipeline from the settings, and check that the parts fit together."""
         super().model_post_init(context)
-        self._build()
+        self._stages = (self.small,) if self.student is None else (self.small, self.student)
+        self._policy, self._policy_name = self._build_policy()
+        large = self.large
+        if self.return_decision and isinstance(large, ShuntSettings):
+            large = large.model_copy(update={"return_decision": True})
+        if self.guard is not None:
+            large = self.guard.around(large)
+        limiter = self.limiter or CallLimiter(self.max_concurrency)
+        self._caller = LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
+        if self.audit_rate > 0:
+            self._auditor = Auditor(self.audit_rate, self._caller, self.monitor, self.recorder)
         self._check()
 
+    def _build_policy(self) -> tuple[Policy, str]:
+        policy = policy_for(self.small, self.policy)
+        name = str(policy)
+        if self.fail_safe == "large":
+            if self.monitor is None:
+                raise ConfigurationError("fail_safe='large' requires a monitor. Pass monitor=Monitor(...).")
+            policy = FailSafe(policy=policy, monitor=self.monitor)
+        if self.shadow:
+            policy, name = ShadowOf(policy=policy), f"shadow of {name}"
+        return policy, name
+
     def _check(self) -> None:
-        self._steps.policy.check(getattr(self.small, "labels", None))
-        for part in self._steps.stages if self.labels else ():
+        self._policy.check(getattr(self.small, "labels", None))
+        for part in self._stages if self.labels else ():
             if strange := sorted(set(getattr(part, "labels", ())) - set(self.labels or ())):
                 raise ConfigurationError(
                     f"The small model {part.get_name()} can answer with labels that are not in `labels`: "
@@ -152,7 +178,7 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             self._check_fusion(self.fusion)
 
     def _check_fusion(self, fusion: AnswerFusion) -> None:
-        for part in self._steps.stages:
+        for part in self._stages:
             labels = getattr(part, "labels", None)
             if labels and set(labels) != set(fusion.labels):
                 raise ConfigurationError(
@@ -172,84 +198,25 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
                 f"count it a second time. Use pruning=NoPruning() with fusion, or no fusion."
             )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it. One that is refused leaves the shunt as it was."""
-        before = getattr(self, name, None)
-        try:
-            super().__setattr__(name, value)
-        except ValidationError as error:
-            raise ConfigurationError(in_words(type(self).__name__, error)) from error
-        if name in type(self).model_fields:
-            try:
-                self._build()
-                self._check()
-            except Exception:
-                super().__setattr__(name, before)
-                self._build()
-                raise
-
-    def _build(self) -> None:
-        policy = policy_for(self.small, self.policy)
-        words = str(policy)
-        if self.fail_safe == "large":
-            if self.monitor is None:
-                raise ConfigurationError(
-                    "fail_safe='large' needs a monitor that can give alarm; give monitor=Monitor()."
-                )
-            policy = FailSafe(policy=policy, monitor=self.monitor)
-        if self.shadow:
-            policy, words = ShadowOf(policy=policy), f"shadow of {words}"
-        large = self.large
-        if self.return_decision and isinstance(large, ShuntSettings):
-            large = large.model_copy(update={"return_decision": True})
-        if self.guard is not None:
-            large = self.guard.around(large)
-        self._steps = CallSteps(
-            stages=(self.small,) if self.student is None else (self.small, self.student),
-            caller=(caller := self._caller_of(large)),
-            policy=policy,
-            policy_in_words=words,
-            pruning=self.pruning,
-            labels=self.task_labels,
-            allowed=None if self.labels is None else frozenset(self.labels),
-            descriptions=self.label_descriptions,
-            small_output=self.small_output,
-            falls_back=self.on_large_error == "small",
-            return_decision=self.return_decision,
-            input_key=self.input_key,
-            threshold_id=self.threshold_id,
-            recorder=self.recorder,
-            fusion=self.fusion,
-            auditor=Auditor(self.audit_rate, caller, self.monitor, self.recorder) if self.audit_rate > 0 else None,
-            monitor=self.monitor,
-            guard=self.guard,
-            in_shadow=self.shadow,
-        )
-
-    def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
-        limiter = self._limiter or CallLimiter(self.max_concurrency)
-        return LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
-
-    def sharing(self, limiter: CallLimiter) -> Self:
-        """This shunt, whose large calls share a bound with others'."""
-        self._limiter = limiter
-        self._build()
-        return self
+    @property
+    def policy_in_service(self) -> Policy:
+        """The policy that decides: `policy`, or the small model's own, with shadow mode and the fail-safe around it."""
+        return self._policy
 
     @property
     def auditor(self) -> Auditor | None:
-        """What asks in the background, with its counters and `flush()`; None without audits."""
-        return self._steps.auditor
+        """The background audits, with counters and `flush()`; None if `audit_rate` is 0."""
+        return self._auditor
 
     def reload(self) -> None:
-        """Have small models that follow a registry look for a newly promoted version now."""
-        for part in self._steps.stages:
+        """Make small models that follow a registry look for a newly promoted version now."""
+        for part in self._stages:
             if callable(again := getattr(part, "reload", None)):
                 again()
 
     @property
     def task_labels(self) -> tuple[str, ...] | None:
-        """All labels of the task, where they are known before the first call."""
+        """All labels of the task; None if they are not known before the first call."""
         return self.labels or getattr(self.small, "labels", None)
 
     def _check_prompt(self, pruning: Pruning) -> None:
@@ -268,7 +235,16 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
                 f"{', '.join(PRUNING_VARIABLES)}), or set pruning=NoPruning() or None."
             )
 
-    # What a Runnable says of itself
+    @cached_property
+    def _reader(self) -> InputReader:
+        """How inputs are read for prompts and records: as the small model reads them."""
+        try:
+            own = getattr(self.small, "reader", None)
+        except Exception:  # the bundle cannot be read: the small model's own call raises that error
+            own = None
+        return own.model_copy(update={"input_key": self.input_key}) if own else text_reader(self.input_key)
+
+    # Schemas and graph
 
     @property
     @override
@@ -298,9 +274,43 @@ class ShuntSettings(LaidOut, RunnableSerializable[Any, Any]):
             description="Replaces the policy's threshold for this call.",
             default=None,
         )
-        parts = (*self._steps.stages, self.large)
+        parts = (*self._stages, self.large)
         return get_unique_config_specs([own, *(spec for part in parts for spec in part.config_specs)])
 
     @override
     def get_graph(self, config: RunnableConfig | None = None) -> Graph:
-        return shunt_graph(self, self._steps.stages, self.large, config)
+        return shunt_graph(self, self._stages, self.large, config)
+
+
+def shunt_graph(
+    shunt: Runnable[Any, Any],
+    stages: tuple[Runnable[Any, Any], ...],
+    large: Runnable[Any, Any],
+    config: RunnableConfig | None,
+) -> Graph:
+    """Return the graph of a shunt: input, each small model, the large model's own graph, output."""
+    graph = Graph()
+    before = graph.add_node(shunt.get_input_schema(config))
+    end = graph.add_node(shunt.get_output_schema(config))
+    label: str | None = None
+    for stage in stages:
+        node = graph.add_node(stage)
+        graph.add_edge(before, node, data=label, conditional=label is not None)
+        graph.add_edge(node, end, data="confident", conditional=True)
+        before, label = node, "deferred"
+    first, last = _extend(graph, large, config)
+    graph.add_edge(before, first, data="deferred", conditional=True)
+    graph.add_edge(last, end)
+    return graph
+
+
+def _extend(graph: Graph, large: Runnable[Any, Any], config: RunnableConfig | None) -> tuple[Node, Node]:
+    inner = large.get_graph(config)
+    inner.trim_first_node()
+    inner.trim_last_node()
+    first, last = inner.first_node(), inner.last_node()
+    if not inner.nodes or first is None or last is None:
+        node = graph.add_node(large)
+        return node, node
+    graph.extend(inner)
+    return first, last

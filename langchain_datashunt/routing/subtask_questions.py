@@ -7,25 +7,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.base import coerce_to_runnable
-from langchain_core.runnables.graph import Graph
-from langchain_core.runnables.utils import ConfigurableFieldSpec, get_unique_config_specs
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import ConfigDict, field_validator
 from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt._utils.sync_async import Effect, Steps, arun, run
 from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of
-from langchain_datashunt.large_models.label_chat import offers_structured_output
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader
+from langchain_datashunt.large_models.chat_asker import Question
 from langchain_datashunt.large_models.label_parser import LabelParser
 from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import ANSWER_LABELS
-from langchain_datashunt.routing.runs import Runs
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _JSON_LIKE = re.compile(r"^\s*[{\[`]|^\s*(?:null|true|false)\s*$|[{]\s*\"")
@@ -144,96 +138,41 @@ def default_question_prompt(
     )
 
 
-class SubtaskAsker(Configured, RunnableSerializable[Any, dict[str, Any]]):
-    """prompt | chat model | parser for open questions; asked again for what was no answer."""
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    prompt: Runnable[Any, Any]
-    """From the mapping (input, `known`, `open`) to messages."""
-
-    chat_model: Runnable[Any, Any]
-    """Any Runnable from messages to a message or text."""
-
-    max_reasks: int = Field(default=1, ge=0)
-    """How often a model is asked again whose answer lacks something."""
-
-    @field_validator("chat_model", "prompt", mode="before")
-    @classmethod
-    def _runnable(cls, value: Any) -> Any:
-        try:
-            return coerce_to_runnable(value)
-        except TypeError as error:
-            msg = f"A {type(value).__name__} is no Runnable. Give a chat model, or a prompt template."
-            raise ConfigurationError(msg) from error
-
-    _models: dict[tuple[Any, ...], tuple[Any, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
+class SubtaskQuestion(Question):
+    """Asks for one JSON object with the answers to all open questions (`value["open"]`)."""
 
     @override
-    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
-        runs = Runs(self, [input], config)
-        run(runs.start())
-        try:
-            answers = run(self._ask(input, runs, kwargs))
-        except BaseException as error:
-            run(runs.fail_rest(error))
-            raise
-        run(runs.end({0: answers}))
-        return answers
+    def json_schema(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return answer_schema(value["open"])
 
     @override
-    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
-        runs = Runs(self, [input], config, asynchronous=True)
-        await arun(runs.start())
-        try:
-            answers = await arun(self._ask(input, runs, kwargs))
-        except BaseException as error:
-            await arun(runs.fail_rest(error))
-            raise
-        await arun(runs.end({0: answers}))
-        return answers
+    def text_of(self, parsed: Mapping[str, Any]) -> str | None:
+        return json.dumps(parsed, ensure_ascii=False)
 
-    def _ask(self, value: Mapping[str, Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[dict[str, Any]]:
-        """Rounds of: ask, read, say what was wrong."""
+    @override
+    def read(self, answers: Sequence[str], value: Mapping[str, Any]) -> dict[str, Any]:
         questions: OpenQuestions = value["open"]
-        messages = _messages((yield _called(self.prompt, value, runs.child(0, "prompt"), {})))
-        model = self._model_for(questions)
-        answers: dict[str, Any] = {}
-        for _ in range(self.max_reasks + 1):
-            answer = yield _called(model, messages, runs.child(0, "model"), kwargs)
-            text = _text(answer)
-            found, wrong = read_answers(text, questions)
-            answers = {**found, **answers}
-            wrong = {name: why for name, why in wrong.items() if name not in answers}
-            if not wrong:
-                return {question.subtask.name: answers[question.subtask.name] for question in questions}
-            told = "; ".join(f"{name}: {why}" for name, why in wrong.items())
-            correction = f"That is not a full answer. {told}. Answer with the whole JSON object again."
-            messages = [*messages, AIMessage(text or "(empty)"), HumanMessage(correction)]
-        expected = [label for question in questions for label in question.subtask.labels or (question.subtask.name,)]
-        raise UnparsableAnswerError(text, expected, self.max_reasks + 1)
-
-    def _model_for(self, questions: OpenQuestions) -> Runnable[Any, Any]:
-        """The chat model, held to the questions' form where it offers that."""
-        asked = [(question.subtask.name, question.subtask.question, question.subtask.labels) for question in questions]
-        key, model = tuple(asked), self.chat_model
-        known = self._models.get(key)
-        if known is None or known[0] is not model:
-            held: Runnable[Any, Any] = model
-            if offers_structured_output(model):
-                assert isinstance(model, BaseChatModel)
-                held = model.with_structured_output(answer_schema(questions), include_raw=True)
-            known = self._models[key] = (model, held)
-        return known[1]
-
-    @property
-    @override
-    def config_specs(self) -> list[ConfigurableFieldSpec]:
-        return get_unique_config_specs([*self.prompt.config_specs, *self.chat_model.config_specs])
+        found, wrong = _all_answers(answers, questions)
+        if wrong:
+            expected = [label for one in questions for label in one.subtask.labels or (one.subtask.name,)]
+            raise UnparsableAnswerError(answers[-1], expected, len(answers))
+        return {question.subtask.name: found[question.subtask.name] for question in questions}
 
     @override
-    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
-        return (self.prompt | self.chat_model).get_graph(config)
+    def correction(self, answers: Sequence[str], value: Mapping[str, Any]) -> str:
+        _, wrong = _all_answers(answers, value["open"])
+        problems = "; ".join(f"{name}: {why}" for name, why in wrong.items())
+        return f"That is not a full answer. {problems}. Answer with the whole JSON object again."
+
+
+def _all_answers(answers: Sequence[str], questions: Sequence[OpenQuestion]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what all answers so far contain, the first answer to a question counting, and what is still wrong."""
+    found: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for text in answers:
+        more, wrong = read_answers(text, questions)
+        found = {**more, **found}
+    return found, {name: why for name, why in wrong.items() if name not in found}
 
 
 def answer_schema(questions: OpenQuestions) -> dict[str, Any]:
@@ -286,24 +225,3 @@ def read_answers(text: str, questions: Sequence[OpenQuestion]) -> tuple[dict[str
             except UnparsableAnswerError:
                 wrong[name] = f"it must be one of {', '.join(labels)}"
     return found, wrong
-
-
-def _called(part: Runnable[Any, Any], value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Effect:
-    return Effect(lambda: part.invoke(value, config, **kwargs), lambda: part.ainvoke(value, config, **kwargs))
-
-
-def _messages(value: Any) -> list[BaseMessage]:
-    found = [HumanMessage(value)] if isinstance(value, str) else messages_of(value)
-    if found is None:
-        raise ConfigurationError(f"The prompt gave a {type(value).__name__}; messages or text are needed.")
-    return list(found)
-
-
-def _text(answer: Any) -> str:
-    if isinstance(answer, Mapping) and "parsed" in answer:
-        if isinstance(answer["parsed"], Mapping):
-            return json.dumps(answer["parsed"], ensure_ascii=False)
-        answer = answer.get("raw")
-    if isinstance(answer, BaseMessage):
-        return str(answer.text)
-    return json.dumps(answer, ensure_ascii=False) if isinstance(answer, Mapping) else str(answer)

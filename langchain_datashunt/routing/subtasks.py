@@ -1,31 +1,39 @@
-"""SubtaskShunt: a task in parts, each with a small model of its own; the large model is asked for what is left."""
+"""SubtaskShunt: a task in parts, each with a small model of its own; the large model answers what is left."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 from uuid import UUID, uuid5
 
-import numpy as np
-from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.utils import AddableDict
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
+from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.graph import Graph
+from langchain_core.runnables.utils import AddableDict, ConfigurableFieldSpec, get_unique_config_specs
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
 from langchain_datashunt._utils.pricing import cost_usd
-from langchain_datashunt._utils.sync_async import Effect, Steps, arun, raise_first_error, run
+from langchain_datashunt._utils.settings import Frozen
+from langchain_datashunt._utils.sync_async import Steps, arun, perform, raise_first_error, run
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.call_log.record import id_bytes
 from langchain_datashunt.decision import Latency, ShuntDecision
-from langchain_datashunt.exceptions import InputError, LocalOnlyError
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY
+from langchain_datashunt.exceptions import ConfigurationError, InputError, LocalOnlyError, UnparsableAnswerError
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
+from langchain_datashunt.large_models.caller import LargeCaller
+from langchain_datashunt.large_models.chat_asker import ChatAsker
+from langchain_datashunt.large_models.limits import CallLimiter
+from langchain_datashunt.large_models.retry import Retry
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
-from langchain_datashunt.privacy.guard import SUBJECT_KEY
-from langchain_datashunt.routing.ask_small import predict_many
-from langchain_datashunt.routing.plan import Plan, absorbed, failed_outcome
+from langchain_datashunt.privacy.guard import SUBJECT_KEY, PrivacyGuard
+from langchain_datashunt.routing.ask_small import ask_small
+from langchain_datashunt.routing.plan import Plan
 from langchain_datashunt.routing.runs import Runs, atrace, trace
 from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.routing.subtask_questions import (
@@ -33,25 +41,38 @@ from langchain_datashunt.routing.subtask_questions import (
     OpenQuestion,
     OpenQuestions,
     Subtask,
-    SubtaskAsker,
+    SubtaskQuestion,
     default_question_prompt,
 )
-from langchain_datashunt.routing.subtask_results import (
-    SubtaskResult,
-    SubtaskWork,
-    announced,
-    answer_of,
-    checked_answers,
-    decision_of,
-    reader_of,
-)
-from langchain_datashunt.routing.subtask_settings import SubtaskSettings
 
 SHOWN = 3
-"""Likely answers of an unsure small model that the large one is told."""
+"""How many labels of an unconfident prediction the large prompt shows."""
 
 
-class SubtaskShunt(SubtaskSettings):
+@dataclass(frozen=True, slots=True)
+class SubtaskResult:
+    """The answers to one input with their decisions.
+
+    Attributes:
+        outputs: Answer by sub-task; None where the large model failed and no small one had anything to say.
+        decisions: Who answered each, and why.
+        usage: Tokens that the large model counted, by model name.
+        cost_usd: Price of `usage`; 0.0 where it was not asked, None where the price is not known.
+        latency: Wall time of all small models together, and of the large call.
+        record_id: Id of the run.
+        record_ids: Under which each sub-task's call is recorded.
+    """
+
+    outputs: Mapping[str, Any]
+    decisions: Mapping[str, ShuntDecision]
+    usage: Mapping[str, UsageMetadata] = field(default_factory=dict)
+    cost_usd: float | None = 0.0
+    latency: Latency = field(default_factory=Latency)
+    record_id: str | None = None
+    record_ids: Mapping[str, str] = field(default_factory=dict)
+
+
+class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
     """Prompt Transferring: small models do the sub-tasks that they are sure of; the large model does the rest.
 
     ```python
@@ -71,6 +92,70 @@ class SubtaskShunt(SubtaskSettings):
     the large model is not asked. A small model that fails leaves its question open. Streams give the known answers
     first, then the others. PT is only sketched in the DS+ paper; this is our reading of it.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    subtasks: tuple[Subtask, ...] = Field(min_length=1)
+    """The parts, in the order of the answers."""
+
+    large: Runnable[Any, Any]
+    """From the mapping (the input, `known`, `open`) to a mapping of answers to all open questions."""
+
+    on_large_error: Literal["raise", "small"] = "raise"
+    """What to do when the large model has failed for good: raise, or take what small models think (None without)."""
+
+    return_decision: bool = False
+    """Whether to return a `SubtaskResult` instead of the answers."""
+
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Large calls at once at the most."""
+
+    retry: Retry = Retry()
+    """Around each input's large call."""
+
+    input_key: str = DEFAULT_INPUT_KEY
+    """The name of the input in the mapping that `large` gets."""
+
+    decimals: int = Field(default=2, ge=0, le=6)
+    """Digits of probabilities in prompts."""
+
+    recorder: Any = Field(default=None, exclude=True, repr=False)
+    """A `distillation.Recorder`; None records nothing."""
+
+    breaker: Any = Field(default=None, exclude=True, repr=False)
+    """A `circuit.CircuitBreaker`, which leaves a large model alone that keeps failing."""
+
+    max_pending: int | None = Field(default=None, ge=1)
+    """Large calls that wait or are under way at the most."""
+
+    guard: PrivacyGuard | None = None
+    """What may leave for the large model, and how; None lets everything pass. An input that stays has what its small
+    models think and None for other parts, or raises (`on_local="raise"`)."""
+
+    _caller: LargeCaller = PrivateAttr()
+
+    @field_validator("large", mode="before")
+    @classmethod
+    def _runnable(cls, value: Any) -> Any:
+        try:
+            return coerce_to_runnable(value)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"A {type(value).__name__} is no Runnable. Give a Runnable or a function."
+            ) from error
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the names, and get ready to ask."""
+        super().model_post_init(context)
+        names = [subtask.name for subtask in self.subtasks]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}. Rename one.")
+        for subtask in self.subtasks:
+            if subtask.small is not None:
+                policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
+        large = self.large if self.guard is None else self.guard.around(self.large)
+        limiter = CallLimiter(self.max_concurrency)
+        self._caller = LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
 
     @classmethod
     def from_chat_model(
@@ -93,9 +178,10 @@ class SubtaskShunt(SubtaskSettings):
         """
         reader = reader_of(subtasks)
         key = settings.get("input_key", DEFAULT_INPUT_KEY)
-        asker = SubtaskAsker(
+        asker = ChatAsker(
             prompt=prompt if prompt is not None else default_question_prompt(key, reader),
             chat_model=chat_model,
+            question=SubtaskQuestion(),
             max_reasks=max_reasks,
         )
         return cls(subtasks=tuple(subtasks), large=asker, **settings)
@@ -195,17 +281,11 @@ class SubtaskShunt(SubtaskSettings):
             if subtask.small is None:
                 continue
             policy = policy_for(subtask.small, subtask.policy)
-            plan, rows = Plan.blank(len(values), str(policy)), np.arange(len(values))
-            allowed = None if subtask.labels is None else frozenset(subtask.labels)
-            try:
-                outcome = yield from predict_many(
-                    subtask.small, values, rows.tolist(), f"shunt:small:{subtask.name}", runs, allowed
-                )
-            except Exception as error:
-                raise_control_flow(error)
-                outcome = failed_outcome(len(values), error)
-            absorbed(plan, outcome, rows, policy)
-            policy.observe(int(plan.deferred.size), plan.n)
+            plan, rows = Plan.undecided(len(values), policy), list(range(len(values)))
+            tag, strict = f"shunt:small:{subtask.name}", subtask.labels is not None
+            outcome = yield from ask_small(subtask.small, values, rows, tag, runs, subtask.labels, strict=strict)
+            plan.add_stage(outcome, policy, rows)
+            policy.observe(len(plan.deferred), plan.n)
             plans[subtask.name] = plan
         works = [self._work(i, plans) for i in range(len(values))]
         return plans, works, time.perf_counter() - started
@@ -215,7 +295,7 @@ class SubtaskShunt(SubtaskSettings):
         questions: list[OpenQuestion] = []
         for subtask in self.subtasks:
             plan = plans.get(subtask.name)
-            if plan is not None and plan.keeps(i):
+            if plan is not None and plan.local[i]:
                 known[subtask.name] = answer_of(plan.prediction(i))
             else:
                 thought = None if plan is None or not subtask.hint else plan.prediction(i)
@@ -254,7 +334,7 @@ class SubtaskShunt(SubtaskSettings):
             yield from runs.announce(list(told), partial(announced, told, name))
         if log:
             log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
-            yield Effect(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
+            yield from perform(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
         return outputs
 
     def _ask(
@@ -281,7 +361,9 @@ class SubtaskShunt(SubtaskSettings):
                 asked.append(stays or {**reader.lay_out(values[i]), **told})
             except InputError as error:
                 asked.append(error)
-        answers = yield from self._caller.group(asked, configs, kwargs)
+        answers = yield from perform(
+            partial(self._caller.batch, asked, configs, kwargs), partial(self._caller.abatch, asked, configs, kwargs)
+        )
         for i, answer in zip(rows, answers, strict=True):
             works[i].answer = checked_answers(answer, works[i].open)
 
@@ -353,3 +435,98 @@ class SubtaskShunt(SubtaskSettings):
             f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
             subtask.labels or ANSWER_LABELS, subject, reader_of([subtask]) or self.reader, now(),
         )  # fmt: skip
+
+    # Schemas and graph
+
+    @property
+    def reader(self) -> InputReader:
+        """How inputs are laid out for the prompt and written down: as the first small model reads them."""
+        return (reader_of(self.subtasks) or text_reader()).model_copy(update={"input_key": self.input_key})
+
+    @property
+    @override
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        smalls = [subtask.small for subtask in self.subtasks if subtask.small is not None]
+        return get_unique_config_specs([spec for part in (*smalls, self.large) for spec in part.config_specs])
+
+    @override
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        graph = Graph()
+        begin, end = graph.add_node(self.get_input_schema(config)), graph.add_node(self.get_output_schema(config))
+        large = graph.add_node(self.large, "large")
+        for subtask in self.subtasks:
+            if subtask.small is None:
+                graph.add_edge(begin, large, subtask.name)
+                continue
+            small = graph.add_node(subtask.small, f"small: {subtask.name}")
+            graph.add_edge(begin, small)
+            graph.add_edge(small, end, "sure", conditional=True)
+            graph.add_edge(small, large, "open", conditional=True)
+        graph.add_edge(large, end)
+        return graph
+
+    @property
+    @override
+    def InputType(self) -> Any:
+        return ShuntInput
+
+    @property
+    @override
+    def OutputType(self) -> Any:
+        return SubtaskResult if self.return_decision else dict[str, Any]
+
+
+@dataclass
+class SubtaskWork:
+    """One input on its way: what is known, what is open, and how the large model's part went."""
+
+    known: dict[str, Any]
+    open: OpenQuestions
+    answer: Any = None
+    watcher: LargeCallWatcher | None = None
+
+
+def announced(decisions: Mapping[int, Mapping[str, ShuntDecision]], name: str, i: int) -> dict[str, Any]:
+    """What a sub-task's decision is announced as."""
+    return {"shunt_subtask": name, **decisions[i][name].to_metadata()}
+
+
+def reader_of(subtasks: Sequence[Subtask]) -> InputReader | None:
+    """The reader of the first small model that has one."""
+    found = (getattr(subtask.small, "reader", None) for subtask in subtasks)
+    return next((reader for reader in found if reader is not None), None)
+
+
+def answer_of(prediction: Prediction | None) -> Any:
+    """What a small model answers; None where it said nothing."""
+    if prediction is None:
+        return None
+    return prediction.label if prediction.answer is None else prediction.answer
+
+
+def decision_of(plan: Plan | None, i: int, failed: Exception | None, fell_back: bool) -> ShuntDecision:
+    """Who answers one sub-task of one input, and why."""
+    if plan is not None:
+        return plan.decision(i, failed, fell_back=fell_back and plan.prediction(i) is not None)
+    if failed is None:
+        return ShuntDecision("large", "deferred", policy="no small model")
+    if isinstance(failed, LocalOnlyError):
+        return ShuntDecision("small", "local_only", policy="no small model", error=str(failed))
+    return ShuntDecision("large", "large_error", policy="no small model", error=f"{type(failed).__name__}: {failed}")
+
+
+def checked_answers(answer: Any, questions: OpenQuestions) -> Any:
+    """The large model's answers, or an error where one is missing."""
+    if isinstance(answer, Exception):
+        return answer
+    names = [question.subtask.name for question in questions]
+    if not isinstance(answer, Mapping):
+        return ConfigurationError(
+            f"`large` gave a {type(answer).__name__}; a mapping with {', '.join(names)} is needed."
+        )
+    missing = [name for name in names if answer.get(name) is None]
+    for question in questions:
+        labels, name = question.subtask.labels, question.subtask.name
+        if labels is not None and name not in missing and answer[name] not in labels:
+            return UnparsableAnswerError(str(answer[name]), labels)
+    return UnparsableAnswerError(str(dict(answer)), missing) if missing else answer

@@ -40,7 +40,7 @@ PROGRAM = """
 import asyncio, itertools, sys
 from langchain_core.runnables import RunnableLambda
 from langchain_datashunt import ShuntRunnable
-from langchain_datashunt.distillation import Recorder
+from langchain_datashunt.call_log import Recorder
 from tests.support.models import WordModel
 
 async def large(asked):

@@ -140,7 +140,7 @@ def banking(
 
 def risk(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dict[str, Any]:
     """How often the promise about the kept answers holds on test.csv."""
-    kept_errors, shares = [], []
+    selective_risks, shares = [], []
     for seed in range(seeds):
         texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
         small = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
@@ -148,13 +148,13 @@ def risk(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dic
         aim = RiskControl(alpha=ALPHA, confidence=CONFIDENCE)
         keep = select_threshold(dev, task.dev.labels, objective=aim).policy.evaluate(test).keep
         wrong = ~right(test.label_names(), task.test.labels)
-        kept_errors.append(float(wrong[keep].mean()) if keep.any() else 0.0)
+        selective_risks.append(float(wrong[keep].mean()) if keep.any() else 0.0)
         shares.append(1.0 - float(keep.mean()))
     return {
-        "risk_seeds_kept": int(sum(error <= ALPHA for error in kept_errors)),
+        "risk_seeds_kept": int(sum(error <= ALPHA for error in selective_risks)),
         "risk_seeds": seeds,
-        "risk_mean_kept_error": float(np.mean(kept_errors)),
-        "risk_worst_kept_error": float(np.max(kept_errors)),
+        "risk_mean_selective_risk": float(np.mean(selective_risks)),
+        "risk_worst_selective_risk": float(np.max(selective_risks)),
         "risk_mean_share": float(np.mean(shares)),
     }
 

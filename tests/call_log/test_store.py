@@ -1198,7 +1198,7 @@ async def test_async_callers_are_not_held_up_by_a_full_queue(tmp_path: Path) -> 
 
 PROGRAM = """
 import sys, time
-from langchain_datashunt.distillation import Recorder, CallRecord
+from langchain_datashunt.call_log import Recorder, CallRecord
 recorder = Recorder(sys.argv[1], durability=sys.argv[2])
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
@@ -1235,7 +1235,7 @@ def test_many_records_are_stored_by_what_runs_at_exit(tmp_path: Path) -> None:
     """The interpreter starts no thread then that could compress them."""
     code = """if True:
         import atexit, sys
-        from langchain_datashunt.distillation import CallLog, CallRecord
+        from langchain_datashunt.call_log import CallLog, CallRecord
         store = CallLog(sys.argv[1])
         records = [CallRecord(input=f"question {i}", labels=("a", "b"), raw_output="a" * 50) for i in range(9000)]
         atexit.register(store.append, records)

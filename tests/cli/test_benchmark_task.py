@@ -22,6 +22,7 @@ from langchain_datashunt._utils.table_files import (
     require_columns,
     sample_per_label,
 )
+from langchain_datashunt.cli.demo import benchmark_task
 from langchain_datashunt.cli.demo.benchmark_task import (
     banking77_folder,
     download_banking77,
@@ -29,7 +30,6 @@ from langchain_datashunt.cli.demo.benchmark_task import (
     load_messages,
     names_digest,
 )
-from langchain_datashunt.cli.demo import benchmark_task
 from langchain_datashunt.exceptions import DataError, ReplayError
 from langchain_datashunt.large_models.replay import RecordedAnswers, estimate_message_tokens, estimate_tokens
 

@@ -114,7 +114,7 @@ def test_every_objective_is_written_into_the_bundle(
     from langchain_core.language_models import FakeListChatModel
 
     chain = ConfidenceRouterChain.from_models(small, FakeListChatModel(responses=["refund"]), answer_format="text")
-    assert chain._steps.policy == small.policy
+    assert chain.policy_in_service == small.policy
 
 
 def test_a_promise_that_cannot_be_shown_ends_with_status_1(folder: Path, bundle: str) -> None:

@@ -14,6 +14,7 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_datashunt import AlwaysLarge, NoPruning, Retry, ShuntRunnable, SubtaskShunt
 from langchain_datashunt.exceptions import CircuitOpenError, ConfigurationError, LocalOnlyError, QueueFullError
 from langchain_datashunt.large_models import CircuitBreaker
+from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.routing import Subtask
 from tests.support.handlers import RunBook
 from tests.support.models import HttpError, WordModel
@@ -199,12 +200,13 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
         guard.wait(10)
         return "large"
 
-    chain = shunt(RunnableLambda(slow), None, max_pending=2, max_concurrency=1)
+    limiter = CallLimiter(1)
+    chain = shunt(RunnableLambda(slow), None, max_pending=2, limiter=limiter)
     found: list[Any] = []
     threads = [threading.Thread(target=lambda: found.append(chain.invoke("x"))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    while chain._steps.caller.limiter.pending.calls < 2:
+    while limiter.pending < 2:
         pass
     with pytest.raises(QueueFullError, match="max_pending"):
         chain.invoke("x")

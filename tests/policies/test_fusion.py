@@ -218,7 +218,7 @@ def test_a_bundle_keeps_policy_and_fusion(tmp_path: Any) -> None:
         assert back.policy == small.policy
         assert back.fusion == small.fusion
         shunt = ShuntRunnable(small=back, large=lambda _: "cancel", pruning=None)
-        assert shunt._steps.policy == small.policy
+        assert shunt.policy_in_service == small.policy
     config = tmp_path / "bundle" / "config.json"
     config.write_text(config.read_text().replace('"is": "AllOf"', '"is": "Popen"'))
     with pytest.raises(BundleError, match="'Popen' is none of what is known here"):

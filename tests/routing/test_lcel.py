@@ -298,4 +298,4 @@ async def test_runs_of_ours_end_whenever_a_call_is_cancelled(server: ScriptedSer
         await asyncio.gather(task, return_exceptions=True)
         closed = {*book.ended, *book.failed}
         left = {run["name"] for run_id, run in book.started.items() if run_id not in closed}
-        assert left <= {"ChatOpenAI", "LabelAsker", "ChatPromptTemplate", "small answer"}, left
+        assert left <= {"ChatOpenAI", "ChatAsker", "ChatPromptTemplate", "small answer"}, left

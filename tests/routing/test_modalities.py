@@ -102,7 +102,7 @@ def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) 
     assert again.predict_batch(modality.inputs).outputs() == distilled.model.predict_batch(modality.inputs).outputs()
 
 
-def test_a_learnable_model_of_the_same_modality_is_asked_second(modality: Modality) -> None:
+def test_a_student_of_the_same_modality_is_asked_second(modality: Modality) -> None:
     surer = {"intercept": 12.0} if isinstance(modality.small, GeneratingModel) else {"temperature": 0.01}
     shunt = ShuntRunnable(
         small=modality.small, student=modality.small.model_copy(update=surer), large=modality.large,

@@ -381,7 +381,7 @@ def test_after_an_alarm_everything_can_go_to_the_large_model() -> None:
     assert {result.route for result in shunt.batch(["surely cancel it"] * 3)} == {"large"}
     monitor.reset()
     assert shunt.invoke("surely cancel it").route == "small"
-    with pytest.raises(ConfigurationError, match="needs a monitor"):
+    with pytest.raises(ConfigurationError, match="requires a monitor"):
         audited(Asked(), fail_safe="large")
 
 

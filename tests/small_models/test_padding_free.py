@@ -138,7 +138,7 @@ def test_where_transformers_computes_all_is_in_the_format_that_was_asked_for(tex
     assert packing.engine_for(base) is None
     whole = network("bert")
     whole.base_model.register_forward_hook(lambda *_: None)
-    assert Packing("auto", torch.bfloat16).of(whole.base_model, whole) is None
+    assert Packing("auto", torch.bfloat16).engine_for(whole.base_model, whole) is None
     assert {parameter.dtype for parameter in whole.parameters()} == {torch.bfloat16}
 
 
@@ -194,7 +194,7 @@ def test_an_architecture_that_is_not_known_is_left_to_transformers(
             TransformersClassifier(model=folder, engine=engine).predict_batch(texts)  # type: ignore[arg-type]
     assert packed(network("electra").base_model) is None
     with pytest.raises(ConfigurationError, match="'electra' has no packed form here"):
-        Packing("padding-free").of(network("electra").base_model)
+        Packing("padding-free").engine_for(network("electra").base_model)
     with pytest.raises(ConfigurationError, match="no engine 'quick'"):
         SentenceEncoder(engine="quick")  # type: ignore[arg-type]
 
@@ -245,7 +245,7 @@ def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
     base.register_forward_hook(lambda *_: None)
     assert packed(base) is None, "a hook wants to see the network's calls"
     assert packed(network("bert").base_model.double()) is None
-    assert Packing("plain").of(base) is None
+    assert Packing("plain").engine_for(base) is None
     for copied in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
         assert (copied.engine, copied._made) == ("padding-free", None)
 
@@ -348,30 +348,30 @@ def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
     base = network("bert").base_model
     taken = Packing("auto")
     finds(packed=1.0, plain=0.5)
-    assert taken.of(base) is None
+    assert taken.engine_for(base) is None
     assert taken.seconds == {"padding-free": 1.0, "plain": 0.5}
     monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"padding-free": 0.1, "plain": 0.9})
-    assert Packing("auto").of(network("bert").base_model) is None, "networks of one form are computed alike"
+    assert Packing("auto").engine_for(network("bert").base_model) is None, "networks of one form are computed alike"
     finds(packed=1.0, plain=0.9, onnx=0.85)
-    assert isinstance(Packing("auto").of(base), packed_module.PaddingFreeEncoder), (
+    assert isinstance(Packing("auto").engine_for(base), packed_module.PaddingFreeEncoder), (
         "a little slower may be a busy moment"
     )
     finds(packed=2.0, plain=1.1, onnx=1.0)
-    assert Packing("auto").of(base) is None, "ONNX Runtime must win by half"
+    assert Packing("auto").engine_for(base) is None, "ONNX Runtime must win by half"
     finds(packed=1.6, plain=1.6, onnx=1.0)
     monkeypatch.setattr(packed_module, "_onnx", lambda network: "made")
-    assert Packing("auto").of(base) == "made"
-    assert Packing("padding-free").of(base) is not None
+    assert Packing("auto").engine_for(base) == "made"
+    assert Packing("padding-free").engine_for(base) is not None
 
 
 def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     own = Packing("auto")
-    own.of(network("bert").base_model)
+    own.engine_for(network("bert").base_model)
     assert set(own.seconds) >= {"padding-free", "plain"}
     assert all(0 < seconds < 60 for seconds in own.seconds.values())
     half = Packing("auto")
-    half.of(network("bert").base_model.bfloat16())
+    half.engine_for(network("bert").base_model.bfloat16())
     assert set(half.seconds) == {"padding-free", "plain"}, "ONNX Runtime computes float32 here"
 
 
@@ -403,7 +403,7 @@ def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
     assert (made([[5, 6, 7]]).states - own).abs().max() < 1e-4
     monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
     monkeypatch.setattr(packed_module, "_TRIALS", {})
-    assert not isinstance(Packing("auto").of(base), OnnxEncoder), "too large to be exported"
+    assert not isinstance(Packing("auto").engine_for(base), OnnxEncoder), "too large to be exported"
 
 
 def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any) -> None:
@@ -433,7 +433,7 @@ def test_an_export_that_holds_for_short_texts_alone_is_not_taken(monkeypatch: An
     monkeypatch.setattr(packed_module, "trial", lambda encoders, ids: {name: len(name) for name in encoders})
     own = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
     network = t.DebertaModel(t.DebertaConfig(**{**SMALL, **own})).eval()
-    assert Packing("auto").of(network) is None, "the export fails from 30 tokens on"
+    assert Packing("auto").engine_for(network) is None, "the export fails from 30 tokens on"
 
 
 def test_a_network_for_another_task_is_refused(tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
         base, packing = network("bert").base_model, Packing("padding-free")
         assert packing.engine_for(base) is packing.engine_for(base)
         handle = add(base)
-        assert Packing("auto").of(base) is None, "it wants to see the network's calls"
+        assert Packing("auto").engine_for(base) is None, "it wants to see the network's calls"
         with pytest.raises(ConfigurationError, match="has hooks"):
             packing.engine_for(base)
         handle.remove()
@@ -478,7 +478,7 @@ def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
     assert "bert" not in packed_module._SAID, "the architecture has a packed form"
     assert Packing("auto").seconds == {}
     own = Packing("auto")
-    own.of(network("bert").base_model)
+    own.engine_for(network("bert").base_model)
     assert "padding-free" in own.seconds, "that a network with a hook had none says nothing of others"
     base, packing = network("bert").base_model, Packing("padding-free")
     first = packing.engine_for(base)
@@ -496,7 +496,7 @@ def test_a_trial_that_is_under_way_at_a_fork_keeps_no_child_waiting(monkeypatch:
         child = os.fork()
         if child == 0:
             signal.alarm(60)
-            os._exit(0 if Packing("auto").of(base) is not None else 1)
+            os._exit(0 if Packing("auto").engine_for(base) is not None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -531,12 +531,12 @@ def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> N
     monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
     base = network("deberta convolution").base_model
     for _ in range(2):
-        assert Packing("auto").of(base) is None
+        assert Packing("auto").engine_for(base) is None
     assert [record.message for record in caplog.records if "'deberta-v2'" in record.message] == [
         "The architecture 'deberta-v2' has no packed form here; transformers or ONNX Runtime computes it. "
         "engine='plain' says that this is known."
     ]
-    assert Packing("plain").of(base) is None
+    assert Packing("plain").engine_for(base) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

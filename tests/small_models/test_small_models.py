@@ -841,7 +841,7 @@ def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
     assert model.lineage["examples"] + model.lineage["validation_examples"] == len(texts), "trained on all in the end"
     held = (texts[::4], labels[::4])
     model, table = train_best(
-        texts, labels, validation=held, settings=QUIET, kinds=("embedding", "lstm"), time_deferral=0.5
+        texts, labels, validation=held, settings=QUIET, kinds=("embedding", "lstm"), time_budget=0.5
     )
     assert type(model).kind() == "embedding"
     assert table[1].note

@@ -35,7 +35,7 @@ from langchain_datashunt.cli.run import large_model
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.distillation import DistillationSettings, ModelRegistry, TwoStageDistiller
 from langchain_datashunt.exceptions import DataError, UnparsableAnswerError
-from langchain_datashunt.large_models.label_chat import LabelAsker, default_prompt
+from langchain_datashunt.large_models.chat_asker import ChatAsker, default_prompt
 from langchain_datashunt.large_models.prompt_pruning import NoPruning, SoftPruning
 from langchain_datashunt.large_models.replay import ChatServer, RecordedAnswers
 from langchain_datashunt.policies.thresholds import Policy
@@ -152,7 +152,7 @@ def _shuffled(task: BenchmarkTask, size: int, seed: int) -> BenchmarkTask:
 def _ask_everything(task: BenchmarkTask, large: str) -> BenchmarkTask:
     """The real model's answers, which `large alone` and the choice of the threshold need."""
     with large_model(large) as model:
-        asker = LabelAsker(prompt=default_prompt(NoPruning()), chat_model=model, labels=task.labels)
+        asker = ChatAsker.from_labels(task.labels, model, default_prompt(NoPruning()))
         answered = {}
         for part, split in (("dev", task.dev), ("test", task.test)):
             asked = [mapping_for(text, task) for text in split.texts]

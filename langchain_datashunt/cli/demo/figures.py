@@ -12,7 +12,7 @@ from langchain_datashunt.calibration import ThresholdChoice
 from langchain_datashunt.cli.demo.benchmark_task import BenchmarkTask, Labelled
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.evaluation import mean_interval
-from langchain_datashunt.large_models.label_chat import default_prompt
+from langchain_datashunt.large_models.chat_asker import default_prompt
 from langchain_datashunt.large_models.prompt_pruning import (
     ConformalPruning,
     HardPruning,

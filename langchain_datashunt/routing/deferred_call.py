@@ -1,0 +1,57 @@
+"""The inputs of one call, and one of them on its way to the large model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+
+from langchain_datashunt.large_models.watcher import LargeCallWatcher
+from langchain_datashunt.prediction import Prediction
+from langchain_datashunt.routing.plan import Plan
+from langchain_datashunt.routing.runs import Runs
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedInputs:
+    """The `n` inputs of one call of a shunt, after it was decided who answers which.
+
+    Attributes:
+        values: The inputs as the caller passed them.
+        runs: Their callback runs and configs.
+        kwargs: Keyword arguments for the large model.
+        plan: Who answers which input.
+        small_seconds: Wall time of the small models, in seconds.
+    """
+
+    values: Sequence[Any]
+    runs: Runs
+    kwargs: dict[str, Any]
+    plan: Plan
+    small_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredCall:
+    """One deferred input.
+
+    Attributes:
+        inputs: The call that it belongs to.
+        row: Its position among the inputs.
+        asked: What the large model gets, or the error that keeps it from being asked.
+        config: Config of the large call.
+        watcher: Records usage and text of the large call; None if neither a result nor a log needs them.
+    """
+
+    inputs: RoutedInputs
+    row: int
+    asked: Any
+    config: RunnableConfig
+    watcher: LargeCallWatcher | None
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """The small model's prediction; None if it failed."""
+        return self.inputs.plan.prediction(self.row)
