@@ -1,4 +1,4 @@
-"""Calibration: probabilities that mean what they say, and thresholds chosen on held-out data."""
+"""Calibration of probabilities, and selection of thresholds on held-out data."""
 
 from __future__ import annotations
 

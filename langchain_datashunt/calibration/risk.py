@@ -1,4 +1,4 @@
-"""Learn-then-Test for the error among what is kept: p-values along a fixed grid, and where they stop passing."""
+"""Learn-then-Test for the selective risk: p-values along a fixed grid, and sequential tests over them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from langchain_datashunt._utils.optional import require
 from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray
 
 GRID_SIZE = 200
-"""Thresholds of the fixed grid."""
+"""Number of thresholds in the fixed grid."""
 
-_CLOSEST = 1e-5
+_CLOSEST = 1e-5  # distance of the strictest threshold from the highest score, as a share of the range
 
 
 def grid_of(bounds: tuple[float, float]) -> FloatArray:
-    """Thresholds from strict to loose, shape `[GRID_SIZE]`, fixed before any data is seen.
+    """Return a fixed grid of thresholds from strict to loose, shape `[GRID_SIZE]`.
 
-    Their distances from the score's highest value grow geometrically, since confident scores crowd there.
+    The grid does not depend on the data, as the guarantee requires. The distances from the highest score grow
+    geometrically, because confident scores crowd there.
 
     Args:
-        bounds: The lowest and highest value of the score.
+        bounds: Lowest and highest possible value of the score.
     """
     low, high = bounds
     return np.asarray(high - (high - low) * np.geomspace(_CLOSEST, 1.0, GRID_SIZE))
 
 
 def risk_p_values(score: FloatArray, right: BoolArray, grid: FloatArray, alpha: float) -> tuple[FloatArray, IntArray]:
-    """P-values of "the error among score >= threshold exceeds alpha", and how many are kept.
+    """Return the p-value and the number of local answers at each threshold.
 
-    With n kept and k wrong the p-value is P(Bin(n, alpha) <= k), which is exact given n.
+    The null hypothesis is "the error among score >= threshold exceeds alpha". If k of j local answers are wrong, the
+    p-value is P(Bin(j, alpha) <= k), which is exact given j.
 
     Args:
-        score: Shape `[n]`.
-        right: Shape `[n]`.
-        grid: Shape `[m]`, thresholds.
-        alpha: The bound on the error.
+        score: Confidence scores, shape `[n]`.
+        right: Whether the small model was right, shape `[n]`.
+        grid: Thresholds, shape `[m]`.
+        alpha: Upper bound of the error.
 
     Returns:
-        P-values `[m]`, 1.0 where nothing is kept, and the numbers kept `[m]`.
+        P-values, shape `[m]`, 1.0 if there are no local answers, and numbers of local answers, shape `[m]`.
     """
     order = np.argsort(-score, kind="stable")
     wrong = np.concatenate([[0], np.cumsum(~right[order])])
@@ -50,17 +52,30 @@ def risk_p_values(score: FloatArray, right: BoolArray, grid: FloatArray, alpha: 
 
 
 def examples_needed(alpha: float, confidence: float) -> int:
-    """Kept examples without a single error from which a bound on the error can be shown: (1 - alpha)^n <= level."""
+    """Return the fewest error-free local answers that show the bound, the smallest n with (1 - alpha)^n <= level.
+
+    The level is 1 - `confidence`.
+    """
     return max(1, math.ceil(math.log(1.0 - confidence) / math.log1p(-alpha) - 1e-9))
 
 
 START_ERRORS = 2
-"""The walk begins where so many errors among the kept would still pass, if the examples allow it: a walk that begins
-with the first few examples ends with the first unlucky one."""
+"""Number of errors that the first test of a walk tolerates, if there are enough examples.
+
+A walk that starts with the minimum of examples stops at the first unlucky one.
+"""
 
 
 def examples_to_start(alpha: float, level: float, n: int) -> int:
-    """Kept examples with which the walk begins: from alpha, level and the number of examples alone."""
+    """Return the number of local answers at which the walk starts.
+
+    The number does not depend on the scores or labels of the examples.
+
+    Args:
+        alpha: Upper bound of the error.
+        level: Significance level, 1 - confidence.
+        n: Number of examples.
+    """
     stats, needed = require("scipy.stats", "calibration"), examples_needed(alpha, 1.0 - level)
     wanted = needed
     while wanted < n // 2 and stats.binom.cdf(START_ERRORS, wanted, alpha) > level:
@@ -69,20 +84,20 @@ def examples_to_start(alpha: float, level: float, n: int) -> int:
 
 
 def first_that_fails(p: FloatArray, kept: IntArray, level: float, needed: int) -> tuple[int, int] | None:
-    """Where the walk from strict to loose begins and ends; None where it cannot begin.
+    """Return the indices at which the walk from strict to loose starts and stops, or None if it cannot start.
 
-    It begins at the first threshold that keeps enough examples. That choice looks at the scores only,
-    and keeps the level where the error grows as the threshold falls: the walk errs only at the first threshold whose
-    error exceeds alpha, or at its own start if that lies beyond, and never at both.
+    The walk starts at the first threshold with enough local answers. This start depends on the scores only. It keeps
+    the level if the error grows as the threshold falls. The walk can then err only at the first threshold whose error
+    exceeds alpha, or at its own start if that lies beyond, and never at both.
 
     Args:
-        p: P-values, from strict to loose.
-        kept: Examples kept at each.
-        level: One less the confidence.
-        needed: Examples that must be kept for a start.
+        p: P-values from strict to loose, shape `[m]`.
+        kept: Number of local answers at each threshold, shape `[m]`.
+        level: Significance level, 1 - confidence.
+        needed: Number of local answers required at the start.
 
     Returns:
-        Index of the start, and of the first threshold that does not pass (the number of thresholds for none).
+        Index of the start, and index of the first threshold that fails (`len(p)` if none fails).
     """
     enough = np.flatnonzero(kept >= needed)
     if not enough.size:
@@ -93,18 +108,22 @@ def first_that_fails(p: FloatArray, kept: IntArray, level: float, needed: int) -
 
 
 WALKS = 10
-"""Starts of `last_of_several_walks`, evenly spread over the grid."""
+"""Number of starts of `last_of_several_walks`, spread evenly over the grid."""
 
 
 def last_of_several_walks(p: FloatArray, level: float) -> int | None:
-    """The loosest threshold that is shown by walks from several fixed starts, each at level / WALKS; None for none.
+    """Return the index of the loosest threshold that passes a walk from any of several fixed starts.
 
-    For a loss that need not grow as the threshold falls, so that a walk from the strict end alone may never begin
-    (Angelopoulos et al. 2021, fixed sequence testing with several starts).
+    Each walk tests at `level / WALKS` (Angelopoulos et al. 2021, fixed sequence testing with several starts). Several
+    starts are needed if the loss need not grow as the threshold falls: a walk from the strict end alone may never
+    begin.
 
     Args:
-        p: P-values, from strict to loose.
-        level: One less the confidence.
+        p: P-values from strict to loose, shape `[m]`.
+        level: Significance level over all walks, 1 - confidence.
+
+    Returns:
+        Index of the threshold, or None if no threshold passes.
     """
     last: int | None = None
     passes = p <= level / WALKS

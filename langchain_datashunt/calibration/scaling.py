@@ -1,4 +1,4 @@
-"""Vector scaling (Guo et al. 2017): one factor and one shift for each label, for tasks with many examples a label."""
+"""Vector scaling (Guo et al. 2017): one factor and one shift per label, for tasks with many examples per label."""
 
 from __future__ import annotations
 
@@ -13,44 +13,47 @@ from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import FloatArray
 
 EXAMPLES_A_LABEL = 10
-"""With fewer examples a label the fit is noise, and a temperature is better."""
+"""Minimum examples per label. With fewer, the fit is noise and temperature scaling is better."""
 
 
 @dataclass(frozen=True)
 class VectorScaling:
-    """Probabilities are softmax(logits * scale + shift).
+    """Fitted vector scaling, with probabilities softmax(logits * scale + shift).
 
     Attributes:
-        scale: Shape `[k]`.
-        shift: Shape `[k]`.
+        scale: Factor of each label, shape `[k]`.
+        shift: Shift of each label, shape `[k]`.
     """
 
     scale: FloatArray
     shift: FloatArray
 
     def __call__(self, logits: FloatArray) -> FloatArray:
-        """Calibrated probabilities, shape `[n, k]`."""
+        """Return calibrated probabilities, shape `[n, k]`."""
         scores = logits * self.scale + self.shift
         raised = np.exp(scores - scores.max(axis=1, keepdims=True))
         return np.asarray(raised / raised.sum(axis=1, keepdims=True))
 
 
 def fit_vector_scaling(logits: FloatArray, truth: NDArray[np.intp], *, penalty: float = 0.01) -> VectorScaling:
-    """The scaling with the least mean NLL plus `penalty` times its squared distance from plain temperature scaling.
+    """Fit a vector scaling to held-out logits.
+
+    The loss is the mean negative log-likelihood plus `penalty` times the squared distance from plain temperature
+    scaling, averaged over the labels.
 
     Args:
-        logits: Shape `[n, k]`, of examples that the model was not trained on.
-        truth: Shape `[n]`, index of the true label.
-        penalty: How strongly labels are held together.
+        logits: Logits of examples that the model was not trained on, shape `[n, k]`.
+        truth: Indices of the true labels, shape `[n]`.
+        penalty: Weight of the distance from temperature scaling.
 
     Raises:
-        DataError: Too few examples for so many labels, or logits that are not finite.
+        DataError: There are fewer than `EXAMPLES_A_LABEL * k` examples, or logits are not finite.
     """
     n, k = logits.shape
     if n < EXAMPLES_A_LABEL * k:
         raise DataError(
-            f"Vector scaling of {k} labels needs {EXAMPLES_A_LABEL * k} examples, and there are {n}. Use temperature "
-            f"scaling (fit_temperature), or give more examples."
+            f"Expected at least {EXAMPLES_A_LABEL * k} examples for vector scaling of {k} labels, got {n}. Use "
+            f"temperature scaling (`fit_temperature`), or provide more examples."
         )
     start = 1.0 / fit_temperature(logits, truth)
     optimize, hot = require("scipy.optimize", "calibration"), np.eye(k)[truth]

@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al. 2017): one number that makes probabilities mean what they say."""
+"""Temperature scaling (Guo et al. 2017): calibrate probabilities with one parameter."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ _STEPS = 100
 
 
 def fit_temperature(logits: FloatArray, truth: NDArray[np.intp]) -> float:
-    """The temperature T > 0 for which softmax(logits / T) has the least mean negative log-likelihood.
+    """Return the temperature T that minimises the mean negative log-likelihood of softmax(logits / T).
 
-    The loss is convex in 1 / T, so bisection on its derivative finds the one minimum.
+    The loss is convex in 1 / T, so bisection on its derivative finds the minimum.
 
     Args:
-        logits: Shape `[n, k]`, of examples that the model was not trained on.
-        truth: Shape `[n]`, index of the true label.
+        logits: Logits of examples that the model was not trained on, shape `[n, k]`.
+        truth: Indices of the true labels, shape `[n]`.
+
+    Returns:
+        Temperature in [0.001, 1000], or 1.0 if the loss still falls at the lower end.
 
     Raises:
         DataError: There are no examples, or logits are not finite.
     """
     if not len(logits):
-        raise DataError("There are no examples to fit a temperature on; give some.")
+        raise DataError("Expected at least one example for `logits`, got none. Provide held-out examples.")
     if not np.isfinite(logits).all():
-        raise DataError("Logits to calibrate on have NaN or infinity; remove these examples.")
+        raise DataError("Expected finite values for `logits`, got NaN or infinity. Remove these examples.")
     scores = logits - logits.max(axis=1, keepdims=True)
     chosen = scores[np.arange(len(scores)), truth].mean()
 
@@ -36,7 +39,7 @@ def fit_temperature(logits: FloatArray, truth: NDArray[np.intp]) -> float:
         return float(((raised * scores).sum(axis=1) / raised.sum(axis=1)).mean() - chosen)
 
     low, high = _BETA_RANGE
-    if slope(high) <= 0.0:  # every example is right by a margin: the sharper the better, so stay where we are
+    if slope(high) <= 0.0:  # every example is right by a margin and the loss has no minimum: keep the logits
         return 1.0
     if slope(low) >= 0.0:
         return 1.0 / low

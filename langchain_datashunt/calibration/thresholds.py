@@ -1,4 +1,4 @@
-"""Which threshold to use: one call for all objectives, and what is to be expected of the choice."""
+"""Threshold selection: one function for all objectives, with the expected figures of the choice."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray, Pred
 
 @dataclass(frozen=True)
 class ThresholdChoice:
-    """A threshold with what is to be expected of it.
+    """Selected threshold with its figures on the calibration data.
+
+    The figures are slightly optimistic, because the threshold was chosen on the same data.
 
     Attributes:
-        policy: The policy to use.
-        threshold: Its threshold; above 1 where everything is sent.
-        accuracy: Of the shunt on the data it was chosen on (NaN without recorded large answers); choosing on it makes
-            this a little too good.
-        deferral_rate: Share asked on that data.
-        selective_risk: Error among what the small model keeps; NaN where it keeps nothing.
-        usd_per_1000: Cost of asking for 1,000 inputs; None where costs are not known.
-        small_accuracy: Of the small model alone.
-        large_accuracy: Of the large model alone; NaN without recorded answers.
-        intervals: 95% bootstrap intervals of accuracy, deferral_rate and selective_risk at this threshold.
-        fitted_on: How many examples it was chosen on.
-        objective: What was aimed for, in words.
-        guarantee: What is promised, in words.
-        proven: Whether the objective's promise could be shown; False where everything is sent for want of data.
-        curve: All points that were to be had.
+        policy: Policy that applies the threshold.
+        threshold: Lowest score that is answered locally. A value above 1 defers everything, or with per-label
+            thresholds every label without its own.
+        accuracy: Accuracy of the shunt, or NaN without large answers.
+        deferral_rate: Share of examples deferred to the large model.
+        selective_risk: Error among locally answered examples, or NaN if there are none.
+        usd_per_1000: LLM cost of 1,000 inputs in USD, or None if unknown.
+        small_accuracy: Accuracy of the small model alone.
+        large_accuracy: Accuracy of the large model alone, or NaN without large answers.
+        fitted_on: Number of calibration examples.
+        objective: Text form of the objective.
+        guarantee: Guarantee as a sentence that starts with "None" if nothing is guaranteed.
+        proven: False if everything is deferred because no threshold could be shown to meet the objective.
+        curve: Accuracy and deferral rate at every threshold.
+        intervals: 95% bootstrap intervals of `deferral_rate`, `selective_risk` and, with large answers, `accuracy`.
     """
 
     policy: Policy
@@ -58,7 +60,7 @@ class ThresholdChoice:
     intervals: dict[str, Interval] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the curve."""
+        """Return the figures as a JSON-serialisable dictionary without the curve. NaN becomes None."""
         names = (
             "accuracy", "deferral_rate", "selective_risk", "usd_per_1000", "small_accuracy", "large_accuracy",
             "fitted_on", "objective", "guarantee", "proven",
@@ -80,22 +82,24 @@ def select_threshold(
     labels_are: Literal["true", "large"] = "true",
     unknown_labels: Literal["raise", "wrong"] = "raise",
 ) -> ThresholdChoice:
-    """Choose the shunt threshold on held-out labelled examples.
+    """Select the threshold of a shunt on held-out labelled examples.
 
     Args:
-        predictions: Of the small model, for `n` examples that it was not trained on.
-        labels: Their true labels, `n` names.
-        large: The large model's answers, `n` names; None for an unparsable one, which counts as wrong. Needed by
-            objectives that compare with the large model.
-        objective: What to aim for; None for `MaxAccuracy()`.
-        score: How sureness is measured; None for `MaxProbability()`.
-        fusion: Fitted on these very examples: asked answers count as fused, each without its own example's count.
-        large_cost: USD of asking, one number or `n`.
-        labels_are: "large" where the labels are the large model's own answers: the guarantee says so.
-        unknown_labels: What to make of true labels that the small model does not have: an error, or wrong answers.
+        predictions: Predictions of the small model for `n` examples that it was not trained on.
+        labels: True labels, `n` names.
+        large: Answers of the large model, `n` names. None marks an unparsable answer, which counts as wrong. Required
+            by objectives that compare with the large model.
+        objective: Objective of the selection. None means `MaxAccuracy()`.
+        score: Confidence score. None means `MaxProbability()`.
+        fusion: Answer fusion fitted on these same examples. Deferred answers are then fused, each without the count of
+            its own example.
+        large_cost: LLM cost in USD, one number or `n`.
+        labels_are: "large" if `labels` are answers of the large model. The guarantee then mentions it.
+        unknown_labels: "raise" to reject true labels outside the small model's label set, or "wrong" to count the small
+            model as wrong on them.
 
     Raises:
-        DataError: The data cannot be used, or cannot show what is asked for; the message says what to do.
+        DataError: The data is invalid, or cannot support the objective. The message names the remedy.
     """
     aim = objective or MaxAccuracy()
     measure = score or MaxProbability()
@@ -110,7 +114,7 @@ def select_threshold(
     )
     if data.large_right is None and aim.needs_large:
         raise DataError(
-            f"{type(aim).__name__} compares with the large model's answers, and none are given. Pass `large`, or use "
+            f"{type(aim).__name__} requires the large model's answers, but `large` is None. Pass `large`, or use "
             f"RiskControl or MaxDeferralRate."
         )
     pick = aim.choose(data)
@@ -130,10 +134,12 @@ def calibration_data(
     large_cost: float | Sequence[float] | None = None,
     unknown_labels: Literal["raise", "wrong"] = "raise",
 ) -> CalibrationData:
-    """Check labelled examples, and say of each who was right; arguments as for `select_threshold`.
+    """Validate labelled examples and compute on which of them each model was right.
+
+    The arguments are those of `select_threshold`.
 
     Raises:
-        DataError: The examples cannot be used; the message says why, and what to do.
+        DataError: The examples are invalid. The message names the remedy.
     """
     measure, n = score or MaxProbability(), len(predictions)
     _check(predictions, labels, large, large_cost)
@@ -141,8 +147,8 @@ def calibration_data(
     if unknown_labels == "raise" and (truth == OTHER).any():
         strange = sorted({label for label, at in zip(labels, truth.tolist(), strict=True) if at == OTHER})
         raise DataError(
-            f"{int((truth == OTHER).sum())} examples have labels that the small model does not know: "
-            f"{', '.join(strange[:5])}. Train it with them, remove these rows, or count them as wrong "
+            f"{int((truth == OTHER).sum())} examples have labels outside the small model's label set: "
+            f"{', '.join(strange[:5])}. Train the model with these labels, remove the examples, or count them as wrong "
             f"(unknown_labels='wrong')."
         )
     alone = after = None
@@ -165,14 +171,18 @@ def calibration_data(
 
 
 def fused_right(fusion: AnswerFusion, predictions: PredictionBatch, truth: IntArray, answers: IntArray) -> BoolArray:
-    """Whether the fused answer is right, on the examples that the fusion was fitted on, each without its own count.
+    """Return whether the fused answer is right, for each example that the fusion was fitted on.
+
+    Each answer is fused without the count of its own example (cross-fitting).
 
     Args:
-        fusion: Fitted on these examples.
-        predictions: `n` of them.
-        truth: Shape `[n]`, index in the predictions' labels, `OTHER` for none.
-        answers: Shape `[n]`, likewise.
+        fusion: Answer fusion fitted on these examples.
+        predictions: Predictions of the small model for `n` examples.
+        truth: Indices of the true labels in `predictions.labels`, shape `[n]`, `OTHER` if outside.
+        answers: Indices of the large model's answers in `predictions.labels`, shape `[n]`, `OTHER` if outside.
     """
+    # `back` maps labels of the predictions to columns of the fusion. `OTHER` is -1, so it maps to the last column,
+    # "abstained".
     own = np.array([predictions.labels.index(label) for label in fusion.labels])
     back = np.full(len(own) + 1, len(own))
     back[own] = np.arange(len(own))
@@ -194,25 +204,26 @@ def _check(
     if not n or n != len(labels) or (large is not None and n != len(large)):
         answers = "" if large is None else f" and {len(large)} large answers"
         raise DataError(
-            f"{n} predictions, {len(labels)} labels{answers}: "
-            f"give one of each for every example, and at least one example."
+            f"Expected equal, non-zero counts, got {n} predictions, {len(labels)} "
+            f"labels{answers}. Provide one of each for every example."
         )
     if strange := [label for label in labels if not isinstance(label, str)]:
-        raise DataError(f"The label {strange[0]!r} is no text. Leave examples without a label out.")
+        raise DataError(f"Expected strings for `labels`, got {strange[0]!r}. Remove examples without a label.")
     if not predictions.sound.all():
         bad = np.flatnonzero(~predictions.sound)
         raise DataError(
-            f"{bad.size} predictions to calibrate on are no distributions. {predictions.complaint(int(bad[0]))}"
+            f"Expected probability distributions for `predictions`, got {bad.size} invalid. "
+            f"{predictions.complaint(int(bad[0]))}"
         )
     if len(set(labels)) < 2:
         raise DataError(
-            f"All {n} examples have the label {next(iter(labels))!r}: nothing can be learnt about when to ask. Give "
-            f"examples of two labels at least, as they come in your traffic."
+            f"Expected at least two distinct labels, got {next(iter(labels))!r} for all {n} examples. Provide examples "
+            f"with the labels that occur in your traffic."
         )
     if large is not None and len(set(large)) == 1:
         raise DataError(
-            f"The large model's answer is {next(iter(large))!r} for all {n} examples. That is the wrong column, or a "
-            f"model that does not read its input; check the column of large answers."
+            f"Expected varying answers of the large model, got {next(iter(large))!r} for all {n} examples. Check that "
+            f"this is the right column, and that the prompt contains the input."
         )
     if large_cost is not None:
         try:
@@ -220,13 +231,16 @@ def _check(
         except (TypeError, ValueError):
             cost = np.array(np.nan)
         if cost.shape not in ((), (n,)) or not np.isfinite(cost).all() or (cost < 0).any():
-            raise DataError("`large_cost` is USD of asking: one number, or one for each example, none negative or NaN.")
+            raise DataError(
+                "Expected non-negative, finite costs for `large_cost`, got other values or another number of them. "
+                "Pass one number in USD, or one for each example."
+            )
 
 
 def _described(
     data: CalibrationData, pick: Pick, measure: ConfidenceScore, objective: str, guarantee: str
 ) -> ThresholdChoice:
-    """The choice with its figures on the data, and their intervals."""
+    """Return the choice with its figures on the data and their intervals."""
     policy = _policy(pick, measure, data.bounds[0])
     limit: FloatArray | float = pick.threshold
     if pick.by_label is not None:
@@ -264,7 +278,10 @@ def _described(
 
 
 def _policy(pick: Pick, measure: ConfidenceScore, lowest: float) -> Policy:
-    """The policy of a choice: one that sends or keeps everything is a result here, not a mistake to warn of."""
+    """Return the policy of a choice.
+
+    Deferring or answering everything is a valid result here, so `ThresholdWarning` is suppressed.
+    """
     if not pick.proven:
         return AlwaysLarge()
     if pick.by_label is None and pick.threshold <= lowest + 1e-9:

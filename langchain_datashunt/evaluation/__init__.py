@@ -1,4 +1,4 @@
-"""Evaluation: metrics with their sources, curves, and figures with their uncertainty."""
+"""Evaluation: metrics, curves, and figures with confidence intervals."""
 
 from __future__ import annotations
 

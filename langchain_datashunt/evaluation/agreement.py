@@ -1,4 +1,4 @@
-"""How alike two ways to compute one small model answer: what another number format or engine changes."""
+"""Agreement between two computations of one small model, such as two precisions or two engines."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from langchain_datashunt.prediction import PredictionBatch
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two computations of the same inputs, compared.
+    """Comparison of two computations of the same inputs.
 
     Attributes:
-        n: Inputs.
-        same_label: Share of inputs with the same label (the same text, where the model writes), with a 95% interval.
-        same_route: Share that a policy keeps, or asks, under both; None without a policy.
-        largest_difference: Of one probability of any input.
-        difference_of_99_in_100: What each input's largest difference of a probability is below, for 99 of 100.
-        differing: Inputs with another label, by their place.
+        n: Number of inputs.
+        same_label: Share of inputs with the same label (or text, if the model generates text), with a 95% interval.
+        same_route: Share of inputs with the same route under a policy, with a 95% interval, or None without a policy.
+        largest_difference: Largest difference in a probability over all inputs and labels.
+        difference_of_99_in_100: 99th percentile, over the inputs, of the largest difference in a probability.
+        differing: Indices of the inputs with different labels.
     """
 
     n: int
@@ -35,7 +35,7 @@ class Agreement:
     differing: NDArray[np.intp]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a share's interval stands beside it."""
+        """Return the figures as a JSON-serialisable dictionary, with intervals as `<name>_interval`."""
         shares = {"same_label": self.same_label, "same_route": self.same_route}
         found: dict[str, Any] = {"n": self.n}
         for name, share in shares.items():
@@ -48,25 +48,26 @@ class Agreement:
 
 
 def agreement(found: PredictionBatch, reference: PredictionBatch, policy: Policy | None = None) -> Agreement:
-    """Compare what was predicted of `n` inputs in one way with what was in another.
+    """Compare two sets of predictions for the same inputs.
 
     Args:
-        found: Predictions by the engine or the number format that is in question.
-        reference: Those of the same inputs, in their order, by the one that is trusted.
-        policy: Decides what is kept; a threshold lies between few inputs, so that routes tell more than labels.
+        found: Predictions by the engine or precision under test.
+        reference: Predictions by the trusted engine or precision, for the same inputs in the same order.
+        policy: Policy that routes the inputs. None skips the comparison of routes.
 
     Raises:
-        ConfigurationError: They are of different label sets.
-        DataError: They are of no input, or of differently many.
+        ConfigurationError: The label sets or their order differ.
+        DataError: There are no predictions, or their numbers differ.
     """
     if found.labels != reference.labels:
         raise ConfigurationError(
-            f"Predictions over {len(found.labels)} labels are compared with others over {len(reference.labels)}, or "
-            f"these stand in another order. Compare two computations of one model."
+            f"Expected the same labels in the same order, got {len(found.labels)} labels in `found` and "
+            f"{len(reference.labels)} in `reference`. Compare two computations of one model."
         )
     if len(found) != len(reference) or not len(found):
         raise DataError(
-            f"{len(found)} predictions are compared with {len(reference)}. Give both the same inputs, at least one."
+            f"Expected the same number of predictions, at least one, got {len(found)} in `found` and {len(reference)} "
+            f"in `reference`. Predict the same inputs with both."
         )
     far = np.abs(found.probabilities - reference.probabilities).max(axis=1)
     if found.answers is not None and reference.answers is not None:

@@ -1,8 +1,8 @@
-"""Betting against a mean: tests and confidence sequences that stay valid however long one looks.
+"""Tests and confidence sequences for a mean by betting, valid however often they are checked.
 
-A gambler bets that values in [0, 1] have a higher (lower) mean than m. If the mean is m, the expected wealth stays 1,
-so a wealth of 1 / a is reached with probability a at the most, at any time (Ville's inequality). Bets follow the
-values seen before (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting").
+A gambler bets that values in [0, 1] have a higher (lower) mean than m. If the mean is m, the expected wealth stays 1.
+The wealth then ever reaches 1 / a with probability at most a (Ville's inequality). Each bet depends on earlier values
+only (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting").
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ _GRID = 1001
 
 
 def betting_p_value(values: FloatArray, mean: float) -> float:
-    """A valid p-value of "the mean is at least `mean`", small where the values are lower.
+    """Return a valid p-value of "the mean is at least `mean`", which is small if the values are lower.
 
     Args:
-        values: Shape `[n]`, in [0, 1], independent, in an order that does not depend on them.
-        mean: In (0, 1).
+        values: Independent values in [0, 1], shape `[n]`, in an order that does not depend on them.
+        mean: Mean under the null hypothesis, in (0, 1).
+
+    Returns:
+        P-value, 1.0 if there are no values.
+
+    Raises:
+        DataError: `mean` is not between 0 and 1.
     """
     if not 0.0 < mean < 1.0:
-        raise DataError(f"A mean of {mean} cannot be tested; it must lie between 0 and 1. Give a share.")
+        raise DataError(f"Expected a number between 0 and 1 for `mean`, got {mean}. Pass a share, not a percentage.")
     if not len(values):
         return 1.0
-    bound = 0.5 / (1.0 - mean)
+    bound = 0.5 / (1.0 - mean)  # a bet may lose at most about half of the wealth
     steps = np.maximum(-np.minimum(_bets(values, math.log(1 / 0.05)), bound) * (values - mean), -0.999)
     return float(min(1.0, math.exp(-np.cumsum(np.log1p(steps)).max())))
 
 
 def _bets(values: FloatArray, weight: float) -> FloatArray:
-    """Sizes of the bets, each from the values before it: about sqrt(2 log(1/a) / (variance t log t))."""
+    """Return the sizes of the bets, each from earlier values only: about sqrt(2 log(1/a) / (variance t log t))."""
     n = len(values)
     before = np.arange(1, n + 1)
     spread = np.concatenate([[0.0], np.cumsum((values - (0.5 + np.cumsum(values)) / (before + 1)) ** 2)[:-1]])
@@ -43,18 +49,21 @@ def _bets(values: FloatArray, weight: float) -> FloatArray:
 
 
 class ConfidenceSequence:
-    """An interval for a mean that holds at all times at once, with probability `level`.
+    """Confidence interval for a mean that holds at all times at once, with probability `level`.
 
-    Two gamblers bet on every value of a grid, one on higher, one on lower means; what neither could become rich
-    against is still possible. Constant memory.
+    Two gamblers bet against every mean of a grid, one on a higher mean and one on a lower one. A mean stays possible if
+    neither has become rich by betting against it. Memory is constant.
 
     Args:
-        level: In (0, 1).
+        level: Confidence level, in (0, 1).
+
+    Raises:
+        DataError: `level` is not between 0 and 1.
     """
 
     def __init__(self, level: float = 0.95) -> None:
         if not 0.0 < level < 1.0:
-            raise DataError(f"A confidence level of {level} makes no sense; give one between 0 and 1, as 0.95.")
+            raise DataError(f"Expected a number between 0 and 1 for `level`, got {level}. Pass 0.95, for example.")
         self.level = level
         self.n = 0
         self.total = 0.0
@@ -65,9 +74,16 @@ class ConfidenceSequence:
         self._low, self._high = 0.0, 1.0
 
     def add(self, value: float) -> None:
-        """Take one value in [0, 1] in."""
+        """Add a value and update the interval.
+
+        Args:
+            value: Number in [0, 1].
+
+        Raises:
+            DataError: `value` is not in [0, 1].
+        """
         if not 0.0 <= value <= 1.0:
-            raise DataError(f"A value of {value} cannot be used; it must lie in [0, 1]. Scale it first.")
+            raise DataError(f"Expected a number in [0, 1] for `value`, got {value}. Scale the values first.")
         t = self.n + 1
         variance = (0.25 + self._squares) / t
         bet = math.sqrt(2.0 * math.log(2.0 / (1.0 - self.level)) / (variance * t * math.log(t + 1.0)))
@@ -80,16 +96,16 @@ class ConfidenceSequence:
         rich = math.log(2.0 / (1.0 - self.level))
         possible = m[(self._higher < rich) & (self._lower < rich)]
         if possible.size:
-            step = 1.0 / (_GRID - 1)
+            step = 1.0 / (_GRID - 1)  # the true limit may lie between two means of the grid
             self._low = max(self._low, float(possible[0]) - step)
             self._high = min(self._high, float(possible[-1]) + step)
 
     @property
     def mean(self) -> float:
-        """Mean of the values so far; NaN without any."""
+        """Mean of the values so far, or NaN if there are none."""
         return self.total / self.n if self.n else float("nan")
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The interval so far; it never widens."""
+        """Lower and upper end of the interval so far, which never widens."""
         return max(0.0, self._low), min(1.0, self._high)

@@ -1,4 +1,4 @@
-"""Curves over all thresholds at once: what is asked, what is right, what it costs. Pure arrays."""
+"""Deferral, risk-coverage and reliability curves as arrays."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 from langchain_datashunt.prediction import BoolArray, FloatArray
 
 SEND_ALL = float(np.nextafter(1.0, 2.0))
-"""The smallest threshold above certainty: everything is asked."""
+"""Smallest threshold above 1, which defers everything."""
 
 
 @dataclass(frozen=True)
 class DeferralCurve:
-    """What each threshold would have given on `n` labelled examples with recorded large answers.
+    """Accuracy, deferral rate and cost of a shunt at each threshold, on labelled examples.
 
     Attributes:
-        thresholds: Shape `[m]`, from sending all (the strictest) to keeping all; one for each distinct score.
-        accuracy: Shape `[m]`: of the shunt, kept and asked together.
-        deferral_rate: Shape `[m]`: share asked, falling from 1 to 0.
-        cost: Shape `[m]`: mean USD of an example, where the large model's cost is known.
+        thresholds: Thresholds from strict to loose, shape `[m]`. The first defers everything, and each distinct score
+            follows.
+        accuracy: Accuracy over local and deferred answers together, shape `[m]`.
+        deferral_rate: Share of examples deferred, falling from 1 to 0, shape `[m]`.
+        cost: Mean LLM cost per example in USD, shape `[m]`, or None if unknown.
     """
 
     thresholds: FloatArray
@@ -29,7 +30,7 @@ class DeferralCurve:
     cost: FloatArray | None = None
 
     def thinned(self, points: int = 200) -> DeferralCurve:
-        """At most so many points of it, evenly spaced in what is asked; the ends are among them."""
+        """Return at most `points` points of the curve, evenly spaced by index and including both ends."""
         if len(self.thresholds) <= points:
             return self
         at = np.unique(np.linspace(0, len(self.thresholds) - 1, points).round().astype(np.intp))
@@ -43,13 +44,13 @@ def deferral_curve(
     large_right: BoolArray | FloatArray,
     large_cost: FloatArray | None = None,
 ) -> DeferralCurve:
-    """The shunt's accuracy and share asked at every distinct threshold, in one pass over the sorted scores.
+    """Compute accuracy, deferral rate and cost at every distinct threshold, in one pass over the sorted scores.
 
     Args:
-        score: Shape `[n]`: confidence of the small model.
-        small_right: Shape `[n]`: whether it was right, or with what probability.
-        large_right: Shape `[n]`: whether the answer after asking was, or with what probability.
-        large_cost: Shape `[n]`: USD of asking; None where it is not known.
+        score: Confidence scores of the small model, shape `[n]`.
+        small_right: Whether the small model was right, or the probability of that, shape `[n]`.
+        large_right: Whether the answer after deferring was right, or the probability of that, shape `[n]`.
+        large_cost: LLM cost of each example in USD, shape `[n]`, or None if unknown.
     """
     n = len(score)
     order = np.argsort(-score, kind="stable")
@@ -61,6 +62,7 @@ def deferral_curve(
     if large_cost is not None:
         spent = float(large_cost.sum()) - np.cumsum(large_cost[order])[last]
         cost = np.concatenate([[large_cost.sum()], np.maximum(spent, 0.0)]) / n
+    # A custom score may exceed 1, so the first threshold must lie above the highest score as well.
     return DeferralCurve(
         np.concatenate([[max(SEND_ALL, float(np.nextafter(ranked[0], np.inf)))], ranked[last]]),
         np.concatenate([[base], base + gained[last] / n]),
@@ -71,12 +73,12 @@ def deferral_curve(
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Error among what is kept, for each share that is kept, the surest first (El-Yaniv & Wiener 2010).
+    """Selective risk at each coverage, with the most confident answers first (El-Yaniv & Wiener 2010).
 
     Attributes:
-        coverage: Shape `[n]`: 1/n, 2/n, ... 1.
-        risk: Shape `[n]`: expected error among the kept; equal scores count as if in random order.
-        generalised_risk: Shape `[n]`: kept errors as a share of all `n` (Traub et al. 2024).
+        coverage: Coverage 1/n, 2/n, ..., 1, shape `[n]`.
+        risk: Expected selective risk, with equal scores in random order, shape `[n]`.
+        generalised_risk: Wrong local answers as a share of all `n` examples, shape `[n]` (Traub et al. 2024).
     """
 
     coverage: FloatArray
@@ -85,11 +87,11 @@ class RiskCoverage:
 
 
 def risk_coverage(score: FloatArray, right: BoolArray) -> RiskCoverage:
-    """The risk-coverage curve of a score.
+    """Compute the risk-coverage curve of a confidence score.
 
     Args:
-        score: Shape `[n]`, the larger the surer.
-        right: Shape `[n]`.
+        score: Confidence scores, shape `[n]`, larger if more confident.
+        right: Whether the answers were right, shape `[n]`.
     """
     n = len(score)
     order = np.argsort(-score, kind="stable")
@@ -104,12 +106,12 @@ def risk_coverage(score: FloatArray, right: BoolArray) -> RiskCoverage:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How right the model is at each level of confidence.
+    """Accuracy at each level of confidence.
 
     Attributes:
-        confidence: Shape `[b]`: mean confidence of each bin that is not empty.
-        accuracy: Shape `[b]`: share right in it.
-        count: Shape `[b]`: examples in it.
+        confidence: Mean confidence in each non-empty bin, shape `[b]`.
+        accuracy: Accuracy in each bin, shape `[b]`.
+        count: Number of examples in each bin, shape `[b]`.
     """
 
     confidence: FloatArray
@@ -118,12 +120,12 @@ class Reliability:
 
 
 def reliability(confidence: FloatArray, right: BoolArray, bins: int = 15) -> Reliability:
-    """The reliability diagram over bins of equal width (DeGroot & Fienberg 1983).
+    """Compute a reliability diagram with bins of equal width (DeGroot & Fienberg 1983).
 
     Args:
-        confidence: Shape `[n]`, in [0, 1].
-        right: Shape `[n]`.
-        bins: How many.
+        confidence: Confidences in [0, 1], shape `[n]`.
+        right: Whether the answers were right, shape `[n]`.
+        bins: Number of bins.
     """
     which = np.clip((confidence * bins).astype(np.intp), 0, bins - 1)
     count = np.bincount(which, minlength=bins).astype(np.float64)

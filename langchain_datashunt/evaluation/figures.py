@@ -1,4 +1,4 @@
-"""Figures as inline SVG: axes, lines, points. Colours are CSS variables of the page; no script."""
+"""Charts as inline SVG without scripts, coloured by CSS variables of the page."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MOST_POINTS = 300
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart.
+    """Line of a chart.
 
     Attributes:
-        name: For the legend.
-        x: Shape `[m]`.
-        y: Shape `[m]`.
-        colour: A CSS variable's name.
-        dashed: Whether it is a control.
+        name: Name in the legend.
+        x: Horizontal coordinates, shape `[m]`.
+        y: Vertical coordinates, shape `[m]`.
+        colour: Name of a CSS variable.
+        dashed: Whether the line is dashed, as for a baseline.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """A marked point of a chart, with its name."""
+    """Marked point of a chart, with its name."""
 
     name: str
     x: float
@@ -44,16 +44,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with both axes in percent or in plain numbers.
+    """Chart with both axes in percent.
 
     Attributes:
-        title: Read out by screen readers.
-        x_title: Below the horizontal axis.
-        y_title: Beside the vertical axis.
-        lines: What is drawn.
-        points: What is marked.
-        bars: Heights between 0 and 1 that stand behind the lines, with their left and right ends.
-        square: Whether both axes go from 0 to 1.
+        title: Title for screen readers.
+        x_title: Label of the horizontal axis.
+        y_title: Label of the vertical axis.
+        lines: Lines of the chart.
+        points: Marked points.
+        bars: Bars behind the lines as (left, right, height), with heights in [0, 1].
+        square: Whether both axes span 0 to 1.
     """
 
     title: str
@@ -65,7 +65,7 @@ class Chart:
     square: bool = False
 
     def svg(self) -> str:
-        """The chart as an SVG element."""
+        """Return the chart as an SVG element."""
         (x0, x1), (y0, y1) = self._range("x"), self._range("y")
 
         def at_x(value: float) -> float:
@@ -113,7 +113,7 @@ class Chart:
         return "".join([*parts, "</svg>"])
 
     def legend(self) -> str:
-        """Names of the lines with their colours, as HTML."""
+        """Return the names and colours of the lines as HTML."""
         return "".join(
             f'<span><i style="background:var({line.colour})"></i>{escape(line.name)}</span>' for line in self.lines
         )

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals (Efron 1979), vectorised, and Wilson's for a share."""
+"""Confidence intervals: vectorised bootstrap intervals (Efron 1979), and Wilson's interval for a share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from langchain_datashunt.exceptions import DataError
 
-_CELLS = 20_000_000
+_CELLS = 20_000_000  # array cells per step, to bound memory
 
 
 class Interval(NamedTuple):
-    """An estimate with the ends of its interval."""
+    """Estimate with the lower and upper end of its confidence interval."""
 
     value: float
     low: float
@@ -24,26 +24,25 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of per-example values with a percentile bootstrap interval.
+    """Return the mean of per-example values with a percentile bootstrap interval.
 
-    For a comparison of two systems on the same examples, pass the difference of their per-example values: that
-    is the paired bootstrap.
+    To compare two systems on the same examples, pass the difference of their per-example values (paired bootstrap).
 
     Args:
-        values: Shape `[n]`, for example 1 for right and 0 for wrong.
-        level: Share of resamples inside the interval.
-        resamples: How many.
-        seed: Of the resampling.
+        values: Per-example values, shape `[n]`, for example 1 if right and 0 if wrong.
+        level: Confidence level, the share of resamples inside the interval.
+        resamples: Number of resamples.
+        seed: Random seed of the resampling.
 
     Raises:
         DataError: There are no values.
     """
     data = np.asarray(values, dtype=np.float64)
     if not data.size:
-        raise DataError("There are no values to estimate a mean from; give at least one.")
+        raise DataError("Expected at least one number for `values`, got none. Provide at least one example.")
     rng, n = np.random.default_rng(seed), len(data)
     distinct, counts = np.unique(data, return_counts=True)
-    if len(distinct) <= 16:
+    if len(distinct) <= 16:  # counts of few distinct values can be drawn at once, which is much faster
         drawn = rng.multinomial(n, counts / n, size=resamples)
         means = drawn @ distinct / n
     else:
@@ -58,12 +57,12 @@ def mean_interval(values: NDArray[Any], *, level: float = 0.95, resamples: int =
 
 
 def wilson_interval(hits: int, n: int, *, level: float = 0.95) -> Interval:
-    """A share with its interval, which says something at 0 and at 1 too (Wilson 1927).
+    """Return a share with its score interval, which is informative even at 0 and 1 (Wilson 1927).
 
     Args:
-        hits: How many of `n` it holds for.
-        n: At least 1.
-        level: Probability that the interval holds the truth, about.
+        hits: Number of hits among `n` cases.
+        n: Number of cases, at least 1.
+        level: Approximate confidence level.
     """
     z, share = NormalDist().inv_cdf((1.0 + level) / 2.0), hits / n
     middle, scale = share + z * z / (2 * n), 1.0 + z * z / n
@@ -80,17 +79,18 @@ def joint_intervals(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Intervals of functions of means: every figure of one resample is computed from the same examples.
+    """Return bootstrap intervals for functions of means, all from the same resamples.
 
-    Examples with equal values are drawn together (a multinomial over distinct rows), so that a million examples
-    with a few yes/no columns cost what a thousand do.
+    Examples with equal values are drawn together, by a multinomial over distinct rows. A million examples with a few
+    binary columns therefore cost as much as a thousand.
 
     Args:
-        columns: Per-example values, shape `[n]` each.
-        statistics: From resampled means of the columns, shape `[resamples]` each, to a figure `[resamples]`.
-        level: Share of resamples inside the interval.
-        resamples: How many.
-        seed: Of the resampling.
+        columns: Per-example values by name, shape `[n]` each.
+        statistics: Functions by name, from resampled means of the columns (shape `[resamples]` each) to a figure (shape
+            `[resamples]`).
+        level: Confidence level, the share of resamples inside the interval.
+        resamples: Number of resamples.
+        seed: Random seed of the resampling.
 
     Raises:
         DataError: There are no examples.
@@ -99,7 +99,7 @@ def joint_intervals(
     data = np.column_stack([np.asarray(columns[name], dtype=np.float64) for name in names])
     n = len(data)
     if not n:
-        raise DataError("There are no examples to estimate intervals from; give at least one.")
+        raise DataError("Expected at least one row in `columns`, got none. Provide at least one example.")
     rng = np.random.default_rng(seed)
     distinct, counts = np.unique(data, axis=0, return_counts=True)
     means = np.empty((resamples, len(names)))
@@ -125,18 +125,21 @@ def resampled_interval(
     seed: int = 0,
     cells: int = 20_000_000,
 ) -> Interval:
-    """Interval of anything that is computed from examples, by index; fewer resamples where there are very many.
+    """Return a bootstrap interval for any statistic of the examples.
 
     Args:
-        statistic: From indices of examples, shape `[n]`, to a figure.
-        n: Examples.
-        level: Share of resamples inside the interval.
-        resamples: How many at the most.
-        seed: Of the resampling.
-        cells: Examples times resamples at the most; 50 resamples at the least.
+        statistic: Function from indices of examples, shape `[n]`, to a figure.
+        n: Number of examples.
+        level: Confidence level, the share of resamples inside the interval.
+        resamples: Maximum number of resamples.
+        seed: Random seed of the resampling.
+        cells: Maximum of examples times resamples, which reduces the resamples to no fewer than 50.
+
+    Raises:
+        DataError: There are no examples.
     """
     if not n:
-        raise DataError("There are no examples to estimate an interval from; give at least one.")
+        raise DataError("Expected a positive number of examples for `n`, got 0. Provide at least one example.")
     rng, times = np.random.default_rng(seed), max(50, min(resamples, cells // n))
     drawn = [statistic(rng.integers(0, n, size=n)) for _ in range(times)]
     low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])

@@ -1,6 +1,6 @@
-"""Metrics of calibration, of selective answering and of routing: each with its definition and source.
+"""Metrics for calibration, selective prediction and routing, with their definitions and sources.
 
-Arrays are per example, shape `[n]`, unless said otherwise; accuracies and shares are in [0, 1].
+Arrays are per example with shape `[n]` unless noted. Accuracies and shares are in [0, 1].
 """
 
 from __future__ import annotations
@@ -15,15 +15,23 @@ from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray
 
 
 def expected_calibration_error(confidence: FloatArray, right: BoolArray, bins: int = 15) -> float:
-    """ECE: mean gap of confidence and accuracy over bins of equal width, weighted by size (Guo et al. 2017)."""
+    """Return the expected calibration error (ECE), the mean gap between confidence and accuracy (Guo et al. 2017).
+
+    The mean is taken over bins of equal width, weighted by the number of examples in each.
+    """
     found = reliability(confidence, right, bins)
     return float((found.count * np.abs(found.confidence - found.accuracy)).sum() / found.count.sum())
 
 
 def brier_score(probabilities: FloatArray, truth: IntArray) -> float:
-    """Mean squared distance of the distribution `[n, k]` from the truth, summed over labels, in [0, 2] (Brier 1950).
+    """Return the Brier score, the mean squared distance of probabilities from the truth (Brier 1950).
 
-    A true label that is not among the columns (index -1) has distance |p|^2 + 1.
+    The distance is summed over the labels and lies in [0, 2]. If the true label has no column (index -1), the distance
+    is |p|^2 + 1.
+
+    Args:
+        probabilities: Probabilities of the labels, shape `[n, k]`.
+        truth: Indices of the true labels, -1 if outside the columns.
     """
     known = truth >= 0
     own = probabilities[np.arange(len(truth)), np.where(known, truth, 0)] * known
@@ -32,26 +40,35 @@ def brier_score(probabilities: FloatArray, truth: IntArray) -> float:
 
 
 def negative_log_likelihood(probabilities: FloatArray, truth: IntArray, floor: float = 1e-12) -> float:
-    """NLL: mean -log p(truth) in nats; probabilities `[n, k]`, no smaller than `floor` (also for an unknown truth)."""
+    """Return the mean negative log-likelihood (NLL), -log p(truth) in nats.
+
+    Args:
+        probabilities: Probabilities of the labels, shape `[n, k]`.
+        truth: Indices of the true labels, -1 if outside the columns.
+        floor: Lower bound of p(truth), which also stands in for labels outside the columns.
+    """
     own = np.where(truth >= 0, probabilities[np.arange(len(truth)), np.maximum(truth, 0)], 0.0)
     return float(-np.log(np.maximum(own, floor)).mean())
 
 
-# Selective answering
+# Selective prediction
 
 
 def aurc(score: FloatArray, right: BoolArray) -> float:
-    """Area under the risk-coverage curve: mean error among the kept over all coverages (Geifman & El-Yaniv 2017)."""
+    """Return the area under the risk-coverage curve (AURC), the mean selective risk (Geifman & El-Yaniv 2017)."""
     return float(risk_coverage(score, right).risk.mean())
 
 
 def e_aurc(score: FloatArray, right: BoolArray) -> float:
-    """AURC less that of a perfect order of the same answers (Geifman, Uziel & El-Yaniv 2019)."""
+    """Return the AURC in excess of a perfect ranking of the same answers (Geifman, Uziel & El-Yaniv 2019)."""
     return aurc(score, right) - aurc(right.astype(np.float64), right)
 
 
 def augrc(score: FloatArray, right: BoolArray) -> float:
-    """Area under the generalised risk-coverage curve: mean share of kept errors among all (Traub et al. 2024)."""
+    """Return the area under the generalised risk-coverage curve (AUGRC; Traub et al. 2024).
+
+    This is the share of wrong local answers among all examples, averaged over all coverages.
+    """
     return float(risk_coverage(score, right).generalised_risk.mean())
 
 
@@ -59,41 +76,59 @@ def augrc(score: FloatArray, right: BoolArray) -> float:
 
 
 def random_mix(small_accuracy: float, large_accuracy: float, share: float) -> float:
-    """Expected accuracy where a random `share` is asked: the control that every router must beat."""
+    """Return the expected accuracy if a random `share` of the inputs is deferred.
+
+    Every router must beat this baseline.
+    """
     return (1.0 - share) * small_accuracy + share * large_accuracy
 
 
 def deferral_area(curve: DeferralCurve) -> float:
-    """Mean accuracy over all shares asked: the area under the deferral curve (trapezoids)."""
+    """Return the area under the deferral curve, the mean accuracy over all deferral rates (trapezoidal rule)."""
     return _area(curve.accuracy[::-1], curve.deferral_rate[::-1])
 
 
 def performance_gap_recovered(accuracy: float, small_accuracy: float, large_accuracy: float) -> float:
-    """PGR: the part of the way from the small model's accuracy to the large one's (Ong et al. 2024, RouteLLM).
+    """Return the performance gap recovered (PGR; Ong et al. 2024, RouteLLM) by a router.
+
+    A PGR of 0 is the accuracy of the small model, and 1 that of the large model.
 
     Raises:
-        DataError: Both are equally accurate, so there is no gap to recover.
+        DataError: Both models are equally accurate.
     """
     if large_accuracy == small_accuracy:
         raise DataError(
-            "The small and the large model are equally accurate; there is no gap to recover. "
-            "Compare accuracies instead."
+            "Expected models of different accuracy, got equally accurate ones with no gap to recover. "
+            "Compare their accuracies instead."
         )
     return (accuracy - small_accuracy) / (large_accuracy - small_accuracy)
 
 
 def apgr(curve: DeferralCurve) -> float:
-    """APGR: mean PGR over all shares asked, the area under PGR against the share (Ong et al. 2024).
+    """Return the average PGR (APGR) over all deferral rates (Ong et al. 2024).
 
-    0.5 is a random router. The curve's ends are the two models alone.
+    A random router has an APGR of 0.5. The ends of the curve are taken as the two models alone.
+
+    Raises:
+        DataError: Both models are equally accurate.
     """
     return performance_gap_recovered(deferral_area(curve), float(curve.accuracy[-1]), float(curve.accuracy[0]))
 
 
 def call_performance_threshold(curve: DeferralCurve, recovered: float) -> float:
-    """CPT(x): the smallest share asked that recovers a part x of the gap (Ong et al. 2024); NaN where none does.
+    """Return the call-performance threshold (CPT), the lowest deferral rate that reaches a PGR (Ong et al. 2024).
 
-    Read off the line between neighbouring points.
+    Values between the points of the curve are interpolated linearly.
+
+    Args:
+        curve: Deferral curve.
+        recovered: PGR to reach, for example 0.5 for CPT(50%).
+
+    Returns:
+        Deferral rate, or NaN if no point of the curve reaches the PGR.
+
+    Raises:
+        DataError: Both models are equally accurate.
     """
     small, large = float(curve.accuracy[-1]), float(curve.accuracy[0])
     gap = np.array([performance_gap_recovered(a, small, large) for a in curve.accuracy[::-1].tolist()])
@@ -109,17 +144,22 @@ def call_performance_threshold(curve: DeferralCurve, recovered: float) -> float:
 
 
 def cost_to_match(curve: DeferralCurve, margin: float = 0.0) -> float:
-    """The smallest cost (share asked, where costs are not known) that is as accurate as the large model."""
+    """Return the lowest cost at which the shunt is as accurate as the large model, up to `margin`.
+
+    The cost is the mean per input in USD, or the deferral rate if costs are unknown.
+    """
     measure = curve.deferral_rate if curve.cost is None else curve.cost
     return float(measure[curve.accuracy >= curve.accuracy[0] - margin - 1e-12].min())
 
 
 def average_improvement_in_quality(cost: FloatArray, quality: FloatArray) -> float:
-    """AIQ: mean height of the non-decreasing convex hull of (cost, quality) points (Hu et al. 2024, RouterBench).
+    """Return the average improvement in quality (AIQ; Hu et al. 2024, RouterBench).
+
+    This is the mean height of the non-decreasing convex hull of (cost, quality) points.
 
     Args:
-        cost: Shape `[m]`, two distinct values at least.
-        quality: Shape `[m]`.
+        cost: Costs, shape `[m]`, with at least two distinct values.
+        quality: Qualities, shape `[m]`.
 
     Raises:
         DataError: All points cost the same.
@@ -127,7 +167,7 @@ def average_improvement_in_quality(cost: FloatArray, quality: FloatArray) -> flo
     order = np.lexsort((-quality, cost))
     points = list(zip(cost[order].tolist(), np.maximum.accumulate(quality[order]).tolist(), strict=True))
     if points[0][0] == points[-1][0]:
-        raise DataError("All points cost the same; AIQ needs a range of costs. Give points of other thresholds too.")
+        raise DataError("Expected different values for `cost`, but all points cost the same. Add other thresholds.")
     hull: list[tuple[float, float]] = []
     for x, y in points:
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) <= (y - hull[-2][1]) * (
@@ -141,16 +181,17 @@ def average_improvement_in_quality(cost: FloatArray, quality: FloatArray) -> flo
 
 
 def savings_usd_per_1000(large_cost: FloatArray, asked: BoolArray, small_cost_usd: float = 0.0) -> float:
-    """What is saved against asking always, in USD for 1,000 inputs, net of the small model's own cost.
+    """Return the savings against always deferring, in USD per 1,000 inputs, net of the small model's cost.
 
     Args:
-        large_cost: USD of asking each input.
-        asked: Which inputs are asked.
-        small_cost_usd: What one input costs on the small model (machine and power).
+        large_cost: LLM cost of each input in USD.
+        asked: Whether each input is deferred.
+        small_cost_usd: Cost of one input on the small model in USD (hardware and power).
     """
     return float(1000.0 * (np.where(asked, 0.0, large_cost).mean() - small_cost_usd))
 
 
 def _area(y: FloatArray, x: FloatArray) -> float:
-    """Under a line through points, by trapezoids; numpy's own has another name before version 2."""
+    """Return the area under a piecewise linear curve (trapezoidal rule)."""
+    # numpy's function is `trapz` before version 2 and `trapezoid` from then on.
     return float(((y[1:] + y[:-1]) / 2.0 * np.diff(x)).sum())

@@ -1,4 +1,4 @@
-"""Monitor: whether the small model is still as good as it was. It watches and gives alarm; it routes nothing."""
+"""Monitor: alarms about excess error or drift of the small model in production."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a monitor found.
+    """Alarm of a monitor.
 
     Attributes:
         kind: "error" or "drift".
-        message: In words.
-        value: The lower bound of the error, or the p-value.
+        message: Finding and remedy as a text.
+        value: Lower bound of the error, or p-value of the drift test.
     """
 
     kind: str
@@ -35,18 +35,23 @@ class Alarm:
 
 
 class Monitor:
-    """Estimates the small model's error from audits and true labels, and tests its confidence for drift.
+    """Estimate the small model's error from audits and true labels, and test its confidence for drift.
 
-    Audits are a random part of what the small model answers, so their mean is an unbiased estimate of its error there;
-    the interval holds at all times at once (a confidence sequence), so one may look as often as one likes. An audit
-    compares with the large model's answer: it bounds disagreement, a true label bounds error.
+    Audits compare a random sample of local answers with the large model, so they estimate disagreement without bias.
+    True labels estimate error. The intervals are confidence sequences, which hold at all times at once and may be
+    checked at any time. The monitor does not change routes by itself.
 
     Args:
-        max_error: Error among the kept that is still acceptable; alarm when the interval lies above. None for never.
-        level: Confidence of the interval; and one less the chance of a false alarm for drift, over all time.
-        reference: Confidences on calibration data, to test drift against; None takes the first `window`.
-        window: Confidences in each test for drift.
-        on_alarm: Called with an `Alarm`; an error that it raises is logged.
+        max_error: Acceptable selective risk. An alarm is raised if the interval lies above it. None disables the alarm.
+        level: Confidence level of the intervals. False drift alarms have a probability of at most 1 - `level` over all
+            time.
+        reference: Confidences on calibration data, the reference for drift. None means the first `window` confidences.
+        window: Number of confidences in each drift test, at least 20.
+        on_alarm: Callback that receives each `Alarm`. Its exceptions are logged. None means no callback.
+
+    Raises:
+        ConfigurationError: `max_error`, `window` or `reference` is invalid.
+        MissingExtraError: SciPy is not installed.
     """
 
     def __init__(
@@ -59,16 +64,18 @@ class Monitor:
         on_alarm: Callable[[Alarm], Any] | None = None,
     ) -> None:
         if max_error is not None and not 0.0 < max_error < 1.0:
-            raise ConfigurationError(f"max_error is {max_error}; give a share between 0 and 1, for example 0.05.")
+            raise ConfigurationError(
+                f"Expected a number between 0 and 1 for `max_error`, got {max_error}. Pass 0.05, for example."
+            )
         if window < 20:
-            raise ConfigurationError(f"A window of {window} confidences shows no drift; give 20 or more.")
+            raise ConfigurationError(f"Expected at least 20 for `window`, got {window}. Pass a larger window.")
         self.max_error, self.level, self.window, self.on_alarm = max_error, level, window, on_alarm
         self._stats = require("scipy.stats", "calibration")
         self._given = None if reference is None else np.asarray(reference, dtype=np.float64)
         if self._given is not None and (not self._given.size or not np.isfinite(self._given).all()):
             raise ConfigurationError(
-                f"The reference has {self._given.size} confidences, and must have some, none of them NaN: those of the "
-                f"examples that the threshold was chosen on."
+                f"Expected at least one confidence for `reference`, without NaN or infinity, got "
+                f"{self._given.size} values. Pass the confidences of the calibration examples."
             )
         self.reference = self._given
         self.disagreement, self.error = ConfidenceSequence(level), ConfidenceSequence(level)
@@ -79,41 +86,49 @@ class Monitor:
 
     @property
     def alarmed(self) -> bool:
-        """Whether there was an alarm since the last `reset`."""
+        """Whether there has been an alarm since the last `reset`."""
         return bool(self.alarms)
 
     def reset(self) -> None:
-        """Begin anew, after the cause of an alarm is mended."""
+        """Clear all estimates and alarms, for example after the cause of an alarm is fixed."""
         with self._lock:
             self.disagreement, self.error = ConfidenceSequence(self.level), ConfidenceSequence(self.level)
             self.alarms, self._seen, self._tests, self.reference = [], [], 0, self._given
 
     def audited(self, small_label: str, large_label: str | None) -> None:
-        """Take in what the large model said of an input that the small model had answered."""
+        """Record the large model's answer to an audited input that was answered locally.
+
+        Args:
+            small_label: Local answer of the small model.
+            large_label: Answer of the large model, or None if unparsable, which counts as disagreement.
+        """
         self._wrong(self.disagreement, small_label != large_label, "disagreement with the large model")
 
     def labelled(self, small_label: str, true_label: str) -> None:
-        """Take in the true label of an input that the small model had answered, chosen without regard to it."""
+        """Record the true label of an input that was answered locally.
+
+        The estimate is unbiased only if the inputs to label are chosen regardless of their labels.
+        """
         self._wrong(self.error, small_label != true_label, "error")
 
     def _wrong(self, sequence: ConfidenceSequence, wrong: bool, what: str) -> None:
         with self._lock:
             sequence.add(float(wrong))
             low, high = sequence.interval
-            known = any(alarm.kind == "error" for alarm in self.alarms)
+            known = any(alarm.kind == "error" for alarm in self.alarms)  # one alarm of a kind until `reset`
             over = self.max_error is not None and low > self.max_error and not known
             alarm = Alarm(
                 "error",
-                f"The small model's {what} among what it answers is between {100 * low:.1f}% and {100 * high:.1f}% "
-                f"({sequence.n} checked), and {100 * (self.max_error or 0):g}% are acceptable. Distil, retrain, or "
-                f"raise the threshold.",
+                f"The small model's {what} among local answers is between {100 * low:.1f}% and {100 * high:.1f}% "
+                f"({sequence.n} checked), but at most {100 * (self.max_error or 0):g}% is acceptable. Distil, retrain, "
+                f"or raise the threshold.",
                 low,
             )
         if over:
             self._raise(alarm)
 
     def saw(self, confidences: Sequence[float] | FloatArray) -> None:
-        """Take in the confidence of inputs as they come."""
+        """Record the confidences of new inputs, and test each full window for drift."""
         alarms = []
         with self._lock:
             self._seen.extend(np.asarray(confidences, dtype=np.float64).tolist())
@@ -127,7 +142,10 @@ class Monitor:
             self._raise(alarm)
 
     def _drift(self, now: FloatArray) -> Alarm | None:
-        """Kolmogorov and Smirnov's two-sample test; the j-th test has the level a / (j (j + 1)), a in all."""
+        """Return an alarm if the two-sample Kolmogorov-Smirnov test finds drift in a window, else None.
+
+        The j-th test has level a / (j (j + 1)), so that all tests together have level a = 1 - `level`.
+        """
         self._tests += 1
         found = self._stats.ks_2samp(self.reference, now)
         p = float(found.pvalue)
@@ -136,8 +154,8 @@ class Monitor:
         assert self.reference is not None
         return Alarm(
             "drift",
-            f"The small model's confidence has changed: median {np.median(now):.3f} in the last {self.window} inputs, "
-            f"{np.median(self.reference):.3f} before (p = {p:.1g}). Inputs may be of another kind now; check a sample.",
+            f"The small model's confidence has drifted: the median is {np.median(now):.3f} in the last {self.window} "
+            f"inputs, and was {np.median(self.reference):.3f} before (p = {p:.1g}). Check a sample of recent inputs.",
             p,
         )
 
@@ -147,11 +165,11 @@ class Monitor:
         if self.on_alarm is not None:
             try:
                 self.on_alarm(alarm)
-            except Exception:
-                logger.exception("on_alarm failed.")
+            except Exception:  # a failing callback must not fail the call that was audited
+                logger.exception("The `on_alarm` callback failed.")
 
     def report(self) -> dict[str, Any]:
-        """The estimates so far, JSON-ready."""
+        """Return the estimates so far as a JSON-serialisable dictionary."""
 
         def told(sequence: ConfidenceSequence) -> dict[str, Any]:
             low, high = sequence.interval

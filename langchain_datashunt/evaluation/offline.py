@@ -1,4 +1,4 @@
-"""Offline evaluation: what a policy would have done on labelled examples with recorded answers. No call is made."""
+"""Offline evaluation of a policy on labelled examples with recorded answers, without LLM calls."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray, PredictionBatch
 
 OTHER = -1
-"""Stands for a label that the small model does not have."""
+"""Index of a label outside the small model's label set."""
 
 SHOWN_EXAMPLES = 20
-"""Examples of each kind that an evaluation keeps for a report."""
+"""Maximum examples of each kind that an evaluation stores for a report."""
 
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One label in the per-label table.
+    """Figures of the examples with one true label.
 
     Attributes:
-        label: Its name.
-        n: Examples with it.
-        small_accuracy: Of the small model on them.
-        kept: Share of them that the small model answers.
-        selective_risk: Error among what is kept of them; NaN for nothing.
-        large_accuracy: Of the large model on them; NaN without recorded answers.
-        confused_with: What the small model says instead, most often.
+        label: Name of the label.
+        n: Number of examples.
+        small_accuracy: Accuracy of the small model.
+        kept: Share of examples answered locally.
+        selective_risk: Error among locally answered examples, or NaN if there are none.
+        large_accuracy: Accuracy of the large model, or NaN without recorded answers.
+        confused_with: Most frequent wrong prediction of the small model, or None if there is none.
     """
 
     label: str
@@ -55,7 +55,7 @@ class LabelRow:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One example for a report: its row, its true label, what was said, and how sure."""
+    """Example for a report, with its row, its true label, both models' answers, and the confidence."""
 
     row: int
     truth: str
@@ -66,20 +66,21 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a policy on recorded answers, and what a report draws of them.
+    """Figures of a policy on recorded answers, with the curves and examples of a report.
 
     Attributes:
-        figures: By name, with 95% intervals; see `to_dict` for what each is.
-        policy: The policy in words.
-        guarantee: What was promised when the policy was chosen, in words; empty for nothing.
-        curve: Accuracy and share asked at each threshold (asked answers not fused).
-        fused_curve: The same with fused answers; None without a fusion.
-        reliability_before: Before calibration; None where the model gives no logits.
-        reliability_after: As the model answers now.
-        risk_coverage: Error among the kept.
-        labels: Per-label figures, the worst first.
-        kept_wrongly: Kept, and wrong, the surest first.
-        deferred_needlessly: Asked, though the small model was right and the large one wrong.
+        figures: Figures by name, with 95% intervals. `to_dict` describes them.
+        n: Number of examples.
+        policy: Text form of the policy.
+        guarantee: Guarantee given when the policy was chosen, or an empty string.
+        curve: Deferral curve without fusion, or None without large answers.
+        fused_curve: Deferral curve with fused answers, or None without a fusion or large answers.
+        reliability_before: Reliability before calibration, or None if the model has no logits.
+        reliability_after: Reliability of the current probabilities.
+        risk_coverage: Risk-coverage curve.
+        labels: Per-label figures, least accurate first.
+        kept_wrongly: Examples answered locally and wrongly, most confident first.
+        deferred_needlessly: Deferred examples that only the small model got right, most confident first.
     """
 
     figures: dict[str, Interval]
@@ -96,14 +97,25 @@ class Evaluation:
     deferred_needlessly: list[ShownExample] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. Keys are stable; a figure that cannot be known is null, its interval too.
+        """Return the figures as a JSON-serialisable dictionary with stable keys.
 
-        n; small_accuracy, large_accuracy; shunt_accuracy: kept and asked together; deferral_rate; fused_accuracy: with
-        fused answers where asked; random_mix_accuracy: a random part of the same size asked; selective_risk: error
-        among local answers; aurc, e_aurc, augrc;
-        ece_before, ece_after: before and after calibration; brier, nll; deferral_area;
-        apgr, cpt50, cpt80; cost_to_match: least share asked (USD an input, where costs are known) as accurate as the
-        large model; cost_usd_per_1000; savings_usd_per_1000: against asking always; and for each `<name>_interval`.
+        A figure is None if it cannot be computed. Each figure has a 95% interval `<name>_interval`, None if unknown.
+
+        - `n`, `policy`, `guarantee`: As in the attributes.
+        - `small_accuracy`, `large_accuracy`: Accuracy of each model alone.
+        - `shunt_accuracy`: Accuracy of local and deferred answers together, without fusion.
+        - `fused_accuracy`: Accuracy of local and deferred answers together, with fusion.
+        - `random_mix_accuracy`: Expected accuracy if a random sample of the same size is deferred.
+        - `deferral_rate`: Share of examples deferred.
+        - `selective_risk`: Error among local answers.
+        - `aurc`, `e_aurc`, `augrc`: Areas under the (excess, generalised) risk-coverage curve.
+        - `ece_before`, `ece_after`: Expected calibration error before and after calibration.
+        - `brier`, `nll`: Brier score and mean negative log-likelihood.
+        - `deferral_area`, `apgr`, `cpt50`, `cpt80`: Figures of the deferral curve.
+        - `cost_to_match`: Lowest cost per input in USD at which the shunt is as accurate as the large model, or the
+          deferral rate if costs are unknown.
+        - `cost_usd_per_1000`: Cost of both models in USD per 1,000 inputs.
+        - `savings_usd_per_1000`: Savings against always deferring in USD per 1,000 inputs.
         """
         told: dict[str, Any] = {"n": self.n, "policy": self.policy, "guarantee": self.guarantee}
         for name, found in self.figures.items():
@@ -114,7 +126,7 @@ class Evaluation:
 
 
 def positions(labels: tuple[str, ...], names: Sequence[str | None]) -> IntArray:
-    """Index of each name, `OTHER` for one that is not among the labels; shape `[n]`."""
+    """Return the index of each name in `labels`, or `OTHER` if it is not there, shape `[n]`."""
     where: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
     return np.array([where.get(name, OTHER) for name in names], dtype=np.intp)
 
@@ -130,31 +142,34 @@ def evaluate(
     small_cost_usd: float = 0.0,
     guarantee: str = "",
 ) -> Evaluation:
-    """Score a policy on labelled examples that nothing was trained or chosen on.
+    """Evaluate a policy on labelled examples that were used neither for training nor for calibration.
 
     Args:
-        predictions: Of the small model, `n` examples.
-        labels: Their true labels; one that the small model does not have counts as wrong.
-        policy: When to keep.
-        large: The large model's recorded answers; None for an unparsable one.
-        fusion: Fitted on other examples.
-        large_cost: USD of asking, one number or `n`.
-        small_cost_usd: USD of one input on the small model.
-        guarantee: What was promised when the policy was chosen.
+        predictions: Predictions of the small model for `n` examples.
+        labels: True labels, `n` names. The small model is wrong on labels outside its label set.
+        policy: Policy to evaluate.
+        large: Recorded answers of the large model, `n` names. None marks an unparsable answer, which counts as wrong.
+        fusion: Answer fusion fitted on other examples. None means no fusion.
+        large_cost: LLM cost in USD, one number or `n`. None means unknown.
+        small_cost_usd: Cost of one input on the small model in USD.
+        guarantee: Guarantee given when the policy was chosen, for the report.
 
     Raises:
-        DataError: Nothing to score, unequal lengths, or predictions that are no distributions.
+        DataError: There are no examples, the lengths differ, or predictions are not probability distributions.
     """
     n = len(predictions)
     if not n or n != len(labels) or (large is not None and n != len(large)):
         answers = "" if large is None else f" and {len(large)} large answers"
-        raise DataError(f"{n} predictions, {len(labels)} labels{answers}: give one of each, and one example at least.")
+        raise DataError(
+            f"Expected equal, non-zero counts, got {n} predictions, {len(labels)} "
+            f"labels{answers}. Provide one of each for every example."
+        )
     if not predictions.sound.all():
         raise DataError(predictions.complaint(int(np.flatnonzero(~predictions.sound)[0])))
     truth = positions(predictions.labels, labels)
     small = predictions.best == truth
     keep, score, _ = policy.evaluate(predictions)
-    order = np.where(np.isnan(score), predictions.confidence, score)
+    order = np.where(np.isnan(score), predictions.confidence, score)  # some policies decide without a score
     answers_at = None if large is None else positions(predictions.labels, large)
     asked = None
     if large is not None:
@@ -192,7 +207,7 @@ _ALWAYS = (
     "selective_risk", "aurc", "e_aurc", "augrc", "ece_before", "ece_after", "brier", "nll", "deferral_area", "apgr",
     "cpt50", "cpt80", "cost_to_match", "cost_usd_per_1000", "savings_usd_per_1000",
 )  # fmt: skip
-"""Figures that are always there, NaN where they cannot be known."""
+"""Figures that every evaluation has, NaN if unknown."""
 
 
 def _columns(
@@ -203,7 +218,7 @@ def _columns(
     cost: FloatArray | None,
     small_cost_usd: float,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Per-example columns, and the figures that are functions of their means."""
+    """Return per-example columns, and the figures that are functions of their means."""
     columns: dict[str, Any] = {"small": small, "keep": keep, "kept_wrong": keep & ~small}
     statistics: dict[str, Any] = {
         "small_accuracy": lambda mean: mean["small"],
@@ -236,7 +251,7 @@ def _ratio(part: FloatArray, whole: FloatArray) -> FloatArray:
 def _resampled(
     predictions: PredictionBatch, truth: IntArray, small: BoolArray, score: FloatArray, before: FloatArray | None
 ) -> dict[str, Interval]:
-    """Figures that are no functions of means."""
+    """Return the figures that are computed from resampled examples, with their intervals."""
     n, p = len(small), predictions.probabilities
     own = np.where(truth >= 0, p[np.arange(n), np.maximum(truth, 0)], 0.0)
     squares = np.einsum("nk,nk->n", p, p) - 2.0 * own + 1.0
@@ -255,11 +270,11 @@ def _resampled(
 
 
 def _of_curve(curve: DeferralCurve | None) -> dict[str, Interval]:
-    """Figures of the whole curve; no intervals."""
+    """Return the figures of the whole curve, without intervals."""
     if curve is None:
         return {}
     found = {"deferral_area": metrics.deferral_area(curve), "cost_to_match": metrics.cost_to_match(curve)}
-    if curve.accuracy[0] > curve.accuracy[-1]:  # without a gap to the large model there is nothing to recover
+    if curve.accuracy[0] > curve.accuracy[-1]:  # the recovered gap is defined only if the large model is better
         found |= {
             "apgr": metrics.apgr(curve),
             "cpt50": metrics.call_performance_threshold(curve, 0.5),
@@ -269,6 +284,7 @@ def _of_curve(curve: DeferralCurve | None) -> dict[str, Interval]:
 
 
 def _fused(fusion: AnswerFusion, batch: PredictionBatch, truth: IntArray, answers: IntArray) -> BoolArray:
+    """Return whether the fused answer is right, for each example."""
     aligned = fusion.aligned(batch)
     order = np.array([aligned.labels.index(label) for label in batch.labels] + [len(aligned.labels)])
     right, step = np.zeros(len(truth), dtype=np.bool_), max(1, 20_000_000 // len(batch.labels))
@@ -280,7 +296,7 @@ def _fused(fusion: AnswerFusion, batch: PredictionBatch, truth: IntArray, answer
 
 
 def _uncalibrated(logits: FloatArray) -> FloatArray:
-    """Highest probability at temperature 1, shape `[n]`."""
+    """Return the highest probability at temperature 1, shape `[n]`."""
     return np.asarray(1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
 
 

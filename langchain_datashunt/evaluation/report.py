@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file about an evaluation. It draws what `evaluate` found; it scores nothing."""
+"""HTML report of an evaluation, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ WORST_LABELS = 25
 def write_report(
     file: str | Path, evaluation: Evaluation, *, title: str = "Data Shunt report", texts: Sequence[str] | None = None
 ) -> Path:
-    """Write a report.
+    """Write an HTML report of an evaluation.
 
     Args:
-        file: Where to.
-        evaluation: What to report.
-        title: Heading.
-        texts: The texts of the examples, to show those that were kept wrongly and asked needlessly; None leaves all
-            texts out.
+        file: Path of the report. Missing parent folders are created.
+        evaluation: Evaluation to report.
+        title: Heading of the report.
+        texts: Texts of the examples, `n` in their order, to show those that were routed wrongly. None omits all texts.
+
+    Returns:
+        Path of the report.
 
     Raises:
         MissingExtraError: Jinja2 is not installed.
@@ -43,7 +45,7 @@ def write_report(
 
 
 def render(evaluation: Evaluation, *, title: str = "Data Shunt report", texts: Sequence[str] | None = None) -> str:
-    """The report as HTML; arguments as for `write_report`."""
+    """Return the report as HTML. The arguments are those of `write_report`."""
     jinja = require("jinja2", "report")
     environment = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["share"], environment.filters["figure"] = _share, _figure
@@ -69,15 +71,17 @@ def _headline(evaluation: Evaluation) -> str:
     asked = _share(f["deferral_rate"].value)
     if math.isnan(f["shunt_accuracy"].value):
         wrong = _share(f["selective_risk"].value)
-        return f"{asked} of {evaluation.n:,} inputs go to the large model; of the rest {wrong} are wrong."
+        return f"{asked} of {evaluation.n:,} inputs are deferred to the large model. Of the rest, {wrong} are wrong."
     best = f["shunt_accuracy"].value
     if not math.isnan(f["fused_accuracy"].value):
         best = f["fused_accuracy"].value
     gap = 100 * (best - f["large_accuracy"].value)
     words = (
-        "as accurate as" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'more' if gap > 0 else 'less'} accurate than"
+        "as accurate as"
+        if abs(gap) < 0.05
+        else f"{abs(gap):.1f} percentage points {'more' if gap > 0 else 'less'} accurate than"
     )
-    return f"Asking the large model for {asked} of {evaluation.n:,} inputs is {words} asking it always."
+    return f"Deferring {asked} of {evaluation.n:,} inputs to the large model is {words} deferring all of them."
 
 
 def _cost_accuracy(evaluation: Evaluation) -> Chart | None:
@@ -85,39 +89,37 @@ def _cost_accuracy(evaluation: Evaluation) -> Chart | None:
     if curve is None:
         return None
     small, large = f["small_accuracy"].value, f["large_accuracy"].value
-    lines = [
-        Line("Small model where it is sure, else the large one", curve.deferral_rate.tolist(), curve.accuracy.tolist())
-    ]
+    lines = [Line("Small model if confident, else large model", curve.deferral_rate.tolist(), curve.accuracy.tolist())]
     chosen = f["shunt_accuracy"].value
     if (fused := evaluation.fused_curve) is not None:
-        lines.append(Line("The same with fused answers", fused.deferral_rate.tolist(), fused.accuracy.tolist(), "--b"))
+        lines.append(Line("With fused answers", fused.deferral_rate.tolist(), fused.accuracy.tolist(), "--b"))
         chosen = f["fused_accuracy"].value
-    lines.append(Line("A random part asked", [0.0, 1.0], [small, large], "--d", dashed=True))
+    lines.append(Line("Random deferral", [0.0, 1.0], [small, large], "--d", dashed=True))
     points = [
-        Point("small alone", 0.0, small, "--d"),
-        Point("large alone", 1.0, large, "--d"),
+        Point("small model", 0.0, small, "--d"),
+        Point("large model", 1.0, large, "--d"),
         Point("chosen", f["deferral_rate"].value, chosen),
     ]
-    return Chart("Accuracy by share asked", "share of inputs asked", "accuracy", lines, points)
+    return Chart("Accuracy by deferral rate", "deferral rate", "accuracy", lines, points)
 
 
 def _reliability(evaluation: Evaluation) -> Chart:
     after, before = evaluation.reliability_after, evaluation.reliability_before
-    lines = [Line("As it answers now", after.confidence.tolist(), after.accuracy.tolist())]
+    lines = [Line("Current probabilities", after.confidence.tolist(), after.accuracy.tolist())]
     if before is not None and not _same(before, after):
         lines.append(Line("Before calibration", before.confidence.tolist(), before.accuracy.tolist(), "--b"))
-    lines.append(Line("Confidence that means what it says", [0.0, 1.0], [0.0, 1.0], "--d", dashed=True))
+    lines.append(Line("Perfect calibration", [0.0, 1.0], [0.0, 1.0], "--d", dashed=True))
     share = after.count / after.count.sum()
     bars = [(float(c) - 0.02, float(c) + 0.02, float(s)) for c, s in zip(after.confidence, share, strict=True)]
-    return Chart("Reliability", "confidence", "share right (bars: share of inputs)", lines, (), bars, square=True)
+    return Chart("Reliability", "confidence", "accuracy (bars: share of inputs)", lines, (), bars, square=True)
 
 
 def _risk(evaluation: Evaluation) -> Chart:
     found, f = evaluation.risk_coverage, evaluation.figures
     kept = 1.0 - f["deferral_rate"].value
     points = [] if math.isnan(f["selective_risk"].value) else [Point("chosen", kept, f["selective_risk"].value)]
-    line = Line("Error among what is kept, the surest first", found.coverage.tolist(), found.risk.tolist())
-    return Chart("Risk and coverage", "share of inputs kept", "error among the kept", [line], points)
+    line = Line("Most confident inputs first", found.coverage.tolist(), found.risk.tolist())
+    return Chart("Risk and coverage", "coverage (share answered locally)", "selective risk", [line], points)
 
 
 def _same(one: Reliability, other: Reliability) -> bool:
@@ -128,24 +130,24 @@ def _same(one: Reliability, other: Reliability) -> bool:
 
 
 def _advice(row: LabelRow) -> str:
-    """What to do about a label."""
+    """Return advice for a label, or an empty string if none is needed."""
     if row.n < 10:
-        return "Few examples here: label some more before you act on it."
+        return "Few examples: label more before you act on these figures."
     if not math.isnan(row.selective_risk) and row.selective_risk > 0.1 and row.kept > 0.2:
-        return "Kept too readily: a threshold of its own (RiskControl with per_label), or more examples."
+        return "Many wrong local answers: use a threshold per label (RiskControl with per_label), or add examples."
     if row.small_accuracy < 0.7 and row.large_accuracy < 0.7:
-        return "Hard for both models: look at its definition, it may overlap another label."
+        return "Hard for both models: check whether the definition overlaps with another label."
     if row.small_accuracy < 0.7:
-        return "More training examples, or distil from the large model's answers."
+        return "Hard for the small model: add training examples, or distil from the large model's answers."
     if row.kept < 0.3:
-        return "Right but unsure: more examples would let the small model answer."
+        return "Accurate but rarely confident: add training examples, so that more inputs are answered locally."
     return ""
 
 
 def _examples(evaluation: Evaluation, texts: Sequence[str] | None) -> list[dict[str, Any]]:
     kinds = (
-        ("Kept, and wrong", evaluation.kept_wrongly),
-        ("Asked, though only the small model was right", evaluation.deferred_needlessly),
+        ("Answered locally but wrong", evaluation.kept_wrongly),
+        ("Deferred although only the small model was right", evaluation.deferred_needlessly),
     )
     return [
         {"title": title, "rows": [(example, None if texts is None else texts[example.row]) for example in shown]}

@@ -21,7 +21,7 @@ from langchain_datashunt.small_models.scores import softmax
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_temperature_that_made_the_labels_is_found_again(temperature: float) -> None:
+def test_fit_temperature_sampled_labels_recovers_true_temperature(temperature: float) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (20_000, 5))
     p = softmax(logits, temperature)
@@ -30,7 +30,7 @@ def test_the_temperature_that_made_the_labels_is_found_again(temperature: float)
 
 
 @given(st.integers(0, 1000))
-def test_no_other_temperature_has_a_lower_loss(seed: int) -> None:
+def test_fit_temperature_random_data_minimises_loss(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits, truth = rng.normal(0, 2, (60, 4)), rng.integers(0, 4, 60)
 
@@ -38,15 +38,15 @@ def test_no_other_temperature_has_a_lower_loss(seed: int) -> None:
         return float(-np.log(softmax(logits, t)[np.arange(60), truth] + 1e-300).mean())
 
     found = fit_temperature(logits, truth)
-    if found < 999:  # the bound of the search
+    if found < 999:  # upper bound of the search
         assert loss(found) <= min(loss(found * 0.9), loss(found * 1.1)) + 1e-9
 
 
-def test_temperatures_of_degenerate_data_are_bounded() -> None:
+def test_fit_temperature_degenerate_data_is_bounded_or_raises() -> None:
     right = np.array([[5.0, 0.0], [0.0, 5.0]])
     assert fit_temperature(right, np.array([0, 1])) == 1.0
     assert fit_temperature(right, np.array([1, 0])) == pytest.approx(1000.0)
-    with pytest.raises(DataError, match="no examples"):
+    with pytest.raises(DataError, match="got none"):
         fit_temperature(np.zeros((0, 2)), np.zeros(0, dtype=int))
     with pytest.raises(DataError, match="NaN"):
         fit_temperature(np.array([[np.nan, 1.0]]), np.array([0]))
@@ -56,7 +56,7 @@ curves = st.lists(st.tuples(st.sampled_from([0.2, 0.4, 0.5, 0.7, 0.9]), st.boole
 
 
 @given(curves)
-def test_the_curve_is_what_the_rule_gives_at_each_threshold(rows: list[tuple[float, bool, bool]]) -> None:
+def test_deferral_curve_any_threshold_matches_threshold_rule(rows: list[tuple[float, bool, bool]]) -> None:
     score = np.array([row[0] for row in rows])
     small, large = (np.array([row[i] for row in rows]) for i in (1, 2))
     curve = deferral_curve(score, small, large)
@@ -70,13 +70,13 @@ def test_the_curve_is_what_the_rule_gives_at_each_threshold(rows: list[tuple[flo
 
 
 def example() -> tuple[PredictionBatch, list[str], list[str]]:
-    """Sure ones right, unsure ones wrong, the large model right but once."""
+    """Predictions that are right if confident and mostly wrong otherwise, and large answers with one error."""
     p = np.array([0.99, 0.95, 0.9, 0.7, 0.6, 0.55])
     batch = PredictionBatch.from_arrays(("a", "b"), np.stack([p, 1 - p], axis=1))
     return batch, ["a", "a", "a", "b", "a", "b"], ["a", "b", "a", "b", "a", "b"]
 
 
-def test_the_most_accurate_threshold_is_chosen_and_asks_least() -> None:
+def test_select_threshold_default_objective_maximises_accuracy_with_least_deferral() -> None:
     batch, gold, large = example()
     choice = select_threshold(batch, gold, large=large)
     assert choice.policy.threshold == 0.9
@@ -87,7 +87,7 @@ def test_the_most_accurate_threshold_is_chosen_and_asks_least() -> None:
     assert "None" in choice.guarantee
 
 
-def test_objectives_follow_their_words() -> None:
+def test_select_threshold_each_objective_meets_its_criterion() -> None:
     batch, gold, large = example()
     cheap = select_threshold(batch, gold, large=large, objective=MaxDeferralRate(rate=0.2))
     assert cheap.deferral_rate <= 0.2
@@ -100,23 +100,23 @@ def test_objectives_follow_their_words() -> None:
     assert select_threshold(batch, gold, large=large, objective=MaxAccuracy(max_deferral_rate=0.0)).deferral_rate == 0.0
     margin = select_threshold(batch, gold, large=large, score=Margin())
     assert margin.policy.threshold == pytest.approx(0.8)
-    with pytest.raises(ConfigurationError, match="share"):
+    with pytest.raises(ConfigurationError, match="rate"):
         MaxDeferralRate(rate=1.5)
 
 
-def test_a_hopeless_small_model_is_never_asked_and_nobody_is_warned() -> None:
+def test_select_threshold_small_model_always_wrong_defers_all_without_warning() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[1.0, 0.0], [0.1, 0.9]])
     choice = select_threshold(batch, ["b", "a"], large=["b", "a"])
     assert choice.deferral_rate == 1.0
     assert not choice.policy.evaluate(batch).keep.any()
 
 
-def test_a_missing_large_answer_counts_as_wrong() -> None:
+def test_select_threshold_missing_large_answer_counts_as_wrong() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[0.9, 0.1], [0.9, 0.1]])
     assert select_threshold(batch, ["a", "b"], large=[None, "b"]).large_accuracy == 0.5
 
 
-def test_bootstrap_intervals_cover_and_shrink() -> None:
+def test_mean_interval_bootstrap_covers_truth_and_narrows_with_n() -> None:
     rng = np.random.default_rng(0)
     hits = 0
     for seed in range(200):
@@ -128,5 +128,5 @@ def test_bootstrap_intervals_cover_and_shrink() -> None:
     wide, narrow = mean_interval(rng.random(50)), mean_interval(rng.random(5000))
     assert narrow.high - narrow.low < wide.high - wide.low
     assert mean_interval(np.ones(10)) == (1.0, 1.0, 1.0)
-    with pytest.raises(DataError, match="no values"):
+    with pytest.raises(DataError, match="got none"):
         mean_interval(np.array([]))

@@ -1,4 +1,4 @@
-"""Thresholds that keep their promise, and asks that cannot be met."""
+"""Guarantees of selected thresholds, and errors for objectives that the data cannot support."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LABELS = ("a", "b", "c", "d")
 
 
 def drawn(n: int, seed: int, sharp: float = 2.0, scale: float = 1.0) -> tuple[PredictionBatch, list[str]]:
-    """A small model whose probabilities are right where `scale` is 1, too sure above; and true labels."""
+    """Probabilities that are calibrated if `scale` is 1 and overconfident above, with true labels."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, sharp, (n, len(LABELS)))
     p = softmax(logits)
@@ -54,7 +54,7 @@ def answers(truth: list[str], accuracy: float, seed: int) -> list[str]:
 # Risk control
 
 
-def test_p_values_and_the_walk_agree_with_mapie() -> None:
+def test_risk_p_values_and_walk_agree_with_mapie() -> None:
     from mapie.risk_control.fwer_control import control_fwer
     from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 
@@ -65,7 +65,7 @@ def test_p_values_and_the_walk_agree_with_mapie() -> None:
         p, kept = risk_p_values(batch.confidence, right, grid, alpha)
         some = kept > 0
         wrong = np.array([(~right[batch.confidence >= limit]).sum() for limit in grid])
-        risk = (wrong[some] - 1e-9) / kept[some]  # they round n * risk up, also where it is a hair above a whole number
+        risk = (wrong[some] - 1e-9) / kept[some]  # MAPIE rounds n * risk up, even from just above an integer
         theirs = compute_hoeffding_bentkus_p_value(risk, kept[some], alpha, binary=True).ravel()
         assert p[some] == pytest.approx(theirs, abs=1e-9)
         walk = first_that_fails(p, kept, 0.05, examples_needed(alpha, 0.95))
@@ -76,8 +76,8 @@ def test_p_values_and_the_walk_agree_with_mapie() -> None:
 
 
 @pytest.mark.parametrize(("n", "scale", "alpha"), [(300, 1.0, 0.1), (300, 3.0, 0.1), (1000, 1.0, 0.05)])
-def test_the_promise_is_broken_in_one_of_twenty_tasks_at_the_most(n: int, scale: float, alpha: float) -> None:
-    """1,000 tasks: the error among what is kept, on 20,000 new inputs, exceeds alpha in at most 5% (+ chance)."""
+def test_risk_control_1000_tasks_violates_alpha_in_at_most_5_percent(n: int, scale: float, alpha: float) -> None:
+    """The selective risk on 20,000 new inputs exceeds alpha in at most 5% of the tasks, up to chance."""
     tasks, broken, kept = 1000, 0, 0.0
     new, new_truth = drawn(20_000, 10_000, scale=scale)
     new_right = np.array([a == b for a, b in zip(new.label_names(), new_truth, strict=True)])
@@ -91,17 +91,17 @@ def test_the_promise_is_broken_in_one_of_twenty_tasks_at_the_most(n: int, scale:
         broken += bool(m and errors[m - 1] / m > alpha)
         kept += m / len(ranked)
     assert broken / tasks <= 0.05 + 3 * (0.05 * 0.95 / tasks) ** 0.5
-    assert kept > 0, "a promise that keeps nothing is no promise"
+    assert kept > 0, "the guarantee is trivial if every input is deferred"
 
 
-def test_a_bound_on_the_error_needs_no_large_answers() -> None:
+def test_risk_control_without_large_answers_proves_bound() -> None:
     batch, truth = drawn(2000, 0)
     choice = select_threshold(batch, truth, objective=RiskControl(alpha=0.1))
     assert choice.proven
     assert isinstance(choice.policy, Threshold)
     assert 0 < choice.deferral_rate < 1
     assert choice.selective_risk <= 0.1
-    assert "With 95% confidence at most 10% of what the small model answers is wrong" in choice.guarantee
+    assert "With 95% confidence, at most 10% of local answers are wrong" in choice.guarantee
     assert np.isnan(choice.accuracy)
     assert choice.to_dict()["accuracy"] is None
     low, _, high = choice.intervals["selective_risk"].low, None, choice.intervals["selective_risk"].high
@@ -112,28 +112,28 @@ def test_a_bound_on_the_error_needs_no_large_answers() -> None:
     assert by_entropy.proven
 
 
-def test_what_cannot_be_shown_sends_everything_and_says_so() -> None:
+def test_risk_control_random_labels_defers_everything_with_reason() -> None:
     rng = np.random.default_rng(0)
     batch = PredictionBatch.from_arrays(LABELS, softmax(rng.normal(0, 2, (500, 4))))
     choice = select_threshold(batch, list(rng.choice(LABELS, 500)), objective=RiskControl(alpha=0.05))
     assert isinstance(choice.policy, AlwaysLarge)
     assert not choice.proven
     assert choice.deferral_rate == 1.0
-    assert "everything is sent to the large model. Give more examples" in choice.guarantee
+    assert "everything is sent to the large model. Provide more examples" in choice.guarantee
 
 
-def test_each_label_can_have_a_proven_threshold() -> None:
+def test_risk_control_per_label_proves_a_threshold_for_each_label() -> None:
     batch, truth = drawn(6000, 3, sharp=4.0)
     choice = select_threshold(batch, truth, objective=RiskControl(alpha=0.1, per_label=True))
     assert isinstance(choice.policy, PerLabelThreshold)
     assert set(choice.policy.thresholds) == set(LABELS)
     together = select_threshold(batch, truth, objective=RiskControl(alpha=0.1))
-    assert choice.deferral_rate > together.deferral_rate, "the correction for four promises at once costs something"
+    assert choice.deferral_rate > together.deferral_rate, "the correction for four simultaneous guarantees defers more"
     few = select_threshold(*drawn(120, 3, sharp=4.0), objective=RiskControl(alpha=0.1, per_label=True))
-    assert "could not be shown" in few.guarantee or not few.proven
+    assert "labels have no guarantee" in few.guarantee or not few.proven
 
 
-def test_matching_the_large_model_can_be_proven() -> None:
+def test_match_large_with_confidence_is_proven_unless_large_is_perfect() -> None:
     batch, truth = drawn(4000, 5)
     large = answers(truth, 0.7, 6)
     sure = select_threshold(batch, truth, large=large, objective=MatchLarge(confidence=0.95))
@@ -146,8 +146,8 @@ def test_matching_the_large_model_can_be_proven() -> None:
     assert perfect.deferral_rate == 1.0
 
 
-def test_matching_breaks_its_promise_seldom() -> None:
-    """Where the small model is worse at every threshold the promise must not be made, but in 5% of the tasks."""
+def test_match_large_worse_small_model_is_rarely_proven() -> None:
+    """If the small model is worse at every threshold, at most 10% of the tasks give the guarantee, up to chance."""
     made = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -161,21 +161,21 @@ def test_matching_breaks_its_promise_seldom() -> None:
     assert made / 200 <= 0.1 + 3 * (0.09 / 200) ** 0.5
 
 
-def test_walks_from_several_starts() -> None:
+def test_last_of_several_walks_passing_run_reaches_its_end() -> None:
     p = np.full(100, 0.9)
     assert last_of_several_walks(p, 0.05) is None
     p[40:57] = 0.001
     assert last_of_several_walks(p, 0.05) == 56
     p[40] = 0.01
-    assert last_of_several_walks(p, 0.05) == 56, "from the start at 50"
+    assert last_of_several_walks(p, 0.05) == 56, "the walk that starts at 50 still passes"
     p[50] = 0.01
     assert last_of_several_walks(p, 0.05) is None
 
 
-# Cost and share
+# Cost and deferral rate
 
 
-def test_cost_is_bounded() -> None:
+def test_max_cost_known_costs_stays_within_bound() -> None:
     batch, truth = drawn(1000, 1)
     large = answers(truth, 0.95, 2)
     choice = select_threshold(batch, truth, large=large, large_cost=0.01, objective=MaxCost(usd_per_1000=3.0))
@@ -183,22 +183,22 @@ def test_cost_is_bounded() -> None:
     assert choice.deferral_rate == pytest.approx(0.3, abs=0.01)
     dear = select_threshold(batch, truth, large=large, large_cost=[0.01] * 1000, objective=MaxCost(usd_per_1000=100))
     assert dear.accuracy == select_threshold(batch, truth, large=large).accuracy
-    with pytest.raises(DataError, match="give `large_cost` in USD"):
+    with pytest.raises(DataError, match="for `large_cost`, got None"):
         select_threshold(batch, truth, large=large, objective=MaxCost(usd_per_1000=3.0))
-    with pytest.raises(DataError, match="none negative or NaN"):
+    with pytest.raises(DataError, match="non-negative, finite costs"):
         select_threshold(batch, truth, large=large, large_cost=[0.1], objective=MaxCost(usd_per_1000=3.0))
 
 
-def test_a_share_needs_no_large_answers() -> None:
+def test_max_deferral_rate_without_large_answers_uses_the_rate() -> None:
     batch, truth = drawn(1000, 1)
     choice = select_threshold(batch, truth, objective=MaxDeferralRate(rate=0.25))
     assert 0.2 <= choice.deferral_rate <= 0.25
 
 
-# Fusion in the choice
+# Fusion
 
 
-def test_fused_answers_are_what_is_chosen_for() -> None:
+def test_select_threshold_with_fusion_uses_fused_accuracy() -> None:
     batch, truth = drawn(1500, 7)
     large = answers(truth, 0.8, 8)
     fusion = AnswerFusion.fit(LABELS, truth, large)
@@ -211,8 +211,8 @@ def test_fused_answers_are_what_is_chosen_for() -> None:
 # Smoothing
 
 
-def test_a_smoothed_choice_is_less_a_matter_of_luck() -> None:
-    """On 200 small calibration sets the smoothed choice does better on new data than the raw best point, on average."""
+def test_select_threshold_smoothing_beats_raw_best_point_on_new_data() -> None:
+    """Over 200 small calibration sets, smoothed choices have a higher mean and a lower spread on new data."""
     new, new_truth = drawn(20_000, 999)
     small = np.array([a == b for a, b in zip(new.label_names(), new_truth, strict=True)])
     large = np.array([a == b for a, b in zip(answers(new_truth, 0.75, 1), new_truth, strict=True)])
@@ -233,7 +233,7 @@ def test_a_smoothed_choice_is_less_a_matter_of_luck() -> None:
     assert np.std(smooth) < np.std(raw)
 
 
-def test_smoothing_survives_what_is_always_right_or_always_wrong() -> None:
+def test_smoothed_right_constant_outcome_stays_near_constant() -> None:
     score = np.linspace(0.3, 0.999, 200)
     always = smoothed_right(score, (0.25, 1.0), np.ones(200, bool))
     never = smoothed_right(score, (0.25, 1.0), np.zeros(200, bool))
@@ -241,7 +241,7 @@ def test_smoothing_survives_what_is_always_right_or_always_wrong() -> None:
     assert never.max() < 0.1
 
 
-def test_fusion_that_is_worse_than_the_large_model_sends_everything() -> None:
+def test_match_large_fusion_worse_than_large_model_defers_everything() -> None:
     rng = np.random.default_rng(0)
     batch = PredictionBatch.from_arrays(LABELS, softmax(rng.normal(0, 6, (150, 4))))
     truth = [str(name) for name in rng.choice(LABELS, 150)]
@@ -252,37 +252,37 @@ def test_fusion_that_is_worse_than_the_large_model_sends_everything() -> None:
     assert "Calibrate without fusion" in choice.guarantee
 
 
-# Asks that cannot be met
+# Invalid data and unsupported objectives
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"labels": []}, "give one of each for every example"),
-        ({"labels": ["a"] * 50}, "All 50 examples have the label 'a'"),
-        ({"labels": ["a", "z"] * 25}, "labels that the small model does not know: z.*unknown_labels='wrong'"),
-        ({"large": ["a"] * 50}, "The large model's answer is 'a' for all 50 examples.*wrong column"),
-        ({"large": None}, "MaxAccuracy compares with the large model's answers, and none are given"),
-        ({"objective": RiskControl(alpha=0.01)}, "50 calibration examples cannot show .* 299 kept examples"),
+        ({"labels": []}, "one of each for every example"),
+        ({"labels": ["a"] * 50}, "got 'a' for all 50 examples"),
+        ({"labels": ["a", "z"] * 25}, "outside the small model's label set: z.*unknown_labels='wrong'"),
+        ({"large": ["a"] * 50}, "answers of the large model, got 'a' for all 50 examples.*right column"),
+        ({"large": None}, "MaxAccuracy requires the large model's answers, but `large` is None"),
+        ({"objective": RiskControl(alpha=0.01)}, "at least 299 calibration examples .*, got 50"),
     ],
 )
-def test_impossible_asks_say_what_would_help(change: dict[str, Any], words: str) -> None:
+def test_select_threshold_invalid_data_raises_with_remedy(change: dict[str, Any], words: str) -> None:
     batch, truth = drawn(50, 0)
     given: dict[str, Any] = {"labels": truth, "large": answers(truth, 0.8, 1), **change}
     with pytest.raises(DataError, match=f"(?s){words}"):
         select_threshold(batch, given.pop("labels"), **given)
 
 
-def test_nan_probabilities_are_named() -> None:
+def test_select_threshold_nan_probabilities_raises_with_row() -> None:
     batch, truth = drawn(50, 0)
     p = batch.probabilities.copy()
     p[7] = np.nan
     batch = PredictionBatch(batch.labels, p)
-    with pytest.raises(DataError, match="1 predictions to calibrate on are no distributions. Row 7"):
+    with pytest.raises(DataError, match="for `predictions`, got 1 invalid. Row 7"):
         select_threshold(batch, truth, large=answers(truth, 0.8, 1))
 
 
-def test_unseen_labels_can_count_as_wrong() -> None:
+def test_select_threshold_unknown_labels_wrong_counts_them_as_wrong() -> None:
     batch, truth = drawn(200, 0)
     large = answers(truth, 0.9, 1)
     truth[3] = large[3] = "z"
@@ -292,7 +292,7 @@ def test_unseen_labels_can_count_as_wrong() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 5])
-def test_a_risk_must_be_a_share(alpha: float) -> None:
+def test_risk_control_alpha_out_of_range_raises(alpha: float) -> None:
     with pytest.raises(ConfigurationError, match="alpha"):
         RiskControl(alpha=alpha)
 
@@ -300,7 +300,7 @@ def test_a_risk_must_be_a_share(alpha: float) -> None:
 # Scaling
 
 
-def test_vector_scaling_mends_what_a_temperature_cannot() -> None:
+def test_fit_vector_scaling_per_label_shift_beats_temperature() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (4000, 4))
     p = softmax(logits)
@@ -315,14 +315,14 @@ def test_vector_scaling_mends_what_a_temperature_cannot() -> None:
     scaled = fit_vector_scaling(shifted, truth, penalty=1e-4)(shifted)
     assert loss(scaled) < loss(softmax(shifted, fit_temperature(shifted, truth))) - 0.05
     assert loss(scaled) == pytest.approx(loss(p), abs=0.01)
-    with pytest.raises(DataError, match="needs 40 examples, and there are 39"):
+    with pytest.raises(DataError, match="at least 40 examples .* got 39"):
         fit_vector_scaling(logits[:39], truth[:39])
 
 
 # Betting
 
 
-def test_a_betting_test_keeps_its_level_and_finds_what_is_there() -> None:
+def test_betting_p_value_keeps_level_and_has_power() -> None:
     rng = np.random.default_rng(0)
     false = np.mean([betting_p_value((rng.random(300) < 0.3).astype(float), 0.3) <= 0.05 for _ in range(500)])
     found = np.mean([betting_p_value((rng.random(300) < 0.2).astype(float), 0.3) <= 0.05 for _ in range(500)])
@@ -334,7 +334,7 @@ def test_a_betting_test_keeps_its_level_and_finds_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("mean", [0.02, 0.3, 0.9])
-def test_a_confidence_sequence_holds_at_all_times(mean: float) -> None:
+def test_confidence_sequence_300_values_covers_mean_at_all_times(mean: float) -> None:
     rng, missed = np.random.default_rng(int(100 * mean)), 0
     for _ in range(100):
         sequence, out = ConfidenceSequence(0.95), False
@@ -349,21 +349,21 @@ def test_a_confidence_sequence_holds_at_all_times(mean: float) -> None:
     assert 0 <= sequence.mean <= 1
 
 
-def test_a_confidence_sequence_refuses_what_is_no_share() -> None:
-    with pytest.raises(DataError, match="must lie in"):
+def test_confidence_sequence_value_out_of_range_raises() -> None:
+    with pytest.raises(DataError, match="for `value`, got 2.0"):
         ConfidenceSequence().add(2.0)
-    with pytest.raises(DataError, match="confidence level"):
+    with pytest.raises(DataError, match="for `level`, got 1.0"):
         ConfidenceSequence(1.0)
     assert np.isnan(ConfidenceSequence().mean)
 
 
-def test_objectives_are_compared_by_value() -> None:
+def test_objective_equal_settings_compare_equal() -> None:
     assert MaxAccuracy() == MaxAccuracy()
     assert RiskControl(alpha=0.1) != RiskControl(alpha=0.2)
 
 
-def test_thresholds_for_written_answers_go_down_to_nothing() -> None:
-    """How sure a model is of what it wrote is a number from 0 to 1, whatever the two labels that stand for it."""
+def test_select_threshold_generated_answers_can_fall_below_one_half() -> None:
+    """The confidence of generated text spans 0 to 1, although two labels represent it."""
     rng = np.random.default_rng(0)
     sure = rng.random(2000)
     right = rng.random(2000) < np.where(sure < 0.25, 0.1, 0.98)
@@ -375,20 +375,20 @@ def test_thresholds_for_written_answers_go_down_to_nothing() -> None:
     assert choice.selective_risk < 0.1
 
 
-def test_a_label_that_only_the_large_model_has_counts_for_it() -> None:
+def test_select_threshold_label_only_large_model_has_counts_as_right_for_it() -> None:
     batch, truth = drawn(1000, 0)
     unknown = [i % 5 == 0 for i in range(1000)]
     labels = ["new" if new else label for new, label in zip(unknown, truth, strict=True)]
     choice = select_threshold(batch, labels, large=labels[:-1] + ["a"], objective=MatchLarge(), unknown_labels="wrong")
     assert choice.large_accuracy >= 0.999
-    with pytest.raises(DataError, match="None is no text"):
+    with pytest.raises(DataError, match="strings for `labels`, got None"):
         select_threshold(batch, [None, *labels[1:]], objective=MaxDeferralRate(rate=0.5))  # type: ignore[list-item]
-    with pytest.raises(DataError, match="USD of asking"):
+    with pytest.raises(DataError, match="non-negative, finite costs"):
         select_threshold(batch, truth, large=truth[:-1] + ["a"], large_cost=["x"] * 1000, objective=MatchLarge())  # type: ignore[arg-type]
 
 
-def test_a_smoothed_curve_tells_very_sure_scores_apart() -> None:
-    """As of a network that is far too sure; more examples must not make a choice worse."""
+def test_smoothed_right_overconfident_scores_are_separated() -> None:
+    """Scores that are all close to 1, as of a very overconfident network, differ in their estimates."""
     rng = np.random.default_rng(0)
     logit = rng.uniform(5.0, 20.0, 4000)
     right = rng.random(4000) < 1.0 / (1.0 + np.exp(-(logit - 12.0)))

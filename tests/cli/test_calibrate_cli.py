@@ -108,7 +108,7 @@ def test_every_objective_is_written_into_the_bundle(
         assert told["usd_per_1000"] <= 1.5 + 1e-9
     if objective.startswith("risk"):
         percent = objective.removeprefix("risk=0.").ljust(2, "0")
-        assert f"With 95% confidence at most {percent}%" in told["guarantee"]
+        assert f"With 95% confidence, at most {percent}%" in told["guarantee"]
         assert told["selective_risk"] <= int(percent) / 100
         assert told["temperature"] == load_small_model(folder / "base").temperature, "scores must not see the labels"
     from langchain_core.language_models import FakeListChatModel
@@ -149,7 +149,7 @@ def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, 
         ("dev.csv", ["--objective", "best"], "is not known; use max-accuracy, match-large"),
         ("dev.csv", ["--objective", "risk"], "needs a number, for example risk=0.05"),
         ("dev.csv", ["--objective", "risk=high"], "needs a number"),
-        ("dev.csv", ["--objective", "max-accuracy"], "none are given"),
+        ("dev.csv", ["--objective", "max-accuracy"], "`large` is None"),
         ("dev.csv", ["--objective", "max-accuracy", "--fusion"], "give --large-label"),
         ("dev.csv", ["--objective", "max-accuracy", "--large-label", "gpt"], "no column 'gpt'; it has: text, label"),
         (
@@ -157,10 +157,10 @@ def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, 
             ["--objective", "cost=1", "--large-label", "large", "--large-cost", "text"],
             "give USD as a number",
         ),
-        ("dev.csv", ["--objective", "risk=0.0001"], "calibration examples cannot show"),
+        ("dev.csv", ["--objective", "risk=0.0001"], "calibration examples to bound the selective risk"),
         ("empty.csv", ["--objective", "risk=0.1"], "has no rows"),
-        ("strange.csv", ["--objective", "deferral=0.1"], "does not know: unheard-of"),
-        ("one.csv", ["--objective", "deferral=0.1"], "All 20 examples have the label 'refund'"),
+        ("strange.csv", ["--objective", "deferral=0.1"], "label set: unheard-of"),
+        ("one.csv", ["--objective", "deferral=0.1"], "got 'refund' for all 20 examples"),
     ],
 )
 def test_impossible_asks_name_the_remedy(data: str, more: list[str], words: str, folder: Path, bundle: str) -> None:
@@ -190,7 +190,7 @@ def test_the_report_is_self_contained_and_escapes_texts(report: Path, folder: Pa
     assert "&lt;b&gt;" in page and "<b>4" not in page, "a text of the data is never markup"
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page), "nothing is fetched"
     assert "<script" not in page
-    for title in ("Accuracy by share asked", "Reliability", "Risk and coverage", "Labels, the worst first"):
+    for title in ("Accuracy by deferral rate", "Reliability", "Risk and coverage", "Labels, least accurate first"):
         assert title in page
     quiet = report.with_name("quiet.html")
     run(
@@ -208,7 +208,7 @@ def test_the_report_is_self_contained_and_escapes_texts(report: Path, folder: Pa
     assert "about my" not in quiet.read_text()
     alone = report.with_name("alone.html")
     run("evaluate", folder, "test.csv", "--bundle", bundle, "--report", str(alone))
-    assert "Accuracy by share asked" not in alone.read_text(), "without recorded answers there is no such curve"
+    assert "Accuracy by deferral rate" not in alone.read_text(), "without recorded answers there is no such curve"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

@@ -1,4 +1,4 @@
-"""Metrics against worked examples, and against each other's definitions."""
+"""Metrics, intervals and evaluations against worked examples and definitions."""
 
 from __future__ import annotations
 
@@ -27,39 +27,41 @@ RIGHT = np.array([True, True, False, True])
 LARGE = np.array([True, True, True, False])
 
 
-def test_calibration_errors_of_a_worked_example() -> None:
-    # Two bins of ten: [0.6, 0.7) with confidence 0.65 and one of two right; [0.9, 1.0) with 0.95 and both right.
+def test_calibration_metrics_worked_example_match() -> None:
+    # Two bins of ten are filled: one of two right at confidence 0.65, both right at confidence 0.95.
     confidence, right = np.array([0.65, 0.65, 0.95, 0.95]), np.array([True, False, True, True])
     assert m.expected_calibration_error(confidence, right, bins=10) == pytest.approx((0.15 + 0.05) / 2)
     assert m.expected_calibration_error(np.ones(3), np.ones(3, bool)) == 0.0
     p, truth = np.array([[0.8, 0.2], [0.4, 0.6]]), np.array([0, 0])
     assert m.brier_score(p, truth) == pytest.approx((0.2**2 * 2 + 0.6**2 * 2) / 2)
     assert m.negative_log_likelihood(p, truth) == pytest.approx(-(np.log(0.8) + np.log(0.4)) / 2)
-    assert m.brier_score(p, np.array([-1, -1])) == pytest.approx(((0.68 + 1) + (0.52 + 1)) / 2), "an unknown truth"
+    assert m.brier_score(p, np.array([-1, -1])) == pytest.approx(((0.68 + 1) + (0.52 + 1)) / 2), (
+        "true labels outside the columns"
+    )
     found = reliability(confidence, right, bins=10)
     assert found.count.tolist() == [2, 2]
     assert found.accuracy.tolist() == [0.5, 1.0]
 
 
-def test_selective_figures_of_a_worked_example() -> None:
+def test_selective_metrics_worked_example_match() -> None:
     curve = risk_coverage(SCORE, RIGHT)
     assert curve.risk == pytest.approx([0, 0, 1 / 3, 1 / 4])
     assert m.aurc(SCORE, RIGHT) == pytest.approx((1 / 3 + 1 / 4) / 4)
     assert m.e_aurc(SCORE, RIGHT) == pytest.approx((1 / 3 + 1 / 4) / 4 - 1 / 16)
     assert m.augrc(SCORE, RIGHT) == pytest.approx((0 + 0 + 1 / 4 + 1 / 4) / 4)
     tied = risk_coverage(np.full(4, 0.5), RIGHT)
-    assert tied.risk == pytest.approx([0.25] * 4), "equal scores: any order is as likely"
+    assert tied.risk == pytest.approx([0.25] * 4), "equal scores count as in random order"
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30))
 @settings(max_examples=50)
-def test_a_perfect_order_has_no_excess(rows: list[tuple[float, bool]]) -> None:
+def test_e_aurc_perfect_ranking_is_zero_and_never_negative(rows: list[tuple[float, bool]]) -> None:
     right = np.array([r for _, r in rows])
     assert m.e_aurc(right.astype(float), right) == pytest.approx(0.0)
     assert m.e_aurc(np.array([s for s, _ in rows]), right) >= -1e-9
 
 
-def test_routing_figures_of_a_worked_example() -> None:
+def test_routing_metrics_worked_example_match() -> None:
     curve = deferral_curve(SCORE, RIGHT, LARGE)
     assert curve.deferral_rate.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert curve.accuracy.tolist() == [0.75, 0.75, 0.75, 0.5, 0.75]
@@ -71,7 +73,7 @@ def test_routing_figures_of_a_worked_example() -> None:
         m.apgr(curve)
 
 
-def test_a_random_router_recovers_half_and_a_perfect_one_more() -> None:
+def test_apgr_random_router_is_half_and_perfect_router_exceeds_one() -> None:
     rng = np.random.default_rng(0)
     small, large = rng.random(20_000) < 0.6, rng.random(20_000) < 0.8
     random = deferral_curve(rng.random(20_000), small, large)
@@ -84,8 +86,8 @@ def test_a_random_router_recovers_half_and_a_perfect_one_more() -> None:
     assert len(perfect.thinned(50).thresholds) == 50
 
 
-def test_aiq_is_the_mean_height_of_the_hull() -> None:
-    # Hull of (0, .5), (1, .9), (2, 1): areas .7 and .95; the point (1, .6) lies below it.
+def test_average_improvement_in_quality_is_mean_height_of_hull() -> None:
+    # The hull has the points (0, .5), (1, .9), (2, 1) and the areas .7 and .95. The point (1, .6) lies below it.
     cost, quality = np.array([0.0, 1.0, 1.0, 2.0]), np.array([0.5, 0.6, 0.9, 1.0])
     assert m.average_improvement_in_quality(cost, quality) == pytest.approx((0.7 + 0.95) / 2)
     assert m.average_improvement_in_quality(np.array([0.0, 1.0, 2.0]), np.array([0.5, 0.4, 0.9])) == pytest.approx(0.7)
@@ -93,7 +95,7 @@ def test_aiq_is_the_mean_height_of_the_hull() -> None:
         m.average_improvement_in_quality(np.ones(2), np.ones(2))
 
 
-def test_savings_are_net_of_the_small_models_cost() -> None:
+def test_savings_usd_per_1000_subtracts_small_model_cost() -> None:
     asked = np.array([True, False, False, False])
     assert m.savings_usd_per_1000(np.full(4, 0.01), asked, 0.001) == pytest.approx(6.5)
 
@@ -101,7 +103,7 @@ def test_savings_are_net_of_the_small_models_cost() -> None:
 # Intervals
 
 
-def test_joint_intervals_agree_with_the_plain_bootstrap() -> None:
+def test_joint_intervals_one_mean_agrees_with_mean_interval() -> None:
     rng = np.random.default_rng(0)
     values = rng.random(800) < 0.3
     joint = joint_intervals({"x": values}, {"mean": lambda mean: mean["x"]})["mean"]
@@ -116,7 +118,7 @@ def test_joint_intervals_agree_with_the_plain_bootstrap() -> None:
         resampled_interval(lambda rows: 0.0, 0)
 
 
-# A whole evaluation
+# Offline evaluation
 
 
 def scored(n: int = 400, seed: int = 0) -> tuple[PredictionBatch, list[str], list[str | None]]:
@@ -129,7 +131,7 @@ def scored(n: int = 400, seed: int = 0) -> tuple[PredictionBatch, list[str], lis
     return PredictionBatch.from_arrays(names, p, logits=logits * 2), truth, large
 
 
-def test_an_evaluation_says_what_the_rule_gives() -> None:
+def test_evaluate_threshold_policy_matches_rule_per_example() -> None:
     batch, truth, large = scored()
     fusion = AnswerFusion.fit(batch.labels, truth, large)
     found = evaluate(batch, truth, Threshold(0.7), large=large, fusion=fusion, large_cost=0.002, small_cost_usd=1e-5)
@@ -156,19 +158,19 @@ def test_an_evaluation_says_what_the_rule_gives() -> None:
     for name in ("small_accuracy", "shunt_accuracy", "aurc", "ece_before", "ece_after", "savings_usd_per_1000"):
         low, high = told[f"{name}_interval"]
         assert low < high
-        assert low - 0.02 <= told[name] <= high + 0.02, "a calibration error's resamples lie a little above it"
+        assert low - 0.02 <= told[name] <= high + 0.02, "resampling biases a calibration error slightly upwards"
     assert sum(row.n for row in found.labels) == 400
     assert found.labels[0].small_accuracy <= found.labels[-1].small_accuracy
     assert all(not small[e.row] and keep[e.row] for e in found.kept_wrongly)
     assert all(small[e.row] and not keep[e.row] and not asked[e.row] for e in found.deferred_needlessly)
 
 
-def test_what_cannot_be_known_is_null() -> None:
+def test_evaluate_without_large_answers_gives_none_for_unknown_figures() -> None:
     batch, truth, _ = scored(60)
     told = evaluate(PredictionBatch(batch.labels, batch.probabilities), truth, Threshold(0.7)).to_dict()
     for name in ("large_accuracy", "fused_accuracy", "apgr", "savings_usd_per_1000", "ece_before"):
         assert told[name] is None
         assert told[f"{name}_interval"] is None
     assert told["small_accuracy"] is not None
-    with pytest.raises(DataError, match="give one of each"):
+    with pytest.raises(DataError, match="one of each for every example"):
         evaluate(batch, truth[:3], Threshold(0.7))

@@ -253,7 +253,7 @@ def test_an_error_above_the_bound_gives_one_alarm() -> None:
     for wrong in rng.random(600) < 0.25:
         monitor.audited("a", "b" if wrong else "a")
     assert [alarm.kind for alarm in alarms] == ["error"]
-    assert "5% are acceptable" in alarms[0].message
+    assert "at most 5% is acceptable" in alarms[0].message
     assert monitor.alarmed
     low, high = monitor.disagreement.interval
     assert low <= 0.25 <= high
@@ -295,7 +295,7 @@ def test_a_monitor_survives_a_bad_callback_and_pickling(caplog: pytest.LogCaptur
     for _ in range(100):
         monitor.audited("a", "b")
     assert monitor.alarmed
-    assert "on_alarm failed" in caplog.text
+    assert "`on_alarm` callback failed" in caplog.text
     monitor.on_alarm = None
     assert pickle.loads(pickle.dumps(monitor)).report() == monitor.report()
 
@@ -456,7 +456,7 @@ def test_a_cost_budget_pays_for_long_batches_too() -> None:
 
 def test_a_reference_without_numbers_is_refused() -> None:
     for reference in ([], [0.5, float("nan")]):
-        with pytest.raises(ConfigurationError, match="The reference has"):
+        with pytest.raises(ConfigurationError, match="for `reference`"):
             Monitor(reference=reference)
 
 
