@@ -1,4 +1,4 @@
-"""ShuntDecision and ShuntResult: where an input went, why, and what came of it. Nothing is decided here."""
+"""Routing results: the decision for one input, its latency, and the answer with its cost."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from langchain_datashunt.prediction import Prediction, Reason, Route
 
 @dataclass(frozen=True, slots=True)
 class ShuntDecision:
-    """Where one input went, and why.
+    """Routing decision for one input.
 
     Attributes:
-        route: Who answered.
-        reason: Why.
-        prediction: What the deciding small model thought; None if it failed.
-        score: The confidence score that was compared, None where there was none.
-        threshold: What it was compared with, None for policies without one.
-        policy: The policy in words.
-        error: The failure that changed the route, in words; None for none.
+        route: Model that answered.
+        reason: Reason for the route.
+        prediction: Prediction of the deciding small model, or None if it failed.
+        score: Confidence score that was compared with the threshold, or None if the policy uses none.
+        threshold: Threshold, or None if the policy uses none.
+        policy: Text form of the policy.
+        error: Message of the failure that changed the route, or None.
     """
 
     route: Route
@@ -34,7 +34,7 @@ class ShuntDecision:
     error: str | None = None
 
     def to_metadata(self) -> dict[str, Any]:
-        """Flat, JSON-ready values for traces: never the input, never all probabilities."""
+        """Return flat, JSON-ready trace metadata, without the input and without the full distribution."""
         return {
             "shunt_route": self.route,
             "shunt_reason": self.reason,
@@ -51,41 +51,41 @@ class ShuntDecision:
 _WITHOUT_TEXTS = frozenset(
     {"CircuitOpenError", "LargeTimeoutError", "PredictionError", "QueueFullError", "LocalOnlyError"}
 )
-"""Errors whose messages quote no text."""
+"""Errors whose messages never quote an input or an answer."""
 
 
 def _without_texts(error: str) -> str:
-    """An error in words, where those cannot quote an input or an answer; else its kind alone."""
+    """Return the error message if it cannot quote an input or an answer, or else the error's type alone."""
     kind = error.partition(":")[0]
     return error if kind in _WITHOUT_TEXTS else kind
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Wall time of one call's parts, in seconds; in a batch, of the grouped call that the input was part of."""
+    """Wall time of the two models in seconds. In a batch, it is that of the whole grouped call."""
 
     small_seconds: float = 0.0
     large_seconds: float = 0.0
 
     @property
     def total_seconds(self) -> float:
-        """Both together, in seconds."""
+        """Sum of both, in seconds."""
         return self.small_seconds + self.large_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class ShuntResult:
-    """An answer with its decision.
+    """Answer with its routing decision, token usage, cost and latency.
 
     Attributes:
-        output: The answer, of the type that the shunt returns without `return_decision`.
-        decision: Where the input went, and why.
-        usage: Tokens that the large model counted, by model name; empty for the small routes.
-        cost_usd: Price of `usage` in USD; 0.0 for the small routes, None where the price is not known.
-        latency: Wall time of the parts.
-        record_id: Id of the run, under which the call is recorded.
-        inner: The result of the next tier, where the large side is a shunt itself.
-        large_output: What the large model itself answered, where `output` is fused of both models' answers.
+        output: Answer, of the type that the shunt returns without `return_decision`.
+        decision: Routing decision.
+        usage: Token usage of the large model by model name. Empty if the input was answered locally.
+        cost_usd: Price of `usage` in USD. 0.0 if the input was answered locally, None if the price is unknown.
+        latency: Wall time of the small and the large model.
+        record_id: Run id under which the call is logged.
+        inner: Result of the next tier, if the large side is itself a shunt.
+        large_output: Output of the large model alone, if `output` is fused from both models' answers.
     """
 
     output: Any
@@ -99,37 +99,37 @@ class ShuntResult:
 
     @property
     def route(self) -> Route:
-        """Who answered."""
+        """Model that answered."""
         return self.decision.route
 
     @property
     def reason(self) -> Reason:
-        """Why."""
+        """Reason for the route."""
         return self.decision.reason
 
     @property
     def prediction(self) -> Prediction | None:
-        """What the deciding small model thought."""
+        """Prediction of the deciding small model, or None if it failed."""
         return self.decision.prediction
 
     @property
     def threshold(self) -> float | None:
-        """What the score was compared with."""
+        """Threshold that the score was compared with, or None if the policy uses none."""
         return self.decision.threshold
 
     @property
     def decisions(self) -> tuple[ShuntDecision, ...]:
-        """The decisions of all tiers, the outermost first."""
+        """Decisions of all tiers, outermost first."""
         return (self.decision, *(self.inner.decisions if self.inner else ()))
 
     def __add__(self, other: ShuntResult) -> ShuntResult:
-        """Join two chunks of one streamed result; the later one knows usage, cost and latency."""
+        """Join two chunks of one streamed result. The later chunk supplies cost, latency and, if it has any, usage."""
         inner = self.inner + other.inner if self.inner and other.inner else other.inner or self.inner
         return replace(other, output=_joined(self.output, other.output), inner=inner, usage=other.usage or self.usage)
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """The sum of two chunks' outputs; the later one where they cannot be added, as with parsed JSON."""
+    """Return the sum of two chunks' outputs, or the later one if they cannot be added, as with parsed JSON."""
     if first is None or second is None:
         return second if first is None else first
     try:

@@ -1,30 +1,30 @@
-"""Every error and warning of this package; nothing here computes.
+"""Exceptions and warnings raised by this package.
 
 * ShuntError
-  * ConfigurationError         the parts do not fit together, or a setting is out of range
+  * ConfigurationError         components do not fit together, or a setting is out of range
     * MissingExtraError        an optional dependency is not installed (also an ImportError)
-  * InputError                 one input of a call cannot be read as what the model needs
-  * PredictionError            a small model gave something that is no prediction
-  * QueueFullError             more requests wait for a model than may
-  * LargeTimeoutError          one attempt of a large call took longer than it may (also a TimeoutError)
-  * CircuitOpenError           a large model has kept failing, and is left alone for a while
-  * UnparsableAnswerError           a large model's answer is none of the labels
-  * LocalOnlyError                 an input must not leave this machine
+  * InputError                 an input cannot be read in the form that the model requires
+  * PredictionError            a small model returned an invalid prediction
+  * QueueFullError             the queue of a model is full
+  * LargeTimeoutError          one attempt of an LLM call timed out (also a TimeoutError)
+  * CircuitOpenError           the circuit breaker is open after repeated LLM failures
+  * UnparsableAnswerError      the LLM's answer is not one of the labels
+  * LocalOnlyError             the privacy guard keeps an input on this machine
   * DataError                  a data file, a column or a training set is not usable
   * BundleError                a saved small model cannot be loaded
-    * BundleTruncatedError     files are missing, cut short or changed
-    * BundleTooNewError        written by a newer format than this version reads
-    * BundleMismatchError      its labels, its weights and its encoder disagree
-  * TooManyFailuresError       one large call after the other failed, so it was not gone on with
+    * BundleTruncatedError     files are missing, truncated or changed
+    * BundleTooNewError        the format is newer than this version supports
+    * BundleMismatchError      labels, weights and encoder disagree
+  * TooManyFailuresError       stopped after too many consecutive LLM failures
   * ReplayError                recorded answers cannot be replayed
-  * StoreError                 the store of routed calls cannot be used
-    * RecordRefusedError       it is there, and does not take a record
-  * RegistryError              a version of a model that is asked for is not there
+  * StoreError                 the call log cannot be used
+    * RecordRefusedError       the database is reachable but rejects a record
+  * RegistryError              the registry does not have the requested model version
 
 * ShuntWarning
-  * ThresholdWarning           a threshold that can never, or always, fire
-  * TruncationWarning          inputs were cut to the model's maximal length
-  * PruningWarning             a prompt strategy had to fall back
+  * ThresholdWarning           a threshold is always reached, or never
+  * TruncationWarning          inputs were truncated to the model's maximum length
+  * PruningWarning             a pruning strategy used its fallback
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from collections.abc import Sequence
 
 
 class ShuntError(Exception):
-    """Base of all errors that this package raises itself."""
+    """Base class of all errors raised by this package."""
 
 
 class ConfigurationError(ShuntError):
-    """The parts do not fit together, or a setting is out of its range."""
+    """Raised if components do not fit together, or if a setting is out of range."""
 
 
 class MissingExtraError(ConfigurationError, ImportError):
-    """An optional dependency is missing; the message names the pip command."""
+    """Raised if an optional dependency is not installed. The message gives the pip command."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"The package {package!r} is needed here and is not installed. "
+            f"The optional package {package!r} is required here but is not installed. "
             f"Install it with: pip install 'langchain-datashunt[{extra}]'"
         )
         self.package = package
@@ -53,19 +53,23 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 
 class InputError(ShuntError):
-    """One input of a call cannot be read as what the model needs."""
+    """Raised if an input cannot be read in the form that the model requires."""
 
 
 class PredictionError(ShuntError):
-    """A small model gave something that is no prediction (NaN, wrong shape, not a distribution)."""
+    """Raised if a small model returns an invalid prediction (NaN, wrong shape, probabilities that do not sum to 1)."""
 
 
 class QueueFullError(ShuntError):
-    """More requests wait for a model than its settings allow."""
+    """Raised if the queue of a model is full."""
 
 
 class LargeTimeoutError(ShuntError, TimeoutError):
-    """One attempt of a large call took longer than it may."""
+    """Raised if one attempt of an LLM call exceeds its time limit.
+
+    Attributes:
+        seconds: Time limit of one attempt, in seconds.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -73,17 +77,17 @@ class LargeTimeoutError(ShuntError, TimeoutError):
 
     def __str__(self) -> str:
         return (
-            f"The large model has not answered within {self.seconds:g} s, which is what one attempt may take. Raise "
-            f"Retry(attempt_seconds=...), or set on_large_error='small' to have the small model answer."
+            f"The large model has not answered within {self.seconds:g} s, the limit for one attempt. Increase "
+            f"Retry(attempt_seconds=...), or set on_large_error='small' to use the small model's answer instead."
         )
 
 
 class CircuitOpenError(ShuntError):
-    """A large model has kept failing, so it is not asked for a while.
+    """Raised instead of an LLM call while the circuit breaker is open.
 
     Attributes:
-        failures: How often in a row it failed.
-        seconds: Until it is tried again; 0.0 where that is being done.
+        failures: Number of consecutive failures.
+        seconds: Seconds until the next trial call, 0.0 if a trial call is running now.
     """
 
     def __init__(self, failures: int, seconds: float) -> None:
@@ -92,20 +96,20 @@ class CircuitOpenError(ShuntError):
         self.seconds = seconds
 
     def __str__(self) -> str:
-        when = f"it is tried again in {self.seconds:.1f} s" if self.seconds > 0 else "another call is trying it now"
+        when = f"the next trial call is in {self.seconds:.1f} s" if self.seconds > 0 else "a trial call is running now"
         return (
-            f"The large model has failed {self.failures} times in a row and is left alone; {when}. Set "
-            f"on_large_error='small' to have the small model answer meanwhile."
+            f"The large model has failed {self.failures} times in a row, so the circuit breaker is open ({when}). Set "
+            f"on_large_error='small' to use the small model's answer in the meantime."
         )
 
 
 class UnparsableAnswerError(ShuntError):  # noqa: N818
-    """A large model's answer is none of the labels.
+    """Raised if the LLM's answer is not one of the labels.
 
     Attributes:
-        raw: The answer's text as the model gave it.
-        labels: The labels that would have been accepted.
-        attempts: How many times the model was asked.
+        raw: Text of the answer, unmodified.
+        labels: Accepted labels.
+        attempts: Number of LLM calls made for this input.
     """
 
     def __init__(self, raw: str, labels: Sequence[str], attempts: int = 1) -> None:
@@ -119,18 +123,18 @@ class UnparsableAnswerError(ShuntError):  # noqa: N818
         answer = self.raw if len(self.raw) <= 200 else self.raw[:200] + "..."
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
         return (
-            f"The large model's answer {answer!r} is none of the {len(self.labels)} labels ({shown}); "
-            f"it was asked {times}. Add an alias for this wording, raise `max_reasks`, or set "
+            f"The large model's answer {answer!r} is not one of the {len(self.labels)} labels ({shown}), "
+            f"tried {times}. Add an alias for this wording, increase `max_reasks`, or set "
             f"on_large_error='small' to use the small model's answer instead."
         )
 
 
 class LocalOnlyError(ShuntError):  # noqa: N818
-    """An input must not leave this machine, so no large model was asked.
+    """Raised if the privacy guard keeps an input on this machine, so the LLM is not called.
 
     Attributes:
-        reason: Why, in words; never the input itself.
-        kinds: The kinds of entities that keep it here.
+        reason: Reason as a clause, such as "it contains IBAN". Never quotes the input.
+        kinds: Kinds of the entities that caused it. Empty if the reason is another one.
     """
 
     def __init__(self, reason: str, kinds: Sequence[str] = ()) -> None:
@@ -139,36 +143,36 @@ class LocalOnlyError(ShuntError):  # noqa: N818
         self.kinds = tuple(kinds)
 
     def __str__(self) -> str:
-        return f"This input stays on this machine: {self.reason}. No large model was asked."
+        return f"This input stays on this machine: {self.reason}. The large model was not called."
 
 
 class DataError(ShuntError):
-    """A data file, a column or a training set is not usable."""
+    """Raised if a data file, a column or a training set is not usable."""
 
 
 class BundleError(ShuntError):
-    """A saved small model cannot be loaded."""
+    """Raised if a saved small model cannot be loaded."""
 
 
 class BundleTruncatedError(BundleError):
-    """Files of the bundle are missing, cut short or changed since it was saved."""
+    """Raised if files of the bundle are missing, truncated or changed since it was saved."""
 
 
 class BundleTooNewError(BundleError):
-    """The bundle was written in a newer format than this version reads."""
+    """Raised if the bundle's format is newer than this version supports."""
 
 
 class BundleMismatchError(BundleError):
-    """The labels, the weights and the encoder of the bundle disagree."""
+    """Raised if the labels, the weights and the encoder of the bundle disagree."""
 
 
 class TooManyFailuresError(ShuntError):
-    """One large call after the other failed, so it was not gone on with.
+    """Stopped after too many consecutive LLM failures.
 
     Attributes:
-        failures: How many.
-        last: What the last one said.
-        out: Where answers stand.
+        failures: Number of consecutive failures.
+        last: Message of the last failure.
+        out: Path of the output file with the answers so far.
     """
 
     def __init__(self, failures: int, last: str, out: str) -> None:
@@ -179,39 +183,39 @@ class TooManyFailuresError(ShuntError):
 
     def __str__(self) -> str:
         return (
-            f"{self.failures} large calls failed one after the other, the last with {self.last!r}. What was answered "
-            f"is in {self.out}. Put right what failed and run again: these rows are asked anew. --max-failures 0 goes "
-            f"on whatever fails."
+            f"Stopped after {self.failures} consecutive failures of large calls, the last with {self.last!r}. The "
+            f"answers so far are in {self.out}. Fix the cause and run again to retry the failed rows. Set "
+            f"--max-failures 0 to continue despite failures."
         )
 
 
 class ReplayError(ShuntError):
-    """Recorded answers cannot be replayed."""
+    """Raised if recorded answers cannot be replayed."""
 
 
 class StoreError(ShuntError):
-    """The store of routed calls cannot be used."""
+    """Raised if the call log cannot be used."""
 
 
 class RecordRefusedError(StoreError):
-    """The database is there, and does not take what was to be written: trying again does not help."""
+    """Raised if the database is reachable but rejects a record, so that a retry cannot succeed."""
 
 
 class RegistryError(ShuntError):
-    """A version of a model that is asked for is not there."""
+    """Raised if the registry does not have the requested model version, or has none in service."""
 
 
 class ShuntWarning(UserWarning):
-    """Base of all warnings that this package gives."""
+    """Base class of all warnings issued by this package."""
 
 
 class ThresholdWarning(ShuntWarning):
-    """A threshold that can never, or always, fire."""
+    """Issued if a threshold is always reached, or can never be reached."""
 
 
 class TruncationWarning(ShuntWarning):
-    """Inputs were cut to the model's maximal length."""
+    """Issued when inputs are truncated to the model's maximum length."""
 
 
 class PruningWarning(ShuntWarning):
-    """A prompt strategy had to fall back to something safer."""
+    """Issued when a pruning strategy uses its fallback."""

@@ -1,4 +1,4 @@
-"""Images as inputs: what a caller may pass in, limits on it, and how prompts and records get it. No model here."""
+"""Image inputs: decoding with size limits, and conversion for prompts and records."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ Pixels: TypeAlias = NDArray[np.uint8]
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _LONG = 500
 _LOSSLESS_SIDE = 64
-"""Pictures with no longer side are written without loss."""
+"""Largest side in pixels up to which images are encoded as lossless PNG."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is decoded; some of PIL's other formats start programs."""
+"""Formats that are decoded. Some of PIL's other formats run external programs."""
 
 ACCEPTED = (
     "a PIL image, an array [h, w] or [h, w, c] of uint8, the bytes of an image file, a pathlib.Path, a data URL, an "
-    "image content block, or a message that holds one"
+    "image content block, or a message that contains one"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A decoded image.
+    """Decoded image.
 
     Attributes:
         pixels: Shape `[h, w, c]`, uint8, c = 1 or 3.
@@ -53,7 +53,7 @@ class Picture:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that stand for size and pixels."""
+        """16-byte digest of size and pixels."""
         seen = blake2b(repr(self.pixels.shape).encode(), digest_size=16)
         seen.update(np.ascontiguousarray(self.pixels).tobytes())
         return seen.digest()
@@ -68,18 +68,18 @@ class Picture:
         return f"Picture({'x'.join(map(str, self.pixels.shape))}, {self.digest.hex()[:8]})"
 
     def image(self) -> Any:
-        """As a PIL image, of mode L or RGB."""
+        """Return a PIL image of mode L or RGB."""
         pixels = self.pixels[..., 0] if self.pixels.shape[2] == 1 else self.pixels
         return require("PIL.Image", "images").fromarray(np.ascontiguousarray(pixels))
 
     def resized(self, height: int, width: int, channels: int, *, resample: int = 2) -> Pixels:
-        """Pixels of another size and number of channels, shape `[height, width, channels]`.
+        """Return the pixels in another size and number of channels, shape `[height, width, channels]`.
 
         Args:
-            height: In pixels.
-            width: In pixels.
+            height: Height in pixels.
+            width: Width in pixels.
             channels: 1 or 3.
-            resample: PIL's number of the filter; 2 is bilinear, 3 bicubic.
+            resample: PIL's filter number. 2 is bilinear, 3 is bicubic.
         """
         if self.pixels.shape == (height, width, channels):
             return self.pixels
@@ -89,12 +89,12 @@ class Picture:
         return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
 
     def encoded(self, longest_side: int | None = None) -> tuple[str, bytes]:
-        """MIME type and bytes of an image file, with nothing in it but the pixels: no place, no camera, no thumbnail.
+        """Return MIME type and bytes of an image file without metadata such as location, camera or thumbnail.
 
-        Small pictures are PNG, without loss; others are JPEG of quality 90.
+        Images with sides of up to 64 pixels are encoded as lossless PNG, larger ones as JPEG of quality 90.
 
         Args:
-            longest_side: Pixels of the longer side at the most; None for no limit.
+            longest_side: Maximum of the longer side in pixels. None means no limit.
         """
         image = self.image()
         if longest_side is not None and max(image.size) > longest_side:
@@ -108,57 +108,56 @@ class Picture:
         return "image/jpeg", out.getvalue()
 
     def data_url(self, longest_side: int | None = None) -> str:
-        """As a data URL; see `encoded`."""
+        """Return the encoded image as a data URL (see `encoded`)."""
         mime, data = self.encoded(longest_side)
         return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
     def block(self, longest_side: int | None = None) -> dict[str, Any]:
-        """As LangChain's standard content block for images."""
+        """Return the encoded image as LangChain's standard content block."""
         mime, data = self.encoded(longest_side)
         return {"type": "image", "base64": base64.b64encode(data).decode(), "mime_type": mime}
 
 
 class ImageReader(InputReader):
-    """Images, with limits on what is decoded.
+    """Reader for images, with limits on their size.
 
-    Nothing is fetched from the network, and no file is opened by a name that came as a string: a text that a stranger
-    sends must not choose which file of this machine goes to a large model.
+    Images are never fetched from the network, and strings are never opened as file paths. Otherwise an untrusted text
+    could choose which local file is sent to the LLM.
 
-    For prompts an image is laid out as `input` (a list with one human message that holds the text beside the image,
-    where there is one, and the image), `image_url` (a data URL) and, for conversations, `history`. Metadata of the
-    file does not go along.
+    Prompt variables are `input` (a list with one human message that holds the image and its text, if any), `image_url`
+    (a data URL) and, for conversations, `history` and `messages`. The file's metadata is removed from the first two.
     """
 
     max_bytes: int = Field(default=20 * 2**20, ge=1)
-    """Bytes of an encoded image at the most."""
+    """Maximum size of an encoded image, in bytes."""
 
     max_pixels: int = Field(default=50_000_000, ge=1)
-    """Width times height at the most; checked before anything is decoded."""
+    """Maximum of width times height, checked before decoding."""
 
     sent_side: int | None = Field(default=2048, ge=16)
-    """Pixels of the longer side of what a prompt gets at the most; None sends the full size."""
+    """Maximum of the longer side of images sent in prompts, in pixels. None sends the full size."""
 
     recorded_side: int | None = Field(default=512, ge=16)
-    """The same for what is recorded."""
+    """Maximum of the longer side of recorded images, in pixels. None records the full size."""
 
     def read(self, value: Any) -> Picture:
-        """The picture.
+        """Return the decoded image.
 
         Raises:
-            InputError: There is no image in it, it cannot be decoded, or it is above the limits.
+            InputError: The value contains no image, the image cannot be decoded, or it exceeds the limits.
         """
         return self._picture(self._found(value))
 
     def key(self, item: Any) -> bytes:
-        """The picture's digest."""
+        """Return the digest of the image."""
         digest: bytes = item.digest
         return digest
 
     def lay_out(self, value: Any) -> dict[str, Any]:
-        """Prompt variables; see the class.
+        """Return the prompt variables described in the class docstring.
 
         Raises:
-            InputError: As `read`.
+            InputError: The value contains no image, the image cannot be decoded, or it exceeds the limits.
         """
         inner, rest = value, {}
         if isinstance(value, Mapping) and self.input_key in value:
@@ -177,34 +176,34 @@ class ImageReader(InputReader):
         return {**laid_out, **rest, self.input_key: [HumanMessage(content)], **_only(laid_out, "history")}
 
     def snapshot(self, value: Any) -> Any:
-        """The decoded picture; what is no image, as it is."""
+        """Return the decoded image, or the value itself if it is not an image."""
         try:
             return self.read(value)
         except InputError:
             return value
 
     def write(self, value: Any) -> str:
-        """A data URL; what is no image, in short as JSON."""
+        """Return the image as a data URL, or shortened JSON if the value is not an image."""
         try:
             return self.read(value).data_url(self.recorded_side)
         except InputError:
             return json.dumps(_in_short(value), default=_in_short, ensure_ascii=False)
 
     def _found(self, value: Any) -> Any:
-        """The image in a value: of a mapping, a block, a message."""
+        """Return the image in a mapping, a content block or a message."""
         if isinstance(value, Mapping):
             if value.get("type") in ("image", "image_url"):
                 return _of_block(value)
             if self.input_key not in value:
                 raise InputError(
-                    f"The input mapping has no key {self.input_key!r}; it has {sorted(map(str, value))}. Rename the "
-                    f"key, or give the small model `input_key=`."
+                    f"The input mapping has no key {self.input_key!r}, only {sorted(map(str, value))}. Rename the "
+                    f"key, or pass `input_key=` to the small model."
                 )
             return self._found(value[self.input_key])
         if (messages := _conversation(value)) is not None:
             blocks = _image_blocks(messages[_last_with_image(messages)])
             if len(blocks) > 1:
-                raise InputError(f"The message holds {len(blocks)} images; give one.")
+                raise InputError(f"Expected one image in the message, got {len(blocks)}. Send one image.")
             return _of_block(blocks[0])
         return value
 
@@ -222,7 +221,7 @@ class ImageReader(InputReader):
             return self._decoded(bytes(value))
         if isinstance(value, require("PIL.Image", "images").Image):
             return self._converted(value)
-        raise InputError(f"An input of type {type(value).__name__!r} is no image. Give {ACCEPTED}.")
+        raise InputError(f"Expected an image, got {type(value).__name__!r}. Pass {ACCEPTED}.")
 
     def _file(self, path: Path) -> bytes:
         try:
@@ -231,7 +230,7 @@ class ImageReader(InputReader):
             return path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"The image file {path} cannot be read: {error.strerror}. Check the path and its mode."
+                f"The image file {path} cannot be read: {error.strerror}. Check its path and permissions."
             ) from error
 
     def _decoded(self, data: bytes) -> Picture:
@@ -240,21 +239,21 @@ class ImageReader(InputReader):
             raise InputError(self._too_many_bytes(len(data), "the image"))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the limit is ours, below
+                warnings.simplefilter("ignore")  # PIL's size warning is redundant: the reader has limits
                 image = image_module.open(io.BytesIO(data), formats=FORMATS)
                 self._check_size(*image.size)
                 image.load()
         except InputError:
             raise
-        except Exception as error:  # whatever a decoder of some format raises on broken data
+        except Exception as error:  # decoders raise any error on damaged data
             raise InputError(
-                f"{len(data)} bytes cannot be decoded as an image ({type(error).__name__}: {error}). The file is cut "
-                f"short, damaged, or of a format that is not read; these are: {', '.join(FORMATS)}."
+                f"{len(data)} bytes cannot be decoded as an image ({type(error).__name__}: {error}). The file is "
+                f"truncated, damaged or in an unsupported format. Supported formats: {', '.join(FORMATS)}."
             ) from error
         return self._converted(image)
 
     def _converted(self, image: Any) -> Picture:
-        """A PIL image as a picture, turned as its metadata says, transparency on white."""
+        """Convert a PIL image: rotate it by its metadata and put transparency on white."""
         self._check_size(*image.size)
         operations, image_module = require("PIL.ImageOps", "images"), require("PIL.Image", "images")
         try:
@@ -268,43 +267,46 @@ class ImageReader(InputReader):
             if image.mode == "I":
                 image = image_module.fromarray(_in_bytes(np.asarray(image)))
             if image.mode == "F":
-                raise ValueError("numbers with a point have no known range; convert it to 8 bits first")
+                raise ValueError("floating-point pixels have no known range, convert them to 8 bits first")
             grey = image.mode in ("1", "L")
             pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
-        except Exception as error:  # whatever a decoder raises on a damaged file, its metadata among it
+        except Exception as error:  # decoders raise any error on damaged data or metadata
             raise InputError(f"An image of mode {image.mode!r} cannot be read: {error}.") from error
         return Picture(pixels[..., None] if grey else pixels)
 
     def _of_array(self, array: NDArray[Any]) -> Picture:
         if array.dtype != np.uint8:
-            raise InputError(f"An image array has the type {array.dtype}; give uint8, from 0 to 255.")
+            raise InputError(f"Expected an image array of dtype uint8 (0 to 255), got {array.dtype}. Convert it.")
         if array.ndim == 2:
             array = array[..., None]
         if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
             raise InputError(
-                f"An image array of shape {list(array.shape)} is none that can be read; give [h, w], or [h, w, c] "
-                f"with 1 (grey), 3 (RGB) or 4 (RGBA) channels."
+                f"Expected an image array of shape [h, w], or [h, w, c] with 1 (grey), 3 (RGB) or 4 (RGBA) "
+                f"channels, got {list(array.shape)}."
             )
         self._check_size(array.shape[1], array.shape[0])
         if array.shape[2] == 4:
             return self._converted(require("PIL.Image", "images").fromarray(np.ascontiguousarray(array), "RGBA"))
-        return Picture(array.copy())  # the caller may go on with its buffer
+        return Picture(array.copy())  # the caller may reuse its buffer
 
     def _check_size(self, width: int, height: int) -> None:
         if width < 1 or height < 1:
-            raise InputError(f"The image has {width} x {height} pixels, so there is nothing to see. Give another.")
+            raise InputError(f"The image is empty: {width} x {height} pixels. Pass an image with at least one pixel.")
         if width * height > self.max_pixels:
             raise InputError(
-                f"The image has {width} x {height} pixels, and {self.max_pixels} are allowed in all. Make it smaller, "
-                f"or raise `max_pixels` if you trust where it comes from."
+                f"The image has {width} x {height} pixels, more than the limit of {self.max_pixels}. Resize it, or "
+                f"increase `max_pixels` if you trust its source."
             )
 
     def _too_many_bytes(self, size: int, what: str) -> str:
-        return f"{what} has {size} bytes, and {self.max_bytes} are allowed. Make it smaller, or raise `max_bytes`."
+        return f"{what} has {size} bytes, more than the limit of {self.max_bytes}. Resize it, or increase `max_bytes`."
 
 
 def _in_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Whole numbers of up to 32 bits as 8: as they are where they fit, the high byte of 16 bits, else scaled."""
+    """Convert integers of up to 32 bits to 8 bits.
+
+    Values up to 255 stay, values up to 65,535 keep their high byte, and others are scaled to their range.
+    """
     low, high = int(values.min()), int(values.max())
     if low >= 0 and high <= 255:
         return values.astype(np.uint8)
@@ -318,7 +320,7 @@ def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _in_short(value: Any) -> Any:
-    """Something that is no image, without long texts: those may be the data of a damaged one."""
+    """Shorten a value that is not an image, because its long texts may be the data of a damaged one."""
     if isinstance(value, bytes | bytearray | memoryview):
         return f"{len(value)} bytes"
     if isinstance(value, str):
@@ -342,17 +344,20 @@ def _image_blocks(message: BaseMessage) -> list[Mapping[str, Any]]:
 
 
 def _last_with_image(messages: list[BaseMessage]) -> int:
-    """The position of the last human message, which must hold an image."""
+    """Return the position of the last human message, which must contain an image."""
     for i in range(len(messages) - 1, -1, -1):
         if isinstance(messages[i], HumanMessage):
             if _image_blocks(messages[i]):
                 return i
-            raise InputError("The last human message of the conversation holds no image. Add an image block to it.")
-    raise InputError(f"The conversation has no human message; its messages are {[one.type for one in messages]}.")
+            raise InputError("The last human message of the conversation contains no image. Add an image block to it.")
+    raise InputError(
+        f"The conversation has no human message, only {[one.type for one in messages]}. Add a human message with an "
+        f"image."
+    )
 
 
 def _of_block(block: Mapping[str, Any]) -> Any:
-    """The image of a content block: standard, its older form with `source_type`, or that of OpenAI."""
+    """Return the image of a content block: standard, the older form with `source_type`, or OpenAI's."""
     if block.get("type") == "image_url":
         url = block.get("image_url")
         return url.get("url") if isinstance(url, Mapping) else url
@@ -362,8 +367,8 @@ def _of_block(block: Mapping[str, Any]) -> Any:
     if isinstance(url := block.get("url"), str):
         return url
     raise InputError(
-        f"The image block holds neither base64 data nor a data URL; it has {sorted(map(str, block))}. Images are not "
-        f"fetched: put the data into the block."
+        f"The image block contains neither base64 data nor a data URL, only {sorted(map(str, block))}. Images are "
+        f"not fetched from the network. Put the data into the block."
     )
 
 
@@ -372,11 +377,11 @@ def _bytes_of_url(text: str, most: int) -> bytes:
     if start is None:
         shown = text if len(text) <= 60 else text[:60] + "..."
         raise InputError(
-            f"The string {shown!r} is no data URL of an image. Strings are neither opened as files nor fetched; give "
-            f"{ACCEPTED}."
+            f"The string {shown!r} is not a data URL of an image. Strings are neither opened as files nor fetched. "
+            f"Pass {ACCEPTED}."
         )
     if (len(text) - start.end()) * 3 // 4 > most + 3:
-        raise InputError(f"The data URL holds more than the {most} bytes that are allowed. Make the image smaller.")
+        raise InputError(f"The data URL exceeds the limit of {most} bytes. Resize the image.")
     try:
         return base64.b64decode(text[start.end() :], validate=True)
     except (binascii.Error, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a caller may pass in, and how models and prompts read it; nothing is ever changed in place."""
+"""Input types of shunts and small models, and readers that convert them for models, prompts and records."""
 
 from __future__ import annotations
 
@@ -17,66 +17,66 @@ from langchain_datashunt._utils.settings import Strategy
 from langchain_datashunt.exceptions import InputError
 
 ShuntInput: TypeAlias = str | Document | list[AnyMessage] | dict[str, Any]
-"""Text, a document, a conversation (its last human message is classified), or a mapping with such a value."""
+"""Text, a document, a conversation (its last human message is classified), or a mapping with one of these."""
 
 DEFAULT_INPUT_KEY = "input"
 
 
 class InputReader(Strategy):
-    """One kind of input: how a small model, a prompt and a record read it.
+    """Base class that converts one kind of input for the small model, the LLM prompt and the call log.
 
-    What is read is computed on; what is written is a text that reads as the same input again.
+    `read` returns the data for the small model. `write` returns text that `read` accepts as the same input again.
     """
 
     input_key: str = DEFAULT_INPUT_KEY
-    """Where mappings hold the input."""
+    """Key of the input in mappings."""
 
     @abstractmethod
     def read(self, value: Any) -> Any:
-        """What a small model computes on.
+        """Return the data that a small model classifies.
 
         Raises:
-            InputError: The value holds no such input.
+            InputError: The value does not contain an input of this kind.
         """
 
     @abstractmethod
     def key(self, item: Any) -> bytes:
-        """16 bytes that stand for something that was read."""
+        """Return a 16-byte digest of data returned by `read`."""
 
     @abstractmethod
     def lay_out(self, value: Any) -> dict[str, Any]:
-        """The caller's input as a new mapping, as prompt templates want it.
+        """Return the caller's input as a new mapping of prompt variables.
 
         Raises:
-            InputError: The value holds no such input.
+            InputError: The value does not contain an input of this kind.
         """
 
     def snapshot(self, value: Any) -> Any:
-        """The input as it is now, for a record that is made later."""
+        """Return the input in its current state, for a record that is written later."""
         return value
 
     @abstractmethod
     def write(self, value: Any) -> str:
-        """The text under which an input is recorded, and learnt from again; whatever it is."""
+        """Return the text that the call log stores and training reads, for any value."""
 
 
 class TextReader(InputReader):
-    """Text: strings, documents, conversations, and mappings with one of these."""
+    """Reader for text: strings, documents, conversations, and mappings with one of these."""
 
     def read(self, value: Any) -> str:
-        """The text; see `text_of`."""
+        """Return the text of the input (see `text_of`)."""
         return value if type(value) is str else text_of(value, self.input_key)
 
     def key(self, item: Any) -> bytes:
-        """A hash of the text."""
+        """Return a hash of the text."""
         return blake2b(item.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def lay_out(self, value: Any) -> dict[str, Any]:
-        """As `mapping_of`."""
+        """Return the prompt variables (see `mapping_of`)."""
         return mapping_of(value, self.input_key)
 
     def write(self, value: Any) -> str:
-        """The text; anything else as JSON."""
+        """Return the text, or JSON if the value does not contain text."""
         try:
             return self.read(value)
         except InputError:
@@ -85,26 +85,26 @@ class TextReader(InputReader):
 
 @lru_cache(maxsize=64)
 def text_reader(input_key: str = DEFAULT_INPUT_KEY) -> TextReader:
-    """The reader of texts under a key."""
+    """Return the cached text reader for an input key."""
     return TextReader(input_key=input_key)
 
 
 def text_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> str:
-    """The text that a small model reads.
+    """Return the text that a small model classifies.
 
-    A string is itself, a `Document` its content, a message its text, a conversation (list of messages or prompt
-    value) its last human message, a mapping whatever stands under `input_key`.
+    Strings are used as they are. A `Document` supplies its content, a message its text, a conversation (list of
+    messages or prompt value) its last human message, and a mapping the text of its value under `input_key`.
 
     Raises:
-        InputError: There is no text to be found; the message says what was there.
+        InputError: The value does not contain text. The message names its type or its keys.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
         if input_key not in value:
             msg = (
-                f"The input mapping has no key {input_key!r}; it has {sorted(map(str, value))}. "
-                f"Rename the key, or give the small model `input_key=`."
+                f"The input mapping has no key {input_key!r}, only {sorted(map(str, value))}. "
+                f"Rename the key, or pass `input_key=` to the small model."
             )
             raise InputError(msg)
         return text_of(value[input_key], input_key)
@@ -113,14 +113,14 @@ def text_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> str:
     if (messages := messages_of(value)) is not None:
         return _message_text(messages[_last_human(messages)])
     msg = (
-        f"An input of type {type(value).__name__!r} cannot be read as text. Give a string, a Document, "
+        f"Expected text input, got {type(value).__name__!r}. Pass a string, a Document, "
         f"a list of messages, or a mapping with one of these under {input_key!r}."
     )
     raise InputError(msg)
 
 
 def messages_of(value: Any) -> list[BaseMessage] | None:
-    """The messages of a conversation, or None for anything that is not one."""
+    """Return the messages of a conversation, or None if the value is not one."""
     if isinstance(value, BaseMessage):
         return [value]
     if isinstance(value, PromptValue):
@@ -131,15 +131,17 @@ def messages_of(value: Any) -> list[BaseMessage] | None:
 
 
 def mapping_of(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> dict[str, Any]:
-    """The caller's input as a new mapping, as prompt templates want it.
+    """Return the caller's input as a new mapping of prompt variables.
 
-    A mapping is copied; where its `input_key` holds a conversation or a document, that is laid out as below, and so
-    is any input that is no mapping. Keys that the caller gives win; a `history` of the caller comes first.
+    The variables depend on the input:
 
     * text: `input`
     * document: `input` (its content), `document`
     * conversation: `input` (text of the last human message), `history` (the messages before it), `messages` (all)
-    * anything else: `input`, as it is
+    * anything else: `input`, unchanged
+
+    A mapping is copied, and the value under its `input_key` is expanded in this way. The caller's other keys take
+    precedence. If the caller passes a `history`, it is placed before the one from the conversation.
     """
     if isinstance(value, Mapping):
         if input_key not in value:
@@ -166,7 +168,7 @@ def _last_human(messages: Sequence[BaseMessage]) -> int:
         if isinstance(messages[i], HumanMessage):
             return i
     kinds = [message.type for message in messages]
-    raise InputError(f"The conversation has no human message to classify; its messages are {kinds}. Add one.")
+    raise InputError(f"The conversation has no human message to classify, only {kinds}. Add a human message.")
 
 
 def _message_text(message: BaseMessage) -> str:

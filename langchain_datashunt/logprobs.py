@@ -1,4 +1,4 @@
-"""Reading confidences from a large model's message: token log-probabilities and stated numbers."""
+"""Confidences from an LLM's response: token log-probabilities and verbalised confidence."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from langchain_datashunt.prediction import FloatArray
 
 
 def message_of(response: LLMResult) -> AIMessage | None:
-    """The message of a chat model's reply, None for anything else."""
+    """Return the message of a chat model's response, or None if the response is not a chat message."""
     generation = response.generations[0][0] if response.generations and response.generations[0] else None
     message = generation.message if isinstance(generation, ChatGeneration) else None
     return message if isinstance(message, AIMessage) else None
 
 
 def said(message: AIMessage) -> str:
-    """What a message says: its text, or the arguments of its tool calls as JSON."""
+    """Return the text of a message, or the arguments of its tool calls as JSON if it has no text."""
     text = str(message.text)
     return text if text or not message.tool_calls else json.dumps([call["args"] for call in message.tool_calls])
 
 
 def stated_confidence(text: str | None) -> float | None:
-    """The number in [0, 1] that a JSON answer gives as its `confidence`, None where it gives none."""
+    """Return the `confidence` of a JSON answer, or None if it is missing or not a number in [0, 1]."""
     try:
         found = json.loads(text or "")
     except ValueError:
@@ -38,27 +38,31 @@ def stated_confidence(text: str | None) -> float | None:
 
 
 def token_logprobs(tokens: Sequence[Mapping[str, Any]]) -> FloatArray:
-    """The log-probabilities of `logprobs["content"]` as OpenAI-compatible APIs give it, shape `[t]`."""
+    """Return the log-probabilities of `logprobs["content"]` from an OpenAI-compatible API, shape `[t]`."""
     return np.array([float(token["logprob"]) for token in tokens])
 
 
 def label_distribution(
     tokens: Sequence[Mapping[str, Any]], labels: Sequence[str], answer: str
 ) -> tuple[FloatArray, float] | None:
-    """The large model's distribution over labels from the log-probabilities of its answer's tokens.
+    """Return the LLM's distribution over labels, derived from the token log-probabilities of its answer.
 
-    The answer's own probability is the product over its tokens. The first token's alternatives give the other
-    labels theirs: an alternative that begins exactly one label belongs to it, one that begins several is shared by
-    them; what fits no label is spread over all others, or over all labels where the others would get more of it than
-    the answer has: what is not known of an answer does not make another one likely.
+    The answer's probability is the product of its tokens' probabilities. The alternatives of its first token give the
+    other labels their probabilities: an alternative's probability is split evenly among the labels that begin with it,
+    unless the answer begins with it too.
+
+    The remaining probability is spread evenly over the other labels. If that would raise one of them above the answer
+    and above every alternative, it is spread over all labels instead, because missing information must not make
+    another label the most probable one.
 
     Args:
-        tokens: `logprobs["content"]` as OpenAI-compatible APIs give it: token, logprob, top_logprobs.
-        labels: The label set, `k` names.
-        answer: The label that was answered.
+        tokens: `logprobs["content"]` of an OpenAI-compatible API, with token, logprob and top_logprobs.
+        labels: Label set, `k` names.
+        answer: Label that the LLM answered.
 
     Returns:
-        Probabilities `[k]` and the answer's own; None where the tokens say nothing of this answer.
+        Probabilities `[k]` and the answer's own probability before normalisation. None if there are no tokens, or if
+        the answer is not one of the labels.
     """
     named = [token for token in tokens if str(token.get("token", "")).strip()]
     if not named or answer not in labels:

@@ -1,4 +1,4 @@
-"""The words that all other rooms speak: a prediction, a decision, a result. No routing happens here."""
+"""Predictions of small models, single and batched, and the label lists of LLM prompts."""
 
 from __future__ import annotations
 
@@ -21,33 +21,37 @@ BoolArray: TypeAlias = NDArray[np.bool_]
 IntArray: TypeAlias = NDArray[np.intp]
 
 Route: TypeAlias = Literal["small", "student", "large"]
-"""Who answered: the specific small model, the student, or the large model."""
+"""Model that answered: the base small model, the student, or the large model."""
 
 Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error", "local_only"]
-"""Why: sure enough; not sure enough; the small model failed; the large model failed; the input must not leave."""
+"""Reason for the route.
+
+"confident": the small model answered because the policy accepted its prediction. "deferred": the policy deferred.
+"small_error", "large_error": the named model failed. "local_only": the input must not leave this machine.
+"""
 
 ANSWER_LABELS = ("answer", "other")
-"""What a prediction is over where the small model writes its answer: that this answer is right, or that another is."""
+"""Labels of predictions by models that generate an answer: this answer is right, or another one is."""
 
 _SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What a small model thinks of one input.
+    """Prediction of a small model for one input.
 
     Attributes:
-        label: The most probable label.
+        label: Most probable label.
         confidence: Probability of `label`, in [0, 1].
-        probabilities: Probabilities over all `labels`, shape `[k]`, summing to 1.
-        labels: The label set, in the order of `probabilities`.
-        logits: Scores before the softmax, shape `[k]`, where the model has them.
-        model_id: Name of the model that predicted.
-        truncated: Whether the input was cut to the model's maximal length.
-        features: What the model saw of the input, shape `[d]`, where it keeps that.
-        answer: What the model wrote, where it writes its answer instead of choosing a label. The prediction is then
-            over `ANSWER_LABELS`; label and confidence are those of "answer", however small.
-        token_logprobs: Log-probabilities of the answer's tokens, shape `[t]`, in nats, where there are some.
+        probabilities: Probabilities of all `labels`, shape `[k]`, summing to 1.
+        labels: Label set, in the order of `probabilities`.
+        logits: Scores before the softmax, shape `[k]`, if the model provides them.
+        model_id: Name of the model.
+        truncated: Whether the input was truncated to the model's maximum length.
+        features: Representation of the input, such as its embedding, shape `[d]`, if the model keeps it.
+        answer: Generated answer, if the model generates one instead of choosing a label. The prediction is then over
+            `ANSWER_LABELS`, and label and confidence are those of "answer", even if "other" is more probable.
+        token_logprobs: Log-probabilities of the answer's tokens in nats, shape `[t]`, if available.
     """
 
     label: str
@@ -63,10 +67,10 @@ class Prediction:
 
     @classmethod
     def from_probabilities(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
-        """Make a prediction from a mapping of label to probability, as a plain function would return it.
+        """Create a prediction from a mapping of labels to probabilities.
 
         Raises:
-            PredictionError: The values are no distribution.
+            PredictionError: The probabilities are not a distribution.
         """
         return PredictionBatch.from_arrays(tuple(probabilities), [list(probabilities.values())], model_id=model_id)[0]
 
@@ -74,15 +78,15 @@ class Prediction:
     def from_answer(
         cls, answer: Any, confidence: float, *, model_id: str = "", token_logprobs: FloatArray | None = None
     ) -> Prediction:
-        """Make a prediction of an answer that was written, and of how sure the model is that it is right.
+        """Create a prediction from a generated answer and the probability that it is right.
 
         Raises:
-            PredictionError: There is no answer, or the confidence is not in [0, 1].
+            PredictionError: The answer is None, or the confidence is not in [0, 1].
         """
         if answer is None or not 0.0 <= confidence <= 1.0:
             raise PredictionError(
-                f"{model_id or 'The small model'} gave the answer {answer!r} with confidence {confidence}; an answer "
-                f"and a number in [0, 1] are needed."
+                f"Expected an answer and a confidence in [0, 1], got {answer!r} with confidence {confidence} from "
+                f"{model_id or 'the small model'}."
             )
         p = np.array([confidence, 1.0 - confidence])
         return cls(
@@ -91,16 +95,16 @@ class Prediction:
         )  # fmt: skip
 
     def probability(self, label: str) -> float:
-        """Probability of one label, 0.0 for a label that this model does not know."""
+        """Return the probability of a label, or 0.0 if the model does not have this label."""
         return float(self.probabilities[self.labels.index(label)]) if label in self.labels else 0.0
 
     def top(self, n: int) -> list[tuple[str, float]]:
-        """The `n` most probable labels with their probabilities, best first."""
+        """Return the `n` most probable labels with their probabilities, in descending order."""
         order = np.argsort(-self.probabilities, kind="stable")[:n]
         return [(self.labels[i], float(self.probabilities[i])) for i in order]
 
     def as_batch(self) -> PredictionBatch:
-        """This prediction as a batch of one, without copying."""
+        """Return this prediction as a batch of one, without copying."""
         logits = None if self.logits is None else self.logits[None]
         truncated = np.array([True]) if self.truncated else None
         features = None if self.features is None else self.features[None]
@@ -111,7 +115,7 @@ class Prediction:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form: label, confidence, probabilities by label, model id, truncated, and a written answer."""
+        """Return a JSON-ready dict with the probabilities by label and the answer as text, if there is one."""
         return {
             **({} if self.answer is None else {"answer": answer_text(self.answer)}),
             "label": self.label,
@@ -160,17 +164,17 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class PredictionBatch(Sequence[Prediction]):
-    """The predictions for `n` inputs as arrays; single `Prediction` objects are made when asked for.
+    """Predictions for `n` inputs as arrays. Indexing creates single `Prediction` objects.
 
     Attributes:
-        labels: The label set, `k` names.
+        labels: Label set, `k` names.
         probabilities: Shape `[n, k]`, each row a distribution.
-        logits: Shape `[n, k]`, where the model has them.
-        model_id: Name of the model that predicted.
-        truncated: Shape `[n]`, which inputs were cut; None for none.
-        features: Shape `[n, d]`: what the model saw of each input, where it keeps that.
-        answers: `n` answers, where the model writes them; see `Prediction.answer`.
-        token_logprobs: `n` arrays of shape `[t]`, where answers have tokens; `[0]` for one that has none.
+        logits: Scores before the softmax, shape `[n, k]`, if the model provides them.
+        model_id: Name of the model.
+        truncated: Whether each input was truncated, shape `[n]`. None means that no input was.
+        features: Representations of the inputs, shape `[n, d]`, if the model keeps them.
+        answers: `n` generated answers, if the model generates them (see `Prediction.answer`).
+        token_logprobs: `n` arrays of shape `[t]`, if answers have tokens. An answer without tokens has shape `[0]`.
     """
 
     labels: tuple[str, ...]
@@ -192,10 +196,10 @@ class PredictionBatch(Sequence[Prediction]):
         model_id: str = "",
         truncated: Any = None,
     ) -> PredictionBatch:
-        """Make a checked batch from anything array-like.
+        """Create a batch from array-likes and validate it.
 
         Raises:
-            PredictionError: The shape is not `[n, k]`, or a row is no distribution. The message names the row.
+            PredictionError: The shape is not `[n, k]`, or a row is not a distribution. The message names the row.
         """
         batch = cls(
             tuple(labels),
@@ -211,21 +215,21 @@ class PredictionBatch(Sequence[Prediction]):
 
     @classmethod
     def stack(cls, predictions: Iterable[Prediction]) -> PredictionBatch:
-        """Join single predictions over one label set.
+        """Join single predictions over one label set into a batch.
 
         Raises:
-            PredictionError: There are none, or their label sets differ.
+            PredictionError: There are no predictions, their label sets differ, or only some of them have an answer.
         """
         items = list(predictions)
         if not items:
-            raise PredictionError("There is no prediction to stack; give at least one.")
+            raise PredictionError("Expected at least one prediction to stack, got none.")
         first = items[0]
         if len(items) == 1:
             return first.as_batch()
         if any(item.labels is not first.labels and item.labels != first.labels for item in items):
             raise PredictionError(
                 "The predictions of one batch have different label sets. "
-                "Use one small model a batch, or one over the union of the labels."
+                "Use one small model per batch, or a model over the union of the labels."
             )
         probabilities = np.stack([item.probabilities for item in items]).astype(np.float64, copy=False)
         logits = [item.logits for item in items if item.logits is not None]
@@ -234,7 +238,7 @@ class PredictionBatch(Sequence[Prediction]):
         answers = tuple(item.answer for item in items if item.answer is not None)
         if answers and len(answers) < len(items):
             raise PredictionError(
-                "Some predictions of one batch have a written answer and some have none. Use one model."
+                "Only some predictions of one batch have a generated answer. Use one small model per batch."
             )
         return cls(
             first.labels,
@@ -248,25 +252,25 @@ class PredictionBatch(Sequence[Prediction]):
         )
 
     def check_shape(self) -> None:
-        """Raise a `PredictionError` unless the arrays fit each other and the labels."""
+        """Raise a `PredictionError` if the probabilities do not have the shape `[n, k]`."""
         if self.probabilities.ndim != 2 or self.probabilities.shape[1] != len(self.labels):
             msg = (
-                f"The small model {self.model_id or 'without a name'!r} gave probabilities of shape "
-                f"{list(self.probabilities.shape)} for {len(self.labels)} labels; [n, {len(self.labels)}] "
-                f"is needed. Check that its label list belongs to its weights."
+                f"The small model {self.model_id or 'without a name'!r} returned probabilities of shape "
+                f"{list(self.probabilities.shape)} for {len(self.labels)} labels. Expected [n, {len(self.labels)}]. "
+                f"Check that its label list belongs to its weights."
             )
             raise PredictionError(msg)
 
     @cached_property
     def sound(self) -> BoolArray:
-        """Which rows are distributions (finite, not negative, summing to 1), shape `[n]`."""
+        """Whether each row is a distribution (finite, not negative, summing to 1), shape `[n]`."""
         rows = self.probabilities
-        with np.errstate(invalid="ignore"):  # what is not finite has no such least value, or no such sum
+        with np.errstate(invalid="ignore"):  # NaN and infinity fail both checks below
             proper = np.minimum.reduce(rows, axis=1, initial=0.0) >= 0.0
             return np.asarray(proper & (np.abs(np.add.reduce(rows, axis=1) - 1.0) <= _SUM_TOLERANCE), dtype=np.bool_)
 
     def complaint(self, row: int) -> str:
-        """What is wrong with a row that is not sound, in words."""
+        """Return an error message for a row that is not a distribution."""
         values = np.array2string(self.probabilities[row][:5], precision=4, separator=", ")
         return (
             f"Row {row} of {len(self)} from the small model {self.model_id or 'without a name'!r} is not a "
@@ -276,28 +280,28 @@ class PredictionBatch(Sequence[Prediction]):
 
     @cached_property
     def best(self) -> IntArray:
-        """Index of the most probable label of each row, shape `[n]`; of "answer" where answers are written."""
+        """Index of each row's most probable label, shape `[n]`, or of "answer" if the model generates answers."""
         if self.answers is not None:
             return np.zeros(len(self), dtype=np.intp)
         return np.asarray(self.probabilities.argmax(axis=1))
 
     @cached_property
     def confidence(self) -> FloatArray:
-        """Probability of the most probable label of each row, shape `[n]`; of "answer" where answers are written."""
+        """Probability of each row's most probable label, shape `[n]`, or of "answer" if the model generates answers."""
         if self.answers is not None:
             return self.probabilities[:, 0]
         return np.asarray(self.probabilities.max(axis=1))
 
     def label_names(self) -> list[str]:
-        """The most probable label of each row, by name."""
+        """Return the name of each row's most probable label."""
         return [self.labels[i] for i in self.best.tolist()]
 
     def outputs(self) -> list[Any]:
-        """What the small model answers to each row: its label's name, or what it wrote."""
+        """Return the small model's output for each row: the generated answer, or else the label name."""
         return self.label_names() if self.answers is None else list(self.answers)
 
     def take(self, rows: Any) -> PredictionBatch:
-        """The batch of some rows only, by index or mask."""
+        """Return a batch of the selected rows, given as indices, a slice or a mask."""
         chosen = np.arange(len(self))[rows].tolist() if self.answers is not None else []
         return PredictionBatch(
             self.labels,
@@ -338,14 +342,17 @@ class PredictionBatch(Sequence[Prediction]):
 
 
 def tokens_of_all(each: Sequence[FloatArray | None]) -> tuple[FloatArray, ...] | None:
-    """Token log-probabilities of a batch: of no length for an answer without, None where no answer has some."""
+    """Return the token log-probabilities of a batch, or None if no answer has any.
+
+    An answer without tokens gets an empty array.
+    """
     if all(one is None for one in each):
         return None
     return tuple(np.zeros(0) if one is None else one for one in each)
 
 
 def answer_text(answer: Any) -> str:
-    """A written answer as a text: a message's text, a text as it is, anything else as JSON."""
+    """Return a generated answer as text: strings and the text of messages unchanged, other objects as JSON."""
     if isinstance(answer, BaseMessage):
         return str(answer.text)
     if isinstance(answer, BaseModel):
@@ -354,27 +361,27 @@ def answer_text(answer: Any) -> str:
         return answer
     try:
         return json.dumps(answer, default=_plain, ensure_ascii=False)
-    except (TypeError, ValueError):  # keys that JSON has not, or something that holds itself
+    except (TypeError, ValueError):  # keys that JSON does not support, or circular references
         return str(answer)
 
 
 def _plain(value: Any) -> Any:
-    """A part of an answer that JSON does not know."""
+    """Convert a part of an answer that `json` cannot serialise."""
     return value.model_dump() if isinstance(value, BaseModel) else str(value)
 
 
 def writable(text: str) -> str:
-    """The same without halves of characters, which no file and no Arrow column can hold."""
+    """Return the text with lone surrogates escaped, because files and Arrow columns cannot encode them."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Candidates(tuple[str, ...]):
-    """The labels that the large model may choose from; formats as one line a label, with its description."""
+    """Labels that the LLM may choose from, formatted one per line with their descriptions."""
 
     descriptions: Mapping[str, str]
 
     def __new__(cls, labels: Sequence[str], descriptions: Mapping[str, str] | None = None) -> Candidates:
-        """Make it of label names; descriptions of other labels are ignored."""
+        """Create it from label names. Descriptions of other labels are ignored."""
         self = super().__new__(cls, labels)
         self.descriptions = descriptions or {}
         return self
@@ -389,7 +396,7 @@ class Candidates(tuple[str, ...]):
 
 
 class CandidateProbabilities(dict[str, float]):
-    """Probability by label, the likeliest first; formats as one line a label."""
+    """Probabilities by label, most probable first, formatted one per line."""
 
     def __str__(self) -> str:
         return "\n".join(f"- {label} with probability {p}" for label, p in self.items())

@@ -91,17 +91,20 @@ BAD: dict[str, tuple[Any, str]] = {
     "two channels": (np.zeros((4, 4, 2), np.uint8), "[4, 4, 2]"),
     "no rows": (np.zeros((0, 4, 3), np.uint8), "[0, 4, 3]"),
     "floats": (np.zeros((4, 4, 3)), "float64"),
-    "a name of a file": ("/etc/passwd", "no data URL"),
-    "an address": ("https://example.org/cat.png", "no data URL"),
+    "a name of a file": ("/etc/passwd", "is not a data URL"),
+    "an address": ("https://example.org/cat.png", "is not a data URL"),
     "a damaged URL": ("data:image/png;base64,@@@", "damaged"),
     "a missing file": (Path("/nowhere/cat.png"), "cannot be read"),
-    "a block with an address": ({"type": "image", "url": "https://example.org/a.png"}, "no data URL"),
+    "a block with an address": ({"type": "image", "url": "https://example.org/a.png"}, "is not a data URL"),
     "a block with nothing": ({"type": "image", "file_id": "x"}, "neither base64 data nor a data URL"),
-    "text": (HumanMessage("hello"), "holds no image"),
-    "two images": (HumanMessage([Picture(PIXELS).block(), Picture(PIXELS).block()]), "2 images"),
+    "text": (HumanMessage("hello"), "contains no image"),
+    "two images": (
+        HumanMessage([Picture(PIXELS).block(), Picture(PIXELS).block()]),
+        "Expected one image in the message, got 2",
+    ),
     "no human": ([AIMessage("hello")], "no human message"),
     "another key": ({"question": 1}, "no key 'input'"),
-    "a number": (3, "'int' is no image"),
+    "a number": (3, "Expected an image, got 'int'"),
 }
 
 
@@ -117,7 +120,7 @@ def test_limits_are_the_callers(tmp_path: Path) -> None:
     data = png(PIXELS)
     with pytest.raises(InputError, match="`max_bytes`"):
         ImageReader(max_bytes=len(data) - 1).read(data)
-    with pytest.raises(InputError, match="holds more than the 10 bytes"):
+    with pytest.raises(InputError, match="exceeds the limit of 10 bytes"):
         ImageReader(max_bytes=10).read(url(data))
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError, match=r"a\.png has"):
@@ -400,7 +403,7 @@ def test_whole_numbers_of_more_bits_are_scaled_and_others_refused() -> None:
     assert (wide.min(), wide.max()) == (0, 255)
     with pytest.raises(InputError, match="no known range"):
         READER.read(Image.fromarray(ramp.astype(np.float32)))
-    with pytest.raises(InputError, match="nothing to see"):
+    with pytest.raises(InputError, match="image is empty"):
         READER.read(Image.new("RGB", (0, 5)))
 
 

@@ -25,23 +25,23 @@ CONVERSATION = [SystemMessage("be kind"), HumanMessage("hello"), AIMessage("yes?
         [HumanMessage([{"type": "text", "text": "where is it"}])],
     ],
 )
-def test_every_kind_of_input_has_its_text(value: object) -> None:
+def test_text_of_every_input_type_returns_text(value: object) -> None:
     assert text_of(value) == "where is it"
 
 
-def test_another_key_can_hold_the_input() -> None:
+def test_text_of_custom_key_is_read_and_missing_key_raises() -> None:
     assert text_of({"question": "where"}, "question") == "where"
-    with pytest.raises(InputError, match=r"no key 'input'; it has \['question'\]"):
+    with pytest.raises(InputError, match=r"no key 'input', only \['question'\]"):
         text_of({"question": "where"})
 
 
 @pytest.mark.parametrize("value", [None, 3, [], ["text"], [AIMessage("only me")]])
-def test_what_has_no_text_is_refused(value: object) -> None:
+def test_text_of_input_without_text_raises(value: object) -> None:
     with pytest.raises(InputError):
         text_of(value)
 
 
-def test_the_mapping_for_prompts_splits_a_conversation() -> None:
+def test_mapping_of_conversation_separates_history() -> None:
     mapping = mapping_of(CONVERSATION)
     assert mapping["input"] == "where is it"
     assert mapping["history"] == CONVERSATION[:3]
@@ -50,7 +50,7 @@ def test_the_mapping_for_prompts_splits_a_conversation() -> None:
     assert mapping_of(3) == {"input": 3}
 
 
-def test_a_callers_mapping_is_copied_and_its_own_keys_win() -> None:
+def test_mapping_of_mapping_is_copied_and_keeps_own_keys() -> None:
     mine = {"input": Document(page_content="text"), "tone": "dry"}
     mapping = mapping_of(mine)
     assert mapping["input"] == "text"
@@ -60,7 +60,7 @@ def test_a_callers_mapping_is_copied_and_its_own_keys_win() -> None:
     assert mapping_of({"question": 1}) == {"question": 1}
 
 
-def test_a_callers_history_is_kept_before_the_conversations_own() -> None:
+def test_mapping_of_own_history_precedes_conversation() -> None:
     before, now = (
         [HumanMessage("before"), AIMessage("yes")],
         [HumanMessage("one"), AIMessage("two"), HumanMessage("now")],
@@ -70,7 +70,7 @@ def test_a_callers_history_is_kept_before_the_conversations_own() -> None:
     assert mapping_of({"input": HumanMessage("now"), "history": before})["history"] == before
 
 
-def test_messages_are_recognised() -> None:
+def test_messages_of_non_conversation_is_none() -> None:
     assert messages_of("text") is None
     assert messages_of([]) is None
     assert messages_of(CONVERSATION) == CONVERSATION

@@ -19,7 +19,7 @@ def batch(values: list[list[float]]) -> PredictionBatch:
     return PredictionBatch.from_arrays(("a", "b", "c"), p / p.sum(axis=1, keepdims=True), model_id="m")
 
 
-def test_a_prediction_is_made_of_a_mapping() -> None:
+def test_prediction_from_probabilities_takes_most_probable_label() -> None:
     prediction = Prediction.from_probabilities({"yes": 0.8, "no": 0.2}, model_id="m")
     assert (prediction.label, prediction.confidence, prediction.labels) == ("yes", 0.8, ("yes", "no"))
     assert prediction.probability("no") == 0.2
@@ -27,7 +27,7 @@ def test_a_prediction_is_made_of_a_mapping() -> None:
     assert prediction.top(1) == [("yes", 0.8)]
 
 
-def test_a_prediction_cannot_be_changed_and_survives_pickling() -> None:
+def test_prediction_is_immutable_and_picklable() -> None:
     prediction = Prediction.from_probabilities({"yes": 0.8, "no": 0.2})
     with pytest.raises(AttributeError):
         prediction.label = "no"  # type: ignore[misc]
@@ -38,7 +38,7 @@ def test_a_prediction_cannot_be_changed_and_survives_pickling() -> None:
 
 
 @given(rows)
-def test_stacking_singles_gives_the_batch_they_came_from(values: list[list[float]]) -> None:
+def test_prediction_batch_stack_restores_batch(values: list[list[float]]) -> None:
     whole = batch(values)
     again = PredictionBatch.stack(list(whole))
     assert np.array_equal(again.probabilities, whole.probabilities)
@@ -46,7 +46,7 @@ def test_stacking_singles_gives_the_batch_they_came_from(values: list[list[float
     assert [p.confidence for p in whole] == whole.confidence.tolist()
 
 
-def test_taking_rows_keeps_everything_that_belongs_to_them() -> None:
+def test_prediction_batch_slice_keeps_logits_and_truncated() -> None:
     whole = PredictionBatch.from_arrays(
         ("a", "b"), [[0.9, 0.1], [0.2, 0.8]], logits=[[2.0, 0.0], [0.0, 1.0]], truncated=[False, True]
     )
@@ -67,19 +67,19 @@ def test_taking_rows_keeps_everything_that_belongs_to_them() -> None:
         ([[0.2, 0.3, 0.5]], r"shape \[1, 3\] for 2 labels"),
     ],
 )
-def test_what_is_no_distribution_is_refused_by_name(values: list[list[float]], words: str) -> None:
+def test_prediction_batch_invalid_distribution_raises(values: list[list[float]], words: str) -> None:
     with pytest.raises(PredictionError, match=words):
         PredictionBatch.from_arrays(("a", "b"), values)
 
 
-def test_stacking_refuses_nothing_and_mixed_label_sets() -> None:
+def test_prediction_batch_stack_empty_or_mixed_labels_raises() -> None:
     with pytest.raises(PredictionError, match="at least one"):
         PredictionBatch.stack([])
     with pytest.raises(PredictionError, match="different label sets"):
         PredictionBatch.stack([Prediction.from_probabilities({"a": 1.0}), Prediction.from_probabilities({"b": 1.0})])
 
 
-def test_metadata_of_a_decision_never_holds_all_probabilities() -> None:
+def test_decision_metadata_has_no_probabilities() -> None:
     decision = ShuntDecision(
         "large", "deferred", Prediction.from_probabilities({"a": 0.6, "b": 0.4}), 0.6, 0.9, "Threshold"
     )
@@ -89,7 +89,7 @@ def test_metadata_of_a_decision_never_holds_all_probabilities() -> None:
     assert "probabilities" not in str(metadata)
 
 
-def test_streamed_results_add_up() -> None:
+def test_result_add_joins_streamed_chunks() -> None:
     decision = ShuntDecision("large", "deferred")
     first = ShuntResult("Hel", decision, cost_usd=None)
     last = ShuntResult(None, decision, cost_usd=0.5, record_id="r")
@@ -101,7 +101,7 @@ def test_streamed_results_add_up() -> None:
     assert total.latency.total_seconds == 0.0
 
 
-def test_a_prediction_has_a_json_ready_form() -> None:
+def test_prediction_to_dict_is_json_ready() -> None:
     form = Prediction.from_probabilities({"a": 0.75, "b": 0.25}, model_id="m").to_dict()
     assert form == {
         "label": "a",

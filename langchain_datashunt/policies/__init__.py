@@ -1,4 +1,4 @@
-"""Policies decide which predictions are confident enough: scores, thresholds, budgets, fusion, learned deferral."""
+"""Deferral policies: confidence scores, thresholds, budgets, answer fusion, learned deferral."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies that follow traffic: budgets kept by moving the threshold, shadow mode, and the fail-safe of a monitor."""
+"""Adaptive policies: deferral and cost budgets, shadow mode, and a fail-safe for monitors."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from langchain_datashunt.policies.thresholds import Policy, PolicyDecision
 from langchain_datashunt.prediction import FloatArray, PredictionBatch
 
 STEP_ROWS = 32
-"""Rows that are decided with one threshold before it moves."""
+"""Number of rows that are decided with one threshold before it moves."""
 
 
 class Control(Protocol):
-    """A number that several callers read and move; `distillation.SharedThreshold` shares it between processes."""
+    """A number that several callers read and change, such as `call_log.SharedThreshold` between processes."""
 
     def get(self, start: float) -> float:
-        """Its value; `start` where it has none yet."""
+        """Return the value, or `start` if none is set yet."""
 
     def add(self, start: float, change: float) -> float:
-        """Move it, at once for all; its new value."""
+        """Add `change` atomically and return the new value. An unset value starts from `start`."""
 
 
 class LocalControl:
-    """A number shared by the threads of one process; a copy goes its own way."""
+    """A number shared by the threads of one process. Copies are independent."""
 
     def __init__(self) -> None:
         self._lock, self._value = threading.Lock(), math.nan
@@ -45,65 +45,66 @@ class LocalControl:
         self._lock, self._value = threading.Lock(), value
 
     def __eq__(self, other: object) -> bool:
-        """Policies are compared by their settings; where a threshold happens to stand is none."""
+        """Return True for any `LocalControl`, because policies compare by settings and the value is not one."""
         return isinstance(other, LocalControl)
 
     def __hash__(self) -> int:
         return hash(LocalControl)
 
     def swap(self, value: float) -> float:
-        """Set it; what it was before, NaN for nothing."""
+        """Set the value and return the previous one, or NaN if none was set."""
         with self._lock:
             before, self._value = self._value, value
             return before
 
     def get(self, start: float) -> float:
-        """Its value; `start` where it has none yet."""
+        """Return the value, or `start` if none is set yet."""
         with self._lock:
             return start if math.isnan(self._value) else self._value
 
     def add(self, start: float, change: float) -> float:
-        """Move it, at once for all threads; its new value."""
+        """Add `change` under a lock and return the new value. An unset value starts from `start`."""
         with self._lock:
             self._value = (start if math.isnan(self._value) else self._value) + change
             return self._value
 
 
 class _Controlled(Policy):
-    """Keep where the score reaches a threshold that moves with what was asked."""
+    """Answer locally if the score reaches a threshold that adapts to the observed number of deferrals."""
 
     start: float = 0.9
-    """The threshold to begin with."""
+    """Initial threshold."""
 
     gain: float = Field(default=0.02, gt=0.0, le=1.0)
-    """How far one decision moves the threshold, as a part of the score's range: small is steady, large is quick."""
+    """Threshold change per decision, as a fraction of the score's range. Larger values react faster but vary more."""
 
     score: ConfidenceScore = Field(default_factory=MaxProbability)
-    """How sureness is measured."""
+    """Confidence score. Defaults to the probability of the predicted label."""
 
     control: Any = Field(default=None, exclude=True, repr=False)
-    """Where the threshold lives; None for this process alone."""
+    """Storage of the threshold, a `Control`. None keeps it in this process."""
 
     _control: Any = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
-        """Take a control of its own where none is given."""
+        """Create a `LocalControl` if no control was given."""
         super().model_post_init(context)
         self._control = self.control if self.control is not None else LocalControl()
 
     @abstractmethod
     def _allowed(self, rows: int) -> float:
-        """How many of so many inputs may be asked now; takes note that they came."""
+        """Return how many of `rows` inputs may be deferred now, and account for their arrival."""
 
     def _expected(self, rows: int) -> float:
-        """The same, for the rows of one batch, of which nothing is noted yet."""
+        """Return how many of `rows` inputs may be deferred within a batch, without accounting for them."""
         return 0.0
 
     @override
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Decide by the threshold now; in a long batch it moves every `STEP_ROWS` rows as it will be moved.
+        """Answer locally the rows whose score reaches the adaptive threshold.
 
-        Nothing is noted: that is `observe`'s, which a shunt calls when it knows what was asked in the end.
+        In a long batch, the threshold's movement is simulated every `STEP_ROWS` rows. The stored threshold does not
+        change here. `observe` moves it when the final number of deferrals is known.
         """
         score, n = self.score(batch), len(batch)
         limit, limits = self._control.get(self.start), np.empty(n)
@@ -118,32 +119,33 @@ class _Controlled(Policy):
 
     @override
     def observe(self, asked: int, total: int) -> None:
-        """Move the threshold by what was asked; by a long batch no further than by `STEP_ROWS` inputs like it."""
+        """Move the threshold by the deferrals of one call, at most as far as `STEP_ROWS` such inputs would."""
         limit, part = self._control.get(self.start), min(1.0, STEP_ROWS / max(1, total))
         low, high = self.score.bounds(None)
-        furthest = STEP_ROWS * self.gain * (high - low)  # what did not come from the threshold it does not pay for
+        furthest = STEP_ROWS * self.gain * (high - low)  # bounds windup by deferrals that the threshold did not cause
         moved = limit + self._move(limit, part * (asked - self._allowed(total)))
         self._control.add(self.start, min(max(moved, low - furthest), high + furthest) - limit)
 
     def _move(self, limit: float, surplus: float) -> float:
-        """How far the threshold moves for so many asked too many."""
+        """Return the threshold change for `surplus` deferrals above the allowance."""
         low, high = self.score.bounds(None)
         return -self.gain * (high - low) * surplus
 
     @property
     def current(self) -> float:
-        """The threshold now."""
+        """Current threshold."""
         return float(self._control.get(self.start))
 
 
 class DeferralBudget(_Controlled):
-    """Ask a given share of the inputs in the long run, however traffic drifts.
+    """Hold the deferral rate at `rate` in the long run, even if traffic drifts.
 
-    After each decision the threshold moves by gain * (share - asked), as in adaptive conformal inference (Gibbs &
-    Candes 2021): over T decisions the share asked is off by at most about 1 / (gain * T), whatever the inputs are.
+    After each decision the threshold moves by gain * (rate - deferred), as in adaptive conformal inference (Gibbs &
+    Candes 2021). Over T decisions the deferral rate deviates from `rate` by at most about 1 / (gain * T), for any
+    sequence of inputs.
 
     Attributes:
-        rate: In [0, 1].
+        rate: Target deferral rate, in [0, 1].
     """
 
     rate: float = Field(ge=0.0, le=1.0)
@@ -158,16 +160,17 @@ class DeferralBudget(_Controlled):
 
 
 class CostBudget(_Controlled):
-    """Spend so many USD an hour on the large model in the long run.
+    """Hold the spending on the large model at `usd_per_hour` in the long run.
 
-    What may be asked grows with time; unused budget is saved up for `burst_seconds` at the most.
+    The allowance grows with time. Unused allowance accumulates for up to `burst_seconds`.
 
     Attributes:
-        usd_per_hour: The budget.
-        usd_per_call: What one call costs, on average.
-        processes: How many processes spend it together; each allows itself its part, also with a shared `control`.
-        burst_seconds: How long unused budget is kept.
-        clock: Seconds that never go back; for tests.
+        usd_per_hour: Budget in USD per hour, for all processes together.
+        usd_per_call: Average cost of one call in USD.
+        processes: Number of processes that share the budget. Each one allows itself an equal part, even if they share
+            a `control`.
+        burst_seconds: Maximum time over which unused allowance accumulates, in seconds.
+        clock: Monotonic clock in seconds, replaceable in tests.
     """
 
     usd_per_hour: float = Field(gt=0.0)
@@ -180,13 +183,16 @@ class CostBudget(_Controlled):
 
     @override
     def observe(self, asked: int, total: int) -> None:
-        """Move the threshold by what was asked: all of it was paid, whatever it came from."""
+        """Move the threshold by all deferrals of one call. Each one costs money, so the step has no limit per call."""
         limit = self._control.get(self.start)
         self._control.add(self.start, self._move(limit, asked - self._allowed(total)))
 
     @override
     def _move(self, limit: float, surplus: float) -> float:
-        """Not further up where everything is asked already: too little traffic to spend it all is no debt."""
+        """Return 0.0 for an upward move if every input is already deferred.
+
+        Low traffic that cannot spend the budget must not raise the threshold without bound.
+        """
         return 0.0 if surplus < 0 and limit > self.score.bounds(None)[1] else super()._move(limit, surplus)
 
     @override
@@ -198,39 +204,48 @@ class CostBudget(_Controlled):
 
 
 class ShadowOf(Policy):
-    """Defer everything, but note what another policy would have done: its score and threshold are in the decision."""
+    """Defer every input, but report the score and threshold that another policy would have used.
+
+    Attributes:
+        policy: Policy to run in shadow mode.
+    """
 
     policy: Policy
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep none."""
+        """Defer all rows, with the score and threshold of the wrapped policy."""
         verdict = self.policy.evaluate(batch, threshold)
         return verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
 
     def observe(self, asked: int, total: int) -> None:
-        """Tell the policy what it would have had asked; see `Plan.would_ask`."""
+        """Forward the number of inputs that the wrapped policy would have deferred (see `Plan.would_ask`)."""
         self.policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Check the policy itself."""
+        """Check the wrapped policy."""
         self.policy.check(labels)
 
 
 class FailSafe(Policy):
-    """Another policy as long as a monitor is content; everything deferred once it has given an alarm."""
+    """Apply another policy until a monitor raises an alarm, then defer every input.
+
+    Attributes:
+        policy: Policy to apply until the monitor raises an alarm.
+        monitor: Monitor with the attribute `alarmed`.
+    """
 
     policy: Policy
     monitor: Any = Field(exclude=True, repr=False)
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """As the policy, or keep none."""
+        """Return the decisions of the wrapped policy, or defer all rows if the monitor is in alarm."""
         verdict = self.policy.evaluate(batch, threshold)
         return verdict if not self.monitor.alarmed else verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
 
     def observe(self, asked: int, total: int) -> None:
-        """Tell the policy itself."""
+        """Forward the counts to the wrapped policy."""
         self.policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Check the policy itself."""
+        """Check the wrapped policy."""
         self.policy.check(labels)

@@ -1,4 +1,4 @@
-"""LearnedDeferral: a confidence score that was learnt from who was right on which inputs."""
+"""LearnedDeferral: a confidence score fitted to predict which model is right."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ from langchain_datashunt.policies.scores import ConfidenceScore, Entropy, Margin
 from langchain_datashunt.prediction import BoolArray, FloatArray, PredictionBatch
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
-"""Inverse strengths of the L2 penalty that are tried by cross-validation, as scikit-learn counts them."""
+"""Candidate values of scikit-learn's `C` (inverse strength of the L2 penalty), selected by cross-validation."""
 
 FOLDS = 5
 
 
 class LearnedDeferral(ConfidenceScore):
-    """P(small model right) less P(large model right), both learnt by logistic regression: in [-1, 1].
+    """Score P(small model right) - P(large model right), both estimated by logistic regression, in [-1, 1].
 
-    Read from the small model's probabilities and, where predictions carry them, from the input's features (the
-    embedding; see `keep_features` of `OnEmbeddings`). A threshold of 0 asks where the large model is the likelier to be
-    right: two-sided deferral (Jitkrittum et al. 2023). Without large answers it is P(small model right) alone, in
-    [0, 1]. Choose its threshold on other examples than it was fitted on.
+    The regressions use three scores of the small model's probabilities. If predictions carry features (the embedding,
+    see `keep_features` of `OnEmbeddings`), they use those too. A threshold of 0 defers if the large model is more
+    likely to be right: two-sided deferral (Jitkrittum et al. 2023). If it is fitted without LLM answers, the score is
+    P(small model right) alone, in [0, 1]. Choose the threshold on other examples than the ones that the score was
+    fitted on.
     """
 
     small: tuple[float, ...] = Field(repr=False)
-    """Weights of P(small right) over standardised columns; the last is the constant."""
+    """Weights of P(small model right) over the standardised columns. The last one is the intercept."""
 
     large: tuple[float, ...] | None = Field(default=None, repr=False)
-    """The same of P(large right); None where no large answers were given."""
+    """Weights of P(large model right) in the same form, or None if no LLM answers were given."""
 
     mean: tuple[float, ...] = Field(repr=False)
-    """Of the columns."""
+    """Means of the columns."""
 
     scale: tuple[float, ...] = Field(repr=False)
-    """Standard deviation of the columns."""
+    """Standard deviations of the columns."""
 
     @classmethod
     def fit(
         cls, predictions: PredictionBatch, small_right: BoolArray, large_right: BoolArray | None = None, seed: int = 0
     ) -> Self:
-        """Learn from `n` examples.
+        """Fit the score on `n` examples.
 
         Args:
-            predictions: Of the small model, that was not trained on them.
-            small_right: Shape `[n]`.
-            large_right: Shape `[n]`, or None.
-            seed: Of the cross-validation that chooses the penalty.
+            predictions: Predictions of a small model that was not trained on these examples.
+            small_right: Whether the small model is right, shape `[n]`.
+            large_right: Whether the large model is right, shape `[n]`. None fits the small model's part alone.
+            seed: Random seed of the cross-validation that selects the penalty.
 
         Raises:
-            DataError: Too few examples, or one of the models is always right or always wrong.
+            DataError: There are too few examples on which a model is right, or too few on which it is wrong.
         """
         raw = _columns(predictions)
         return cls.fit_columns(raw, small_right, large_right, seed)
@@ -63,13 +64,16 @@ class LearnedDeferral(ConfidenceScore):
     def fit_columns(
         cls, columns: FloatArray, small_right: BoolArray, large_right: BoolArray | None = None, seed: int = 0
     ) -> Self:
-        """As `fit`, from any numbers of each input, shape `[n, c]`; `of_columns` then scores them."""
+        """Fit the score on arbitrary numeric columns, shape `[n, c]`.
+
+        Score new inputs with `of_columns`. See `fit` for the other arguments.
+        """
         for name, right in (("small", small_right), ("large", large_right)):
             if right is not None and (len(right) != len(columns) or min(right.sum(), (~right).sum()) < FOLDS):
                 raise DataError(
-                    f"To learn when the {name} model is right needs {FOLDS} examples at least where it is and {FOLDS} "
-                    f"where it is not, one for each row; there are {int(right.sum())} and {int((~right).sum())} for "
-                    f"{len(columns)} rows."
+                    f"Expected at least {FOLDS} examples on which the {name} model is right and {FOLDS} on which it "
+                    f"is wrong, one entry per row, got {int(right.sum())} and {int((~right).sum())} for "
+                    f"{len(columns)} rows. Add examples."
                 )
         mean, scale = columns.mean(axis=0), columns.std(axis=0)
         scale = np.where(scale > 1e-9, scale, 1.0)
@@ -83,20 +87,19 @@ class LearnedDeferral(ConfidenceScore):
 
     @override
     def __call__(self, batch: PredictionBatch) -> FloatArray:
-        """Score a batch, shape `[n]`."""
+        """Return the score of each prediction, shape `[n]`."""
         return self.of_columns(_columns(batch))
 
     def of_columns(self, columns: FloatArray) -> FloatArray:
-        """Score inputs by their columns `[n, c]`, shape `[n]`.
+        """Return the scores of inputs given by their columns `[n, c]`, shape `[n]`.
 
         Raises:
-            ConfigurationError: They are not the columns that it was fitted on.
+            ConfigurationError: The number of columns differs from the one that the score was fitted on.
         """
         if columns.shape[1] != len(self.mean):
             raise ConfigurationError(
-                f"This LearnedDeferral was fitted on {len(self.mean)} numbers of each prediction and gets "
-                f"{columns.shape[1]}: the small model keeps its features in one case and not in the other. Set "
-                f"keep_features alike."
+                f"Expected {len(self.mean)} columns per prediction, the number that this LearnedDeferral was fitted "
+                f"on, got {columns.shape[1]}. Set `keep_features` of the small model to the same value as for fitting."
             )
         standard = (columns - np.array(self.mean)) / np.array(self.scale)
         score = _sigmoid(_weighed(standard, self.small))
@@ -106,21 +109,21 @@ class LearnedDeferral(ConfidenceScore):
 
     @override
     def bounds(self, n_labels: int | None) -> tuple[float, float]:
-        """From "only the large one is right" to "only the small one is"."""
+        """Return -1.0 (only the large model is right), or 0.0 without LLM answers, and 1.0."""
         return (0.0 if self.large is None else -1.0, 1.0)
 
 
 def _columns(batch: PredictionBatch) -> FloatArray:
-    """What is known of each prediction, shape `[n, c]`: three scores of its probabilities, and its features."""
+    """Return the regression columns of each prediction, shape `[n, c]`: three scores and the features, if any."""
     p = np.clip(batch.confidence, 1e-6, 1.0 - 1e-6)
     own = np.column_stack([np.log(p / (1.0 - p)), Margin()(batch), Entropy()(batch)])
     return own if batch.features is None else np.column_stack([own, batch.features])
 
 
 def _weighed(columns: FloatArray, weights: Sequence[float]) -> FloatArray:
-    """Each row's weighted sum, shape `[n]`, the last weight being added.
+    """Return each row's weighted sum plus the intercept (the last weight), shape `[n]`.
 
-    Summed row by row: a matrix product would round a row of a batch otherwise than the same row alone.
+    Rows are summed one by one, because a matrix product rounds a row in a batch differently from the same row alone.
     """
     products = np.ascontiguousarray(columns * np.array(weights[:-1]))
     return np.asarray(products.sum(axis=1) + weights[-1])

@@ -1,4 +1,4 @@
-"""When to keep and when to defer: one idea a class, composed with `&` and `|`."""
+"""Deferral policies: fixed thresholds, constant policies and their combinations with `&` and `|`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from langchain_datashunt.prediction import ANSWER_LABELS, BoolArray, FloatArray,
 
 
 class PolicyDecision(NamedTuple):
-    """What a policy makes of `n` predictions.
+    """Decisions of a policy on `n` predictions.
 
     Attributes:
-        keep: Shape `[n]`; True keeps the small model's answer, False defers to the large one.
-        score: Shape `[n]`; the number that decided, NaN where there was none.
-        threshold: Shape `[n]`; what it was compared with, NaN where there was none.
+        keep: Shape `[n]`. True answers locally with the small model. False defers to the large model.
+        score: Shape `[n]`. Score that decided, NaN if the policy uses none.
+        threshold: Shape `[n]`. Threshold that the score was compared with, NaN if the policy uses none.
     """
 
     keep: BoolArray
@@ -42,29 +42,35 @@ class PolicyDecision(NamedTuple):
 
 
 class Policy(Strategy):
-    """Decides, for each prediction of a batch, whether the small model's answer is kept."""
+    """Base class of policies, which decide for each prediction whether to answer locally or defer.
+
+    Policies combine with `&` (answer locally if both do) and `|` (answer locally if at least one does).
+    """
 
     @abstractmethod
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Decide on a batch.
+        """Decide on a batch of predictions.
 
         Args:
-            batch: What the small model predicted, `n` rows.
-            threshold: Shape `[n]`: replaces the policy's own threshold where it is not NaN (a threshold given
-                with one call). A policy without a threshold does not heed it.
+            batch: Predictions of the small model, `n` rows.
+            threshold: Per-call thresholds, shape `[n]`. Each value replaces the policy's own threshold unless it is
+                NaN. Policies without a threshold ignore it.
         """
 
     def evaluate_one(self, prediction: Prediction, threshold: float | None = None) -> tuple[bool, float, float]:
-        """Decide on one prediction: keep, score, threshold, as `evaluate` does; may be quicker."""
+        """Decide on one prediction and return `(keep, score, threshold)`.
+
+        Equivalent to `evaluate` on a batch of one. Subclasses may override it with a faster implementation.
+        """
         given = None if threshold is None else np.array([threshold])
         keep, score, limit = self.evaluate(PredictionBatch.stack([prediction]), given)
         return bool(keep[0]), float(score[0]), float(limit[0])
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Warn or raise where the policy cannot make sense for these labels (None: unknown)."""
+        """Warn or raise if the policy does not suit these labels. None means that they are unknown."""
 
     def observe(self, asked: int, total: int) -> None:
-        """Learn how many of so many inputs were asked in the end; called once for each call of a shunt."""
+        """Record that `asked` of `total` inputs were deferred. Called once per shunt call."""
 
     def __and__(self, other: Policy) -> Policy:
         return AllOf(policies=(*_parts(AllOf, self), *_parts(AllOf, other)))
@@ -74,20 +80,21 @@ class Policy(Strategy):
 
 
 class Threshold(Policy):
-    """Keep where the score reaches the threshold: `score >= threshold` (Data Shunt's rule).
+    """Answer locally if `score >= threshold`, as in Data Shunt.
 
-    A threshold of 1.0 still keeps a certainty of 1.0; one above 1 sends everything.
+    A threshold of 1.0 still answers locally if the score is exactly 1.0. A threshold above the score's maximum defers
+    every input.
 
     Args:
-        threshold: In the units of `score`.
-        score: How sureness is measured.
+        threshold: Minimum score, in the units of `score`.
+        score: Confidence score. Defaults to the probability of the predicted label.
     """
 
     threshold: float
     score: ConfidenceScore = Field(default_factory=MaxProbability)
 
     def __init__(self, threshold: float, *, score: ConfidenceScore | None = None, **settings: Any) -> None:
-        """Take the threshold by position or by name."""
+        """Accept the threshold by position or by name."""
         given: dict[str, Any] = {"threshold": threshold, **({} if score is None else {"score": score}), **settings}
         super().__init__(**given)
         low, high = self.score.bounds(None)
@@ -99,24 +106,28 @@ class Threshold(Policy):
         return _require_number(value)
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Compare the score with the threshold, `>=`."""
+        """Answer locally the rows whose score reaches the threshold."""
         score = self.score(batch)
         limit = _with_override(np.full(len(batch), self.threshold), threshold)
         return PolicyDecision(score >= limit, score, limit)
 
     def evaluate_one(self, prediction: Prediction, threshold: float | None = None) -> tuple[bool, float, float]:
-        """Compare one score with the threshold, without arrays where the score allows it."""
+        """Compare the score of one prediction with the threshold, without arrays if the score supports it."""
         score = self.score.of_one(prediction)
         limit = self.threshold if threshold is None else threshold
         return score >= limit, score, limit
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Warn when every prediction over so many labels reaches the threshold."""
+        """Warn if every prediction over these labels reaches the threshold.
+
+        Raises:
+            ConfigurationError: The score compares labels, but the small model generates its answers.
+        """
         if labels == ANSWER_LABELS:
             if isinstance(self.score, Margin | Entropy):
                 raise ConfigurationError(
-                    f"{type(self.score).__name__} compares labels, and this small model writes its answers. Use "
-                    f"MaxProbability, or a token score such as MeanTokenProbability."
+                    f"{type(self.score).__name__} compares labels, but this small model generates its answers. Use "
+                    f"MaxProbability or a token score such as MeanTokenProbability."
                 )
         elif labels:
             low, _ = self.score.bounds(len(labels))
@@ -125,12 +136,12 @@ class Threshold(Policy):
 
 
 class PerLabelThreshold(Policy):
-    """Keep where the score reaches the threshold of the predicted label.
+    """Answer locally if the score reaches the threshold of the predicted label.
 
     Args:
         thresholds: Threshold by label.
-        default: For labels that are not named.
-        score: How sureness is measured.
+        default: Threshold of all other labels.
+        score: Confidence score. Defaults to the probability of the predicted label.
     """
 
     thresholds: dict[str, float]
@@ -145,7 +156,7 @@ class PerLabelThreshold(Policy):
         score: ConfidenceScore | None = None,
         **settings: Any,
     ) -> None:
-        """Take the thresholds by position or by name."""
+        """Accept the thresholds by position or by name."""
         given: dict[str, Any] = {"thresholds": thresholds, "default": default, **settings}
         super().__init__(**given, **({} if score is None else {"score": score}))
         low, high = self.score.bounds(None)
@@ -164,122 +175,143 @@ class PerLabelThreshold(Policy):
         return _require_number(value)
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Compare each score with its predicted label's threshold, `>=`."""
+        """Answer locally the rows whose score reaches the threshold of their predicted label."""
         score = self.score(batch)
         by_label = np.array([self.thresholds.get(label, self.default) for label in batch.labels])
         limit = _with_override(by_label[batch.best], threshold)
         return PolicyDecision(score >= limit, score, limit)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Refuse thresholds for labels that the small model does not have."""
+        """Raise a `ConfigurationError` if a threshold is for a label that the small model does not have."""
         unknown = sorted(set(self.thresholds) - set(labels)) if labels else []
         if unknown:
             msg = (
-                f"PerLabelThreshold names labels that the small model does not have: {', '.join(unknown[:5])}. "
-                f"Its labels are: {', '.join((labels or ())[:10])}{'...' if len(labels or ()) > 10 else ''}."
+                f"PerLabelThreshold has thresholds for labels that the small model does not have: "
+                f"{', '.join(unknown[:5])}. Remove them, or use the model's labels: "
+                f"{', '.join((labels or ())[:10])}{'...' if len(labels or ()) > 10 else ''}."
             )
             raise ConfigurationError(msg)
 
 
 class ValueOfInformation(Policy):
-    """Ask where the expected gain in accuracy from the fused answer exceeds its price.
+    """Defer if the expected accuracy gain of the fused answer exceeds its price.
 
-    The gain is `AnswerFusion.value_of_asking`; the score that is shown is its negative, and the threshold `-price`.
-    A threshold given with a call replaces `-price`.
+    The gain is `AnswerFusion.value_of_asking`. The reported score is the negative gain, and the threshold is `-price`.
+    A per-call threshold replaces `-price`.
 
     Args:
-        fusion: What is known of the large model's answers.
-        price: Gain in accuracy, in [0, 1], that one call is worth.
+        fusion: Fusion of both models' answers, fitted over the small model's labels.
+        price: Minimum accuracy gain, in [0, 1], that justifies one LLM call.
     """
 
     fusion: AnswerFusion
     price: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep where asking gains no more than it costs."""
+        """Answer locally the rows for which the LLM's answer is worth no more than its price."""
         score = -self.fusion.value_of_asking(self.fusion.aligned(batch).probabilities)
         limit = _with_override(np.full(len(batch), -self.price), threshold)
         return PolicyDecision(score >= limit, score, limit)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Refuse a fusion over other labels."""
+        """Raise a `ConfigurationError` if the fusion was fitted on other labels."""
         if labels and set(labels) != set(self.fusion.labels):
             raise ConfigurationError(
-                f"ValueOfInformation was fitted on {len(self.fusion.labels)} labels that are not the small model's "
-                f"{len(labels)}. Fit its fusion with the labels of this model."
+                f"The fusion of ValueOfInformation was fitted on {len(self.fusion.labels)} labels that are not the "
+                f"small model's {len(labels)} labels. Fit it again with the labels of this model."
             )
 
 
 class AlwaysSmall(Policy):
-    """Keep everything: the small model alone."""
+    """Answer every input locally."""
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep all."""
+        """Answer all rows locally."""
         return _constant(batch, keep=True)
 
 
 class AlwaysLarge(Policy):
-    """Defer everything: the large model alone."""
+    """Defer every input to the large model."""
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep none."""
+        """Defer all rows."""
         return _constant(batch, keep=False)
 
 
 class OnlyLabels(Policy):
-    """Keep only predictions of some labels; combine it with a threshold: `Threshold(0.9) & OnlyLabels(labels=...)`."""
+    """Answer locally only if the predicted label is one of `labels`.
+
+    Combine it with a threshold: `Threshold(0.9) & OnlyLabels(labels={"cancel", "status"})`.
+
+    Args:
+        labels: Labels that may be answered locally.
+    """
 
     labels: frozenset[str]
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep where the most probable label is one of them."""
+        """Answer locally the rows whose most probable label is in `labels`."""
         among = np.array([label in self.labels for label in batch.labels], dtype=np.bool_)
         return _constant(batch, keep=True)._replace(keep=among[batch.best])
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Refuse labels that the small model does not have."""
+        """Raise a `ConfigurationError` if the small model does not have one of the labels."""
         if labels and (unknown := sorted(self.labels - set(labels))):
             raise ConfigurationError(
-                f"OnlyLabels names labels that the small model does not have: {', '.join(unknown[:5])}. Leave them out."
+                f"OnlyLabels contains labels that the small model does not have: {', '.join(unknown[:5])}. Remove them."
             )
 
 
 class AllOf(Policy):
-    """Keep where every policy keeps; the first that refuses gives score and threshold. Written `a & b`."""
+    """Answer locally if every policy does, written `a & b`.
+
+    If a policy defers, the first one that does supplies the reported score and threshold. Otherwise the first policy
+    supplies them.
+
+    Args:
+        policies: Policies to combine, at least one.
+    """
 
     policies: tuple[Policy, ...] = Field(min_length=1)
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep where all keep."""
+        """Answer locally the rows that every policy answers locally."""
         return _combine([policy.evaluate(batch, threshold) for policy in self.policies], settles=False)
 
     def observe(self, asked: int, total: int) -> None:
-        """Tell every part."""
+        """Forward the counts to every policy."""
         for policy in self.policies:
             policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Check every part."""
+        """Check every policy."""
         for policy in self.policies:
             policy.check(labels)
 
 
 class AnyOf(Policy):
-    """Keep where at least one policy keeps; the first that does gives score and threshold. Written `a | b`."""
+    """Answer locally if at least one policy does, written `a | b`.
+
+    If a policy answers locally, the first one that does supplies the reported score and threshold. Otherwise the first
+    policy supplies them.
+
+    Args:
+        policies: Policies to combine, at least one.
+    """
 
     policies: tuple[Policy, ...] = Field(min_length=1)
 
     def evaluate(self, batch: PredictionBatch, threshold: FloatArray | None = None) -> PolicyDecision:
-        """Keep where any keeps."""
+        """Answer locally the rows that at least one policy answers locally."""
         return _combine([policy.evaluate(batch, threshold) for policy in self.policies], settles=True)
 
     def observe(self, asked: int, total: int) -> None:
-        """Tell every part."""
+        """Forward the counts to every policy."""
         for policy in self.policies:
             policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Check every part."""
+        """Check every policy."""
         for policy in self.policies:
             policy.check(labels)
 
@@ -294,7 +326,7 @@ def _constant(batch: PredictionBatch, *, keep: bool) -> PolicyDecision:
 
 
 def _combine(verdicts: list[PolicyDecision], *, settles: bool) -> PolicyDecision:
-    """Fold verdicts from left to right; the first whose `keep` equals `settles` decides a row."""
+    """Combine decisions from left to right. The first one whose `keep` equals `settles` decides a row."""
     keep, score, limit = verdicts[0]
     for verdict in verdicts[1:]:
         turned = (keep != settles) & (verdict.keep == settles)
@@ -310,20 +342,20 @@ def _with_override(own: FloatArray, threshold: FloatArray | None) -> FloatArray:
 
 def _require_number(value: float) -> float:
     if math.isnan(value):
-        raise ConfigurationError("A threshold is NaN; give a number, for example 0.9.")
+        raise ConfigurationError("Expected a number as threshold, got NaN. Pass a number such as 0.9.")
     return value
 
 
 def _warn_if_constant(threshold: float, low: float, high: float, where: str) -> None:
     if threshold > high:
         text = (
-            f"The threshold {threshold}{where} can never be reached (the score's highest value is {high}): "
-            f"everything goes to the large model. If that is meant, say AlwaysLarge()."
+            f"The threshold {threshold}{where} can never be reached, because the score's maximum is {high}. "
+            f"Every input is deferred to the large model. If this is intended, use AlwaysLarge()."
         )
     elif threshold <= low:
         text = (
-            f"The threshold {threshold}{where} is always reached (the score's lowest value is {low:.4g}): "
-            f"nothing goes to the large model. If that is meant, say AlwaysSmall()."
+            f"The threshold {threshold}{where} is always reached, because the score's minimum is {low:.4g}. Every "
+            f"input is answered by the small model. If this is intended, use AlwaysSmall()."
         )
     else:
         return
@@ -338,4 +370,4 @@ PLAIN_CLASSES: dict[str, type[Configured]] = {
         Threshold, TokenQuantile, ValueOfInformation,
     )
 }  # fmt: skip
-"""What a bundle's policy and fusion may be made of."""
+"""Classes that may appear in the policy and the fusion of a saved bundle, by name."""

@@ -1,4 +1,4 @@
-"""Privacy: what may leave this machine. Detectors find, redaction replaces and restores, the guard decides."""
+"""Privacy guard: detect entities, redact what is sent to the LLM, and limit its amount."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""DisclosureBudget: how much may leave, for one request, one person and all together; with a trail of what did.
-
-In the sense of maximising quality subject to bounds on what is disclosed: the bounds stand here, the policy sees to
-quality.
-"""
+"""Disclosure budgets: limits on the data sent to the LLM per request, per subject and in total, with an audit trail."""
 
 from __future__ import annotations
 
@@ -21,17 +17,17 @@ from langchain_datashunt.privacy.redaction import Placeholders
 
 
 class Disclosure(NamedTuple):
-    """One line of the trail: counts and hashes, never a text.
+    """Entry of the audit trail: counts and hashes, never text.
 
     Attributes:
         time: Seconds since 1970 UTC.
-        budget: The budget's name.
-        subject: Stands for whose data it is, 16 bytes; None where nobody said.
-        digest: Stands for what left, or would have, 16 bytes.
-        characters: How much that was.
-        replaced: Entities that left as placeholders, by kind.
-        plain: Entities that left as they were, by kind.
-        refused: Which bound kept it here; empty where it left.
+        budget: Name of the budget.
+        subject: Hash of the data subject's id, 16 bytes, or None if the call names no subject.
+        digest: Hash of the text that was sent or refused, 16 bytes.
+        characters: Number of characters of that text.
+        replaced: Number of entities replaced by placeholders, by kind.
+        plain: Number of entities left unchanged, by kind.
+        refused: Name of the limit that was exceeded, or "" if the text was sent.
     """
 
     time: float
@@ -46,24 +42,27 @@ class Disclosure(NamedTuple):
 
 @runtime_checkable
 class Ledger(Protocol):
-    """Where budgets are counted."""
+    """Storage for the amounts spent and for the audit trail."""
 
     def spend(self, amounts: Mapping[str, tuple[float, float]]) -> str | None:
-        """Add amounts to what was spent under their names, all or none; the name of the first that is above its bound.
+        """Add all amounts to those already spent, unless one of them would exceed its limit.
 
         Args:
-            amounts: By name the amount and the bound.
+            amounts: Pairs of amount and limit, by name.
+
+        Returns:
+            Name of the first exceeded limit (nothing is added then), or None.
         """
 
     def note(self, entry: Disclosure) -> None:
-        """Write a line of the trail."""
+        """Append an entry to the audit trail."""
 
 
 class LocalLedger:
-    """Counts in this process.
+    """Ledger in the memory of this process.
 
     Args:
-        keep: Lines of the trail that are kept.
+        keep: Maximum number of entries in the audit trail. Older ones are dropped.
     """
 
     def __init__(self, keep: int = 10_000) -> None:
@@ -73,7 +72,11 @@ class LocalLedger:
         self.trail: deque[Disclosure] = deque(maxlen=keep)
 
     def spend(self, amounts: Mapping[str, tuple[float, float]]) -> str | None:
-        """As `Ledger.spend`."""
+        """Add all amounts to those already spent, unless one of them would exceed its limit.
+
+        Returns:
+            Name of the first exceeded limit (nothing is added then), or None.
+        """
         with self._lock:
             for name, (amount, bound) in amounts.items():
                 if self._spent.get(name, 0.0) + amount > bound:
@@ -85,7 +88,7 @@ class LocalLedger:
         return None
 
     def _forget(self, newest: str) -> None:
-        """Forget what was spent in other periods of this name's budget."""
+        """Drop the amounts of other periods of the budget that `newest` belongs to."""
         budget, period = newest.split(":")[1:3]
         self._spent = {
             name: spent
@@ -95,57 +98,60 @@ class LocalLedger:
         self._room = 2 * max(50_000, len(self._spent))
 
     def note(self, entry: Disclosure) -> None:
-        """As `Ledger.note`."""
+        """Append an entry to the audit trail."""
         self.trail.append(entry)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process counts for itself."""
+        """Pickle as an empty ledger, because each process counts separately."""
         return LocalLedger, (self.trail.maxlen,)
 
 
 _ROUNDING = 1e-9
-"""Ten times 0.1 is 1.0 here, whatever binary numbers make of it."""
+"""Relative tolerance of limits, so that ten times 0.1 fits a limit of 1.0 despite binary rounding."""
 
 
 class PeriodBudget(Configured):
-    """Amounts that are bounded in each period, counted in a ledger. The base of budgets; it knows no amounts itself."""
+    """Base class of budgets that limit amounts per period. Subclasses define the amounts."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
 
     bounds: ClassVar[tuple[str, ...]] = ()
-    """The settings that are bounds; those that begin with "subject_" are a person's."""
+    """Names of the settings that are limits. Those that begin with "subject_" apply to each data subject."""
 
     name: str = Field(default="default", pattern=r"^[\w.-]{1,60}$")
-    """Of this budget; processes that share a ledger and a name share what was spent."""
+    """Name of the budget. Processes with the same ledger and name share the amounts spent."""
 
     period_seconds: float = Field(default=86_400.0, gt=0.0)
-    """Length of a period; the first began in 1970, UTC."""
+    """Length of a period in seconds. Periods are counted from 1970 UTC."""
 
     ledger: Any = Field(default_factory=LocalLedger, exclude=True, repr=False)
-    """Where it is counted: in this process, or for all processes with a `distillation.SharedLedger`."""
+    """Storage of the amounts: this process, or all processes with a `call_log.SharedLedger`."""
 
     clock: Callable[[], float] = Field(default=time.time, exclude=True, repr=False)
-    """Seconds since 1970 UTC."""
+    """Clock that returns seconds since 1970 UTC."""
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check the ledger."""
+        """Check that the ledger is usable and that at least one limit is set."""
         super().model_post_init(context)
         if not isinstance(self.ledger, Ledger):
-            raise ConfigurationError(f"A {type(self.ledger).__name__} is no ledger: it needs `spend` and `note`.")
+            raise ConfigurationError(
+                f"Expected a `ledger` with the methods `spend` and `note`, got {type(self.ledger).__name__}. Pass "
+                f"LocalLedger() or a SharedLedger."
+            )
         if all(getattr(self, bound) is None for bound in self.bounds):
             raise ConfigurationError(
-                f"A {type(self).__name__} without a bound does nothing; give one of {', '.join(self.bounds)}."
+                f"Expected at least one limit for {type(self).__name__}, got none. Set one of {', '.join(self.bounds)}."
             )
 
     def above(self, amounts: Mapping[str, float], person: bytes | None) -> str:
-        """Count amounts in the period of now; the first bound that they are above, and then nothing is counted.
+        """Add amounts to the current period, unless one of them would exceed its limit.
 
         Args:
-            amounts: By the name of their bound among all together, such as "calls"; a person's are the same amounts.
-            person: Stands for whose data it is; None where nobody said.
+            amounts: Amounts by the name of their limit, such as "calls". The subject's limits use the same amounts.
+            person: Hash of the data subject's id, or None if the call names no subject.
 
         Returns:
-            The bound; empty for none.
+            Name of the first exceeded limit (nothing is added then), or "".
         """
         told = {**amounts, **({} if person is None else {f"subject_{name}": n for name, n in amounts.items()})}
         wanted = {bound: amount for bound, amount in told.items() if getattr(self, bound, None) is not None}
@@ -162,17 +168,21 @@ class PeriodBudget(Configured):
 
 
 class DisclosureBudget(PeriodBudget):
-    """Bounds on what leaves for the large model; what would go above one stays here.
+    """Limit the data sent to the large model. An input that would exceed a limit stays on this machine.
 
     ```python
     guard = PrivacyGuard(budget=DisclosureBudget(request_characters=4000, subject_calls=50, usd=20, usd_per_call=0.01))
     shunt.invoke(text, {"configurable": {"shunt_subject": "jane"}})
     ```
 
-    Characters are those after redaction; entities are those that leave as they are, since a placeholder discloses none.
-    Bounds of a subject hold for calls that say whose data they are. A ledger that cannot be reached keeps the input
-    here. Each attempt of a retried call counts. Money is counted before a call, when its price is not known yet: as
-    `usd_per_call` and `usd_per_1000_characters` of what leaves, which you choose so that they cover the answer too.
+    Characters are counted after redaction. Entities are counted only if they are sent unchanged, because a placeholder
+    discloses none. Limits per subject apply to calls that name the data subject in their config. Each attempt of a
+    retried call counts.
+
+    Costs are counted before the call, when its price is still unknown. The estimate is `usd_per_call` plus
+    `usd_per_1000_characters` of the text sent. Choose values that cover the answer too.
+
+    If the ledger is unavailable, the input stays on this machine.
     """
 
     bounds: ClassVar[tuple[str, ...]] = (
@@ -181,58 +191,58 @@ class DisclosureBudget(PeriodBudget):
     )  # fmt: skip
 
     request_characters: int | None = Field(default=None, ge=0)
-    """In one request at the most; None for no bound, as for all that follow."""
+    """Maximum characters in one request. None means no limit, as for all limits below."""
 
     request_entities: int | None = Field(default=None, ge=0)
-    """In one request."""
+    """Maximum unreplaced entities in one request."""
 
     subject_characters: int | None = Field(default=None, ge=0)
-    """Of one person in a period."""
+    """Maximum characters per subject and period."""
 
     subject_entities: int | None = Field(default=None, ge=0)
-    """Of one person in a period."""
+    """Maximum unreplaced entities per subject and period."""
 
     subject_calls: int | None = Field(default=None, ge=0)
-    """About one person in a period."""
+    """Maximum LLM calls per subject and period."""
 
     characters: int | None = Field(default=None, ge=0)
-    """Of all together in a period."""
+    """Maximum characters per period."""
 
     entities: int | None = Field(default=None, ge=0)
-    """Of all together in a period."""
+    """Maximum unreplaced entities per period."""
 
     calls: int | None = Field(default=None, ge=0)
-    """Of all together in a period."""
+    """Maximum LLM calls per period."""
 
     subject_usd: float | None = Field(default=None, ge=0.0)
-    """For one person's calls in a period."""
+    """Maximum estimated cost per subject and period, in USD."""
 
     usd: float | None = Field(default=None, ge=0.0)
-    """For all calls together in a period."""
+    """Maximum estimated cost per period, in USD."""
 
     usd_per_call: float = Field(default=0.0, ge=0.0)
-    """What a call is counted as."""
+    """Estimated cost of one call, in USD."""
 
     usd_per_1000_characters: float = Field(default=0.0, ge=0.0)
-    """And for 1,000 characters that leave."""
+    """Estimated additional cost of 1,000 characters sent, in USD."""
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check that money can be counted."""
+        """Check that a limit in USD comes with a cost estimate."""
         super().model_post_init(context)
         if (self.usd, self.subject_usd) != (None, None) and not self.usd_per_call + self.usd_per_1000_characters:
             raise ConfigurationError(
-                "A bound in USD needs to know what a call costs: give usd_per_call or usd_per_1000_characters."
+                "A limit in USD requires a cost estimate. Set `usd_per_call` or `usd_per_1000_characters`."
             )
 
     def spend(self, found: Placeholders, subject: str | None) -> None:
-        """Count what is about to leave, and note it in the trail.
+        """Count a request before it is sent and append it to the audit trail.
 
         Args:
-            found: What was replaced and what was not.
-            subject: Whose data it is.
+            found: Result of the redaction.
+            subject: Id of the data subject. None applies no limits per subject.
 
         Raises:
-            LocalOnlyError: It would go above a bound, or the ledger cannot be reached.
+            LocalOnlyError: The request would exceed a limit, or the ledger is unavailable.
         """
         now, plain = self.clock(), sum(found.plain.values())
         person = None if subject is None else hashlib.sha256(b"subject\0" + subject.encode()).digest()[:16]
@@ -243,12 +253,12 @@ class DisclosureBudget(PeriodBudget):
         try:
             self.ledger.note(entry)
         except Exception as error:
-            raise LocalOnlyError(f"what leaves cannot be noted ({type(error).__name__})") from error
+            raise LocalOnlyError(f"the disclosure cannot be logged ({type(error).__name__})") from error
         if refused:
-            raise LocalOnlyError(f"the bound {refused!r} of the budget {self.name!r} is reached")
+            raise LocalOnlyError(f"the limit {refused!r} of the budget {self.name!r} is reached")
 
     def _refused(self, characters: int, entities: int, person: bytes | None) -> str:
-        """Which bound this request is above; empty for none, and then it is counted."""
+        """Return the name of the limit that this request would exceed, or count the request and return ""."""
         for bound, amount in (("request_characters", characters), ("request_entities", entities)):
             most = getattr(self, bound)
             if most is not None and amount > most:
@@ -257,5 +267,5 @@ class DisclosureBudget(PeriodBudget):
         amounts = {"characters": characters, "entities": entities, "calls": 1, "usd": usd}
         try:
             return self.above(amounts, person)
-        except Exception as error:  # a database that is away: nothing leaves that cannot be counted
+        except Exception as error:  # an unavailable database: fail closed
             raise LocalOnlyError(f"the budget {self.name!r} cannot be counted ({type(error).__name__})") from error

@@ -1,7 +1,7 @@
-"""Finding personal data and secrets in text, by pattern and, where the kind has one, by its checksum.
+"""Detectors that find personal data and secrets in text by regular expressions and checksums.
 
-What has no form of its own (names, streets, illnesses) cannot be found so: that needs a recogniser of named entities,
-for example Presidio's by `PresidioDetector`.
+Data without a fixed format, such as names, streets and illnesses, requires named entity recognition. Presidio provides
+it through `PresidioDetector`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from langchain_datashunt.exceptions import ConfigurationError
 
 
 class Entity(NamedTuple):
-    """A stretch of a text.
+    """Span of a text.
 
     Attributes:
-        kind: What it is, in capitals: "EMAIL", "IBAN", ...
-        start: Position of its first character.
-        end: Position after its last.
+        kind: Kind in capitals, such as "EMAIL" or "IBAN".
+        start: Position of the first character.
+        end: Position after the last character.
     """
 
     kind: str
@@ -33,24 +33,24 @@ class Entity(NamedTuple):
 
 @runtime_checkable
 class Detector(Protocol):
-    """Finds entities of some kinds."""
+    """Interface of detectors, which find entities of some kinds."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that it can find."""
+        """Kinds that the detector can find."""
 
     def find(self, text: str) -> Iterable[Entity]:
-        """The entities of a text; they may overlap."""
+        """Return the entities of a text. They may overlap."""
 
 
 @dataclass(frozen=True)
 class PatternDetector:
-    """Finds what matches a pattern and passes a check.
+    """Detect matches of a regular expression that pass a check.
 
     Attributes:
-        kind: What it finds.
-        pattern: A regular expression; its group "it" is the entity, or all of it where there is no such group.
-        check: From the matched text to whether it is one; None takes all.
+        kind: Kind of the entities.
+        pattern: Regular expression. If it has a group named "it", the entity is that group, otherwise the whole match.
+        check: Function that returns True if the matched text is an entity. None accepts every match.
     """
 
     kind: str
@@ -59,11 +59,11 @@ class PatternDetector:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The one kind."""
+        """The single kind of this detector."""
         return (self.kind,)
 
     def find(self, text: str) -> list[Entity]:
-        """All matches that pass."""
+        """Return all matches that pass the check."""
         group = "it" if "it" in self.pattern.groupindex else 0
         return [
             Entity(self.kind, *match.span(group))
@@ -73,9 +73,9 @@ class PatternDetector:
 
 
 class PresidioDetector:
-    """Presidio's recognisers, names among them.
+    """Detect entities with Presidio's recognisers, including names.
 
-    Give it an `AnalyzerEngine` that you have made with a model that is on this machine; nothing is downloaded here.
+    Pass an `AnalyzerEngine` with a locally installed language model. This class downloads nothing.
 
     ```python
     detector = PresidioDetector(AnalyzerEngine(nlp_engine=..., supported_languages=["en"]))
@@ -83,42 +83,52 @@ class PresidioDetector:
 
     Args:
         analyzer: A `presidio_analyzer.AnalyzerEngine`.
-        language: Of the texts.
-        score: Results below this are left out.
-        entities: Presidio's names of what is looked for; None for all that it supports.
+        language: Language of the texts.
+        score: Minimum score of results, in [0, 1].
+        entities: Presidio's names of the entities to detect. None detects all supported ones.
     """
 
     def __init__(
         self, analyzer: Any, *, language: str = "en", score: float = 0.5, entities: Sequence[str] | None = None
     ) -> None:
         if not callable(getattr(analyzer, "analyze", None)):
-            raise ConfigurationError(f"A {type(analyzer).__name__} has no analyze(); give a Presidio AnalyzerEngine.")
+            raise ConfigurationError(
+                f"Expected an `analyzer` with a method analyze(), got {type(analyzer).__name__}. Pass a Presidio "
+                f"AnalyzerEngine."
+            )
         self.analyzer, self.language, self.score, self.entities = analyzer, language, score, entities
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What the analyzer supports, or what was asked for."""
+        """Kinds given as `entities`, or all that the analyzer supports."""
         return tuple(self.entities or self.analyzer.get_supported_entities(language=self.language))
 
     def find(self, text: str) -> list[Entity]:
-        """What the analyzer finds."""
+        """Return the entities that Presidio finds with at least the minimum score."""
         wanted = None if self.entities is None else list(self.entities)
         found = self.analyzer.analyze(text=text, language=self.language, entities=wanted, score_threshold=self.score)
         return [Entity(str(one.entity_type), int(one.start), int(one.end)) for one in found]
 
 
 def find_entities(text: str, detectors: Sequence[Detector]) -> list[Entity]:
-    """The entities of a text without overlaps, in their order: what overlaps is one, of the kind of the longest."""
+    """Return the entities of a text in order, with overlapping ones merged.
+
+    A merged entity has the kind of the longest one.
+    """
     return [whole for whole, _ in without_overlaps(all_entities(text, detectors))]
 
 
 def all_entities(text: str, detectors: Sequence[Detector]) -> list[Entity]:
-    """All that detectors find, whether it overlaps or not."""
+    """Return the entities of all detectors, including overlapping ones."""
     return [entity for detector in detectors for entity in detector.find(text) if entity.end > entity.start]
 
 
 def without_overlaps(found: Sequence[Entity]) -> list[tuple[Entity, list[Entity]]]:
-    """What overlaps as one entity that covers all of it, of the kind of its longest, or first, part; and its parts."""
+    """Merge overlapping entities, and return each merged one with its parts.
+
+    A merged entity covers all its parts and has the kind of the longest one, or of the first one if several are
+    longest.
+    """
     groups: list[list[Entity]] = []
     end = 0
     for entity in sorted(found, key=lambda entity: entity.start):
@@ -142,7 +152,10 @@ def _digits(text: str) -> list[int]:
 
 
 def luhn(text: str) -> bool:
-    """The check digit of payment cards (ISO/IEC 7812): 13 to 19 digits, not all the same."""
+    """Return whether the text is a payment card number (ISO/IEC 7812): 13 to 19 digits with a valid check digit.
+
+    Numbers of one repeated digit are rejected.
+    """
     digits = _digits(text)
     if not 13 <= len(digits) <= 19 or len(set(digits)) == 1:
         return False
@@ -163,7 +176,7 @@ _IBAN_LENGTHS = {
 
 
 def iban(text: str) -> bool:
-    """ISO 13616: the country's length, and 1 modulo 97."""
+    """Return whether the text is an IBAN (ISO 13616): the country's length and a remainder of 1 modulo 97."""
     plain = re.sub(r"[\s-]", "", text).upper()
     if len(plain) != _IBAN_LENGTHS.get(plain[:2], -1):
         return False
@@ -205,7 +218,7 @@ def _french(text: str) -> bool:
 
 
 def _german_tax(text: str) -> bool:
-    """The identification number of German taxes: ISO 7064 MOD 11, 10, and one digit two or three times."""
+    """Check a German tax identification number: ISO 7064 MOD 11, 10, with one digit occurring two or three times."""
     digits = _digits(text)
     most = Counter(digits[:10]).most_common(1)[0][1]
     product = 10
@@ -251,7 +264,7 @@ _TURN = ("0123456789", "1576283094", "5803796142", "8916043527", "9453126870", "
 
 
 def verhoeff(text: str) -> bool:
-    """The check digit of Verhoeff, as India's Aadhaar has it."""
+    """Return whether the digits have a valid Verhoeff check digit, as in India's Aadhaar."""
     state = 0
     for i, digit in enumerate(reversed(_digits(text))):
         state = int(_TWIST[state][int(_TURN[i % 8][digit])])
@@ -259,13 +272,13 @@ def verhoeff(text: str) -> bool:
 
 
 def _random_looking(text: str) -> bool:
-    """Whether a string after "key=" is likely a secret: long, mixed, and of high entropy."""
+    """Return whether a string after "key=" is likely a secret: long, mixed and of high entropy."""
     counts = Counter(text)
     bits = -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
     return len(text) >= 16 and bits >= 3.0 and any(c.isdigit() for c in text) and any(c.isalpha() for c in text)
 
 
-# What is found
+# Patterns
 
 _EDGE, _END = r"(?<![\w@.+-])", r"(?![\w-])"
 _NUMBER, _NUMBER_END = r"(?<![\w.,/-])", r"(?![\w/-]|[.,]\d)"
@@ -354,5 +367,6 @@ NATIONAL_ID = (
 DETECTORS: tuple[Detector, ...] = (
     EMAIL, PHONE, CARD, IBAN, IP, URL_SECRET, URL_LOGIN, API_KEY, PRIVATE_KEY, ASSIGNED_SECRET, PASSWORD, *NATIONAL_ID,
 )  # fmt: skip
-"""What is found where nothing else is said: EMAIL, PHONE, CARD, IBAN, IP, URL_SECRET, API_KEY, PRIVATE_KEY, PASSWORD,
-NATIONAL_ID (United States, United Kingdom, Spain, France, Germany, Netherlands, Brazil, Italy, India)."""
+"""Default detectors, which find EMAIL, PHONE, CARD, IBAN, IP, URL_SECRET, API_KEY, PRIVATE_KEY, PASSWORD and
+NATIONAL_ID (United States, United Kingdom, Spain, France, Germany, Netherlands, Brazil, Italy, India).
+"""

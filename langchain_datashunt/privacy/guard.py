@@ -1,4 +1,4 @@
-"""PrivacyGuard: the only way to a large model. What must not leave stays; what is replaced comes back restored."""
+"""PrivacyGuard: redact the data sent to the large model, restore it in answers, and keep inputs local if required."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from langchain_datashunt.privacy.detectors import DETECTORS, Detector
 from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer
 
 SUBJECT_KEY = "shunt_subject"
-"""The key of `config["configurable"]` that says whose data an input is."""
+"""Key in `config["configurable"]` for the id of the person whose data the input contains."""
 
 
 @dataclass(frozen=True)
 class AbstainedLocally:
-    """The answer to an input that must not leave this machine and that no small model may answer.
+    """Answer to an input that must not leave this machine and that the small model may not answer.
 
     Attributes:
-        reason: Why it stays, in words; never the input itself.
-        kinds: The kinds of entities that keep it here.
-        prediction: What the small model thought, where it thought something.
+        reason: Reason as a clause, such as "it contains IBAN". Never quotes the input.
+        kinds: Kinds of the entities that caused it. Empty if the reason is another one.
+        prediction: Prediction of the small model, or None if it failed or was not called.
     """
 
     reason: str
@@ -38,100 +38,109 @@ class AbstainedLocally:
     prediction: Prediction | None = None
 
     def __str__(self) -> str:
-        return f"No answer: this input stays on this machine, since {self.reason}."
+        return f"No answer: this input stays on this machine, because {self.reason}."
 
 
 class PrivacyGuard(Configured):
-    """What may leave this machine, and how.
+    """Decide which data may be sent to the large model, and redact it.
 
     ```python
     guard = PrivacyGuard(local_kinds={"IBAN", "API_KEY"}, local_labels={"medical"})
     shunt = ShuntRunnable(small=small, large=prompt | ChatOpenAI() | StrOutputParser(), guard=guard)
     ```
 
-    Everything that a shunt hands to its large side passes: the input, the history, and what the small model thinks.
-    Entities are replaced by placeholders such as `<EMAIL_1>`, the same text by the same one, and the answer, streamed
-    or not, has the texts again. What is local never leaves. A detector or a rule that fails keeps the input here. Texts
-    of the prompt template itself are yours and are not looked at.
+    The guard processes everything that a shunt sends to its large side: the input, the history and the small model's
+    prediction. Entities are replaced by placeholders such as `<EMAIL_1>`, equal texts by the same placeholder. Answers,
+    streamed or not, contain the original texts again. The text of the prompt template itself is not checked.
+
+    An input that contains local data is never sent. If a detector or a rule fails, the input stays on this machine too.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
 
     detectors: tuple[Any, ...] = Field(default=DETECTORS, exclude=True, repr=False)
-    """What to look for. Names need a recogniser of named entities: see `PresidioDetector`."""
+    """Detectors to apply. Names require named entity recognition (see `PresidioDetector`)."""
 
     redact: frozenset[str] | Literal["all", "none"] = "all"
     """Kinds that are replaced by placeholders."""
 
     local_kinds: frozenset[str] = frozenset()
-    """Kinds that never leave: an input that holds one stays here."""
+    """Kinds that must not leave this machine. An input that contains one is not sent."""
 
     local_labels: frozenset[str] = frozenset()
-    """What the small model takes for one of these labels stays here, sure or not."""
+    """Labels that must not leave this machine. An input predicted as one is not sent, at any confidence."""
 
     local_where: Callable[[str], bool] | None = Field(default=None, exclude=True, repr=False)
-    """Texts for which this is true never leave."""
+    """Rule that returns True for texts that must not leave this machine."""
 
     allow_binary: bool = False
-    """Whether images, sound and files may leave, in which no detector looks."""
+    """Whether images, audio and files may be sent, although detectors cannot check them."""
 
     on_local: Literal["small", "abstain", "raise"] = "small"
-    """What is answered to an input that stays: what the small model thinks (where it thinks nothing, as "abstain"), an
-    `AbstainedLocally`, or nothing, with a `LocalOnlyError` raised."""
+    """Output for an input that is not sent.
+
+    "small" returns the small model's answer, or abstains if it has none. "abstain" returns an `AbstainedLocally`.
+    "raise" raises a `LocalOnlyError`.
+    """
 
     budget: DisclosureBudget | None = None
-    """How much may leave; None for no bound."""
+    """Limits on the data sent. None means no limits."""
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check that the detectors know the kinds."""
+        """Check that the detectors find every configured kind."""
         super().model_post_init(context)
         for detector in self.detectors:
             if not isinstance(detector, Detector):
                 raise ConfigurationError(
-                    f"A {type(detector).__name__} is no detector: it needs `kinds` and `find(text)`."
+                    f"Expected a detector with `kinds` and `find(text)`, got {type(detector).__name__}. Pass a "
+                    f"PatternDetector, a PresidioDetector or a class of your own."
                 )
         known = {kind for detector in self.detectors for kind in detector.kinds}
         wanted = self.local_kinds | (self.redact if isinstance(self.redact, frozenset) else frozenset())
         if unknown := sorted(wanted - known):
             raise ConfigurationError(
-                f"No detector finds {', '.join(unknown)}; found are: {', '.join(sorted(known))}. Add a detector."
+                f"No detector finds {', '.join(unknown)}. Add a detector, or use these kinds: "
+                f"{', '.join(sorted(known))}."
             )
 
     def check_without_labels(self, where: str) -> None:
-        """Refuse labels that stay where no small model is asked.
+        """Raise if the guard needs predicted labels, for callers without a small model.
 
         Raises:
             ConfigurationError: The guard has `local_labels`.
         """
         if self.local_labels:
             raise ConfigurationError(
-                f"The guard has local_labels ({', '.join(sorted(self.local_labels))}), and {where} has no small "
-                f"model to tell them. Use local_kinds or local_where here."
+                f"The guard has local_labels ({', '.join(sorted(self.local_labels))}), but {where} has no small "
+                f"model to predict them. Use local_kinds or local_where instead."
             )
 
     def check_prediction(self, prediction: Prediction | None) -> LocalOnlyError | None:
-        """Why an input stays because of what the small model takes it for; None where it may leave."""
+        """Return the error for an input that must stay local because of its predicted label, or None if it may be sent.
+
+        If the guard has `local_labels` and the prediction is missing, the input stays local.
+        """
         if prediction is not None and prediction.answer is None and prediction.label in self.local_labels:
-            return LocalOnlyError(f"the small model takes it for {prediction.label!r}")
+            return LocalOnlyError(f"the small model predicts the local label {prediction.label!r}")
         if self.local_labels and prediction is None:
-            return LocalOnlyError("the small model failed, so nobody knows whether its label is a local one")
+            return LocalOnlyError("the small model failed, so its label may be a local one")
         return None
 
     def check_predictions(self, predictions: Sequence[Prediction | None]) -> LocalOnlyError | None:
-        """The first reason why an input stays because of what small models take it for; None where it may leave."""
+        """Return the first error that `check_prediction` returns for several predictions, or None."""
         if not self.local_labels:
             return None
         return next((found for one in predictions if (found := self.check_prediction(one)) is not None), None)
 
     def outbound(self, value: Any, subject: str | None = None) -> tuple[Any, Placeholders]:
-        """What leaves of a value, and what was replaced in it; counted by the budget.
+        """Return the redacted value and its placeholders, and count it in the budget.
 
         Args:
-            value: What a large model is to be asked.
-            subject: Whose data it is.
+            value: Input of the large model, of any structure.
+            subject: Id of the data subject.
 
         Raises:
-            LocalOnlyError: It must not leave, or a detector or rule failed.
+            LocalOnlyError: The value must not leave this machine, or a detector or rule failed.
         """
         kinds = frozenset[str]() if self.redact == "none" else None if self.redact == "all" else self.redact
         found = Placeholders(
@@ -146,12 +155,12 @@ class PrivacyGuard(Configured):
             return out, found
         except LocalOnlyError:
             raise
-        except Exception as error:  # whatever a detector raises: nothing leaves that was not looked at
-            raise LocalOnlyError(f"looking at it failed ({type(error).__name__})") from error
+        except Exception as error:  # fail closed: nothing unchecked is sent
+            raise LocalOnlyError(f"a detector or rule failed ({type(error).__name__})") from error
 
     @override
     def to_json(self) -> Any:
-        """Detectors and rules of one's own cannot be written down, so that a guard with some is not."""
+        """Serialise the guard, if it has neither custom detectors nor a rule nor a shared ledger."""
         own = tuple(self.detectors) != DETECTORS or self.local_where is not None
         if own or (self.budget is not None and not isinstance(self.budget.ledger, LocalLedger)):
             return self.to_json_not_implemented()
@@ -160,20 +169,22 @@ class PrivacyGuard(Configured):
         return plain
 
     def around(self, large: Runnable[Any, Any]) -> GuardedModel:
-        """A large model behind this guard."""
+        """Return a large model behind this guard."""
         return GuardedModel(large, self)
 
     def abstained(self, error: LocalOnlyError, prediction: Prediction | None) -> AbstainedLocally:
-        """The answer where nobody may answer."""
+        """Return the answer for an input that no model may answer."""
         return AbstainedLocally(error.reason, error.kinds, prediction)
 
 
 class GuardedModel(Runnable[Any, Any]):
-    """A large model behind a guard. It makes no runs of its own: what tracers see of the model is what left.
+    """Large model behind a guard.
+
+    It creates no runs of its own, so that traces of the model contain the redacted inputs.
 
     Args:
-        large: The model.
-        guard: What may leave.
+        large: Large model.
+        guard: Guard that processes its inputs and answers.
     """
 
     def __init__(self, large: Runnable[Any, Any], guard: PrivacyGuard) -> None:
@@ -222,7 +233,10 @@ class GuardedModel(Runnable[Any, Any]):
     def _sorted(
         self, inputs: list[Any], config: RunnableConfig | list[RunnableConfig] | None
     ) -> tuple[list[Any], list[int], list[Any], Any, list[Placeholders]]:
-        """Which inputs may leave, as what, with which configs; errors stand in the results already."""
+        """Redact the inputs, and return the rows to send with their values, configs and placeholders.
+
+        The results already contain the errors of the other rows.
+        """
         results: list[Any] = [None] * len(inputs)
         rows: list[int] = []
         asked: list[Any] = []
@@ -266,6 +280,6 @@ class GuardedModel(Runnable[Any, Any]):
 
 
 def subject_of(config: RunnableConfig | None) -> str | None:
-    """Whose data a call is about, where its config says so."""
+    """Return the id of the data subject from a call's config, or None if it has none."""
     told = ((config or {}).get("configurable") or {}).get(SUBJECT_KEY)
     return None if told is None else str(told)

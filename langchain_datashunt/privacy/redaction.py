@@ -1,4 +1,4 @@
-"""Placeholders for what must not leave, in any structure that goes to a large model, and their way back."""
+"""Redaction: replace entities by placeholders in any structure, and restore them in answers and streams."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ _UNFINISHED_IN_JSON = re.compile(r"(?:(?:<|\\u003c)\w{0,48})?(?:\\(?:u(?:0(?:0(?
 _LONGEST = 50
 _LONGEST_KIND = 40
 _BINARY = ("image", "image_url", "audio", "input_audio", "video", "file", "media", "document")
-"""Types of content blocks in which no detector can look."""
+"""Types of content blocks that detectors cannot check."""
 
 _JSON_FIELDS = ("args", "arguments", "partial_json")
-"""Fields of a message's parts that are texts in JSON."""
+"""Fields of message parts that contain JSON as text."""
 
 
 class Placeholders:
-    """What was replaced in one call: the same text has the same placeholder in prompt, variables and history.
+    """Replacements of one call. Equal texts have the same placeholder in prompt, variables and history.
 
     Args:
-        detectors: What to look for.
-        kinds: Kinds that are replaced; None for all that are found.
-        local: Kinds that must not leave at all.
-        allow_binary: Whether images, sound and files may leave, in which nobody looks.
-        local_where: Texts for which it is true must not leave; labels and questions of yours are not looked at.
+        detectors: Detectors to apply.
+        kinds: Kinds to replace. None replaces all that are found.
+        local: Kinds that must not leave this machine.
+        allow_binary: Whether images, audio and files may be sent, although detectors cannot check them.
+        local_where: Rule that returns True for texts that must not leave this machine. It is not applied to labels and
+            to the questions of subtasks.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class Placeholders:
         self.local_where = local_where
         self.detectors, self.kinds, self.local, self.allow_binary = detectors, kinds, local, allow_binary
         self.counts: dict[str, int] = {}
-        """Entities by kind that were replaced."""
+        """Number of replaced entities by kind."""
         self.plain: dict[str, int] = {}
-        """Entities by kind that were found and left as they are."""
+        """Number of entities by kind that were found and left unchanged."""
         self.characters = 0
-        """Characters of text that leave."""
+        """Number of characters of the redacted text."""
         self._names: dict[tuple[str, str], str] = {}
         self._texts: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -69,27 +70,30 @@ class Placeholders:
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that stand for all text that leaves."""
+        """16-byte hash of the redacted text."""
         return self._seen.digest()[:16]
 
     def __bool__(self) -> bool:
         return bool(self._texts)
 
-    # Out
+    # Redaction
 
     def reserve(self, value: Any) -> None:
-        """Leave out the numbers of placeholders that stand in a value already: an input must not name ours."""
+        """Reserve the placeholders that the value already contains.
+
+        Otherwise a literal `<EMAIL_1>` in the input would be restored to a real address in the answer.
+        """
         for text in texts_in(value):
             for kind, number in _PLACEHOLDER.findall(text):
                 self._taken.add((kind.upper(), int(number)))
 
     def redact(self, value: Any) -> Any:
-        """A copy of any structure with placeholders in its texts.
+        """Return a copy of a structure with the entities in its texts replaced.
 
         Raises:
-            LocalOnlyError: It holds what must not leave, or something in which nobody can look.
+            LocalOnlyError: The value contains data that must not leave this machine or that detectors cannot check.
         """
-        if isinstance(value, Enum):  # one of a few names of somebody's code
+        if isinstance(value, Enum):  # a constant of the caller's code, not user data
             return value
         if isinstance(value, str):
             return self._redact_text(value)
@@ -106,7 +110,7 @@ class Placeholders:
             return Document(page_content=self._redact_text(value.page_content), metadata=self.redact(value.metadata))
         if isinstance(value, Mapping):
             if not self.allow_binary and value.get("type") in _BINARY:
-                raise LocalOnlyError(f"it holds a part of the type {value['type']!r}, in which nobody can look")
+                raise LocalOnlyError(f"it contains a part of type {value['type']!r}, which detectors cannot check")
             made = {self.redact(key): self.redact(one) for key, one in value.items()}
             return made if type(value) is dict else self._same_kind(value, made)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -116,7 +120,7 @@ class Placeholders:
             return inner if type(value) is list else self._same_kind(value, inner)
         if isinstance(value, BaseModel):
             if not self.allow_binary and getattr(value, "block_type", None) in _BINARY:
-                raise LocalOnlyError(f"it holds a block of the type {value.block_type!r}, in which nobody can look")  # type: ignore[attr-defined]
+                raise LocalOnlyError(f"it contains a block of type {value.block_type!r}, which detectors cannot check")  # type: ignore[attr-defined]
             return value.model_copy(update={name: self.redact(one) for name, one in fields_of(value).items()})
         if is_dataclass(value) and not isinstance(value, type):
             return replace(
@@ -127,21 +131,21 @@ class Placeholders:
         if isinstance(value, int | float | complex):
             return self._redact_number(value)
         if isinstance(value, bytes | bytearray | memoryview) and not self.allow_binary:
-            raise LocalOnlyError(f"it holds {type(value).__name__}, in which nobody can look")
+            raise LocalOnlyError(f"it contains {type(value).__name__}, which detectors cannot check")
         if self.allow_binary:
             return value
-        raise LocalOnlyError(f"it holds a {type(value).__name__}, in which nobody can look")
+        raise LocalOnlyError(f"it contains a {type(value).__name__}, which detectors cannot check")
 
     @staticmethod
     def _same_kind(value: Any, made: Any) -> Any:
-        """A collection of the former's class, where that can be made so; else a plain one."""
+        """Convert a collection to the class of the original, or return it unchanged if that fails."""
         try:
             return type(value)(made)
         except Exception:
             return made
 
     def _redact_number(self, value: Any) -> Any:
-        """A number may be a card or a phone number: it becomes a text where it is something that is replaced."""
+        """Return the number, or its placeholder if it is an entity, such as a card or phone number."""
         text = str(value)
         found = self._redact_text(text)
         return value if found == text else found
@@ -163,7 +167,7 @@ class Placeholders:
 
     def _redact_text(self, text: str) -> str:
         if self.local_where is not None and self.local_where(text):
-            raise LocalOnlyError("a rule of yours keeps it here")
+            raise LocalOnlyError("the rule `local_where` matches it")
         return self._replaced(text)
 
     def _replaced(self, text: str) -> str:
@@ -182,7 +186,7 @@ class Placeholders:
             return []
         found = all_entities(text, self.detectors)
         if here := sorted({entity.kind for entity in found} & self.local):
-            raise LocalOnlyError(f"it holds {', '.join(here)}", kinds=tuple(here))
+            raise LocalOnlyError(f"it contains {', '.join(here)}", kinds=tuple(here))
         if self.kinds is None:
             return [whole for whole, _ in without_overlaps(found)]
         for whole, parts in without_overlaps(found):
@@ -203,10 +207,10 @@ class Placeholders:
             self.counts[kind] = self.counts.get(kind, 0) + 1
         return self._names[kind, text]
 
-    # Back
+    # Restoring
 
     def restore(self, value: Any) -> Any:
-        """A copy of an answer with the texts in the place of their placeholders; only ours are known."""
+        """Return a copy of an answer with this call's placeholders replaced by the original texts."""
         if not self._texts:
             return value
         if isinstance(value, str):
@@ -243,11 +247,14 @@ class Placeholders:
         return value
 
     def restore_text(self, text: str) -> str:
-        """A text with ours replaced, in whatever case the model wrote them."""
+        """Return the text with placeholders restored, in any letter case that the model wrote."""
         return _PLACEHOLDER.sub(lambda match: self._texts.get(match.group().upper(), match.group()), text)
 
     def restore_json(self, text: str) -> str:
-        """As `restore_text`, of a part of a text in JSON: what is put in is escaped, so that it ends no string."""
+        """Return a fragment of JSON text with placeholders restored.
+
+        Inserted texts are escaped, so that they cannot end a JSON string.
+        """
 
         def escaped(match: re.Match[str]) -> str:
             known = self._texts.get(f"<{match.group(1)}_{match.group(2)}>".upper())
@@ -256,7 +263,7 @@ class Placeholders:
         return _IN_JSON.sub(escaped, text)
 
     def restore_parts(self, value: Any) -> Any:
-        """As `restore`, of a message's own parts, in which arguments of tools stand as JSON in texts."""
+        """Return the parts of a message with placeholders restored, including tool arguments given as JSON text."""
         if isinstance(value, Mapping):
             return {
                 key: self.restore_json(one) if key in _JSON_FIELDS and isinstance(one, str) else self.restore_parts(one)
@@ -268,10 +275,10 @@ class Placeholders:
 
 
 class StreamRestorer:
-    """Restores a stream of chunks: what may be the beginning of a placeholder waits for its end.
+    """Restore placeholders in a stream of chunks, even if a placeholder is split across chunks.
 
-    Text, messages with text, and the arguments of tool calls are put together across chunks; any other chunk is
-    restored by itself.
+    Text, messages with text and arguments of tool calls are buffered while they may end in a partial placeholder. Other
+    chunks are restored one by one.
     """
 
     def __init__(self, placeholders: Placeholders) -> None:
@@ -280,7 +287,7 @@ class StreamRestorer:
         self._last: Any = None
 
     def feed(self, chunk: Any) -> Any:
-        """What of a chunk can be shown now: a chunk of its kind."""
+        """Return the part of a chunk that can be shown now, as a chunk of the same type."""
         self._last = chunk
         if isinstance(chunk, str):
             return self._text("", chunk)
@@ -291,7 +298,7 @@ class StreamRestorer:
         return self._placeholders.restore(chunk)
 
     def rest(self) -> Iterator[Any]:
-        """What was held at the end of the stream, as chunks of the last one's kind."""
+        """Yield the text that is still buffered at the end of the stream, as chunks of the last one's type."""
         held, self._held = {key: text for key, text in self._held.items() if text}, {}
         for key, text in held.items():
             in_json = isinstance(self._last, AIMessageChunk) and isinstance(key, int)
@@ -341,7 +348,7 @@ class StreamRestorer:
 
 
 def _chunks_of(calls: Sequence[Any], invalid: Sequence[Any]) -> list[dict[str, Any]]:
-    """The chunks that a message with these calls is made of."""
+    """Return the tool call chunks of a message with these calls."""
     told = [(call, json.dumps(call["args"], ensure_ascii=False)) for call in calls]
     told += [(call, call.get("args") or "") for call in invalid]
     return [
@@ -351,7 +358,7 @@ def _chunks_of(calls: Sequence[Any], invalid: Sequence[Any]) -> list[dict[str, A
 
 
 def without_unfinished(text: str) -> str:
-    """A text without what may be the beginning of a placeholder at its end."""
+    """Return the text without a possible partial placeholder at its end."""
     start = text.rfind("<")
     unfinished = start >= 0 and ">" not in text[start:] and len(text) - start <= _LONGEST
     return text[:start] if unfinished else text
@@ -363,12 +370,12 @@ def _fields(chunk: AIMessageChunk) -> dict[str, Any]:
 
 
 def fields_of(value: BaseModel) -> dict[str, Any]:
-    """All that a pydantic object holds, with what its class does not name."""
+    """Return all fields of a pydantic object, including extra ones."""
     return {**{name: getattr(value, name) for name in type(value).model_fields}, **(value.model_extra or {})}
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a structure."""
+    """Yield every text in a structure."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, BaseMessage):

@@ -149,7 +149,7 @@ def test_answers_that_cannot_be_counted_are_not_stored(store: CallLog, caplog: A
     kept = RedactionRules(outputs=OutputBudget(outputs=5, ledger=Away()))(call(1))
     assert (kept.raw_output, kept.label) == (None, None)
     assert "cannot be counted" in caplog.text
-    with pytest.raises(ConfigurationError, match="without a bound"):
+    with pytest.raises(ConfigurationError, match="at least one limit"):
         OutputBudget()
 
 
@@ -190,15 +190,15 @@ def test_money_is_a_bound_too() -> None:
     assert reasons == [sent, sent, stays, sent, sent, sent, stays]
     by_length = PrivacyGuard(budget=DisclosureBudget(usd=0.01, usd_per_1000_characters=0.1, ledger=LocalLedger()))
     by_length.outbound("x" * 90)
-    with pytest.raises(Exception, match="bound 'usd'"):
+    with pytest.raises(Exception, match="limit 'usd'"):
         by_length.outbound("x" * 20)
     by_length.outbound("x" * 9)
     exact = PrivacyGuard(budget=DisclosureBudget(usd=0.3, usd_per_call=0.1, ledger=LocalLedger()))
     for _ in range(3):
         exact.outbound("three times a tenth is three tenths")
-    with pytest.raises(Exception, match="bound 'usd'"):
+    with pytest.raises(Exception, match="limit 'usd'"):
         exact.outbound("x")
-    with pytest.raises(ConfigurationError, match="what a call costs"):
+    with pytest.raises(ConfigurationError, match="requires a cost estimate"):
         DisclosureBudget(usd=1.0)
 
 

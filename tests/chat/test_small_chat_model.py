@@ -127,7 +127,7 @@ def test_it_chooses_labels_from_their_tokens() -> None:
         assert "- cancel\n- refund\n- status" in str(server.bodies[-1]["messages"][0]["content"])
         found = small.batch(["refund", "hello"], return_exceptions=True)
         assert found[0].label == "refund"
-        assert "none of the 3 labels" in str(found[1])
+        assert "not one of the 3 labels" in str(found[1])
         chain = ConfidenceRouterChain.from_models(small, FakeListChatModel(responses=["status"]), policy=Threshold(0.9))
         assert chain.batch(["surely refund", "refund", "hello"]) == ["refund", "status", "status"]
 
@@ -264,7 +264,7 @@ def test_drafts_are_recorded_as_text_and_scored_by_their_tokens(tmp_path: Path) 
     assert (call.small_answer, call.score) == ("hello there", 0.5)
     assert call.agrees is not True
     for score in (Margin(), Entropy()):
-        with pytest.raises(ConfigurationError, match="writes its answers"):
+        with pytest.raises(ConfigurationError, match="generates its answers"):
             ShuntModelRouterMiddleware(large, policy=Threshold(0.8, score=score))
 
 

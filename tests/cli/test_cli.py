@@ -283,7 +283,7 @@ def test_a_large_model_that_always_fails_is_soon_left_alone(asking: Any, tmp_pat
         200,
     )
     assert done.returncode == 2
-    assert "10 large calls failed one after the other, the last with" in " ".join(done.stderr.split())
+    assert "Stopped after 10 consecutive failures of large calls, the last with" in " ".join(done.stderr.split())
     assert len(set(asked)) < 50
     done, asked = asking(out, known.get)
     assert done.returncode == 0, done.stderr
@@ -371,7 +371,7 @@ def test_no_row_stays_failed_of_those_that_ended_a_run(tmp_path: Path, chunk: in
         small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, return_decision=True, max_concurrency=2
     )
     journal.resume(texts, "data")
-    with pytest.raises(TooManyFailuresError, match=r"large calls failed one after the other, the last with .*401"):
+    with pytest.raises(TooManyFailuresError, match=r"consecutive failures of large calls, the last with .*401"):
         asyncio.run(_answer_all(chain, iter(enumerate(texts)), chunk, journal, lambda n: None, bound))
     answered_before = set(asked[:8])
     asked.clear()

@@ -55,7 +55,7 @@ def test_anything_else_is_unparsable_with_its_raw_text(parser: LabelParser, answ
         parser.parse(answer)
     assert caught.value.raw == answer
     assert caught.value.labels == LABELS
-    assert "none of the 4 labels" in str(caught.value)
+    assert "not one of the 4 labels" in str(caught.value)
 
 
 def test_labels_that_differ_by_case_only_must_be_answered_exactly() -> None:
@@ -115,7 +115,7 @@ def test_parsing_gives_a_label_or_unparsable_and_nothing_else(text: str) -> None
 def test_the_message_of_a_long_answer_stays_short() -> None:
     error = UnparsableAnswerError("x" * 1000, [str(i) for i in range(77)], attempts=2)
     assert len(str(error)) < 600
-    assert "asked 2 times" in str(error)
+    assert "tried 2 times" in str(error)
 
 
 def test_normalising_is_idempotent() -> None:

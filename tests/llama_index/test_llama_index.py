@@ -337,7 +337,7 @@ def test_a_selector_says_what_is_wrong() -> None:
         ShuntSelector(WordModel(), First(), keep=0)
     with pytest.raises(ConfigurationError, match="not both"):
         ShuntSelector(WordModel(), First(), keep=2, pruning=NoPruning())
-    with pytest.raises(UnparsableAnswerError, match="none of the 2 labels"):
+    with pytest.raises(UnparsableAnswerError, match="not one of the 2 labels"):
         ShuntSelector(WordModel(), First(position=2), keep=2).select(metadata("cancel", "refund", "status"), UNSURE)
     named = ShuntSelector(WordModel(), First(), names={"cancel": "cancellations"})
     assert named.select(metadata("refund", "cancellations"), SURE).ind == 1

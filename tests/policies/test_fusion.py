@@ -34,7 +34,7 @@ def fitted(accuracy: float = 0.8, n: int = 600, seed: int = 0) -> AnswerFusion:
     return AnswerFusion.fit(NAMES, truth, large)
 
 
-def test_the_posterior_is_bayes_rule() -> None:
+def test_fusion_posterior_follows_bayes_rule() -> None:
     fusion = AnswerFusion.fit(NAMES, ["a", "a", "b", "c"], ["a", "b", "b", None], strength=2.0)
     p, likelihood = np.array([[0.5, 0.3, 0.2]]), fusion.likelihood
     assert likelihood.shape == (3, 4)
@@ -46,16 +46,16 @@ def test_the_posterior_is_bayes_rule() -> None:
     assert fusion.columns(["c", "nonsense", None]).tolist() == [2, 3, 3]
 
 
-def test_a_sure_small_model_outweighs_and_an_unsure_one_gives_way() -> None:
+def test_fusion_confident_small_model_outweighs_large_answer() -> None:
     fusion = fitted()
     assert fusion.fuse(Prediction.from_probabilities({"a": 0.99, "b": 0.005, "c": 0.005}), "b") == "a"
     assert fusion.fuse(Prediction.from_probabilities({"a": 0.4, "b": 0.35, "c": 0.25}), "b") == "b"
     assert fusion.fuse(Prediction.from_probabilities({"b": 0.35, "c": 0.25, "a": 0.4}), None) == "a", (
-        "other order, nothing said"
+        "other label order, abstained answer"
     )
 
 
-def test_cross_fitting_leaves_each_example_out() -> None:
+def test_fusion_cross_fitted_leaves_each_example_out() -> None:
     rng = np.random.default_rng(1)
     truth = rng.integers(3, size=30)
     large = np.where(rng.random(30) < 0.7, truth, (truth + 1) % 3)
@@ -65,7 +65,7 @@ def test_cross_fitting_leaves_each_example_out() -> None:
     found = fusion.cross_fitted(p, truth, large)
     for i in range(30):
         rest = np.arange(30) != i
-        prior = fusion._prior  # the prior is the whole data's, as documented by what it stands for
+        prior = fusion._prior  # the prior is that of the whole data, as documented
         counts = np.zeros((3, 4))
         np.add.at(counts, (truth[rest], large[rest]), 1)
         rows = counts + fusion.strength * prior
@@ -73,7 +73,7 @@ def test_cross_fitting_leaves_each_example_out() -> None:
         assert found[i] == (p[i] * likelihood[:, large[i]]).argmax()
 
 
-def test_asking_never_loses_on_average_and_gains_where_it_is_unsure() -> None:
+def test_value_of_asking_is_never_negative_and_large_if_uncertain() -> None:
     fusion = fitted(0.9)
     value = fusion.value_of_asking(np.array([[0.34, 0.33, 0.33], [0.999, 0.0005, 0.0005]]))
     assert (value >= 0).all()
@@ -83,7 +83,7 @@ def test_asking_never_loses_on_average_and_gains_where_it_is_unsure() -> None:
     assert value[0] == pytest.approx(brute)
 
 
-def test_the_value_of_asking_is_a_policy() -> None:
+def test_value_of_information_defers_rows_above_price() -> None:
     policy = ValueOfInformation(fusion=fitted(0.9), price=0.05)
     batch = PredictionBatch.from_arrays(NAMES, [[0.34, 0.33, 0.33], [0.98, 0.01, 0.01]])
     verdict = policy.evaluate(batch)
@@ -95,7 +95,7 @@ def test_the_value_of_asking_is_a_policy() -> None:
     assert policy.evaluate_one(batch[0])[0] is False
 
 
-def test_a_uniform_fusion_knows_an_accuracy_only() -> None:
+def test_fusion_uniform_spreads_errors_evenly() -> None:
     fusion = AnswerFusion.uniform(NAMES, 0.7)
     assert fusion.likelihood[0, 0] == pytest.approx(0.7, abs=1e-3)
     assert fusion.likelihood[0, 1] == pytest.approx(0.3 * 0.99 / 2, abs=1e-3)
@@ -103,8 +103,8 @@ def test_a_uniform_fusion_knows_an_accuracy_only() -> None:
         AnswerFusion.uniform(NAMES, 1.0)
 
 
-def test_what_cannot_be_counted_is_refused() -> None:
-    with pytest.raises(DataError, match="give one for each"):
+def test_fusion_invalid_data_raises() -> None:
+    with pytest.raises(DataError, match="Pass one answer for each"):
         AnswerFusion.fit(NAMES, ["a"], [])
     with pytest.raises(DataError, match="outside the label set: z"):
         AnswerFusion.fit(NAMES, ["z"], ["a"])
@@ -114,11 +114,11 @@ def test_what_cannot_be_counted_is_refused() -> None:
         fitted().fuse(Prediction.from_probabilities({"x": 0.5, "y": 0.5}), "x")
 
 
-# In a shunt
+# Shunts with fusion
 
 
 def word_fusion() -> AnswerFusion:
-    """Over the words model's labels; the large model says "refund" where it is "status" three times in four."""
+    """Return a fusion over the word model's labels whose large model answers "refund" for 3 of 4 "status" inputs."""
     truth = ["cancel"] * 40 + ["refund"] * 40 + ["status"] * 40
     large = ["cancel"] * 40 + ["refund"] * 40 + ["status", "refund", "refund", "refund"] * 10
     return AnswerFusion.fit(LABELS, truth, large)
@@ -131,30 +131,30 @@ def chain(answer: str, **settings: Any) -> ConfidenceRouterChain:
     )
 
 
-def test_the_answer_is_fused_in_every_way_of_calling() -> None:
+def test_shunt_fuses_answer_in_every_sync_call() -> None:
     shunt = chain("refund", return_decision=True)
-    result = shunt.invoke("my status please")  # the small model leans to "status", as the large one errs
+    result = shunt.invoke("my status please")  # "status" is more probable, and the large model often errs on it
     assert (result.output, result.large_output, result.route) == ("status", "refund", "large")
     assert shunt.batch(["my status please"])[0].output == "status"
     assert [chunk.output for chunk in shunt.stream("my status please")] == ["status"]
     assert [output.output for _, output in shunt.batch_as_completed(["my status please"])] == ["status"]
-    assert shunt.invoke("what is this").output == "refund", "the small model has no opinion"
+    assert shunt.invoke("what is this").output == "refund", "a uniform prediction leaves the LLM's answer"
 
 
-async def test_the_answer_is_fused_without_blocking() -> None:
+async def test_shunt_fuses_answer_in_every_async_call() -> None:
     shunt = chain("refund")
     assert await shunt.ainvoke("my status please") == "status"
     assert await shunt.abatch(["my status please"]) == ["status"]
     assert [chunk async for chunk in shunt.astream("my status please")] == ["status"]
 
 
-def test_an_answer_that_is_no_label_is_a_column_of_its_own() -> None:
+def test_shunt_unparsable_answer_counts_as_abstained() -> None:
     shunt = chain("no idea at all", max_reasks=0, return_decision=True)
     result = shunt.invoke("my status please")
     assert (result.output, result.large_output, result.decision.error) == ("status", "no idea at all", None)
 
 
-def test_what_the_large_model_said_is_what_is_recorded(tmp_path: Any) -> None:
+def test_shunt_records_large_answer_before_fusion(tmp_path: Any) -> None:
     from langchain_datashunt.call_log import CallLog, Recorder
 
     with Recorder(tmp_path / "calls.db") as recorder:
@@ -164,7 +164,7 @@ def test_what_the_large_model_said_is_what_is_recorded(tmp_path: Any) -> None:
     assert (call.label, call.raw_output) == ("refund", "refund")
 
 
-def test_a_prompt_that_carries_the_opinion_cannot_be_fused() -> None:
+def test_shunt_fusion_with_probabilities_in_prompt_raises() -> None:
     with pytest.raises(ConfigurationError, match="count it a second time"):
         chain("refund", pruning=SoftPruning())
     prompt = ChatPromptTemplate.from_template("{input} {candidates} {small_label}")
@@ -175,13 +175,13 @@ def test_a_prompt_that_carries_the_opinion_cannot_be_fused() -> None:
             small=WordModel(), large=prompt | FakeListChatModel(responses=["x"]), fusion=word_fusion(),
             pruning=HardPruning(proficient=("cancel",)),
         )  # fmt: skip
-    assert isinstance(chain("refund").pruning, NoPruning), "the default with fusion"
+    assert isinstance(chain("refund").pruning, NoPruning), "default with fusion"
     narrowed = ConformalPruning(alpha=0.1, quantile=0.5, n_calibration=100)
     with pytest.raises(ConfigurationError, match=r"opinion \(candidates\)"):
         chain("refund", pruning=narrowed)
 
 
-def test_asking_is_worth_nothing_where_no_answer_changes_the_decision() -> None:
+def test_value_of_asking_is_zero_if_no_answer_changes_the_label() -> None:
     fusion = AnswerFusion.uniform(tuple("abcdefghij"), 0.8)
     p = np.full((200, 10), 0.0005)
     p[:, 0] = np.linspace(0.9955, 0.99999, 200)
@@ -189,12 +189,12 @@ def test_asking_is_worth_nothing_where_no_answer_changes_the_decision() -> None:
     assert (fusion.value_of_asking(p) == 0.0).all()
 
 
-def test_a_fusion_over_other_labels_is_refused() -> None:
+def test_shunt_fusion_over_other_labels_raises() -> None:
     with pytest.raises(ConfigurationError, match="not the 3 of WordModel"):
         ShuntRunnable(small=WordModel(), large=lambda _: "cancel", pruning=None, fusion=fitted())
 
 
-def test_fusion_needs_a_label_from_the_large_model() -> None:
+def test_shunt_fusion_of_dict_answer_raises() -> None:
     shunt = ShuntRunnable(
         small=WordModel(), large=lambda _: {"label": "refund"}, pruning=None, fusion=word_fusion(), policy=AlwaysLarge()
     )
@@ -202,10 +202,10 @@ def test_fusion_needs_a_label_from_the_large_model() -> None:
         shunt.invoke("my status please")
 
 
-# In a bundle
+# Saved bundles
 
 
-def test_a_bundle_keeps_policy_and_fusion(tmp_path: Any) -> None:
+def test_bundle_save_and_load_keeps_policy_and_fusion(tmp_path: Any) -> None:
     from langchain_datashunt.small_models import BundledSmallModel, TextCNN, TrainingSettings
 
     texts = [f"please {label} {i}" for label in LABELS for i in range(4)]

@@ -25,14 +25,12 @@ def normalised(values: list[list[float]]) -> PredictionBatch:
 
 
 SCORES: tuple[ConfidenceScore, ...] = (MaxProbability(), Margin(), Entropy())
-"""Every score of distributions; whatever is added here has to keep these laws."""
+"""All scores of distributions. Scores added here must satisfy the same properties."""
 
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
 @given(distributions)
-def test_a_score_stays_within_its_bounds_and_is_the_same_alone(
-    score: ConfidenceScore, values: list[list[float]]
-) -> None:
+def test_score_is_within_bounds_and_equals_score_of_one(score: ConfidenceScore, values: list[list[float]]) -> None:
     batch = normalised(values)
     found, (low, high) = score(batch), score.bounds(4)
     assert found.shape == (len(batch),)
@@ -42,23 +40,23 @@ def test_a_score_stays_within_its_bounds_and_is_the_same_alone(
 
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
-def test_a_score_reaches_its_bounds_at_certainty_and_at_none(score: ConfidenceScore) -> None:
+def test_score_certain_and_uniform_reach_bounds(score: ConfidenceScore) -> None:
     batch = PredictionBatch.from_arrays(tuple("abcd"), [[0.0, 1.0, 0.0, 0.0], [0.25] * 4])
     assert score(batch).tolist() == pytest.approx(list(reversed(score.bounds(4))))
 
 
-def test_a_threshold_keeps_what_reaches_it_exactly() -> None:
+def test_threshold_equal_score_answers_locally() -> None:
     assert Threshold(0.9).evaluate(BATCH).keep.tolist() == [True, False, False, True]
     assert Threshold(1.0).evaluate(BATCH).keep.tolist() == [False, False, False, True]
 
 
-def test_a_threshold_above_one_sends_everything_and_warns() -> None:
+def test_threshold_above_one_defers_everything_and_warns() -> None:
     with pytest.warns(ThresholdWarning, match="never be reached"):
         policy = Threshold(1.01)
     assert not policy.evaluate(BATCH).keep.any()
 
 
-def test_a_threshold_that_always_fires_warns() -> None:
+def test_threshold_always_reached_warns() -> None:
     with pytest.warns(ThresholdWarning, match="always reached"):
         Threshold(0.0)
     with pytest.warns(ThresholdWarning, match="over 3 labels"):
@@ -68,44 +66,44 @@ def test_a_threshold_that_always_fires_warns() -> None:
         Threshold(0.34).check(("a", "b", "c"))
 
 
-def test_a_threshold_per_label_goes_by_the_predicted_label() -> None:
+def test_per_label_threshold_uses_predicted_label() -> None:
     policy = PerLabelThreshold({"a": 0.95, "c": 0.5}, default=0.99)
     verdict = policy.evaluate(BATCH)
     assert verdict.keep.tolist() == [False, False, True, True]
     assert verdict.threshold.tolist() == [0.95, 0.95, 0.5, 0.95]
 
 
-def test_a_threshold_for_a_label_that_does_not_exist_is_refused() -> None:
+def test_per_label_threshold_unknown_label_raises() -> None:
     with pytest.raises(ConfigurationError, match="does not have: z"):
         PerLabelThreshold({"z": 0.9}, default=0.9).check(("a", "b"))
     PerLabelThreshold({"z": 0.9}, default=0.9).check(None)
 
 
 @pytest.mark.parametrize("make", [lambda: Threshold(float("nan")), lambda: PerLabelThreshold({}, float("nan"))])
-def test_nan_is_no_threshold(make: object) -> None:
+def test_policy_nan_threshold_raises(make: object) -> None:
     with pytest.raises(ConfigurationError, match="NaN"):
         make()  # type: ignore[operator]
 
 
-def test_nan_for_one_label_is_no_threshold() -> None:
+def test_per_label_threshold_nan_for_one_label_raises() -> None:
     with pytest.raises(ConfigurationError, match="NaN"):
         PerLabelThreshold({"a": float("nan")}, default=0.5)
 
 
-def test_a_wrong_setting_is_named() -> None:
+def test_threshold_invalid_setting_is_named_in_error() -> None:
     with pytest.raises(ConfigurationError, match="Threshold cannot be made so: threshold"):
         Threshold("high")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="treshold"):
         Threshold(0.9, treshold=0.8)
 
 
-def test_a_threshold_of_the_call_replaces_the_policys_own_where_given() -> None:
+def test_threshold_per_call_value_replaces_own_unless_nan() -> None:
     verdict = Threshold(0.99).evaluate(BATCH, np.array([0.8, np.nan, 0.6, 1.5]))
     assert verdict.keep.tolist() == [True, False, True, False]
     assert verdict.threshold.tolist() == [0.8, 0.99, 0.6, 1.5]
 
 
-def test_constant_policies() -> None:
+def test_constant_policies_keep_all_or_none() -> None:
     assert AlwaysSmall().evaluate(BATCH).keep.all()
     assert not AlwaysLarge().evaluate(BATCH).keep.any()
     assert np.isnan(AlwaysLarge().evaluate(BATCH).threshold).all()
@@ -113,7 +111,7 @@ def test_constant_policies() -> None:
 
 
 @given(distributions, st.floats(0.3, 0.9), st.floats(0.05, 0.9))
-def test_and_keeps_the_intersection_and_or_the_union(values: list[list[float]], high: float, margin: float) -> None:
+def test_policy_and_keeps_intersection_or_keeps_union(values: list[list[float]], high: float, margin: float) -> None:
     batch = normalised(values)
     a, b = Threshold(high), Threshold(margin, score=Margin())
     keep_a, keep_b = a.evaluate(batch).keep, b.evaluate(batch).keep
@@ -121,7 +119,7 @@ def test_and_keeps_the_intersection_and_or_the_union(values: list[list[float]], 
     assert np.array_equal((a | b).evaluate(batch).keep, keep_a | keep_b)
 
 
-def test_the_deciding_part_of_a_composition_gives_score_and_threshold() -> None:
+def test_combined_policy_reports_score_and_threshold_of_deciding_part() -> None:
     both = Threshold(0.8) & Threshold(0.99, score=Margin())
     verdict = both.evaluate(BATCH)
     assert verdict.threshold.tolist() == [0.99, 0.8, 0.8, 0.8]
@@ -134,7 +132,7 @@ def test_the_deciding_part_of_a_composition_gives_score_and_threshold() -> None:
 
 
 @given(distributions, st.sampled_from([MaxProbability(), Margin(), Entropy()]))
-def test_scores_stay_in_their_bounds(values: list[list[float]], score: ConfidenceScore) -> None:
+def test_score_random_distributions_stay_within_bounds(values: list[list[float]], score: ConfidenceScore) -> None:
     batch = normalised(values)
     low, high = score.bounds(4)
     found = score(batch)
@@ -144,9 +142,7 @@ def test_scores_stay_in_their_bounds(values: list[list[float]], score: Confidenc
 
 
 @given(distributions, st.sampled_from([MaxProbability(), Margin(), Entropy()]), st.floats(0.26, 0.99))
-def test_one_prediction_is_decided_as_in_a_batch(
-    values: list[list[float]], score: ConfidenceScore, limit: float
-) -> None:
+def test_evaluate_one_equals_evaluate_on_batch(values: list[list[float]], score: ConfidenceScore, limit: float) -> None:
     batch = normalised(values)
     for policy in (Threshold(limit, score=score), PerLabelThreshold({"a": limit}, 0.5, score=score)):
         verdict = policy.evaluate(batch)
@@ -158,12 +154,12 @@ def test_one_prediction_is_decided_as_in_a_batch(
 
 
 @given(distributions, st.floats(0.26, 0.9), st.floats(0.0, 0.1))
-def test_a_higher_threshold_never_keeps_more(values: list[list[float]], low: float, more: float) -> None:
+def test_threshold_higher_value_never_keeps_more(values: list[list[float]], low: float, more: float) -> None:
     batch = normalised(values)
     assert (Threshold(low + more).evaluate(batch).keep <= Threshold(low).evaluate(batch).keep).all()
 
 
-def test_scores_know_certainty_and_ignorance() -> None:
+def test_score_certain_is_one_uniform_is_zero() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[1.0, 0.0], [0.5, 0.5]])
     assert Entropy()(batch).tolist() == [1.0, 0.0]
     assert Margin()(batch).tolist() == [1.0, 0.0]
@@ -171,7 +167,7 @@ def test_scores_know_certainty_and_ignorance() -> None:
     assert Entropy()(single).tolist() == Margin()(single).tolist() == [1.0]
 
 
-def test_policies_are_values() -> None:
+def test_policy_is_immutable_and_compares_by_value() -> None:
     assert Threshold(0.9) == Threshold(0.9)
     assert "0.9" in str(Threshold(0.9))
     with pytest.raises(Exception, match="frozen"):

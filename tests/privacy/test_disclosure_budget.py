@@ -1,4 +1,4 @@
-"""Bounds on what leaves: for one request, one person and all together, in one process and in many."""
+"""Limits on disclosed data per request, per subject and in total, in one process and across processes."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def ledger(request: pytest.FixtureRequest, url: str) -> Any:  # noqa: F811
     return SharedLedger(CallLog(url))
 
 
-def test_what_is_above_a_bound_stays(ledger: Any) -> None:
+def test_disclosure_budget_input_above_limit_stays_local(ledger: Any) -> None:
     clock, asked = Clock(), []  # type: ignore[var-annotated]
     budget = DisclosureBudget(request_characters=40, subject_calls=2, calls=4, ledger=ledger, clock=clock)
     chain = shunt(budget, asked)
     routes = [
-        chain.invoke({"input": "refund " + "x" * 60}).reason,  # too long: counts for nothing
+        chain.invoke({"input": "refund " + "x" * 60}).reason,  # too long, so it is not counted
         *(chain.invoke({"input": f"refund {i}"}, about("jane")).reason for i in range(3)),
         chain.invoke({"input": "refund 3"}, about("joe")).reason,
         chain.invoke({"input": "refund 4"}).reason,
@@ -66,10 +66,10 @@ def test_what_is_above_a_bound_stays(ledger: Any) -> None:
     assert (last.output, last.reason) == ("refund", stays)
     assert "'calls' of the budget 'default'" in str(last.decision.error)
     clock.now += 86_400.0
-    assert chain.invoke({"input": "refund 7"}, about("jane")).reason == sent, "another period"
+    assert chain.invoke({"input": "refund 7"}, about("jane")).reason == sent, "a new period"
 
 
-def test_entities_that_leave_as_they_are_are_counted(ledger: Any) -> None:
+def test_disclosure_budget_counts_unreplaced_entities(ledger: Any) -> None:
     asked: list[Any] = []
     budget = DisclosureBudget(request_entities=1, subject_entities=2, ledger=ledger)
     chain = shunt(budget, asked, redact={"IP"})
@@ -81,7 +81,7 @@ def test_entities_that_leave_as_they_are_are_counted(ledger: Any) -> None:
     assert asked == [f"status {i} {MAIL} from <IP_1>" for i in range(2)]
 
 
-def test_the_trail_has_counts_and_hashes_and_no_text(ledger: Any) -> None:
+def test_ledger_trail_has_counts_and_hashes_but_no_text(ledger: Any) -> None:
     asked: list[Any] = []
     chain = shunt(DisclosureBudget(calls=1, ledger=ledger), asked)
     for text in (f"refund {MAIL}", f"refund {MAIL}"):
@@ -101,8 +101,8 @@ def test_the_trail_has_counts_and_hashes_and_no_text(ledger: Any) -> None:
         assert list(ledger.trail()) == []
 
 
-def test_what_running_periods_spent_outlives_a_clearing(url: str) -> None:  # noqa: F811
-    """Of two budgets with periods of a day and a week, and one that is not named."""
+def test_shared_ledger_prune_keeps_amounts_of_running_periods(url: str) -> None:  # noqa: F811
+    """Prune budgets with periods of a day and a week, and one that is not in the mapping."""
     clock, day = Clock(), 86_400.0
     seconds = {"daily": day, "weekly": 7 * day, "other": day}
     with CallLog(url) as store:
@@ -121,13 +121,13 @@ def test_what_running_periods_spent_outlives_a_clearing(url: str) -> None:  # no
         ledger.prune(clock.now)
         with store.connection() as connection:
             left = {row.name.split(":")[1] for row in connection.execute(controls.select())}
-        assert left == set(), "one length for all"
+        assert left == set(), "one period length for all budgets"
 
 
-def test_many_threads_together_stay_within_it(ledger: Any) -> None:
+def test_disclosure_budget_many_threads_stay_within_limit(ledger: Any) -> None:
     asked: list[Any] = []
     chains = [shunt(DisclosureBudget(calls=25, ledger=ledger), asked) for _ in range(4)]
-    if isinstance(ledger, SharedLedger):  # as other processes have it: connections of their own
+    if isinstance(ledger, SharedLedger):  # separate connections, as in other processes
         others = [SharedLedger(CallLog(ledger.store.url.render_as_string(hide_password=False))) for _ in range(4)]
         chains = [shunt(DisclosureBudget(calls=25, ledger=other), asked) for other in others]
 
@@ -143,7 +143,7 @@ def test_many_threads_together_stay_within_it(ledger: Any) -> None:
     assert len(asked) == 25
 
 
-def test_batches_and_streams_count_too(ledger: Any) -> None:
+def test_disclosure_budget_counts_batches_and_streams(ledger: Any) -> None:
     asked: list[Any] = []
     chain = shunt(DisclosureBudget(calls=3, ledger=ledger), asked)
     found = chain.batch([{"input": f"refund {i}"} for i in range(5)])
@@ -152,26 +152,26 @@ def test_batches_and_streams_count_too(ledger: Any) -> None:
     assert len(asked) == 3
 
 
-def test_what_cannot_be_counted_stays() -> None:
+def test_disclosure_budget_unavailable_ledger_keeps_input_local() -> None:
     class Away(LocalLedger):
         def spend(self, amounts: Any) -> Any:
-            raise StoreError("the database is away")
+            raise StoreError("the database is unavailable")
 
     class Full(LocalLedger):
         def note(self, entry: Any) -> None:
             raise OSError("no space")
 
-    for ledger, words in ((Away(), "cannot be counted"), (Full(), "cannot be noted")):
+    for ledger, words in ((Away(), "cannot be counted"), (Full(), "cannot be logged")):
         asked: list[Any] = []
         found = shunt(DisclosureBudget(calls=5, ledger=ledger), asked).invoke({"input": "refund"})
         assert (found.reason, asked) == ("local_only", [])
         assert words in str(found.decision.error)
 
 
-def test_budgets_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="without a bound"):
+def test_disclosure_budget_invalid_settings_raise() -> None:
+    with pytest.raises(ConfigurationError, match="at least one limit"):
         DisclosureBudget()
-    with pytest.raises(ConfigurationError, match="no ledger"):
+    with pytest.raises(ConfigurationError, match="Expected a `ledger`"):
         DisclosureBudget(calls=1, ledger=3)
     with pytest.raises(ConfigurationError, match="name"):
         DisclosureBudget(calls=1, name="a:b")
@@ -180,7 +180,7 @@ def test_budgets_that_cannot_work_are_refused() -> None:
     PrivacyGuard(budget=DisclosureBudget(request_characters=5)).outbound("hello")
 
 
-def test_a_short_budget_of_many_people_forgets_no_long_one() -> None:
+def test_local_ledger_cleanup_keeps_budgets_with_longer_periods() -> None:
     now, ledger = [0.0], LocalLedger()
     ledger._room = 500
     day = DisclosureBudget(name="day", calls=3, ledger=ledger, clock=lambda: now[0])

@@ -1,4 +1,4 @@
-"""The outbound guard where LlamaIndex or an agent makes the large calls."""
+"""Privacy guards for LLM calls made by LlamaIndex and by agents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GATE = PrivacyGuard(local_kinds=frozenset({"IBAN"}))
 
 
 class Echo(LLM):
-    """Says what it was asked, in chunks of three characters, and keeps it."""
+    """LLM that returns its prompt, in chunks of three characters, and records it."""
 
     asked: list[str] = []
 
@@ -105,7 +105,7 @@ WAYS = ["chat", "achat", "stream_chat", "astream_chat", "complete", "acomplete",
 
 
 async def said(llm: LLM, way: str, text: str) -> tuple[str, str]:
-    """The whole answer, and what was shown piece by piece."""
+    """Return the whole answer and the concatenated stream deltas."""
     asked: Any = [ChatMessage(role="user", content=text)] if "chat" in way else text
     found = getattr(llm, way)(asked)
     if way.startswith("a"):
@@ -119,7 +119,7 @@ async def said(llm: LLM, way: str, text: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_what_leaves_a_llama_index_llm_is_replaced_and_comes_back(way: str) -> None:
+async def test_guarded_llm_redacts_prompt_and_restores_answer(way: str) -> None:
     echo = Echo(asked=[])
     llm = GuardedLLM(large=echo, guard=GATE)
     text = f"write to {MAIL}, then to joe@example.org <soon"
@@ -128,7 +128,7 @@ async def test_what_leaves_a_llama_index_llm_is_replaced_and_comes_back(way: str
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_what_must_stay_never_reaches_a_llama_index_llm(way: str) -> None:
+async def test_guarded_llm_local_input_never_reaches_model(way: str) -> None:
     echo = Echo(asked=[])
     whole, shown = await said(GuardedLLM(large=echo, guard=GATE), way, f"pay {IBAN}")
     assert whole == shown
@@ -140,7 +140,7 @@ async def test_what_must_stay_never_reaches_a_llama_index_llm(way: str) -> None:
     assert echo.asked == []
 
 
-def test_history_images_and_budgets_pass_the_gate_too() -> None:
+def test_guarded_llm_covers_history_images_and_budget() -> None:
     echo, ledger = Echo(asked=[]), LocalLedger()
     llm = GuardedLLM(large=echo, guard=PrivacyGuard(budget=DisclosureBudget(calls=1, ledger=ledger)))
     assert llm.chat([ChatMessage(role="system", content=MAIL), ChatMessage(role="user", content=f"is {MAIL} mine")])
@@ -148,11 +148,11 @@ def test_history_images_and_budgets_pass_the_gate_too() -> None:
     assert dict(ledger.trail[0].replaced) == {"EMAIL": 1}
     picture = ChatMessage(role="user", blocks=[ImageBlock(image=b"a picture")])
     assert "stays on this machine" in str(GuardedLLM(large=echo, guard=GATE).chat([picture]))
-    assert "bound 'calls'" in str(llm.chat([ChatMessage(role="user", content="again")]))
+    assert "limit 'calls'" in str(llm.chat([ChatMessage(role="user", content="again")]))
     assert len(echo.asked) == 1
 
 
-def test_a_gated_llm_serves_selectors_and_shunts() -> None:
+def test_guarded_llm_works_in_selector_and_shunt() -> None:
     class Chooser(Echo):
         def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
             self.asked.append(prompt)
@@ -170,7 +170,7 @@ def test_a_gated_llm_serves_selectors_and_shunts() -> None:
     assert echo.asked == ["maybe cancel <EMAIL_1>"]
 
 
-def test_tools_are_called_with_the_texts() -> None:
+def test_guarded_llm_calls_tools_with_restored_arguments() -> None:
     asked: list[Any] = []
 
     def reply(messages: Sequence[ChatMessage], **kwargs: Any) -> ChatMessage:
@@ -189,18 +189,18 @@ def test_tools_are_called_with_the_texts() -> None:
     assert asked == ["write to <EMAIL_1>"]
 
 
-def test_labels_that_stay_need_a_small_model() -> None:
+def test_guard_local_labels_without_small_model_raise() -> None:
     guard = PrivacyGuard(local_labels=frozenset({"health"}))
-    with pytest.raises(ConfigurationError, match="no small model to tell them"):
+    with pytest.raises(ConfigurationError, match="no small model to predict them"):
         GuardedLLM(large=Echo(), guard=guard)
-    with pytest.raises(ConfigurationError, match="no small model to tell them"):
+    with pytest.raises(ConfigurationError, match="no small model to predict them"):
         PrivacyGuardMiddleware(guard)
     with pytest.raises(ConfigurationError, match="give a datashunt PrivacyGuard"):
         GuardedLLM(large=Echo(), guard=3)
 
 
 class Scripted(GenericFakeChatModel):
-    """A chat model with tools that keeps what it was asked."""
+    """Chat model with tools that records the messages it receives."""
 
     asked: list[list[BaseMessage]] = []
 
@@ -219,7 +219,7 @@ def find_order(mail: str) -> str:
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
-async def test_an_agents_model_sees_placeholders_and_its_tools_see_texts(way: str) -> None:
+async def test_guard_middleware_model_gets_placeholders_tools_get_texts(way: str) -> None:
     call = {"name": "find_order", "args": {"mail": "<EMAIL_1>"}, "id": "1", "type": "tool_call"}
     model = Scripted(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("call <PHONE_1> about <EMAIL_1>")]))
     agent = create_agent(
@@ -234,11 +234,11 @@ async def test_an_agents_model_sees_placeholders_and_its_tools_see_texts(way: st
         assert MAIL not in repr(turn)
         assert "901820" not in repr(turn)
     assert model.asked[0][0].text == "Copies go to <EMAIL_1>."
-    assert asked["messages"][0].text == f"where is the order of {MAIL}", "what the caller gave is as it was"
+    assert asked["messages"][0].text == f"where is the order of {MAIL}", "the caller's input is unchanged"
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
-async def test_an_agent_says_that_it_may_not_ask(way: str) -> None:
+async def test_guard_middleware_local_input_abstains_or_raises(way: str) -> None:
     model = Scripted(messages=iter([]), asked=[])
 
     async def run(guard: PrivacyGuard) -> Any:
@@ -252,7 +252,7 @@ async def test_an_agent_says_that_it_may_not_ask(way: str) -> None:
     assert model.asked == []
 
 
-def test_the_turns_of_a_local_model_do_not_pass_the_gate() -> None:
+def test_guard_middleware_local_model_turn_is_not_redacted() -> None:
     sure = {"logprobs": {"content": [{"token": "x", "logprob": 0.0}]}}
     small = Scripted(messages=iter([AIMessage("local", response_metadata=sure)]), asked=[])
     large = Scripted(messages=iter([]), asked=[])
@@ -263,7 +263,7 @@ def test_the_turns_of_a_local_model_do_not_pass_the_gate() -> None:
     assert large.asked == []
 
 
-async def test_a_persons_budget_holds_in_an_agent_too() -> None:
+async def test_guard_middleware_applies_budget_per_subject() -> None:
     ledger = LocalLedger()
     guard = PrivacyGuard(budget=DisclosureBudget(subject_calls=1, ledger=ledger))
     model = Scripted(messages=iter([AIMessage("one"), AIMessage("two")]), asked=[])
@@ -272,11 +272,11 @@ async def test_a_persons_budget_holds_in_an_agent_too() -> None:
     asked: Any = {"messages": [HumanMessage("hello")]}
     first, second = agent.invoke(asked, jane), await agent.ainvoke(asked, jane)
     assert first["messages"][-1].text == "one"
-    assert "bound 'subject_calls'" in second["messages"][-1].text
+    assert "limit 'subject_calls'" in second["messages"][-1].text
     assert agent.invoke(asked)["messages"][-1].text == "two"
 
 
-def test_objects_of_every_kind_are_replaced_and_restored() -> None:
+def test_guard_dataclass_and_pydantic_values_are_redacted_and_restored() -> None:
     @dataclass
     class Order:
         mail: str

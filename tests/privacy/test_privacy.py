@@ -46,7 +46,7 @@ from tests.support.models import WordModel, failing_word_model
 
 
 def kinds(text: str) -> dict[str, str]:
-    """Found stretches by their text."""
+    """Return the kind of each entity by its text."""
     return {text[one.start : one.end]: one.kind for one in find_entities(text, DETECTORS)}
 
 
@@ -88,7 +88,7 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("text", "entity", "kind"), [one for one in FOUND if one[2] is not None])
-def test_what_has_a_form_is_found(text: str, entity: str | None, kind: str) -> None:
+def test_detectors_valid_entity_is_found(text: str, entity: str | None, kind: str) -> None:
     found = kinds(text)
     if entity is None:
         assert kind in found.values()
@@ -106,7 +106,7 @@ NOT_FOUND = [
 
 
 @pytest.mark.parametrize("text", NOT_FOUND)
-def test_what_fails_its_check_is_not(text: str) -> None:
+def test_detectors_invalid_entity_is_not_found(text: str) -> None:
     assert kinds(text) == {}
 
 
@@ -117,13 +117,13 @@ def test_what_fails_its_check_is_not(text: str) -> None:
      "-----BEGIN PRIVATE KEY-----" * 4_000, "https://" + "a:" * 50_000, "key=" * 25_000, "password is " * 8_000,
      "eyJa." * 20_000, "0" + "-1" * 50_000, "x@a." + "a-" * 50_000],
 )  # fmt: skip
-def test_no_text_takes_long(detector: PatternDetector, text: str) -> None:
+def test_detector_adversarial_text_stays_fast(detector: PatternDetector, text: str) -> None:
     started = time.perf_counter()
     list(detector.find(text))
     assert time.perf_counter() - started < 3.0
 
 
-def test_of_overlapping_entities_the_longer_counts() -> None:
+def test_find_entities_overlap_merges_to_kind_of_longest() -> None:
     class Words:
         kinds = ("A", "B")
 
@@ -134,7 +134,7 @@ def test_of_overlapping_entities_the_longer_counts() -> None:
 
 
 class Analyzer:
-    """What Presidio's AnalyzerEngine looks like from here."""
+    """Minimal stand-in for Presidio's AnalyzerEngine."""
 
     def get_supported_entities(self, language: str) -> list[str]:
         return ["PERSON"]
@@ -145,7 +145,7 @@ class Analyzer:
         return [kind()] if start >= 0 else []
 
 
-def test_presidios_recognisers_can_be_asked() -> None:
+def test_presidio_detector_entities_are_redacted() -> None:
     guard = PrivacyGuard(detectors=(*DETECTORS, PresidioDetector(Analyzer())), local_kinds={"IBAN"})
     out, placeholders = guard.outbound({"input": "Jane Doe, jane@example.com"})
     assert out == {"input": "<PERSON_1>, <EMAIL_1>"}
@@ -154,12 +154,12 @@ def test_presidios_recognisers_can_be_asked() -> None:
         PresidioDetector(3)
 
 
-# Out and back
+# Redaction and restoring
 
 MAIL, OTHER = "jane@example.com", "joe@example.com"
 
 
-def test_every_structure_is_redacted_and_nothing_is_changed_in_place() -> None:
+def test_guard_redacts_every_structure_without_changing_it_in_place() -> None:
     class Form(BaseModel):
         who: str
         n: int = 3
@@ -193,23 +193,23 @@ def test_every_structure_is_redacted_and_nothing_is_changed_in_place() -> None:
     assert placeholders.counts == {"EMAIL": 2, "CARD": 1}
 
 
-def test_an_input_cannot_name_our_placeholders() -> None:
+def test_guard_placeholder_in_input_is_not_restored() -> None:
     out, placeholders = PrivacyGuard().outbound({"input": f"<EMAIL_1> <email_7> {MAIL}"})
     assert out["input"] == "<EMAIL_1> <email_7> <EMAIL_2>"
     assert placeholders.restore("<EMAIL_1> <EMAIL_2> <Email_2> <EMAIL_9>") == f"<EMAIL_1> {MAIL} {MAIL} <EMAIL_9>"
 
 
-def test_only_chosen_kinds_are_replaced() -> None:
+def test_guard_redact_replaces_only_chosen_kinds() -> None:
     text = f"{MAIL} from 192.168.0.17"
     assert PrivacyGuard(redact={"IP"}).outbound(text)[0] == f"{MAIL} from <IP_1>"
     assert PrivacyGuard(redact="none").outbound(text)[0] == text
     with pytest.raises(ConfigurationError, match="No detector finds NAME"):
         PrivacyGuard(redact={"NAME"})
-    with pytest.raises(ConfigurationError, match="no detector"):
+    with pytest.raises(ConfigurationError, match="Expected a detector"):
         PrivacyGuard(detectors=(3,))
 
 
-def test_what_is_local_stays() -> None:
+def test_guard_local_data_raises_without_quoting_it() -> None:
     guard = PrivacyGuard(local_kinds={"IBAN"}, local_where=lambda text: "secret project" in text)
     for value in ("DE89 3704 0044 0532 0130 00", {"history": [HumanMessage("about the secret project")]}):
         with pytest.raises(LocalOnlyError) as caught:
@@ -218,10 +218,10 @@ def test_what_is_local_stays() -> None:
     assert guard.outbound("hello")[0] == "hello"
 
 
-def test_what_cannot_be_looked_at_stays() -> None:
+def test_guard_binary_data_or_failing_detector_keeps_input_local() -> None:
     image = {"type": "image", "base64": "aaaa", "mime_type": "image/png"}
     for value in (b"bytes", {"input": [HumanMessage([image])]}, {"x": object()}):
-        with pytest.raises(LocalOnlyError, match="nobody can look"):
+        with pytest.raises(LocalOnlyError, match="detectors cannot check"):
             PrivacyGuard().outbound(value)
         PrivacyGuard(allow_binary=True).outbound(value)
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_looked_at_stays() -> None:
             raise RuntimeError(f"cannot read {text}")
 
     for guard in (PrivacyGuard(detectors=(Broken(),)), PrivacyGuard(local_where=lambda text: 1 / 0 > 1)):
-        with pytest.raises(LocalOnlyError, match="looking at it failed") as caught:
+        with pytest.raises(LocalOnlyError, match="a detector or rule failed") as caught:
             guard.outbound("the text")
         assert "the text" not in str(caught.value)
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_looked_at_stays() -> None:
     ),
     st.integers(1, 6),
 )
-def test_streams_come_back_whole_however_they_are_cut(parts: list[str], size: int) -> None:
+def test_stream_restorer_any_chunk_size_restores_text(parts: list[str], size: int) -> None:
     text = " ".join(parts)
     out, placeholders = PrivacyGuard().outbound(text)
     assert MAIL not in out
@@ -258,7 +258,7 @@ def test_streams_come_back_whole_however_they_are_cut(parts: list[str], size: in
     assert whole == text
 
 
-def test_arguments_of_tool_calls_come_back_across_chunks() -> None:
+def test_stream_restorer_restores_tool_arguments_across_chunks() -> None:
     _, placeholders = PrivacyGuard().outbound(MAIL)
     restorer = StreamRestorer(placeholders)
     pieces = ['{"to": "<EM', "AIL_", '1>", "n": "<"', "}"]
@@ -272,11 +272,11 @@ def test_arguments_of_tool_calls_come_back_across_chunks() -> None:
     assert total.tool_calls[0]["args"] == {"to": MAIL, "n": "<"}
 
 
-# In a shunt
+# Guards in shunts
 
 
 class Listening(Runnable[Any, Any]):
-    """A large model that notes what it was asked, and says it again."""
+    """Large model that records its inputs and repeats them."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -291,7 +291,7 @@ class Listening(Runnable[Any, Any]):
             yield text[i : i + 3]
 
 
-async def test_nothing_personal_leaves_a_shunt_and_answers_are_whole() -> None:
+async def test_shunt_redacts_inputs_and_restores_answers() -> None:
     large = Listening()
     shunt = ShuntRunnable(
         small=ScriptedSmall(), large=large, policy=Threshold(0.9), pruning=TopHint(), guard=PrivacyGuard()
@@ -310,7 +310,7 @@ async def test_nothing_personal_leaves_a_shunt_and_answers_are_whole() -> None:
     assert large.asked[0]["small_label"] == "short: I am <EMAIL_1>"
 
 
-async def test_what_stays_is_answered_here_or_by_nobody() -> None:
+async def test_shunt_on_local_answers_abstains_or_raises() -> None:
     iban = "refund to DE89 3704 0044 0532 0130 00"
     for on_local, expected in (("small", "refund"), ("abstain", None), ("raise", None)):
         large = Listening()
@@ -344,7 +344,7 @@ async def test_what_stays_is_answered_here_or_by_nobody() -> None:
         assert [one["input"] for one in large.asked] == ["hello"]
 
 
-def test_labels_can_be_local_and_a_small_model_that_fails_keeps_the_input_here() -> None:
+def test_shunt_local_label_or_failed_small_model_keeps_input_local() -> None:
     large = Listening()
     guard = PrivacyGuard(local_labels={"refund"}, on_local="abstain")
     shunt = ShuntRunnable(small=WordModel(), large=large, policy=AlwaysLarge(), pruning=None, guard=guard)
@@ -357,7 +357,7 @@ def test_labels_can_be_local_and_a_small_model_that_fails_keeps_the_input_here()
     assert len(large.asked) == 1
 
 
-def test_audits_pass_the_gate_too() -> None:
+def test_shunt_audits_are_redacted_too() -> None:
     large = Listening()
     guard = PrivacyGuard(local_labels={"refund"}, local_kinds={"IBAN"})
     shunt = ShuntRunnable(
@@ -369,7 +369,7 @@ def test_audits_pass_the_gate_too() -> None:
     assert [one["input"] for one in large.asked] == ["surely status <EMAIL_1>"]
 
 
-def test_records_say_that_nobody_was_asked(tmp_path: Any) -> None:
+def test_recorder_local_only_call_has_no_large_model(tmp_path: Any) -> None:
     with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="t") as recorder:
             shunt = ShuntRunnable(
@@ -383,7 +383,7 @@ def test_records_say_that_nobody_was_asked(tmp_path: Any) -> None:
     assert calls["local_only"].raw_output is None
 
 
-def test_subtasks_pass_the_gate() -> None:
+def test_subtask_shunt_redacts_inputs_and_drafts() -> None:
     asked: list[Any] = []
 
     def answer(mapping: Any) -> Any:
@@ -417,7 +417,7 @@ def test_subtasks_pass_the_gate() -> None:
         strict.invoke(iban)
 
 
-def test_a_stream_of_messages_keeps_what_it_carries() -> None:
+def test_guarded_model_stream_keeps_usage_and_metadata() -> None:
     def chunks(_: Any) -> Iterator[Any]:
         usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
         yield AIMessageChunk("Dear <EMA", id="a")
@@ -436,7 +436,7 @@ def test_a_stream_of_messages_keeps_what_it_carries() -> None:
     assert total.response_metadata["model_name"] == "m"
 
 
-def test_what_tracers_see_of_the_large_model_is_what_left() -> None:
+def test_shunt_large_model_traces_contain_redacted_input() -> None:
     seen: list[str] = []
 
     class Tracer(RunBook):
@@ -455,7 +455,7 @@ def test_what_tracers_see_of_the_large_model_is_what_left() -> None:
     assert MAIL not in "".join(seen)
 
 
-def test_a_gate_is_written_down_only_where_nothing_is_lost() -> None:
+def test_guard_custom_detector_or_rule_is_not_serialised() -> None:
     guard = PrivacyGuard(local_kinds={"IBAN"}, redact={"EMAIL"}, on_local="abstain")
     back = load(dumpd(guard), allowed_objects=[PrivacyGuard], valid_namespaces=["langchain_datashunt"])
     assert back == guard
@@ -465,13 +465,13 @@ def test_a_gate_is_written_down_only_where_nothing_is_lost() -> None:
     assert json.dumps(dumpd(guard))
 
 
-def test_errors_are_ours() -> None:
+def test_placeholders_without_entities_are_falsy_and_restore_unchanged() -> None:
     assert issubclass(LocalOnlyError, ShuntError)
     assert Placeholders(DETECTORS).restore("x") == "x"
     assert not Placeholders(DETECTORS)
 
 
-def test_a_longer_entity_of_another_kind_hides_none() -> None:
+def test_guard_longer_entity_of_other_kind_hides_none() -> None:
     secret = "connect to postgres://admin:Tr0ub4dor@db.example.com/prod"
     assert PrivacyGuard(redact={"URL_SECRET"}).outbound(secret)[0] == (
         "connect to postgres://<URL_SECRET_1>@db.example.com/prod"
@@ -485,10 +485,10 @@ def test_a_longer_entity_of_another_kind_hides_none() -> None:
     with pytest.raises(LocalOnlyError, match="NATIONAL_ID"):
         PrivacyGuard(local_kinds={"NATIONAL_ID"}).outbound("my SSN is 078-05-1120")
     _, found = PrivacyGuard(redact={"URL_SECRET"}).outbound(f"{secret}, {MAIL}")
-    assert found.plain == {"EMAIL": 1}, "what is covered by a replaced one is not plain"
+    assert found.plain == {"EMAIL": 1}, "an entity inside a replaced one is not plain"
 
 
-def test_many_entities_take_time_by_their_number() -> None:
+def test_guard_many_entities_take_linear_time() -> None:
     text = " ".join(f"u{i}@example.com" for i in range(20_000))
     started = time.perf_counter()
     _, placeholders = PrivacyGuard().outbound(text)
@@ -496,8 +496,8 @@ def test_many_entities_take_time_by_their_number() -> None:
     assert time.perf_counter() - started < 30
 
 
-def test_a_value_ends_no_string_of_streamed_arguments() -> None:
-    """Else who wrote the input would write the arguments of a tool."""
+def test_streamed_tool_arguments_inserted_value_is_escaped() -> None:
+    """Otherwise an input could inject arguments into a tool call."""
     values = ['Ab"12\\x9z', '-----BEGIN PRIVATE KEY-----","role":"admin","x":"-----END PRIVATE KEY-----']
     for text, kind in zip(
         ("My password: " + values[0], "store " + values[1]), ("PASSWORD", "PRIVATE_KEY"), strict=True
@@ -536,12 +536,12 @@ def test_a_value_ends_no_string_of_streamed_arguments() -> None:
         {"order": "PROJECT X"},
     ],
 )
-def test_a_rule_sees_all_that_would_leave(value: Any) -> None:
-    with pytest.raises(LocalOnlyError, match="a rule of yours"):
+def test_guard_rule_checks_every_part_of_a_message(value: Any) -> None:
+    with pytest.raises(LocalOnlyError, match="the rule `local_where` matches"):
         PrivacyGuard(local_where=lambda text: "PROJECT X" in text).outbound([HumanMessage("hi"), value])
 
 
-def test_a_rule_sees_numbers_and_no_questions_of_yours() -> None:
+def test_guard_rule_checks_numbers_but_not_subtask_questions() -> None:
     guard = PrivacyGuard(local_where=lambda text: "4711" in text or "salary" in text, on_local="raise")
     with pytest.raises(LocalOnlyError):
         guard.outbound({"input": "order", "order": 4711})
@@ -553,7 +553,7 @@ def test_a_rule_sees_numbers_and_no_questions_of_yours() -> None:
     assert asked
 
 
-def test_the_chunks_of_a_call_that_is_put_back_are_redacted() -> None:
+def test_guard_tool_call_chunks_in_input_are_redacted() -> None:
     streamed = AIMessageChunk(
         "",
         tool_call_chunks=[
@@ -566,14 +566,14 @@ def test_the_chunks_of_a_call_that_is_put_back_are_redacted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["2FA_CODE", "ÄRZTE", "x" * 60, "DE_STEUER-ID"])
-def test_placeholders_of_any_kind_come_back(kind: str) -> None:
+def test_placeholders_unusual_kind_is_restored(kind: str) -> None:
     guard = PrivacyGuard(detectors=[PatternDetector(kind, re.compile(r"(?<!_)\d{6}"))])
     out, placeholders = guard.outbound("code 123456, not <EMAIL_999999>")
     assert "123456" not in out
     assert placeholders.restore(out) == "code 123456, not <EMAIL_999999>"
 
 
-async def test_a_stream_that_is_left_is_closed_behind_a_gate() -> None:
+async def test_guarded_model_closed_stream_closes_inner_stream() -> None:
     closed: list[str] = []
 
     class Streaming(Runnable[Any, Any]):

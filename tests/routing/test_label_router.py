@@ -133,7 +133,7 @@ def test_an_answer_that_is_no_label_is_asked_for_again() -> None:
     again = next(messages for messages in model._asked if len(messages) == 6)
     assert [m.type for m in again] == ["system", "human", "ai", "human", "ai", "human"]
     assert again[2].content == "Hard to say."
-    with pytest.raises(UnparsableAnswerError, match="asked 3 times"):
+    with pytest.raises(UnparsableAnswerError, match="tried 3 times"):
         router.invoke("c")
 
 

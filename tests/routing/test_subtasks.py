@@ -142,7 +142,7 @@ def test_an_answer_that_lacks_something_is_asked_for_again() -> None:
     assert shunt.invoke(HALF) == {"intent": "refund", "tone": "cross", "reply": "R"}
     assert "tone: it must be one of kind, cross" in model.asked[1]
     shunt, model = triage("what?", "what?")
-    with pytest.raises(UnparsableAnswerError, match="asked 2 times"):
+    with pytest.raises(UnparsableAnswerError, match="tried 2 times"):
         shunt.invoke(HALF)
     shunt, _ = triage("Just this.")  # one open question may be answered plainly
     assert shunt.invoke(SURE)["reply"] == "Just this."

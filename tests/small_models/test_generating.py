@@ -80,7 +80,7 @@ def test_scores_of_tokens() -> None:
         assert score(batch)[0] == pytest.approx(value), score
         assert score.bounds(2)[1] == 1.0
         assert Threshold(0.3, score=score).evaluate(batch).keep[0] == (value >= 0.3)
-    with pytest.raises(PredictionError, match="MeanTokenProbability needs the probabilities"):
+    with pytest.raises(PredictionError, match="MeanTokenProbability requires token log-probabilities"):
         MeanTokenProbability()(PredictionBatch.from_arrays(("a", "b"), [[0.5, 0.5]]))
     with pytest.raises(ConfigurationError, match="alpha"):
         TokenQuantile(alpha=2.0)
@@ -114,18 +114,18 @@ def test_a_written_answer_is_a_prediction_of_itself() -> None:
     assert batch[1:].answers == ("a dog",)
     assert batch[0].to_dict()["answer"] == "a cat"
     for answer, confidence in ((None, 0.5), ("x", 1.5), ("x", float("nan"))):
-        with pytest.raises(PredictionError, match="a number in"):
+        with pytest.raises(PredictionError, match="a confidence in"):
             Prediction.from_answer(answer, confidence)
-    with pytest.raises(PredictionError, match="some have none"):
+    with pytest.raises(PredictionError, match="Only some predictions"):
         PredictionBatch.stack([unsure, Prediction.from_probabilities({"answer": 0.5, "other": 0.5})])
 
 
 def test_policies_know_written_answers() -> None:
     Threshold(0.3).check(ANSWER_LABELS)  # over two labels 0.3 would keep all; here it does not
     for score in (Margin(), Entropy()):
-        with pytest.raises(ConfigurationError, match="writes its answers"):
+        with pytest.raises(ConfigurationError, match="generates its answers"):
             ShuntRunnable(small=Scripted(), large=str, pruning=None, policy=Threshold(0.3, score=score))
-    with pytest.raises(PredictionError, match="needs the probabilities of the answer's tokens"):
+    with pytest.raises(PredictionError, match="requires token log-probabilities"):
         Threshold(0.5, score=MeanTokenProbability()).evaluate_one(Prediction.from_answer("x", 0.5))
 
 
