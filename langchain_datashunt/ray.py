@@ -1,7 +1,7 @@
-"""Bulk routing on Ray Data, over many machines: small models in one pool of actors, large calls in another.
+"""Bulk routing on Ray Data: small models in one pool of actors, LLM calls in another.
 
-The small models see whole batches, on GPUs where there are some; a bounded number of large calls is under way at once;
-budgets and records are shared through a database. This room spreads work, and decides nothing itself.
+Small models receive whole batches and can run on GPUs. The number of concurrent LLM calls is bounded. Budgets and call
+records are shared through a database. The chain alone decides how each row is routed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import ray.data
 
 Table: TypeAlias = Any
-"""A `pyarrow.Table`: a batch as Ray Data hands it on."""
+"""A `pyarrow.Table`, the batch format of Ray Data."""
 
 ANSWER_COLUMNS = {
     "answer": "string",
@@ -45,11 +45,11 @@ ANSWER_COLUMNS = {
     "record_id": "string",
     "error": "string",
 }
-"""What `shunt_dataset` adds to each row, with its type in Arrow."""
+"""Columns that `shunt_dataset` adds to each row, with their Arrow types."""
 
 _STAGES = ("small", "student")
 _OURS = "datashunt_"
-"""What columns begin with that only go from one stage to the next."""
+"""Prefix of the internal columns passed from one stage to the next."""
 
 
 def shunt_dataset(
@@ -65,10 +65,10 @@ def shunt_dataset(
     large_cpus: float = 0.25,
     large_concurrency: int = 32,
 ) -> ray.data.Dataset:
-    """Answer every row of a dataset; lazy, as all of Ray Data: consume it to have it done.
+    """Answer every row of a dataset, lazily.
 
-    Rows go on while others are waited for: small models compute the next batches during large calls. An actor that
-    dies is started again, and the batch it had is computed again.
+    The rows are computed when the result is consumed, as always in Ray Data. The stages overlap: small models compute
+    the next batches during LLM calls. If an actor dies, Ray restarts it and computes its batch again.
 
     ```python
     answered = shunt_dataset(ray.data.read_parquet("questions"), make_chain, column="question", small_gpus=0.5)
@@ -77,31 +77,31 @@ def shunt_dataset(
 
     Args:
         dataset: Rows with a column of texts.
-        chain: A shunt, or a function without arguments that makes one in each actor. A function is needed where the
-            chain holds what cannot be pickled, as clients of chat models do. A chain with a `recorder` writes its
-            records before its batch is handed on; a budget that all actors keep together has a `SharedThreshold`.
-        column: The column of texts.
-        batch_size: Rows of one small-model call.
-        small_actors: Copies of the small model, or their least and greatest number.
-        small_cpus: CPUs of each copy.
-        small_gpus: GPUs of each copy; 0.25 lets four share one.
-        large_actors: Actors that ask the large model, or their least and greatest number.
-        large_cpus: CPUs of each; they mostly wait.
-        large_concurrency: Large calls at once at the most, all actors together.
+        chain: Shunt, or a function without arguments that creates one in each actor. A function is required if the
+            chain holds objects that cannot be pickled, such as clients of chat models. A chain with a `recorder` writes
+            its records before its batch is passed on. A budget shared by all actors requires a `SharedThreshold`.
+        column: Name of the text column.
+        batch_size: Rows per small-model call.
+        small_actors: Number of small-model actors, or (minimum, maximum).
+        small_cpus: CPUs per small-model actor.
+        small_gpus: GPUs per small-model actor. 0.25 lets four share one.
+        large_actors: Number of actors that call the large model, or (minimum, maximum).
+        large_cpus: CPUs per large-model actor, which mostly waits.
+        large_concurrency: Maximum concurrent LLM calls, all actors together.
 
     Returns:
-        The rows with `ANSWER_COLUMNS` added. A row that could not be answered has its `error`, and no `answer`.
+        The rows with `ANSWER_COLUMNS` added. A row that could not be answered has an `error` and no `answer`.
 
     Raises:
-        ConfigurationError: A setting is out of range; the chain cannot be pickled, or knows no labels.
+        ConfigurationError: A setting is out of range, or the chain cannot be pickled or has no labels.
         MissingExtraError: Ray is not installed.
     """
     data = require("ray.data", "ray")
     most = large_actors if isinstance(large_actors, int) else large_actors[1]
     if batch_size < 1 or large_concurrency < most:
         raise ConfigurationError(
-            f"batch_size is {batch_size} and large_concurrency {large_concurrency} for {most} large actors; give a "
-            f"batch of 1 or more, and a large call or more to each actor."
+            f"Expected batch_size >= 1 and at least one LLM call per large actor, got batch_size={batch_size} and "
+            f"large_concurrency={large_concurrency} for {most} large actors. Pass larger values."
         )
     make = _maker(chain)
     small = dataset.map_batches(
@@ -127,12 +127,12 @@ def shunt_dataset(
 def _pool(data: Any, actors: int | tuple[int, int]) -> Any:
     least, most = (actors, actors) if isinstance(actors, int) else actors
     if not 1 <= least <= most:
-        raise ConfigurationError(f"A pool of {actors} actors cannot be; give a number, or the least and the greatest.")
+        raise ConfigurationError(f"Expected a number of actors or (minimum, maximum), at least 1, got {actors}.")
     return data.ActorPoolStrategy(min_size=least, max_size=most)
 
 
 def _maker(chain: ShuntRunnable | Callable[[], ShuntRunnable]) -> Callable[[], ShuntRunnable]:
-    """A function that makes the chain, and that can be sent to other processes."""
+    """Return a function that creates the chain and can be sent to other processes."""
     cloudpickle = require("ray.cloudpickle", "ray")
     make: Callable[[], ShuntRunnable] = chain if not isinstance(chain, ShuntRunnable) else lambda: chain
     if isinstance(chain, ShuntRunnable):
@@ -141,8 +141,8 @@ def _maker(chain: ShuntRunnable | Callable[[], ShuntRunnable]) -> Callable[[], S
         cloudpickle.dumps(make)
     except Exception as error:
         raise ConfigurationError(
-            f"The chain cannot be sent to other processes ({type(error).__name__}: {error}). Give a function without "
-            f"arguments that makes it there: shunt_dataset(dataset, make_chain)."
+            f"The chain cannot be sent to other processes ({type(error).__name__}: {error}). Pass a function "
+            f"without arguments that creates the chain in each actor: shunt_dataset(dataset, make_chain)."
         ) from error
     return make
 
@@ -150,22 +150,22 @@ def _maker(chain: ShuntRunnable | Callable[[], ShuntRunnable]) -> Callable[[], S
 def _made(make: Callable[[], ShuntRunnable]) -> ShuntRunnable:
     found = make()
     if not isinstance(found, ShuntRunnable):
-        told = f"The function that makes the chain gave a {type(found).__name__}"
-        raise ConfigurationError(f"{told}, no ShuntRunnable. Return one from it.")
+        told = f"Expected a ShuntRunnable from the chain function, got {type(found).__name__}"
+        raise ConfigurationError(f"{told}. Return the chain from the function.")
     if not found.task_labels:
-        raise ConfigurationError("The chain knows no labels before its first call; give it labels=(...).")
+        raise ConfigurationError("The chain has no labels before its first call. Create it with labels=(...).")
     return found
 
 
 class _Stage(ABC):
-    """An actor with a chain of its own.
+    """Actor with its own chain.
 
-    Where the chain cannot be made, that is told with the first batch: Ray starts an actor that fails while it is made
+    If the chain cannot be created, the first batch raises the error. Ray would restart an actor whose constructor fails
     again and again.
 
     Args:
-        make: Makes the chain.
-        column: The column of texts.
+        make: Function that creates the chain.
+        column: Name of the text column.
     """
 
     def __init__(self, make: Callable[[], ShuntRunnable], column: str) -> None:
@@ -178,21 +178,21 @@ class _Stage(ABC):
 
     @abstractmethod
     def _begin(self, chain: ShuntRunnable) -> None:
-        """Take the chain."""
+        """Prepare this stage from the chain."""
 
     @abstractmethod
     def _done(self, batch: Table) -> Table:
-        """The rows of a batch with what this stage adds."""
+        """Return the batch with this stage's columns added."""
 
     def __call__(self, batch: Table) -> Table:
-        """The rows of a batch with what this stage adds."""
+        """Return the batch with this stage's columns added."""
         if self._failed is not None:
             raise self._failed
         return self._done(batch)
 
 
 class _SmallStage(_Stage):
-    """Has the chain's small models predict, and adds what they think to the rows."""
+    """Stage that adds the small models' predictions to the rows."""
 
     @override
     def _begin(self, chain: ShuntRunnable) -> None:
@@ -203,7 +203,7 @@ class _SmallStage(_Stage):
         texts = _texts(batch, self._column)
         if taken := sorted(name for name in batch.column_names if name.startswith(_OURS)):
             raise ConfigurationError(
-                f"Columns that begin with {_OURS!r} are this package's: {', '.join(taken)}. Rename."
+                f"Column names with the prefix {_OURS!r} are reserved, got {', '.join(taken)}. Rename the columns."
             )
         for stage, model in self._models.items():
             for name, values in _cells_of(_predictions(model, texts, self._labels)).items():
@@ -212,14 +212,14 @@ class _SmallStage(_Stage):
 
 
 class _LargeStage(_Stage):
-    """Routes what was predicted, asks the large model, and adds the answers to the rows.
+    """Stage that routes the predicted rows, calls the large model and adds the answers.
 
-    A batch's records are written when it is handed on.
+    The records of a batch are written before it is passed on.
 
     Args:
-        make: Makes the chain.
-        column: The column of texts.
-        concurrency: Its large calls at once at the most.
+        make: Function that creates the chain.
+        column: Name of the text column.
+        concurrency: Maximum concurrent LLM calls of this actor.
     """
 
     def __init__(self, make: Callable[[], ShuntRunnable], column: str, concurrency: int) -> None:
@@ -239,7 +239,7 @@ class _LargeStage(_Stage):
             "return_decision": True,
         }
         self._chain = chain.model_copy(update={**self._given, **settings})
-        self._loop = asyncio.new_event_loop()  # one for all batches: clients keep connections that belong to it
+        self._loop = asyncio.new_event_loop()  # one for all batches, since the connections of clients belong to it
         threading.Thread(target=self._loop.run_forever, name="datashunt-large", daemon=True).start()
 
     @override
@@ -257,19 +257,19 @@ class _LargeStage(_Stage):
         return batch
 
     def _write_down(self) -> None:
-        """Wait for what is still asked and written in the background."""
+        """Wait for background audits and for records to be written."""
         parts = (self._chain.auditor, self._chain.recorder)
         if not all(part is None or part.flush() is not False for part in parts):
             warnings.warn(
-                "Some records of this batch are not in the database yet: it was away, or slow. They are in this "
-                "machine's spool, and are written when it is back.",
+                "Some records of this batch are not in the database yet, because it is slow or unreachable. They are "
+                "kept in the local spool and written when the database is available.",
                 ShuntWarning,
                 stacklevel=2,
             )
 
 
 class _GivenPredictions(SmallModel):
-    """A small model that has predicted elsewhere: it gives what it was told of the rows it is asked about."""
+    """Small model that returns the predictions of the previous stage."""
 
     _cells: dict[str, list[Any]] = PrivateAttr(default_factory=dict)
     _reader: InputReader | None = PrivateAttr(default=None)
@@ -277,11 +277,11 @@ class _GivenPredictions(SmallModel):
     @property
     @override
     def reader(self) -> InputReader:
-        """As the model reads that predicted."""
+        """Reader of the model that made the predictions."""
         return self._reader or super().reader
 
     def take(self, cells: dict[str, list[Any]]) -> None:
-        """Have the predictions of a batch's rows ready."""
+        """Store the predictions for a batch's rows."""
         self._cells = cells
 
     @override
@@ -292,7 +292,9 @@ class _GivenPredictions(SmallModel):
         own = {name: values[row] for name, values in self._cells.items()}
         if own["error"] is not None:
             kind, _, said = own["error"].partition(": ")
-            failed: PredictionError = type(kind, (PredictionError,), {})(said)  # it is told under the name that it had
+            failed: PredictionError = type(kind, (PredictionError,), {})(
+                said
+            )  # keeps the class name of the original error
             return failed
         arrays = {name: None if own[name] is None else np.frombuffer(own[name]) for name in _ARRAYS}
         p = arrays.pop("probabilities")
@@ -303,11 +305,11 @@ class _GivenPredictions(SmallModel):
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
-        raise ConfigurationError("Predictions were made elsewhere; there is nothing to compute here.")
+        raise ConfigurationError("Predictions come from the previous stage and cannot be computed here.")
 
 
 class _Numbered(str):
-    """A text that knows which row of its batch it is."""
+    """Text that carries its row number within the batch."""
 
     row: int
 
@@ -317,18 +319,18 @@ class _Numbered(str):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As a plain text, wherever it is sent or copied to."""
+        """Pickle and copy as a plain string."""
         return str, (str(self),)
 
 
 def _stages_of(chain: ShuntRunnable) -> dict[str, Any]:
-    """The small models there are."""
+    """Return the chain's small models by stage."""
     found = {stage: getattr(chain, stage) for stage in _STAGES}
     return {stage: model for stage, model in found.items() if model is not None}
 
 
 def _predictions(model: Any, texts: list[str], labels: Sequence[str] | None) -> list[Prediction | Exception]:
-    """What a small model thinks of each text; where it fails as a whole, each has its error."""
+    """Return the prediction for each text, or the same error for all if the model fails as a whole."""
     try:
         found = [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
     except Exception as error:
@@ -339,7 +341,7 @@ def _predictions(model: Any, texts: list[str], labels: Sequence[str] | None) -> 
 
 
 def _cells_of(predictions: list[Prediction | Exception]) -> dict[str, list[Any]]:
-    """Predictions as columns: numbers as bytes, errors in words."""
+    """Return predictions as columns, with arrays as bytes and errors as text."""
     cells: dict[str, list[Any]] = {name: [None] * len(predictions) for name in _CELLS}
     written: dict[tuple[str, ...], str] = {}
     for row, one in enumerate(predictions):
@@ -367,11 +369,11 @@ _CELLS = dict.fromkeys(_ARRAYS, "binary") | {
     "answer": "string",
     "error": "string",
 }
-"""What goes from the small stage to the large one of each small model, with its type in Arrow."""
+"""Columns passed between the stages for each small model, with their Arrow types."""
 
 
 def _answered(result: Any) -> tuple[Any, ...]:
-    """A row's values of `ANSWER_COLUMNS`."""
+    """Return a row's values of `ANSWER_COLUMNS`."""
     if not isinstance(result, ShuntResult):
         return (None, "large", "large_error", None, None, None, None, f"{type(result).__name__}: {result}")
     label, confidence = (None, None) if (p := result.prediction) is None else (p.label, p.confidence)
@@ -381,18 +383,20 @@ def _answered(result: Any) -> tuple[Any, ...]:
 
 
 def _array(values: list[Any], kind: str) -> Any:
-    """A column of a type by its name in Arrow, also where all of it is missing."""
+    """Return a column of the named Arrow type, even if all its values are missing."""
     arrow = require("pyarrow", "ray")
     if kind in ("names", "string"):
         values = [value if value is None or value.isascii() else writable(value) for value in values]
-    if kind == "names":  # few, and repeated in every row
+    if kind == "names":  # few distinct values, repeated in every row
         return arrow.array(values, "string").dictionary_encode()
     return arrow.array(values, arrow.type_for_alias(kind))
 
 
 def _texts(batch: Table, column: str) -> list[str]:
     if column not in batch.column_names:
-        raise ConfigurationError(f"The dataset has no column {column!r}; it has: {', '.join(batch.column_names)}.")
+        raise ConfigurationError(
+            f"The dataset has no column {column!r}. Available columns: {', '.join(batch.column_names)}."
+        )
     if taken := sorted({*ANSWER_COLUMNS} & {*batch.column_names}):
         raise ConfigurationError(
             f"The dataset has columns that answers would overwrite: {', '.join(taken)}. Rename them."

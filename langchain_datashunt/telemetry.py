@@ -1,4 +1,4 @@
-"""OpenTelemetry: spans of shunted calls by the GenAI semantic conventions, and metrics. Off until it is switched on."""
+"""OpenTelemetry spans (GenAI semantic conventions) and metrics of shunted calls. Disabled by default."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
 
 SCOPE = "langchain_datashunt"
-"""Name of the tracer and of the meter."""
+"""Name of the tracer and the meter."""
 
 SWITCH_VARIABLE = "DATASHUNT_OTEL"
-"""The environment variable that switches it on."""
+"""Environment variable that enables telemetry."""
 
 _PART_TAGS = ("shunt:small", "shunt:student", "shunt:large")
 _CLIENT_TOKENS = "gen_ai.client.token.usage"
@@ -39,7 +39,7 @@ _CLIENT_DURATION = "gen_ai.client.operation.duration"
 
 @dataclass
 class _Run:
-    """One callback run that has begun."""
+    """A callback run in progress."""
 
     name: str
     parent: UUID | None
@@ -54,21 +54,21 @@ class _Run:
 
 
 class ShuntTelemetry(BaseCallbackHandler):
-    """Makes OpenTelemetry spans and metrics of shunted calls; nothing of what was asked or answered is in them.
+    """Create OpenTelemetry spans and metrics of shunted calls, without input and answer texts.
 
     Spans: one for each shunted call (`datashunt.route`, `datashunt.reason`, `datashunt.label`, `datashunt.confidence`,
-    ...), below it one for each small model, and one CLIENT span for each call of a chat model with the GenAI
-    attributes (`gen_ai.request.model`, `gen_ai.usage.input_tokens`, ...). A span's parent is that of the run above it,
-    else the span that was current where the call began.
+    ...). Its child spans are one for each small model, and one CLIENT span for each call of a chat model with the GenAI
+    attributes (`gen_ai.request.model`, `gen_ai.usage.input_tokens`, ...). The parent of a span is the span of the
+    enclosing run, or the current span at the start of the call if there is none.
 
     Metrics: `datashunt.decisions` (counter, by route and reason), `datashunt.confidence` and `datashunt.duration`
-    (histograms, by route), `datashunt.cost` (counter, USD by model) and `datashunt.cost_saved` (counter, USD: for each
-    call that was kept, what calls that were asked cost on average so far), and the conventions'
+    (histograms, by route), `datashunt.cost` (counter, USD by model) and `datashunt.cost_saved` (counter, USD: the
+    average cost of deferred calls so far, added for each local answer), and the conventions'
     `gen_ai.client.token.usage` and `gen_ai.client.operation.duration`.
 
     Args:
-        tracer_provider: None for the global one.
-        meter_provider: None for the global one.
+        tracer_provider: Tracer provider. None uses the global one.
+        meter_provider: Meter provider. None uses the global one.
 
     Raises:
         MissingExtraError: opentelemetry-api is not installed.
@@ -87,8 +87,8 @@ class ShuntTelemetry(BaseCallbackHandler):
         self._decisions = meter.create_counter("datashunt.decisions", "{call}", "Shunted calls by route and reason.")
         self._confidence = meter.create_histogram("datashunt.confidence", "1", "Confidence of the small model.")
         self._duration = meter.create_histogram("datashunt.duration", "s", "Wall time of shunted calls.")
-        self._cost = meter.create_counter("datashunt.cost", "{USD}", "Price of large calls, where it is known.")
-        self._saved = meter.create_counter("datashunt.cost_saved", "{USD}", "Estimated price of calls that were kept.")
+        self._cost = meter.create_counter("datashunt.cost", "{USD}", "Cost of large-model calls with a known price.")
+        self._saved = meter.create_counter("datashunt.cost_saved", "{USD}", "Estimated cost saved by local answers.")
         self._tokens = meter.create_histogram(_CLIENT_TOKENS, "{token}", "Tokens used in requests.")
         self._operation = meter.create_histogram(_CLIENT_DURATION, "s", "Wall time of requests.")
         self._runs: dict[UUID, _Run] = {}
@@ -108,13 +108,13 @@ class ShuntTelemetry(BaseCallbackHandler):
     def _end(self, run_id: UUID) -> _Run | None:
         with self._lock:
             run = self._runs.pop(run_id, None)
-        for child in () if run is None else run.children:  # whoever was cancelled does not always say so
+        for child in () if run is None else run.children:  # cancelled child runs do not always report their end
             if (left := self._end(child)) is not None:
                 self._close(left, asyncio.CancelledError())
         return run
 
     def _open(self, run: _Run, kind: Any = None) -> Span:
-        """The run's span, opened with the time at which the run began."""
+        """Return the run's span. If it is not open yet, open it with the start time of the run."""
         if run.span is None:
             above, context = run.parent, run.context
             while above is not None and (found := self._runs.get(above)) is not None:
@@ -127,7 +127,7 @@ class ShuntTelemetry(BaseCallbackHandler):
         return run.span
 
     def _shunt_above(self, run_id: UUID | None) -> _Run | None:
-        """The nearest shunted call that a run belongs to."""
+        """Return the nearest enclosing shunted call, or None."""
         while run_id is not None and (run := self._runs.get(run_id)) is not None:
             if run.span is not None and run.attributes is None:
                 return run
@@ -165,7 +165,7 @@ class ShuntTelemetry(BaseCallbackHandler):
             return
         run.decision = {key.removeprefix("shunt_"): value for key, value in data.items() if value is not None}
         told = {f"datashunt.{key}": value for key, value in run.decision.items() if key != "error"}
-        if "error" in run.decision:  # its words may tell of the input
+        if "error" in run.decision:  # the message may quote the input
             told["datashunt.error"] = str(run.decision["error"]).partition(":")[0]
         self._open(run).set_attributes(told)
 
@@ -198,7 +198,7 @@ class ShuntTelemetry(BaseCallbackHandler):
         if decision["route"] != "large" and not run.priced and mean > 0.0:
             self._saved.add(mean)
 
-    # Tools and retrievers have no spans; they only lead from what is below them to what is above
+    # Tools and retrievers have no spans. They are tracked so that runs inside them find their enclosing call.
 
     @override
     def on_tool_start(
@@ -228,7 +228,7 @@ class ShuntTelemetry(BaseCallbackHandler):
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         self._end(run_id)
 
-    # Chat models below shunted calls
+    # Chat models inside shunted calls
 
     @override
     def on_chat_model_start(
@@ -267,7 +267,7 @@ class ShuntTelemetry(BaseCallbackHandler):
             self._close(run)
 
     def _describe(self, run: _Run, message: Any, shared: dict[str, Any]) -> None:
-        """What the reply tells of itself, on the span, in the token metrics, and on the shunted calls above."""
+        """Add the reply's metadata to the span, the token metrics and the cost of the enclosing calls."""
         assert run.span is not None
         told, usage = message.response_metadata, getattr(message, "usage_metadata", None)
         attributes = {
@@ -275,7 +275,7 @@ class ShuntTelemetry(BaseCallbackHandler):
             "gen_ai.response.id": told.get("id"),
             "gen_ai.response.finish_reasons": [told["finish_reason"]] if told.get("finish_reason") else None,
         }
-        cached = usage is not None and usage.get("total_cost") == 0  # LangChain's word for an answer of its cache
+        cached = usage is not None and usage.get("total_cost") == 0  # LangChain marks cached answers this way
         if usage and not cached and "input_tokens" in usage:
             for kind in ("input", "output"):
                 attributes[f"gen_ai.usage.{kind}_tokens"] = usage[f"{kind}_tokens"]
@@ -287,7 +287,7 @@ class ShuntTelemetry(BaseCallbackHandler):
         run.span.set_attributes({key: value for key, value in attributes.items() if value is not None})
 
     def _charge(self, run_id: UUID | None, price: float) -> None:
-        """Note a price with all shunted calls above."""
+        """Add a price to all enclosing runs."""
         with self._lock:
             while run_id is not None and (run := self._runs.get(run_id)) is not None:
                 run.cost, run.priced, run_id = run.cost + price, True, run.parent
@@ -308,7 +308,7 @@ class ShuntTelemetry(BaseCallbackHandler):
 
 
 class _Switch:
-    """Stands where LangChain asks for a handler of the current context: the same one everywhere, once switched on."""
+    """Stand-in for the context variable of LangChain's configure hook, with one handler for all contexts."""
 
     def __init__(self) -> None:
         self.handler: ShuntTelemetry | None = None
@@ -331,9 +331,13 @@ _SWITCH = _Switch()
 def instrument(
     tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None
 ) -> ShuntTelemetry:
-    """Have every shunted call of this process traced and measured from now on; returns the handler.
+    """Trace and measure all shunted calls of this process, and return the handler.
 
     The environment variable `DATASHUNT_OTEL=true` does the same with the global providers.
+
+    Args:
+        tracer_provider: Tracer provider. None uses the global one.
+        meter_provider: Meter provider. None uses the global one.
 
     Raises:
         MissingExtraError: opentelemetry-api is not installed.
@@ -344,15 +348,15 @@ def instrument(
 
 
 def uninstrument() -> None:
-    """Stop what `instrument` began."""
+    """Stop tracing and measuring."""
     _SWITCH.turn(None)
 
 
 def instrument_if_asked() -> None:
-    """As `instrument`, where the environment asks for it; a warning where opentelemetry is missing then."""
+    """Call `instrument` if the environment requests it, and warn if opentelemetry-api is not installed."""
     if os.environ.get(SWITCH_VARIABLE, "").strip().lower() not in ("1", "true", "yes", "on"):
         return
     try:
         instrument()
     except MissingExtraError as error:
-        warnings.warn(f"{SWITCH_VARIABLE} is set, and nothing is traced: {error}", ShuntWarning, stacklevel=2)
+        warnings.warn(f"{SWITCH_VARIABLE} is set, but telemetry is disabled: {error}", ShuntWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Bulk routing on a real local Ray: two workers, a real server, real PostgreSQL, and an actor that is killed."""
+"""Bulk routing on local Ray: two workers, an HTTP server, PostgreSQL, and an actor that is killed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from langchain_datashunt.ray import ANSWER_COLUMNS, _LargeStage, _SmallStage, sh
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[Any]:
-    """Ray on this machine alone, with two CPUs."""
+    """Local Ray with two CPUs."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False,
@@ -68,7 +68,7 @@ def bundle(tmp_path_factory: Any, shop_messages: Any) -> Path:
 
 
 class CountingServer(ChatServer):
-    """Knows how many requests were open at once."""
+    """Counts how many requests were open at once."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__(answer, model="gpt-4")
@@ -90,7 +90,7 @@ class CountingServer(ChatServer):
 
 
 @pytest.mark.timeout(240)
-def test_every_row_is_answered_once_though_an_actor_is_killed(
+def test_shunt_dataset_killed_actor_answers_every_row_once(
     local_ray: Any, bundle: Path, tmp_path: Path, shop_messages: Any
 ) -> None:
     texts, labels = shop_messages
@@ -156,8 +156,8 @@ def test_every_row_is_answered_once_though_an_actor_is_killed(
     assert repeated <= 50, "more than the killed actor's batch was asked again"
 
 
-def test_two_small_models_and_what_fails(bundle: Path) -> None:
-    """The stages as the actors run them, one after the other."""
+def test_stages_two_small_models_and_failures_match_chain_batch(bundle: Path) -> None:
+    """The stages run one after the other, as in the actors."""
 
     def large(text: str) -> str:
         if "fail" in text:
@@ -195,8 +195,8 @@ def test_two_small_models_and_what_fails(bundle: Path) -> None:
     assert found[2]["label"] in labels
 
 
-def test_odd_answers_and_labels_keep_no_row_of_their_batch_from_its_own() -> None:
-    """Halves of characters, keys that JSON has not, objects: written down as well as can be; errors by their names."""
+def test_stages_unusual_answers_and_labels_are_written_for_every_row() -> None:
+    """Unpaired surrogates, keys that are not JSON and objects are written as text, and errors by name."""
 
     class Place(BaseModel):
         city: str
@@ -222,8 +222,8 @@ def test_odd_answers_and_labels_keep_no_row_of_their_batch_from_its_own() -> Non
     assert found[-1]["error"].startswith("KeyError: ")
 
 
-def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle: Path) -> None:
-    """The rows say which labels they are over; an input is a plain text wherever it is sent."""
+def test_stages_changed_label_order_and_copied_inputs_keep_answers(bundle: Path) -> None:
+    """Each row carries its own labels, and copied or pickled inputs are plain strings."""
     sets = [{"b": 0.9, "a": 0.1}, {"a": 0.95, "b": 0.05}]
 
     def chain(which: int) -> Any:
@@ -244,25 +244,25 @@ def test_labels_of_a_model_that_changed_meanwhile_and_inputs_that_travel(bundle:
     assert [row["answer"] for row in found] == ["b", "L:unsure", "a", "L:unsure"]
 
 
-def test_settings_that_cannot_be_are_refused(local_ray: Any, bundle: Path) -> None:
+def test_shunt_dataset_invalid_settings_raise(local_ray: Any, bundle: Path) -> None:
     data = local_ray.from_items([{"text": "a"}])
     chain = ShuntRunnable(small=BundledSmallModel.from_folder(bundle), large=lambda _: "L", pruning=None)
-    with pytest.raises(ConfigurationError, match="large_concurrency 1 for 2 large actors"):
+    with pytest.raises(ConfigurationError, match="large_concurrency=1 for 2 large actors"):
         shunt_dataset(data, chain, large_actors=2, large_concurrency=1)
-    with pytest.raises(ConfigurationError, match="pool of"):
+    with pytest.raises(ConfigurationError, match="Expected a number of actors"):
         shunt_dataset(data, chain, small_actors=(3, 2))
     lock = threading.Lock()
     held = ShuntRunnable(small=BundledSmallModel.from_folder(bundle), large=lambda _: str(lock), pruning=None)
-    with pytest.raises(ConfigurationError, match="makes it there"):
+    with pytest.raises(ConfigurationError, match="creates the chain in each actor"):
         shunt_dataset(data, held)
     nameless = ShuntRunnable(
         small=lambda _: Prediction.from_probabilities({"a": 1.0}), large=lambda _: "L", pruning=None
     )
-    with pytest.raises(ConfigurationError, match="knows no labels"):
+    with pytest.raises(ConfigurationError, match="has no labels"):
         shunt_dataset(data, nameless)
 
 
-def test_what_only_the_actors_see_is_told_with_the_first_batch(bundle: Path) -> None:
+def test_stages_invalid_columns_or_chain_raise_on_first_batch(bundle: Path) -> None:
     def large(_: Any) -> str:
         return "L"
 
@@ -273,9 +273,9 @@ def test_what_only_the_actors_see_is_told_with_the_first_batch(bundle: Path) -> 
         _SmallStage(make, "question")(arrow.table({"text": ["a"]}))
     with pytest.raises(ConfigurationError, match="would overwrite: answer"):
         _SmallStage(make, "text")(arrow.table({"text": ["a"], "answer": ["b"]}))
-    with pytest.raises(ConfigurationError, match="package's: datashunt_id"):
+    with pytest.raises(ConfigurationError, match="are reserved, got datashunt_id"):
         _SmallStage(make, "text")(arrow.table({"text": ["a"], "datashunt_id": ["b"]}))
-    with pytest.raises(ConfigurationError, match="gave a str, no ShuntRunnable"):
+    with pytest.raises(ConfigurationError, match="Expected a ShuntRunnable from the chain function, got str"):
         _SmallStage(lambda: "chain", "text")(arrow.table({"text": ["a"]}))  # type: ignore[arg-type, return-value]
     with pytest.raises(BundleError):
         _LargeStage(lambda: make().model_copy(update={"small": BundledSmallModel.from_folder("nowhere")}), "text", 1)(

@@ -28,7 +28,7 @@ from tests.support.scripted_server import ScriptedServer
 
 
 class Desk:
-    """Spans and metrics in memory."""
+    """In-memory spans and metrics."""
 
     def __init__(self) -> None:
         self.exporter, self.reader = InMemorySpanExporter(), InMemoryMetricReader()
@@ -73,7 +73,7 @@ def router(server: ScriptedServer, **settings: Any) -> ConfidenceRouterChain:
     return ConfidenceRouterChain.from_models(WordModel(), chat, labels=LABELS, answer_format="text", **settings)
 
 
-async def test_spans_follow_the_call_and_tell_no_content(desk: Desk, server: ScriptedServer) -> None:
+async def test_telemetry_spans_follow_call_without_content(desk: Desk, server: ScriptedServer) -> None:
     instrument(desk.tracers, desk.meters)
     chain = RunnableLambda(lambda text: text, name="before") | router(server)
     with desk.tracers.get_tracer("mine").start_as_current_span("request") as request:
@@ -99,7 +99,7 @@ async def test_spans_follow_the_call_and_tell_no_content(desk: Desk, server: Scr
     assert "what about" not in everything
 
 
-async def test_metrics_count_routes_tokens_and_what_was_saved(desk: Desk, server: ScriptedServer) -> None:
+async def test_telemetry_metrics_count_routes_tokens_and_saved_cost(desk: Desk, server: ScriptedServer) -> None:
     instrument(desk.tracers, desk.meters)
     chain = router(server)
     chain.batch(["what about a refund", "what about cancel", "surely status"])
@@ -112,10 +112,12 @@ async def test_metrics_count_routes_tokens_and_what_was_saved(desk: Desk, server
     assert (asked.count, asked.attributes["gen_ai.request.model"]) == (2, "gpt-4")
     spent = desk.total("datashunt.cost")
     assert spent > 0.0
-    assert desk.total("datashunt.cost_saved") == pytest.approx(spent), "two were kept, and two cost this"
+    assert desk.total("datashunt.cost_saved") == pytest.approx(spent), (
+        "two local answers saved the cost of two deferred calls"
+    )
 
 
-def test_failures_are_on_their_spans(desk: Desk) -> None:
+def test_telemetry_failure_is_set_on_spans(desk: Desk) -> None:
     telemetry = ShuntTelemetry(desk.tracers, desk.meters)
     with FaultyServer(lambda messages: "refund", lambda number, body: "400") as server:
         chain = ConfidenceRouterChain.from_models(WordModel(), server.chat_model(), labels=LABELS)
@@ -125,14 +127,16 @@ def test_failures_are_on_their_spans(desk: Desk) -> None:
     for name in ("ConfidenceRouterChain", "chat gpt-4"):
         assert spans[name].status.status_code == StatusCode.ERROR
         assert spans[name].attributes["error.type"] == "OpenAIInvalidRequestError"
-    assert telemetry._runs == {}, "nothing is kept of runs that ended"
+    assert telemetry._runs == {}, "ended runs are removed"
     broken: ShuntRunnable = ShuntRunnable(small=RunnableLambda(lambda text: 1 / 0), large=lambda x: "L", pruning=None)
     assert broken.invoke("x", {"callbacks": [telemetry]}) == "L"
     assert desk.spans()["ShuntRunnable"].attributes["datashunt.reason"] == "small_error"
-    assert desk.spans()["ShuntRunnable"].attributes["datashunt.error"] == "ZeroDivisionError", "its words may tell"
+    assert desk.spans()["ShuntRunnable"].attributes["datashunt.error"] == "ZeroDivisionError", (
+        "the message may quote the input"
+    )
 
 
-async def test_a_cancelled_call_leaves_no_span_open(desk: Desk) -> None:
+async def test_telemetry_cancelled_call_closes_spans(desk: Desk) -> None:
     telemetry = ShuntTelemetry(desk.tracers, desk.meters)
     with FaultyServer(lambda messages: "refund", lambda number, body: "timeout", hang=0.3) as server:
         chat = server.chat_model(http_async_client=httpx.AsyncClient())
@@ -145,7 +149,7 @@ async def test_a_cancelled_call_leaves_no_span_open(desk: Desk) -> None:
     assert names.count("ShuntRunnable") == names.count("chat gpt-4") == 5
 
 
-def test_cached_answers_cost_nothing_and_tools_lead_through(desk: Desk, server: ScriptedServer) -> None:
+def test_telemetry_cached_answers_cost_nothing_and_tools_keep_parents(desk: Desk, server: ScriptedServer) -> None:
     telemetry = ShuntTelemetry(desk.tracers, desk.meters)
     large = server.chat_model(cache=InMemoryCache())
     shunt: ShuntRunnable = ShuntRunnable(small=WordModel(), large=large, pruning=None, policy=AlwaysLarge())
@@ -157,7 +161,7 @@ def test_cached_answers_cost_nothing_and_tools_lead_through(desk: Desk, server: 
 
     @tool
     def ask(text: str) -> str:
-        """Asks."""
+        """Asks the shunt."""
         return str(shunt.invoke(text).content)
 
     outer: ShuntRunnable = ShuntRunnable(small=WordModel(), large=ask, pruning=None, policy=AlwaysLarge(), name="outer")
@@ -167,7 +171,7 @@ def test_cached_answers_cost_nothing_and_tools_lead_through(desk: Desk, server: 
     assert telemetry._runs == {}
 
 
-def test_nothing_else_is_traced(desk: Desk, server: ScriptedServer) -> None:
+def test_telemetry_other_runs_are_not_traced(desk: Desk, server: ScriptedServer) -> None:
     instrument(desk.tracers, desk.meters)
     (ChatPromptTemplate.from_template("{x}") | server.chat_model()).invoke({"x": "y"})
     assert desk.spans() == {}
@@ -180,7 +184,7 @@ def test_nothing_else_is_traced(desk: Desk, server: ScriptedServer) -> None:
     assert desk.spans() == {}
 
 
-def test_the_environment_switches_it_on() -> None:
+def test_telemetry_environment_variable_enables_it() -> None:
     code = (
         "import langchain_datashunt.routing.shunt\n"
         "import langchain_datashunt.telemetry as t\n"

@@ -1,4 +1,4 @@
-"""Arguments of a tool call that need no large model: none, the whole text, or what a pattern finds."""
+"""Extract the arguments of a tool call from the text, without a large model."""
 
 from __future__ import annotations
 
@@ -14,45 +14,50 @@ from langchain_datashunt.exceptions import ConfigurationError
 
 
 class ArgumentExtractor(Protocol):
-    """Finds the arguments of a call in the user's text."""
+    """Callable that extracts the arguments of a tool call from the user's text."""
 
     def __call__(self, tool: BaseTool, text: str) -> dict[str, Any] | None:
-        """The arguments, None where they cannot be told."""
+        """Return the arguments, or None if they cannot be determined."""
 
 
 class NoArguments:
-    """For tools that need none."""
+    """Extractor for tools without required arguments."""
 
     def __call__(self, tool: BaseTool, text: str) -> dict[str, Any] | None:
-        """No arguments, where none is required."""
+        """Return no arguments, which `extracted` rejects if the tool requires some."""
         return {}
 
 
 class WholeText:
-    """The user's whole text as the one argument, for tools that take a single text: search, ask, translate."""
+    """Extractor that passes the whole text as the only argument, for tools such as search or translation."""
 
     def __call__(self, tool: BaseTool, text: str) -> dict[str, Any] | None:
-        """The text under the tool's one parameter, None for tools with more."""
+        """Return the text under the tool's parameter, or None if the tool does not take exactly one string."""
         known = _parameters(tool).get("properties", {})
         names = list(known)
         return {names[0]: text} if len(names) == 1 and known[names[0]].get("type") == "string" else None
 
 
 class PatternArguments:
-    """What named groups of a regular expression find.
+    """Extractor that reads arguments from the named groups of a regular expression.
 
     Args:
-        patterns: Expression by tool; its named groups are the arguments.
+        patterns: Regular expression for each tool name. Its named groups are the arguments.
+
+    Raises:
+        ConfigurationError: A pattern is not a valid regular expression.
     """
 
     def __init__(self, patterns: Mapping[str, str]) -> None:
         try:
             self.patterns = {name: re.compile(pattern) for name, pattern in patterns.items()}
         except re.error as error:
-            raise ConfigurationError(f"{error.pattern!r} is no regular expression: {error}.") from error
+            raise ConfigurationError(
+                f"Invalid regular expression {error.pattern!r} in `patterns`: {error}. Fix the pattern."
+            ) from error
 
     def __call__(self, tool: BaseTool, text: str) -> dict[str, Any] | None:
-        """The groups that were found; None where the pattern is not in the text."""
+        """Return the matched groups, or None if the tool has no pattern or the text does not match."""
         pattern = self.patterns.get(tool.name)
         found = pattern.search(text) if pattern else None
         return (
@@ -61,11 +66,11 @@ class PatternArguments:
 
 
 def extracted(extractor: ArgumentExtractor, tool: BaseTool, text: str) -> dict[str, Any] | None:
-    """Arguments that fit the tool's schema, None where there are none that do."""
+    """Return the extracted arguments if they fit the tool's schema, else None."""
     args = extractor(tool, text)
     if args is None:
         return None
-    schema = tool.tool_call_schema  # without what the agent injects
+    schema = tool.tool_call_schema  # excludes arguments that the agent injects
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         try:
             schema.model_validate(args)
@@ -79,7 +84,7 @@ def extracted(extractor: ArgumentExtractor, tool: BaseTool, text: str) -> dict[s
 
 
 def _parameters(tool: BaseTool) -> dict[str, Any]:
-    """The JSON schema of what a caller gives, also of tools that have nothing else."""
+    """Return the JSON schema of the caller's arguments, from a Pydantic or a JSON schema."""
     schema = tool.tool_call_schema
     if isinstance(schema, dict):
         return schema

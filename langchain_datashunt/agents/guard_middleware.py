@@ -1,4 +1,4 @@
-"""PrivacyGuardMiddleware: what an agent's model is shown passes the guard, and its answers come back restored."""
+"""PrivacyGuardMiddleware: redact requests to an agent's model and restore its responses."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from langchain_datashunt.privacy.redaction import Placeholders
 
 
 class PrivacyGuardMiddleware(AgentMiddleware[Any, Any, Any]):
-    """An outbound guard around the model of `create_agent`.
+    """Redact requests to the model of `create_agent` and restore its responses.
 
     ```python
     guard = PrivacyGuard(local_kinds={"API_KEY"}, on_local="abstain")
     agent = create_agent(ChatOpenAI(model="gpt-4o"), tools, middleware=[router, PrivacyGuardMiddleware(guard)])
     ```
 
-    Put it last, next to the model, so that it sees what the other middlewares made of the turn. The system message and
-    all messages pass, results of tools too; descriptions of tools are yours and are not looked at. The turns of a local
-    model in a `ShuntModelRouterMiddleware` do not pass, for they stay on this machine. Tokens that the agent streams
-    while the model writes show placeholders; messages have the texts again. (`ShuntChatModel(guard=...)` restores
-    streamed tokens as well.)
+    Put it last, next to the model, so that it redacts the request after all other middleware. It redacts the system
+    message and all messages, including tool results. Tool descriptions are sent unchanged. Turns of the local model in
+    a `ShuntModelRouterMiddleware` bypass the guard, since they stay on this machine. Tokens that the agent streams
+    while the model writes show placeholders, and the final messages contain the original texts.
+    `ShuntChatModel(guard=...)` restores streamed tokens as well.
 
     Args:
-        guard: The guard. With `on_local="raise"`, a turn that must stay raises `LocalOnlyError`; otherwise the agent
-            says so and ends.
-        name: Name of this middleware; several in one agent need different ones.
+        guard: Privacy guard. If a turn must stay local, `on_local="raise"` raises `LocalOnlyError`. Otherwise the agent
+            ends with a message that explains it.
+        name: Middleware name, unique within the agent.
 
     Raises:
-        ConfigurationError: The guard has `local_labels`, and here is no small model that knows labels.
+        ConfigurationError: The guard has `local_labels`, which require a small model.
     """
 
     def __init__(self, guard: PrivacyGuard, *, name: str = "PrivacyGuardMiddleware") -> None:

@@ -1,4 +1,4 @@
-"""ShuntToolRouterMiddleware: the large model sees the tools that a small model thinks may be right."""
+"""ShuntToolRouterMiddleware: offer the large model only the tools that a small model ranks as likely."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.policies.thresholds import Policy
 
 REFUSED_KEY = "shunt_refused"
-"""Where the message that refuses a tool names it."""
+"""Key in `additional_kwargs` of a refusal message that holds the tool's name."""
 
 _CHARACTERS_A_TOKEN = 4
 
 
 @dataclass
 class ToolRouterStats:
-    """What a middleware has done so far.
+    """Counters of a tool router middleware.
 
     Attributes:
-        model_calls: Turns of the large model that it prepared.
-        direct_calls: Tool calls that were made without the large model.
-        refused: Calls of tools that were not offered.
-        tools_pruned: Tools that were left out of requests, summed.
-        tokens_saved: Estimated tokens of their descriptions, summed.
-        router_errors: Turns in which the small model failed, so that all tools were offered.
+        model_calls: Turns prepared for the large model.
+        direct_calls: Tool calls made without the large model.
+        refused: Refused calls of tools that were not offered.
+        tools_pruned: Tools removed from requests, in total.
+        tokens_saved: Estimated tokens of the removed tools' descriptions, in total.
+        router_errors: Turns in which the small model failed and all tools were offered.
     """
 
     model_calls: int = 0
@@ -62,7 +62,7 @@ class ToolRouterStats:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One turn: what is offered, and what is told of it."""
+    """One turn: the prepared request, the tool ranking and the decision metadata."""
 
     request: ModelRequest[Any]
     ranking: ToolRanking | None = None
@@ -71,7 +71,7 @@ class _Turn:
 
 
 class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Shortlists an agent's tools by a small model, before each turn of the large one.
+    """Shortlist an agent's tools with a small model before each turn of the large model.
 
     ```python
     agent = create_agent(
@@ -80,23 +80,27 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     )
     ```
 
-    The classifier reads the last human message. Tools that it does not know are always offered, and so are tools given
-    as dicts, which the provider runs. A tool that was left out and is called anyway is refused, with a message by which
-    the agent can go on, and is offered from then on. Where the small model fails, all tools are offered.
+    The classifier reads the last human message. Tools unknown to the classifier are always offered, and so are
+    provider-side tools, which are given as dicts. If the large model calls a tool that was not offered, the call is
+    refused with a message that lets the agent continue. That tool is offered from then on. If the small model fails,
+    all tools are offered.
 
     Args:
-        classifier: A small model whose labels are names of tools, or a `ToolRouter`.
-        mode: "conformal" offers a conformal set (the router must be calibrated), "hard" the `keep` likeliest, "soft"
-            offers all and tells their probabilities in the system message; None takes the router's.
-        keep: Tools that are offered in "hard" mode, and told in "soft" mode; None takes the router's.
-        conformal: A fitted `ConformalPruning`, instead of a calibrated router.
+        classifier: Small model whose labels are tool names, or a `ToolRouter`.
+        mode: "conformal" offers a conformal set and requires a calibrated router, "hard" offers the `keep` most likely
+            tools, "soft" offers all and lists their probabilities in the system message. None uses the router's mode.
+        keep: Number of tools offered in "hard" mode or listed in "soft" mode; None uses the router's.
+        conformal: Fitted `ConformalPruning` in place of a calibrated router.
         always_include: Names of tools that are always offered.
-        direct: When the likeliest tool is called without asking the large model; None never does. Only in answer to
-            the user's message, and only where `arguments` finds arguments that fit the tool.
-        arguments: How arguments are found in the text.
-        recorder: A `distillation.Recorder` that keeps which tool the large model chose, for the classifier to learn.
-        name: Name of this middleware; several in one agent need different ones.
-        count_tokens: From a tool's description, as JSON, to tokens; None for a quarter of its characters.
+        direct: Policy for calling the most likely tool without the large model. None never does. Direct calls are made
+            only in reply to the user's message, and only if `arguments` returns arguments that fit the tool.
+        arguments: Extractor of tool arguments from the text. None means `NoArguments()`.
+        recorder: `call_log.Recorder` that logs the large model's choice of tool, to train the classifier on.
+        name: Middleware name, unique within the agent.
+        count_tokens: Function from a tool's JSON description to a token count. None assumes four characters per token.
+
+    Raises:
+        ConfigurationError: The mode is "conformal" and the router is not calibrated.
     """
 
     def __init__(
@@ -122,8 +126,8 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             self.router = ToolRouter(classifier=classifier, **changed)
         if self.router.mode == "conformal" and self.router.conformal is None:
             raise ConfigurationError(
-                "mode='conformal' needs calibration: pass ToolRouter(classifier=...).calibrate(queries, tools), or use "
-                "mode='hard' or 'soft'."
+                "mode='conformal' needs calibration. Pass ToolRouter(classifier=...).calibrate(queries, tools), or use "
+                "mode='hard' or mode='soft'."
             )
         self.always_include = frozenset(always_include)
         self.direct, self.arguments, self.recorder = direct, arguments or NoArguments(), recorder
@@ -137,7 +141,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     def name(self) -> str:
         return self._name
 
-    # Turns of the model
+    # Model turns
 
     @override
     def wrap_model_call(
@@ -176,13 +180,13 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return response
 
     def _question(self, request: ModelRequest[Any]) -> str | None:
-        """What the classifier reads; None where there is nothing to route."""
+        """Return the text to classify, or None if there is nothing to route."""
         missing = sorted(self.always_include - {_name(tool) for tool in request.tools})
-        if missing and not self._warned:  # another middleware may have taken them out of this turn
+        if missing and not self._warned:  # warn only: other middleware may have removed them from this turn
             self._warned = True
             warnings.warn(
-                f"{self.name}: always_include names tools that this turn does not have: {', '.join(missing)}. It has: "
-                f"{', '.join(sorted(_name(tool) for tool in request.tools)[:10])}.",
+                f"{self.name}: `always_include` names tools that are not in this turn: {', '.join(missing)}. "
+                f"Available: {', '.join(sorted(_name(tool) for tool in request.tools)[:10])}.",
                 ShuntWarning,
                 stacklevel=2,
             )
@@ -193,7 +197,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return text_of(request.messages)
 
     def _unrouted(self, request: ModelRequest[Any], error: Exception) -> _Turn:
-        """All tools, where the small model failed."""
+        """Return a turn that offers all tools, after the small model failed."""
         raise_control_flow(error)
         if isinstance(error, ConfigurationError):
             raise error
@@ -216,7 +220,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return _Turn(request.override(tools=offered), ranking, told)
 
     def _split(self, request: ModelRequest[Any], ranking: ToolRanking) -> tuple[list[Any], list[Any]]:
-        """The tools that are offered, the likeliest first, and those that are left out."""
+        """Return the offered tools (unknown ones first, then by probability) and the removed tools."""
         known, there = frozenset(ranking.tools), {_name(tool) for tool in request.tools}
         likeliest = [tool for tool in ranking.tools if tool in there][: self.router.keep]
         shortlist = frozenset(likeliest if self.router.mode == "hard" else ranking.shortlist)
@@ -236,18 +240,18 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
                 or name == forced
             )
             (offered if stays else pruned).append(tool)
-        if not any(isinstance(tool, BaseTool) for tool in offered) and pruned:  # none that is shortlisted is there
+        if not any(isinstance(tool, BaseTool) for tool in offered) and pruned:  # no shortlisted tool is available
             best = min(pruned, key=lambda tool: place[_name(tool)])
             offered, pruned = [*offered, best], [tool for tool in pruned if tool is not best]
         offered.sort(key=lambda tool: place.get(_name(tool), -1))
         return offered, pruned
 
     def _direct(self, request: ModelRequest[Any], text: str, ranking: ToolRanking) -> AIMessage | None:
-        """A call of the likeliest tool, where the policy is sure and the arguments are found."""
+        """Return a direct call of the most likely tool, or None if the large model is needed."""
         last = request.messages[-1] if request.messages else None
         if self.direct is None or not isinstance(last, HumanMessage) or request.response_format is not None:
             return None
-        if not text_alone(last):  # the classifier has not seen it all
+        if not text_alone(last):  # a text classifier cannot see other content, such as images
             return None
         keep, _, _ = self.direct.evaluate_one(ranking.prediction)
         tool = next((t for t in request.tools if isinstance(t, BaseTool) and t.name == ranking.best), None)
@@ -277,7 +281,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return own.model_copy(update={"content": [*own.content, {"type": "text", "text": hint}]})
 
     def _finished(self, turn: _Turn, response: ModelResponse[Any]) -> ModelResponse[Any]:
-        """The response, whose message tells what was offered."""
+        """Return the response with the decision attached to its messages."""
         result = [
             _noted(message, self.name, turn.told) if isinstance(message, AIMessage) else message
             for message in response.result
@@ -285,7 +289,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return replace(response, result=result)
 
     def _log(self, turn: _Turn, response: ModelResponse[Any], text: str) -> list[Any]:
-        """The record of a first choice of one tool that the classifier knows, where there is a recorder."""
+        """Return a record if the large model answered the user with one call of a known tool, else nothing."""
         answer = next((message for message in response.result if isinstance(message, AIMessage)), None)
         if self.recorder is None or turn.ranking is None or answer is None or len(answer.tool_calls) != 1:
             return []
@@ -303,7 +307,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             )
         ]  # fmt: skip
 
-    # Calls of tools
+    # Tool calls
 
     @override
     def wrap_tool_call(
@@ -318,7 +322,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return self._refusal(request) or await handler(request)
 
     def _refusal(self, request: ToolCallRequest) -> ToolMessage | None:
-        """Why a tool is not called that was not offered; None where it was."""
+        """Return a refusal message if the called tool was not offered, else None."""
         name, call_id = request.tool_call["name"], request.tool_call["id"]
         told = _told_with(_messages(request.state), call_id).get(self.name, {})
         if request.tool is None or "offered" not in told or name in told["offered"]:
@@ -333,7 +337,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             additional_kwargs={REFUSED_KEY: name},
         )
 
-    # Counting
+    # Counters
 
     def _add(self, **counts: int) -> None:
         if is_draft() and "direct_calls" not in counts:
@@ -364,14 +368,14 @@ def _name(tool: Any) -> str:
 
 
 def _forced(choice: Any) -> str | None:
-    """The one tool that has to be called."""
+    """Return the name of the tool that must be called, or None."""
     if isinstance(choice, Mapping):
         return str(choice.get("function", choice).get("name"))
     return choice if isinstance(choice, str) and choice not in ("auto", "any", "required", "none") else None
 
 
 def _noted(message: AIMessage, name: str, told: Mapping[str, Any]) -> AIMessage:
-    """The message with what a middleware decided, beside what others did."""
+    """Return a copy of the message that carries a middleware's decision next to those of other middleware."""
     all_told = {**message.response_metadata.get(METADATA_KEY, {}), name: dict(told)}
     return message.model_copy(update={"response_metadata": {**message.response_metadata, METADATA_KEY: all_told}})
 
@@ -382,7 +386,7 @@ def _messages(state: Any) -> Sequence[BaseMessage]:
 
 
 def _told_with(messages: Sequence[BaseMessage], call_id: str | None) -> Mapping[str, Any]:
-    """What middlewares told with the message that made a tool call."""
+    """Return the middleware decisions attached to the message that made a tool call."""
     for message in reversed(messages):
         if isinstance(message, AIMessage) and any(call["id"] == call_id for call in message.tool_calls):
             told: Mapping[str, Any] = message.response_metadata.get(METADATA_KEY, {})

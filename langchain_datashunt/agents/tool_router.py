@@ -1,4 +1,4 @@
-"""ToolRouter: from a query to ranked tools with calibrated probabilities, and a shortlist; needs no agent."""
+"""ToolRouter: rank tools by calibrated probability and shortlist them, without an agent."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from langchain_datashunt.routing.plan import checked_prediction
 from langchain_datashunt.small_models.base import SmallModel
 
 Mode: TypeAlias = Literal["soft", "hard", "conformal"]
-"""How tools are shortlisted: not at all (their probabilities are told), to the likeliest, to a conformal set."""
+"""Shortlisting mode: all tools with their probabilities, the most likely ones, or a conformal set."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolRanking:
-    """What a router makes of one query.
+    """Tools ranked for one query.
 
     Attributes:
-        tools: All tools that the classifier knows, the likeliest first.
-        probabilities: Of these, shape `[k]`.
-        shortlist: Those that stay, the likeliest first.
-        prediction: What the classifier thought.
+        tools: All tools known to the classifier, most likely first.
+        probabilities: Probability of each of `tools`, shape `[k]`.
+        shortlist: Shortlisted tools, most likely first.
+        prediction: Prediction of the classifier.
     """
 
     tools: tuple[str, ...]
@@ -42,21 +42,21 @@ class ToolRanking:
 
     @property
     def best(self) -> str:
-        """The likeliest tool."""
+        """The most likely tool."""
         return self.tools[0]
 
     @property
     def confidence(self) -> float:
-        """Its probability."""
+        """Probability of the most likely tool, in [0, 1]."""
         return float(self.probabilities[0])
 
     def top(self, n: int) -> list[tuple[str, float]]:
-        """The `n` likeliest tools with their probabilities."""
+        """Return the `n` most likely tools with their probabilities."""
         return list(zip(self.tools[:n], self.probabilities[:n].tolist(), strict=True))
 
 
 class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
-    """Ranks tools by a small model whose labels are their names.
+    """Rank tools with a small model whose labels are tool names.
 
     ```python
     router = ToolRouter(classifier=load_small_model("tools")).calibrate(queries, names, alpha=0.05)
@@ -65,17 +65,17 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
     """
 
     classifier: Runnable[Any, Any]
-    """The small model; its labels are names of tools."""
+    """Small model whose labels are tool names."""
 
     mode: Mode = "conformal"
-    """"conformal" shortlists the tools among which the right one is with probability `1 - alpha`, "hard" the `keep`
-    likeliest, "soft" all."""
+    """Shortlisting mode. "conformal" keeps a set that contains the right tool with probability at least `1 - alpha`,
+    "hard" keeps the `keep` most likely tools, "soft" keeps all."""
 
     keep: int = Field(default=5, ge=1)
-    """Tools of a "hard" shortlist, and of a conformal one that would be empty."""
+    """Size of a "hard" shortlist, and of a conformal shortlist that would be empty."""
 
     conformal: ConformalPruning | None = None
-    """Fitted by `calibrate`."""
+    """Fitted conformal strategy, set by `calibrate`."""
 
     @field_validator("classifier", mode="before")
     @classmethod
@@ -83,34 +83,38 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
         try:
             return coerce_to_runnable(value)
         except TypeError as error:
-            raise ConfigurationError(f"A {type(value).__name__} is no small model: give a Runnable.") from error
+            raise ConfigurationError(
+                f"Expected a Runnable for `classifier`, got {type(value).__name__}. Pass a small model."
+            ) from error
 
     @model_validator(mode="after")
     def _is_calibrated(self) -> Self:
         if self.conformal is not None and self.conformal.quantile is None:
-            raise ConfigurationError("`conformal` is not fitted; use ToolRouter.calibrate(queries, tools, alpha).")
+            raise ConfigurationError("`conformal` is not fitted. Call ToolRouter.calibrate(queries, tools, alpha).")
         return self
 
     def calibrate(self, queries: Sequence[Any], tools: Sequence[str], *, alpha: float = 0.05) -> Self:
-        """A copy whose conformal shortlists hold the right tool of all but `alpha` of queries like these.
+        """Return a copy with conformal shortlists at error rate `alpha`.
+
+        On average over queries like these, a shortlist lacks the right tool for at most a share `alpha` of them.
 
         Args:
             queries: `n` queries that the classifier was not trained on.
-            tools: The right tool of each.
-            alpha: The share whose right tool may be lost, in (0, 1).
+            tools: Right tool of each query, `n` names.
+            alpha: Accepted share of queries whose shortlist lacks the right tool, in (0, 1).
 
         Raises:
-            ConfigurationError: A tool is not among the classifier's labels.
+            ConfigurationError: `queries` and `tools` differ in length, or a tool is not among the classifier's labels.
         """
         fitted = ConformalPruning(alpha=alpha).fit(self._predict(queries), tools)
         return self.model_copy(update={"mode": "conformal", "conformal": fitted})
 
     def rank_batch(self, queries: Sequence[Any]) -> list[ToolRanking]:
-        """Rank for `n` queries in one vectorised call.
+        """Rank the tools for `n` queries in one vectorised call.
 
         Raises:
             InputError: A query cannot be read.
-            PredictionError: The classifier failed on one.
+            PredictionError: The classifier failed on a query.
         """
         if not queries:
             return []
@@ -123,10 +127,10 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
         return PredictionBatch.stack([_checked(one) for one in self.classifier.batch(list(queries))])
 
     def shortlists(self, batch: PredictionBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which tools stay, shape `[n, k]`.
+        """Return a mask of the shortlisted tools, shape `[n, k]`.
 
         Raises:
-            ConfigurationError: The mode is "conformal" and nothing was calibrated.
+            ConfigurationError: The mode is "conformal" and the router is not calibrated.
         """
         p = batch.probabilities
         if self.mode == "soft":
@@ -138,8 +142,8 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
             return likeliest
         if self.conformal is None or self.conformal.quantile is None:
             raise ConfigurationError(
-                "A conformal shortlist needs calibration: ToolRouter(...).calibrate(queries, tools, alpha=0.05), or "
-                "use mode='hard' or 'soft'."
+                "A conformal shortlist needs calibration. Call ToolRouter(...).calibrate(queries, tools, alpha=0.05), "
+                "or use mode='hard' or mode='soft'."
             )
         kept = 1.0 - p <= self.conformal.quantile
         empty = ~kept.any(axis=1)
@@ -187,7 +191,7 @@ class ToolRouter(Configured, RunnableSerializable[Any, ToolRanking]):
             answers = self.classifier.batch(values, _children(config, run_manager))
             return list(self._rankings(PredictionBatch.stack(list(map(_checked, answers)))))
 
-        if return_exceptions:  # one that fails, fails alone
+        if return_exceptions:  # one call per query, so that a failure affects its own query only
             return super().batch(inputs, config, return_exceptions=True, **kwargs)
         return self._batch_with_config(rank, inputs, config)
 

@@ -1,4 +1,4 @@
-"""What the middlewares of one agent know of each other."""
+"""Context that the middleware of one agent share: draft turns and decision metadata."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from contextvars import ContextVar
 from langchain_core.messages import AIMessage
 
 METADATA_KEY = "shunt_tools"
-"""Where messages carry what a tool router decided, by its name."""
+"""Key in `response_metadata` of the tool routers' decisions, by middleware name."""
 
 _DRAFTING: ContextVar[bool] = ContextVar("shunt_drafting", default=False)
 
 
 @contextmanager
 def drafting() -> Iterator[None]:
-    """While a small chat model makes a turn that may not be kept: nothing is recorded or counted then."""
+    """Mark model calls in this context as drafts, which are neither counted nor recorded.
+
+    A draft is a turn of a small chat model that may be discarded.
+    """
     token = _DRAFTING.set(True)
     try:
         yield
@@ -25,11 +28,11 @@ def drafting() -> Iterator[None]:
 
 
 def is_draft() -> bool:
-    """Whether this turn may not be kept."""
+    """Return whether the current turn is a draft."""
     return _DRAFTING.get()
 
 
 def called_directly(message: AIMessage) -> bool:
-    """Whether a tool router made this message itself, without any chat model."""
+    """Return whether a tool router made this message without calling a chat model."""
     told = message.response_metadata.get(METADATA_KEY, {})
     return any(one.get("route") == "small" for one in told.values())

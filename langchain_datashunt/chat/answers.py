@@ -1,4 +1,4 @@
-"""What a small model's label becomes in a conversation: text, a tool call, or a structured object."""
+"""Local answers for the small model's labels: text, tool calls or structured objects."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBat
 
 
 class ToolAnswer(Configured):
-    """A call of one tool, as an answer."""
+    """Local answer that calls one tool."""
 
     tool: str
-    """The tool's name; the answer is given only where that tool is bound."""
+    """Name of the tool. The answer is used only if this tool is bound."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Its arguments."""
+    """Arguments of the call."""
 
     def __init__(self, tool: str, args: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        """Take tool and arguments by position or by name."""
+        """Accept the tool and its arguments by position or by name."""
         super().__init__(tool=tool, args=dict(args or {}), **settings)
 
 
 Answer: TypeAlias = str | AIMessage | ToolAnswer | BaseModel | dict[str, Any]
-"""Text, a whole message, a tool call, or for structured output an object or its fields."""
+"""Text, a complete message, a tool call, or an object (or its fields) for structured output."""
 
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What one call may be answered with.
+    """Form that an answer to one call must have.
 
     Attributes:
-        tools: Names of the tools that are bound.
-        must_call: Whether one of them has to be called.
-        only: The one that has to be, None for any.
-        schema: What structured output must fit: a pydantic class, a TypedDict or a JSON schema; None for messages.
-        closed: Whether only the large model can answer so.
-        structured: Whether an object is wanted instead of a message.
-        bound: The keywords that say so, which those of a call are added to.
+        tools: Names of the bound tools.
+        must_call: Whether a tool call is required.
+        only: Name of the only tool allowed, None for any.
+        schema: Schema of structured output (a Pydantic class, a TypedDict or a JSON schema), None for messages.
+        closed: Whether only the large model can answer.
+        structured: Whether the answer is an object instead of a message.
+        bound: Bound keyword arguments, which those of a call are merged into.
     """
 
     tools: frozenset[str] = frozenset()
@@ -63,25 +63,25 @@ class AnswerForm:
     bound: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def with_call(self, settings: Mapping[str, Any]) -> AnswerForm:
-        """The same with what one call binds itself."""
+        """Return the form with the keyword arguments of one call merged in."""
         if self.structured or "response_format" in settings:
             return replace(self, closed=True)
         all_told = {**self.bound, **settings}
         return AnswerForm.from_tools(all_told.get("tools") or (), all_told.get("tool_choice"), all_told)
 
     def allows(self, message: AIMessage) -> bool:
-        """Whether a message calls what it must, and nothing that is not there."""
+        """Return whether a message calls allowed tools only, and at least one if required."""
         called = {call["name"] for call in message.tool_calls}
         return called <= ({self.only} if self.only else self.tools) and bool(called or not self.must_call)
 
     @classmethod
     def from_tools(cls, tools: Sequence[Any], tool_choice: Any, settings: Mapping[str, Any]) -> AnswerForm:
-        """What a call with bound tools may be answered with.
+        """Create the form of a call with bound tools.
 
         Args:
-            tools: As `bind_tools` takes them.
-            tool_choice: As `bind_tools` takes it.
-            settings: What else is bound; a response format asks for more than labels can give.
+            tools: Tools in any format that `bind_tools` accepts.
+            tool_choice: Tool choice in any format that `bind_tools` accepts.
+            settings: Other bound keyword arguments. A response format leaves the call to the large model.
         """
         names = frozenset(tool_name(tool) for tool in tools)
         if isinstance(tool_choice, Mapping):
@@ -102,29 +102,29 @@ class AnswerForm:
 
 
 class SmallAnswers(Configured):
-    """The answers of the small side, by label."""
+    """Local answers by label."""
 
     answers: dict[str, Any] | None = None
-    """Label -> an `Answer`, or a list of them of which the first that fits the call is given. A label without an
-    answer is left to the large model. None answers with the label itself."""
+    """Label -> an `Answer`, or a list of answers of which the first suitable one is used. Labels without an answer are
+    deferred. None answers with the label itself."""
 
     model_id: str = ""
-    """Name of the small model, for the messages' metadata."""
+    """Name of the small model in message metadata."""
 
     def answerable(self, said: str, form: AnswerForm) -> bool:
-        """Whether there is an answer in this form for a label, or for what a model wrote."""
+        """Return whether a label or a written answer has a local answer in this form."""
         return self._find(said, form) is not None
 
     def give(self, label: str, form: AnswerForm) -> Any:
-        """The answer for a label: a message, or where the form has a schema an object that fits it.
+        """Return the answer for a label: a message, or an object if the form has a schema.
 
         Raises:
-            ConfigurationError: There is none in this form.
+            ConfigurationError: The label has no answer in this form.
         """
         found = self._find(label, form)
         if found is None:
             raise ConfigurationError(
-                f"There is no small answer for the label {label!r} in the form that was asked for."
+                f"The label {label!r} has no local answer in the requested form. Add one to `answers`."
             )
         return found
 
@@ -153,7 +153,7 @@ class SmallAnswers(Configured):
         return self.told(answer) if form.allows(answer) else None
 
     def told(self, answer: AIMessage) -> AIMessage:
-        """A copy with an id of its own, that says which model it is of and that it used no token of a large one."""
+        """Return a copy with its own id, the small model's name and zero token usage."""
         none = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
         metadata = {**answer.response_metadata, "model_name": self.model_id, "finish_reason": "stop"}
         changed = {"id": f"shunt-{uuid7()}", "usage_metadata": none, "response_metadata": metadata}
@@ -161,19 +161,19 @@ class SmallAnswers(Configured):
 
     @staticmethod
     def _one_field(schema: Any) -> str | None:
-        """The field of a schema that has only this one, so that a label can fill it."""
+        """Return the only field of a schema, which a label can fill, or None if it has several."""
         fields = json_schema(schema).get("properties", {})
         return next(iter(fields)) if len(fields) == 1 else None
 
 
 class Answerable(Policy):
-    """Keep only what there is an answer for in the form that was asked for: by label, or by what a model wrote."""
+    """Answer locally only if the label or the written text has a local answer in the requested form."""
 
     answers: SmallAnswers = Field(repr=False)
-    """The answers of the small side."""
+    """Local answers by label."""
 
     form: AnswerForm = Field(repr=False)
-    """What the call may be answered with."""
+    """Form that the answer must have."""
 
     _known: dict[str, bool] = PrivateAttr(default_factory=dict)
 
@@ -194,13 +194,13 @@ class Answerable(Policy):
 
 
 class Answering:
-    """From a prediction to the answer of its label."""
+    """Map a prediction to its local answer."""
 
     def __init__(self, answers: SmallAnswers, form: AnswerForm, raw: bool) -> None:
         self.answers, self.form, self.raw = answers, form, raw
 
     def __call__(self, prediction: Prediction) -> Any:
-        """The answer; with `raw` as structured output with its raw message."""
+        """Return the answer. If `raw` is set, return it together with its raw message."""
         said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
         found = self.answers.give(said, self.form)
         if not self.raw:
@@ -209,7 +209,7 @@ class Answering:
 
 
 def fitted(schema: Any, fields: Any) -> Any:
-    """A new object of fields, as a schema asks for it; None where they do not fit it."""
+    """Return a new object made of `fields` if they fit the schema, else None."""
     if isinstance(fields, BaseModel):
         fields = fields.model_dump()
     if not isinstance(fields, dict):
@@ -234,7 +234,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def of_json_type(part: Mapping[str, Any], value: Any) -> bool:
-    """Whether a value is of a JSON schema's type and among its values, at the top."""
+    """Return whether a value has the JSON type and is among the `enum` values. Nested values are not checked."""
     if "anyOf" in part:
         return any(of_json_type(one, value) for one in part["anyOf"])
     kinds = part.get("type")
@@ -247,7 +247,7 @@ def of_json_type(part: Mapping[str, Any], value: Any) -> bool:
 
 
 def json_schema(schema: Any) -> dict[str, Any]:
-    """The parameters of a schema as `with_structured_output` takes it."""
+    """Return the JSON schema of the parameters, in any format that `with_structured_output` accepts."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return schema.model_json_schema()
     found: dict[str, Any] = convert_to_openai_tool(schema)["function"].get("parameters", {})
@@ -255,7 +255,7 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
 
 def tool_name(tool: Any) -> str:
-    """The name of a tool as `bind_tools` takes it."""
+    """Return the name of a tool in any format that `bind_tools` accepts."""
     own = getattr(tool, "name", None)
     if isinstance(own, str):
         return own

@@ -1,4 +1,4 @@
-"""A small local chat model as the small side: its draft is kept where its own log-probabilities say that it is sure."""
+"""Use a local chat model as the small model, with its log-probabilities as the confidence of a draft."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from langchain_datashunt.policies.scores import LengthNormalizedProbability, Min
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
 SILENT_TAGS = ["nostream", "langsmith:nostream"]
-"""Tags with which LangGraph does not show a model's tokens: a draft is shown only when it is kept."""
+"""Tags that stop LangGraph from streaming the tokens of a draft, since it may be discarded."""
 
 DraftConfidence: TypeAlias = Callable[[AIMessage], float | None]
-"""From a small chat model's message to how sure it is, in [0, 1]; None where that cannot be told."""
+"""Function from a chat model's message to a confidence in [0, 1], or None if it is unknown."""
 
 
 def mean_token_probability(message: AIMessage) -> float | None:
-    """Geometric mean of the probabilities of the message's tokens, `exp(mean log p)`; None without log-probabilities.
+    """Return the geometric mean of the token probabilities, `exp(mean log p)`.
 
-    Log-probabilities do not cover tool calls, so a message with some cannot be judged: None.
+    The result is None if the message has no log-probabilities. It is also None if the message has tool calls, which
+    log-probabilities do not cover.
     """
     return _scored(message, LengthNormalizedProbability())
 
 
 def min_token_probability(message: AIMessage) -> float | None:
-    """The smallest of the probabilities of the message's tokens; None without log-probabilities."""
+    """Return the smallest token probability, or None without log-probabilities or with tool calls."""
     return _scored(message, MinTokenProbability())
 
 
@@ -42,15 +43,17 @@ def _scored(message: AIMessage, score: TokenScore) -> float | None:
 
 
 class DraftingModel(Runnable[Any, Prediction]):
-    """From a conversation to a draft: a prediction whose `answer` is a message, or for structured output the object.
+    """Draft an answer with a chat model and return it as a prediction.
+
+    The prediction's `answer` is a message, or an object for structured output.
 
     Args:
-        chat: A small chat model, or one with structured output and `include_raw=True`.
-        confidence: How sure it is of a message.
+        chat: Small chat model, or one with structured output and `include_raw=True`.
+        confidence: Function from a message to its confidence.
         model_id: Name of the model in decisions and records.
-        form: What the call may be answered with; where it is structured, `chat` gives a mapping with `raw` and
-            `parsed`, and the draft is what was parsed.
-        give_raw: Whether the draft is the whole mapping, as `include_raw=True` promises.
+        form: Form that the answer must have. If it is structured, `chat` returns a mapping with `raw` and `parsed`, and
+            the draft is the parsed object.
+        give_raw: Whether the draft is the whole mapping, as `include_raw=True` requires.
     """
 
     labels = ANSWER_LABELS
@@ -79,15 +82,16 @@ class DraftingModel(Runnable[Any, Prediction]):
         structured = self.form.structured
         message, answer = (said["raw"], said["parsed"]) if structured else (said, said)
         if structured and answer is None:
-            raise PredictionError(f"The draft of {self.model_id} fits no schema: {said['parsing_error']}")
+            raise PredictionError(f"The draft of {self.model_id} does not fit the schema: {said['parsing_error']}")
         if not structured and not self.form.allows(message):
-            raise PredictionError(f"The draft of {self.model_id} is not of the form that was asked for.")
+            raise PredictionError(f"The draft of {self.model_id} does not have the requested form.")
         sure = self.confidence(message)
         tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
         if sure is None or not 0.0 <= sure <= 1.0:
             raise PredictionError(
-                f"{self.model_id} gave no log-probabilities with its draft, so nobody knows how sure it is. Let it "
-                f"give them (ChatOpenAI(logprobs=True)), or give `confidence`, a function from message to [0, 1]."
+                f"The draft of {self.model_id} has no valid confidence, usually because it has no "
+                f"log-probabilities. Enable them with ChatOpenAI(logprobs=True), or pass `confidence`, a function from "
+                f"message to [0, 1]."
             )
         return Prediction.from_answer(
             said if self.give_raw else answer, sure, model_id=self.model_id,

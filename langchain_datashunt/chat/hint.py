@@ -1,4 +1,4 @@
-"""HintedModel: a large chat model that is told what a small model thinks of the user's last message."""
+"""HintedModel: a chat model whose system message carries the small model's prediction."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ _ABOUT = "About the user's last message:"
 
 
 class Hint:
-    """What a large model is told of a small model's opinion.
+    """Paragraph of the large model's prompt about the small model's prediction.
 
     Args:
-        pruning: What is told.
-        template: A template over the variables of `pruning`; None for the strategy's own words.
+        pruning: Prompt Pruning strategy that provides the variables.
+        template: Template over the variables of `pruning`. None uses the strategy's own paragraph.
+
+    Raises:
+        ConfigurationError: The template uses unknown variables.
     """
 
     def __init__(self, pruning: Pruning, template: str | None = None) -> None:
@@ -33,34 +36,41 @@ class Hint:
             template if template is not None else words and f"{_ABOUT}\n{words}"
         )
         if strange := sorted(set(self.template.input_variables) - set(PRUNING_VARIABLES)):
-            raise ConfigurationError(f"The hint uses {', '.join(strange)}; there are: {', '.join(PRUNING_VARIABLES)}.")
+            raise ConfigurationError(
+                f"`hint` uses unknown variables: {', '.join(strange)}. Available: {', '.join(PRUNING_VARIABLES)}."
+            )
 
     def text(self, variables: Mapping[str, Any]) -> str:
-        """The hint of one question; empty where there is none, or the small model failed."""
+        """Return the hint for one input, or an empty string if the template is empty or the small model failed."""
         failed = not variables["candidate_probabilities"] and variables["small_label"] == "unknown"
         if failed or not self.template.template:
             return ""
         return self.template.format(**{name: variables[name] for name in self.template.input_variables})
 
     def paragraph_for(self, prediction: Prediction | None) -> str:
-        """The hint for a prediction."""
+        """Return the hint for a prediction, or an empty string for None."""
         return "" if prediction is None else self.text(self.pruning.prepare(prediction.as_batch())[0])
 
 
 class HintedModel(Runnable[Any, Any]):
-    """A large chat model that gets a small model's opinion in its system message; takes a shunt's mapping.
+    """Large chat model whose system message carries the small model's prediction.
+
+    Its input is the mapping that a shunt passes to its large side, with the conversation under "messages".
 
     Args:
-        model: The chat model, with tools or structured output or without.
-        pruning: What is told.
-        hint: A template of what is told; None for the strategy's own words.
+        model: Chat model, optionally with bound tools or structured output.
+        pruning: Prompt Pruning strategy that provides the variables.
+        hint: Template of the hint. None uses the strategy's own paragraph.
     """
 
     def __init__(self, model: Runnable[Any, Any], pruning: Pruning, hint: str | None = None) -> None:
         self.model, self.hint = model, Hint(pruning, hint)
 
     def messages(self, asked: dict[str, Any]) -> list[BaseMessage]:
-        """The conversation with the hint in its system message; as it is where the small model failed."""
+        """Return the conversation with the hint added to its system message.
+
+        Without a hint, for example because the small model failed, the conversation is unchanged.
+        """
         messages: list[BaseMessage] = list(asked["messages"])
         if not (told := self.hint.text(asked)):
             return messages

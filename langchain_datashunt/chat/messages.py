@@ -1,4 +1,4 @@
-"""Messages of a shunted chat model: with their decision, as chunks, and in the forms of older interfaces."""
+"""Message helpers of shunted chat models: attached decisions, chunks and legacy interfaces."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from langchain_datashunt.privacy.guard import AbstainedLocally
 
 
 def answered(result: ShuntResult) -> AIMessage:
-    """The answer with its decision."""
+    """Return the answer of a result with its decision attached.
+
+    Raises:
+        LocalOnlyError: The input must stay local, and no small model could answer.
+    """
     message: AIMessage = marked(said_by(result), result.decision)
     return message
 
 
 def each_answered(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
-    """The answers of a batch; errors in their places, or the first of them raised."""
+    """Return the answers of a batch, with exceptions in their places.
+
+    Raises:
+        LocalOnlyError: An input must stay local, no small model could answer, and `return_exceptions` is False.
+    """
     found: list[Any] = []
     for result in results:
         try:
@@ -37,10 +45,10 @@ def each_answered(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
 
 
 def said_by(result: ShuntResult) -> Any:
-    """The output of a result.
+    """Return the output of a result.
 
     Raises:
-        LocalOnlyError: There is none: the input must not leave, and no small model could answer.
+        LocalOnlyError: The input must stay local, and no small model could answer.
     """
     if isinstance(result.output, AbstainedLocally):
         raise LocalOnlyError(result.output.reason, result.output.kinds)
@@ -48,7 +56,10 @@ def said_by(result: ShuntResult) -> Any:
 
 
 def marked(message: Any, decision: ShuntDecision | None) -> Any:
-    """A message that carries a decision under `response_metadata["shunt"]`; anything else as it is."""
+    """Return a copy of a message with the decision under `response_metadata["shunt"]`.
+
+    Other objects, and messages without a decision, are returned unchanged.
+    """
     if decision is None or not isinstance(message, BaseMessage):
         return message
     told = {key.removeprefix("shunt_"): value for key, value in decision.to_metadata().items() if value is not None}
@@ -56,14 +67,14 @@ def marked(message: Any, decision: ShuntDecision | None) -> Any:
 
 
 def text_alone(message: BaseMessage) -> bool:
-    """Whether a message is text and nothing else, so that a classifier of text has seen all of it."""
+    """Return whether a message contains only text, so that a text classifier has seen all of it."""
     if isinstance(message.content, str):
         return True
     return all(isinstance(part, str) or part.get("type") == "text" for part in message.content)
 
 
 def as_chunk(message: Any) -> Any:
-    """A message as the last chunk of a stream; chunks stay what they are."""
+    """Return a message as the last chunk of a stream. Chunks and other objects are returned unchanged."""
     if isinstance(message, AIMessageChunk) or not isinstance(message, AIMessage):
         return message
     calls = [
@@ -86,7 +97,7 @@ def as_chunk(message: Any) -> Any:
 
 
 def model_name(model: Any) -> str:
-    """What a model is called."""
+    """Return a model's name, or its class name if it has none."""
     for name in ("model_name", "model", "model_id"):
         if isinstance(found := getattr(model, name, None), str) and found:
             return found
@@ -96,7 +107,7 @@ def model_name(model: Any) -> str:
 def legacy_config(
     callbacks: Callbacks, tags: list[str] | None, metadata: dict[str, Any] | None, name: str | None, run_id: UUID | None
 ) -> RunnableConfig:
-    """What `generate` is given, as a config."""
+    """Return the arguments of `generate` as a config."""
     config = RunnableConfig(tags=tags or [], metadata=metadata or {})
     if callbacks is not None:
         config["callbacks"] = callbacks
@@ -108,5 +119,5 @@ def legacy_config(
 
 
 def llm_result(messages: Sequence[AIMessage]) -> LLMResult:
-    """Messages as `generate` returns them."""
+    """Return messages in the result type of `generate`."""
     return LLMResult(generations=[[ChatGeneration(message=message)] for message in messages])

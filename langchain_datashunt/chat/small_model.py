@@ -1,4 +1,4 @@
-"""SmallChatModel: a chat model that gives log-probabilities, as the small side of a shunt."""
+"""SmallChatModel: a chat model with log-probabilities as the small model of a shunt."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
 
 class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
-    """A small chat model whose own log-probabilities say how sure it is.
+    """Small chat model that derives its confidence from log-probabilities.
 
     ```python
     local = ChatOpenAI(base_url="http://localhost:8000/v1", api_key="none", model="small")   # vLLM, llama.cpp, Ollama
     shunt = ShuntRunnable(small=SmallChatModel(chat_model=local), large=prompt | ChatOpenAI() | StrOutputParser())
     ```
 
-    Without `labels` it writes its answer, and its confidence is `score` of the answer's tokens. With `labels` it is a
-    classifier: its answer must be one of them, and the probabilities of the others follow from the alternatives of its
-    first token.
+    Without `labels` the model writes its answer, and the confidence is the `score` of the answer's tokens. With
+    `labels` it is a classifier. Its answer must then be one of the labels, and the probabilities of the others follow
+    from the alternatives of its first token.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     chat_model: Runnable[Any, Any]
-    """A chat model that gives log-probabilities; they are switched on where it has a setting `logprobs`."""
+    """Chat model that returns log-probabilities. They are enabled if it has a `logprobs` setting."""
 
     labels: tuple[str, ...] = ANSWER_LABELS
-    """The labels, where it is to choose one; none for an answer in its own words."""
+    """Labels to choose from. The default lets the model write its own answer."""
 
     aliases: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Other wordings by label."""
+    """Other accepted wordings of each label."""
 
     prompt: Runnable[Any, Any] | None = None
-    """From the mapping with the input (and `candidates`) to messages; None for the input as it is, or for labels the
-    default prompt."""
+    """Prompt from the mapping with the input (and `candidates`) to messages. None sends the input unchanged, or uses
+    the default prompt if there are labels."""
 
     score: TokenScore = Field(default_factory=MeanTokenProbability)
-    """From token probabilities to a confidence, where it writes."""
+    """Confidence score over token probabilities, for written answers."""
 
     top_logprobs: int = Field(default=10, ge=0, le=20)
-    """Alternatives a token that are asked for, where there are labels."""
+    """Number of alternatives requested per token if there are labels."""
 
     model_id: str = ""
-    """Name in predictions and records; empty for the chat model's own."""
+    """Name in predictions and records. Empty uses the chat model's own."""
 
     input_key: str = DEFAULT_INPUT_KEY
-    """Where mappings hold the input."""
+    """Key of the input in mappings."""
 
     reader: InputReader | None = None
-    """How inputs are laid out for the prompt; None for text. `ImageReader()` for images."""
+    """Reader that prepares inputs for the prompt. None reads text, and `ImageReader()` reads images."""
 
     _chain: Runnable[Any, Any] = PrivateAttr()
     _parser: LabelParser | None = PrivateAttr(default=None)
@@ -81,16 +81,16 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
         try:
             return None if value is None else coerce_to_runnable(value)
         except TypeError as error:
-            msg = f"A {type(value).__name__} is no Runnable. Give a chat model, or a prompt template."
+            msg = f"Expected a Runnable, got {type(value).__name__}. Pass a chat model or a prompt template."
             raise ConfigurationError(msg) from error
 
     def model_post_init(self, context: Any, /) -> None:
-        """Put prompt and model together."""
+        """Build the chain of prompt and model."""
         super().model_post_init(context)
         self._build()
 
     def _build(self) -> None:
-        if self.model_id in ("", self._own_name):  # nobody gave it a name
+        if self.model_id in ("", self._own_name):  # not named explicitly
             self._own_name = _name_of(self.chat_model)
             super().__setattr__("model_id", self._own_name)
         reader = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
@@ -106,7 +106,7 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
 
     @property
     def chooses(self) -> bool:
-        """Whether it chooses a label instead of writing."""
+        """Whether the model chooses a label instead of writing an answer."""
         return self.labels != ANSWER_LABELS
 
     # Runnable
@@ -167,7 +167,7 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
             self._sort_in(found, rows, await self._chain.abatch(laid_out, configs, return_exceptions=True))
         return found
 
-    # From input to prompt, from message to prediction
+    # Inputs to prompts, messages to predictions
 
     def _laid_out(self, value: Any) -> dict[str, Any]:
         assert self.reader is not None
@@ -203,38 +203,40 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
 
     def _prediction(self, message: Any) -> Prediction:
         if not isinstance(message, AIMessage):
-            raise PredictionError(f"{self.model_id} gave a {type(message).__name__}; a chat model's message is needed.")
+            raise PredictionError(
+                f"Expected an AIMessage from {self.model_id}, got {type(message).__name__}. Pass a chat model."
+            )
         tokens = (message.response_metadata.get("logprobs") or {}).get("content") or []
         text = str(message.text).strip()
         if message.tool_calls or not text:
             what = "tool calls" if message.tool_calls else "an empty answer"
-            raise PredictionError(f"{self.model_id} gave {what}, which nobody can be sure of.")
+            raise PredictionError(f"{self.model_id} returned {what}, whose confidence is unknown.")
         why = str(message.response_metadata.get("finish_reason") or "stop")
         if why in ("length", "max_tokens", "content_filter"):
-            raise PredictionError(f"The answer of {self.model_id} was not finished ({why}).")
+            raise PredictionError(f"The answer of {self.model_id} is incomplete ({why}).")
         if not tokens:
             raise PredictionError(
-                f"{self.model_id} gave no log-probabilities, so nobody knows how sure it is. Let it give them "
-                f"(ChatOpenAI(logprobs=True)), or use a server that returns them."
+                f"{self.model_id} returned no log-probabilities, so its confidence is unknown. Enable them with "
+                f"ChatOpenAI(logprobs=True), or use a server that returns them."
             )
         try:
             logs = token_logprobs(tokens)
         except (KeyError, TypeError, ValueError) as error:
-            raise PredictionError(f"{self.model_id} gave log-probabilities that are no numbers: {error}.") from error
+            raise PredictionError(f"{self.model_id} returned invalid log-probabilities: {error}.") from error
         if np.isnan(logs).any():
-            raise PredictionError(f"{self.model_id} gave log-probabilities that are not numbers (NaN).")
+            raise PredictionError(f"{self.model_id} returned log-probabilities that are NaN.")
         if self._parser is None:
             sure = float(np.clip(self.score.of_tokens(logs), 0.0, 1.0))
             return Prediction.from_answer(text, sure, model_id=self.model_id, token_logprobs=logs)
         label = self._parser.parse(said(message))
         found = label_distribution(tokens, self.labels, label)
         if found is None:
-            raise PredictionError(f"{self.model_id}'s log-probabilities tell nothing of its answer {label!r}.")
+            raise PredictionError(f"The log-probabilities of {self.model_id} do not cover its answer {label!r}.")
         return Prediction.from_probabilities(
             dict(zip(self.labels, found[0].tolist(), strict=True)), model_id=self.model_id
         )
 
-    # What a Runnable says of itself
+    # Runnable metadata
 
     @property
     @override
@@ -256,7 +258,7 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
         return self._chain.get_graph(config)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it."""
+        """Set a field and rebuild the chain if it depends on the field."""
         super().__setattr__(name, value)
         if name in ("chat_model", "prompt", "labels", "aliases", "top_logprobs", "input_key"):
             self._build()
@@ -281,7 +283,7 @@ def _name_of(model: Runnable[Any, Any]) -> str:
 
 
 def _with_logprobs(model: Runnable[Any, Any], alternatives: int) -> Runnable[Any, Any]:
-    """The model with log-probabilities switched on, where it has a setting for them that is not set yet."""
+    """Return the model with log-probabilities enabled, if it has a setting for them that is not set."""
     fields = type(model).model_fields if isinstance(model, BaseChatModel) else {}
     wanted: dict[str, Any] = {}
     if "logprobs" in fields and not getattr(model, "logprobs", None):

@@ -1,4 +1,4 @@
-"""CircuitBreaker: a large model that keeps failing is left alone for a while, then tried again with single calls."""
+"""CircuitBreaker: stop calls to a failing large model for a while, then test it with probes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ State = Literal["closed", "open", "half-open"]
 
 @dataclass(frozen=True)
 class CircuitCounters:
-    """What a breaker has seen.
+    """Counters of a circuit breaker.
 
     Attributes:
-        opened: How often it opened.
-        refused: Calls that were not made while it was open.
-        probes: Calls that were made to see whether the model is back.
+        opened: Number of times the breaker opened.
+        refused: Calls refused while it was open.
+        probes: Calls made to test whether the model has recovered.
     """
 
     opened: int = 0
@@ -31,24 +31,23 @@ class CircuitCounters:
 
 
 class CircuitBreaker:
-    """Opens when a large model has failed several times in a row; for any number of threads, tasks and shunts.
+    """Refuse calls to a large model after several consecutive failures.
 
-    Only errors after which the same request may succeed count (time-outs, refused connections, 429, 5xx): a request
-    that is wrong, or that a gate keeps here, says nothing of the model. While it is open, calls end at once with a
-    `CircuitOpenError`, so that a shunt with `on_large_error="small"` goes on answering. After `reset_seconds` it lets
-    `probes` calls through at a time: one that succeeds closes it, one that fails opens it again, for twice as long, up
-    to ten times as long.
-
-    Kept libraries hold a lock while they call, or know only one of sync and async; this is no more than a counter.
+    One breaker can be shared by any number of threads, tasks and shunts. Only transient errors count as failures:
+    timeouts, refused connections, 429 and 5xx. An invalid request does not count, and neither does one that a privacy
+    guard keeps local. While the breaker is open, calls raise `CircuitOpenError` at once, so that a shunt with
+    `on_large_error="small"` keeps answering. After `reset_seconds` it admits up to `probes` concurrent calls. If a
+    probe succeeds, the breaker closes. If a probe fails, it opens again for twice as long, up to ten times
+    `reset_seconds`.
 
     Args:
-        failures: In a row, until it opens.
-        reset_seconds: Until the first probe.
-        probes: Calls at once while it is half-open.
-        clock: Seconds that only rise; a change of the machine's time does not matter.
+        failures: Consecutive failures until the breaker opens.
+        reset_seconds: Seconds until the first probe.
+        probes: Maximum concurrent calls while half-open.
+        clock: Monotonic clock in seconds, independent of changes of the system time.
 
     Raises:
-        ConfigurationError: A number is out of range.
+        ConfigurationError: A value is out of range.
     """
 
     def __init__(
@@ -61,8 +60,8 @@ class CircuitBreaker:
     ) -> None:
         if failures < 1 or probes < 1 or not reset_seconds > 0.0:
             raise ConfigurationError(
-                f"A circuit breaker cannot have failures={failures}, reset_seconds={reset_seconds}, probes={probes}; "
-                f"give at least one failure and one probe, and more than no time."
+                f"Expected failures >= 1, reset_seconds > 0 and probes >= 1, got failures={failures}, "
+                f"reset_seconds={reset_seconds}, probes={probes}."
             )
         self.failures, self.reset_seconds, self.probes = failures, reset_seconds, probes
         self._clock, self._lock = clock, threading.Lock()
@@ -73,7 +72,7 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        """Closed: calls are made; open: none; half-open: single ones, to see whether the model is back."""
+        """State: "closed" admits all calls, "open" refuses them, "half-open" admits a few probes."""
         with self._lock:
             if self._open_until is None:
                 return "closed"
@@ -81,15 +80,15 @@ class CircuitBreaker:
 
     @property
     def counters(self) -> CircuitCounters:
-        """What it has seen so far."""
+        """Counters since creation."""
         with self._lock:
             return self._counters
 
     def admit(self) -> bool:
-        """Let a call through; whether it is a probe.
+        """Admit a call and return whether it is a probe.
 
         Raises:
-            CircuitOpenError: It is not to be made now.
+            CircuitOpenError: The breaker is open, or enough probes are running.
         """
         with self._lock:
             if self._open_until is None:
@@ -103,13 +102,17 @@ class CircuitBreaker:
             return True
 
     def note(self, error: BaseException | None, *, probe: bool = False) -> None:
-        """Take in how a call that was let through ended; None where it succeeded.
+        """Record the outcome of an admitted call.
 
-        An error that neither may pass nor has the status of an answer tells nothing of the model: the request may never
-        have got to it.
+        An error is ignored if it is not transient and has no HTTP status, since the request may not have reached
+        the model.
+
+        Args:
+            error: Exception raised by the call; None if it succeeded.
+            probe: Whether the call was a probe, as returned by `admit`.
         """
         bad = isinstance(error, Exception) and is_retryable(error)
-        tells_nothing = error is not None and not bad and status_of(error) is None  # cancelled, or never sent
+        tells_nothing = error is not None and not bad and status_of(error) is None  # cancelled or never sent
         with self._lock:
             self._probing -= probe
             if tells_nothing:
@@ -126,10 +129,10 @@ class CircuitBreaker:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around one call, sync or async; nothing is held while it goes on.
+        """Admit one sync or async call and record its outcome, without holding a lock during the call.
 
         Raises:
-            CircuitOpenError: It is not to be made now.
+            CircuitOpenError: The breaker is open, or enough probes are running.
         """
         probe = self.admit()
         try:
@@ -140,10 +143,10 @@ class CircuitBreaker:
         self.note(None, probe=probe)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CircuitBreaker:
-        return self  # copies of a shunt ask the same model
+        return self  # copies of a shunt call the same model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its settings: another process sees the model for itself."""
+        """Pickle the settings only, since each process observes the model on its own."""
         return CircuitBreaker, (self.failures, self.reset_seconds, self.probes)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""From a large model's answer to a label, strictly: the whole answer is a label or an alias, or it is unparsable."""
+"""LabelParser: parse the answer of a large model into a label, strictly."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ _WRAPPING = " \t\r\n\"'`*“”‘’.,;:"
 
 
 class LabelParser(Configured, BaseOutputParser[str]):
-    """Reads a label out of an answer.
+    """Parse an answer that consists of one label or alias and nothing else.
 
-    Accepted are a label or an alias and nothing else, in any case and with blanks, `_` and `-` alike; around it
-    quotes, Markdown emphasis, final punctuation and a lead such as "Label:"; and a JSON object whose `label` is one.
-    A sentence that merely contains a label is not accepted: text that the model repeats from the input must not
-    choose the label.
+    Case is ignored, and spaces, `_` and `-` are equivalent. Quotes, Markdown emphasis, final punctuation and a lead
+    such as "Label:" may surround the label, and a JSON object may contain it under `label`. A sentence that merely
+    contains a label is rejected, since text that the model repeats from the input must not choose the label.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     labels: tuple[str, ...] = Field(min_length=1)
-    """What may be answered."""
+    """Accepted labels."""
 
     aliases: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Other wordings by label."""
+    """Other accepted wordings of each label."""
 
     _exact: dict[str, str] = PrivateAttr(default_factory=dict)
     _loose: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Index the wordings; refuse those that mean two labels."""
+        """Index the wordings.
+
+        Raises:
+            ConfigurationError: An alias is ambiguous, or its label does not exist.
+        """
         super().model_post_init(context)
         if unknown := sorted(set(self.aliases) - set(self.labels)):
-            raise ConfigurationError(
-                f"Aliases are given for labels that do not exist: {', '.join(unknown[:5])}. Leave them out."
-            )
+            raise ConfigurationError(f"`aliases` has labels that do not exist: {', '.join(unknown[:5])}. Remove them.")
         self._exact = {label: label for label in self.labels}
         self._loose = _index(self.labels, self.aliases)
 
@@ -56,10 +57,10 @@ class LabelParser(Configured, BaseOutputParser[str]):
 
     @override
     def parse(self, text: str) -> str:
-        """The label.
+        """Return the label in an answer.
 
         Raises:
-            UnparsableAnswerError: The answer is none of the labels; it carries the raw text.
+            UnparsableAnswerError: The answer is not one of the labels. The error carries the raw text.
         """
         for candidate in _readings(text):
             label = self._exact.get(candidate) or self._loose.get(normalised(candidate))
@@ -73,7 +74,7 @@ class LabelParser(Configured, BaseOutputParser[str]):
 
 
 def normalised(text: str) -> str:
-    """Case, Unicode form and the choice of separator between two words do not count; a sign such as -1 does."""
+    """Return the text without differences in case, Unicode form and word separators. A sign as in "-1" stays."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"(?<=\w)[\s_\-]+(?=\w)", " ", folded.replace("_", " ")).strip()
 
@@ -95,7 +96,7 @@ def _readings(text: str) -> Iterable[str]:
 
 
 def _index(labels: tuple[str, ...], aliases: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Normalised wording -> label. Labels that differ only by case or separator must be answered exactly."""
+    """Map each normalised wording to its label. Labels that share one are left out and must be answered exactly."""
     index: dict[str, str] = {}
     clashing: set[str] = set()
     for label in labels:
@@ -110,7 +111,7 @@ def _index(labels: tuple[str, ...], aliases: Mapping[str, tuple[str, ...]]) -> d
             key = normalised(wording)
             if index.get(key, label) != label or key in clashing:
                 raise ConfigurationError(
-                    f"The alias {wording!r} of {label!r} means another label too. Remove it from one of them."
+                    f"The alias {wording!r} of {label!r} also matches another label. Remove it from one of them."
                 )
             index[key] = label
     return index

@@ -1,4 +1,4 @@
-"""What the large model's prompt gets of the small model's opinion (Prompt Pruning); the prompt itself is the user's."""
+"""Prompt Pruning: strategies that put the small model's prediction into the large model's prompt."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from langchain_datashunt.prediction import (
 )
 
 PRUNING_VARIABLES = ("candidates", "candidate_probabilities", "small_label", "small_confidence")
-"""The prompt variables that every strategy fills, beside the caller's own."""
+"""Prompt variables that every strategy fills, in addition to the caller's own."""
 
 OPINION_VARIABLES = frozenset({"candidate_probabilities", "small_label", "small_confidence"})
-"""Those that tell what the small model thinks."""
+"""Prompt variables that disclose the small model's prediction."""
 
 
 class Pruning(Strategy):
-    """Turns a deferred prediction into prompt variables.
+    """Base class of strategies that turn a deferred prediction into prompt variables.
 
-    Every probability put into a prompt is disclosed to the large model's provider: `decimals` rounds, `top_k`
-    limits, and `NoPruning` discloses nothing.
+    Every probability in a prompt is disclosed to the large model's provider. `decimals` rounds the probabilities,
+    `top_k` limits their number, and `NoPruning` discloses none.
     """
 
     narrows: ClassVar[bool] = False
-    """Whether the candidates themselves follow from what the small model thinks of the input."""
+    """Whether the candidates depend on the prediction for the input."""
 
     variables: ClassVar[frozenset[str]]
-    """The variables that carry what this strategy has to say; a template must use one of them."""
+    """Prompt variables that carry this strategy's information. A template must use one of them."""
 
     paragraph: ClassVar[str]
-    """What the default prompt says beside the list of candidates; a template over the variables."""
+    """Paragraph that the default prompt adds to the list of candidates, a template over the variables."""
 
     decimals: int = Field(default=2, ge=0, le=6)
-    """Digits that probabilities are rounded to."""
+    """Number of decimals that probabilities are rounded to."""
 
     def prepare(
         self,
@@ -55,12 +55,12 @@ class Pruning(Strategy):
         labels: Sequence[str] | None = None,
         descriptions: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
-        """The prompt variables for each of `n` predictions.
+        """Return the prompt variables for each of `n` predictions.
 
         Args:
-            batch: What the small model predicted.
-            labels: All labels of the task; those that the small model does not know stay candidates always.
-            descriptions: What labels mean, by label.
+            batch: Predictions of the small model, `n` rows.
+            labels: All labels of the task. Labels unknown to the small model always stay candidates.
+            descriptions: Description of each label.
         """
         if batch.answers is not None:
             written = zip(batch.answers, batch.confidence.tolist(), strict=True)
@@ -90,7 +90,7 @@ class Pruning(Strategy):
         return prepared
 
     def _of_answer(self, answer: str, confidence: float) -> dict[str, Any]:
-        """The prompt variables for an answer that the small model wrote."""
+        """Return the prompt variables for an answer written by the small model."""
         p = round(confidence, self.decimals)
         return {
             "candidates": Candidates([answer]),
@@ -102,7 +102,7 @@ class Pruning(Strategy):
     def without_prediction(
         self, labels: Sequence[str] | None, descriptions: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """The prompt variables where the small model failed: all candidates, nothing about probabilities."""
+        """Return the prompt variables if the small model failed: all candidates and no probabilities."""
         names = () if labels is None or tuple(labels) == ANSWER_LABELS else labels
         return {
             "candidates": Candidates(names, descriptions),
@@ -113,23 +113,23 @@ class Pruning(Strategy):
 
     @abstractmethod
     def candidates(self, batch: PredictionBatch) -> BoolArray:
-        """Which labels stay candidates, shape `[n, k]`."""
+        """Return a mask of the labels that stay candidates, shape `[n, k]`."""
 
     @abstractmethod
     def shown(self, batch: PredictionBatch) -> BoolArray:
-        """Whose probabilities are shown, shape `[n, k]`."""
+        """Return a mask of the labels whose probabilities are shown, shape `[n, k]`."""
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Raise a `ConfigurationError` where the strategy cannot work for these labels (None: unknown)."""
+        """Raise a `ConfigurationError` if the strategy cannot work for these labels (None: unknown)."""
 
 
 class SoftPruning(Pruning):
-    """All candidates stay; probabilities are shown for the likely labels and those the small model is good at.
+    """Keep all candidates and show the probabilities of likely and proficient labels.
 
     Args:
-        top_k: How many of the likeliest labels are shown; None for all.
-        proficient: Labels that the small model is measured to be good at (see `measure_proficiency`): shown too,
-            since a low probability there is worth knowing.
+        top_k: Number of most likely labels shown. None shows all.
+        proficient: Labels on which the small model performs well (see `measure_proficiency`). They are always shown,
+            since a low probability for them is informative.
     """
 
     variables: ClassVar[frozenset[str]] = frozenset({"candidate_probabilities"})
@@ -142,11 +142,11 @@ class SoftPruning(Pruning):
     proficient: tuple[str, ...] = ()
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
-        """All labels."""
+        """Keep all labels."""
         return np.ones(batch.probabilities.shape, dtype=np.bool_)
 
     def shown(self, batch: PredictionBatch) -> BoolArray:
-        """The `top_k` likeliest and the proficient labels."""
+        """Show the `top_k` most likely and the proficient labels."""
         k = len(batch.labels)
         if self.top_k is None or self.top_k >= k:
             return np.ones(batch.probabilities.shape, dtype=np.bool_)
@@ -156,15 +156,17 @@ class SoftPruning(Pruning):
         return shown
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Refuse proficient labels that do not exist."""
+        """Raise a `ConfigurationError` if a proficient label does not exist."""
         _check_known("SoftPruning.proficient", self.proficient, labels)
 
 
 class HardPruning(Pruning):
-    """The labels that the small model excels at are removed: it would have answered those itself.
+    """Remove the labels on which the small model is proficient.
+
+    The small model would have answered inputs with these labels locally.
 
     Args:
-        proficient: The labels to remove, measured on held-out data (`measure_proficiency`, or `HardPruning.fit`).
+        proficient: Labels to remove, measured on held-out data (`measure_proficiency`, or `HardPruning.fit`).
     """
 
     variables: ClassVar[frozenset[str]] = frozenset({"candidates"})
@@ -183,42 +185,43 @@ class HardPruning(Pruning):
         min_examples: int = 5,
         **settings: Any,
     ) -> HardPruning:
-        """Measure the proficient labels on held-out examples; see `measure_proficiency`."""
+        """Create the strategy from held-out examples. `measure_proficiency` describes the arguments."""
         found = measure_proficiency(predictions, labels, policy, minimum=minimum, min_examples=min_examples)
         return cls(proficient=found, **settings)
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
-        """All labels but the proficient ones; all where nothing would be left."""
+        """Keep all labels except the proficient ones, or all labels if none would be left."""
         rest = ~_is_among(batch.labels, self.proficient)
         return np.tile(rest if rest.any() else np.ones_like(rest), (len(batch), 1))
 
     def shown(self, batch: PredictionBatch) -> BoolArray:
-        """None."""
+        """Show no probabilities."""
         return np.zeros(batch.probabilities.shape, dtype=np.bool_)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Refuse labels that do not exist; warn where no candidate would be left."""
+        """Raise a `ConfigurationError` if a label does not exist, and warn if no candidate would be left."""
         _check_known("HardPruning.proficient", self.proficient, labels)
         if labels and set(labels) <= set(self.proficient):
             warnings.warn(
                 "HardPruning would remove every label, so it removes none. Measure proficiency with a higher "
-                "`minimum`, or let the small model answer alone (AlwaysSmall()).",
+                "`minimum`, or answer every input locally with AlwaysSmall().",
                 PruningWarning,
                 stacklevel=2,
             )
 
 
 class ConformalPruning(Pruning):
-    """Only labels of a conformal set stay candidates; the true one is among them with probability >= 1 - alpha.
+    """Keep a conformal set of labels, which contains the true label with probability >= 1 - alpha.
 
-    Split conformal prediction (Angelopoulos & Bates 2021) on 1 - p, fitted on calibration examples that were
-    deferred, since those are what the large model sees; CROQ (ICML 2025) shows that fewer candidates help it.
-    The guarantee is on average over deferred inputs like the calibration ones, not for each single one.
+    The method is split conformal prediction (Angelopoulos & Bates 2021) with the score 1 - p. It is fitted on deferred
+    calibration examples, since the large model receives only deferred inputs. CROQ (ICML 2025) shows that fewer
+    candidates improve the large model's answers. The guarantee holds on average over deferred inputs like the
+    calibration examples, not for each input.
 
     Args:
-        alpha: The share of deferred inputs whose true label may be lost, in (0, 1).
-        quantile: The largest 1 - p that stays; found by `fit`.
-        n_calibration: How many deferred examples `fit` saw; 0 before.
+        alpha: Accepted share of deferred inputs whose true label is removed, in (0, 1).
+        quantile: Largest 1 - p that stays; set by `fit`.
+        n_calibration: Number of deferred examples used by `fit`; 0 before.
     """
 
     narrows: ClassVar[bool] = True
@@ -232,12 +235,12 @@ class ConformalPruning(Pruning):
     def fit(
         self, predictions: PredictionBatch, labels: Sequence[str], policy: Policy | None = None
     ) -> ConformalPruning:
-        """A copy fitted on the examples that `policy` defers (all of them without a policy).
+        """Return a copy fitted on the examples that `policy` defers, or on all examples if it is None.
 
         Args:
             predictions: Predictions for calibration examples that the small model was not trained on, `n` rows.
-            labels: Their true labels, `n` names.
-            policy: The policy in service.
+            labels: True labels, `n` names.
+            policy: Policy used in production.
 
         Raises:
             ConfigurationError: `labels` and `predictions` differ in length, or the small model lacks a true label.
@@ -246,18 +249,20 @@ class ConformalPruning(Pruning):
         deferred = np.ones(len(predictions), dtype=np.bool_) if policy is None else ~policy.evaluate(predictions).keep
         misfit = np.sort(1.0 - predictions.probabilities[np.arange(len(predictions)), truth][deferred])
         n = len(misfit)
-        rank = math.ceil((n + 1) * (1.0 - self.alpha) - 1e-9)  # 20 * 0.95 is 19, not 19.000000000000004
+        rank = math.ceil(
+            (n + 1) * (1.0 - self.alpha) - 1e-9
+        )  # the tolerance absorbs rounding errors: 20 * 0.95 is 19, not 19.000000000000004
         if rank > n:
             warnings.warn(
                 f"{n} deferred calibration examples are too few for alpha={self.alpha} "
-                f"({math.ceil(1.0 / self.alpha - 1e-9) - 1} are needed): all candidates are kept.",
+                f"({math.ceil(1.0 / self.alpha - 1e-9) - 1} are needed), so all candidates are kept.",
                 PruningWarning,
                 stacklevel=2,
             )
         return self.model_copy(update={"quantile": float(misfit[rank - 1]) if rank <= n else 1.0, "n_calibration": n})
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
-        """The conformal set; all labels where it is empty, since that is where the small model knows least."""
+        """Keep the conformal set, or all labels if it is empty, since the prediction is then least reliable."""
         if self.quantile is None:
             raise ConfigurationError(_NOT_FITTED)
         keep = 1.0 - batch.probabilities <= self.quantile
@@ -265,17 +270,17 @@ class ConformalPruning(Pruning):
         return np.asarray(keep, dtype=np.bool_)
 
     def shown(self, batch: PredictionBatch) -> BoolArray:
-        """None."""
+        """Show no probabilities."""
         return np.zeros(batch.probabilities.shape, dtype=np.bool_)
 
     def check(self, labels: tuple[str, ...] | None) -> None:
-        """Refuse to work unfitted."""
+        """Raise a `ConfigurationError` if the strategy is not fitted."""
         if self.quantile is None:
             raise ConfigurationError(_NOT_FITTED)
 
 
 class TopHint(Pruning):
-    """All candidates stay; the prompt says what the small model would answer and how sure it is (SuperICL 2023)."""
+    """Keep all candidates and show the small model's label and confidence (SuperICL 2023)."""
 
     variables: ClassVar[frozenset[str]] = frozenset({"small_label", "small_confidence"})
     paragraph: ClassVar[str] = (
@@ -284,18 +289,18 @@ class TopHint(Pruning):
     )
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
-        """All labels."""
+        """Keep all labels."""
         return np.ones(batch.probabilities.shape, dtype=np.bool_)
 
     def shown(self, batch: PredictionBatch) -> BoolArray:
-        """The top label only."""
+        """Show the top label only."""
         shown = np.zeros(batch.probabilities.shape, dtype=np.bool_)
         shown[np.arange(len(batch)), batch.best] = True
         return shown
 
 
 class NoPruning(Pruning):
-    """All candidates stay and nothing of the small model's opinion leaves the machine."""
+    """Keep all candidates and disclose nothing about the prediction."""
 
     variables: ClassVar[frozenset[str]] = frozenset()
     paragraph: ClassVar[str] = ""
@@ -306,7 +311,7 @@ class NoPruning(Pruning):
         labels: Sequence[str] | None = None,
         descriptions: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
-        """The same for every input: the candidates."""
+        """Return the same variables for every input: all candidates and no probabilities."""
         if batch.answers is not None:
             return [self.without_prediction(None)] * len(batch)
         return [self.without_prediction(list(dict.fromkeys([*batch.labels, *(labels or ())])), descriptions)] * len(
@@ -314,11 +319,11 @@ class NoPruning(Pruning):
         )
 
     def candidates(self, batch: PredictionBatch) -> BoolArray:
-        """All labels."""
+        """Keep all labels."""
         return np.ones(batch.probabilities.shape, dtype=np.bool_)
 
     def shown(self, batch: PredictionBatch) -> BoolArray:
-        """None."""
+        """Show no probabilities."""
         return np.zeros(batch.probabilities.shape, dtype=np.bool_)
 
 
@@ -330,14 +335,17 @@ def measure_proficiency(
     minimum: float = 0.9,
     min_examples: int = 5,
 ) -> tuple[str, ...]:
-    """The labels that the small model excels at: it keeps, and answers rightly, nearly all inputs of such a label.
+    """Return the labels that the small model answers locally and correctly in nearly all cases.
 
     Args:
         predictions: Predictions for held-out examples, `n` rows.
-        labels: Their true labels, `n` names.
-        policy: The policy in service; what it defers counts against the label.
-        minimum: The least share of a label's examples that are kept and right, in (0, 1].
-        min_examples: With fewer held-out examples a label is never called proficient.
+        labels: True labels, `n` names.
+        policy: Policy used in production. Deferred examples count against their label.
+        minimum: Minimum share of a label's examples that are answered locally and correctly, in (0, 1].
+        min_examples: Minimum number of held-out examples for a label to be proficient.
+
+    Raises:
+        ConfigurationError: `labels` and `predictions` differ in length, or the small model lacks a true label.
     """
     truth = _indices_of(predictions, labels)
     served = policy.evaluate(predictions).keep & (predictions.best == truth)
@@ -368,11 +376,13 @@ def _check_known(what: str, named: Sequence[str], labels: tuple[str, ...] | None
 
 def _indices_of(predictions: PredictionBatch, labels: Sequence[str]) -> np.ndarray[Any, np.dtype[np.intp]]:
     if len(labels) != len(predictions):
-        raise ConfigurationError(f"{len(predictions)} predictions and {len(labels)} true labels: give one for each.")
+        raise ConfigurationError(
+            f"Expected one true label per prediction, got {len(predictions)} predictions and {len(labels)} true labels."
+        )
     position = {label: i for i, label in enumerate(predictions.labels)}
     if unknown := sorted(set(labels) - set(position)):
         raise ConfigurationError(
-            f"True labels that the small model does not know: {', '.join(unknown[:5])}. "
-            f"Leave these examples out, or train the small model on them."
+            f"`labels` has true labels that the small model lacks: {', '.join(unknown[:5])}. "
+            f"Remove these examples, or train the small model on them."
         )
     return np.array([position[label] for label in labels], dtype=np.intp)

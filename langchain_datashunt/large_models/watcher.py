@@ -1,4 +1,4 @@
-"""Watching large-model calls: what was said, by which model, and how surely; nothing is stored here."""
+"""LargeCallWatcher: collect the answer, model name, token usage and confidence of large-model calls."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from langchain_datashunt.prediction import ANSWER_LABELS
 
 
 class LargeCallWatcher(UsageMetadataCallbackHandler):
-    """Sees the model calls below one run: token usage of all, text and log-probabilities of the last."""
+    """Collect the token usage of all model calls in a run, and text and log-probabilities of the last."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Create a watcher without any calls."""
         super().__init__()
         self.model = ""
         self.text: str | None = None
@@ -35,7 +35,7 @@ class LargeCallWatcher(UsageMetadataCallbackHandler):
         self.tokens = list((message.response_metadata.get("logprobs") or {}).get("content") or [])
 
     def fields(self) -> dict[str, Any]:
-        """Tokens and cost of all calls that were seen, as a record has them."""
+        """Return token counts and cost of all calls, named as in a call record."""
         counts = self.usage_metadata
         return {
             "input_tokens": sum(each["input_tokens"] for each in counts.values()) if counts else None,
@@ -45,7 +45,7 @@ class LargeCallWatcher(UsageMetadataCallbackHandler):
 
 
 def mean_probability(tokens: Sequence[Mapping[str, Any]]) -> float | None:
-    """The arithmetic mean of tokens' probabilities, in [0, 1]; None where they are no numbers."""
+    """Return the arithmetic mean of the token probabilities, in [0, 1], or None if they are invalid."""
     try:
         found = MeanTokenProbability().of_tokens(token_logprobs(tokens))
     except (KeyError, TypeError, ValueError):
@@ -56,7 +56,11 @@ def mean_probability(tokens: Sequence[Mapping[str, Any]]) -> float | None:
 def large_sureness(
     watcher: LargeCallWatcher, labels: Sequence[str], label: str | None
 ) -> tuple[tuple[float, ...] | None, float | None]:
-    """The large model's distribution and confidence: from log-probabilities, else as stated, else unknown."""
+    """Return the large model's label distribution and its confidence.
+
+    Both come from log-probabilities if these are available. Otherwise the distribution is None, and the confidence is
+    the one stated in the answer, or None.
+    """
     if tuple(labels) == ANSWER_LABELS:
         return None, mean_probability(watcher.tokens) if watcher.tokens else stated_confidence(watcher.text)
     found = label_distribution(watcher.tokens, labels, label) if label is not None else None

@@ -1,4 +1,4 @@
-"""A local sentence encoder as LlamaIndex embedding."""
+"""EncoderEmbedding: a local sentence encoder as a LlamaIndex embedding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from langchain_datashunt.small_models.kinds.encoder import shared_encoder
 
 
 class EncoderEmbedding(BaseEmbedding):
-    """Any LangChain `Embeddings` for an index; None for the bundled encoder, which then serves classifiers as well.
+    """LlamaIndex embedding over any LangChain `Embeddings`.
 
     Args:
-        embeddings: The encoder.
+        embeddings: Sentence encoder. None uses the bundled encoder, which is shared with classifiers.
+        settings: Other fields of `BaseEmbedding`, such as `embed_batch_size`.
     """
 
     _embeddings: Embeddings = PrivateAttr()
@@ -28,7 +29,7 @@ class EncoderEmbedding(BaseEmbedding):
 
     @classmethod
     def class_name(cls) -> str:
-        """Its name in LlamaIndex."""
+        """Return the class name used by LlamaIndex."""
         return "EncoderEmbedding"
 
     def _get_query_embedding(self, query: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""PreparedByLarge: an LLM around a function-calling one, which lays a call with tools out as that one does."""
+"""PreparedByLarge: base class of LLM wrappers that delegate the preparation of tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 
 class PreparedByLarge(FunctionCallingLLM):
-    """Has its field `large` prepare calls with tools: each LLM has another form for them."""
+    """Delegate the preparation of tool calls to `large`, since every LLM has its own request format."""
 
     large: FunctionCallingLLM
 

@@ -1,4 +1,4 @@
-"""GuardedLLM: any LlamaIndex LLM behind an outbound guard. It decides nothing else."""
+"""GuardedLLM: any LlamaIndex LLM behind a privacy guard."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from langchain_datashunt.privacy.redaction import Placeholders, without_unfinish
 
 
 class GuardedLLM(LLM):
-    """Wherever an LLM goes: in a `ShuntLLM`, an `LLMSingleSelector`, a response synthesizer, an agent.
+    """LLM that redacts its requests with a privacy guard and restores the responses.
 
     ```python
     llm = GuardedLLM(large=OpenAI(model="gpt-4o"), guard=PrivacyGuard(local_kinds={"IBAN"}))
     selector = ShuntSelector(small, LLMSingleSelector.from_defaults(llm=llm))
     ```
 
-    Prompts and messages leave with placeholders, answers come back with the texts, streamed or not. What must stay is
-    answered with an `AbstainedLocally` in words, or raises `LocalOnlyError` with `on_local="raise"`. Over an
-    LLM that calls functions it is one itself (`GuardedFunctionCallingLLM`).
+    It can be used in a `ShuntLLM`, an `LLMSingleSelector`, a response synthesizer or an agent. Prompts and messages
+    are sent with placeholders, and answers are restored, streamed or not. If an input must stay local, the answer is
+    the text of an `AbstainedLocally`, or `LocalOnlyError` is raised with `on_local="raise"`. If `large` supports
+    function calling, `GuardedLLM(...)` creates a `GuardedFunctionCallingLLM`.
     """
 
-    large: LLM = Field(description="The LLM behind the guard.")
-    guard: Any = Field(description="A datashunt PrivacyGuard.", exclude=True)
+    large: LLM = Field(description="LLM that receives the redacted requests.")
+    guard: Any = Field(description="Privacy guard that redacts requests and restores responses.", exclude=True)
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """A `GuardedFunctionCallingLLM` where the LLM calls functions."""
+        """Create a `GuardedFunctionCallingLLM` if `large` supports function calling."""
         if cls is GuardedLLM and isinstance(settings.get("large"), FunctionCallingLLM):
             return super().__new__(GuardedFunctionCallingLLM)  # type: ignore[return-value]
         return super().__new__(cls)
@@ -50,7 +51,9 @@ class GuardedLLM(LLM):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         if not isinstance(self.guard, PrivacyGuard):
-            raise ConfigurationError(f"`guard` is a {type(self.guard).__name__}; give a datashunt PrivacyGuard.")
+            raise ConfigurationError(
+                f"Expected a PrivacyGuard for `guard`, got {type(self.guard).__name__}. Pass PrivacyGuard(...)."
+            )
         self.guard.check_without_labels("a LlamaIndex LLM")
         if self.callback_manager.handlers and not self.large.callback_manager.handlers:
             self.large.callback_manager = self.callback_manager
@@ -65,7 +68,7 @@ class GuardedLLM(LLM):
     def metadata(self) -> LLMMetadata:
         return self.large.metadata
 
-    # Through the guard
+    # Redaction
 
     def _out(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], Placeholders]:
         told = [{"blocks": list(one.blocks), "more": one.additional_kwargs} for one in messages]
@@ -191,9 +194,9 @@ class GuardedLLM(LLM):
 
 
 class GuardedFunctionCallingLLM(GuardedLLM, PreparedByLarge):
-    """A `GuardedLLM` over an LLM that calls functions; made by `GuardedLLM(...)`."""
+    """`GuardedLLM` over an LLM that supports function calling, created by `GuardedLLM(...)`."""
 
-    large: FunctionCallingLLM = Field(description="The LLM behind the guard.")
+    large: FunctionCallingLLM = Field(description="LLM that receives the redacted requests.")
 
     @override
     def _validate_chat_with_tools_response(
@@ -209,7 +212,7 @@ class GuardedFunctionCallingLLM(GuardedLLM, PreparedByLarge):
 
 
 class _Shown:
-    """What of a stream, whose chunks hold all text so far, was shown with the texts restored."""
+    """Restored text of a stream whose chunks each contain all text so far."""
 
     def __init__(self, found: Placeholders) -> None:
         self.found, self.so_far, self.whole = found, "", ""
@@ -231,7 +234,7 @@ class _Shown:
         return _restored_text(response, self.found).model_copy(update={"text": self.so_far, "delta": delta})
 
     def rest(self) -> Generator[Any]:
-        """What was held back until the end."""
+        """Yield the text that was held back until the end of the stream."""
         whole, before = self.found.restore_text(self.whole), self.so_far
         if self.last is None or whole == before:
             return
@@ -243,7 +246,7 @@ class _Shown:
 
 
 def _with_text(response: ChatResponse, text: str, delta: str) -> ChatResponse:
-    """A chunk with another text so far; what else is in its message stays."""
+    """Return the chunk with another text and delta, and with its other content blocks unchanged."""
     others = [block for block in response.message.blocks if not isinstance(block, TextBlock)]
     message = response.message.model_copy(update={"blocks": [*([TextBlock(text=text)] if text else []), *others]})
     return response.model_copy(update={"message": message, "delta": delta})

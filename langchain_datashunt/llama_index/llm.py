@@ -1,4 +1,4 @@
-"""ShuntLLM: a LlamaIndex LLM that answers by itself what its small model is sure of."""
+"""ShuntLLM: a LlamaIndex LLM that answers locally if its small model is confident."""
 
 from __future__ import annotations
 
@@ -42,44 +42,45 @@ from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import answer_text
 
 _REQUIRED = "_shunt_tool_required"
-"""Where a prepared call says that a tool has to be called; each LLM has another word for it."""
+"""Key of a prepared call that requires a tool call, independent of the format of each LLM."""
 
 _NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a user's message")
 
 
 class ShuntLLM(LLM):
-    """Wherever an LLM goes; over a function-calling LLM it is one itself (`ShuntFunctionCallingLLM`).
+    """LLM that answers locally if the small model is confident, and calls `large` otherwise.
 
     ```python
     llm = ShuntLLM(small=small, large=OpenAI(model="gpt-4o"), answers={"opening_hours": "From 9 to 17."})
     ```
 
     The classifier reads the user's last message, or the prompt. Responses carry the decision under
-    `additional_kwargs["shunt"]`; only the large model's calls are LLM events, so token counters count them once.
+    `additional_kwargs["shunt"]`. Only calls of the large LLM emit LLM events, so token counters count them once. If
+    `large` supports function calling, `ShuntLLM(...)` creates a `ShuntFunctionCallingLLM`.
     """
 
-    small: Any = Field(description="The small model.", exclude=True)
-    large: LLM = Field(description="The large LLM.")
+    small: Any = Field(description="Small model.", exclude=True)
+    large: LLM = Field(description="Large LLM for deferred requests.")
     answers: dict[str, Any] | None = Field(
         default=None,
-        description="By label a text, a ToolAnswer, or a list of both; a label without one is left to the large LLM. "
-        "None answers with the label itself.",
+        description="Answer for each label: a text, a ToolAnswer, or a list of both. Labels without an answer are "
+        "deferred. None answers with the label itself.",
     )
-    policy: Any = Field(default=None, description="When to keep; a datashunt Policy.", exclude=True)
+    policy: Any = Field(default=None, description="Policy that decides when to answer locally.", exclude=True)
     pruning: Any = Field(
-        default_factory=SoftPruning, description="What the large LLM is told of the small model.", exclude=True
+        default_factory=SoftPruning, description="Prompt Pruning strategy; None sends no hint.", exclude=True
     )
-    hint: str | None = Field(default=None, description="A template of what it is told.")
+    hint: str | None = Field(default=None, description="Template of the hint; None uses the strategy's own paragraph.")
     question_of: Callable[[str], str] | None = Field(
-        default=None, description="Takes the question out of a longer prompt.", exclude=True
+        default=None, description="Function that extracts the question from a longer prompt.", exclude=True
     )
-    recorder: Any = Field(default=None, description="A datashunt Recorder.", exclude=True)
+    recorder: Any = Field(default=None, description="Recorder that logs the calls.", exclude=True)
 
     _decider: Decider = PrivateAttr()
     _hint: Hint | None = PrivateAttr(default=None)
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """A `ShuntFunctionCallingLLM` where the large LLM calls functions."""
+        """Create a `ShuntFunctionCallingLLM` if `large` supports function calling."""
         if cls is ShuntLLM and isinstance(settings.get("large"), FunctionCallingLLM):
             return super().__new__(ShuntFunctionCallingLLM)  # type: ignore[return-value]
         return super().__new__(cls)
@@ -87,10 +88,13 @@ class ShuntLLM(LLM):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         if self.policy is not None and not isinstance(self.policy, Policy):
-            raise ConfigurationError(f"`policy` is a {type(self.policy).__name__}; give a datashunt Policy.")
+            raise ConfigurationError(
+                f"Expected a Policy for `policy`, got {type(self.policy).__name__}. Pass Threshold(0.9), for example."
+            )
         if self.pruning is not None and not isinstance(self.pruning, Pruning):
             raise ConfigurationError(
-                f"`pruning` is a {type(self.pruning).__name__}; give a datashunt Pruning, or None."
+                f"Expected a Pruning or None for `pruning`, got {type(self.pruning).__name__}. "
+                f"Pass SoftPruning(), for example."
             )
         self._build()
         self._share_callbacks()
@@ -100,13 +104,13 @@ class ShuntLLM(LLM):
         self._hint = None if self.pruning is None else Hint(self.pruning, self.hint)
 
     def _share_callbacks(self) -> None:
-        """Have the large LLM, which alone makes events, tell this one's callback manager too."""
+        """Give this LLM's callback manager to the large LLM if that has no handlers of its own."""
         mine, its = self.callback_manager, self.large.callback_manager
         if mine is not its and mine.handlers and not its.handlers:
             self.large.callback_manager = mine
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; the next call follows it."""
+        """Set a field and rebuild the state derived from it."""
         super().__setattr__(name, value)
         if "_decider" in (self.__pydantic_private__ or {}):
             if name in ("small", "policy", "pruning", "hint", "recorder"):
@@ -131,21 +135,23 @@ class ShuntLLM(LLM):
     def metadata(self) -> LLMMetadata:
         return self.large.metadata
 
-    # Deciding
+    # Decisions
 
     def _question(self, messages: Sequence[ChatMessage]) -> str | None:
-        """What the classifier reads; None where the conversation does not end with the user's words."""
+        """Return the text to classify, or None if the conversation does not end with a text from the user."""
         last = messages[-1] if messages else None
         if last is None or last.role != MessageRole.USER or not last.content:
             return None
-        if not all(isinstance(block, TextBlock) for block in last.blocks):  # a classifier of text has not seen it all
+        if not all(
+            isinstance(block, TextBlock) for block in last.blocks
+        ):  # a text classifier cannot see other content, such as images
             return None
         return self.question_of(last.content) if self.question_of else last.content
 
     def _small_message(
         self, decision: ShuntDecision, given: dict[str, Any], required: bool = False
     ) -> ChatMessage | None:
-        """The small side's answer, None where it has none for this call."""
+        """Return the local answer, or None if the call must be deferred."""
         if decision.route != "small" or decision.prediction is None:
             return None
         label, written = decision.prediction.label, decision.prediction.answer
@@ -269,7 +275,7 @@ class ShuntLLM(LLM):
 
         return chunks()
 
-    # Structured output is the large LLM's: labels fit no schema of somebody else's program
+    # Structured output always uses the large LLM, since labels do not fit an arbitrary schema
 
     @override
     def structured_predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -368,9 +374,9 @@ class ShuntLLM(LLM):
 
 
 class ShuntFunctionCallingLLM(ShuntLLM, PreparedByLarge):
-    """A `ShuntLLM` over an LLM that calls functions; made by `ShuntLLM(...)`."""
+    """`ShuntLLM` over an LLM that supports function calling, created by `ShuntLLM(...)`."""
 
-    large: FunctionCallingLLM = Field(description="The large LLM.")
+    large: FunctionCallingLLM = Field(description="Large LLM for deferred requests.")
 
     @override
     def _prepare_chat_with_tools(
@@ -407,7 +413,7 @@ class ShuntFunctionCallingLLM(ShuntLLM, PreparedByLarge):
 
 
 def _may_be_called(tool: str, given: dict[str, Any]) -> bool:
-    """Whether a call's `tool_choice` lets this tool be called."""
+    """Return whether the call's `tool_choice` allows this tool."""
     choice = given.get("tool_choice")
     if isinstance(choice, dict):
         choice = choice.get("name") or (choice.get("function") or {}).get("name")

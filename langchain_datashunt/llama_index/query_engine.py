@@ -1,4 +1,4 @@
-"""ShuntQueryEngine: a local answerer in front of any query engine."""
+"""ShuntQueryEngine: local answers in front of any query engine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from langchain_datashunt.policies.thresholds import Policy
 from langchain_datashunt.prediction import Prediction
 
 LocalAnswer: TypeAlias = str | Response | BaseQueryEngine
-"""What stands for a label: a text, a whole response, or an engine of its own that answers the question."""
+"""Local answer for a label: a text, a complete response, or a query engine that answers the question."""
 
 LocalAnswerer: TypeAlias = Callable[[str, Prediction], str | Response | None | Awaitable[str | Response | None]]
-"""From the question and the prediction to the answer; None leaves the question to the large engine."""
+"""Function from the question and the prediction to a local answer, or None to defer."""
 
 
 class ShuntQueryEngine(BaseQueryEngine):
-    """Answers locally what the small model is sure of, and asks another query engine for the rest.
+    """Answer locally if the small model is confident, and query another engine otherwise.
 
     ```python
     engine = ShuntQueryEngine(small, {"opening_hours": "From 9 to 17."}, index.as_query_engine(llm=llm))
@@ -36,12 +36,16 @@ class ShuntQueryEngine(BaseQueryEngine):
     Responses carry the decision under `metadata["shunt"]`.
 
     Args:
-        small: The small model.
-        local: Answers by label, or a function that makes them (sync, or async for `aquery`). A label without an answer
-            is left to the large engine.
-        large: Any query engine.
-        policy: When a local answer is given; None for the small model's own, or a threshold of 0.9.
-        recorder: A `distillation.Recorder` that keeps what the large engine answered.
+        small: Small model.
+        local: Answers by label, or a function that returns them (sync, or async for `aquery`). Labels without an answer
+            are deferred.
+        large: Query engine for deferred questions.
+        policy: Policy that decides when to answer locally. None uses the small model's own, or a threshold of 0.9.
+        recorder: `call_log.Recorder` that logs the large engine's answers.
+        callback_manager: LlamaIndex callback manager. None uses that of `large`.
+
+    Raises:
+        ConfigurationError: `local` has a label that the small model does not have.
     """
 
     def __init__(
@@ -58,8 +62,8 @@ class ShuntQueryEngine(BaseQueryEngine):
         labels = self._decider.labels
         if isinstance(local, Mapping) and labels and (unknown := sorted(set(local) - set(labels))):
             raise ConfigurationError(
-                f"There are answers for labels that the small model does not have: {', '.join(unknown[:5])}. "
-                f"Its labels are: {', '.join(labels[:10])}."
+                f"`local` has answers for labels that the small model does not have: {', '.join(unknown[:5])}. "
+                f"Available labels: {', '.join(labels[:10])}."
             )
         super().__init__(callback_manager or large.callback_manager)
 
@@ -74,7 +78,8 @@ class ShuntQueryEngine(BaseQueryEngine):
             if inspect.isawaitable(found):
                 _close(found)
                 raise ConfigurationError(
-                    "The local answerer is a coroutine function: use `aquery`, or give a function."
+                    "`local` is a coroutine function, but the call is synchronous. "
+                    "Use `aquery`, or pass a plain function."
                 )
             if isinstance(found, BaseQueryEngine):
                 found = found.query(query_bundle)
@@ -111,32 +116,32 @@ class ShuntQueryEngine(BaseQueryEngine):
         return self._local(text, prediction)
 
     async def _afind(self, text: str, prediction: Prediction) -> Any:
-        """As `_find`; a plain function runs in a thread, so that the loop is not blocked."""
+        """Async version of `_find` that runs plain functions in a thread, to keep the event loop free."""
         if isinstance(self._local, Mapping) or inspect.iscoroutinefunction(self._local):
             found = self._find(text, prediction)
         else:
             found = await run_in_executor(None, self._find, text, prediction)
         return await found if inspect.isawaitable(found) else found
 
-    # What only the large engine can do
+    # Delegated to the large engine
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        """The large engine's nodes."""
+        """Return the large engine's nodes."""
         return self._large.retrieve(query_bundle)
 
     def synthesize(self, query_bundle: QueryBundle, nodes: Any, additional_source_nodes: Any = None) -> RESPONSE_TYPE:
-        """The large engine's answer from nodes."""
+        """Return the large engine's response, synthesized from the nodes."""
         return self._large.synthesize(query_bundle, nodes, additional_source_nodes)
 
     async def asynthesize(
         self, query_bundle: QueryBundle, nodes: Any, additional_source_nodes: Any = None
     ) -> RESPONSE_TYPE:
-        """As `synthesize`."""
+        """Async version of `synthesize`."""
         return await self._large.asynthesize(query_bundle, nodes, additional_source_nodes)
 
 
 def _told(found: Any, told: dict[str, Any]) -> RESPONSE_TYPE:
-    """The answer as a response with its decision; a response that belongs to somebody is copied."""
+    """Return a response with the decision attached. A `Response` is copied, since it may be shared."""
     if isinstance(found, str):
         return Response(response=found, metadata={"shunt": told})
     if isinstance(found, Response):
@@ -147,7 +152,7 @@ def _told(found: Any, told: dict[str, Any]) -> RESPONSE_TYPE:
 
 
 def _text(response: Any) -> str:
-    """What a response says; empty for one that is still streamed."""
+    """Return the text of a response, or an empty string if it is still streaming."""
     return str(response.response) if isinstance(response, Response) else ""
 
 

@@ -1,4 +1,4 @@
-"""What a shunted LLM does to responses: what was said, which tools were offered, and the decision on them."""
+"""Helpers for responses of a shunted LLM: text, offered tools and the attached decision."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llama_index.core.base.llms.types import (
 
 
 def arguments(call: ToolCallBlock) -> dict[str, Any]:
-    """The arguments of a tool call; none where they are no object."""
+    """Return the arguments of a tool call, or an empty dict if they are not an object."""
     return call.tool_kwargs if isinstance(call.tool_kwargs, dict) else {}
 
 
 def offered_tools(given: dict[str, Any]) -> frozenset[str]:
-    """Names of the tools of a call, in whatever form the large LLM's own preparation gave them."""
+    """Return the names of the tools offered in a call, in any LLM's request format."""
     names = set()
     for tool in given.get("tools") or ():
         if isinstance(tool, dict):
@@ -29,21 +29,21 @@ def offered_tools(given: dict[str, Any]) -> frozenset[str]:
 
 
 def text_of_response(response: ChatResponse) -> str:
-    """The text of a response."""
+    """Return the text of a response, or an empty string."""
     return response.message.content or ""
 
 
 def with_decision(response: ChatResponse, decision: dict[str, Any]) -> ChatResponse:
-    """A response that carries the decision."""
+    """Return a copy of the response that carries the decision."""
     return response.model_copy(update={"additional_kwargs": {**response.additional_kwargs, "shunt": decision}})
 
 
 def completion_with_decision(response: CompletionResponse, decision: dict[str, Any]) -> CompletionResponse:
-    """As `with_decision`."""
+    """Return a copy of the completion response that carries the decision."""
     return response.model_copy(update={"additional_kwargs": {**(response.additional_kwargs or {}), "shunt": decision}})
 
 
 def each_with_decision(responses: Generator[ChatResponse], decision: dict[str, Any]) -> Generator[ChatResponse]:
-    """Responses that carry the decision."""
+    """Yield copies of the responses that carry the decision."""
     for response in responses:
         yield with_decision(response, decision)

@@ -1,4 +1,4 @@
-"""ShuntSelector: a small model chooses the query engine, retriever or tool; where it is not sure, an LLM is asked."""
+"""ShuntSelector: choose query engines, retrievers or tools with a small model, and defer to an LLM selector."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from langchain_datashunt.prediction import Prediction
 
 
 class ShuntSelection(SelectorResult):
-    """A selection with what the small model thought of each choice.
+    """Selection with the small model's probabilities and the routing decision.
 
     Attributes:
-        scores: Probability of each choice, 0.0 for those that the small model does not know; empty where it failed.
-        decision: Where the question went, and why; see `ShuntDecision.to_metadata`.
-        candidates: Positions of the choices that the LLM was shown; empty where it was not asked.
+        scores: Probability of each choice, 0.0 for choices unknown to the small model. Empty if it failed.
+        decision: Routing decision, see `ShuntDecision.to_metadata`.
+        candidates: Positions of the choices shown to the LLM. Empty if it was not called.
     """
 
     scores: list[float] = Field(default_factory=list)
@@ -36,25 +36,30 @@ class ShuntSelection(SelectorResult):
 
 
 class ShuntSelector(BaseSelector):
-    """For `RouterQueryEngine`, `RouterRetriever` and whatever takes a selector.
+    """Select with a small model if it is confident, and with an LLM selector otherwise.
 
     ```python
     selector = ShuntSelector(small, LLMSingleSelector.from_defaults(llm=llm), policy=Threshold(0.8), keep=3)
     engine = RouterQueryEngine(selector=selector, query_engine_tools=tools)
     ```
 
-    A choice belongs to the label that is its name. Choices that the small model does not know are shown to the LLM
-    always, and all of them where its label is no choice. Where its own is the only candidate left, it is chosen
-    without asking.
+    It fits `RouterQueryEngine`, `RouterRetriever` and other components that take a selector. Choices are matched to
+    labels by name. The LLM always sees the choices unknown to the small model, and it sees all choices if the
+    predicted label is not among them. If the predicted choice is the only candidate, it is selected without an LLM
+    call.
 
     Args:
-        small: The small model; its labels are names of choices.
-        large: The selector that is asked where it is not sure.
-        policy: When its choice is kept; None for the small model's own, or a threshold of 0.9.
-        keep: How many choices the LLM is shown: the likeliest; None for all, or those that `pruning` keeps.
-        pruning: A strategy that narrows the candidates, for example a fitted `ConformalPruning`.
-        names: Name of the choice by label, where they differ.
-        recorder: A `distillation.Recorder` that keeps what the LLM chose, for the small model to learn.
+        small: Small model whose labels are names of choices.
+        large: Selector for deferred questions.
+        policy: Policy that decides when to use the small model's choice. None uses the small model's own, or a
+            threshold of 0.9.
+        keep: Number of most likely choices shown to the LLM. None shows all, or those kept by `pruning`.
+        pruning: Strategy that narrows the candidates, for example a fitted `ConformalPruning`.
+        names: Name of the choice for each label, if they differ.
+        recorder: `call_log.Recorder` that logs the LLM's choices, to train the small model on.
+
+    Raises:
+        ConfigurationError: `keep` is less than 1, or both `keep` and `pruning` are given.
     """
 
     def __init__(
@@ -69,9 +74,9 @@ class ShuntSelector(BaseSelector):
         recorder: Any = None,
     ) -> None:
         if keep is not None and keep < 1:
-            raise ConfigurationError(f"keep={keep} leaves no choice; give 1 or more, or None for all.")
+            raise ConfigurationError(f"Expected at least 1 for `keep`, got keep={keep}. Pass None to show all choices.")
         if keep is not None and pruning is not None:
-            raise ConfigurationError("Give `keep` or `pruning`, not both: each narrows the candidates.")
+            raise ConfigurationError("`keep` and `pruning` both narrow the candidates. Pass one of them, not both.")
         self._decider = Decider(small, policy, recorder)
         self._large, self._keep, self._pruning, self._names = large, keep, pruning, dict(names or {})
 
@@ -114,15 +119,16 @@ class ShuntSelector(BaseSelector):
     def _narrowed(
         self, choices: Sequence[ToolMetadata], decision: ShuntDecision
     ) -> tuple[ShuntSelection | None, list[int], ShuntDecision]:
-        """The small model's selection where it stands, else the choices that the LLM is shown; the decision so far."""
+        """Return the local selection or None, the candidates for the LLM, and the updated decision."""
         if not choices:
             raise ConfigurationError(
-                "There is nothing to choose from: the selector was given no choices. Give it query engine tools."
+                "The selector received no choices, so there is nothing to choose from. "
+                "Pass at least one query engine tool."
             )
         prediction, everything = decision.prediction, list(range(len(choices)))
         place = self._places(choices, prediction)
         best = None if prediction is None else place.get(prediction.label)
-        if prediction is None or best is None:  # it failed, or means something that cannot be chosen here
+        if prediction is None or best is None:  # the small model failed, or its label is not a choice here
             return None, everything, self._decider.deferred(decision)
         candidates = self._candidates(prediction, place, len(choices))
         if decision.route != "small" and candidates == [best]:
@@ -134,17 +140,18 @@ class ShuntSelector(BaseSelector):
         return self._selection(prediction, place, len(choices), best, told), [], decision
 
     def _places(self, choices: Sequence[ToolMetadata], prediction: Prediction | None) -> dict[str, int]:
-        """Position of each label's choice, for the labels that the small model is known to have.
+        """Return the position of the choice for each known label of the small model.
 
         Raises:
-            ConfigurationError: No label is the name of a choice.
+            ConfigurationError: Several choices share a name, or no label is the name of a choice.
         """
         names = [choice.name or choice.description for choice in choices]
         by_name = {name: i for i, name in enumerate(names)}
         if len(by_name) < len(names):
             raise ConfigurationError(
-                f"Several choices have one name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); give "
-                f"each its own, for example QueryEngineTool.from_defaults(engine, name=...)."
+                f"Expected unique names, but several choices share a name: "
+                f"{', '.join(sorted({n for n in names if names.count(n) > 1}))}. Name "
+                f"each choice, for example QueryEngineTool.from_defaults(engine, name=...)."
             )
         labels = self._decider.labels or (() if prediction is None else prediction.labels)
         found = {
@@ -155,12 +162,12 @@ class ShuntSelector(BaseSelector):
         if labels and not found:
             raise ConfigurationError(
                 f"No label of the small model ({', '.join(labels[:5])}) is the name of a choice "
-                f"({', '.join(names[:5])}). Name the choices after the labels, or give `names`."
+                f"({', '.join(names[:5])}). Name the choices after the labels, or pass `names`."
             )
         return found
 
     def _candidates(self, prediction: Prediction, place: Mapping[str, int], n: int) -> list[int]:
-        """Choices that stay: those that are likely, and those that the small model does not know."""
+        """Return the positions of the likely choices and of those unknown to the small model."""
         unknown = set(range(n)) - set(place.values())
         likely = [place[label] for label, _ in prediction.top(len(prediction.labels)) if label in place]
         if self._pruning is not None:
@@ -188,7 +195,7 @@ class ShuntSelector(BaseSelector):
     def _asked(
         self, found: SelectorResult, candidates: list[int], choices: Sequence[ToolMetadata], decision: ShuntDecision
     ) -> ShuntSelection:
-        """What the LLM chose, by positions among all choices."""
+        """Return the LLM's selection, by positions among all choices."""
         known = [0 <= one.index < len(candidates) for one in found.selections]
         if not known or not all(known):
             names = tuple(choices[i].name or choices[i].description for i in candidates)

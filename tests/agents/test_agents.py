@@ -64,10 +64,10 @@ def ask(agent: Any, text: str = UNSURE) -> list[Any]:
     return messages
 
 
-# The router by itself
+# ToolRouter alone
 
 
-def test_a_router_ranks_tools_and_shortlists_them() -> None:
+def test_tool_router_each_mode_ranks_and_shortlists_tools() -> None:
     router = ToolRouter(classifier=WordModel(), mode="hard", keep=2)
     ranking = router.invoke(UNSURE)
     assert ranking.best == "cancel"
@@ -83,13 +83,13 @@ def test_a_router_ranks_tools_and_shortlists_them() -> None:
     fitted = router.calibrate(queries, ["cancel", "refund", "status"] * 20, alpha=0.05)
     assert fitted.invoke("surely cancel").shortlist == ("cancel",)
     assert set(fitted.invoke("nothing known").shortlist) == {"cancel", "refund"}, (
-        "an empty set falls back to the likeliest"
+        "an empty set falls back to the most likely tools"
     )
     with pytest.raises(PredictionError):
         router.invoke("nan")
 
 
-async def test_a_router_is_a_runnable_in_every_way() -> None:
+async def test_tool_router_every_runnable_method_returns_rankings() -> None:
     small = WordModel()
     router = ToolRouter(classifier=small, mode="hard", keep=1)
     book = RunBook()
@@ -108,15 +108,15 @@ async def test_a_router_is_a_runnable_in_every_way() -> None:
     assert plain.rank_batch(["surely refund"])[0].best == plain.invoke("surely refund").best == "refund"
 
 
-# Tools of an agent
+# Tool routing in an agent
 
 
-def test_the_large_model_sees_the_shortlist(server: ScriptedServer) -> None:
+def test_tool_middleware_hard_mode_offers_shortlist_to_large_model(server: ScriptedServer) -> None:
     middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, always_include=["status"])
     messages = ask(create_agent(chat(server), TOOLS, middleware=[middleware]))
     assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
     assert [offered(body) for body in server.bodies] == [["search", "cancel", "status"]] * 2, (
-        "search is not known to it"
+        "search is unknown to the classifier"
     )
     told = messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]
     assert told["offered"] == ["search", "cancel", "status"]
@@ -127,7 +127,7 @@ def test_the_large_model_sees_the_shortlist(server: ScriptedServer) -> None:
     assert middleware.stats.tokens_saved == 2 * told["tokens_saved"]
 
 
-def test_soft_mode_tells_probabilities_and_prunes_nothing(server: ScriptedServer) -> None:
+def test_tool_middleware_soft_mode_adds_probabilities_and_keeps_tools(server: ScriptedServer) -> None:
     middleware = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=2)
     agent = create_agent(chat(server), TOOLS, middleware=[middleware], system_prompt="Be brief.")
     ask(agent)
@@ -137,7 +137,7 @@ def test_soft_mode_tells_probabilities_and_prunes_nothing(server: ScriptedServer
     assert "- cancel with probability 0.48\n- refund with probability 0.26" in system
 
 
-def test_a_calibrated_router_offers_a_conformal_set(server: ScriptedServer) -> None:
+def test_tool_middleware_calibrated_router_offers_conformal_set(server: ScriptedServer) -> None:
     words = ["cancel", "refund", "status"] * 20
     router = ToolRouter(classifier=WordModel()).calibrate([f"surely {word}" for word in words], words)
     ask(create_agent(chat(server), TOOLS[:3], middleware=[ShuntToolRouterMiddleware(router)]), SURE)
@@ -150,7 +150,7 @@ def test_a_calibrated_router_offers_a_conformal_set(server: ScriptedServer) -> N
 
 
 def call_refund_at_first(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Names a tool that was not offered, then does what it is told."""
+    """Calls a tool that was not offered, then follows the refusal message."""
     results = [message for message in body["messages"] if message["role"] == "tool"]
     if not results:
         return {"tool_calls": [("refund", {})]}
@@ -159,7 +159,7 @@ def call_refund_at_first(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {"content": "Refunded."}
 
 
-async def test_a_tool_that_was_not_offered_is_refused_and_the_agent_recovers() -> None:
+async def test_tool_middleware_tool_not_offered_refuses_call_and_agent_recovers() -> None:
     with ScriptedServer(call_refund_at_first) as server:
         middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1)
         agent = create_agent(chat(server), TOOLS, middleware=[middleware])
@@ -174,7 +174,7 @@ async def test_a_tool_that_was_not_offered_is_refused_and_the_agent_recovers() -
         assert middleware.stats.refused == 2
 
 
-async def test_a_sure_tool_is_called_without_the_large_model(server: ScriptedServer) -> None:
+async def test_tool_middleware_confident_tool_is_called_without_large_model(server: ScriptedServer) -> None:
     middleware = ShuntToolRouterMiddleware(
         WordModel(),
         mode="hard",
@@ -187,25 +187,25 @@ async def test_a_sure_tool_is_called_without_the_large_model(server: ScriptedSer
         assert messages[1].tool_calls[0]["args"] == {"order": "7"}
         assert messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]["route"] == "small"
         assert messages[2].content == "cancel done"
-    assert len(server.bodies) == 2, "the large model has only the last word"
+    assert len(server.bodies) == 2, "the large model writes only the final answer"
     ask(agent, "surely cancel something")
-    assert len(server.bodies) == 4, "no order is named: the large model is asked"
+    assert len(server.bodies) == 4, "without an order number the call is deferred"
     ask(agent, UNSURE)
     assert middleware.stats.direct_calls == 2
 
 
-def test_arguments_are_found_or_not() -> None:
+def test_argument_extractors_fitting_and_missing_arguments_return_dict_or_none() -> None:
     cancel, refund, status, _ = TOOLS
     assert (NoArguments()(refund, "x"), WholeText()(status, "how is it?")) == ({}, {"text": "how is it?"})
     assert WholeText()(refund, "x") is None
     assert extracted(NoArguments(), cancel, "x") is None, "cancel needs an order"
     assert extracted(NoArguments(), refund, "x") == {}
     assert extracted(PatternArguments({}), cancel, "x") is None
-    with pytest.raises(ConfigurationError, match="is no regular expression"):
+    with pytest.raises(ConfigurationError, match="Invalid regular expression"):
         PatternArguments({"cancel": "("})
 
 
-async def test_where_the_small_model_fails_all_tools_are_offered(server: ScriptedServer) -> None:
+async def test_tool_middleware_failing_small_model_offers_all_tools(server: ScriptedServer) -> None:
     middleware = ShuntToolRouterMiddleware(failing_word_model(ValueError("broken")), mode="hard")
     agent = create_agent(chat(server), TOOLS, middleware=[middleware])
     messages = ask(agent)
@@ -213,7 +213,7 @@ async def test_where_the_small_model_fails_all_tools_are_offered(server: Scripte
     assert "broken" in messages[1].response_metadata["shunt_tools"]["ShuntToolRouterMiddleware"]["error"]
     await agent.ainvoke({"messages": [HumanMessage(UNSURE)]})
     assert middleware.stats.router_errors == 4
-    with pytest.warns(ShuntWarning, match="always_include names tools that this turn does not have: nothing"):
+    with pytest.warns(ShuntWarning, match="`always_include` names tools that are not in this turn: nothing"):
         ask(
             create_agent(
                 chat(server),
@@ -223,7 +223,7 @@ async def test_where_the_small_model_fails_all_tools_are_offered(server: Scripte
         )
 
 
-def test_several_routers_in_one_agent_and_many_threads(server: ScriptedServer) -> None:
+def test_tool_middleware_two_routers_in_threads_keep_decisions_apart(server: ScriptedServer) -> None:
     narrow = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, name="narrow")
     hint = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=1, name="hint")
     agent = create_agent(chat(server), TOOLS, middleware=[narrow, hint])
@@ -242,7 +242,7 @@ def test_several_routers_in_one_agent_and_many_threads(server: ScriptedServer) -
     assert narrow.stats.model_calls == 18
 
 
-async def test_streams_of_an_agent_pass_through(server: ScriptedServer) -> None:
+async def test_tool_middleware_agent_stream_returns_large_model_text(server: ScriptedServer) -> None:
     middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1)
     agent = create_agent(chat(server), TOOLS, middleware=[middleware])
     shown = [chunk async for chunk, _ in agent.astream({"messages": [HumanMessage(UNSURE)]}, stream_mode="messages")]
@@ -252,7 +252,7 @@ async def test_streams_of_an_agent_pass_through(server: ScriptedServer) -> None:
     assert all(one["messages"][-1].content == server.text for one in many)
 
 
-def test_the_large_models_choice_is_recorded_to_learn_from(server: ScriptedServer, tmp_path: Path) -> None:
+def test_tool_middleware_recorder_logs_tool_choice_of_large_model(server: ScriptedServer, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'tools.db'}"
     with Recorder(url, task="tools") as recorder:
         middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1, recorder=recorder)
@@ -264,8 +264,8 @@ def test_the_large_models_choice_is_recorded_to_learn_from(server: ScriptedServe
     assert record.input_tokens is not None
 
 
-def test_tools_of_other_servers_and_injected_state_are_called_with_care() -> None:
-    """MCP tools come with a JSON schema alone; what the agent injects is none of the caller's arguments."""
+def test_extracted_json_schema_and_injected_state_checks_caller_arguments() -> None:
+    """MCP tools have only a JSON schema, and injected state is not a caller argument."""
     mcp = StructuredTool(
         name="cancel", description="Cancels.", func=lambda **given: str(given),
         args_schema={"type": "object", "properties": {"order": {"type": "string"}}, "required": ["order"]},
@@ -284,8 +284,8 @@ def test_tools_of_other_servers_and_injected_state_are_called_with_care() -> Non
     assert extracted(WholeText(), note, "hello") == {"text": "hello"}
 
 
-def test_both_middlewares_in_one_agent(tmp_path: Path) -> None:
-    """A draft that is not kept is neither counted nor recorded; a direct call is nobody's draft."""
+def test_middleware_model_and_tool_router_together_discard_rejected_drafts(tmp_path: Path) -> None:
+    """A rejected draft is neither counted nor recorded, and a direct call is not treated as a draft."""
 
     def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return {"content": "Hm.", "tool_calls": [("refund", {})], "logprob": -0.01} if body["model"] == "tiny" else None
@@ -298,7 +298,7 @@ def test_both_middlewares_in_one_agent(tmp_path: Path) -> None:
         turns = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True))
         agent = create_agent(chat(server), TOOLS, middleware=[turns, tools])
         messages = ask(agent)
-        assert messages[1].tool_calls[0]["name"] == "cancel", "a call beside sure words is not judged by the words"
+        assert messages[1].tool_calls[0]["name"] == "cancel", "text confidence does not cover a tool call"
         assert (tools.stats.model_calls, turns.stats.small_errors) == (2, 2)
         messages = ask(agent, SURE)
         assert messages[1].response_metadata["shunt"]["policy"] == "a tool router called the tool"
@@ -306,10 +306,10 @@ def test_both_middlewares_in_one_agent(tmp_path: Path) -> None:
         recorder.flush()
         with CallLog(tmp_path / "calls.db") as store:
             labels = [record.label for batch in store.iterate() for record in batch]
-        assert labels == ["cancel"], "the large model's choice, and not the draft's"
+        assert labels == ["cancel"], "the large model's choice is recorded, not the draft's"
 
 
-def test_blocks_of_messages_stay(server: ScriptedServer) -> None:
+def test_tool_middleware_content_blocks_are_preserved(server: ScriptedServer) -> None:
     middleware = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=1, direct=AlwaysSmall())
     system = SystemMessage([{"type": "text", "text": "Long."}, {"type": "text", "text": "Longer."}])
     agent = create_agent(chat(server), [TOOLS[1]], middleware=[middleware], system_prompt=system)
@@ -320,7 +320,7 @@ def test_blocks_of_messages_stay(server: ScriptedServer) -> None:
     assert middleware.stats.direct_calls == 0, "the classifier has not seen the image"
 
 
-# Turns of an agent
+# Model routing in an agent
 
 
 def small_turns(sure: float, *, calls: bool = False) -> Any:
@@ -333,7 +333,7 @@ def small_turns(sure: float, *, calls: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(("sure", "route"), [(0.97, "small"), (0.3, "large")])
-async def test_a_small_chat_model_takes_the_turns_it_is_sure_of(sure: float, route: str) -> None:
+async def test_model_middleware_confident_draft_takes_turn(sure: float, route: str) -> None:
     with ScriptedServer(small_turns(sure)) as server:
         middleware = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True))
         agent = create_agent(chat(server), [], middleware=[middleware])
@@ -345,7 +345,7 @@ async def test_a_small_chat_model_takes_the_turns_it_is_sure_of(sure: float, rou
         assert "".join(str(chunk.text) for chunk, _ in shown) == messages[-1].content
 
 
-async def test_a_turn_of_calls_alone_is_not_judged_by_log_probabilities() -> None:
+async def test_model_middleware_tool_calls_only_defers_without_custom_confidence() -> None:
     with ScriptedServer(small_turns(0.99, calls=True)) as server:
         tiny = chat(server, model="tiny", logprobs=True)
         middleware = ShuntModelRouterMiddleware(tiny)
@@ -358,9 +358,9 @@ async def test_a_turn_of_calls_alone_is_not_judged_by_log_probabilities() -> Non
         assert first["model"]["messages"][0].response_metadata["shunt"]["route"] == "small"
 
 
-def test_the_shortlist_is_of_the_tools_that_are_there(server: ScriptedServer) -> None:
+def test_tool_middleware_likeliest_tool_missing_shortlists_available_tools(server: ScriptedServer) -> None:
     class Narrow(WordModel):
-        """Likes best what the agent does not have."""
+        """Ranks a tool first that the agent does not have."""
 
     present = [make_tool("status", "text"), make_tool("search")]
     middleware = ShuntToolRouterMiddleware(ToolRouter(classifier=Narrow(), mode="hard", keep=1))
@@ -368,7 +368,7 @@ def test_the_shortlist_is_of_the_tools_that_are_there(server: ScriptedServer) ->
     assert sorted(offered(server.bodies[-1])) == ["search", "status"]
 
 
-def test_a_budget_of_turns_is_told_what_was_asked() -> None:
+def test_model_middleware_deferral_budget_observes_deferred_turn() -> None:
     with ScriptedServer(small_turns(0.5)) as server:
         policy = DeferralBudget(rate=0.2)
         middleware = ShuntModelRouterMiddleware(chat(server, model="tiny", logprobs=True), policy=policy)
@@ -376,7 +376,7 @@ def test_a_budget_of_turns_is_told_what_was_asked() -> None:
         assert policy.current == pytest.approx(0.9 - 0.02 * 0.8)
 
 
-async def test_a_batch_of_rankings_hands_its_config_on() -> None:
+async def test_tool_router_batch_passes_config_to_classifier() -> None:
     seen: list[Any] = []
 
     def classify(text: str, config: RunnableConfig) -> Any:
@@ -388,4 +388,4 @@ async def test_a_batch_of_rankings_hands_its_config_on() -> None:
     router.batch(["a cancel", "a refund"], given)
     await router.abatch(["a cancel", "a refund"], given)
     assert seen == [("t1", True)] * 4
-    assert len(config.started) == 8, "each with a run below its own"
+    assert len(config.started) == 8, "each ranking has a child run"

@@ -63,7 +63,7 @@ def shunt(server: ScriptedServer, **settings: Any) -> ShuntChatModel:
     return ShuntChatModel(**{"small": WordModel(), "large": large, **settings})
 
 
-def test_what_the_small_side_is_sure_of_it_answers(server: ScriptedServer) -> None:
+def test_chat_model_confident_label_returns_local_answer(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": "It is cancelled."})
     usage = UsageMetadataCallbackHandler()
     answer = model.invoke(SURE, {"callbacks": [usage]})
@@ -72,11 +72,11 @@ def test_what_the_small_side_is_sure_of_it_answers(server: ScriptedServer) -> No
     assert (told["shunt"]["route"], told["shunt"]["label"], told["model_name"]) == ("small", "cancel", "words")
     assert answer.usage_metadata == {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     assert model.invoke(SURE).id != answer.id
-    assert model.invoke("surely refund it").content == server.text, "a label without an answer is left to the large one"
+    assert model.invoke("surely refund it").content == server.text, "a label without an answer is deferred"
     assert shunt(server).invoke(SURE).content == "cancel", "without answers the label is the answer"
 
 
-def test_the_rest_goes_to_the_large_model_with_a_hint(server: ScriptedServer) -> None:
+def test_chat_model_low_confidence_defers_with_hint(server: ScriptedServer) -> None:
     usage = UsageMetadataCallbackHandler()
     answer = shunt(server).invoke([SystemMessage("Be brief."), HumanMessage(UNSURE)], {"callbacks": [usage]})
     system, user = server.bodies[0]["messages"]
@@ -97,12 +97,12 @@ def test_the_rest_goes_to_the_large_model_with_a_hint(server: ScriptedServer) ->
         shunt(server, pruning=quiet).invoke(UNSURE)
         assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"]
     shunt(server, small=failing_word_model(ValueError("broken"))).invoke(UNSURE)
-    assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"], "no opinion, no hint"
-    with pytest.raises(ConfigurationError, match="The hint uses verdict"):
+    assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"], "no prediction, no hint"
+    with pytest.raises(ConfigurationError, match="unknown variables: verdict"):
         shunt(server, hint="{verdict}")
 
 
-def test_a_sure_label_calls_a_tool_or_fills_a_schema(server: ScriptedServer) -> None:
+def test_chat_model_confident_label_calls_tool_or_fills_schema(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": [ToolAnswer("cancel_order"), {"intent": "cancel"}, "It is cancelled."]})
     assert model.invoke(SURE).content == "It is cancelled.", "no tool is bound"
     called = model.bind_tools([cancel_order]).invoke(SURE)
@@ -114,13 +114,15 @@ def test_a_sure_label_calls_a_tool_or_fills_a_schema(server: ScriptedServer) -> 
     assert (raw["parsed"], raw["parsing_error"]) == (Intent(intent="cancel"), None)
     assert len(server.bodies) == 0
     text = shunt(server, answers={"cancel": "It is cancelled."})
-    assert text.bind_tools([cancel_order], tool_choice="any").invoke(SURE).tool_calls, "text is no call: the large one"
+    assert text.bind_tools([cancel_order], tool_choice="any").invoke(SURE).tool_calls, (
+        "a text answer is not a tool call, so it is deferred"
+    )
     assert len(server.bodies) == 1
     text.bind_tools([cancel_order], response_format=Intent, strict=True).invoke(SURE)
-    assert len(server.bodies) == 2, "a response format asks for more than labels can give"
+    assert len(server.bodies) == 2, "labels cannot satisfy a response format"
 
 
-def test_labels_fill_schemas_of_one_field(server: ScriptedServer) -> None:
+def test_structured_output_one_field_schema_is_filled_by_label(server: ScriptedServer) -> None:
     model = shunt(server)
 
     class Wanted(TypedDict):
@@ -139,7 +141,7 @@ def test_labels_fill_schemas_of_one_field(server: ScriptedServer) -> None:
 
 
 class Writes(Runnable[Any, Prediction]):
-    """A small model that writes the last word of what it reads, and is sure of it."""
+    """A confident small model that writes the last word of its input."""
 
     model_id = "writer"
 
@@ -147,7 +149,7 @@ class Writes(Runnable[Any, Prediction]):
         return Prediction.from_answer(input[-1].text.split()[-1], 0.95, model_id=self.model_id)
 
 
-def test_what_a_small_model_wrote_is_given_where_it_fits(server: ScriptedServer) -> None:
+def test_chat_model_written_answer_is_returned_if_it_fits_the_form(server: ScriptedServer) -> None:
     model = shunt(server, small=Writes())
     assert model.invoke("please refund").content == "refund"
     structured = model.with_structured_output(Intent)
@@ -155,7 +157,7 @@ def test_what_a_small_model_wrote_is_given_where_it_fits(server: ScriptedServer)
     assert len(server.bodies) == 0
     found = structured.batch(["please cancel", "please dance", "please refund"])
     assert [found[0], found[2]] == [Intent(intent="cancel"), Intent(intent="refund")]
-    assert len(server.bodies) == 1, "to dance is not among the schema's values, so the large model was asked"
+    assert len(server.bodies) == 1, "dance is not among the schema's values, so it is deferred"
     by_word = shunt(server, small=Writes(), answers={"hours": "From 9 to 17."})
     assert by_word.invoke("your hours").content == "From 9 to 17."
     assert by_word.invoke("your prices").content == server.text
@@ -163,7 +165,7 @@ def test_what_a_small_model_wrote_is_given_where_it_fits(server: ScriptedServer)
         shunt(server, answers={"hours": "From 9 to 17."})
 
 
-async def test_streams_carry_the_decision_once(server: ScriptedServer) -> None:
+async def test_chat_model_stream_carries_decision_once(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": ToolAnswer("cancel_order", {"order": "7"})})
     chunks = list(model.stream(UNSURE))
     whole = sum(chunks[1:], chunks[0])
@@ -184,7 +186,7 @@ async def test_streams_carry_the_decision_once(server: ScriptedServer) -> None:
     assert parents == {"ShuntChatModel": 0, "WordModel": 1, "ChatOpenAI": 1}
 
 
-async def test_after_a_tools_result_the_large_model_is_asked_at_once(server: ScriptedServer) -> None:
+async def test_chat_model_tool_result_last_skips_small_model(server: ScriptedServer) -> None:
     small = WordModel()
     model = shunt(server, small=small).bind_tools([cancel_order])
     call = AIMessage("", tool_calls=[{"name": "cancel_order", "args": {}, "id": "1", "type": "tool_call"}])
@@ -209,7 +211,7 @@ def reply_with_logprobs(sure: float) -> Any:
 
 
 @pytest.mark.parametrize(("sure", "route"), [(0.97, "small"), (0.6, "large"), (0.02, "large")])
-async def test_a_small_chat_model_is_believed_where_it_is_sure(sure: float, route: str) -> None:
+async def test_chat_model_draft_routes_by_token_probability(sure: float, route: str) -> None:
     with ScriptedServer(reply_with_logprobs(sure)) as server:
         tiny = server.chat_model(model="tiny", logprobs=True, http_async_client=httpx.AsyncClient())
         model, usage = shunt(server, small=tiny), UsageMetadataCallbackHandler()
@@ -226,29 +228,29 @@ async def test_a_small_chat_model_is_believed_where_it_is_sure(sure: float, rout
         assert structured.invoke("surely cancel") == Intent(intent="refund" if route == "small" else "cancel")
 
 
-def test_a_chat_model_without_log_probabilities_is_never_believed(server: ScriptedServer) -> None:
+def test_chat_model_draft_without_logprobs_defers(server: ScriptedServer) -> None:
     model = shunt(server, small=server.chat_model(model="tiny"))
     told = model.invoke(UNSURE).response_metadata["shunt"]
     assert (told["route"], told["reason"]) == ("large", "small_error")
-    assert "gave no log-probabilities" in told["error"]
+    assert "no log-probabilities" in told["error"]
     tokens = {"logprobs": {"content": [{"logprob": math.log(p)} for p in (0.9, 0.5, 0.8)]}}
     assert min_token_probability(AIMessage("a b c", response_metadata=tokens)) == pytest.approx(0.5)
     assert min_token_probability(AIMessage("a")) is None
 
 
-def test_the_large_models_cache_and_rate_limiter_stay_its_own(server: ScriptedServer) -> None:
+def test_chat_model_cache_and_rate_limiter_belong_to_large_model(server: ScriptedServer) -> None:
     limiter = InMemoryRateLimiter(requests_per_second=1000, max_bucket_size=1)
     model = shunt(server, large=server.chat_model(cache=InMemoryCache(), rate_limiter=limiter))
     assert model.invoke(UNSURE).content == model.invoke(UNSURE).content
     assert len(server.bodies) == 1, "the second came from the large model's cache"
     model.invoke(SURE)
-    assert limiter.available_tokens < 1.0, "only large calls take from the limiter"
+    assert limiter.available_tokens < 1.0, "only LLM calls use the limiter"
     for name in ("cache", "rate_limiter"):
         with pytest.raises(ConfigurationError, match="to the large model"):
             shunt(server, **{name: InMemoryCache() if name == "cache" else limiter})
 
 
-async def test_many_conversations_are_one_small_call(server: ScriptedServer) -> None:
+async def test_chat_model_batch_makes_one_small_call(server: ScriptedServer) -> None:
     small = WordModel()
     model = shunt(server, small=small)
     answers = model.batch([SURE, UNSURE, [HumanMessage("surely status")]], {"max_concurrency": 2})
@@ -258,7 +260,7 @@ async def test_many_conversations_are_one_small_call(server: ScriptedServer) -> 
     assert model.batch([]) == []
 
 
-async def test_older_interfaces_count_tokens_once(server: ScriptedServer) -> None:
+async def test_chat_model_legacy_interfaces_count_tokens_once(server: ScriptedServer) -> None:
     model = shunt(server)
     messages: Any = [[HumanMessage(UNSURE)], [HumanMessage(SURE)]]
     expected = model.invoke(UNSURE).usage_metadata
@@ -275,7 +277,7 @@ async def test_older_interfaces_count_tokens_once(server: ScriptedServer) -> Non
             assert (await stream.output).text == server.text
         if kind.endswith("generate"):
             assert [row[0].text for row in told.generations] == [server.text, "cancel"]
-        for _ in range(200):  # a v3 stream ends its run in the background, after it has given its output
+        for _ in range(200):  # a v3 stream ends its run in the background, after its output
             if usage.usage_metadata:
                 break
             await asyncio.sleep(0.01)
@@ -283,25 +285,25 @@ async def test_older_interfaces_count_tokens_once(server: ScriptedServer) -> Non
         assert usage.usage_metadata["scripted"]["total_tokens"] == (expected or {})["total_tokens"], kind
 
 
-def test_a_chat_model_of_two_sides_drives_an_agent(server: ScriptedServer) -> None:
+def test_chat_model_in_agent_calls_tools_locally(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": ToolAnswer("cancel_order", {"order": "7"})})
     agent = create_agent(model, [cancel_order])
     messages = agent.invoke({"messages": [HumanMessage(SURE)]})["messages"]
     assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
     assert messages[2].content == "cancelled 7"
-    assert len(server.bodies) == 1, "only the last word is the large model's"
+    assert len(server.bodies) == 1, "only the final answer is the large model's"
     shown = [chunk for chunk, _ in agent.stream({"messages": [HumanMessage(UNSURE)]}, stream_mode="messages")]
     assert sum(len(chunk.tool_call_chunks) > 0 for chunk in shown if isinstance(chunk, AIMessageChunk)) > 0
 
 
-def test_a_rejected_draft_is_not_shown_by_a_graph() -> None:
+def test_chat_model_rejected_draft_is_not_streamed_by_graph() -> None:
     with ScriptedServer(reply_with_logprobs(0.5)) as server:
         agent = create_agent(shunt(server, small=server.chat_model(model="tiny", logprobs=True)), [])
         shown = agent.stream({"messages": [HumanMessage(UNSURE)]}, stream_mode="messages")
         assert "".join(str(chunk.text) for chunk, _ in shown) == server.text
 
 
-def test_settings_reach_the_large_model(server: ScriptedServer) -> None:
+def test_chat_model_settings_are_passed_to_large_model(server: ScriptedServer) -> None:
     model = shunt(server, temperature=0.3, max_tokens=9, tags=["mine"], metadata={"team": "a"})
     book = RunBook()
     model.invoke(UNSURE, {"callbacks": [book]}, stop=["day"])
@@ -332,20 +334,20 @@ class Filling(FakeListChatModel):
         return self | RunnableLambda(_refund_and_raw if include_raw else _refund)
 
 
-def test_structured_output_can_be_copied_and_pickled() -> None:
+def test_structured_output_copy_and_pickle_answer_alike() -> None:
     model = ShuntChatModel(small=WordModel(), large=Filling(), max_concurrency=2)
     plain, raw = model.with_structured_output(Intent), model.with_structured_output(Intent, include_raw=True)
     for again in (pickle.loads(pickle.dumps(plain)), copy.deepcopy(plain)):
         assert again.invoke(SURE) == Intent(intent="cancel")
         assert again.invoke(UNSURE) == Intent(intent="refund")
-        assert again.shunt.limiter is again.owner._limiter, "one bound for both ways"
+        assert again.shunt.limiter is again.owner._limiter, "both routes share one limiter"
         assert [spec.id for spec in again.config_specs] == ["shunt_threshold"]
     for again in (pickle.loads(pickle.dumps(raw)), copy.deepcopy(raw)):
         assert again.invoke(SURE)["parsed"] == Intent(intent="cancel")
     assert [spec.id for spec in model.config_specs] == ["shunt_threshold"]
 
 
-def test_it_can_be_copied_and_pickled(server: ScriptedServer) -> None:
+def test_chat_model_copy_and_pickle_answer_alike(server: ScriptedServer) -> None:
     model = ShuntChatModel(small=WordModel(), large=server.chat_model(), answers={"cancel": "Done."})
     copied = model.model_copy(deep=False)
     assert copied.invoke(SURE).content == "Done."
@@ -360,7 +362,7 @@ def test_it_can_be_copied_and_pickled(server: ScriptedServer) -> None:
         assert again.answers is not bound.answers
 
 
-def test_own_callbacks_join_those_of_the_run_around_it(server: ScriptedServer) -> None:
+def test_chat_model_own_callbacks_are_added_to_those_of_enclosing_run(server: ScriptedServer) -> None:
     own, around = RunBook(), RunBook()
     model = shunt(server, callbacks=[own])
     RunnableLambda(lambda text: model.invoke(text)).invoke(UNSURE, {"callbacks": [around]})
@@ -369,7 +371,7 @@ def test_own_callbacks_join_those_of_the_run_around_it(server: ScriptedServer) -
 
 
 def draft_of(content: str | None, calls: Any = (), seen: list[Any] | None = None) -> Any:
-    """A small chat model that is sure of one thing, whatever it is asked."""
+    """Reply as a confident small chat model with one fixed draft."""
 
     def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if body["model"] != "tiny":
@@ -381,23 +383,25 @@ def draft_of(content: str | None, calls: Any = (), seen: list[Any] | None = None
     return reply
 
 
-def test_a_draft_must_be_of_the_form_that_was_asked_for() -> None:
+def test_chat_model_draft_without_requested_form_defers() -> None:
     seen: list[Any] = []
     with ScriptedServer(draft_of("Sure thing.", seen=seen)) as server:
         model = shunt(server, small=server.chat_model(model="tiny", logprobs=True), temperature=0.3)
         assert model.invoke(UNSURE, stop=["x"]).content == "Sure thing."
-        assert (seen[-1]["stop"], seen[-1]["temperature"]) == (["x"], 0.3), "it is asked as the large one would be"
+        assert (seen[-1]["stop"], seen[-1]["temperature"]) == (["x"], 0.3), (
+            "settings are passed to the draft as to the large model"
+        )
         forced = model.bind_tools([cancel_order], tool_choice="any").invoke(UNSURE)
-        assert forced.tool_calls, "text is no call"
+        assert forced.tool_calls, "a text answer is not a tool call"
         parsed = model.with_structured_output(Intent, method="function_calling").invoke(UNSURE)
-        assert isinstance(parsed, Intent), "a draft that parses to nothing is not kept"
+        assert isinstance(parsed, Intent), "a draft that cannot be parsed is rejected"
     with ScriptedServer(draft_of("Ok.", [("cancel_order", {"order": "ALL"})])) as server:
         model = shunt(server, small=server.chat_model(model="tiny", logprobs=True))
         told = model.bind_tools([cancel_order]).invoke(UNSURE).response_metadata["shunt"]
-        assert told["route"] == "large", "the words' probabilities say nothing of the call"
+        assert told["route"] == "large", "token probabilities do not cover the tool call"
 
 
-def test_what_a_call_binds_itself_counts_too(server: ScriptedServer) -> None:
+def test_chat_model_bound_tools_and_response_format_are_respected(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": ["It is cancelled.", ToolAnswer("cancel_order")]})
     described = convert_to_openai_tool(cancel_order)
     assert model.bind(tools=[described], tool_choice="required").invoke(SURE).tool_calls
@@ -408,7 +412,7 @@ def test_what_a_call_binds_itself_counts_too(server: ScriptedServer) -> None:
     assert AnswerForm.from_tools([cancel_order], {"type": "none"}, {}).tools == frozenset()
 
 
-def test_the_bound_and_the_retries_hold_for_every_call() -> None:
+def test_chat_model_concurrency_and_retry_apply_to_every_call() -> None:
     def plan(number: int, body: Mapping[str, Any]) -> str | None:
         return "500" if number == 1 else None
 
@@ -445,7 +449,7 @@ def shunt_over_busy(limit: int) -> ShuntChatModel:
     return ShuntChatModel(small=WordModel(), large=Busy(), max_concurrency=limit)
 
 
-def test_answers_are_copies_and_errors_are_the_real_ones(server: ScriptedServer) -> None:
+def test_chat_model_answers_are_copied_and_llm_errors_raised(server: ScriptedServer) -> None:
     class Two(BaseModel):
         """Two fields."""
 
@@ -463,7 +467,7 @@ def test_answers_are_copies_and_errors_are_the_real_ones(server: ScriptedServer)
         count: int
 
     shunt(server).with_structured_output(Count).invoke(SURE)
-    assert len(server.bodies) == 1, "a label is no number"
+    assert len(server.bodies) == 1, "a label is not a number"
     raw = shunt(server, temperature=0.3).with_structured_output(Intent, include_raw=True).invoke(UNSURE)
     assert raw["raw"].response_metadata["shunt"]["route"] == "large"
     assert server.bodies[-1]["temperature"] == 0.3
@@ -477,7 +481,7 @@ def test_answers_are_copies_and_errors_are_the_real_ones(server: ScriptedServer)
             failing.invoke(UNSURE)
 
 
-def test_chunks_keep_what_messages_have_and_one_call_may_be_configured(server: ScriptedServer) -> None:
+def test_chat_model_chunk_keeps_additional_kwargs_and_call_threshold_applies(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": AIMessage("ok", additional_kwargs={"cites": [1]})})
     (chunk,) = model.stream(SURE)
     assert chunk.additional_kwargs == {"cites": [1]}
@@ -486,7 +490,7 @@ def test_chunks_keep_what_messages_have_and_one_call_may_be_configured(server: S
     assert server.bodies == []
 
 
-def test_settings_that_change_are_followed_and_wrong_ones_refused(server: ScriptedServer) -> None:
+def test_chat_model_changed_settings_apply_and_invalid_ones_raise(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": "A"})
     assert model.model_copy(update={"answers": {"cancel": "B"}}).invoke(SURE).content == "B"
     assert model.invoke(SURE).content == "A"
@@ -501,12 +505,12 @@ def test_settings_that_change_are_followed_and_wrong_ones_refused(server: Script
     assert (good.content, type(bad)) == ("cancel", ValueError)
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     seen = shunt(server).invoke([HumanMessage([{"type": "text", "text": SURE}, picture])])
-    assert seen.response_metadata["shunt"]["route"] == "large", "the classifier has not seen the image"
+    assert seen.response_metadata["shunt"]["route"] == "large", "the classifier cannot see the image"
 
 
 @pytest.mark.parametrize("on_local", ["abstain", "small", "raise"])
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-async def test_what_must_stay_loses_no_other_answer_of_its_batch(
+async def test_chat_model_local_only_input_keeps_other_answers_of_batch(
     server: ScriptedServer, on_local: Any, way: str
 ) -> None:
     guard = PrivacyGuard(local_where=lambda text: "secret" in text, on_local=on_local)
@@ -521,7 +525,7 @@ async def test_what_must_stay_loses_no_other_answer_of_its_batch(
         model.batch(inputs)
 
 
-def test_calls_with_tools_or_settings_of_their_own_wait_in_the_same_line() -> None:
+def test_chat_model_bound_models_share_one_queue() -> None:
     guard = threading.Event()
     large = ToolsChat(responses=["done"], wait=guard)
     model = ShuntChatModel(small=WordModel(), large=large, max_pending=2, max_concurrency=1)
@@ -542,7 +546,7 @@ def test_calls_with_tools_or_settings_of_their_own_wait_in_the_same_line() -> No
     assert sum(isinstance(one, QueueFullError) for one in answered) == 4
 
 
-def test_a_structured_stream_without_a_question_keeps_to_the_limits(server: ScriptedServer) -> None:
+def test_structured_stream_after_tool_result_respects_concurrency(server: ScriptedServer) -> None:
     at_once = AtOnce()
 
     class Counting(FakeListChatModel):
@@ -565,7 +569,7 @@ def test_a_structured_stream_without_a_question_keeps_to_the_limits(server: Scri
 
 
 class ToolsChat(FakeListChatModel):
-    """A chat model that takes tools, and waits."""
+    """A chat model that accepts tools and waits for an event."""
 
     wait: Any
 
@@ -577,7 +581,7 @@ class ToolsChat(FakeListChatModel):
         return super()._call(*args, **kwargs)
 
 
-def test_what_a_call_gives_is_added_to_what_is_bound() -> None:
+def test_chat_model_call_arguments_are_merged_with_bound_ones() -> None:
     answers = {"cancel": [ToolAnswer("cancel_order"), "It is cancelled."]}
     large = ToolsChat(responses=["LARGE"], wait=threading.Event())
     large.wait.set()
@@ -586,6 +590,6 @@ def test_what_a_call_gives_is_added_to_what_is_bound() -> None:
     assert held.invoke(SURE, tool_choice="auto").content == "LARGE"
     forced = model.bind_tools([cancel_order], tool_choice="any")
     other = {"type": "function", "function": {"name": "other", "parameters": {}}}
-    assert forced.invoke(SURE, tools=[other]).content == "LARGE", "a text is no call"
+    assert forced.invoke(SURE, tools=[other]).content == "LARGE", "a text answer is not a tool call"
     assert model.bind_tools([cancel_order]).invoke(SURE, tool_choice="cancel_order").tool_calls
     assert model.bind_tools([cancel_order]).invoke(SURE, tool_choice="none").content == "It is cancelled."

@@ -1,4 +1,4 @@
-"""The standard suites that LangChain has for chat models, with every capability that is claimed switched on."""
+"""LangChain's standard test suites for chat models, with every supported capability enabled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ANSWERS = {"cancel": "It is cancelled.", "status": "It is on its way."}
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: Any) -> Path:
-    """A small model on disk, as a served chat model would name it."""
+    """A small model on disk, as a served chat model refers to it."""
     head = {"head": np.zeros((26, 3), np.float32), "bias": np.zeros(3, np.float32)}
     small = EmbeddingClassifier(labels=LABELS, model_id="letters", embeddings=LetterEmbeddings(), **head)
     return small.save(tmp_path_factory.mktemp("serialised") / "bundle")
@@ -47,7 +47,7 @@ class TestUnit(ChatModelUnitTests):
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
-        """Time-outs, retries and keys are the large model's own."""
+        """Timeouts, retries and keys belong to the large model."""
         return {"temperature": 0, "max_tokens": 100, "stop": []}
 
     @property
@@ -61,7 +61,7 @@ class TestUnit(ChatModelUnitTests):
 
     @pytest.fixture
     def snapshot(self) -> Any:
-        """What a serialised model must be: its parts by reference, secrets by name."""
+        """Expected serialised model: its parts by reference, secrets by name."""
 
         def expected(name: str) -> dict[str, Any]:
             kwargs = dumpd(self.chat_model_class(**self.standard_chat_model_params, **self.chat_model_params))["kwargs"]
@@ -76,12 +76,12 @@ class TestUnit(ChatModelUnitTests):
         return expected
 
     @pytest.mark.xfail(
-        reason="load(allowed_objects='all') makes LangChain's own classes only; ours are named one by one"
+        reason="load(allowed_objects='all') creates only LangChain's own classes, and others must be listed"
     )
     def test_serdes(self, model: BaseChatModel, snapshot: Any) -> None:
         super().test_serdes(model, snapshot)
 
-    def test_it_is_made_again_where_its_classes_are_allowed(self, model: BaseChatModel) -> None:
+    def test_load_with_allowed_classes_restores_model(self, model: BaseChatModel) -> None:
         kinds = [ShuntChatModel, BundledSmallModel, ChatOpenAI, Threshold, MaxProbability, SoftPruning, Retry]
         again = load(
             dumpd(model), allowed_objects=kinds, valid_namespaces=["langchain_datashunt"], secrets_from_env=True
@@ -121,7 +121,7 @@ class Standard(ChatModelIntegrationTests):
 
 
 class TestDeferred(Standard):
-    """Everything goes to the large model, with a hint."""
+    """Defer every input to the large model, with a hint."""
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
@@ -129,9 +129,9 @@ class TestDeferred(Standard):
 
 
 class TestTrusted(Standard):
-    """A chat model drafts and is always believed: every capability through the small side.
+    """Answer every input with a draft, to test all capabilities of the small route.
 
-    A model's name given with a call is the large one's, which is not asked here.
+    A model name passed with a call selects the large model, which is never called here.
     """
 
     @property

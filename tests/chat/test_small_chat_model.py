@@ -1,4 +1,4 @@
-"""A chat model of a local server as the small side, and images on their way to a multimodal one."""
+"""A local chat model as the small model, and images sent to multimodal chat models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.scripted_server import ScriptedServer
 
 
 def reply(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The small model writes; it is sure of what "surely" stands in."""
+    """Reply as the small model, confident about texts that contain "surely"."""
     if body["model"] != "tiny":
         return None
     content = body["messages"][-1]["content"]
@@ -57,7 +57,7 @@ def tiny(server: ScriptedServer, **settings: Any) -> ChatOpenAI:
     return model
 
 
-async def test_it_writes_and_knows_how_sure_it_is() -> None:
+async def test_small_chat_model_without_labels_returns_answer_and_confidence() -> None:
     with ScriptedServer(reply) as server:
         small = SmallChatModel(chat_model=tiny(server))
         assert small.model_id == "tiny"
@@ -83,12 +83,12 @@ async def test_it_writes_and_knows_how_sure_it_is() -> None:
         assert least.invoke("surely").model_id == "mine"
         other = server.chat_model(model="other")
         assert small.model_copy(update={"chat_model": other}).model_id == "other"
-        assert least.model_copy(update={"chat_model": other}).model_id == "mine", "a name that was given stays"
+        assert least.model_copy(update={"chat_model": other}).model_id == "mine", "an explicit name is kept"
         small.chat_model = other
         assert small.model_id == "other"
 
 
-async def test_a_shunt_between_two_servers_models(tmp_path: Path) -> None:
+async def test_shunt_small_chat_model_and_llm_routes_and_records(tmp_path: Path) -> None:
     with ScriptedServer(reply) as server, CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         prompt = ChatPromptTemplate.from_messages(
             [("system", "A small model says: {small_label} ({small_confidence})"), ("human", "{input}")]
@@ -116,7 +116,7 @@ async def test_a_shunt_between_two_servers_models(tmp_path: Path) -> None:
         assert calls["nothing"].reason == "small_error"
 
 
-def test_it_chooses_labels_from_their_tokens() -> None:
+def test_small_chat_model_with_labels_returns_label_probabilities() -> None:
     with ScriptedServer(reply) as server:
         small = SmallChatModel(chat_model=tiny(server), labels=LABELS, aliases={"refund": ("money back",)})
         one = small.invoke("surely refund")
@@ -132,22 +132,22 @@ def test_it_chooses_labels_from_their_tokens() -> None:
         assert chain.batch(["surely refund", "refund", "hello"]) == ["refund", "status", "status"]
 
 
-async def test_a_model_without_log_probabilities_is_never_believed() -> None:
+async def test_small_chat_model_without_logprobs_raises_and_shunt_defers() -> None:
     small = SmallChatModel(chat_model=FakeListChatModel(responses=["hello"]))
-    with pytest.raises(PredictionError, match="gave no log-probabilities"):
+    with pytest.raises(PredictionError, match="returned no log-probabilities"):
         small.invoke("x")
-    with pytest.raises(PredictionError, match="gave no log-probabilities"):
+    with pytest.raises(PredictionError, match="returned no log-probabilities"):
         await small.ainvoke("x")
     shunt = ShuntRunnable(small=small, large=lambda _: "large", pruning=None, return_decision=True)
     result = shunt.invoke("x")
     assert (result.output, result.reason) == ("large", "small_error")
-    with pytest.raises(ConfigurationError, match="no Runnable"):
+    with pytest.raises(ConfigurationError, match="Expected a Runnable, got int"):
         SmallChatModel(chat_model=3)  # type: ignore[arg-type]
-    with pytest.raises(PredictionError, match="a chat model's message is needed"):
+    with pytest.raises(PredictionError, match="Expected an AIMessage from .*, got str"):
         SmallChatModel(chat_model=lambda _: "text").invoke("x")  # type: ignore[arg-type]
 
 
-def test_images_go_to_a_multimodal_model_with_what_the_small_one_thinks(tmp_path: Path) -> None:
+def test_label_router_image_is_sent_with_probabilities(tmp_path: Path) -> None:
     modality = image_modality(tmp_path)
     with ScriptedServer(text="red") as server:
         chain = ConfidenceRouterChain.from_models(
@@ -177,17 +177,17 @@ def test_images_go_to_a_multimodal_model_with_what_the_small_one_thinks(tmp_path
             chain.invoke("no image")
 
 
-def test_a_multimodal_chat_model_can_be_the_small_side() -> None:
+def test_small_chat_model_image_reader_sends_image() -> None:
     with ScriptedServer(reply) as server:
         small = SmallChatModel(chat_model=tiny(server), reader=ImageReader(), labels=LABELS)
         found = small.batch([np.zeros((8, 8, 3), np.uint8), "no image"], return_exceptions=True)
-        assert isinstance(found[0], Exception)  # the scripted model sees no label in a picture
+        assert isinstance(found[0], Exception)  # the scripted model returns no label for an image
         assert isinstance(found[1], InputError)
         assert server.bodies[-1]["messages"][-1]["content"][0]["type"] == "image_url"
 
 
 def said(text: str, tokens: list[Any], **metadata: Any) -> Runnable[Any, Any]:
-    """A chat model that always gives one message."""
+    """Return a chat model with one fixed message."""
     message = AIMessage(text, response_metadata={"logprobs": {"content": tokens}, **metadata})
     return RunnableLambda(lambda _: message)
 
@@ -197,7 +197,7 @@ def token(text: str, p: float, *others: tuple[str, float]) -> dict[str, Any]:
     return {"token": text, "logprob": math.log(p) if p == p else p, "top_logprobs": top}
 
 
-def test_a_label_is_never_surer_than_the_one_that_was_said() -> None:
+def test_small_chat_model_label_confidence_is_that_of_its_own_tokens() -> None:
     for tokens in (
         [token("Label", 0.06, ("status", 0.9)), token(":", 1), token(" status", 0.99)],
         [token("stat", 0.9, ("stat", 0.9), ("ref", 0.05)), token("us", 0.1)],
@@ -207,22 +207,22 @@ def test_a_label_is_never_surer_than_the_one_that_was_said() -> None:
         assert (one.label, one.confidence < 0.9) == ("status", True)
 
 
-def test_what_cannot_be_believed_is_an_error_of_its_own_input() -> None:
+def test_small_chat_model_invalid_logprobs_fail_their_own_input_only() -> None:
     bad = {
-        "not numbers": said("hello", [token("hello", float("nan"))]),
-        "no numbers": said("hello", [{"token": "hello", "logprob": None}]),
-        "not finished": said("Dear customer, we wi", [token("Dear", 0.99)], finish_reason="length"),
+        "that are NaN": said("hello", [token("hello", float("nan"))]),
+        "invalid log-probabilities": said("hello", [{"token": "hello", "logprob": None}]),
+        "is incomplete": said("Dear customer, we wi", [token("Dear", 0.99)], finish_reason="length"),
     }
     for words, model in bad.items():
         with pytest.raises(PredictionError, match=words):
             SmallChatModel(chat_model=model, model_id="m").invoke("x")
-    good, none = said("hello", [token("hello", 0.9)]), bad["no numbers"]
+    good, none = said("hello", [token("hello", 0.9)]), bad["invalid log-probabilities"]
     mixed = RunnableLambda(lambda value: (none if "bad" in value.to_string() else good).invoke(value))
     found = SmallChatModel(chat_model=mixed, model_id="m").batch(["a", "bad", "c"], return_exceptions=True)
     assert [getattr(one, "answer", None) for one in found] == ["hello", None, "hello"]
 
 
-def test_changed_settings_are_followed() -> None:
+def test_small_chat_model_changed_chat_model_is_used() -> None:
     small = SmallChatModel(chat_model=said("A", [token("A", 0.9)]), model_id="m")
     small.chat_model = said("B", [token("B", 0.9)])
     assert small.invoke("x").answer == "B"
@@ -230,7 +230,7 @@ def test_changed_settings_are_followed() -> None:
     assert len(small.get_graph().nodes) > 2
 
 
-def test_written_answers_in_chat_models_llms_and_audits() -> None:
+def test_written_answers_in_chat_models_llms_and_audits_are_used() -> None:
     from llama_index.core.llms import MockLLM
 
     from langchain_datashunt.llama_index import ShuntLLM
@@ -251,7 +251,7 @@ def test_written_answers_in_chat_models_llms_and_audits() -> None:
     assert (monitor.disagreement.n, monitor.disagreement.total) == (5, 0.0)
 
 
-def test_drafts_are_recorded_as_text_and_scored_by_their_tokens(tmp_path: Path) -> None:
+def test_chat_model_rejected_draft_is_recorded_with_token_score(tmp_path: Path) -> None:
     draft = AIMessage("hello there", response_metadata={"logprobs": {"content": [token("hello", 0.5)]}})
     tiny_model = GenericFakeChatModel(messages=iter([draft, draft]))
     with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
@@ -268,7 +268,7 @@ def test_drafts_are_recorded_as_text_and_scored_by_their_tokens(tmp_path: Path) 
             ShuntModelRouterMiddleware(large, policy=Threshold(0.8, score=score))
 
 
-def test_decision_events_carry_the_marks_of_their_run() -> None:
+def test_decision_event_carries_tags_and_metadata_of_its_run() -> None:
     seen: list[Any] = []
 
     class Listener(BaseCallbackHandler):

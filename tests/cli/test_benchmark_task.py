@@ -188,7 +188,7 @@ def test_recorded_answers_are_found_by_the_last_user_message(tmp_path: Path) -> 
 
 def test_recorded_answers_must_be_unambiguous(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,answer\nx,1\nx,2\n")
-    with pytest.raises(ReplayError, match="row 2: this input stands there twice"):
+    with pytest.raises(ReplayError, match="row 2: this input occurs twice"):
         RecordedAnswers.load(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text("text,reply\nx,1\n")
     with pytest.raises(ReplayError, match="no column with recorded answers"):

@@ -29,7 +29,7 @@ class Clock:
 
 
 class Flaky(Runnable[Any, Any]):
-    """A large model that fails while it is told to; counts its calls."""
+    """A large model that fails while `error` is set, and counts its calls."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.calls = error, 0
@@ -46,7 +46,7 @@ def shunt(large: Any, breaker: CircuitBreaker | None, **settings: Any) -> ShuntR
     return ShuntRunnable(small=WordModel(), large=large, breaker=breaker, **{**given, **settings})
 
 
-def test_a_large_model_that_keeps_failing_is_left_alone_and_tried_again() -> None:
+def test_circuit_breaker_consecutive_failures_open_then_probe_closes() -> None:
     clock, large = Clock(), Flaky(HttpError(503))
     breaker = CircuitBreaker(failures=3, reset_seconds=10.0, clock=clock)
     chain = shunt(large, breaker)
@@ -61,7 +61,7 @@ def test_a_large_model_that_keeps_failing_is_left_alone_and_tried_again() -> Non
     clock.now += 10.1
     assert breaker.state == "half-open"
     with pytest.raises(HttpError):
-        chain.invoke("refund")  # the probe fails: twice as long
+        chain.invoke("refund")  # the probe fails and doubles the wait
     clock.now += 10.1
     with pytest.raises(CircuitOpenError):
         chain.invoke("refund")
@@ -74,7 +74,7 @@ def test_a_large_model_that_keeps_failing_is_left_alone_and_tried_again() -> Non
     assert breaker.counters.probes == 2
 
 
-def test_the_small_model_answers_meanwhile() -> None:
+def test_circuit_breaker_open_with_small_fallback_answers_locally() -> None:
     large = Flaky(HttpError(503))
     chain = shunt(large, CircuitBreaker(failures=2), on_large_error="small", return_decision=True)
     book = RunBook()
@@ -86,14 +86,14 @@ def test_the_small_model_answers_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), HttpError(400), HttpError(401)])
-def test_a_wrong_request_says_nothing_of_the_model(error: Exception) -> None:
+def test_circuit_breaker_invalid_request_stays_closed(error: Exception) -> None:
     breaker = CircuitBreaker(failures=1)
     with pytest.raises(type(error)):
         shunt(Flaky(error), breaker).invoke("x")
     assert breaker.state == "closed"
 
 
-async def test_every_way_to_call_counts() -> None:
+async def test_circuit_breaker_every_call_method_counts_failures() -> None:
     for way in ("invoke", "ainvoke", "batch", "abatch", "stream", "astream", "as_completed"):
         breaker, large = CircuitBreaker(failures=2, reset_seconds=1000), Flaky(HttpError(503))
         chain = shunt(large, breaker)
@@ -116,7 +116,7 @@ async def test_every_way_to_call_counts() -> None:
         assert (large.calls, breaker.state, breaker.counters.refused) == (2, "open", 2), way
 
 
-def test_retries_stop_when_it_opens_and_a_batch_counts_each_input() -> None:
+def test_circuit_breaker_opening_stops_retries_and_batch_counts_inputs() -> None:
     large, breaker = Flaky(HttpError(503)), CircuitBreaker(failures=3)
     chain = shunt(large, breaker, retry=Retry(attempts=10, initial_wait=0.0, jitter=0.0))
     with pytest.raises(CircuitOpenError):
@@ -132,7 +132,7 @@ def test_retries_stop_when_it_opens_and_a_batch_counts_each_input() -> None:
     assert mixed.state == "closed"
 
 
-def test_only_so_many_probe_at_once() -> None:
+def test_circuit_breaker_half_open_limits_concurrent_probes() -> None:
     clock = Clock()
     breaker = CircuitBreaker(failures=1, reset_seconds=1.0, probes=2, clock=clock)
     breaker.note(HttpError(500))
@@ -141,14 +141,14 @@ def test_only_so_many_probe_at_once() -> None:
     assert breaker.admit()
     with pytest.raises(CircuitOpenError, match="a trial call is running"):
         breaker.admit()
-    breaker.note(asyncio.CancelledError(), probe=True)  # tells nothing, and gives its place back
+    breaker.note(asyncio.CancelledError(), probe=True)  # ignored, and releases its probe slot
     assert breaker.admit()
     breaker.note(None, probe=True)
     assert breaker.state == "closed"
 
 
 @given(st.lists(st.sampled_from(["ok", "bad", "wrong", "wait", "cancel"]), max_size=60))
-def test_no_sequence_leaves_it_stuck(steps: list[str]) -> None:
+def test_circuit_breaker_any_sequence_can_close_again(steps: list[str]) -> None:
     clock = Clock()
     breaker = CircuitBreaker(failures=2, reset_seconds=1.0, clock=clock)
     for step in steps:
@@ -167,7 +167,7 @@ def test_no_sequence_leaves_it_stuck(steps: list[str]) -> None:
     assert breaker.state == "closed"
 
 
-def test_threads_share_it() -> None:
+def test_circuit_breaker_threads_share_one_state() -> None:
     breaker, large = CircuitBreaker(failures=5, reset_seconds=1000), Flaky(HttpError(503))
     chain = shunt(large, breaker, on_large_error="small")
     threads = [threading.Thread(target=lambda: [chain.invoke("refund") for _ in range(50)]) for _ in range(8)]
@@ -180,7 +180,7 @@ def test_threads_share_it() -> None:
     assert breaker.counters.refused + large.calls == 400
 
 
-def test_copies_share_it_and_pickles_do_not() -> None:
+def test_circuit_breaker_copies_share_state_and_pickles_reset_it() -> None:
     breaker = CircuitBreaker(failures=1)
     chain = shunt(Flaky(), breaker)
     assert copy.deepcopy(chain).breaker is breaker
@@ -193,7 +193,7 @@ def test_copies_share_it_and_pickles_do_not() -> None:
             CircuitBreaker(**wrong)  # type: ignore[arg-type]
 
 
-def test_more_than_may_wait_is_refused_at_once() -> None:
+def test_max_pending_full_queue_raises_queue_full() -> None:
     guard = threading.Event()
 
     def slow(_: Any) -> str:
@@ -221,7 +221,7 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
     assert chain.batch(["a", "b"]) == ["large", "large"]
 
 
-async def test_shed_load_goes_to_the_small_model_where_that_is_wanted() -> None:
+async def test_max_pending_full_queue_with_small_fallback_answers_locally() -> None:
     async def slow(_: Any) -> str:
         await asyncio.sleep(0.2)
         return "large"
@@ -231,7 +231,7 @@ async def test_shed_load_goes_to_the_small_model_where_that_is_wanted() -> None:
     assert sorted(answers) == ["large"] * 3 + ["refund"] * 7
 
 
-def test_subtasks_have_it_too() -> None:
+def test_subtask_shunt_breaker_open_raises_circuit_open() -> None:
     breaker, large = CircuitBreaker(failures=1), Flaky(HttpError(503))
     parts = (Subtask(name="reply"),)
     triage = SubtaskShunt(subtasks=parts, large=large, breaker=breaker, retry=Retry(attempts=1))
@@ -241,7 +241,7 @@ def test_subtasks_have_it_too() -> None:
     assert large.calls == 1
 
 
-def test_what_never_reached_the_model_tells_nothing_of_it() -> None:
+def test_circuit_breaker_error_before_request_is_ignored() -> None:
     clock, breaker = Clock(), CircuitBreaker(failures=2, reset_seconds=10.0)
     breaker._clock = clock
     breaker.note(HttpError(503))
@@ -252,15 +252,15 @@ def test_what_never_reached_the_model_tells_nothing_of_it() -> None:
     clock.now += 10.1
     with pytest.raises(LocalOnlyError), breaker.watching():
         raise LocalOnlyError("a rule of yours keeps it here")
-    assert breaker.state == "half-open", "the model was not asked"
+    assert breaker.state == "half-open", "the model was not called"
     with pytest.raises(HttpError), breaker.watching():
         raise HttpError(400)
-    assert breaker.state == "closed", "it answers"
+    assert breaker.state == "closed", "a 400 shows that the model responds"
 
 
 @pytest.mark.parametrize("down", [True, False])
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-async def test_a_group_tries_a_half_open_breaker_with_one_call(down: bool, way: str) -> None:
+async def test_circuit_breaker_half_open_batch_makes_one_probe(down: bool, way: str) -> None:
     clock, large = Clock(), Flaky(HttpError(503))
     breaker = CircuitBreaker(failures=1, reset_seconds=10.0, clock=clock)
     chain = shunt(large, breaker)

@@ -30,7 +30,7 @@ def parser() -> LabelParser:
         ('{"label": "card arrival"}', "card_arrival"),
     ],
 )
-def test_an_answer_that_is_a_label_is_read(parser: LabelParser, answer: str, label: str) -> None:
+def test_label_parser_label_or_alias_returns_label(parser: LabelParser, answer: str, label: str) -> None:
     assert parser.parse(answer) == label
     assert parser.invoke(answer) == label
 
@@ -50,7 +50,7 @@ def test_an_answer_that_is_a_label_is_read(parser: LabelParser, answer: str, lab
         "card_arrival\npin",
     ],
 )
-def test_anything_else_is_unparsable_with_its_raw_text(parser: LabelParser, answer: str) -> None:
+def test_label_parser_other_answer_raises_with_raw_text(parser: LabelParser, answer: str) -> None:
     with pytest.raises(UnparsableAnswerError) as caught:
         parser.parse(answer)
     assert caught.value.raw == answer
@@ -58,7 +58,7 @@ def test_anything_else_is_unparsable_with_its_raw_text(parser: LabelParser, answ
     assert "not one of the 4 labels" in str(caught.value)
 
 
-def test_labels_that_differ_by_case_only_must_be_answered_exactly() -> None:
+def test_label_parser_labels_differing_in_case_require_exact_answer() -> None:
     parser = LabelParser(labels=("A b", "a_b", "other"))
     assert parser.parse("A b") == "A b"
     assert parser.parse("a_b") == "a_b"
@@ -66,7 +66,7 @@ def test_labels_that_differ_by_case_only_must_be_answered_exactly() -> None:
         parser.parse("a-b")
 
 
-def test_signs_are_no_separators() -> None:
+def test_label_parser_sign_is_not_a_separator() -> None:
     numbers = LabelParser(labels=("-1", "0", "+1"))
     assert numbers.parse("-1") == "-1"
     grades = LabelParser(labels=("A+", "A-", "pos"), aliases={"A-": ("-",)})
@@ -79,23 +79,23 @@ def test_signs_are_no_separators() -> None:
 @pytest.mark.parametrize(
     ("aliases", "words"),
     [
-        ({"pin": ("lost card",)}, "means another label too"),
-        ({"pin": ("code",), "lost-card": ("Code",)}, "means another label too"),
+        ({"pin": ("lost card",)}, "also matches another label"),
+        ({"pin": ("code",), "lost-card": ("Code",)}, "also matches another label"),
         ({"nothing": ("x",)}, "labels that do not exist: nothing"),
     ],
 )
-def test_aliases_must_mean_one_label(aliases: dict[str, tuple[str, ...]], words: str) -> None:
+def test_label_parser_invalid_alias_raises(aliases: dict[str, tuple[str, ...]], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         LabelParser(labels=LABELS, aliases=aliases)
 
 
-def test_a_parser_needs_labels() -> None:
+def test_label_parser_without_labels_raises() -> None:
     with pytest.raises(ConfigurationError, match="labels"):
         LabelParser(labels=())
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=6, unique=True))
-def test_every_label_is_read_back_exactly(labels: list[str]) -> None:
+def test_label_parser_any_label_parses_to_itself(labels: list[str]) -> None:
     labels = [label for label in labels if label.strip() == label]
     if labels:
         parser = LabelParser(labels=tuple(labels))
@@ -104,7 +104,7 @@ def test_every_label_is_read_back_exactly(labels: list[str]) -> None:
 
 
 @given(st.text(max_size=60))
-def test_parsing_gives_a_label_or_unparsable_and_nothing_else(text: str) -> None:
+def test_label_parser_any_text_returns_label_or_raises_unparsable(text: str) -> None:
     parser = LabelParser(labels=LABELS)
     try:
         assert parser.parse(text) in LABELS
@@ -112,12 +112,12 @@ def test_parsing_gives_a_label_or_unparsable_and_nothing_else(text: str) -> None
         assert error.raw == text
 
 
-def test_the_message_of_a_long_answer_stays_short() -> None:
+def test_unparsable_answer_error_long_answer_has_short_message() -> None:
     error = UnparsableAnswerError("x" * 1000, [str(i) for i in range(77)], attempts=2)
     assert len(str(error)) < 600
     assert "tried 2 times" in str(error)
 
 
-def test_normalising_is_idempotent() -> None:
+def test_normalised_twice_is_idempotent() -> None:
     assert normalised(" Lost__CARD-x ") == normalised(normalised(" Lost__CARD-x ")) == "lost card x"
     assert "exactly one" in LabelParser(labels=LABELS).get_format_instructions()

@@ -1,6 +1,6 @@
-"""Hostile inputs: none of them changes the candidates, the label that is read, or what a placeholder stands for.
+"""Hostile inputs must not change the candidates, the parsed label or the meaning of a placeholder.
 
-The classes are those that the literature names: direct override, role play, forged delimiters and turns, forged
+The attack classes follow the literature: direct override, role play, forged delimiters and turns, forged
 formats, answer stuffing, completion attacks, encodings and unseen characters, templates, multilingual, indirect.
 """
 
@@ -119,13 +119,13 @@ HOSTILE: dict[str, list[str]] = {
 CORPUS = [(kind, text) for kind, texts in HOSTILE.items() for text in texts]
 
 
-def test_the_corpus_is_large_enough() -> None:
+def test_corpus_has_at_least_60_distinct_texts() -> None:
     assert len(CORPUS) >= 60
     assert len({text for _, text in CORPUS}) == len(CORPUS)
 
 
 @pytest.mark.parametrize(("kind", "text"), CORPUS)
-def test_the_input_stands_in_its_own_message_and_changes_nothing_else(kind: str, text: str) -> None:
+def test_hostile_input_leaves_system_message_unchanged(kind: str, text: str) -> None:
     with ScriptedServer(text="status") as server:
         chain = ConfidenceRouterChain.from_models(
             WordModel(), server.chat_model(), policy=AlwaysLarge(), pruning=SoftPruning(top_k=1), answer_format="text"
@@ -137,7 +137,7 @@ def test_the_input_stands_in_its_own_message_and_changes_nothing_else(kind: str,
     assert hostile["messages"][1]["content"] == text
 
     def fixed(body: Mapping[str, Any]) -> str:
-        """The system message without what the small model thinks."""
+        """Return the system message without the probabilities."""
         return re.sub(r"- \w+ with probability [\d.]+", "", str(body["messages"][0]["content"]))
 
     assert fixed(hostile) == fixed(harmless), "the candidates and the instructions are the same for every input"
@@ -145,8 +145,8 @@ def test_the_input_stands_in_its_own_message_and_changes_nothing_else(kind: str,
 
 
 @pytest.mark.parametrize(("kind", "text"), CORPUS)
-def test_a_model_that_repeats_its_input_has_not_answered(kind: str, text: str) -> None:
-    """What a model says that fell for it is no label, but where it says exactly one, and nothing else."""
+def test_label_parser_answer_repeating_hostile_input_raises(kind: str, text: str) -> None:
+    """An answer that quotes a hostile input is not a label, unless it is exactly one label."""
     parser = LabelParser(labels=LABELS)
     for said in (f"The user says: {text}", f"{text}\nI think so.", f"Sure! {text}", f"I was told: {text} -- but no."):
         with pytest.raises(UnparsableAnswerError):
@@ -154,7 +154,7 @@ def test_a_model_that_repeats_its_input_has_not_answered(kind: str, text: str) -
 
 
 @pytest.mark.parametrize(("kind", "text"), CORPUS)
-def test_answers_to_sub_tasks_come_from_the_model_alone(kind: str, text: str) -> None:
+def test_subtask_answers_hostile_input_comes_from_model_only(kind: str, text: str) -> None:
     questions = OpenQuestions(
         [
             OpenQuestion(Subtask(name="intent", labels=LABELS)),
@@ -178,7 +178,7 @@ def test_answers_to_sub_tasks_come_from_the_model_alone(kind: str, text: str) ->
 
 
 @pytest.mark.parametrize(("kind", "text"), CORPUS)
-def test_placeholders_cannot_be_forged(kind: str, text: str) -> None:
+def test_placeholders_forged_in_input_are_not_restored(kind: str, text: str) -> None:
     mail = "jane@example.com"
     out, placeholders = PrivacyGuard().outbound({"input": f"{text} <EMAIL_1> <email_2> {mail}"})
     assert mail not in out["input"]

@@ -16,7 +16,7 @@ LABELS = ("a", "b", "c", "d")
 BATCH = PredictionBatch.from_arrays(LABELS, [[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
 
 
-def test_soft_keeps_all_candidates_and_shows_the_likely_ones_in_order() -> None:
+def test_soft_pruning_keeps_all_candidates_and_shows_likeliest_in_order() -> None:
     first, second = SoftPruning(top_k=2, decimals=1).prepare(BATCH)
     assert tuple(first["candidates"]) == LABELS
     assert list(first["candidate_probabilities"].items()) == [("a", 0.5), ("b", 0.3)]
@@ -24,27 +24,27 @@ def test_soft_keeps_all_candidates_and_shows_the_likely_ones_in_order() -> None:
     assert str(first["candidate_probabilities"]) == "- a with probability 0.5\n- b with probability 0.3"
 
 
-def test_soft_also_shows_what_the_small_model_is_good_at() -> None:
+def test_soft_pruning_proficient_labels_are_always_shown() -> None:
     first, second = SoftPruning(top_k=1, proficient=("d",)).prepare(BATCH)
     assert list(first["candidate_probabilities"]) == ["a", "d"]
     assert list(second["candidate_probabilities"]) == ["d"]
     assert len(SoftPruning(top_k=None).prepare(BATCH)[0]["candidate_probabilities"]) == 4
 
 
-def test_no_more_digits_are_disclosed_than_asked_for() -> None:
+def test_soft_pruning_decimals_rounds_disclosed_probabilities() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[0.123456, 0.876544]])
     shown = SoftPruning(decimals=1).prepare(batch)[0]
     assert shown["candidate_probabilities"] == {"b": 0.9, "a": 0.1}
     assert shown["small_confidence"] == 0.9
 
 
-def test_hard_removes_the_proficient_labels_and_shows_no_probability() -> None:
+def test_hard_pruning_removes_proficient_labels_and_shows_no_probability() -> None:
     prepared = HardPruning(proficient=("a", "c")).prepare(BATCH)[0]
     assert tuple(prepared["candidates"]) == ("b", "d")
     assert prepared["candidate_probabilities"] == {}
 
 
-def test_hard_keeps_everything_rather_than_nothing() -> None:
+def test_hard_pruning_all_labels_proficient_keeps_all_and_warns() -> None:
     everything = HardPruning(proficient=LABELS)
     assert tuple(everything.prepare(BATCH)[0]["candidates"]) == LABELS
     with pytest.warns(PruningWarning, match="removes none"):
@@ -52,26 +52,26 @@ def test_hard_keeps_everything_rather_than_nothing() -> None:
 
 
 @pytest.mark.parametrize("strategy", [HardPruning(proficient=("z",)), SoftPruning(proficient=("z",))])
-def test_proficient_labels_must_exist(strategy: Pruning) -> None:
+def test_check_unknown_proficient_label_raises(strategy: Pruning) -> None:
     with pytest.raises(ConfigurationError, match="do not exist: z"):
         strategy.check(LABELS)
     strategy.check(None)
 
 
-def test_labels_that_the_small_model_does_not_know_stay_candidates() -> None:
+def test_prepare_labels_unknown_to_small_model_stay_candidates() -> None:
     task = [*LABELS, "new"]
     assert "new" in HardPruning(proficient=("a",)).prepare(BATCH, task)[0]["candidates"]
     assert tuple(NoPruning().prepare(BATCH, task)[0]["candidates"]) == tuple(task)
     assert "new" not in SoftPruning().prepare(BATCH, task)[0]["candidate_probabilities"]
 
 
-def test_the_top_hint_says_label_and_confidence() -> None:
+def test_top_hint_shows_label_and_confidence() -> None:
     prepared = TopHint().prepare(BATCH)[1]
     assert (prepared["small_label"], prepared["small_confidence"]) == ("d", 0.4)
     assert prepared["candidate_probabilities"] == {"d": 0.4}
 
 
-def test_no_hint_discloses_nothing() -> None:
+def test_no_pruning_discloses_nothing() -> None:
     prepared = NoPruning().prepare(BATCH)
     assert prepared[0] == prepared[1]
     assert prepared[0]["small_label"] == "unknown"
@@ -79,13 +79,13 @@ def test_no_hint_discloses_nothing() -> None:
 
 
 @pytest.mark.parametrize("strategy", [SoftPruning(), HardPruning(proficient=("a",)), TopHint(), NoPruning()])
-def test_every_strategy_fills_every_variable(strategy: Pruning) -> None:
+def test_prepare_every_strategy_fills_every_variable(strategy: Pruning) -> None:
     assert set(strategy.prepare(BATCH)[0]) == set(PRUNING_VARIABLES)
     assert set(strategy.without_prediction(LABELS)) == set(PRUNING_VARIABLES)
     assert strategy.variables <= set(PRUNING_VARIABLES)
 
 
-def test_candidates_format_as_lines_with_descriptions() -> None:
+def test_candidates_with_descriptions_format_as_lines() -> None:
     candidates = Candidates(["a", "b"], {"a": "the first"})
     assert str(candidates) == "- a: the first\n- b"
     template = ChatPromptTemplate.from_template("Choose:\n{candidates}\n{candidate_probabilities}")
@@ -95,12 +95,12 @@ def test_candidates_format_as_lines_with_descriptions() -> None:
     assert (str(again), again) == (str(candidates), candidates)
 
 
-def test_text_in_a_description_or_label_is_never_a_template() -> None:
+def test_candidates_braces_in_label_are_not_a_template() -> None:
     template = ChatPromptTemplate.from_template("{candidates}")
     assert "{input}" in template.format(candidates=Candidates(["{input}"]))
 
 
-def test_proficiency_is_measured_on_what_is_kept_and_right() -> None:
+def test_measure_proficiency_counts_correct_local_answers() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[0.95, 0.05]] * 9 + [[0.6, 0.4]] + [[0.1, 0.9]] * 5 + [[0.9, 0.1]])
     gold = ["a"] * 10 + ["b"] * 6
     assert measure_proficiency(batch, gold, Threshold(0.9)) == ("a",)
@@ -109,21 +109,21 @@ def test_proficiency_is_measured_on_what_is_kept_and_right() -> None:
     assert HardPruning.fit(batch, gold, Threshold(0.9)).proficient == ("a",)
 
 
-def test_gold_labels_must_fit_the_predictions() -> None:
+def test_measure_proficiency_and_fit_mismatched_labels_raise() -> None:
     with pytest.raises(ConfigurationError, match="2 predictions and 1 true labels"):
         measure_proficiency(BATCH, ["a"], Threshold(0.9))
-    with pytest.raises(ConfigurationError, match="does not know: z"):
+    with pytest.raises(ConfigurationError, match="lacks: z"):
         ConformalPruning().fit(BATCH, ["a", "z"])
 
 
-def test_conformal_refuses_to_work_unfitted() -> None:
+def test_conformal_pruning_unfitted_raises() -> None:
     with pytest.raises(ConfigurationError, match="not been fitted"):
         ConformalPruning(alpha=0.1).check(LABELS)
     with pytest.raises(ConfigurationError, match="not been fitted"):
         ConformalPruning(alpha=0.1).prepare(BATCH)
 
 
-def test_conformal_takes_the_quantile_of_the_definition() -> None:
+def test_conformal_pruning_fit_returns_split_conformal_quantile() -> None:
     p_true = np.linspace(0.05, 0.95, 19)
     batch = PredictionBatch.from_arrays(("a", "b"), np.stack([p_true, 1 - p_true], axis=1))
     fitted = ConformalPruning(alpha=0.05).fit(batch, ["a"] * 19)
@@ -132,27 +132,27 @@ def test_conformal_takes_the_quantile_of_the_definition() -> None:
     assert fitted.n_calibration == 19
 
 
-def test_conformal_with_too_few_examples_keeps_all_and_says_so() -> None:
+def test_conformal_pruning_too_few_examples_keeps_all_and_warns() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[0.9, 0.1]] * 18)
     with pytest.warns(PruningWarning, match=r"18 deferred .* too few for alpha=0.05 \(19 are needed\)"):
         fitted = ConformalPruning(alpha=0.05).fit(batch, ["a"] * 18)
     assert tuple(fitted.prepare(BATCH)[0]["candidates"]) == LABELS
 
 
-def test_conformal_is_fitted_on_deferred_examples_only() -> None:
+def test_conformal_pruning_fit_with_policy_uses_deferred_examples_only() -> None:
     batch = PredictionBatch.from_arrays(("a", "b"), [[0.99, 0.01]] * 50 + [[0.6, 0.4]] * 30)
     fitted = ConformalPruning(alpha=0.1).fit(batch, ["a"] * 80, Threshold(0.9))
     assert fitted.n_calibration == 30
     assert fitted.quantile == pytest.approx(0.4)
 
 
-def test_an_empty_conformal_set_means_all_candidates() -> None:
+def test_conformal_pruning_empty_set_keeps_all_candidates() -> None:
     strategy = ConformalPruning(alpha=0.1, quantile=0.3)
     assert tuple(strategy.prepare(BATCH)[1]["candidates"]) == LABELS
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3])
-def test_conformal_keeps_the_true_label_as_often_as_promised(alpha: float) -> None:
+def test_conformal_pruning_true_label_coverage_meets_guarantee(alpha: float) -> None:
     labels, coverage = tuple("abcdefgh"), []
     for seed in range(20):
         rng = np.random.default_rng(seed)

@@ -25,7 +25,7 @@ QUICK = Retry(attempts=3, initial_wait=0.0, jitter=0.0)
 
 
 class ReadTimeout(Exception):
-    """Named as httpx names it."""
+    """Has the name of the httpx exception."""
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,11 @@ class ReadTimeout(Exception):
         (ValueError("wrong"), False),
     ],
 )
-def test_only_what_may_pass_is_retried(error: Exception, expected: bool) -> None:
+def test_is_retryable_transient_errors_only(error: Exception, expected: bool) -> None:
     assert is_retryable(error) is expected
 
 
-def test_retry_after_is_read_in_seconds_and_as_a_date() -> None:
+def test_retry_after_seconds_or_date_returns_seconds() -> None:
     assert retry_after(HttpError(429, {"retry-after": "2.5"})) == 2.5
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=30))
     assert retry_after(HttpError(429, {"retry-after": later})) == pytest.approx(30, abs=2)
@@ -70,20 +70,20 @@ def flaky(*errors: Exception) -> tuple[list[int], object]:
     return calls, ask
 
 
-def test_a_call_is_repeated_until_it_succeeds() -> None:
+def test_retry_transient_errors_repeats_until_success() -> None:
     calls, ask = flaky(HttpError(500), HttpError(503))
     assert QUICK.call(ask) == "ok"  # type: ignore[arg-type]
     assert calls == [3]
 
 
-def test_the_last_error_is_raised_when_attempts_run_out() -> None:
+def test_retry_attempts_exhausted_raises_last_error() -> None:
     calls, ask = flaky(HttpError(500), HttpError(502), HttpError(503), HttpError(504))
     with pytest.raises(HttpError, match="503"):
         QUICK.call(ask)  # type: ignore[arg-type]
     assert calls == [3]
 
 
-def test_what_cannot_pass_is_not_repeated() -> None:
+def test_retry_permanent_error_is_not_repeated() -> None:
     calls, ask = flaky(HttpError(400))
     with pytest.raises(HttpError, match="400"):
         QUICK.call(ask)  # type: ignore[arg-type]
@@ -94,14 +94,14 @@ def test_what_cannot_pass_is_not_repeated() -> None:
     assert calls == [1]
 
 
-def test_an_attempt_made_elsewhere_counts() -> None:
+def test_retry_failed_attempt_passed_in_counts() -> None:
     calls, ask = flaky(HttpError(500), HttpError(500))
     with pytest.raises(HttpError):
         QUICK.call(ask, failed=HttpError(500))  # type: ignore[arg-type]
     assert calls == [2]
 
 
-async def test_async_retries_follow_the_same_rules() -> None:
+async def test_retry_acall_matches_call() -> None:
     for errors, attempts in (([500, 500], 3), ([400], 1)):
         calls, ask = flaky(*map(HttpError, errors))
 
@@ -118,7 +118,7 @@ async def test_async_retries_follow_the_same_rules() -> None:
         await Retry(attempts=1).acall(aask, failed=HttpError(500))
 
 
-def test_the_servers_wish_is_heeded_up_to_the_bound() -> None:
+def test_retry_retry_after_header_is_respected_up_to_max_wait() -> None:
     _, ask = flaky(HttpError(429, {"retry-after": "0.2"}))
     started = time.perf_counter()
     QUICK.call(ask)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_the_servers_wish_is_heeded_up_to_the_bound() -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_the_limiter_bounds_threads() -> None:
+def test_call_limiter_threads_stay_within_limit() -> None:
     limiter, at_once = CallLimiter(2), AtOnce()
 
     def work() -> None:
@@ -144,7 +144,7 @@ def test_the_limiter_bounds_threads() -> None:
     assert at_once.most == 2
 
 
-async def test_the_limiter_bounds_tasks() -> None:
+async def test_call_limiter_tasks_stay_within_limit() -> None:
     limiter, running, most = CallLimiter(3), 0, 0
 
     async def work() -> None:
@@ -159,22 +159,22 @@ async def test_the_limiter_bounds_tasks() -> None:
     assert most == 3
 
 
-async def test_a_task_that_is_cancelled_while_it_waits_takes_no_place() -> None:
+async def test_call_limiter_cancelled_waiting_task_takes_no_slot() -> None:
     limiter = CallLimiter(1)
     async with limiter.aslot():
         places = [limiter.aslot() for _ in range(3)]
-        waiting = [asyncio.create_task(place.__aenter__(), context=Context()) for place in places]  # of others
+        waiting = [asyncio.create_task(place.__aenter__(), context=Context()) for place in places]  # unrelated tasks
         await asyncio.sleep(0)
         waiting[1].cancel()
         await asyncio.sleep(0)
     first = await asyncio.wait_for(waiting[0], 1)
     assert first is None
     assert waiting[1].cancelled()
-    assert not waiting[2].done(), "the one place is taken by the first in line"
+    assert not waiting[2].done(), "the only slot is taken by the first in the queue"
     waiting[2].cancel()
 
 
-async def test_groups_take_as_many_places_as_they_use() -> None:
+async def test_call_limiter_group_takes_one_slot_per_call() -> None:
     limiter, running, most = CallLimiter(3), 0, 0
 
     async def group(places: int) -> None:
@@ -190,7 +190,7 @@ async def test_groups_take_as_many_places_as_they_use() -> None:
     assert most == 3
 
 
-async def test_no_limit_is_no_limit() -> None:
+async def test_call_limiter_none_is_unlimited() -> None:
     limiter = CallLimiter(None)
     with limiter.slot():
         async with limiter.aslot():
@@ -203,8 +203,8 @@ BOUNDED = Retry(attempts=1, attempt_seconds=0.3)
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "abatch"])
-async def test_waiting_for_a_place_is_no_part_of_an_attempt(way: str) -> None:
-    """Ten calls of 0.1 s, one at a time, each within its 0.3 s."""
+async def test_retry_attempt_seconds_excludes_wait_for_slot(way: str) -> None:
+    """Make ten calls of 0.1 s, one at a time, each within its limit of 0.3 s."""
     asked: list[Any] = []
 
     def answer(value: Any) -> str:
@@ -232,7 +232,7 @@ async def test_waiting_for_a_place_is_no_part_of_an_attempt(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "astream"])
-async def test_an_attempt_that_takes_too_long_counts_for_the_breaker(way: str) -> None:
+async def test_retry_attempt_timeout_counts_as_breaker_failure(way: str) -> None:
     done = threading.Event()
 
     async def hang(value: Any) -> str:
@@ -253,7 +253,7 @@ async def test_an_attempt_that_takes_too_long_counts_for_the_breaker(way: str) -
     assert breaker.state == "open"
 
 
-def test_a_call_within_a_stream_does_not_wait_for_its_own_place() -> None:
+def test_call_limiter_call_inside_own_stream_does_not_deadlock() -> None:
     inner = ShuntRunnable(
         small=WordModel(), large=lambda value: "inner", pruning=None, retry=BOUNDED, max_concurrency=1
     )
@@ -263,7 +263,7 @@ def test_a_call_within_a_stream_does_not_wait_for_its_own_place() -> None:
     stream.close()
 
 
-async def test_whoever_reads_a_stream_does_not_wait_for_itself_in_tasks_and_threads_either() -> None:
+async def test_call_limiter_nested_calls_in_tasks_and_threads_share_slot() -> None:
     limiter = CallLimiter(1)
 
     async def call() -> str:
@@ -289,7 +289,7 @@ async def test_whoever_reads_a_stream_does_not_wait_for_itself_in_tasks_and_thre
     assert waits.result(5) == "done"
 
 
-def test_a_stream_that_ends_in_another_thread_gives_its_place_back() -> None:
+def test_call_limiter_stream_ending_in_other_thread_releases_slot() -> None:
     limiter = CallLimiter(1)
 
     def stream() -> Any:
@@ -309,7 +309,7 @@ def test_a_stream_that_ends_in_another_thread_gives_its_place_back() -> None:
         assert pool.submit(lambda: list(stream())).result(5) == [1, 2]
 
 
-def test_a_group_is_served_in_its_turn_while_single_calls_keep_coming() -> None:
+def test_call_limiter_group_is_served_despite_steady_single_calls() -> None:
     limiter, stop = CallLimiter(2), threading.Event()
 
     def singles() -> None:
@@ -335,7 +335,7 @@ def test_a_group_is_served_in_its_turn_while_single_calls_keep_coming() -> None:
     assert found
 
 
-def test_errors_of_other_http_clients_are_known() -> None:
+def test_is_retryable_errors_of_other_http_clients_are_recognised() -> None:
     refused = type("ConnectionError", (OSError,), {})()
     cut = type("ServerDisconnectedError", (type("ClientConnectionError", (Exception,), {}),), {})()
     busy, wrong = type("ClientResponseError", (Exception,), {})(), type("ClientResponseError", (Exception,), {})()

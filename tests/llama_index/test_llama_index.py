@@ -48,7 +48,7 @@ SURE, UNSURE = "surely cancel it", "maybe cancel it"
 
 
 class Listener(BaseEventHandler):
-    """Keeps all events of the dispatcher."""
+    """Stores all events of the dispatcher."""
 
     seen: list[Any] = []
 
@@ -75,7 +75,7 @@ def listener() -> Iterator[Listener]:
 
 
 def large(text: str = "From the large one.", *, calls: Sequence[ToolCallBlock] = ()) -> MockFunctionCallingLLM:
-    """A large LLM that says one thing, keeps what it was asked, and calls tools once where there are some."""
+    """Return an LLM with one fixed answer that stores its requests and calls the given tools once."""
 
     def reply(messages: Sequence[ChatMessage], **kwargs: Any) -> ChatMessage:
         asked.append(list(messages))
@@ -93,10 +93,10 @@ def user(text: str) -> list[ChatMessage]:
     return [ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content=text)]
 
 
-# As an LLM
+# ShuntLLM
 
 
-def test_it_calls_functions_where_the_large_one_does() -> None:
+def test_shunt_llm_function_calling_large_returns_function_calling_llm() -> None:
     over = ShuntLLM(small=WordModel(), large=large())
     assert isinstance(over, ShuntFunctionCallingLLM)
     assert isinstance(over, FunctionCallingLLM)
@@ -105,11 +105,11 @@ def test_it_calls_functions_where_the_large_one_does() -> None:
     assert not isinstance(plain, FunctionCallingLLM)
     assert plain.class_name() == "ShuntLLM"
     for wrong in ({"policy": 0.9}, {"pruning": "soft"}):
-        with pytest.raises(ConfigurationError, match="give a datashunt"):
+        with pytest.raises(ConfigurationError, match="Expected a P"):
             ShuntLLM(small=WordModel(), large=MockLLM(), **wrong)
 
 
-def test_a_copy_follows_its_own_settings() -> None:
+def test_shunt_llm_model_copy_uses_its_own_policy() -> None:
     llm = ShuntLLM(small=WordModel(), large=large(), policy=Threshold(0.9))
     strict = llm.model_copy(update={"policy": Threshold(0.999)})
     said = [one.chat(user(SURE)).additional_kwargs["shunt"]["route"] for one in (llm, strict, llm)]
@@ -117,7 +117,7 @@ def test_a_copy_follows_its_own_settings() -> None:
 
 
 async def all_ways(llm: Any, text: str) -> list[Any]:
-    """What every way of asking says, in the end."""
+    """Return the final response of every call method."""
     found = [llm.chat(user(text)), await llm.achat(user(text)), llm.complete(text), await llm.acomplete(text)]
     found.append(list(llm.stream_chat(user(text)))[-1])
     found.append([one async for one in await llm.astream_chat(user(text))][-1])
@@ -126,7 +126,7 @@ async def all_ways(llm: Any, text: str) -> list[Any]:
     return found
 
 
-async def test_every_way_of_asking_is_shunted(listener: Listener) -> None:
+async def test_shunt_llm_every_call_method_routes_by_confidence(listener: Listener) -> None:
     big = large()
     llm = ShuntLLM(small=WordModel(), large=big, answers={"cancel": "It is cancelled."})
     answers = await all_ways(llm, SURE)
@@ -140,18 +140,18 @@ async def test_every_way_of_asking_is_shunted(listener: Listener) -> None:
     calls = listener.llm_calls()
     assert listener.decisions()[8:] == ["large"] * 8
     await all_ways(large(), UNSURE)
-    assert listener.llm_calls() == 2 * calls, "as many LLM events as the large LLM makes by itself"
+    assert listener.llm_calls() == 2 * calls, "as many LLM events as the large LLM emits by itself"
     system = big.__dict__["asked"][0][0]
     assert "Be brief." in system.content
     assert "- cancel with probability 0.48" in system.content
-    assert "cancel with probability" in llm.complete(UNSURE).text, "the mock echoes the prompt that it got"
+    assert "cancel with probability" in llm.complete(UNSURE).text, "the mock echoes its prompt"
 
 
-async def test_what_the_small_side_cannot_answer_is_left_to_the_large_one() -> None:
+async def test_shunt_llm_without_local_answer_defers_to_large_llm() -> None:
     big = large()
     llm = ShuntLLM(small=WordModel(), large=big, answers={"cancel": "It is cancelled."}, pruning=NoPruning())
     assert llm.chat(user("surely refund it")).message.content == "From the large one."
-    assert big.__dict__["asked"][-1] == user("surely refund it"), "NoPruning tells nothing"
+    assert big.__dict__["asked"][-1] == user("surely refund it"), "NoPruning adds no hint"
     answers = await all_ways(llm, "surely refund it")
     assert {one.additional_kwargs["shunt"]["reason"] for one in answers} == {"deferred"}
     talk = [*user(SURE), ChatMessage(role="assistant", content="Hm."), ChatMessage(role="tool", content="done")]
@@ -168,7 +168,7 @@ async def test_what_the_small_side_cannot_answer_is_left_to_the_large_one() -> N
     assert framed.complete("cancel refund status\nQuestion: surely refund").text == "refund"
 
 
-def test_tokens_are_counted_once() -> None:
+def test_shunt_llm_token_counter_counts_large_calls_once() -> None:
     counter = TokenCountingHandler(tokenizer=str.split)
     big = large()
     big.callback_manager = CallbackManager([counter])
@@ -182,9 +182,9 @@ def test_tokens_are_counted_once() -> None:
     assert once == counter.total_llm_token_count > 0
 
 
-async def test_objects_and_required_calls_are_the_large_ones(listener: Listener) -> None:
+async def test_shunt_llm_structured_output_and_required_tools_defer(listener: Listener) -> None:
     class Intent(BaseModel):
-        """What is wanted."""
+        """Intent of the user."""
 
         intent: str
 
@@ -196,17 +196,17 @@ async def test_objects_and_required_calls_are_the_large_ones(listener: Listener)
     assert llm.as_structured_llm(Intent).chat(user(SURE)).raw == Intent(intent="x")
     tool = FunctionTool.from_defaults(cancel_order)
     required = llm.chat_with_tools([tool], user_msg=SURE, tool_required=True)
-    assert required.additional_kwargs["shunt"]["route"] == "large", "text is no call"
+    assert required.additional_kwargs["shunt"]["route"] == "large", "a text answer is not a tool call"
     assert llm.chat_with_tools([tool], user_msg=SURE).message.content == "It is cancelled."
     picture = ChatMessage(role="user", blocks=[TextBlock(text=SURE), ImageBlock(url="http://127.0.0.1/x.png")])
-    assert llm.chat([picture]).additional_kwargs["shunt"]["route"] == "large", "the classifier has not seen the image"
+    assert llm.chat([picture]).additional_kwargs["shunt"]["route"] == "large", "the classifier cannot see the image"
     llm.policy = AlwaysLarge()
     assert llm.chat(user(SURE)).additional_kwargs["shunt"]["route"] == "large"
     broken: Any = ShuntLLM(small=WordModel(), large=MockFunctionCallingLLM(response_generator=lambda *a, **k: 1 / 0))
     listener.seen.clear()
     with pytest.raises(ZeroDivisionError):
         broken.chat(user(UNSURE))
-    assert listener.decisions() == ["large"], "told before it is asked"
+    assert listener.decisions() == ["large"], "the event is sent before the LLM is called"
     counter = TokenCountingHandler(tokenizer=str.split)
     ShuntLLM(small=WordModel(), large=MockLLM(), callback_manager=CallbackManager([counter])).complete(UNSURE)
     assert counter.total_llm_token_count > 0
@@ -217,7 +217,7 @@ def cancel_order(order: str = "the last") -> str:
     return f"cancelled {order}"
 
 
-async def test_tools_are_called_by_either_side() -> None:
+async def test_shunt_llm_tool_answers_from_small_and_large_call_tools() -> None:
     tool = FunctionTool.from_defaults(cancel_order)
     by_large = ToolCallBlock(tool_call_id="1", tool_name="cancel_order", tool_kwargs={"order": "8"})
     big = large(calls=[by_large])
@@ -226,13 +226,13 @@ async def test_tools_are_called_by_either_side() -> None:
     for text, order in ((SURE, "7"), (UNSURE, "8")):
         assert llm.predict_and_call([tool], user_msg=text).response == f"cancelled {order}"
         assert (await llm.apredict_and_call([tool], user_msg=text)).response == f"cancelled {order}"
-    assert llm.chat(user(SURE)).message.content == "Which one?", "no tool is offered"
+    assert llm.chat(user(SURE)).message.content == "Which one?", "without tools the text is the answer"
     silent: Any = ShuntLLM(small=WordModel(), large=large(), answers={"cancel": "Text."})
     with pytest.raises(ValueError, match="at least one tool call"):
         silent.predict_and_call([tool], user_msg=SURE)
 
 
-async def test_it_drives_an_agent_and_a_workflow(listener: Listener) -> None:
+async def test_shunt_llm_in_agent_and_workflow_answers(listener: Listener) -> None:
     llm = ShuntLLM(
         small=WordModel(), large=large("All done."), answers={"cancel": ToolAnswer("cancel_order", {"order": "7"})}
     )
@@ -251,7 +251,7 @@ async def test_it_drives_an_agent_and_a_workflow(listener: Listener) -> None:
     assert answer.endswith("maybe a refund")
 
 
-async def test_the_loop_is_never_blocked() -> None:
+async def test_llama_index_async_calls_do_not_block_event_loop() -> None:
     class Slow(WordModel):
         def predict_scores(self, texts: Sequence[str]) -> Any:
             time.sleep(0.3)
@@ -267,14 +267,14 @@ async def test_the_loop_is_never_blocked() -> None:
             await asyncio.sleep(0.005)
             now = time.perf_counter()
             longest, last = max(longest, now - last), now
-        assert longest < 0.2, "the loop went on while the small model computed"
+        assert longest < 0.2, "the event loop was blocked while the small model computed"
 
 
-# As a selector
+# ShuntSelector
 
 
 class First(LLMSingleSelector):
-    """Chooses the first of what it is shown, and keeps what that was."""
+    """Selects the choice at a fixed position, and stores the choices shown."""
 
     def __init__(self, position: int = 0) -> None:
         self.shown: list[list[str | None]] = []
@@ -295,7 +295,7 @@ def metadata(*names: str) -> list[ToolMetadata]:
     return [ToolMetadata(description=f"About {name}.", name=name) for name in names]
 
 
-async def test_a_selector_asks_with_fewer_choices_where_it_is_not_sure(listener: Listener) -> None:
+async def test_selector_low_confidence_sends_narrowed_choices_to_llm(listener: Listener) -> None:
     asked = First()
     selector = ShuntSelector(WordModel(), asked, keep=1)
     choices = metadata("other", "status", "cancel", "refund")
@@ -307,14 +307,14 @@ async def test_a_selector_asks_with_fewer_choices_where_it_is_not_sure(listener:
     for found in (selector.select(choices, UNSURE), await selector.aselect(choices, UNSURE)):
         assert isinstance(found, ShuntSelection)
         assert (found.ind, found.candidates, found.reason) == (0, [0, 2], "the first")
-    assert asked.shown == [["other", "cancel"]] * 2, "the likeliest, and what the small model does not know"
+    assert asked.shown == [["other", "cancel"]] * 2, "the most likely choice, and the one unknown to the small model"
     assert listener.decisions() == ["small", "small", "large", "large"]
     only = selector.select(metadata("status", "cancel", "refund"), UNSURE)
     assert isinstance(only, ShuntSelection)
-    assert (only.ind, len(asked.shown)) == (1, 2), "one candidate needs no asking"
+    assert (only.ind, len(asked.shown)) == (1, 2), "a single candidate needs no LLM call"
     assert (only.decision["route"], only.decision["policy"][-27:]) == ("small", "no other candidate was left")
     selector.select(metadata("status", "refund", "other"), SURE)
-    assert asked.shown[-1] == ["status", "refund", "other"], "what it means cannot be chosen: the LLM sees all"
+    assert asked.shown[-1] == ["status", "refund", "other"], "the predicted label is not a choice, so the LLM sees all"
     fitted = ConformalPruning(alpha=0.5, quantile=0.6, n_calibration=9)
     ShuntSelector(WordModel(), asked, pruning=fitted).select(choices, UNSURE)
     assert asked.shown[-1] == ["other", "cancel"]
@@ -326,10 +326,10 @@ async def test_a_selector_asks_with_fewer_choices_where_it_is_not_sure(listener:
     assert (failed.scores, failed.decision["reason"], asked.shown[-1]) == ([], "small_error", [c.name for c in choices])
 
 
-def test_a_selector_says_what_is_wrong() -> None:
+def test_selector_invalid_settings_and_choices_raise() -> None:
     with pytest.raises(ConfigurationError, match="No label of the small model .cancel, refund, status. is the name"):
         ShuntSelector(WordModel(), First()).select(metadata("a", "b"), SURE)
-    with pytest.raises(ConfigurationError, match="Several choices have one name"):
+    with pytest.raises(ConfigurationError, match="several choices share a name: cancel"):
         ShuntSelector(WordModel(), First()).select(metadata("cancel", "cancel"), SURE)
     with pytest.raises(ConfigurationError, match="nothing to choose from"):
         ShuntSelector(WordModel(), First()).select([], SURE)
@@ -345,8 +345,8 @@ def test_a_selector_says_what_is_wrong() -> None:
     merged = function.select(metadata("orders", "new"), "surely refund")
     assert isinstance(merged, ShuntSelection)
     assert merged.ind == 0
-    assert merged.scores == [pytest.approx(0.98), 0.0], "two labels of one choice add up"
-    assert function.select(metadata("orders", "new"), "maybe").ind == 1, "a choice that it does not know is shown"
+    assert merged.scores == [pytest.approx(0.98), 0.0], "probabilities of two labels of one choice are added"
+    assert function.select(metadata("orders", "new"), "maybe").ind == 1, "a choice unknown to the small model is shown"
 
 
 TOPICS = {
@@ -365,8 +365,8 @@ QUESTIONS = {
 }
 
 
-async def test_a_router_over_five_real_engines(listener: Listener) -> None:
-    """Confident questions are routed without any LLM call; others with fewer choices."""
+async def test_selector_five_real_engines_routes_confident_questions_without_llm(listener: Listener) -> None:
+    """Confident questions are routed without an LLM call, others with fewer choices."""
     embedding = EncoderEmbedding()
     llm = large("The answer.")
     texts = [question for questions in QUESTIONS.values() for question in questions]
@@ -389,7 +389,7 @@ async def test_a_router_over_five_real_engines(listener: Listener) -> None:
         assert response.metadata["selector_result"].decision["label"] == topic
         assert response.source_nodes[0].node.get_content() == TOPICS[topic][0]
         assert listener.decisions() == ["small"]
-        assert listener.llm_calls() == 1, "the engine's own answer, and none for the choice"
+        assert listener.llm_calls() == 1, "one call for the engine's answer, none for the choice"
         again = await router.aquery(question)
         assert again.metadata["selector_result"].ind == list(TOPICS).index(topic)
     picky = First()
@@ -403,7 +403,7 @@ async def test_a_router_over_five_real_engines(listener: Listener) -> None:
     assert len(await embedding.aget_text_embedding_batch(["a", "b"])) == 2
 
 
-def test_real_llm_selectors_see_the_pruned_choices() -> None:
+def test_selector_llm_selectors_receive_pruned_choices() -> None:
     reply = json.dumps([{"choice": 2, "reason": "it fits"}])
     choices = metadata("other", "status", "cancel", "refund")
     for kind in (LLMSingleSelector, LLMMultiSelector):
@@ -415,11 +415,11 @@ def test_real_llm_selectors_see_the_pruned_choices() -> None:
         assert "About refund." not in shown
 
 
-# In front of a query engine
+# ShuntQueryEngine
 
 
 class Fixed(ShuntQueryEngine):
-    """A query engine that says one thing and counts its questions."""
+    """Query engine with one fixed answer that stores its questions."""
 
     def __init__(self, text: str) -> None:
         self.text, self.questions = text, []  # type: ignore[var-annotated]
@@ -445,7 +445,7 @@ class Fixed(ShuntQueryEngine):
         return Response("made of nodes")
 
 
-async def test_a_local_answer_stands_in_front_of_an_engine(listener: Listener) -> None:
+async def test_query_engine_confident_question_returns_local_answer(listener: Listener) -> None:
     big, cached = Fixed("From the large engine."), Fixed("From the cache.")
     ready = Response("Ready.", metadata={"mine": True})
     engine = ShuntQueryEngine(WordModel(), {"cancel": "It is cancelled.", "refund": cached, "status": ready}, big)
@@ -458,7 +458,7 @@ async def test_a_local_answer_stands_in_front_of_an_engine(listener: Listener) -
             assert response.metadata["shunt"]["route"] == ("large" if question == UNSURE else "small")
     assert big.questions == [UNSURE] * 2
     assert engine.query("surely status").metadata["mine"]
-    assert ready.metadata == {"mine": True}, "what belongs to somebody is not changed"
+    assert ready.metadata == {"mine": True}, "the given response is not modified"
     assert listener.decisions().count("large") == 2
     assert engine.retrieve(QueryBundle("x")) == ["nodes"]
     assert str(engine.synthesize(QueryBundle("x"), [])) == str(await engine.asynthesize(QueryBundle("x"), []))
@@ -466,7 +466,7 @@ async def test_a_local_answer_stands_in_front_of_an_engine(listener: Listener) -
         ShuntQueryEngine(WordModel(), {"cancle": "?"}, big)
 
 
-async def test_a_function_answers_locally_or_leaves_it() -> None:
+async def test_query_engine_local_function_returns_answer_or_defers() -> None:
     big = Fixed("From the large engine.")
 
     def answer(text: str, prediction: Any) -> str | None:
@@ -482,11 +482,11 @@ async def test_a_function_answers_locally_or_leaves_it() -> None:
     soon = ShuntQueryEngine(WordModel(), answer_soon, big)
     assert str(await soon.aquery(SURE)) == f"cancel: {SURE}"
     assert str(await soon.aquery("surely refund")) == "From the large engine."
-    with pytest.raises(ConfigurationError, match="use `aquery`"):
+    with pytest.raises(ConfigurationError, match="Use `aquery`"):
         soon.query(SURE)
 
 
-async def test_what_the_large_side_said_is_recorded(tmp_path: Path) -> None:
+async def test_llama_index_recorder_logs_large_answers(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'calls.db'}"
     with Recorder(url, task="choices", sample_small=1.0) as recorder:
         selector = ShuntSelector(WordModel(), First(), recorder=recorder)
@@ -504,7 +504,7 @@ async def test_what_the_large_side_said_is_recorded(tmp_path: Path) -> None:
     assert records["maybe a refund"].raw_output == "Spoken."
 
 
-def test_the_global_settings_take_it() -> None:
+def test_settings_llm_accepts_shunt_llm() -> None:
     before = Settings._llm
     try:
         Settings.llm = ShuntLLM(small=WordModel(), large=large())
@@ -513,7 +513,7 @@ def test_the_global_settings_take_it() -> None:
         Settings._llm = before
 
 
-def test_the_small_side_calls_only_the_tool_that_may_be_called() -> None:
+def test_shunt_llm_tool_choice_limits_local_tool_call() -> None:
     big = large()
     llm: Any = ShuntLLM(small=WordModel(), large=big, answers={"cancel": ToolAnswer("cancel_order", {"order": "7"})})
     tools = [FunctionTool.from_defaults(cancel_order).metadata.to_openai_tool()]
@@ -523,7 +523,7 @@ def test_the_small_side_calls_only_the_tool_that_may_be_called() -> None:
         assert any(isinstance(block, ToolCallBlock) for block in blocks) == mine
 
 
-def test_a_prediction_without_a_score_goes_to_the_large_one() -> None:
+def test_shunt_llm_policy_without_score_defers() -> None:
     llm = ShuntLLM(small=WordModel(), large=large(), policy=Threshold(0.5, score=MeanTokenProbability()))
     response = llm.chat(user(SURE))
     assert response.message.content == "From the large one."

@@ -195,7 +195,7 @@ def test_guard_local_labels_without_small_model_raise() -> None:
         GuardedLLM(large=Echo(), guard=guard)
     with pytest.raises(ConfigurationError, match="no small model to predict them"):
         PrivacyGuardMiddleware(guard)
-    with pytest.raises(ConfigurationError, match="give a datashunt PrivacyGuard"):
+    with pytest.raises(ConfigurationError, match="Expected a PrivacyGuard"):
         GuardedLLM(large=Echo(), guard=3)
 
 

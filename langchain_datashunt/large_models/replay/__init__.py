@@ -1,4 +1,4 @@
-"""Replay: recorded answers of a large model behind a local OpenAI-compatible HTTP server."""
+"""Replay recorded answers of a large model from a local OpenAI-compatible HTTP server."""
 
 from __future__ import annotations
 

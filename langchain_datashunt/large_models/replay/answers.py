@@ -1,4 +1,4 @@
-"""Recorded answers by input text."""
+"""RecordedAnswers: recorded answers of a large model by input text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _ANSWER_COLUMNS = ("answer", "large_label", "gpt-label", "output", "label")
 
 
 class RecordedAnswers:
-    """Answers by input; a chat request is matched by its last user message.
+    """Recorded answers by input text.
+
+    A chat request is matched by its latest user message that has a recorded answer.
 
     Args:
         by_text: Input text -> answer.
@@ -24,38 +26,40 @@ class RecordedAnswers:
 
     @classmethod
     def load(cls, file: str | Path, text: str = "text", answer: str | None = None) -> RecordedAnswers:
-        """Read a CSV, JSONL or Parquet file.
+        """Load recorded answers from a CSV, JSONL or Parquet file.
 
         Args:
-            file: One row an input.
-            text: The column with the input.
-            answer: The column with the answer; None takes the first there is of answer, large_label, gpt-label,
-                output, label.
+            file: Path of the file, with one row per input.
+            text: Column of the inputs.
+            answer: Column of the answers. None uses the first that exists of answer, large_label, gpt-label, output and
+                label.
 
         Raises:
             DataError: The file or a column is missing.
-            ReplayError: No column with answers, or one input has two different answers.
+            ReplayError: The file has no answer column, or an input has two different answers.
         """
         require_columns(file, text)
         rows = list(read_rows(file))
         column = answer or next((name for name in _ANSWER_COLUMNS if name in rows[0]), None)
         if column is None or column not in rows[0]:
             raise ReplayError(
-                f"{Path(file).name} has no column with recorded answers; one of {', '.join(_ANSWER_COLUMNS)} is "
-                f"needed, and it has {', '.join(rows[0])}."
+                f"{Path(file).name} has no column with recorded answers. Expected one of {', '.join(_ANSWER_COLUMNS)}, "
+                f"got {', '.join(rows[0])}."
             )
         by_text: dict[str, str] = {}
         for i, row in enumerate(rows, start=1):
             key, value = str(cell(file, i, row, text)).strip(), str(cell(file, i, row, column))
             if by_text.setdefault(key, value) != value:
-                raise ReplayError(f"{Path(file).name}, row {i}: this input stands there twice with different answers.")
+                raise ReplayError(
+                    f"{Path(file).name}, row {i}: this input occurs twice with different answers. Keep one."
+                )
         return cls(by_text)
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The answer to a chat request.
+        """Return the recorded answer to a chat request.
 
         Raises:
-            ReplayError: Nothing was recorded for its last user message.
+            ReplayError: None of the user messages has a recorded answer.
         """
         users = [_content(message) for message in messages if message.get("role") == "user"]
         for text in reversed(users):

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible chat server on loopback; it answers from a function, and its faults are its subclass's."""
+"""ChatServer: a small OpenAI-compatible chat server on the loopback interface. Subclasses can simulate faults."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from langchain_datashunt.large_models.replay.answers import RecordedAnswers
 from langchain_datashunt.large_models.replay.tokens import estimate_message_tokens, estimate_tokens
 
 Answer = Callable[[Sequence[Mapping[str, Any]]], str]
-"""From the messages of a request to the text of the reply."""
+"""Function from the messages of a request to the text of the reply."""
 
 
 class ChatServer:
-    """Serves /v1/chat/completions on 127.0.0.1, plain, streamed and with structured output; use it with `with`.
+    """Serve /v1/chat/completions on 127.0.0.1, with streaming and structured output.
 
-    Token counts are estimates (see `replay.tokens`). Whatever runs on this machine may call it; it holds only the
-    answers that it was given.
+    Use it as a context manager. Token counts are estimates (see `replay.tokens`). Any local process may call the
+    server, which has no data except the given answers.
 
     Args:
-        answer: Makes the replies.
-        model: The model name that replies carry.
+        answer: Function that creates the replies.
+        model: Model name in replies.
     """
 
     def __init__(self, answer: Answer, model: str = "replay") -> None:
@@ -42,7 +42,7 @@ class ChatServer:
 
     @property
     def base_url(self) -> str:
-        """What a client takes as its base URL."""
+        """Base URL for clients."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Self:
@@ -55,23 +55,26 @@ class ChatServer:
         self._thread.join(timeout=5)
 
     def fault(self, number: int, body: Mapping[str, Any], handler: BaseHTTPRequestHandler) -> bool:
-        """A subclass's chance to misbehave on request `number`; True where it has dealt with the request."""
+        """Simulate a fault on request `number` in a subclass, and return whether the request is handled."""
         return False
 
     def take(self, body: dict[str, Any]) -> int:
-        """Count a request."""
+        """Count a request and return its number."""
         with self._lock:
             if self.keep_bodies:
                 self.bodies.append(body)
             return next(self.requests)
 
     def count_served(self) -> None:
-        """Count a reply that was given in full."""
+        """Count a reply that was sent completely."""
         with self._lock:
             self.served += 1
 
     def chat_model(self, **settings: Any) -> Any:
-        """A `ChatOpenAI` that talks to this server.
+        """Return a `ChatOpenAI` connected to this server.
+
+        Args:
+            settings: Settings of `ChatOpenAI` that override the defaults.
 
         Raises:
             MissingExtraError: langchain-openai is not installed.
@@ -83,21 +86,23 @@ class ChatServer:
 
 
 def replay_model(answer: Answer | Mapping[str, str], model: str = "replay") -> Any:
-    """A `ChatOpenAI` that gets recorded answers over real HTTP, from a local server that ends with this process.
+    """Return a `ChatOpenAI` that receives recorded answers over HTTP from a local server.
+
+    The server runs until the process ends.
 
     ```python
     model = replay_model({"has my parcel shipped": "status"})  # in place of ChatOpenAI(model="gpt-4o")
     ```
 
     Args:
-        answer: Answers by input text, or what makes the replies.
-        model: The model name that replies carry.
+        answer: Answers by input text, or a function that creates the replies.
+        model: Model name in replies.
 
     Raises:
         MissingExtraError: langchain-openai is not installed.
     """
     replies = RecordedAnswers(answer) if isinstance(answer, Mapping) else answer
-    server = ChatServer(replies, model).__enter__()  # open for as long as the process lives
+    server = ChatServer(replies, model).__enter__()  # stays open until the process ends
     atexit.register(server.__exit__)
     return server.chat_model()
 
@@ -107,7 +112,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 512
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no failure of the server."""
+        """Ignore errors of a request, such as a disconnected client."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Suppress the access log."""
 
     def do_POST(self) -> None:  # noqa: N802
         body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
@@ -139,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.chat.count_served()
 
     def send_json(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        """Send one JSON reply."""
+        """Send a JSON reply."""
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
@@ -161,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def stream_events(number: int, model: str, text: str, usage: dict[str, int], body: Mapping[str, Any]) -> list[bytes]:
-    """The server-sent events of a streamed reply, one for each word, as the API sends them."""
+    """Return the server-sent events of a streamed reply, one per word."""
     head = {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", "created": 0, "model": model}
     words = text.split(" ")
     pieces = [word if i == 0 else " " + word for i, word in enumerate(words)]
@@ -176,7 +181,7 @@ def stream_events(number: int, model: str, text: str, usage: dict[str, int], bod
 
 
 def _forced_tool(body: Mapping[str, Any]) -> str | None:
-    """The function that the request obliges the model to call: how older models give structured output."""
+    """Return the name of the function that the request forces, which older models use for structured output."""
     choice = body.get("tool_choice")
     return str(choice["function"]["name"]) if isinstance(choice, Mapping) else None
 
