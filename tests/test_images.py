@@ -36,7 +36,7 @@ def url(data: bytes, mime: str = "image/png") -> str:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few kilobytes that says it has so many pixels."""
+    """Return a PNG of a few kilobytes whose header declares the given size in pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -71,7 +71,7 @@ def same(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_every_form_of_an_image_is_the_same_picture(tmp_path: Path) -> None:
+def test_image_reader_every_input_form_gives_the_same_picture(tmp_path: Path) -> None:
     for name, value in same(tmp_path).items():
         picture = READER.read(value)
         assert picture == Picture(PIXELS), name
@@ -109,14 +109,14 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_image_is_refused_in_words(name: str) -> None:
+def test_image_reader_invalid_input_raises_with_reason(name: str) -> None:
     value, words = BAD[name]
     with pytest.raises(InputError) as caught:
         READER.read(value)
     assert words in str(caught.value)
 
 
-def test_limits_are_the_callers(tmp_path: Path) -> None:
+def test_image_reader_input_above_limits_raises(tmp_path: Path) -> None:
     data = png(PIXELS)
     with pytest.raises(InputError, match="`max_bytes`"):
         ImageReader(max_bytes=len(data) - 1).read(data)
@@ -132,7 +132,7 @@ def test_limits_are_the_callers(tmp_path: Path) -> None:
         ImageReader(max_pixels=0)
 
 
-def test_modes_become_grey_or_colour() -> None:
+def test_image_reader_other_colour_modes_become_grey_or_rgb() -> None:
     colour = Image.fromarray(PIXELS)
     assert READER.read(colour.convert("L")).pixels.shape == (12, 10, 1)
     assert READER.read(colour.convert("1")).pixels.shape == (12, 10, 1)
@@ -140,14 +140,14 @@ def test_modes_become_grey_or_colour() -> None:
         assert READER.read(colour.convert(mode)).pixels.shape == (12, 10, 3)
     clear = np.zeros((4, 4, 4), np.uint8)
     for value in (clear, Image.fromarray(clear)):
-        assert READER.read(value).pixels.tolist() == np.full((4, 4, 3), 255).tolist()  # nothing on white
+        assert READER.read(value).pixels.tolist() == np.full((4, 4, 3), 255).tolist()  # transparent pixels become white
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     assert READER.read(deep).pixels[0, 0, 0] == 0x80
 
 
-def test_a_picture_is_turned_as_it_was_taken_and_its_metadata_stays_here() -> None:
+def test_image_reader_exif_applies_rotation_and_drops_metadata() -> None:
     image, exif = Image.fromarray(PIXELS), Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "secret camera"  # a quarter turn, and who made it
+    exif[0x0112], exif[0x010F] = 6, "secret camera"  # orientation (a quarter turn) and camera maker
     out = io.BytesIO()
     image.save(out, format="PNG", exif=exif)
     assert b"secret camera" in out.getvalue()
@@ -160,7 +160,7 @@ def test_a_picture_is_turned_as_it_was_taken_and_its_metadata_stays_here() -> No
     assert max(Image.open(io.BytesIO(data)).size) == 100
 
 
-def test_prompts_get_a_message_a_url_and_the_history() -> None:
+def test_image_reader_prompt_variables_include_message_url_and_history() -> None:
     laid_out = READER.lay_out(PIXELS)
     (message,) = laid_out["input"]
     assert message.content == [Picture(PIXELS).block()]
@@ -178,13 +178,13 @@ def test_prompts_get_a_message_a_url_and_the_history() -> None:
         READER.lay_out("no image")
 
 
-def test_what_is_no_image_is_still_written_down() -> None:
+def test_image_reader_write_other_values_returns_json() -> None:
     assert json.loads(READER.write({"a": 1})) == {"a": 1}
     assert "hello" in READER.write(HumanMessage("hello"))
     assert READER.write(b"x" * 10) == '"10 bytes"'
 
 
-def test_preprocessing_agrees_with_transformers() -> None:
+def test_image_scale_known_processors_match_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     picture = READER.read(draw_scenes(1)[0].pixels[:, :40])
     makers = {
@@ -199,12 +199,12 @@ def test_preprocessing_agrees_with_transformers() -> None:
         ours = scale.tensor([scale.pixels(picture)], "cpu")[0].numpy()
         theirs = np.asarray(processor(picture.image(), return_tensors="np")["pixel_values"][0])
         assert ours.shape == theirs.shape, name
-        assert np.abs(ours - theirs).max() < 0.06, name  # a step or two of 255, where rounding differs
+        assert np.abs(ours - theirs).max() < 0.06, name  # rounding may differ by one or two of 255 levels
 
 
-def test_preprocessing_that_is_not_known_is_refused(tmp_path: Path) -> None:
+def test_image_scale_invalid_size_or_missing_file_raises(tmp_path: Path) -> None:
     for config in ({"size": None}, {"size": {"longest_edge": 9}}):
-        with pytest.raises(ConfigurationError, match="not|no size"):
+        with pytest.raises(ConfigurationError, match="Expected `size`"):
             ImageScale.from_config({"image_mean": [0.5], "image_std": [0.5], **config})
     with pytest.raises(ConfigurationError, match=r"preprocessor_config\.json"):
         ImageScale.from_transformers(tmp_path)
@@ -214,7 +214,7 @@ def test_preprocessing_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 def digits(n: int, seed: int = 0) -> tuple[list[Any], list[str]]:
-    """Two shapes on noise: what a small ResNet learns in a second."""
+    """Draw vertical and horizontal bars on noise, which a small ResNet learns in a second."""
     rng = np.random.default_rng(seed)
     images, labels = [], []
     for _ in range(n):
@@ -236,7 +236,7 @@ def bars() -> ImageClassifier:
     return ImageClassifier.train(images, labels, depth=8, width=8, augmentation="none", settings=settings)
 
 
-def test_a_small_resnet_learns_saves_and_loads(bars: ImageClassifier, tmp_path: Path) -> None:
+def test_image_classifier_trained_resnet_is_restored_from_bundle(bars: ImageClassifier, tmp_path: Path) -> None:
     images, labels = digits(60, seed=1)
     batch = bars.predict_batch(images)
     assert np.mean([a == b for a, b in zip(batch.label_names(), labels, strict=True)]) > 0.95
@@ -249,7 +249,7 @@ def test_a_small_resnet_learns_saves_and_loads(bars: ImageClassifier, tmp_path: 
     assert one.label == batch.label_names()[0]
 
 
-def test_one_bad_image_fails_alone(bars: ImageClassifier) -> None:
+def test_image_classifier_broken_image_fails_alone(bars: ImageClassifier) -> None:
     images, _ = digits(3)
     found = bars.batch([images[0], b"broken", images[1]], return_exceptions=True)
     assert isinstance(found[1], InputError)
@@ -258,7 +258,7 @@ def test_one_bad_image_fails_alone(bars: ImageClassifier) -> None:
         bars.invoke("a text")
 
 
-def test_repeats_cost_a_hash(bars: ImageClassifier) -> None:
+def test_image_classifier_repeated_images_hit_the_cache(bars: ImageClassifier) -> None:
     images, _ = digits(4)
     remembering = bars.model_copy(update={"cache_size": 10})
     first = remembering.predict_batch(images)
@@ -268,7 +268,7 @@ def test_repeats_cost_a_hash(bars: ImageClassifier) -> None:
     assert (remembering.cache.misses, remembering.cache.hits) == (4, 4)
 
 
-def test_variation_moves_and_mirrors() -> None:
+def test_shifted_random_augmentation_shifts_and_mirrors() -> None:
     import torch
 
     from langchain_datashunt.small_models.kinds.image_modules import shifted
@@ -282,7 +282,7 @@ def test_variation_moves_and_mirrors() -> None:
     assert {tuple(one[0, 0].tolist()) for one in flipped} == {tuple(range(8)), tuple(range(7, -1, -1))}
 
 
-def test_training_material_that_cannot_be_used() -> None:
+def test_image_classifier_invalid_training_arguments_raises() -> None:
     images, labels = digits(6)
     with pytest.raises(DataError, match="Training image 1 cannot be used"):
         ImageClassifier.train([images[0], b"broken"], labels[:2])
@@ -306,7 +306,7 @@ def tiny_vit(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_model_of_transformers(tmp_path: Path) -> None:
+def test_image_classifier_transformers_model_loads_and_fine_tunes(tmp_path: Path) -> None:
     folder = tiny_vit(tmp_path / "vit")
     model = ImageClassifier(model=folder)
     assert model.labels == ("cat", "dog", "owl")
@@ -323,7 +323,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     assert tuned.predict_batch(images).probabilities.shape == (40, 2)
 
 
-def test_a_bundle_whose_labels_do_not_fit_is_refused(bars: ImageClassifier, tmp_path: Path) -> None:
+def test_load_image_bundle_label_mismatch_raises(bars: ImageClassifier, tmp_path: Path) -> None:
     folder = bars.save(tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
     config["labels"] = ["bar", "dash", "dot"]
@@ -332,11 +332,11 @@ def test_a_bundle_whose_labels_do_not_fit_is_refused(bars: ImageClassifier, tmp_
         load_small_model(folder)
 
 
-# What a review found
+# Hostile and unusual inputs
 
 
 def crafted() -> bytes:
-    """A JPEG that is turned, with a tag of a wrong type: writing it back raises whatever comes."""
+    """Return a rotated JPEG with an EXIF tag of a wrong type, which may raise any exception when rewritten."""
     image, exif = Image.fromarray(PIXELS), Image.Exif()
     exif[0x0112] = 6
     out = io.BytesIO()
@@ -351,7 +351,7 @@ def crafted() -> bytes:
     return bytes(data)
 
 
-def test_whatever_a_decoder_raises_is_the_error_of_its_own_image(
+def test_image_reader_decoder_exception_fails_only_that_image(
     bars: ImageClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import ImageOps
@@ -369,7 +369,7 @@ def test_whatever_a_decoder_raises_is_the_error_of_its_own_image(
     assert [found[0].label, found[2].label] == [one.label for one in bars.batch(images)]
 
 
-def test_buffers_and_files_may_change_after_the_call(bars: ImageClassifier, tmp_path: Path) -> None:
+def test_recorder_changed_buffer_or_deleted_file_keeps_original_image(bars: ImageClassifier, tmp_path: Path) -> None:
     from langchain_datashunt import ShuntRunnable
     from langchain_datashunt.call_log import CallLog, Recorder
 
@@ -389,13 +389,13 @@ def test_buffers_and_files_may_change_after_the_call(bars: ImageClassifier, tmp_
     assert held == READER.read(images[0])
 
 
-def test_what_was_refused_is_recorded_in_short() -> None:
+def test_image_reader_write_damaged_image_is_shortened() -> None:
     damaged = "data:image/png;base64," + "A" * 10_000
     for value in (damaged, {"input": damaged}, HumanMessage([{"type": "image_url", "image_url": {"url": damaged}}])):
         assert len(READER.write(value)) < 1000
 
 
-def test_whole_numbers_of_more_bits_are_scaled_and_others_refused() -> None:
+def test_image_reader_high_bit_depth_is_scaled_and_float_raises() -> None:
     ramp = np.linspace(0, 65535, 256).reshape(16, 16)
     for data in (ramp.astype(np.int32), ramp.astype(np.uint16)):
         assert READER.read(Image.fromarray(data)).pixels.mean() == pytest.approx(127, abs=1)
@@ -407,7 +407,7 @@ def test_whole_numbers_of_more_bits_are_scaled_and_others_refused() -> None:
         READER.read(Image.new("RGB", (0, 5)))
 
 
-def test_long_pictures_are_cut_not_refused() -> None:
+def test_image_scale_very_long_picture_is_cropped() -> None:
     scale = ImageScale(height=28, width=28, shortest_edge=32)
     rng = np.random.default_rng(0)
     for shape in ((2, 2000, 3), (2000, 2, 3), (1, 50_000, 1), (40, 30, 3)):
@@ -419,10 +419,10 @@ def test_long_pictures_are_cut_not_refused() -> None:
     scale = ImageScale.from_config(json.loads(processor.to_json_string()))
     theirs = np.asarray(processor(picture.image(), return_tensors="np")["pixel_values"][0])
     ours = scale.tensor([scale.pixels(picture)], "cpu")[0].numpy()
-    assert np.abs(ours - theirs).mean() < 0.2  # the middle may lie half a pixel beside
+    assert np.abs(ours - theirs).mean() < 0.2  # the centre crop may be off by half a pixel
 
 
-def test_processors_that_are_not_known_are_refused_and_old_forms_are_read() -> None:
+def test_image_scale_unknown_processor_raises_and_legacy_config_loads() -> None:
     base = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
     for more in (
         {"image_processor_type": "EfficientNetImageProcessor"}, {"image_processor_type": "PoolFormerImageProcessor"},
@@ -436,7 +436,7 @@ def test_processors_that_are_not_known_are_refused_and_old_forms_are_read() -> N
     assert (found.height, found.width, found.shortest_edge) == (224, 224, 256)
 
 
-def test_outputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_image_classifier_duplicate_label_names_get_a_suffix(tmp_path: Path) -> None:
     folder = Path(tiny_vit(tmp_path / "vit"))
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {"0": "crane", "1": "dog", "2": "crane"}
@@ -444,7 +444,7 @@ def test_outputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert ImageClassifier(model=str(folder)).labels == ("crane", "dog", "crane (2)")
 
 
-def test_a_bundle_takes_no_memory_and_runs_no_code_before_it_is_checked(bars: ImageClassifier, tmp_path: Path) -> None:
+def test_load_tampered_image_bundle_raises_and_drops_code_settings(bars: ImageClassifier, tmp_path: Path) -> None:
     from langchain_datashunt.exceptions import BundleError
     from langchain_datashunt.small_models.bundles.networks import safe_config
 
@@ -471,7 +471,7 @@ def test_a_bundle_takes_no_memory_and_runs_no_code_before_it_is_checked(bars: Im
     assert not hasattr(kept, "auto_map")
 
 
-def test_readers_follow_the_wrappers_key_and_need_no_weights(bars: ImageClassifier, tmp_path: Path) -> None:
+def test_reader_wrapped_model_uses_wrapper_key_without_weights(bars: ImageClassifier, tmp_path: Path) -> None:
     from langchain_datashunt import ShuntRunnable
     from langchain_datashunt.small_models import BundledSmallModel, EnsembleClassifier, TextCNN
 
@@ -486,7 +486,7 @@ def test_readers_follow_the_wrappers_key_and_need_no_weights(bars: ImageClassifi
     broken = BundledSmallModel.from_folder(folder)
     (folder / "model.safetensors").write_bytes(b"x" * 50)
     shunt = ShuntRunnable(small=broken, large=lambda asked: asked["input"][0].type)
-    assert shunt.invoke(images[0]) == "human", "a small model that cannot be loaded defers"
+    assert shunt.invoke(images[0]) == "human", "a request must be deferred if the small model cannot be loaded"
     text = TextCNN.train(["a b", "c d"] * 4, labels * 2, settings=TrainingSettings(progress=False, epochs=1))
     folder = text.save(tmp_path / "text")
     gone = BundledSmallModel.from_folder(folder)
@@ -494,7 +494,7 @@ def test_readers_follow_the_wrappers_key_and_need_no_weights(bars: ImageClassifi
     assert ShuntRunnable(small=gone, large=lambda asked: asked["input"]).invoke("x") == "x"
 
 
-async def test_reading_a_large_picture_does_not_hold_the_event_loop(bars: ImageClassifier) -> None:
+async def test_shunt_async_call_reads_images_off_the_event_loop(bars: ImageClassifier) -> None:
     import asyncio
     import threading
 

@@ -50,7 +50,7 @@ LOGS = np.log([0.9, 0.5, 0.2])
 
 
 class Scripted(GeneratingModel):
-    """Writes what it reads, with the probabilities that stand in it."""
+    """Echo the input, with the numbers in it as token probabilities."""
 
     model_id: str = "scripted"
     _calls: list[int] = PrivateAttr(default_factory=list)
@@ -66,7 +66,7 @@ class Scripted(GeneratingModel):
         return made
 
 
-def test_scores_of_tokens() -> None:
+def test_token_scores_known_log_probabilities_match_formulas() -> None:
     batch = Prediction.from_answer("x", 0.7, token_logprobs=LOGS).as_batch()
     expected = {
         MeanTokenProbability(): (0.9 + 0.5 + 0.2) / 3,
@@ -86,7 +86,7 @@ def test_scores_of_tokens() -> None:
         TokenQuantile(alpha=2.0)
 
 
-def test_an_answer_without_token_probabilities_is_deferred_alone() -> None:
+def test_shunt_answer_without_token_probabilities_defers_alone() -> None:
     sure = Prediction.from_answer("a cat", 0.9, token_logprobs=np.log([0.9]))
     batch = PredictionBatch.stack([sure, Prediction.from_answer("a call", 0.9), sure])
     assert MeanTokenProbability()(batch).tolist() == pytest.approx([0.9, 0.0, 0.9])
@@ -102,7 +102,7 @@ def test_an_answer_without_token_probabilities_is_deferred_alone() -> None:
     assert shunt.batch(["a", "call", "b"]) == ["a", "large", "b"]
 
 
-def test_a_written_answer_is_a_prediction_of_itself() -> None:
+def test_prediction_from_answer_keeps_answer_and_confidence() -> None:
     unsure = Prediction.from_answer("a cat", 0.1, model_id="m", token_logprobs=LOGS)
     assert (unsure.label, unsure.confidence, unsure.answer) == ("answer", 0.1, "a cat")
     batch = PredictionBatch.stack([unsure, Prediction.from_answer("a dog", 0.8, token_logprobs=LOGS[:1])])
@@ -120,8 +120,8 @@ def test_a_written_answer_is_a_prediction_of_itself() -> None:
         PredictionBatch.stack([unsure, Prediction.from_probabilities({"answer": 0.5, "other": 0.5})])
 
 
-def test_policies_know_written_answers() -> None:
-    Threshold(0.3).check(ANSWER_LABELS)  # over two labels 0.3 would keep all; here it does not
+def test_policies_generated_answers_reject_label_scores() -> None:
+    Threshold(0.3).check(ANSWER_LABELS)  # below 1/2 is useless for two labels, but not for generated answers
     for score in (Margin(), Entropy()):
         with pytest.raises(ConfigurationError, match="generates its answers"):
             ShuntRunnable(small=Scripted(), large=str, pruning=None, policy=Threshold(0.3, score=score))
@@ -129,7 +129,7 @@ def test_policies_know_written_answers() -> None:
         Threshold(0.5, score=MeanTokenProbability()).evaluate_one(Prediction.from_answer("x", 0.5))
 
 
-def test_a_generating_model_predicts_whether_it_is_right() -> None:
+def test_generating_model_confidence_is_the_token_score() -> None:
     model = Scripted()
     batch = model.predict_batch(["0.9 0.5", "1.0"])
     assert batch.confidence.tolist() == pytest.approx([0.7, 1.0], abs=1e-5)
@@ -144,7 +144,7 @@ def test_a_generating_model_predicts_whether_it_is_right() -> None:
         assert model.predict("long 0.5").truncated
 
 
-def test_an_empty_answer_fails_alone_and_defers() -> None:
+def test_generating_model_empty_answer_fails_alone_and_defers() -> None:
     found = Scripted().batch(["0.9", "empty 0.9", "no numbers"], return_exceptions=True)
     assert found[0].answer == "said 0.9"
     assert all(isinstance(one, PredictionError) and "empty answer" in str(one) for one in found[1:])
@@ -156,7 +156,7 @@ def test_an_empty_answer_fails_alone_and_defers() -> None:
     assert strange[1].confidence == pytest.approx(0.0, abs=1e-5)
 
 
-def test_repeats_are_remembered_with_their_answers() -> None:
+def test_cache_repeated_input_returns_cached_answer() -> None:
     model = Scripted(cache_size=8)
     first = model.predict_batch(["0.9", "0.5 0.7"])
     again = model.batch(["0.5 0.7", "0.9", "empty 0.3"], return_exceptions=True)
@@ -164,10 +164,10 @@ def test_repeats_are_remembered_with_their_answers() -> None:
     assert [again[0].answer, again[1].answer] == [first.outputs()[1], first.outputs()[0]]
     assert isinstance(again[2], PredictionError)
     assert isinstance(model.batch(["empty 0.3"], return_exceptions=True)[0], PredictionError)
-    assert model._calls == [2, 1, 1]  # what failed is not remembered
+    assert model._calls == [2, 1, 1]  # failures are not cached
 
 
-def test_confidence_is_fitted_to_what_was_right() -> None:
+def test_fit_confidence_judged_answers_calibrates_confidence() -> None:
     rng = np.random.default_rng(0)
     scores = rng.uniform(0.3, 0.99, 400)
     right = rng.uniform(size=400) < 1 / (1 + np.exp(-(3 * np.log(scores / (1 - scores)) - 4)))
@@ -184,7 +184,7 @@ def test_confidence_is_fitted_to_what_was_right() -> None:
             Scripted().fit_confidence(inputs, wrong)
 
 
-def test_thresholds_with_a_promise_hold_for_written_answers() -> None:
+def test_risk_control_generated_answers_bounds_selective_risk() -> None:
     rng = np.random.default_rng(1)
     scores = rng.uniform(0.5, 1.0, 600)
     right = rng.uniform(size=600) < scores**2
@@ -198,7 +198,7 @@ def test_thresholds_with_a_promise_hold_for_written_answers() -> None:
     assert 1 - right[kept].mean() <= 0.2
 
 
-def test_what_was_written_stands_in_the_prompt() -> None:
+def test_prompt_pruning_generated_answer_is_in_the_prompt() -> None:
     seen: list[Any] = []
     prompt = ChatPromptTemplate.from_messages([("human", "{input} | {candidate_probabilities} | {small_label}")])
     large = prompt | RunnableLambda(lambda value: seen.append(value.to_string()) or "L") | StrOutputParser()
@@ -215,7 +215,7 @@ def test_what_was_written_stands_in_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("score", [MeanTokenProbability(), TokenQuantile(alpha=0.2)])
-def test_a_bundle_keeps_score_and_fit(tmp_path: Path, score: Any) -> None:
+def test_bundle_generator_restores_score_and_fitted_confidence(tmp_path: Path, score: Any) -> None:
     model = TransformersGenerator(
         model=tiny_gpt2(tmp_path / "gpt"), max_new_tokens=3, score=score, slope=2.0, intercept=-1.0,
         template="say {input} twice ?", stop=("owl",),
@@ -234,7 +234,7 @@ def test_a_bundle_keeps_score_and_fit(tmp_path: Path, score: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_t5])
-def test_a_generator_learns_and_its_probabilities_are_its_own(make: Any, tmp_path: Path) -> None:
+def test_generator_trained_reports_the_networks_probabilities(make: Any, tmp_path: Path) -> None:
     questions, answers = echoes()
     base = TransformersGenerator(model=make(tmp_path / "base"), max_new_tokens=5, model_id="tiny")
     before = [str(state) for state in base.weights().values()]
@@ -243,7 +243,7 @@ def test_a_generator_learns_and_its_probabilities_are_its_own(make: Any, tmp_pat
     assert [str(state) for state in base.weights().values()] == before
     batch = model.predict_batch(questions)
     assert np.mean([a == b for a, b in zip(batch.outputs(), answers, strict=True)]) > 0.8
-    for text in questions[:3]:  # the noted probabilities are those that the network gives its own tokens
+    for text in questions[:3]:  # the recorded probabilities equal those of a forward pass over the answer
         one = model.predict(text)
         ids = model._tokenizer(text, return_tensors="pt")["input_ids"]
         said = model._tokenizer(one.answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -259,11 +259,11 @@ def test_a_generator_learns_and_its_probabilities_are_its_own(make: Any, tmp_pat
         assert one.confidence == pytest.approx(np.exp(expected).mean(), abs=1e-4)
     together, alone = batch.token_logprobs, [model.predict(text).token_logprobs for text in questions]
     assert together is not None
-    for one, other in zip(together, alone, strict=True):  # padding has no influence
+    for one, other in zip(together, alone, strict=True):  # padding must not change probabilities
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_answers_end_where_they_are_told_to(tmp_path: Path) -> None:
+def test_generator_stop_text_ends_the_answer(tmp_path: Path) -> None:
     questions, answers = echoes()
     base = TransformersGenerator(model=tiny_gpt2(tmp_path / "base"), max_new_tokens=5)
     model = base.train(questions, answers, settings=quiet(60, learning_rate=1e-2, patience=60))
@@ -278,7 +278,7 @@ def test_answers_end_where_they_are_told_to(tmp_path: Path) -> None:
         assert model.predict(" ".join(["cat"] * 50)).truncated
 
 
-def test_image_to_text_models_of_transformers(tmp_path: Path) -> None:
+def test_generator_image_to_text_models_train_or_reject_training(tmp_path: Path) -> None:
     from transformers import (
         Blip2Config,
         Blip2ForConditionalGeneration,
@@ -322,13 +322,13 @@ def test_image_to_text_models_of_transformers(tmp_path: Path) -> None:
         made = captioner.generate([captioner.reader.read(image) for image in images[:3]])
         assert [len(one.logprobs) <= 4 for one in made] == [True] * 3
         assert all(np.isfinite(one.logprobs).all() for one in made)
-        with pytest.raises(ConfigurationError, match="cannot learn here"):
+        with pytest.raises(ConfigurationError, match="cannot be trained"):
             captioner.train(images, labels)
 
 
-def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
+def test_generator_invalid_settings_raises(tmp_path: Path) -> None:
     folder = tiny_gpt2(tmp_path / "gpt")
-    with pytest.raises(ConfigurationError, match=r"no \{input\}"):
+    with pytest.raises(ConfigurationError, match=r"to contain \{input\}"):
         TransformersGenerator(model=folder, template="hello")
     with pytest.raises(ConfigurationError, match="no room for a prompt"):
         TransformersGenerator(model=folder, max_new_tokens=40).invoke("cat")
@@ -343,14 +343,14 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
             split_answers(inputs, answers, quiet(1))
 
 
-def test_a_chat_template_is_used_where_there_is_one(tmp_path: Path) -> None:
+def test_generator_chat_template_is_applied_unless_disabled(tmp_path: Path) -> None:
     model = TransformersGenerator(model=tiny_gpt2(tmp_path / "gpt"), max_new_tokens=2)
     model._tokenizer.chat_template = "{% for m in messages %}say {{ m.content }} {% endfor %}twice ?"
     assert model._prompt("cat") == "say cat twice ?"
     assert model.model_copy(update={"chat": False})._prompt("cat") == "cat"
 
 
-# The captioner
+# Caption model
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def captioner() -> CaptionModel:
     )  # fmt: skip
 
 
-def test_a_captioner_learns_to_say_what_it_sees(captioner: CaptionModel, tmp_path: Path) -> None:
+def test_caption_model_trained_names_the_colours(captioner: CaptionModel, tmp_path: Path) -> None:
     scenes = draw_scenes(60, seed=2)
     images = [scene.pixels for scene in scenes]
     batch = captioner.predict_batch(images)
@@ -381,7 +381,7 @@ def test_a_captioner_learns_to_say_what_it_sees(captioner: CaptionModel, tmp_pat
     assert loaded.predict_batch(images).outputs() == batch.outputs()
 
 
-def test_beams_find_captions_that_are_no_less_likely(captioner: CaptionModel) -> None:
+def test_caption_model_beam_search_is_at_least_as_likely_as_greedy(captioner: CaptionModel) -> None:
     images = [scene.pixels for scene in draw_scenes(40, seed=5)]
     greedy = captioner.predict_batch(images)
     beams = captioner.model_copy(update={"beams": 4}).predict_batch(images)
@@ -401,19 +401,19 @@ def test_beams_find_captions_that_are_no_less_likely(captioner: CaptionModel) ->
     torch.testing.assert_close(logs, logs_greedy)
 
 
-def test_resnet_101_is_the_papers_eye(tmp_path: Path) -> None:
+def test_image_encoder_resnet_101_has_100_convolutions(tmp_path: Path) -> None:
     from tests.benchmarks.reproduction.caption_model import RESNET_101
     from tests.benchmarks.reproduction.caption_modules import Eye
 
     eye = Eye({"kind": "resnet", "config": RESNET_101})
     assert eye.size == 2048
     convolutions = [m for n, m in eye.named_modules() if isinstance(m, torch.nn.Conv2d) and "shortcut" not in n]
-    assert len(convolutions) == 100  # with the classifier's layer 101
+    assert len(convolutions) == 100  # the classification layer, which is not used here, is the 101st
     with torch.inference_mode():
         assert eye(torch.zeros(1, 3, 64, 64)).shape == (1, 4, 2048)
 
 
-def test_the_eye_can_begin_with_trained_weights(tmp_path: Path) -> None:
+def test_caption_model_pretrained_image_encoder_is_restored_from_bundle(tmp_path: Path) -> None:
     from transformers import ResNetConfig, ResNetModel
 
     config = ResNetConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8, layer_type="basic")
@@ -428,7 +428,7 @@ def test_the_eye_can_begin_with_trained_weights(tmp_path: Path) -> None:
     assert again.predict_batch(images).outputs() == model.predict_batch(images).outputs()
 
 
-def test_captions_that_cannot_be_learnt_from() -> None:
+def test_caption_model_invalid_training_data_raises() -> None:
     images = [scene.pixels for scene in draw_scenes(3)]
     with pytest.raises(DataError, match="3 images and 2 captions"):
         CaptionModel.train(images, ["a", "b"])
@@ -442,7 +442,7 @@ def test_captions_that_cannot_be_learnt_from() -> None:
         CaptionModel.train(images, ["a", "b", "c"], depth=7)
 
 
-# 2CD
+# Distillation (2CD)
 
 
 def call(text: str, said: str | None, **more: Any) -> CallRecord:
@@ -450,7 +450,7 @@ def call(text: str, said: str | None, **more: Any) -> CallRecord:
     return CallRecord(input=text, labels=ANSWER_LABELS, **{**given, **more})
 
 
-def test_distillation_sorts_answers_into_stages() -> None:
+def test_distillation_generated_answers_are_sorted_into_stages() -> None:
     learnt: list[Any] = []
 
     class Learning(Scripted):
@@ -477,11 +477,11 @@ def test_distillation_sorts_answers_into_stages() -> None:
     assert len(held_out) >= 3
     with pytest.raises(DataError, match="too little to learn from"):
         TwoStageDistiller().distill(Learning(), records[:5])
-    with pytest.raises(ConfigurationError, match="cannot learn from answers"):
+    with pytest.raises(ConfigurationError, match="cannot be trained on answers"):
         TwoStageDistiller(DistillationSettings(threshold=0.8)).distill(Scripted(), records)
 
 
-def test_a_killed_distillation_of_answers_goes_on_though_the_log_grew(tmp_path: Path) -> None:
+def test_distillation_killed_resumes_identically_with_a_longer_log(tmp_path: Path) -> None:
     small = TransformersGenerator(model=tiny_gpt2(tmp_path / "tiny"), max_new_tokens=4)
     records = [call(f"{text} {i}", answer) for i, (text, answer) in enumerate(zip(*echoes(), strict=True))][:40]
 
@@ -499,10 +499,10 @@ def test_a_killed_distillation_of_answers_goes_on_though_the_log_grew(tmp_path: 
     assert not list(folder.iterdir())
 
 
-# A larger model on the same machine
+# Local large model
 
 
-def test_a_local_large_model_heeds_what_it_is_told() -> None:
+def test_local_large_model_uses_candidates_and_probabilities() -> None:
     from tests.support.models import WordModel
 
     large = LocalLargeModel(model=WordModel())
@@ -522,7 +522,7 @@ def test_a_local_large_model_heeds_what_it_is_told() -> None:
     assert LocalLargeModel(model=Scripted()).invoke({"input": "0.9"}) == "said 0.9"
 
 
-async def test_a_local_large_model_is_asked_without_blocking() -> None:
+async def test_local_large_model_async_calls_return_answers() -> None:
     from tests.support.models import WordModel
 
     large = LocalLargeModel(model=WordModel())
@@ -530,7 +530,7 @@ async def test_a_local_large_model_is_asked_without_blocking() -> None:
     assert await large.abatch(["surely refund", "surely cancel"]) == ["refund", "cancel"]
 
 
-def test_an_image_text_model_reads_the_prompt(tmp_path: Path) -> None:
+def test_image_text_model_uses_candidates_and_probabilities(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, set_seed
 
     from langchain_datashunt.exceptions import InputError
@@ -565,7 +565,7 @@ def test_an_image_text_model_reads_the_prompt(tmp_path: Path) -> None:
     assert json.loads(json.dumps(plain.to_dict()))["label"] == plain.label
 
 
-def test_an_empty_text_is_no_padding(tmp_path: Path) -> None:
+def test_generator_empty_text_in_a_batch_matches_single_generation(tmp_path: Path) -> None:
     model = TransformersGenerator(model=tiny_gpt2(tmp_path / "gpt"), max_new_tokens=3)
     texts = ["cat red", "", "dog"]
     together = model.generate(texts)
@@ -575,7 +575,7 @@ def test_an_empty_text_is_no_padding(tmp_path: Path) -> None:
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-def test_what_a_model_was_published_with_does_not_change_its_confidence(tmp_path: Path) -> None:
+def test_generator_published_generation_config_keeps_confidence(tmp_path: Path) -> None:
     questions, answers = echoes()
     base = TransformersGenerator(model=tiny_gpt2(tmp_path / "base"), max_new_tokens=5)
     model = base.train(questions, answers, settings=quiet(60, learning_rate=1e-2, patience=60))
@@ -594,7 +594,7 @@ def test_what_a_model_was_published_with_does_not_change_its_confidence(tmp_path
         assert (again.answer, again.confidence) == (plain.answer, pytest.approx(plain.confidence, abs=1e-6)), name
 
 
-def test_a_tokenizer_that_names_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_tokenizer_with_custom_code_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from langchain_datashunt.small_models.bundles.bundle import FileStamp, read_info
 
     model = TransformersGenerator(model=tiny_gpt2(tmp_path / "gpt"), max_new_tokens=3)
@@ -624,7 +624,7 @@ def test_a_tokenizer_that_names_code_is_not_run(tmp_path: Path, monkeypatch: pyt
     assert not marker.exists()
 
 
-def test_records_that_cannot_be_read_are_counted_and_left_out(captioner: CaptionModel) -> None:
+def test_distillation_unreadable_records_are_counted_and_skipped(captioner: CaptionModel) -> None:
     scenes = draw_scenes(30, seed=9)
     records = [
         call(captioner.reader.write(scene.pixels), f"a {scene.first.colour} {scene.first.shape}") for scene in scenes

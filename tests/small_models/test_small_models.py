@@ -71,7 +71,7 @@ SHORT = TrainingSettings(progress=False, epochs=2)
 
 
 def tiny_transformer(folder: Path) -> str:
-    """A BERT of two layers with fresh weights, the MiniLM package's vocabulary, and three labels."""
+    """Save a two-layer BERT with random weights, MiniLM's vocabulary and three labels; return its folder."""
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
 
     from langchain_datashunt.small_models.kinds.encoder import bundled_encoder_path
@@ -88,7 +88,7 @@ def tiny_transformer(folder: Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_pairs() -> Iterator[None]:
-    """Contrastive tuning that shows each text once an epoch, where the data would be paired many times over."""
+    """Pair each text only once per epoch in contrastive training, to keep the tests fast."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("langchain_datashunt.small_models.kinds.contrastive.PAIRS_AN_EPOCH", 1)
         yield
@@ -96,7 +96,7 @@ def _few_pairs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(shop_messages: Any, tmp_path_factory: Any) -> dict[str, SmallModel]:
-    """One trained model of every kind."""
+    """Train one model of every kind."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -122,7 +122,7 @@ KINDS = ["embedding", "textcnn", "lstm", "transformers", "predict_proba", "neigh
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_predicts_a_distribution_in_one_vectorised_call(kind: str, trained: Any, shop_messages: Any) -> None:
+def test_predict_batch_every_kind_returns_distributions(kind: str, trained: Any, shop_messages: Any) -> None:
     model, (texts, labels) = trained[kind], shop_messages
     batch = model.predict_batch(texts)
     assert batch.sound.all()
@@ -134,14 +134,16 @@ def test_every_kind_predicts_a_distribution_in_one_vectorised_call(kind: str, tr
 
 
 @pytest.mark.parametrize(("kind", "least"), [("embedding", 0.9), ("textcnn", 0.9), ("predict_proba", 0.9)])
-def test_training_learns(kind: str, least: float, trained: Any, shop_messages: Any) -> None:
+def test_train_separable_labels_fits_training_texts(kind: str, least: float, trained: Any, shop_messages: Any) -> None:
     texts, labels = shop_messages
     found = trained[kind].predict_batch(texts).label_names()
     assert np.mean([a == b for a, b in zip(found, labels, strict=True)]) >= least
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bundle_gives_the_same_model_back(kind: str, trained: Any, shop_messages: Any, tmp_path: Path) -> None:
+def test_bundle_saved_and_loaded_predicts_identically(
+    kind: str, trained: Any, shop_messages: Any, tmp_path: Path
+) -> None:
     model, (texts, _) = trained[kind], shop_messages
     saved = model.model_copy(update={"threshold": 0.77, "lineage": {**model.lineage, "note": "mine"}})
     folder = saved.save(tmp_path / "bundle")
@@ -151,18 +153,18 @@ def test_a_bundle_gives_the_same_model_back(kind: str, trained: Any, shop_messag
     assert (again.threshold, again.lineage["note"], again.model_id) == (0.77, "mine", model.model_id)
     assert type(model).load(folder).labels == model.labels
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".safetensors", ".skops"}, "nothing is pickled"
+    assert kinds <= {".json", ".safetensors", ".skops"}, "a bundle must not contain pickles"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_survives_pickling(kind: str, trained: Any, shop_messages: Any) -> None:
+def test_pickle_every_kind_predicts_identically(kind: str, trained: Any, shop_messages: Any) -> None:
     model, (texts, _) = trained[kind], shop_messages
     again = pickle.loads(pickle.dumps(model))
     assert np.array_equal(again.predict_batch(texts[:5]).probabilities, model.predict_batch(texts[:5]).probabilities)
 
 
 @pytest.mark.parametrize("kind", ["textcnn", "lstm", "transformers"])
-def test_the_company_in_a_batch_changes_nothing(kind: str, trained: Any, shop_messages: Any) -> None:
+def test_predict_batch_mixed_lengths_matches_single_predictions(kind: str, trained: Any, shop_messages: Any) -> None:
     model, (texts, _) = trained[kind], shop_messages
     mixed = ["short", texts[0] + " " + texts[1] + " " + texts[2], "a b", texts[4]]
     together = model.predict_batch(mixed).probabilities
@@ -171,7 +173,7 @@ def test_the_company_in_a_batch_changes_nothing(kind: str, trained: Any, shop_me
 
 
 @pytest.mark.parametrize("kind", ["embedding", "textcnn", "lstm", "transformers", "neighbours", "contrastive"])
-def test_the_same_seed_gives_the_same_model(kind: str, shop_messages: Any, tmp_path: Path) -> None:
+def test_train_same_seed_reproduces_predictions(kind: str, shop_messages: Any, tmp_path: Path) -> None:
     texts, labels = shop_messages
     more = {"base": tiny_transformer(tmp_path)} if kind in ("transformers", "contrastive") else {}
     cls: Any = small_model_class(kind)
@@ -181,7 +183,7 @@ def test_the_same_seed_gives_the_same_model(kind: str, shop_messages: Any, tmp_p
     assert other.lineage["training"]["seed"] == 1
 
 
-def test_early_stopping_keeps_the_best_weights(shop_messages: Any) -> None:
+def test_early_stopping_patience_exhausted_keeps_best_weights(shop_messages: Any) -> None:
     texts, labels = shop_messages
     settings = TrainingSettings(progress=False, epochs=60, patience=3)
     model = TextCNN.train(texts[:100], labels[:100], settings=settings, validation=(texts[100:], labels[100:]))
@@ -194,18 +196,18 @@ def test_early_stopping_keeps_the_best_weights(shop_messages: Any) -> None:
     assert nll == pytest.approx(lineage["validation_nll"], abs=1e-4)
 
 
-def test_lineage_says_where_a_model_comes_from(trained: Any, shop_messages: Any) -> None:
+def test_lineage_after_training_records_counts_seed_and_hashes(trained: Any, shop_messages: Any) -> None:
     lineage = trained["embedding"].lineage
     assert lineage["examples"] + lineage["validation_examples"] == len(shop_messages[0])
     assert lineage["training"]["seed"] == 0
     assert len(lineage["training_text_hashes"]) == len(set(shop_messages[0]))
-    assert not any(text in json.dumps(lineage) for text in shop_messages[0]), "hashes, never texts"
+    assert not any(text in json.dumps(lineage) for text in shop_messages[0]), "the lineage stores hashes, not texts"
 
 
 # Inputs and the Runnable interface
 
 
-def test_every_kind_of_input_is_read() -> None:
+def test_invoke_text_document_messages_or_mapping_reads_text() -> None:
     model = WordModel()
     for value in ("refund", Document(page_content="refund"), [HumanMessage("refund")], {"input": "refund"}):
         assert model.invoke(value).label == "refund"
@@ -214,7 +216,7 @@ def test_every_kind_of_input_is_read() -> None:
         model.invoke({"text": "refund"})
 
 
-async def test_the_runnable_interface_runs_and_reports() -> None:
+async def test_runnable_sync_and_async_calls_report_runs() -> None:
     model, book = WordModel(), RunBook()
     config: Any = {"callbacks": [book]}
     assert (await model.ainvoke("refund", config)).label == "refund"
@@ -231,7 +233,7 @@ async def test_the_runnable_interface_runs_and_reports() -> None:
     assert "string" in str(model.get_input_jsonschema())
 
 
-def test_scores_of_a_wrong_shape_are_refused() -> None:
+def test_predict_batch_wrong_score_shape_raises() -> None:
     class Wrong(WordModel):
         def predict_scores(self, texts: Any) -> Scores:
             return Scores(np.zeros((len(texts), 2)))
@@ -240,7 +242,7 @@ def test_scores_of_a_wrong_shape_are_refused() -> None:
         Wrong().predict_batch(["x"])
 
 
-def test_temperature_sharpens_and_flattens_without_changing_the_label() -> None:
+def test_temperature_changed_scales_confidence_and_keeps_label() -> None:
     sharp = WordModel(temperature=0.5).invoke("refund")
     flat = WordModel(temperature=5.0).invoke("refund")
     assert sharp.label == flat.label
@@ -253,7 +255,7 @@ def test_temperature_sharpens_and_flattens_without_changing_the_label() -> None:
 
 
 @pytest.mark.parametrize("kind", ["embedding", "transformers", "textcnn"])
-def test_truncation_is_visible(kind: str, trained: Any) -> None:
+def test_predict_long_text_warns_and_marks_truncated(kind: str, trained: Any) -> None:
     long = "my parcel " * 400
     with pytest.warns(TruncationWarning, match="1 of 2 inputs were cut"):
         batch = trained[kind].predict_batch([long, "short"])
@@ -268,7 +270,7 @@ def test_truncation_is_visible(kind: str, trained: Any) -> None:
 # Kinds
 
 
-def test_a_transformers_model_brings_its_own_labels(tmp_path: Path) -> None:
+def test_transformers_pretrained_model_uses_its_own_labels(tmp_path: Path) -> None:
     path = tiny_transformer(tmp_path)
     model = TransformersClassifier(model=path)
     assert model.labels == ("no", "yes", "maybe")
@@ -276,13 +278,13 @@ def test_a_transformers_model_brings_its_own_labels(tmp_path: Path) -> None:
     renamed = TransformersClassifier(model=path, labels=("n", "y", "m"), batch_size=2, max_length=16)
     batch = renamed.predict_batch(["one", "two", "three"])
     assert np.allclose(batch.probabilities, model.predict_batch(["one", "two", "three"]).probabilities, atol=1e-6)
-    with pytest.raises(ConfigurationError, match=r"2 labels were given, and .* has 3 outputs \(no, yes, maybe\)"):
+    with pytest.raises(ConfigurationError, match=r"got 2 labels for 3 outputs \(no, yes, maybe\)"):
         TransformersClassifier(model=path, labels=("a", "b"))
     with pytest.raises(ConfigurationError, match="no weights"):
         TransformersClassifier(labels=("a", "b")).predict_batch(["x"])
 
 
-def test_transformers_agrees_with_the_library_itself(tmp_path: Path) -> None:
+def test_transformers_mixed_lengths_matches_library_probabilities(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -296,7 +298,7 @@ def test_transformers_agrees_with_the_library_itself(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 1e-5
 
 
-def test_number_formats_and_devices_are_chosen_by_name(tmp_path: Path) -> None:
+def test_transformers_unknown_dtype_or_device_raises(tmp_path: Path) -> None:
     path = tiny_transformer(tmp_path)
     plain = TransformersClassifier(model=path).predict_batch(["hello"]).probabilities
     coarse = TransformersClassifier(model=path, dtype="bfloat16", device="cpu").predict_batch(["hello"]).probabilities
@@ -309,7 +311,7 @@ def test_number_formats_and_devices_are_chosen_by_name(tmp_path: Path) -> None:
         TransformersClassifier(model=path, device="mps")
 
 
-def test_the_sentence_encoder_gives_unit_vectors_that_know_meaning() -> None:
+def test_sentence_encoder_similar_texts_have_close_unit_vectors() -> None:
     encoder = SentenceEncoder(batch_size=2)
     vectors = np.array(encoder.embed_documents(["my card was stolen", "someone took my card", "nice weather today"]))
     assert vectors.shape == (3, encoder.dimension)
@@ -318,30 +320,30 @@ def test_the_sentence_encoder_gives_unit_vectors_that_know_meaning() -> None:
     assert np.allclose(encoder.embed_query("my card was stolen"), vectors[0], atol=1e-5)
 
 
-def test_any_embeddings_can_carry_a_classifier(shop_messages: Any, tmp_path: Path) -> None:
+def test_embedding_classifier_custom_encoder_is_required_at_load(shop_messages: Any, tmp_path: Path) -> None:
     texts, labels = shop_messages
     model = EmbeddingClassifier.train(texts, labels, embeddings=LetterEmbeddings(), settings=QUIET)
     folder = model.save(tmp_path / "letters")
-    with pytest.raises(ConfigurationError, match="LetterEmbeddings, which a bundle cannot hold"):
+    with pytest.raises(ConfigurationError, match="LetterEmbeddings, which a bundle cannot store"):
         load_small_model(folder)
     again = load_small_model(folder, embeddings=LetterEmbeddings())
     assert np.array_equal(again.predict_batch(texts).probabilities, model.predict_batch(texts).probabilities)
     with pytest.raises(BundleMismatchError, match="embeds a known sentence differently"):
         load_small_model(folder, embeddings=LetterEmbeddings(shift=3))
-    with pytest.raises(BundleMismatchError, match="384 against 26 dimensions"):
+    with pytest.raises(BundleMismatchError, match="384 dimensions instead of 26"):
         load_small_model(folder, embeddings=SentenceEncoder())
 
 
-def test_an_embedding_classifier_checks_its_parts() -> None:
+def test_embedding_classifier_mismatched_parts_raises() -> None:
     good: dict[str, Any] = {
         "labels": ("a", "b"), "embeddings": LetterEmbeddings(), "head": np.zeros((26, 2)), "bias": np.zeros(2),
     }  # fmt: skip
     assert EmbeddingClassifier(**good).invoke("x").confidence == 0.5
-    with pytest.raises(ConfigurationError, match="2 labels need a head of shape"):
+    with pytest.raises(ConfigurationError, match=r"Expected `head` of shape \[d, 2\]"):
         EmbeddingClassifier(**{**good, "head": np.zeros((26, 3))})
-    with pytest.raises(ConfigurationError, match="must be a LangChain Embeddings"):
+    with pytest.raises(ConfigurationError, match="Expected a LangChain Embeddings"):
         EmbeddingClassifier(**{**good, "embeddings": str})
-    with pytest.raises(ConfigurationError, match="26 dimensions and '' was trained on 10"):
+    with pytest.raises(ConfigurationError, match="10 dimensions for '', got 26"):
         EmbeddingClassifier(**{**good, "head": np.zeros((10, 2))}).invoke("x")
 
     class Broken(LetterEmbeddings):
@@ -352,7 +354,7 @@ def test_an_embedding_classifier_checks_its_parts() -> None:
         EmbeddingClassifier(**{**good, "embeddings": Broken()}).predict_batch(["x", "y"])
 
 
-def test_large_training_sets_are_split_once(shop_messages: Any, monkeypatch: Any) -> None:
+def test_embedding_classifier_large_training_set_uses_one_split(shop_messages: Any, monkeypatch: Any) -> None:
     from langchain_datashunt.small_models.kinds import embedding
 
     monkeypatch.setattr(embedding, "CROSS_VALIDATE_UP_TO", 50)
@@ -363,7 +365,7 @@ def test_large_training_sets_are_split_once(shop_messages: Any, monkeypatch: Any
 
 
 class Unlike(Embeddings):
-    """A random vector for each text: nothing can be learnt but by heart."""
+    """Embed each text as a random vector, so that a model can only memorise its training texts."""
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         seeds = [int(hashlib.sha256(text.strip().lower().encode()).hexdigest()[:8], 16) for text in texts]
@@ -374,18 +376,18 @@ class Unlike(Embeddings):
 
 
 @pytest.mark.parametrize("cls", [EmbeddingClassifier, NeighbourClassifier, EnsembleClassifier])
-def test_copies_do_not_make_a_model_surer_than_it_is(cls: Any) -> None:
-    """Labels are drawn by lot: who has a copy of what is held out knows the label, and nobody else does."""
+def test_train_duplicated_random_labels_stays_unconfident(cls: Any) -> None:
+    """Random labels can be predicted only if a copy of a held-out text leaks into training."""
     lot = np.random.default_rng(0).integers(0, 2, 150)
     texts, labels = [f"text {i}" for i in range(150)], [("heads", "tails")[i] for i in lot]
     copied, more = [*texts, *(f" {text.upper()}" for text in texts)], [*labels, *labels]
     model = cls.train(copied, more, embeddings=Unlike(), settings=QUIET)
-    assert model.lineage["validation_nll"] > 0.65, "0.69 is what a coin's is"
+    assert model.lineage["validation_nll"] > 0.65, "random guessing has 0.69"
     assert model.predict_batch([f"new {i}" for i in range(200)]).confidence.mean() < 0.65
 
 
-def test_no_label_and_no_row_is_lost_to_copies() -> None:
-    """A label's only text may stand under another label too, and one text may be most of the data."""
+def test_split_duplicated_texts_keeps_every_label_in_training() -> None:
+    """A label's only text may also occur under another label, and one text may be most of the data."""
     texts, truth = ["x", "y", "z", "x", "p", "q"], np.array([0, 0, 0, 1, 2, 2])
     many, one = ["again"] * 1000 + list("abcdefgh"), np.array([0] * 1004 + [1] * 4)
     for seed in range(20):
@@ -400,7 +402,7 @@ def test_no_label_and_no_row_is_lost_to_copies() -> None:
 
 
 @pytest.mark.parametrize("texts", [["x"] * 60, ["x"] * 30 + ["y"] * 30, [f"text {i}" for i in range(60)]])
-def test_a_head_learns_on_from_texts_that_repeat(texts: list[str]) -> None:
+def test_fit_soft_targets_repeated_texts_gives_finite_head(texts: list[str]) -> None:
     small = EmbeddingClassifier(
         labels=("a", "b"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2)
     )
@@ -412,22 +414,22 @@ def test_a_head_learns_on_from_texts_that_repeat(texts: list[str]) -> None:
     assert 0 < learnt.temperature < np.inf
 
 
-def test_folds_are_stratified_and_keep_copies_together() -> None:
+def test_stratified_folds_duplicates_stay_in_one_fold() -> None:
     texts = ["a", "b", "c", "A ", "d", "e", "only", "only", "d", "f"]
     truth, first = np.array([0, 0, 0, 0, 1, 1, 2, 2, 0, 1]), first_copies(texts)
     assert first.tolist() == [0, 1, 2, 0, 4, 5, 6, 6, 4, 9]
     folds = stratified_folds(truth, first, 5, seed=1)
     assert all(len(fold) for fold in folds)
     held = np.concatenate(folds)
-    assert sorted(held) == [0, 1, 2, 3, 4, 5, 8, 9], "a label's only text is always trained on"
+    assert sorted(held) == [0, 1, 2, 3, 4, 5, 8, 9], "a label's only text must not be held out"
     for copies in ([0, 3], [4, 8]):
         assert sum(set(copies) <= set(fold.tolist()) for fold in folds) == 1
     alone = stratified_folds(np.array([0, 0, 1, 1]), first_copies(["x", "x", "y", "y"]), 5, seed=1)
-    assert [len(fold) for fold in alone] == [2, 2], "where each label has one text, its copies are all there is"
+    assert [len(fold) for fold in alone] == [2, 2], "copies are split if each label has only one text"
 
 
 class Coin:
-    """Not scikit-learn, but it has predict_proba."""
+    """An estimator outside scikit-learn with `predict_proba`."""
 
     classes_ = np.array(["heads", "tails"])
 
@@ -435,8 +437,8 @@ class Coin:
         return np.array([[0.7, 0.3]] * len(texts))
 
 
-def test_a_label_without_an_example_is_one_of_an_estimators_labels_too(tmp_path: Path) -> None:
-    """So that it fits beside other models of the task."""
+def test_predict_proba_label_without_example_is_never_predicted(tmp_path: Path) -> None:
+    """The model keeps the full label set, so that it can be compared and pooled with other models of the task."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -458,7 +460,7 @@ def test_a_label_without_an_example_is_one_of_an_estimators_labels_too(tmp_path:
     assert np.allclose(known.predict_batch(["money back"]).probabilities[0, ::-1], batch.probabilities[0, [0, 2]])
 
 
-def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
+def test_predict_proba_estimator_is_wrapped_or_rejected(tmp_path: Path) -> None:
     model = PredictProbaClassifier(estimator=Coin())
     assert model.invoke("x").probabilities.tolist() == pytest.approx([0.7, 0.3])
     assert (model.labels, model.model_id) == (("heads", "tails"), "Coin")
@@ -468,7 +470,7 @@ def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
     assert not (tmp_path / "coin").exists()
     with pytest.raises(ConfigurationError, match="no predict_proba"):
         PredictProbaClassifier(estimator=object())
-    with pytest.raises(ConfigurationError, match="3 labels were given, and the estimator has 2"):
+    with pytest.raises(ConfigurationError, match="got 3 labels for an estimator with 2"):
         PredictProbaClassifier(estimator=Coin(), labels=("a", "b", "c"))
     turned = PredictProbaClassifier(estimator=Coin(), labels=("tails", "edge", "heads")).invoke("x")
     assert (turned.label, turned.probabilities.tolist()) == ("heads", pytest.approx([0.3, 0.0, 0.7], abs=1e-9))
@@ -493,12 +495,12 @@ def test_anything_with_predict_proba_is_a_small_model(tmp_path: Path) -> None:
         (["a", "b"], ["x", "y"], "only one example"),
     ],
 )
-def test_unusable_training_data_is_refused_with_the_reason(texts: list[str], labels: list[str], words: str) -> None:
+def test_train_unusable_data_raises_with_reason(texts: list[str], labels: list[str], words: str) -> None:
     with pytest.raises(DataError, match=words):
         TextCNN.train(texts, labels, settings=QUIET)
 
 
-def test_labels_outside_the_label_set_are_refused() -> None:
+def test_train_unknown_label_or_empty_validation_set_raises() -> None:
     with pytest.raises(DataError, match="outside the label set: z"):
         TextCNN.train(["a", "b"], ["x", "z"], label_set=["x", "y"], settings=QUIET)
     with pytest.raises(DataError, match="validation set is empty"):
@@ -518,7 +520,7 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_a_truncated_bundle_is_refused_by_file(bundle: Path) -> None:
+def test_load_damaged_bundle_raises_naming_the_file(bundle: Path) -> None:
     weights = bundle / WEIGHTS_FILE
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
@@ -538,13 +540,13 @@ def test_a_truncated_bundle_is_refused_by_file(bundle: Path) -> None:
         load_small_model(bundle)
 
 
-def test_a_bundle_of_a_newer_format_is_refused(bundle: Path) -> None:
+def test_load_newer_bundle_format_raises(bundle: Path) -> None:
     edit(bundle, format=FORMAT + 1, package_version="9.9", something_new=True)
     with pytest.raises(BundleTooNewError, match=f"format {FORMAT + 1} by version 9.9"):
         load_small_model(bundle)
 
 
-def test_labels_and_weights_must_agree(bundle: Path) -> None:
+def test_load_label_count_mismatch_raises_naming_the_weight(bundle: Path) -> None:
     config = json.loads((bundle / "config.json").read_text())
     edit(bundle, labels=[*config["labels"], "one more"])
     with pytest.raises(BundleMismatchError, match="5 labels, for which the weight 'output.weight' must have shape"):
@@ -552,7 +554,7 @@ def test_labels_and_weights_must_agree(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["embedding", "transformers", "predict_proba", "lstm", "neighbours"])
-def test_labels_and_weights_must_agree_in_every_kind(kind: str, trained: Any, tmp_path: Path) -> None:
+def test_load_label_count_mismatch_every_kind_raises(kind: str, trained: Any, tmp_path: Path) -> None:
     folder = trained[kind].save(tmp_path / "bundle")
     edit(folder, labels=["a", "b"])
     with pytest.raises(BundleMismatchError):
@@ -569,13 +571,13 @@ def test_labels_and_weights_must_agree_in_every_kind(kind: str, trained: Any, tm
         ({"files": {"../secret": {"size": 1, "sha256": ""}}}, "outside itself"),
     ],
 )
-def test_a_bundle_that_is_not_valid_is_refused_at_the_place(bundle: Path, changes: Any, words: str) -> None:
+def test_load_invalid_config_raises_naming_the_field(bundle: Path, changes: Any, words: str) -> None:
     edit(bundle, **changes)
     with pytest.raises(BundleError, match=words):
         load_small_model(bundle)
 
 
-def test_a_file_that_a_kind_needs_must_be_there(bundle: Path) -> None:
+def test_load_missing_vocabulary_file_raises(bundle: Path) -> None:
     config = json.loads((bundle / "config.json").read_text())
     config["files"].pop("vocabulary.json")
     edit(bundle, files=config["files"])
@@ -583,9 +585,9 @@ def test_a_file_that_a_kind_needs_must_be_there(bundle: Path) -> None:
         load_small_model(bundle)
 
 
-def test_saving_replaces_a_bundle_at_once_and_nothing_else(bundle: Path, trained: Any, tmp_path: Path) -> None:
+def test_save_existing_folder_replaces_only_a_bundle(bundle: Path, trained: Any, tmp_path: Path) -> None:
     trained["textcnn"].save(bundle)
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"], "nothing is left over"
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"], "saving must leave no temporary files"
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -594,12 +596,12 @@ def test_saving_replaces_a_bundle_at_once_and_nothing_else(bundle: Path, trained
     assert (mine / "thesis.txt").exists()
 
 
-def test_loading_through_the_wrong_class_says_which_kind_it_is(bundle: Path) -> None:
+def test_load_wrong_class_raises_naming_the_kind(bundle: Path) -> None:
     with pytest.raises(ConfigurationError, match="kind 'textcnn', not a LSTMClassifier"):
         LSTMClassifier.load(bundle)
 
 
-def test_a_bundled_model_is_light_until_it_is_used(bundle: Path, trained: Any, shop_messages: Any) -> None:
+def test_bundled_model_unused_pickles_without_weights(bundle: Path, trained: Any, shop_messages: Any) -> None:
     light = BundledSmallModel.from_folder(bundle, batch_size=8)
     assert light.labels == trained["textcnn"].labels
     assert len(pickle.dumps(light)) < 20_000
@@ -611,7 +613,7 @@ def test_a_bundled_model_is_light_until_it_is_used(bundle: Path, trained: Any, s
     assert asyncio.run(again.ainvoke(texts[0])).label == light.invoke(texts[0]).label
 
 
-def test_a_bundled_model_can_be_changed_and_saved(bundle: Path, tmp_path: Path) -> None:
+def test_bundled_model_changed_threshold_is_saved(bundle: Path, tmp_path: Path) -> None:
     light = BundledSmallModel.from_folder(bundle)
     light.threshold = 0.42
     light.save(tmp_path / "copy")
@@ -620,8 +622,8 @@ def test_a_bundled_model_can_be_changed_and_saved(bundle: Path, tmp_path: Path) 
         BundledSmallModel()  # type: ignore[call-arg]
 
 
-def test_loading_runs_no_code_from_the_bundle(bundle: Path) -> None:
-    """A pickle in place of the weights is refused by its checksum, and by the weight format itself."""
+def test_load_pickled_weights_runs_no_code(bundle: Path) -> None:
+    """A pickle in place of the weights fails the checksum, and with a forged checksum the weight format."""
 
     class Bomb:
         def __reduce__(self) -> Any:
@@ -643,7 +645,7 @@ def test_loading_runs_no_code_from_the_bundle(bundle: Path) -> None:
 # Ensembles and neighbours
 
 
-def test_what_one_member_cannot_score_is_an_error_of_the_ensemble() -> None:
+def test_ensemble_member_error_fails_only_that_input() -> None:
     class Picky(WordModel):
         def predict_scores(self, texts: Sequence[str]) -> Scores:
             errors = {i: ValueError(f"bad {text}") for i, text in enumerate(texts) if text == "odd"}
@@ -656,7 +658,7 @@ def test_what_one_member_cannot_score_is_an_error_of_the_ensemble() -> None:
     assert str(outcome.errors[1]) == "bad odd"
 
 
-def test_an_ensemble_pools_its_members_and_embeds_once(shop_messages: Any) -> None:
+def test_ensemble_shared_encoder_embeds_once(shop_messages: Any) -> None:
     class Counting(LetterEmbeddings):
         calls = 0
 
@@ -668,7 +670,7 @@ def test_an_ensemble_pools_its_members_and_embeds_once(shop_messages: Any) -> No
     ensemble = EnsembleClassifier.train(texts, labels, settings=QUIET, embeddings=Counting())
     Counting.calls = 0
     pooled = ensemble.predict_batch(texts[:7])
-    assert Counting.calls == 1, "two members, one encoder"
+    assert Counting.calls == 1, "two members with one encoder must embed once"
     assert pooled.sound.all()
     assert sum(ensemble.shares) == pytest.approx(1.0)
     by_hand = sum(
@@ -676,14 +678,14 @@ def test_an_ensemble_pools_its_members_and_embeds_once(shop_messages: Any) -> No
         for weight, member in zip(ensemble.shares, ensemble.members, strict=True)
     )
     assert np.allclose(softmax(by_hand, ensemble.temperature), pooled.probabilities, atol=1e-5)
-    with pytest.raises(ConfigurationError, match="as many weights"):
+    with pytest.raises(ConfigurationError, match="one non-negative weight for each of the 2 members"):
         ensemble.model_copy(update={}).__class__(labels=ensemble.labels, members=ensemble.members, shares=(1.0,))
     other = NeighbourClassifier.train(["x", "y"] * 2, ["no", "yes"] * 2, settings=QUIET, embeddings=LetterEmbeddings())
-    with pytest.raises(ConfigurationError, match="one label set"):
+    with pytest.raises(ConfigurationError, match="got different labels"):
         EnsembleClassifier(labels=ensemble.labels, members=(ensemble.members[0], other))
 
 
-def test_the_meaning_of_labels_is_learnt_as_one_more_example() -> None:
+def test_train_label_texts_are_used_as_examples() -> None:
     texts, labels = ["aa bb", "aa bc", "zz yy", "zz yx"], ["first", "first", "last", "last"]
     more = {"first": "the letters q and p", "last": "the letters w and v"}
     for cls in (EmbeddingClassifier, NeighbourClassifier):
@@ -692,7 +694,7 @@ def test_the_meaning_of_labels_is_learnt_as_one_more_example() -> None:
         assert model.predict_batch(["qqpp", "wwvv"]).label_names() == ["first", "last"]
 
 
-def test_neighbours_learn_by_remembering(shop_messages: Any) -> None:
+def test_neighbours_fit_soft_targets_stores_new_examples(shop_messages: Any) -> None:
     from langchain_datashunt.small_models.training.training import Examples, one_hot, soft_cross_entropy
 
     texts, labels = shop_messages
@@ -707,7 +709,7 @@ def test_neighbours_learn_by_remembering(shop_messages: Any) -> None:
 # Contrastive fine-tuning
 
 
-def test_the_contrastive_loss_is_as_published() -> None:
+def test_contrastive_loss_random_pairs_matches_published_formula() -> None:
     import torch
 
     rng = np.random.default_rng(0)
@@ -724,7 +726,7 @@ def test_the_contrastive_loss_is_as_published() -> None:
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alone(shop_messages: Any) -> None:
+def test_contrastive_train_groups_labels_and_keeps_original_encoder(shop_messages: Any) -> None:
     texts, labels = shop_messages
     before = shared_encoder().encode(texts)[0].copy()
     settings = TrainingSettings(progress=False, epochs=1, batch_size=16)
@@ -747,7 +749,7 @@ def test_contrast_draws_texts_of_one_label_together_and_leaves_the_original_alon
 @pytest.mark.parametrize(
     ("kind", "fixed"), [(EmbeddingClassifier, {"strengths": (20.0,)}), (NeighbourClassifier, {"widths": (0.08,)})]
 )
-def test_pseudo_labels_that_are_certain_teach_what_labels_do(kind: Any, fixed: Any, shop_messages: Any) -> None:
+def test_train_certain_pseudo_labels_matches_gold_labels(kind: Any, fixed: Any, shop_messages: Any) -> None:
     texts, labels = shop_messages
     given: dict[str, Any] = {"validation": (texts[100:], labels[100:]), "settings": QUIET, **fixed}
     names = tuple(sorted(set(labels)))
@@ -765,8 +767,8 @@ def test_pseudo_labels_that_are_certain_teach_what_labels_do(kind: Any, fixed: A
 
 
 @pytest.mark.parametrize("kind", [EmbeddingClassifier, NeighbourClassifier])
-def test_pseudo_labels_are_never_held_out(kind: Any, shop_messages: Any) -> None:
-    """Wrong ones with certainty: were they judged on, the temperature and the held-out loss would show it."""
+def test_train_wrong_pseudo_labels_are_never_held_out(kind: Any, shop_messages: Any) -> None:
+    """Confidently wrong pseudo-labels would raise the held-out loss if they were held out."""
     texts, labels = shop_messages
     names = tuple(sorted(set(labels)))
     wrong = [names[(names.index(label) + 1) % len(names)] for label in labels[100:]]
@@ -777,7 +779,7 @@ def test_pseudo_labels_are_never_held_out(kind: Any, shop_messages: Any) -> None
     assert model.lineage["validation_nll"] < plain.lineage["validation_nll"] + 0.3
 
 
-def test_unlabelled_texts_teach_a_contrastive_classifier(shop_messages: Any, tmp_path: Path) -> None:
+def test_contrastive_train_unlabelled_texts_are_learnt_and_saved(shop_messages: Any, tmp_path: Path) -> None:
     texts, labels = shop_messages
     order = np.random.default_rng(1).permutation(len(texts)).tolist()
     few = [i for label in sorted(set(labels)) for i in [j for j in order if labels[j] == label][:3]]
@@ -787,10 +789,12 @@ def test_unlabelled_texts_teach_a_contrastive_classifier(shop_messages: Any, tmp
     unlabelled = [*take(others)[0], take(others)[0][0], take(few)[0][0], held[0][0]]
     plain = ContrastiveClassifier.train(*take(few), validation=held, settings=settings)
     model = ContrastiveClassifier.train(*take(few), validation=held, settings=settings, unlabelled=unlabelled)
-    assert (plain.lineage["unlabelled"], model.lineage["unlabelled"]) == (0, len(others)), "each once, none labelled"
+    assert (plain.lineage["unlabelled"], model.lineage["unlabelled"]) == (0, len(others)), (
+        "duplicates, labelled and validation texts are dropped"
+    )
     assert [len(m.vectors) for m in model.members if isinstance(m, NeighbourClassifier)] == [12 + len(others)] * 2
     seen = seen_in_training(model.lineage, take(others)[0])
-    assert len(seen) == len(others), "nothing can be calibrated on them"
+    assert len(seen) == len(others), "unlabelled texts count as training texts"
     assert not seen_in_training(plain.lineage, take(others)[0])
 
     def loss(small: SmallModel) -> float:
@@ -808,7 +812,7 @@ def test_unlabelled_texts_teach_a_contrastive_classifier(shop_messages: Any, tmp
         ContrastiveClassifier.train(*take(few), settings=settings, unlabelled=["a", " "])
 
 
-def test_a_contrastive_bundle_without_its_encoder_is_refused(trained: Any, tmp_path: Path) -> None:
+def test_load_contrastive_bundle_without_encoder_raises(trained: Any, tmp_path: Path) -> None:
     folder = trained["contrastive"].save(tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
     assert "encoder/model.safetensors" in config["files"]
@@ -823,7 +827,7 @@ def test_a_contrastive_bundle_without_its_encoder_is_refused(trained: Any, tmp_p
 # Choosing a kind
 
 
-def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
+def test_train_best_within_time_budget_returns_best_kind(shop_messages: Any) -> None:
     from langchain_datashunt.small_models.training.selection import train_best
 
     texts, labels = shop_messages
@@ -838,7 +842,9 @@ def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
     winner = next(candidate for candidate in table if candidate.kind == type(model).kind())
     assert winner.nll <= least + 0.01
     assert model.labels == tuple(sorted(set(labels)))
-    assert model.lineage["examples"] + model.lineage["validation_examples"] == len(texts), "trained on all in the end"
+    assert model.lineage["examples"] + model.lineage["validation_examples"] == len(texts), (
+        "the winner is trained on all texts"
+    )
     held = (texts[::4], labels[::4])
     model, table = train_best(
         texts, labels, validation=held, settings=QUIET, kinds=("embedding", "lstm"), time_budget=0.5
@@ -847,7 +853,7 @@ def test_the_best_kind_is_found_within_the_time(shop_messages: Any) -> None:
     assert table[1].note
 
 
-def test_a_text_that_judges_kinds_is_not_learnt_without_its_label(shop_messages: Any, monkeypatch: Any) -> None:
+def test_train_best_validation_texts_are_dropped_from_unlabelled(shop_messages: Any, monkeypatch: Any) -> None:
     from langchain_datashunt.small_models.training.selection import train_best
 
     texts, labels = shop_messages
@@ -867,13 +873,13 @@ def test_a_text_that_judges_kinds_is_not_learnt_without_its_label(shop_messages:
     assert set(seen[0]) == set(texts) - set(held[0])
 
 
-def test_a_network_stops_when_its_time_is_up(shop_messages: Any) -> None:
+def test_train_max_seconds_exceeded_stops_after_one_epoch(shop_messages: Any) -> None:
     texts, labels = shop_messages
     hasty = TextCNN.train(texts, labels, settings=TrainingSettings(progress=False, max_seconds=1e-6))
     assert hasty.lineage["steps"] == 1
 
 
-def test_saving_removes_nothing_that_is_not_the_bundles(tmp_path: Path) -> None:
+def test_save_folder_with_foreign_files_raises(tmp_path: Path) -> None:
     model = EmbeddingClassifier.train(["a", "b"] * 4, ["x", "y"] * 4, embeddings=LetterEmbeddings(), settings=QUIET)
     project = tmp_path / "project"
     (project / ".git").mkdir(parents=True)
@@ -892,7 +898,7 @@ def test_saving_removes_nothing_that_is_not_the_bundles(tmp_path: Path) -> None:
     assert (bundle / "notes.txt").read_text() == "mine"
 
 
-def test_half_a_character_stops_no_batch(shop_messages: Any) -> None:
+def test_predict_batch_lone_surrogate_leaves_other_texts_unchanged(shop_messages: Any) -> None:
     texts, labels = shop_messages
     for kind in (EmbeddingClassifier, TextCNN):
         model: SmallModel = kind.train([*texts, "a \ud83d cut"], [*labels, labels[0]], settings=SHORT)
@@ -901,7 +907,7 @@ def test_half_a_character_stops_no_batch(shop_messages: Any) -> None:
         assert np.allclose(cut[[0, 2]], whole, atol=1e-6)
 
 
-def test_validation_sets_are_checked_as_training_sets_are() -> None:
+def test_train_invalid_validation_set_raises() -> None:
     texts, labels = ["a", "b"] * 4, ["x", "y"] * 4
     wrong: list[tuple[Any, str]] = [
         ((["a", "b", "c"], ["x", "y"]), "3 validation texts and 2 labels"),
@@ -916,7 +922,7 @@ def test_validation_sets_are_checked_as_training_sets_are() -> None:
             TextCNN.train(texts, ["x", bad, *labels[2:]], settings=SHORT)  # type: ignore[list-item]
 
 
-def test_a_training_that_diverges_keeps_what_was_best_or_says_so() -> None:
+def test_train_diverging_loss_keeps_best_or_raises() -> None:
     report = TrainingReport()
     assert [report.note(loss) for loss in (float("nan"), 0.5, float("nan"), 0.4)] == [False, True, False, True]
     texts, labels = ["good one", "bad one"] * 20, ["x", "y"] * 20
@@ -925,7 +931,7 @@ def test_a_training_that_diverges_keeps_what_was_best_or_says_so() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::langchain_datashunt.exceptions.TruncationWarning")
-def test_an_encoder_is_saved_with_its_own_length(tmp_path: Path, shop_messages: Any) -> None:
+def test_bundle_encoder_max_length_is_restored(tmp_path: Path, shop_messages: Any) -> None:
     texts, labels = shop_messages
     model = EmbeddingClassifier.train(texts, labels, embeddings=SentenceEncoder(max_length=8), settings=QUIET)
     loaded = load_small_model(model.save(tmp_path / "b"))
@@ -933,7 +939,7 @@ def test_an_encoder_is_saved_with_its_own_length(tmp_path: Path, shop_messages: 
     assert np.allclose(loaded.predict_batch([long]).probabilities, model.predict_batch([long]).probabilities, atol=1e-5)
 
 
-def test_a_bundle_that_is_replaced_again_and_again_is_always_whole(tmp_path: Path) -> None:
+def test_save_concurrent_writers_never_expose_partial_bundle(tmp_path: Path) -> None:
     folder, ends = tmp_path / "model", time.monotonic() + 1.5
     made = {}
     for k in (2, 3):
@@ -964,11 +970,11 @@ def test_a_bundle_that_is_replaced_again_and_again_is_always_whole(tmp_path: Pat
         saves = [pool.submit(save, model) for model in made.values()]
         reads = [pool.submit(read) for _ in range(2)]
         assert min(one.result() for one in (*saves, *reads)) > 3
-    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "saving must leave no temporary folders"
 
 
-def test_a_slow_reader_reads_what_was_replaced_once_more(tmp_path: Path, monkeypatch: Any) -> None:
-    """However long reading takes; and a killed writer's leavings keep nobody waiting where there is a bundle."""
+def test_load_bundle_replaced_during_read_is_read_again(tmp_path: Path, monkeypatch: Any) -> None:
+    """A reader retries however long reading takes, and the remains of a killed writer do not delay an error."""
     labels, folder = ("a", "b"), tmp_path / "model"
     shared: dict[str, Any] = {"labels": labels, "embeddings": LetterEmbeddings(), "bias": np.zeros(2)}
     first, second = (EmbeddingClassifier(**shared, head=np.full((26, 2), value)) for value in (1.0, 2.0))
@@ -996,7 +1002,7 @@ def test_a_slow_reader_reads_what_was_replaced_once_more(tmp_path: Path, monkeyp
     assert time.monotonic() - started < 1.0
 
 
-def test_a_label_stands_once_in_a_label_set(tmp_path: Path) -> None:
+def test_labels_duplicate_name_raises(tmp_path: Path) -> None:
     once = EmbeddingClassifier(
         labels=("a", "b"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2)
     ).save(tmp_path / "model")
@@ -1011,7 +1017,7 @@ def test_a_label_stands_once_in_a_label_set(tmp_path: Path) -> None:
         EmbeddingClassifier(labels=("a", "a"), embeddings=LetterEmbeddings(), head=np.zeros((26, 2)), bias=np.zeros(2))
 
 
-def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> None:
+def test_load_unknown_override_raises(tmp_path: Path, shop_messages: Any) -> None:
     folder = EmbeddingClassifier.train(*shop_messages, settings=QUIET).save(tmp_path / "model")
     for load in (load_small_model, BundledSmallModel.from_folder, EmbeddingClassifier.load):
         with pytest.raises(ConfigurationError, match=r"not loaded with threshold, trheads; this can be set: device"):
@@ -1019,7 +1025,7 @@ def test_unknown_overrides_are_refused(tmp_path: Path, shop_messages: Any) -> No
     assert load_small_model(folder, device="cpu", batch_size=4, cache_size=3).cache_size == 3
 
 
-def test_a_bundle_is_loaded_once_for_many_threads(tmp_path: Path, monkeypatch: Any) -> None:
+def test_bundled_model_many_threads_loads_once(tmp_path: Path, monkeypatch: Any) -> None:
     model = TextCNN.train(["a", "b"] * 8, ["x", "y"] * 8, settings=SHORT)
     light, loads = BundledSmallModel.from_folder(model.save(tmp_path / "b")), []
     from langchain_datashunt.small_models.bundles import loading
@@ -1037,8 +1043,8 @@ def test_a_bundle_is_loaded_once_for_many_threads(tmp_path: Path, monkeypatch: A
     assert loads == [1]
 
 
-def test_a_network_is_given_no_more_tokens_than_it_has_positions(tmp_path: Path) -> None:
-    """RoBERTa's positions begin behind the padding token's; other kinds have none at all, or -1."""
+def test_transformers_long_text_is_cut_to_network_positions(tmp_path: Path) -> None:
+    """RoBERTa's positions start after the padding id; other architectures have no positions, or -1."""
     from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification, T5Config, XLNetConfig
 
     from langchain_datashunt.small_models.engine.tokenization import usable_length
@@ -1063,7 +1069,7 @@ def test_a_network_is_given_no_more_tokens_than_it_has_positions(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("template", "closing"), [("$A [E]", 1), ("[B] $A [E]", 1), ("[B] $A", 0), ("$A [E] [B]", 2)])
-def test_what_closes_a_text_stays_where_it_is_cut(template: str, closing: int) -> None:
+def test_tokenizer_truncated_text_keeps_closing_tokens(template: str, closing: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     backend = Tokenizer(models.WordLevel({"[B]": 0, "[E]": 1, "a": 2, "b": 3, "[U]": 4}, unk_token="[U]"))

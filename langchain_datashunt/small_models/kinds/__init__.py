@@ -1,1 +1,1 @@
-"""The kinds of small models, one module each."""
+"""Small model classes, one kind of model per module."""

@@ -1,4 +1,4 @@
-"""ColdStartModel: stands where there is no small model yet, so that everything is asked and recorded."""
+"""ColdStartModel: a placeholder that defers every request until the first small model is trained."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ _NEXT_TO_NOTHING = 1e-3
 
 
 class ColdStartModel(SmallModel):
-    """Knows the labels of a task and nothing else: collect mode, before there is a small model.
+    """A placeholder for a task with labels but no trained small model.
 
     ```python
     small = ColdStartModel(labels=("refund", "cancel", "status"))
     chain = ConfidenceRouterChain.from_models(small, chat_model, recorder=recorder)
     ```
 
-    All labels are as good as equally probable, so that the default threshold sends everything to the large model, whose
-    answers are recorded. What 2CD then makes of it is a first small model, trained on these answers.
+    All labels are almost equally probable, so the default threshold defers every request to the large model. With a
+    recorder, the large model's answers are logged. Distillation (2CD) trains the first small model on these answers.
     """
 
     first: str = "embedding"
-    """The kind of the first small model, which `fit_soft_targets` trains."""
+    """Kind of the small model that `fit_soft_targets` trains."""
 
     dynamic_batching: DynamicBatching | None = Field(default=None, exclude=True, repr=False)
-    """There is nothing to join requests for."""
+    """Dynamic batching, which is off by default because requests have no computation to share."""
 
     @field_validator("labels")
     @classmethod
     def _two_or_more(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(value) < 2:
-            raise ConfigurationError(f"A task has two labels or more; given: {', '.join(value) or 'none'}.")
+            raise ConfigurationError(
+                f"Expected two labels or more for `labels`, got: {', '.join(value) or 'none'}. Name all labels of the "
+                f"task."
+            )
         return value
 
     @property
@@ -54,19 +57,26 @@ class ColdStartModel(SmallModel):
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
-        """Nearly zeros; by a hair, which label comes first is drawn by lot for each text, so that none is preferred."""
+        """Return near-zero logits, with random differences below 0.001 to break ties.
+
+        The differences are seeded by the text, so each text has a fixed top label and no label is preferred overall.
+        """
         return Scores(np.array([_lots(text, len(self.labels)) for text in texts]).reshape(-1, len(self.labels)))
 
     @override
     def fit_soft_targets(
         self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
     ) -> Any:
-        """The first small model, of the kind `first`, from the most probable label of each example.
+        """Train the first small model, of kind `first`, on the most probable label of each example.
 
-        A kind holds out for itself what it stops on and is calibrated on; the loss is its own.
+        The stages and `held_out` are joined into one training set. The new model makes its own validation split and
+        uses its own loss, so `loss` is ignored.
+
+        Returns:
+            A new small model of kind `first`.
 
         Raises:
-            DataError: There are fewer than two labels with two examples.
+            DataError: The training set cannot be used, for example if every label has only one example.
         """
         from langchain_datashunt.small_models.bundles.loading import small_model_class
 

@@ -1,4 +1,4 @@
-"""ContrastiveClassifier: the encoder itself learns from few labels, by contrast, before heads are put on it."""
+"""ContrastiveClassifier: fine-tunes the encoder contrastively on few labels, then trains heads on it."""
 
 from __future__ import annotations
 
@@ -39,31 +39,33 @@ if TYPE_CHECKING:
     import torch
 
 LOSS_TEMPERATURE = 0.1
-"""By which cosines are divided in the contrastive loss."""
+"""Divisor of the cosine similarities in the contrastive loss."""
 
 HELD_OUT = 0.2
-"""Share of each label's examples on which epochs, weights and temperature are chosen."""
+"""Fraction of each label's examples held out to choose the number of epochs, the heads and the temperature."""
 
 PAIRS_AN_EPOCH = 1_600
-"""Pairs of an epoch at the most; small training sets are paired twice over."""
+"""Approximate number of pairs per epoch. Each text is paired `PAIRS_AN_EPOCH // n` times, and at least once."""
 
 SHARPENING = 0.7
-"""By which the temperature of pseudo-labels is multiplied."""
+"""Factor on the temperature of pseudo-labels. Values below 1 make them more confident."""
 
 SAMPLE = 256
-"""Training pairs that are measured where nothing is held out."""
+"""Number of training pairs used to report the loss if no examples are held out."""
 
 ENCODER_FOLDER = "encoder"
 
 
 class ContrastiveClassifier(EnsembleClassifier):
-    """Heads on an encoder that was fine-tuned until texts of one label lie together, pooled with heads on the original.
+    """An ensemble of heads on the original encoder and on a contrastively fine-tuned copy.
 
-    SetFit's method (Tunstall et al. 2022) with the supervised contrastive loss (Khosla et al. 2020): pairs of texts of
-    one label are drawn together and away from all others of the batch; then a linear head and kernel neighbours are
-    trained on the fine-tuned and, pooled with them, on the original embeddings. Strong from a few labels per class, at
-    twice the work of an `EmbeddingClassifier` for each text. The first half of the members reads the original encoder,
-    the second half the fine-tuned one, which the bundle holds.
+    This is SetFit's method (Tunstall et al. 2022) with the supervised contrastive loss (Khosla et al. 2020).
+    Fine-tuning pulls pairs of texts with the same label together and pushes texts of other labels apart. A linear head
+    and a kernel-neighbours head are then trained on each encoder, and the four members are pooled.
+
+    Accurate with a few labels per class. Each text is embedded twice, so a prediction costs twice as much as with an
+    `EmbeddingClassifier`. The first half of the members uses the original encoder. The second half uses the fine-tuned
+    encoder, which is saved in the bundle.
     """
 
     @classmethod
@@ -85,35 +87,38 @@ class ContrastiveClassifier(EnsembleClassifier):
     ) -> Self:
         """Fine-tune the encoder, train the members, and pool them with equal weights.
 
-        Held out is the validation set where one is given, else a fifth of each label's examples: it stops the tuning
-        and calibrates members and pool. Without a validation set, encoder and members are then trained once more on
-        all examples, for as many epochs as were best.
+        The held-out set is `validation` if given, and otherwise a fifth of each label's examples. It is used for early
+        stopping of the fine-tuning and to calibrate the members and the pool. If no validation set is given, the
+        encoder and the members are then trained again on all examples, for the best number of epochs.
 
-        Unlabelled texts are given labels by the pool, sharpened, and the members are trained once more on both
-        (self-training with soft pseudo-labels; Lee 2013, sharpened as by Berthelot et al. 2019).
+        Unlabelled texts receive sharpened soft pseudo-labels from the pool (Lee 2013, sharpened as in Berthelot et al.
+        2019). The members are then trained again on both labelled and pseudo-labelled texts.
 
         Args:
             texts: `n` training texts.
-            labels: Their labels.
-            validation: Texts and labels to stop and calibrate on.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: How the encoder is tuned; None for this kind's defaults (2 epochs, 32 pairs a step, 5e-5).
-            base: Folder or hub id of the encoder; None for the bundled package.
-            device: cuda, mps or cpu; None chooses.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
-            label_texts: What labels mean, in words: each is learnt as one more example of its label.
-            unlabelled: Texts of the same kind without labels; the neighbours remember each. They count as trained on:
-                nothing can be calibrated on them.
+            labels: Labels of the texts.
+            validation: Texts and labels for early stopping and calibration. None holds out a part of `texts`.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Settings of the fine-tuning. None uses 2 epochs, 32 pairs per step and learning rate 5e-5.
+            base: Folder or hub id of the encoder. None uses the bundled package.
+            device: "cuda", "mps" or "cpu". None uses the first available.
+            model_id: Name of the model in predictions and logs.
+            input_key: Key of the text in mapping inputs.
+            label_texts: Description of each label, added to the training set as one more example of it.
+            unlabelled: Texts without labels from the same task. They count as training texts, so they cannot be used
+                for calibration. The neighbours heads store each of them.
+
+        Returns:
+            A trained ensemble of four members.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         chosen = (settings or TrainingSettings()).filled(epochs=2, batch_size=32, learning_rate=5e-5, patience=1)
         started = time.perf_counter()
         held = chosen.model_copy(update={"validation_fraction": HELD_OUT})
         split = split_examples(texts, labels, validation=validation, settings=held, label_set=label_set)
-        one_hot(list(label_texts or {}), split.labels)  # a name of no label is refused before hours of training
+        one_hot(list(label_texts or {}), split.labels)  # reject unknown labels before the long training starts
         own = [*split.train.texts, *split.validation.texts]
         others, names = _without_labels(unlabelled, own), dict(label_texts or {})
         original = shared_encoder(base, device)
@@ -147,7 +152,7 @@ class ContrastiveClassifier(EnsembleClassifier):
         found: SentenceEncoder = self.members[-1].embeddings  # type: ignore[attr-defined]
         return found
 
-    # Bundles: the members' own, and the fine-tuned encoder once for all
+    # Bundles: one bundle per member, and one copy of the fine-tuned encoder for all of them
 
     @classmethod
     @override
@@ -164,7 +169,8 @@ class ContrastiveClassifier(EnsembleClassifier):
     def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
         if not (folder / ENCODER_FOLDER / "config.json").is_file():
             raise BundleMismatchError(
-                f"The bundle {folder} of kind 'contrastive' has no {ENCODER_FOLDER}/config.json. Copy it again."
+                f"The bundle {folder} of kind 'contrastive' has no {ENCODER_FOLDER}/config.json. Copy the complete "
+                f"bundle again."
             )
         given = {name: overrides[name] for name in ("device", "dtype", "engine") if overrides.get(name) is not None}
         tuned = SentenceEncoder(str(folder / ENCODER_FOLDER), **given)
@@ -174,20 +180,20 @@ class ContrastiveClassifier(EnsembleClassifier):
 
 @dataclass(frozen=True)
 class _Pool:
-    """Members of which the first half reads the original encoder, and their common temperature."""
+    """Members and their common temperature; the first half of the members uses the original encoder."""
 
     members: tuple[SmallModel, ...]
     temperature: float
     teacher: _Pool | None = None
-    """What gave unlabelled texts the labels that these learnt."""
+    """Pool that pseudo-labelled the unlabelled texts for these members. None if there were none."""
 
     def pseudo_labelled(self, texts: list[str]) -> Examples:
-        """Texts with what the pool makes of them, sharpened."""
+        """Return the texts with the pool's sharpened probabilities as targets."""
         pooled = np.mean([log_probabilities(member, texts) for member in self.members], axis=0)
         return Examples(texts, np.asarray(softmax(pooled, self.temperature * SHARPENING), dtype=np.float64))
 
     def reading(self, original: SentenceEncoder, tuned: SentenceEncoder) -> tuple[SmallModel, ...]:
-        """The members with the encoders themselves, not with what those said of the training texts."""
+        """Return the members with their encoders in place of the precomputed embeddings."""
         half = len(self.members) // 2
         encoders = [original] * half + [tuned] * half
         pairs = zip(self.members, encoders, strict=True)
@@ -196,7 +202,7 @@ class _Pool:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What encoder and heads are trained on, and what judges them."""
+    """The training and held-out data for one run of fine-tuning and head training."""
 
     train: Examples
     validation: Examples | None
@@ -207,7 +213,7 @@ class _Trial:
     def tune(
         self, encoder: SentenceEncoder, settings: TrainingSettings, what: str
     ) -> tuple[SentenceEncoder, TrainingReport]:
-        """Fine-tune an encoder in place, with early stopping where something is held out."""
+        """Fine-tune an encoder in place, with early stopping if there is a validation set."""
         rng = np.random.default_rng(settings.seed)
         own = [*self.train.texts, *self.label_texts.values()]
         truth = np.array([*self.train.targets.argmax(axis=1), *map(self.labels.index, self.label_texts)])
@@ -242,10 +248,16 @@ class _Trial:
         return encoder, report
 
     def pool(self, frozen: PrecomputedEmbeddings, tuned: SentenceEncoder, like: _Pool | None = None) -> _Pool:
-        """A linear head and neighbours on each encoder; on unlabelled texts, too, once such a pool has labelled them.
+        """Train a linear head and a neighbours head on each encoder.
 
-        What the tuned encoder has seen cannot show how sure a head on it may be: without held-out texts, strengths,
-        widths and temperatures are those of `like`, chosen when there were some.
+        If there are unlabelled texts, a first pool pseudo-labels them and the heads are trained again on all texts.
+
+        Args:
+            frozen: Embeddings of the original encoder.
+            tuned: The fine-tuned encoder.
+            like: Pool whose penalties, kernel widths and temperatures are reused. None chooses them on the held-out
+                texts. Needed if nothing is held out: the encoder was then fine-tuned on all texts, and choosing on
+                these would make the heads overconfident.
         """
         judges = [] if self.validation is None else self.validation.texts
         known = [*self.train.texts, *judges, *self.label_texts.values(), *self.unlabelled]
@@ -291,27 +303,32 @@ _HEADS: tuple[tuple[Any, str, str], ...] = (
     (EmbeddingClassifier, "strengths", "regularisation"),
     (NeighbourClassifier, "widths", "width"),
 )
-"""Kinds of member, the argument of `train` that fixes what they choose, and where the lineage tells what it was."""
+"""Classes of the members, the `train` argument that fixes their hyperparameter, and its key in the lineage."""
 
 
 def _without_labels(texts: Sequence[str], labelled: Sequence[str]) -> list[str]:
-    """The texts once each, without those that have a label.
+    """Return the distinct texts that are not in `labelled`.
 
     Raises:
-        DataError: One is empty.
+        DataError: A text is empty or is not a string.
     """
     if empty := [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]:
-        raise DataError(f"Unlabelled text {empty[0]} is empty ({len(empty)} in all); remove such rows.")
+        raise DataError(f"Unlabelled text {empty[0]} is empty ({len(empty)} empty texts in total). Remove these rows.")
     known = set(labelled)
     return [text for text in dict.fromkeys(texts) if text not in known]
 
 
 def contrastive_loss(pairs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Supervised contrastive loss (Khosla et al. 2020, eq. 2, the sum over positives outside the logarithm), nats.
+    """Compute the supervised contrastive loss in nats.
+
+    Khosla et al. (2020), equation 2, with the sum over positives outside the logarithm.
 
     Args:
-        pairs: Unit vectors of `n` pairs of texts of one label, shape `[n, 2, d]`.
-        targets: Their labels, one-hot, shape `[n, k]`.
+        pairs: Unit vectors of `n` pairs of texts with the same label, shape `[n, 2, d]`.
+        targets: One-hot labels of the pairs, shape `[n, k]`.
+
+    Returns:
+        A scalar tensor, the mean over all `2 n` vectors.
     """
     own_torch: Any = require("torch", "torch")
     vectors, labels = pairs.flatten(0, 1), targets.argmax(dim=1).repeat_interleave(2)
@@ -324,13 +341,16 @@ def contrastive_loss(pairs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def _embedded_pairs(encoder: SentenceEncoder, network: torch.nn.Module, pairs: list[Any]) -> torch.Tensor:
-    """Unit vectors of pairs of token ids, shape `[n, 2, d]`."""
+    """Return the unit vectors of pairs of token ids, shape `[n, 2, d]`."""
     vectors = encoder.embed_ids(network, [ids for pair in pairs for ids in pair])
     return vectors.view(len(pairs), 2, -1)
 
 
 def _pairs(truth: NDArray[np.intp], rounds: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Each text with another of its label, so many times; with itself where there is no other."""
+    """Pair each text with a random text of the same label, `rounds` times.
+
+    The only text of a label is paired with itself.
+    """
     found: list[tuple[int, int]] = []
     for label in np.unique(truth):
         rows = np.flatnonzero(truth == label)

@@ -1,4 +1,4 @@
-"""EmbeddingClassifier: a linear head on frozen sentence embeddings; strong from a few labels per class."""
+"""EmbeddingClassifier: a linear head on frozen sentence embeddings, accurate with a few labels per class."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from langchain_datashunt.small_models.training.training import (
 )
 
 REGULARISATION_PATH = (1.0, 5.0, 20.0, 80.0)
-"""Inverse strengths C of the L2 penalty, from strong to weak, as scikit-learn counts them."""
+"""Inverse strengths C of the L2 penalty in scikit-learn's convention, from strong to weak penalty."""
 
 DEFAULT_STRENGTH = 20.0
-"""The inverse strength of a head that does not say which it was fitted with."""
+"""Inverse strength used to train a head further if its lineage does not record one."""
 
 FOLDS = 5
-"""Into how many parts a small training set is split for cross-validation."""
+"""Number of cross-validation folds for small training sets."""
 
 CROSS_VALIDATE_UP_TO = 5_000
-"""Training examples up to which every one is held out once; more are split once."""
+"""Largest number of training examples for cross-validation. Larger training sets use a single split."""
 
 
 class Fold(NamedTuple):
@@ -59,7 +59,7 @@ class Fold(NamedTuple):
 
 
 class EmbeddingClassifier(OnEmbeddings):
-    """Multinomial logistic regression on embeddings of any LangChain `Embeddings`; trained by `train`."""
+    """Multinomial logistic regression on the vectors of any LangChain `Embeddings`, trained by `train`."""
 
     head: NDArray[Any] = Field(repr=False)
     """Weights of the linear head, shape `[d, k]`."""
@@ -71,8 +71,9 @@ class EmbeddingClassifier(OnEmbeddings):
     def _shapes_agree(self) -> Self:
         if self.head.ndim != 2 or self.head.shape[1] != len(self.labels) or self.bias.shape != (len(self.labels),):
             raise ConfigurationError(
-                f"{len(self.labels)} labels need a head of shape [d, {len(self.labels)}] and a bias of "
-                f"[{len(self.labels)}]; they have {list(self.head.shape)} and {list(self.bias.shape)}."
+                f"Expected `head` of shape [d, {len(self.labels)}] and `bias` of shape [{len(self.labels)}] for "
+                f"{len(self.labels)} labels, got {list(self.head.shape)} and {list(self.bias.shape)}. Pass arrays "
+                f"with one column per label."
             )
         return self
 
@@ -101,30 +102,34 @@ class EmbeddingClassifier(OnEmbeddings):
         pseudo_labelled: Examples | None = None,
         strengths: Sequence[float] = REGULARISATION_PATH,
     ) -> Self:
-        """Train a head.
+        """Train a head with the L2 penalty that has the lowest held-out loss.
 
-        The L2 penalty is weakened step by step until the held-out loss stops falling; the head is then fitted with
-        the strength that was best. Held out is the validation set where one is given, a stratified part of a large
-        training set, and each fold in turn of a small one, so that few labels are not made fewer. The temperature
-        is fitted on the same held-out logits.
+        The penalties are tried from strong to weak until the held-out loss stops falling. The held-out set is
+        `validation` if given, and otherwise a stratified part of a large training set. A small training set is
+        cross-validated instead, so that no label is lost for training. The temperature is fitted on the same held-out
+        logits.
 
         Args:
             texts: `n` training texts.
-            labels: Their labels.
-            validation: Texts and labels to stop on; None holds a stratified part of the training set out.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: Seed, validation share and progress; `epochs` are L-BFGS iterations at the most.
-            embeddings: The encoder; None for the bundled package.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
-            label_texts: What labels mean, in words: each is learnt as one more example of its label.
-            pseudo_labelled: Texts with distributions that another model gave them (Lee 2013), in the order of the
-                label set: learnt beside the others, and never held out. Where that model has seen what is held out
-                here, this one is calibrated too surely.
-            strengths: Inverse strengths C of the penalty that are tried, from strong to weak.
+            labels: Labels of the texts.
+            validation: Texts and labels to choose the penalty and the temperature. None holds out a part of `texts`.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Seed, validation fraction, patience and progress; `epochs` is the maximum number of L-BFGS
+                iterations per fit, 200 by default.
+            embeddings: The encoder. None uses the bundled package.
+            model_id: Name of the model in predictions and logs.
+            input_key: Key of the text in mapping inputs.
+            label_texts: Description of each label, added to the training set as one more example of it.
+            pseudo_labelled: Texts with target distributions from another model (Lee 2013), in the order of the label
+                set. They are always trained on and never held out. If the other model was trained on the held-out
+                texts, the calibration of this one is overconfident.
+            strengths: Inverse strengths C of the penalty to try, from strong to weak penalty.
+
+        Returns:
+            A trained classifier.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         chosen = (settings or TrainingSettings()).filled(epochs=200, patience=1)
         texts, labels = [*texts, *(label_texts or {}).values()], [*labels, *(label_texts or {})]
@@ -161,9 +166,11 @@ class EmbeddingClassifier(OnEmbeddings):
     def fit_soft_targets(
         self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
     ) -> Self:
-        """As for every kind; the head's loss is convex, so the stages' sum is minimised at once, by L-BFGS.
+        """Return a copy with the head trained further on soft targets.
 
-        The temperature is fitted on cross-fitted logits: each example's from heads that did not see it.
+        All stages and `held_out` are fitted together by L-BFGS, from the current head as starting point. The
+        temperature is fitted on cross-fitted logits, in which each example is scored by a head that was not trained
+        on it.
         """
         chosen = settings.filled(epochs=200)
         texts = [text for stage in (*stages, held_out) for text in stage.texts]
@@ -224,11 +231,12 @@ def _folds(
     truth: NDArray[np.intp],
     first: NDArray[np.intp],
     settings: TrainingSettings,
-    beside: NDArray[np.intp],
+    beside: NDArray[np.intp],  # additional rows that are trained on in every fold
 ) -> list[Fold]:
-    """What to train on and what to hold out, once or several times; rows of training, validation, other examples.
+    """Split the rows into one or several folds.
 
-    `first` tells of copies; `beside` are the rows of examples that are always trained on.
+    The rows are the training examples, the validation examples and the additional rows, in this order. `first` is the
+    row of the first copy of each text, shape `[n]`. Copies stay in one fold.
     """
     n, everything = len(split.train), np.arange(len(truth))
     if split.validation_given or len(truth) > CROSS_VALIDATE_UP_TO:
@@ -247,7 +255,7 @@ def _walk_path(
     settings: TrainingSettings,
     report: TrainingReport,
 ) -> tuple[float, FloatArray, NDArray[np.intp]]:
-    """The best strength, and its held-out logits `[m, k]` with their true labels `[m]`."""
+    """Return the best inverse strength, its held-out logits `[m, k]` and their true labels `[m]`."""
     held = np.concatenate([fold.held_out for fold in folds])
     truth = targets[held].argmax(axis=1)
     chosen = (strengths[0], np.zeros((0, targets.shape[1])))
@@ -256,7 +264,7 @@ def _walk_path(
         for strength in strengths:
             parts = []
             for i, fold in enumerate(folds):
-                start = starts[i] or (None, None)
+                start = starts[i] or (None, None)  # warm start from the stronger penalty
                 head, bias = _fit_head(vectors[fold.train], targets[fold.train], strength, settings, *start)
                 starts[i] = (head, bias)
                 parts.append(vectors[fold.held_out] @ head + bias)
@@ -270,7 +278,10 @@ def _walk_path(
 
 
 def _calibrated_loss(logits: FloatArray, truth: NDArray[np.intp]) -> float:
-    """Held-out loss after calibration, so that a strong penalty is not blamed for its soft probabilities."""
+    """Return the mean negative log-likelihood in nats after temperature scaling.
+
+    A strong penalty flattens the probabilities. Without scaling, the comparison of penalties would count that as error.
+    """
     scores = logits / fit_temperature(logits, truth)
     scores = scores - scores.max(axis=1, keepdims=True)
     return float((np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(scores)), truth]).mean())
@@ -285,7 +296,13 @@ def _fit_head(
     bias: NDArray[Any] | None = None,
     loss: Loss = soft_cross_entropy,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Minimise cross-entropy + |W|^2 / (2 C n) by L-BFGS, from the given start or from zero."""
+    """Minimise `loss + |W|^2 / (2 C n)` by L-BFGS.
+
+    The fit starts at `head` and `bias`, or at zero if they are None.
+
+    Returns:
+        Weights `[d, k]` and bias `[k]`.
+    """
     torch = require("torch", "torch")
     n, d, k = len(vectors), vectors.shape[1], targets.shape[1]
     x, wanted = torch.from_numpy(vectors), torch.from_numpy(targets).float()

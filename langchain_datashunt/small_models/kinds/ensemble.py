@@ -1,4 +1,4 @@
-"""EnsembleClassifier: several small models that answer together."""
+"""EnsembleClassifier: a weighted pool of several small models."""
 
 from __future__ import annotations
 
@@ -41,27 +41,31 @@ _TINY = 1e-12
 
 
 class EnsembleClassifier(SmallModel):
-    """Log-linear pool: logits are the weighted sum of the members' log-probabilities (Genest & Zidek 1986).
+    """A log-linear opinion pool of small models (Genest & Zidek 1986).
 
-    Members that share an encoder embed a text once.
+    The logits are the weighted sum of the members' calibrated log-probabilities. Members that share an encoder embed
+    each text once.
     """
 
-    reads_text: ClassVar[bool] = False  # as its members do
+    reads_text: ClassVar[bool] = False  # the reader is that of the members, so it must be looked up
 
     members: tuple[SmallModel, ...] = Field(min_length=2)
-    """Small models over one label set."""
+    """Two or more small models with the same labels in the same order."""
 
     shares: tuple[float, ...] = ()
-    """Weight of each member, not negative; empty for equal ones."""
+    """Non-negative weight of each member. Empty gives equal weights."""
 
     @model_validator(mode="after")
     def _members_fit(self) -> Self:
         if any(member.labels != self.labels for member in self.members):
-            raise ConfigurationError("The members of an ensemble need one label set, in one order.")
+            raise ConfigurationError(
+                "Expected `members` with the labels of the ensemble in the same order, got different labels. Train all "
+                "members with the same `label_set`."
+            )
         if self.shares and (len(self.shares) != len(self.members) or min(self.shares) < 0 or sum(self.shares) <= 0):
             raise ConfigurationError(
-                f"{len(self.members)} members need as many weights, none negative and one above 0; "
-                f"given: {self.shares}."
+                f"Expected `shares` with one non-negative weight for each of the {len(self.members)} members and a "
+                f"positive sum, got {self.shares}."
             )
         return self
 
@@ -111,24 +115,28 @@ class EnsembleClassifier(SmallModel):
         input_key: str = "input",
         **options: Any,
     ) -> Self:
-        """Train the members, and weigh them by their held-out loss together.
+        """Train the members and choose the weights with the lowest held-out loss of the pool.
 
-        Held out is the validation set where one is given, else each of five folds in turn, for which the members are
-        trained once more.
+        If no validation set is given, the loss is measured by five-fold cross-validation, which trains each member
+        five more times.
 
         Args:
             texts: `n` training texts.
-            labels: Their labels.
-            validation: Texts and labels to weigh on.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: Of every member.
-            kinds: Two kinds of small model or more.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
-            **options: Passed on to every member's `train`, for example `embeddings` or `label_texts`.
+            labels: Labels of the texts.
+            validation: Texts and labels to choose weights and temperature. None cross-validates.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Training settings for every member.
+            kinds: Two or more kinds of small models.
+            model_id: Name of the model in predictions and logs.
+            input_key: Key of the text in mapping inputs.
+            **options: Additional arguments for every member's `train`. `embeddings` and `label_texts` are passed only
+                to kinds on frozen embeddings.
+
+        Returns:
+            A trained ensemble.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         chosen, started, report = settings or TrainingSettings(), time.perf_counter(), TrainingReport()
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
@@ -168,25 +176,31 @@ class EnsembleClassifier(SmallModel):
         *,
         model_id: str = "ensemble",
     ) -> Self:
-        """Pool models that are trained already, weighed by their loss together on examples that none of them saw.
+        """Pool trained models with the weights that have the lowest loss on a validation set.
 
         Args:
-            members: Two models or more over one label set.
-            validation: Texts and labels.
-            model_id: Name of the model in predictions and records.
+            members: Two or more models with the same labels in the same order.
+            validation: Texts and labels that no member was trained on.
+            model_id: Name of the model in predictions and logs.
+
+        Returns:
+            An ensemble of the given models.
 
         Raises:
-            ConfigurationError: The members do not fit together.
-            DataError: The validation set cannot be used.
+            ConfigurationError: The members have different labels.
+            DataError: The validation set contains training texts of a member, or unknown labels.
         """
         labels, report = members[0].labels, TrainingReport()
         if any(member.labels != labels for member in members):
-            raise ConfigurationError("The members of an ensemble need one label set, in one order.")
+            raise ConfigurationError(
+                "Expected `members` with the same labels in the same order, got different labels. Train all members "
+                "with the same `label_set`."
+            )
         for member in members:
             if seen := seen_in_training(member.lineage, validation[0]):
                 raise DataError(
-                    f"{len(seen)} of {len(validation[0])} validation texts were used to train {member.model_id}, so "
-                    f"they would flatter it; give texts that no member was trained on."
+                    f"{len(seen)} of {len(validation[0])} validation texts were used to train {member.model_id}, which "
+                    f"would overstate its accuracy. Pass texts that no member was trained on."
                 )
         held = Examples(list(validation[0]), one_hot(validation[1], labels))
         logits = [log_probabilities(member, held.texts) for member in members]
@@ -214,7 +228,7 @@ class EnsembleClassifier(SmallModel):
         learner._bundle = None
         return learner
 
-    # Bundles: each member's own in a folder beside the configuration
+    # Bundles: one subfolder with a complete bundle per member
 
     @classmethod
     @override
@@ -242,7 +256,7 @@ class EnsembleClassifier(SmallModel):
         folders = [folder / f"member{i}" for i in range(int(info.settings["members"]))]
         if missing := [part.name for part in folders if not part.is_dir()]:
             raise BundleMismatchError(
-                f"The bundle {folder} of kind 'ensemble' has no {', '.join(missing)}. Copy it again."
+                f"The bundle {folder} of kind 'ensemble' has no {', '.join(missing)}. Copy the complete bundle again."
             )
         each = cls.member_overrides(info, folder, overrides)
         return cls(
@@ -253,7 +267,7 @@ class EnsembleClassifier(SmallModel):
 
     @classmethod
     def member_overrides(cls, info: BundleInfo, folder: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each member is loaded with: the same as this model."""
+        """Return the loading options of each member, by default those of the ensemble."""
         return [overrides] * int(info.settings["members"])
 
 
@@ -262,12 +276,12 @@ def _judged(report: TrainingReport) -> dict[str, float]:
 
 
 def _hashes(members: Sequence[SmallModel]) -> list[str]:
-    """Of all texts that a member was trained on."""
+    """Return the hashes of all training texts of all members, sorted."""
     return sorted({one for member in members for one in member.lineage.get("training_text_hashes", ())})
 
 
 def _part(settings: TrainingSettings, name: str) -> TrainingSettings:
-    """Settings of one of several trainings, each of which has a checkpoint of its own."""
+    """Return settings with a checkpoint subfolder of their own, so that several trainings can resume."""
     if settings.checkpoint is None:
         return settings
     return settings.model_copy(update={"checkpoint": settings.checkpoint / name})
@@ -283,7 +297,7 @@ def _train(kind: str, texts: Sequence[str], labels: Sequence[str], options: Mapp
 
 
 def log_probabilities(member: SmallModel, texts: Sequence[str]) -> FloatArray:
-    """A member's calibrated log-probabilities `[n, k]`."""
+    """Return a member's calibrated log-probabilities, shape `[n, k]`."""
     scores = np.asarray(member.predict_scores(texts).logits, dtype=np.float64)
     return np.asarray(np.log(softmax(scores, member.temperature) + _TINY))
 
@@ -292,7 +306,13 @@ def _cross_fitted(
     kinds: Sequence[str], texts: Sequence[str], labels: Sequence[str], names: tuple[str, ...],
     options: Mapping[str, Any], seed: int,
 ) -> tuple[list[FloatArray], NDArray[np.intp]]:  # fmt: skip
-    """Each member's held-out log-probabilities `[n, k]`, and the truth `[n]`; labels with one text are left out."""
+    """Compute held-out log-probabilities of each kind by cross-validation.
+
+    A label's only text is never held out, so the result has `m <= n` rows.
+
+    Returns:
+        Log-probabilities of each kind, shape `[m, k]`, and the true labels, shape `[m]`.
+    """
     truth = np.array([names.index(label) for label in labels])
     held = stratified_folds(truth, first_copies(texts), FOLDS, seed)
     logits = []
@@ -310,7 +330,12 @@ def _cross_fitted(
 def _weigh(
     logits: list[FloatArray], truth: NDArray[np.intp], report: TrainingReport
 ) -> tuple[tuple[float, ...], float]:
-    """Weights and temperature with the least held-out loss: from equal weights, one member after the other."""
+    """Choose weights and temperature with the lowest held-out loss.
+
+    One pass of coordinate search, starting at equal weights: each member's weight is set in turn to the best value of
+    a grid, and the other weights are rescaled. With fewer than 50 examples, the weights stay equal and the temperature
+    is 1.
+    """
     n = len(logits)
     weights, temperature = np.full(n, 1.0 / n), 1.0
     if len(truth) < MIN_EXAMPLES_FOR_CALIBRATION:

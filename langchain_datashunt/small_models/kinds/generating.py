@@ -1,4 +1,4 @@
-"""Small models that write their answer: the base of text generators and captioners. No network here."""
+"""Base class and training helpers for small models that generate their answer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SUREST = 1.0 - 1e-6
 
 
 class Generated(NamedTuple):
-    """What was written for one input.
+    """A generated answer to one input.
 
     Attributes:
-        answer: The text.
-        logprobs: Log-probabilities of its tokens, without that of the end, shape `[t]`, in nats.
-        truncated: Whether the input was cut to the model's maximal length.
+        answer: Generated text.
+        logprobs: Log-probabilities of the answer's tokens without the end token, shape `[t]`, in nats.
+        truncated: Whether the input was truncated to the model's maximum length.
     """
 
     answer: str
@@ -40,11 +40,11 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class AnswerExamples:
-    """Inputs with the answers that are taught.
+    """Inputs with target answers.
 
     Attributes:
-        texts: `n` inputs as texts (an image as its data URL).
-        answers: `n` texts.
+        texts: `n` inputs as texts; an image is represented by its data URL.
+        answers: `n` target answers.
     """
 
     texts: list[str]
@@ -54,37 +54,43 @@ class AnswerExamples:
         return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> AnswerExamples:
-        """Some of them, by index."""
+        """Return the examples at the given indices."""
         return AnswerExamples([self.texts[i] for i in rows], [self.answers[i] for i in rows])
 
 
 class GeneratingModel(SmallModel):
-    """A small model that writes its answer.
+    """Base class of small models that generate their answer.
 
-    Its prediction is over "answer" and "other": how likely what it wrote is right. That follows from the probabilities
-    of the tokens, which the generation itself leaves behind, by `score`, and by `slope` and `intercept` where
-    `fit_confidence` has measured them. A kind implements `generate`, and `learn_answers` where it can learn.
+    The prediction has two labels, "answer" and "other". The confidence in "answer" is computed from the token
+    probabilities of the generation by `score`. It becomes the probability that the answer is right once
+    `fit_confidence` has fitted `slope` and `intercept`.
+
+    Subclasses implement `generate`, and `learn_answers` if they can be trained.
     """
 
     labels: tuple[str, ...] = ANSWER_LABELS
 
     score: TokenScore = Field(default_factory=MeanTokenProbability)
-    """From token probabilities to one number in [0, 1]."""
+    """Score in [0, 1] computed from the token probabilities."""
 
     slope: float = 1.0
-    """P(right) = sigmoid(slope * logit(score) + intercept)."""
+    """Slope in `confidence = sigmoid(slope * logit(score) + intercept)`."""
 
     intercept: float = 0.0
+    """Intercept in the same formula."""
 
     @abstractmethod
     def generate(self, inputs: Sequence[Any]) -> list[Generated]:
-        """Write an answer to each of `n` inputs, as `reader` reads them."""
+        """Generate an answer to each of `n` inputs that `reader` has prepared."""
 
     @override
     def predict_scores(self, texts: Sequence[Any]) -> Scores:
         made = self.generate(texts)
         errors: dict[int, Exception] = {
-            i: PredictionError(f"{self.model_id or type(self).__name__} wrote an empty answer to input {i}.")
+            i: PredictionError(
+                f"{self.model_id or type(self).__name__} generated an empty answer to input {i}. Check the prompt "
+                f"template and the stop texts."
+            )
             for i, one in enumerate(made)
             if not one.answer.strip() or not len(one.logprobs)
         }
@@ -100,20 +106,25 @@ class GeneratingModel(SmallModel):
         )
 
     def fit_confidence(self, inputs: Sequence[Any], right: Sequence[bool]) -> Self:
-        """A copy whose confidence is the probability that the answer is right, measured on held-out inputs.
+        """Return a copy whose confidence is calibrated to the probability that the answer is right.
+
+        Fits `slope` and `intercept` by logistic regression on held-out inputs.
 
         Args:
             inputs: `n` inputs that the model was not trained on.
-            right: Whether its answer to each is right (as you judge: equal, close enough, approved).
+            right: Whether the model's answer to each input is right, by your own criterion.
+
+        Returns:
+            A copy of this model with fitted `slope` and `intercept`.
 
         Raises:
-            DataError: Lengths differ, or all answers are right, or all wrong.
+            DataError: The lengths differ, or the answers are all right or all wrong.
         """
         truth = np.array([bool(one) for one in right])
         if len(truth) != len(inputs) or truth.all() or not truth.any():
             raise DataError(
-                f"{len(inputs)} inputs with {int(truth.sum())} right of {len(truth)} judged answers tell nothing of "
-                f"when the model is right; give one judgement for each input, of both kinds."
+                f"Expected one judgement for each input, with both right and wrong answers, got {len(inputs)} inputs "
+                f"and {int(truth.sum())} right of {len(truth)} judged answers."
             )
         plain = self.model_copy(update={"slope": 1.0, "intercept": 0.0, "temperature": 1.0})
         batch = plain.predict_batch(inputs)
@@ -123,17 +134,22 @@ class GeneratingModel(SmallModel):
     def learn_answers(
         self, stages: Sequence[AnswerExamples], held_out: AnswerExamples, settings: TrainingSettings
     ) -> Self:
-        """A copy of this model, trained on answers of several stages in turn; this one is not changed.
+        """Return a copy of this model trained further on the answers of one or several stages.
 
         Args:
-            stages: Inputs with the answers that are taught; a step on each is taken in turn.
-            held_out: What training stops on.
-            settings: How to train; what is None is filled with this kind's defaults.
+            stages: Inputs with target answers. Training steps alternate between the stages.
+            held_out: Inputs with target answers for early stopping.
+            settings: Training settings. Fields that are None use this kind's defaults.
+
+        Returns:
+            A trained copy. This model is not changed.
 
         Raises:
-            ConfigurationError: This kind cannot learn.
+            ConfigurationError: This kind of model cannot be trained.
         """
-        raise ConfigurationError(f"A {type(self).__name__} cannot learn from answers; use a kind that does.")
+        raise ConfigurationError(
+            f"A {type(self).__name__} cannot be trained on answers. Use a trainable kind such as TransformersGenerator."
+        )
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -141,23 +157,33 @@ class GeneratingModel(SmallModel):
 
 
 def split_answers(inputs: Sequence[str], answers: Sequence[str], settings: TrainingSettings) -> list[AnswerExamples]:
-    """Examples to learn from, and examples to stop on.
+    """Split inputs and answers into training and validation examples.
+
+    All answers to the same input stay in the same part.
+
+    Returns:
+        Training examples and validation examples.
 
     Raises:
-        DataError: Lengths differ, there are fewer than two, or an answer is empty.
+        DataError: The lengths differ, there are fewer than two distinct inputs, or an answer is empty.
     """
     if len(inputs) != len(answers):
-        raise DataError(f"{len(inputs)} inputs and {len(answers)} answers: give one answer for each input.")
+        raise DataError(f"Expected one answer for each input, got {len(inputs)} inputs and {len(answers)} answers.")
     if len(inputs) < 2:
-        raise DataError(f"{len(inputs)} examples are too few to learn from and to stop on; give at least two.")
+        raise DataError(f"Expected at least two examples, for training and validation, got {len(inputs)}.")
     if empty := [i for i, answer in enumerate(answers) if not answer.strip()]:
-        raise DataError(f"Training answer {empty[0]} is empty ({len(empty)} in all); remove such rows.")
+        raise DataError(
+            f"Training answer {empty[0]} is empty ({len(empty)} empty answers in total). Remove these rows."
+        )
     everything = AnswerExamples(list(inputs), list(answers))
-    names = sorted(set(everything.texts))  # captions of one picture stay together
+    names = sorted(set(everything.texts))  # split by distinct input, so that captions of one image stay together
     order = np.random.default_rng(settings.seed).permutation(len(names))
     held = {names[i] for i in order[: max(1, round(len(names) * settings.validation_fraction))].tolist()}
     if len(held) == len(names):
-        raise DataError("All examples have one input, so none can be held out; give a validation set.")
+        raise DataError(
+            "Expected at least two distinct inputs, got one, so none can be held out for validation. Add examples with "
+            "other inputs."
+        )
     rows = [[i for i, one in enumerate(everything.texts) if (one in held) is wanted] for wanted in (False, True)]
     return [everything.take(rows[0]), everything.take(rows[1])]
 
@@ -171,15 +197,18 @@ def fit_answers(
     *,
     what: str,
 ) -> TrainingReport:
-    """Fit a network that writes, as `fit_network` does.
+    """Fit a generating network in place with `fit_network`.
 
     Args:
-        network: Trained in place.
-        losses_of: From the network and features to the loss of each answer, shape `[n, 1]`.
-        stages: Features to learn from.
-        held_out: Features to stop on.
-        settings: All fields filled.
+        network: Network to train in place.
+        losses_of: Function from the network and features to the loss of each answer, shape `[n, 1]`.
+        stages: Features of the training examples, one list per stage.
+        held_out: Features of the examples for early stopping.
+        settings: Training settings with all fields set.
         what: Title of the progress bar.
+
+    Returns:
+        The validation losses of the training.
     """
 
     def mean(losses: Any, _: Any) -> Any:
@@ -194,13 +223,13 @@ def fit_answers(
 def learned_answers(
     model: Any, stages: Sequence[AnswerExamples], held_out: AnswerExamples, settings: TrainingSettings
 ) -> Any:
-    """A copy of a generating model with a torch network, trained on answers.
+    """Return a copy of a generating model with a torch network, trained on answers.
 
     Args:
-        model: Has `_network`, `losses_of` and `features`; it is not changed.
-        stages: What is learnt from.
-        held_out: What training stops on.
-        settings: All fields filled.
+        model: Generating model with `_network`, `losses_of` and `features`. It is not changed.
+        stages: Training examples of each stage.
+        held_out: Examples for early stopping.
+        settings: Training settings with all fields set.
     """
     learner = model.model_copy()
     learner._network, learner._bundle = copy.deepcopy(model._network), None
@@ -220,7 +249,7 @@ def learned_answers(
 def answer_lineage(
     split: Sequence[AnswerExamples], settings: TrainingSettings, report: TrainingReport, **more: Any
 ) -> dict[str, Any]:
-    """What a bundle says of a training on answers; JSON-ready."""
+    """Return the training record stored in a bundle, as JSON-compatible values."""
     return {
         "training": settings.what_matters(),
         "examples": len(split[0]),
@@ -235,7 +264,7 @@ def answer_lineage(
 
 
 def written(reader: InputReader, inputs: Sequence[Any]) -> list[str]:
-    """Inputs as texts that read as the same inputs again."""
+    """Serialise inputs as texts from which `reader` restores the same inputs."""
     return [reader.write(reader.read(one)) for one in inputs]
 
 
@@ -245,7 +274,10 @@ def _logit(p: FloatArray) -> FloatArray:
 
 
 def _logistic(x: FloatArray, right: np.ndarray[Any, np.dtype[np.bool_]], strength: float = 1e-3) -> tuple[float, float]:
-    """Slope and intercept of a logistic regression, by Newton's method, with a slight pull of the slope towards 1."""
+    """Fit slope and intercept of a logistic regression by Newton's method.
+
+    A weak penalty pulls the slope towards 1, so that the fit is finite if the classes are separable.
+    """
     center, spread = float(x.mean()), max(float(x.std()), 1e-6)
     z = np.stack([(x - center) / spread, np.ones(len(x))], axis=1)
     w = np.array([spread, center])
@@ -259,5 +291,5 @@ def _logistic(x: FloatArray, right: np.ndarray[Any, np.dtype[np.bool_]], strengt
         w = w - np.clip(step, -5, 5)
         if np.abs(step).max() < 1e-9:
             break
-    slope = max(0.0, float(w[0] / spread))  # surer never counts as less likely right
+    slope = max(0.0, float(w[0] / spread))  # a higher score must never lower the confidence
     return slope, float(w[1] - slope * center)

@@ -1,4 +1,4 @@
-"""Networks of transformers that write: what they read, how they decode, their parameters. No prompts here."""
+"""Helpers for generative networks of transformers: input form, decoding, padding and parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from langchain_datashunt._utils.optional import require
 from langchain_datashunt.exceptions import ConfigurationError
 
 Form = Literal["causal", "seq2seq", "image"]
-"""What the network reads: a text that it goes on with, a text that it answers, or an image that it describes."""
+"""Input form of a network: a text to continue, a text to answer, or an image to describe."""
 
 _AUTO = {
     "causal": "AutoModelForCausalLM",
@@ -21,21 +21,21 @@ IGNORED = -100
 
 
 def form_of(config: Any) -> Form:
-    """What a network reads, by its configuration."""
+    """Return the input form of a network from its configuration."""
     if config.model_type == PAIR or getattr(config, "vision_config", None) is not None:
         return "image"
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
 
 
 def auto_class(config: Any, form: str | None) -> str:
-    """The name of the class of transformers that makes such a network."""
+    """Return the name of the transformers class that loads the network."""
     if config.model_type == PAIR:
         return "VisionEncoderDecoderModel"
     return _AUTO[form or form_of(config)]
 
 
 def full_rows(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Any:
-    """Rows of one length, shape `[n, t]`, filled up at their ends."""
+    """Pad rows with `fill` on the right to a tensor of shape `[n, t]`, with `t >= 1`."""
     torch = require("torch", "torch")
     out = torch.full((len(rows), max(1, *(len(row) for row in rows))), fill, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -44,7 +44,7 @@ def full_rows(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Any:
 
 
 def padded_rows(rows: Sequence[Sequence[int]], fill: int, device: Any) -> tuple[Any, Any]:
-    """Rows of one length, and the mask of what is theirs, shapes `[n, t]`."""
+    """Return rows padded on the right and their attention mask, both of shape `[n, t]`."""
     torch = require("torch", "torch")
     ids = full_rows(rows, fill, device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -52,7 +52,7 @@ def padded_rows(rows: Sequence[Sequence[int]], fill: int, device: Any) -> tuple[
 
 
 def own_state(network: Any) -> dict[str, Any]:
-    """The parameters, each tied one once."""
+    """Return the parameters and buffers by name, with tied tensors included once."""
     found: dict[str, Any] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in network.state_dict().items():
@@ -65,7 +65,11 @@ def own_state(network: Any) -> dict[str, Any]:
 
 
 def greedy(own: Any) -> Any:
-    """Greedy decoding with a model's own tokens; penalties and sampling that it was published with are left out."""
+    """Return a greedy decoding configuration with the special tokens of `own`.
+
+    Sampling, beam search and penalties of `own` are dropped. They would change the token probabilities from which the
+    confidence is computed.
+    """
     names = (
         "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
         "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
@@ -78,7 +82,7 @@ def greedy(own: Any) -> Any:
 
 
 def end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer; the first is the one that is taught."""
+    """Return the tokens that end an answer; the first one is used as the end token in training."""
     ends = network.generation_config.eos_token_id
     found = [*ends] if isinstance(ends, list | tuple) else [ends]
     found += [tokenizer.eos_token_id, tokenizer.sep_token_id]
@@ -86,20 +90,24 @@ def end_tokens(network: Any, tokenizer: Any) -> list[int]:
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """What stands for an empty text: a network has to be given something to go on with."""
+    """Return a single-token prompt for an empty text, since generation needs at least one token."""
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return [next((one for one in known if one is not None), 0)]
 
 
 def prompt_limit(network: Any, model: Any) -> int:
-    """Tokens of a prompt at the most."""
+    """Return the maximum number of prompt tokens, `10**9` if the network has no limit.
+
+    Raises:
+        ConfigurationError: `max_new_tokens` leaves no room for a prompt.
+    """
     most = getattr(network.config, "max_position_embeddings", None) or getattr(network.config, "n_positions", None)
     if most is None:
         return 10**9
     room = most - (model.max_new_tokens if model.form == "causal" else 0)
     if room < 1:
         raise ConfigurationError(
-            f"max_new_tokens={model.max_new_tokens} leaves no room for a prompt in the {most} places of "
-            f"{model.model_id}; use fewer."
+            f"max_new_tokens={model.max_new_tokens} leaves no room for a prompt in the {most} positions of "
+            f"{model.model_id}. Use a smaller `max_new_tokens`."
         )
     return int(room)

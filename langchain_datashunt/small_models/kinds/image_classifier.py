@@ -1,4 +1,4 @@
-"""ImageClassifier: a ResNet for small images trained here, or any AutoModelForImageClassification."""
+"""ImageClassifier: a small ResNet trained from scratch, or any AutoModelForImageClassification."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from langchain_datashunt.small_models.training.training import (
 )
 
 RESNET = "datashunt-resnet"
-"""The `model_type` of the small ResNet in bundles, beside those of transformers."""
+"""The `model_type` of the small ResNet in bundles; other values are model types of transformers."""
 
 Augmentation = Literal["none", "shift", "shift-flip"]
-"""How training images are varied: not at all, moved by an eighth, or moved and mirrored."""
+"""Augmentation of training images: none, random shifts by up to an eighth of the width, or shifts and mirroring."""
 
 
 class ImageClassifier(SmallModel):
@@ -53,40 +53,40 @@ class ImageClassifier(SmallModel):
     small.invoke(Path("cat.png"))
     ```
 
-    Images may be PIL images, arrays, bytes, `pathlib.Path`s, data URLs, or content blocks and messages with one.
+    Accepts PIL images, arrays, bytes, `pathlib.Path`s and data URLs, and content blocks or messages with one image.
     """
 
     reads_text: ClassVar[bool] = False
 
     labels: tuple[str, ...] = ()
-    """Label names; empty takes `id2label` of the model's configuration."""
+    """Label names. Empty uses `id2label` of the model's configuration."""
 
     model: str | None = None
-    """A folder or hub id of a transformers model; None where the model came from `train` or a bundle."""
+    """Folder or hub id of a transformers model. None for a model from `train` or a bundle."""
 
     images: ImageReader = ImageReader()
-    """How images are read, and the limits on them."""
+    """Reader of the input images, with size limits."""
 
     scale: ImageScale | None = None
-    """What the network takes; None reads it from `model`'s own configuration."""
+    """Preprocessing for the network. None reads it from the configuration of `model`."""
 
     augmentation: Augmentation = "none"
-    """How images are varied in training, and when the model learns on."""
+    """Augmentation of images in training and further training."""
 
     device: str | None = None
-    """cuda, mps or cpu; None chooses."""
+    """Device "cuda", "mps" or "cpu". None uses the first available."""
 
     dtype: str = "float32"
-    """float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it."""
+    """Data type "float32", "bfloat16", "float16" or "auto" (bfloat16 on a GPU with native support, else float32)."""
 
     batch_size: int = Field(default=64, ge=1)
-    """Images computed at once at the most."""
+    """Maximum images per batch."""
 
     _network: Any = PrivateAttr(default=None)
     _architecture: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Load the model, where a folder or id was given, and take its labels and its scale."""
+        """Load the network with its labels and preprocessing if `model` is given."""
         super().model_post_init(context)
         if self.model is None:
             return
@@ -96,8 +96,8 @@ class ImageClassifier(SmallModel):
         own = unique_labels([str(network.config.id2label[i]) for i in range(network.config.num_labels)])
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
-                f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs "
-                f"({', '.join(own[:5])}). Give one name for each output, in their order, or none."
+                f"Expected one label for each output of {self.model} in `labels`, got {len(self.labels)} labels for "
+                f"{len(own)} outputs ({', '.join(own[:5])}). Pass one name per output in this order, or no labels."
             )
         self.labels = self.labels or own
         self.model_id = self.model_id or Path(self.model).name
@@ -112,8 +112,8 @@ class ImageClassifier(SmallModel):
     def _ready(self) -> ImageScale:
         if self._network is None or self.scale is None:
             raise ConfigurationError(
-                "This ImageClassifier has no weights. Give `model=` a folder or hub id, or make it with "
-                "ImageClassifier.train(...) or load_small_model(folder)."
+                "This ImageClassifier has no weights. Pass a folder or hub id as `model`, or create the classifier "
+                "with ImageClassifier.train(...) or load_small_model(folder)."
             )
         return self.scale
 
@@ -134,12 +134,17 @@ class ImageClassifier(SmallModel):
         return cpu_workers(choose_device(self.device))
 
     def features(self, images: Sequence[str | Picture]) -> list[Any]:
-        """Pixels `[h, w, c]` of pictures or data URLs, as the network takes them before they are scaled."""
+        """Return the resized pixels of pictures or data URLs, each of shape `[h, w, c]`, before normalisation."""
         scale, read = self._ready(), self.reader.read
         return [scale.pixels(image if isinstance(image, Picture) else read(image)) for image in images]
 
     def logits_of(self, network: Any, pixels: list[Pixels]) -> Any:
-        """Logits `[n, k]` of pixels, by this model's network or one of its form; varied while that learns."""
+        """Compute logits of shape `[n, k]`, with augmentation if the network is in training mode.
+
+        Args:
+            network: This model's network, a copy, or a wrapper of it.
+            pixels: Output of `features` for `n` images.
+        """
         first = next(network.parameters())
         images = self._ready().tensor(pixels, first.device)
         if network.training and self.augmentation != "none":
@@ -180,35 +185,41 @@ class ImageClassifier(SmallModel):
         input_key: str = "input",
         device: str | None = None,
     ) -> Self:
-        """Train a ResNet from scratch, or fine-tune a model of transformers; early stopping on the validation loss.
+        """Train a ResNet from scratch, or fine-tune a transformers model if `base` is given.
+
+        Training stops early on the validation loss.
 
         Args:
-            texts: `n` training images, as `images` reads them.
-            labels: Their labels.
-            validation: Images and labels to stop on; None holds a stratified part of the training set out.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: How to train; None for this kind's defaults (60 epochs, batches of 64, 3e-3; with a `base` 10
-                epochs, batches of 16, 5e-5).
-            base: Folder or hub id of a model of transformers to fine-tune; None trains a ResNet from scratch.
-            depth: Layers of the ResNet, 6 n + 2.
-            width: Channels of its first group.
-            size: Height and width that it takes; None for those of the first image, 32 to the side at the most.
-            channels: 1 for grey, 3 for colour; None for what the first image has.
-            augmentation: How images are varied.
-            images: How images are read, and the limits on them.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the image.
-            device: cuda, mps or cpu; None chooses.
+            texts: `n` training images in any form that `images` reads.
+            labels: Labels of the images.
+            validation: Images and labels for early stopping. None holds out a stratified part of `texts`.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Training settings. None uses 60 epochs, batch size 64 and learning rate 3e-3, or with `base` 10
+                epochs, batch size 16 and learning rate 5e-5.
+            base: Folder or hub id of a transformers model to fine-tune. None trains a ResNet from scratch.
+            depth: Number of layers of the ResNet, of the form 6 n + 2.
+            width: Number of channels in the first group of the ResNet.
+            size: Input height and width of the ResNet in pixels. None uses those of the first image, at most 32 each.
+            channels: 1 for grey or 3 for colour. None uses the channels of the first image.
+            augmentation: Augmentation of the training images.
+            images: Reader of the images, with size limits. None uses the default limits.
+            model_id: Name of the model in predictions and logs. None uses the name of the network.
+            input_key: Key of the image in mapping inputs.
+            device: "cuda", "mps" or "cpu". None uses the first available.
+
+        Returns:
+            A trained classifier.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            ConfigurationError: `depth` is not of the form 6 n + 2 with n >= 1.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         reader = images or ImageReader()
         fine = {"epochs": 10, "batch_size": 16, "learning_rate": 5e-5, "patience": 2}
         scratch = {"epochs": 60, "batch_size": 64, "learning_rate": 3e-3, "patience": 12}
         chosen = (settings or TrainingSettings()).filled(**(scratch if base is None else fine))
         if base is None and (depth < 8 or (depth - 2) % 6):
-            raise ConfigurationError(f"A ResNet for small images has 6 n + 2 layers; {depth} is none of 8, 14, 20, ...")
+            raise ConfigurationError(f"Expected `depth` of the form 6 n + 2 (8, 14, 20, ...), got {depth}.")
         urls = _as_urls(reader, texts, "Training")
         held_out = None if validation is None else (_as_urls(reader, validation[0], "Validation"), validation[1])
         split = split_examples(urls, labels, validation=held_out, settings=chosen, label_set=label_set)
@@ -297,7 +308,8 @@ class ImageClassifier(SmallModel):
         network = _network_of(architecture, len(info.labels))
         if (outputs := getattr(getattr(network, "config", None), "num_labels", len(info.labels))) != len(info.labels):
             raise BundleMismatchError(
-                f"The bundle {folder} names {len(info.labels)} labels and its network has {outputs} outputs."
+                f"Expected one output for each of the {len(info.labels)} labels of the bundle {folder}, got {outputs} "
+                f"outputs. Save the bundle again from the trained model."
             )
         network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
         model = cls(
@@ -314,7 +326,7 @@ class ImageClassifier(SmallModel):
 
 
 def _network_of(architecture: dict[str, Any], labels: int) -> Any:
-    """A network with fresh weights."""
+    """Build a network with randomly initialised weights."""
     settings = dict(architecture)
     kind = settings.pop("model_type")
     if kind == RESNET:
@@ -327,11 +339,15 @@ def _network_of(architecture: dict[str, Any], labels: int) -> Any:
 
 
 def _as_urls(reader: ImageReader, images: Sequence[Any], what: str) -> list[str]:
-    """Images as data URLs, the form in which a text can stand for one."""
+    """Convert images to data URLs, since trainers and logs represent every input as text.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
     urls = []
     for i, image in enumerate(images):
         try:
             urls.append(reader.read(image).data_url(reader.recorded_side))
         except InputError as error:
-            raise DataError(f"{what} image {i} cannot be used: {error}") from error
+            raise DataError(f"{what} image {i} cannot be used: {error} Remove or replace it.") from error
     return urls

@@ -1,4 +1,4 @@
-"""From pictures to the numbers that an image network takes: size, channels, scale."""
+"""Preprocessing of images for a network: size, channels and normalisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from langchain_datashunt.images import Picture, Pixels
 from langchain_datashunt.small_models.engine.devices import on_device
 
 KNOWN = {"ViT", "CLIP", "ConvNext", "MobileNetV2", "MobileNetV1", "Bit", "Siglip", "Blip", "Swin", "DeiT", "ViTHybrid"}
-"""Families of transformers' image processors whose steps are taken here."""
+"""Families of transformers image processors whose preprocessing is supported."""
 
 _NOT_DONE = (
     "do_flip_channel_order",
@@ -33,7 +33,10 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 class ImageScale(Strategy):
-    """How a picture becomes an array `[c, h, w]`: resized, perhaps cropped, scaled to `(x / 255 - mean) / std`."""
+    """Preprocessing of a picture to an array of shape `[c, h, w]`.
+
+    The picture is resized, cropped if `shortest_edge` is set, and normalised to `(x / 255 - mean) / std`.
+    """
 
     height: int = Field(ge=4, le=4096)
     width: int = Field(ge=4, le=4096)
@@ -41,17 +44,17 @@ class ImageScale(Strategy):
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     resample: int = Field(default=2, ge=0, le=5)
-    """PIL's number of the filter: 2 is bilinear, 3 bicubic."""
+    """PIL's resampling filter; 2 is bilinear, 3 is bicubic."""
 
     shortest_edge: int | None = Field(default=None, ge=4, le=8192)
-    """Resize the shorter side to this and cut `height` x `width` out of the middle; None resizes both sides."""
+    """Length of the shorter side in pixels before a centre crop to `height` x `width`. None resizes without a crop."""
 
     def pixels(self, picture: Picture) -> Pixels:
-        """Pixels `[height, width, channels]` of a picture."""
+        """Resize and crop a picture to pixels of shape `[height, width, channels]`."""
         if self.shortest_edge is None:
             return picture.resized(self.height, self.width, self.channels, resample=self.resample)
         h, w = picture.pixels.shape[:2]
-        if max(h, w) > 8 * min(h, w):  # only the middle is kept: the rest of a long picture need not be resized
+        if max(h, w) > 8 * min(h, w):  # crop first: resizing all of a very long picture would need too much memory
             keep = 4 * min(h, w) * max(1, -(-max(self.height, self.width) // self.shortest_edge))
             top, left = max(0, (h - keep) // 2), max(0, (w - keep) // 2)
             picture = Picture(picture.pixels[top : top + keep, left : left + keep])
@@ -69,7 +72,7 @@ class ImageScale(Strategy):
         return cut
 
     def tensor(self, pixels: Sequence[Pixels], device: Any) -> Any:
-        """Pixels `n` times `[h, w, c]` as a torch tensor `[n, c, h, w]`, scaled."""
+        """Stack and normalise `n` arrays of shape `[h, w, c]` to a torch tensor of shape `[n, c, h, w]`."""
         torch = require("torch", "torch")
         stacked = on_device(np.stack(pixels), device).permute(0, 3, 1, 2).float() / 255.0
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
@@ -77,7 +80,7 @@ class ImageScale(Strategy):
 
     @classmethod
     def fitted(cls, pixels: Sequence[NDArray[Any]], height: int, width: int, channels: int) -> Self:
-        """With mean and standard deviation of each channel over training images."""
+        """Create a scale with the mean and standard deviation of each channel over training images."""
         values = np.stack(pixels).reshape(-1, channels).astype(np.float64) / 255.0
         std = np.maximum(values.std(axis=0), 1e-3)
         return cls(
@@ -90,10 +93,13 @@ class ImageScale(Strategy):
 
     @classmethod
     def from_transformers(cls, folder: str | Path) -> Self:
-        """As the preprocessor_config.json of a transformers model says; from a folder or, by hub id, from the cache.
+        """Read the preprocessor_config.json of a transformers model.
+
+        Args:
+            folder: Folder of the model, or a hub id whose file is then taken from the hub or its local cache.
 
         Raises:
-            ConfigurationError: There is none, or it says what is not understood here.
+            ConfigurationError: The file is missing, or its preprocessing is not supported.
         """
         file = Path(folder) / PREPROCESSOR_FILE
         if not file.is_file():
@@ -101,32 +107,45 @@ class ImageScale(Strategy):
                 str(folder), PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False
             )
             if cached is None:
-                raise ConfigurationError(f"{folder} has no {PREPROCESSOR_FILE}, so nobody knows what its images are.")
+                raise ConfigurationError(
+                    f"{folder} has no {PREPROCESSOR_FILE}, so its image preprocessing is unknown. Add the file, or "
+                    f"pass `scale=ImageScale(...)`."
+                )
             file = Path(cached)
         return cls.from_config(json.loads(file.read_text(encoding="utf-8")))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The same from what stands in the file."""
+        """Create a scale from the content of a preprocessor_config.json.
+
+        Raises:
+            ConfigurationError: The preprocessing is not supported.
+        """
         size, crop = config.get("size"), config.get("crop_size")
         named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
         kind = named.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor")
         kind = kind.removesuffix("FeatureExtractor")
         if kind and kind not in KNOWN:
             raise ConfigurationError(
-                f"Images of a {named} are not prepared here; known are: {', '.join(sorted(KNOWN))}. Give `scale=`."
+                f"The image processor {named} is not supported. Supported are: {', '.join(sorted(KNOWN))}. Pass "
+                f"`scale=ImageScale(...)` instead."
             )
         strange = [name for name in _NOT_DONE if config.get(name)]
         if strange or config.get("do_rescale") is False or config.get("do_resize") is False:
-            told = ", ".join(strange) or "leaving out the resizing or the scaling"
-            raise ConfigurationError(f"{PREPROCESSOR_FILE} asks for {told}, which is not done here.")
+            told = ", ".join(strange) or "no resizing or no rescaling"
+            raise ConfigurationError(
+                f"{PREPROCESSOR_FILE} requests {told}, which is not supported. Pass `scale=ImageScale(...)` instead."
+            )
         if isinstance(size, int):
             edge = config.get("do_center_crop") or kind == "ConvNext"
             size = {"shortest_edge": size} if edge else {"height": size, "width": size}
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
         if not isinstance(size, Mapping):
-            raise ConfigurationError(f"{PREPROCESSOR_FILE} has no size that is understood here: {size!r}.")
+            raise ConfigurationError(
+                f"Expected `size` in {PREPROCESSOR_FILE} to be a number or a mapping, got {size!r}. Pass "
+                f"`scale=ImageScale(...)` instead."
+            )
         edge = size.get("shortest_edge")
         if edge is not None and not (config.get("do_center_crop") and crop):
             fraction = config.get("crop_pct")
@@ -135,10 +154,16 @@ class ImageScale(Strategy):
             if fraction and crop["height"] >= 384:
                 edge = None
         elif edge is None and config.get("do_center_crop") and crop and crop != size:
-            raise ConfigurationError(f"{PREPROCESSOR_FILE} resizes to {size} and crops to {crop}; this is not known.")
+            raise ConfigurationError(
+                f"{PREPROCESSOR_FILE} resizes to {size} and crops to {crop}, which is not supported. Pass "
+                f"`scale=ImageScale(...)` instead."
+            )
         shape = crop if edge is not None or crop else size
         if not isinstance(shape, Mapping) or "height" not in shape:
-            raise ConfigurationError(f"{PREPROCESSOR_FILE} has no size that is understood here: {dict(size)}.")
+            raise ConfigurationError(
+                f"Expected `size` in {PREPROCESSOR_FILE} to have height and width, or shortest_edge, got {dict(size)}. "
+                f"Pass `scale=ImageScale(...)` instead."
+            )
         plain = not config.get("do_normalize", True)
         return cls(
             height=shape["height"],

@@ -1,4 +1,4 @@
-"""The torch modules of small image networks; imported only where a network is built."""
+"""Torch modules of small image networks, imported only when a network is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch.nn import functional
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions with a shortcut that drops pixels and pads channels with zeros (option A)."""
+    """Two 3x3 convolutions with a parameter-free shortcut (option A of He et al. 2016).
+
+    The shortcut subsamples pixels by `stride` and pads additional channels with zeros.
+    """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -19,7 +22,7 @@ class _Block(nn.Module):
         self.stride, self.more = stride, after - before
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """States `[n, c, h, w]` to states of the next."""
+        """Map states `[n, before, h, w]` to states `[n, after, h / stride, w / stride]`."""
         found = functional.relu(self.first_norm(self.first(x)))
         found = self.second_norm(self.second(found))
         if self.stride != 1 or self.more:
@@ -31,8 +34,8 @@ class _Block(nn.Module):
 class SmallResNet(nn.Module):
     """The residual network for small images of He et al. (2016), section 4.2, without its last layer.
 
-    One 3x3 convolution, then three groups of `(depth - 2) / 6` blocks with `width`, `2 width` and `4 width` channels,
-    the latter two at half the size of the one before. Depth 32 and width 16 are the paper's ResNet-32.
+    One 3x3 convolution is followed by three groups of `(depth - 2) / 6` blocks with `width`, `2 width` and `4 width`
+    channels. The second and third group halve height and width. Depth 32 and width 16 give the paper's ResNet-32.
     """
 
     def __init__(self, depth: int, width: int, channels: int) -> None:
@@ -53,14 +56,14 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[n, c, h, w]` to a map of features `[n, 4 width, h / 4, w / 4]`."""
+        """Map images `[n, c, h, w]` to features `[n, 4 width, h / 4, w / 4]`."""
         states = functional.relu(self.first_norm(self.first(images)))
         found: torch.Tensor = self.blocks(states)
         return found
 
 
 class ResNetClassifier(nn.Module):
-    """A `SmallResNet`, the mean over all places, and a linear layer."""
+    """A `SmallResNet` with global average pooling and a linear layer."""
 
     def __init__(self, depth: int, width: int, channels: int, labels: int) -> None:
         super().__init__()
@@ -68,18 +71,21 @@ class ResNetClassifier(nn.Module):
         self.output = nn.Linear(self.trunk.size, labels)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[n, c, h, w]` to logits `[n, k]`."""
+        """Map images `[n, c, h, w]` to logits `[n, k]`."""
         logits: torch.Tensor = self.output(self.trunk(images).mean(dim=(2, 3)))
         return logits
 
 
 def shifted(images: torch.Tensor, pixels: int, flip: bool) -> torch.Tensor:
-    """Each image moved by up to so many pixels, and mirrored half of the time; at random, `[n, c, h, w]`.
+    """Shift each image by a random offset, and mirror a random half of the images if `flip` is set.
 
     Args:
-        images: What is shown in training.
-        pixels: How far at the most, in each direction; the border is padded with what stands there.
-        flip: Whether left and right may be exchanged.
+        images: Training images, shape `[n, c, h, w]`.
+        pixels: Maximum shift in pixels in each direction. Border pixels are repeated.
+        flip: Whether images are mirrored left to right with probability 0.5.
+
+    Returns:
+        Augmented images, shape `[n, c, h, w]`.
     """
     n, _, height, width = images.shape
     padded = functional.pad(images, (pixels, pixels, pixels, pixels), mode="replicate") if pixels else images

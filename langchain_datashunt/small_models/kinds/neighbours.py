@@ -1,4 +1,4 @@
-"""NeighbourClassifier: the labels of similar training texts, weighted by likeness. It learns by remembering."""
+"""NeighbourClassifier: kernel regression over the labels of similar training texts."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ from langchain_datashunt.small_models.training.training import (
 )
 
 WIDTHS = (0.03, 0.05, 0.08, 0.12, 0.2)
-"""Kernel widths that are tried, in cosine distance."""
+"""Kernel widths to try, in cosine distance."""
 
 JUDGES = 2_000
-"""Training texts that are left out in turn to choose the width, at the most."""
+"""Maximum number of training texts in the leave-one-out choice of the width."""
 
 _FLOOR = 1e-6
 _CELLS = 50_000_000
 
 
 class NeighbourClassifier(OnEmbeddings):
-    """Kernel regression: p(y) proportional to sum_i exp((cos(x, x_i) - 1) / width) q_i(y) over the training texts.
+    """Kernel regression on the vectors of any LangChain `Embeddings` (Nadaraya 1964, Watson 1964).
 
-    Nadaraya (1964) and Watson (1964) on unit vectors of any LangChain `Embeddings`. New examples are learnt by adding
-    them, so it suits streams; each prediction costs a product with all training vectors.
+    The probability of label `y` is proportional to `sum_i exp((cos(x, x_i) - 1) / width) q_i(y)`, with the label
+    distribution `q_i` of training text `i`. New examples are added to the stored ones without retraining, which suits
+    data that arrives continuously. Each prediction costs a product with all stored vectors.
     """
 
     vectors: NDArray[Any] = Field(repr=False)
-    """Of the training texts, unit length, shape `[m, d]`."""
+    """Unit vectors of the training texts, shape `[m, d]`."""
 
     targets: NDArray[Any] = Field(repr=False)
-    """Their distributions over labels, shape `[m, k]`."""
+    """Label distributions of the training texts, shape `[m, k]`."""
 
     width: float = Field(default=0.08, gt=0.0)
     """Kernel width in cosine distance."""
@@ -87,28 +88,31 @@ class NeighbourClassifier(OnEmbeddings):
         pseudo_labelled: Examples | None = None,
         widths: Sequence[float] = WIDTHS,
     ) -> Self:
-        """Remember the training texts; width and temperature are those with the least held-out loss.
+        """Store the training texts and choose the kernel width with the lowest held-out loss.
 
-        Held out is the validation set where one is given, else each training text in turn (and its copies), 2,000
-        at the most.
+        If no validation set is given, the loss is measured leave-one-out on up to 2,000 training texts. All copies of
+        a text are left out with it. The temperature is fitted on the same held-out scores.
 
         Args:
             texts: `n` training texts.
-            labels: Their labels.
-            validation: Texts and labels to choose the width on.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: Seed and log; nothing else matters here.
-            embeddings: The encoder; None for the bundled package.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
-            label_texts: What labels mean, in words: each is remembered as one more example of its label.
-            pseudo_labelled: Texts with distributions that another model gave them (Lee 2013), in the order of the
-                label set: remembered beside the others, and never held out. Where that model has seen what is held out
-                here, this one is calibrated too surely.
-            widths: Kernel widths that are tried, in cosine distance.
+            labels: Labels of the texts.
+            validation: Texts and labels to choose the width and the temperature. None uses leave-one-out.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Training settings, of which only seed, validation fraction and log are used.
+            embeddings: The encoder. None uses the bundled package.
+            model_id: Name of the model in predictions and logs.
+            input_key: Key of the text in mapping inputs.
+            label_texts: Description of each label, added to the training set as one more example of it.
+            pseudo_labelled: Texts with target distributions from another model (Lee 2013), in the order of the label
+                set. They are stored with the training texts and never held out. If the other model was trained on the
+                held-out texts, the calibration of this one is overconfident.
+            widths: Kernel widths to try, in cosine distance.
+
+        Returns:
+            A trained classifier.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         chosen, started, report = settings or TrainingSettings(), time.perf_counter(), TrainingReport()
         texts, labels = [*texts, *(label_texts or {}).values()], [*labels, *(label_texts or {})]
@@ -125,7 +129,7 @@ class NeighbourClassifier(OnEmbeddings):
             rows = np.random.default_rng(chosen.seed).permutation(n)[:JUDGES]
             likeness, wanted = vectors[rows] @ vectors.T, own.targets[rows]
             first = first_copies([*own.texts, *beside.texts])
-            likeness[first[rows][:, None] == first] = -np.inf
+            likeness[first[rows][:, None] == first] = -np.inf  # no text may predict itself or a copy
         width, temperature = _best_width(likeness, targets, wanted, widths, report)
         report.seconds = time.perf_counter() - started
         write_metrics(chosen, report, "kernel widths")
@@ -145,7 +149,7 @@ class NeighbourClassifier(OnEmbeddings):
     def fit_soft_targets(
         self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
     ) -> Self:
-        """A copy that remembers these examples too; the loss plays no part."""
+        """Return a copy that also stores these examples; width and temperature stay, and `loss` is ignored."""
         texts = [text for stage in (*stages, held_out) for text in stage.texts]
         more = np.concatenate([stage.targets for stage in (*stages, held_out)]).astype(np.float32)
         changed = {
@@ -192,7 +196,7 @@ def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _log_shares(likeness: NDArray[Any], targets: NDArray[Any], width: float) -> FloatArray:
-    """Logarithm of the kernel-weighted shares of the labels, shape `[n, k]`; never quite zero."""
+    """Return log-probabilities of shape `[n, k]`, floored so that they stay finite."""
     raised = np.exp((likeness - 1.0) / width)
     shares = raised @ targets
     total = np.maximum(shares.sum(axis=1, keepdims=True), 1e-30)
@@ -202,7 +206,15 @@ def _log_shares(likeness: NDArray[Any], targets: NDArray[Any], width: float) -> 
 def _best_width(
     likeness: NDArray[Any], targets: FloatArray, wanted: FloatArray, widths: Sequence[float], report: TrainingReport
 ) -> tuple[float, float]:
-    """Width and temperature with the least loss on what is held out."""
+    """Choose the width and temperature with the lowest held-out loss.
+
+    Args:
+        likeness: Cosine similarities of held-out and stored texts, shape `[n, m]`; `-inf` excludes a pair.
+        targets: Label distributions of the stored texts, shape `[m, k]`.
+        wanted: One-hot labels of the held-out texts, shape `[n, k]`.
+        widths: Kernel widths to try.
+        report: Report to which the loss of each width is added.
+    """
     truth, best = wanted.argmax(axis=1), (widths[0], 1.0)
     for width in widths:
         scores = _log_shares(likeness, targets, width)

@@ -1,4 +1,4 @@
-"""What all classifiers on frozen sentence embeddings share: the encoder, and how a bundle finds it again."""
+"""Base class of classifiers on frozen sentence embeddings."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ _PROBE_COSINE = 0.99
 
 
 class OnEmbeddings(SmallModel):
-    """A classifier on embeddings of any LangChain `Embeddings`.
+    """A classifier on the vectors of any LangChain `Embeddings`.
 
-    The encoder itself is never changed. A bundle keeps its name; a custom encoder is handed to
-    `load(folder, embeddings=...)` again, and one that embeds differently is refused.
+    The encoder is never trained. A bundle stores the encoder's name and its embedding of a known sentence. A custom
+    encoder must be passed again to `load_small_model(folder, embeddings=...)`. Loading raises an error if the encoder
+    embeds the sentence differently.
     """
 
     embeddings: Any = Field(exclude=True, repr=False)
     """The encoder: any LangChain `Embeddings`."""
 
     keep_features: bool = False
-    """Whether predictions carry the embedding, for a `LearnedDeferral` that reads it."""
+    """Whether predictions carry the embedding, for use by `LearnedDeferral`."""
 
     @model_validator(mode="after")
     def _encoder_fits(self) -> Self:
         if not isinstance(self.embeddings, Embeddings):
-            msg = f"`embeddings` must be a LangChain Embeddings; {type(self.embeddings).__name__} is not."
+            msg = f"Expected a LangChain Embeddings for `embeddings`, got {type(self.embeddings).__name__}."
             raise ConfigurationError(msg)
         return self
 
     @property
     @abstractmethod
     def dimensions(self) -> int:
-        """Of the vectors that the classifier was trained on."""
+        """Number of dimensions of the embeddings that the classifier was trained on."""
 
     @abstractmethod
     def scores_of(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits `[n, k]` of vectors `[n, d]`."""
+        """Compute logits `[n, k]` from embeddings `[n, d]`."""
 
     @override
     def workers(self) -> int:
@@ -68,13 +69,13 @@ class OnEmbeddings(SmallModel):
         vectors, cut = embed(self.embeddings, texts)
         if vectors.shape[1] != self.dimensions:
             raise ConfigurationError(
-                f"The encoder gives {vectors.shape[1]} dimensions and {self.model_id!r} was trained "
-                f"on {self.dimensions}: it is not the encoder that this classifier was trained with."
+                f"Expected embeddings with {self.dimensions} dimensions for {self.model_id!r}, got "
+                f"{vectors.shape[1]} dimensions. Pass the encoder that this classifier was trained with."
             )
         return Scores(self.scores_of(vectors), cut, vectors if self.keep_features else None)
 
     def probe(self) -> NDArray[np.float32]:
-        """How the encoder embeds one known sentence, shape `[d]`."""
+        """Return the encoder's embedding of a known sentence, shape `[d]`, to recognise the encoder at loading."""
         return np.asarray(embed(self.embeddings, [PROBE])[0][0])
 
     @override
@@ -88,16 +89,21 @@ class OnEmbeddings(SmallModel):
 
 
 def _bare(encoder: Embeddings) -> Embeddings:
-    """The encoder itself, where one that remembers was put before it."""
+    """Return the encoder without its cache, if it has one."""
     return encoder.encoder if isinstance(encoder, CachedEmbeddings) else encoder
 
 
 def encoder_of(info: BundleInfo, probe: NDArray[Any], overrides: dict[str, Any]) -> Embeddings:
-    """The encoder that a bundle's model was trained with.
+    """Return the encoder that a bundle's model was trained with.
+
+    Args:
+        info: The bundle's configuration.
+        probe: Embedding of a known sentence by the original encoder, shape `[d]`.
+        overrides: Loading options; `embeddings` replaces the encoder named in the bundle.
 
     Raises:
-        ConfigurationError: It is the user's own, and was not passed.
-        BundleMismatchError: The one that is there embeds differently.
+        ConfigurationError: The bundle needs a custom encoder and none was passed.
+        BundleMismatchError: The encoder embeds the known sentence differently.
     """
     encoder = overrides.get("embeddings") or _encoder_by_name(info, overrides)
     _check_probe(encoder, probe, info)
@@ -108,8 +114,8 @@ def _encoder_by_name(info: BundleInfo, overrides: dict[str, Any]) -> Embeddings:
     name = str(info.settings.get("encoder", BUNDLED_ENCODER))
     if name.startswith("custom:"):
         raise ConfigurationError(
-            f"This bundle was trained with the embeddings {name.removeprefix('custom:')}, which a bundle cannot "
-            f"hold. Pass the same ones: load_small_model(folder, embeddings=...)."
+            f"This bundle was trained with the encoder {name.removeprefix('custom:')}, which a bundle cannot store. "
+            f"Pass the same encoder: load_small_model(folder, embeddings=...)."
         )
     dtype = str(overrides.get("dtype") or info.settings.get("dtype", "float32"))
     more: dict[str, Any] = {"engine": overrides["engine"]} if overrides.get("engine") else {}
@@ -119,13 +125,13 @@ def _encoder_by_name(info: BundleInfo, overrides: dict[str, Any]) -> Embeddings:
 
 
 def _check_probe(encoder: Embeddings, probe: NDArray[Any], info: BundleInfo) -> None:
-    """Refuse an encoder that does not embed one known sentence as the training's encoder did."""
+    """Raise `BundleMismatchError` if the encoder embeds the known sentence differently than in training."""
     seen = embed(encoder, [PROBE])[0][0]
     fits = seen.shape == probe.shape
     cosine = float(seen @ probe / (np.linalg.norm(seen) * np.linalg.norm(probe) + 1e-12)) if fits else 0.0
     if cosine < _PROBE_COSINE:
         raise BundleMismatchError(
             f"The encoder embeds a known sentence differently from the one this bundle was trained with "
-            f"({info.settings.get('encoder')}): {seen.shape[0]} against {probe.shape[0]} dimensions, "
-            f"cosine {cosine:.3f}. Pass the encoder that was used, or train again."
+            f"({info.settings.get('encoder')}): {seen.shape[0]} dimensions instead of {probe.shape[0]}, "
+            f"cosine similarity {cosine:.3f}. Pass the original encoder, or train again."
         )

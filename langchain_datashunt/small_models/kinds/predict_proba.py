@@ -1,4 +1,4 @@
-"""PredictProbaClassifier: anything with `predict_proba`, so that a scikit-learn pipeline can be a small model."""
+"""PredictProbaClassifier: wraps any object with `predict_proba`, such as a scikit-learn pipeline."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ _SMALLEST = 1e-12
 
 
 class PredictProbaClassifier(SmallModel):
-    """Wraps a fitted classifier that takes a list of texts.
+    """A wrapper of a fitted classifier whose `predict_proba` takes a list of texts.
 
-    Its log-probabilities stand in for logits, so temperature scaling works. Bundles hold scikit-learn estimators in
-    the skops format, which loads known types only and runs no code; other objects cannot be saved.
+    The log-probabilities serve as logits for temperature scaling. Bundles store scikit-learn estimators in the skops
+    format, which loads only known types and runs no code from the bundle. Other objects cannot be saved.
     """
 
     labels: tuple[str, ...] = ()
-    """Label names; empty takes the estimator's `classes_`. Where these are among the labels, columns go by name, and a
-    label that the estimator does not know is never predicted; else the labels name its columns in their order."""
+    """Label names. Empty uses the estimator's `classes_`.
+
+    If all `classes_` are among the labels, columns are matched by name, and labels outside `classes_` get probability
+    0. Otherwise, the labels name the columns in order."""
 
     estimator: Any = Field(exclude=True)
     """The fitted classifier."""
@@ -49,18 +51,19 @@ class PredictProbaClassifier(SmallModel):
     def _take_classes(self) -> Self:
         if not hasattr(self.estimator, "predict_proba"):
             raise ConfigurationError(
-                f"{type(self.estimator).__name__} has no predict_proba; wrap it so that it gives probabilities "
-                f"(scikit-learn: CalibratedClassifierCV)."
+                f"{type(self.estimator).__name__} has no predict_proba. Wrap it in a classifier that returns "
+                f"probabilities, such as scikit-learn's CalibratedClassifierCV."
             )
         own = self._classes()
         if not self.labels and not own:
             raise ConfigurationError(
-                f"{type(self.estimator).__name__} has no `classes_` (is it fitted?); give `labels=` in the order "
-                f"of its columns."
+                f"{type(self.estimator).__name__} has no `classes_`. Fit it, or pass `labels` in the order of its "
+                f"columns."
             )
         if self.labels and own and len(self.labels) != len(own) and set(own) - set(self.labels):
             raise ConfigurationError(
-                f"{len(self.labels)} labels were given, and the estimator has {len(own)} classes. Give one for each."
+                f"Expected one label for each class in `labels`, got {len(self.labels)} labels for an estimator with "
+                f"{len(own)} classes."
             )
         self.__dict__["labels"] = self.labels or own
         self.__dict__["model_id"] = self.model_id or type(self.estimator).__name__
@@ -70,7 +73,9 @@ class PredictProbaClassifier(SmallModel):
     def predict_scores(self, texts: Sequence[str]) -> Scores:
         probabilities = np.asarray(self.estimator.predict_proba(list(texts)), dtype=np.float64)
         if probabilities.min(initial=0.0) < 0.0:
-            raise PredictionError(f"{self.model_id}.predict_proba gave a negative probability.")
+            raise PredictionError(
+                f"{self.model_id}.predict_proba returned a negative probability. Check the wrapped estimator."
+            )
         own = self._classes()
         if own != self.labels and set(own) <= set(self.labels) and own and probabilities.shape[1:] == (len(own),):
             given, probabilities = probabilities, np.zeros((len(texts), len(self.labels)))
@@ -78,7 +83,7 @@ class PredictProbaClassifier(SmallModel):
         return Scores(_logits(probabilities))
 
     def _classes(self) -> tuple[str, ...]:
-        """The estimator's own labels, one for each of its columns; empty where it does not tell."""
+        """Return the estimator's `classes_` in column order, or an empty tuple if it has none."""
         classes = getattr(self.estimator, "classes_", None)
         return () if classes is None else tuple(map(str, classes))
 
@@ -95,20 +100,26 @@ class PredictProbaClassifier(SmallModel):
         model_id: str = "",
         input_key: str = "input",
     ) -> Self:
-        """Fit a scikit-learn estimator (a copy of it) on texts, calibrate it on the held-out part, then fit on all.
+        """Fit a copy of a scikit-learn estimator and its temperature.
+
+        The temperature is fitted on held-out texts. If no validation set is given, the estimator is then fitted again
+        on all texts.
 
         Args:
             texts: `n` training texts.
-            labels: Their labels.
-            estimator: An unfitted estimator that takes texts, for example a pipeline that starts with TF-IDF.
-            validation: Texts and labels to calibrate on; None holds a stratified part out.
-            label_set: All labels; None for those that occur.
-            settings: Seed and validation share.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
+            labels: Labels of the texts.
+            estimator: Unfitted estimator that takes texts, for example a pipeline that starts with TF-IDF.
+            validation: Texts and labels for calibration. None holds out a stratified part of `texts`.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Training settings, of which only seed and validation fraction are used.
+            model_id: Name of the model in predictions and logs. Empty uses the class name of the estimator.
+            input_key: Key of the text in mapping inputs.
+
+        Returns:
+            A trained classifier.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         clone = require("sklearn.base", "calibration").clone
         chosen = settings or TrainingSettings()
@@ -147,13 +158,14 @@ class PredictProbaClassifier(SmallModel):
             require("skops.io", "calibration").dump(self.estimator, folder / ESTIMATOR_FILE)
         except (TypeError, AttributeError, ValueError) as error:
             raise BundleError(
-                f"{type(self.estimator).__name__} cannot be saved without pickling ({error}). Save it your own way "
-                f"and wrap it again with PredictProbaClassifier(estimator=...)."
+                f"{type(self.estimator).__name__} cannot be saved without pickling ({error}). Save it separately and "
+                f"wrap it again with PredictProbaClassifier(estimator=...)."
             ) from error
         if unknown := _untrusted(folder / ESTIMATOR_FILE):
             raise BundleError(
-                f"{type(self.estimator).__name__} holds types that are not scikit-learn's own "
-                f"({', '.join(unknown[:3])}); a bundle would have to run their code to load them."
+                f"{type(self.estimator).__name__} contains types that are not part of scikit-learn "
+                f"({', '.join(unknown[:3])}), so loading it would run their code. Save it separately and wrap it again "
+                f"with PredictProbaClassifier(estimator=...)."
             )
 
     @classmethod
@@ -162,18 +174,19 @@ class PredictProbaClassifier(SmallModel):
         file = folder / ESTIMATOR_FILE
         if ESTIMATOR_FILE not in info.files:
             raise BundleMismatchError(
-                f"The bundle {folder} of kind 'predict_proba' has no {ESTIMATOR_FILE}. Copy it again."
+                f"The bundle {folder} of kind 'predict_proba' has no {ESTIMATOR_FILE}. Copy the complete bundle again."
             )
         if unknown := _untrusted(file):
             raise BundleError(
-                f"{file} asks for types that are not scikit-learn's own ({', '.join(unknown[:3])}); not loaded."
+                f"{file} contains types that are not part of scikit-learn ({', '.join(unknown[:3])}) and was not "
+                f"loaded. Load the estimator separately and wrap it with PredictProbaClassifier(estimator=...)."
             )
         estimator = require("skops.io", "calibration").load(file)
         own = [str(label) for label in getattr(estimator, "classes_", info.labels)]
         if len(own) != len(info.labels) and set(own) - set(info.labels):
             raise BundleMismatchError(
-                f"The bundle {folder} names {len(info.labels)} labels and its estimator has "
-                f"{len(estimator.classes_)} classes."
+                f"Expected one class for each of the {len(info.labels)} labels of the bundle {folder}, got "
+                f"{len(estimator.classes_)} classes. Save the bundle again from the trained model."
             )
         return cls(
             **info.shared(),

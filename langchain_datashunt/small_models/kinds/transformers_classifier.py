@@ -1,4 +1,4 @@
-"""TransformersClassifier: any AutoModelForSequenceClassification, from a folder, a hub id, or fine-tuned here."""
+"""TransformersClassifier: any AutoModelForSequenceClassification, loaded from a folder or hub id, or fine-tuned."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ARCHITECTURE = "architecture"
 
 
 def _modernbert_head(network: Any, states: PackedStates) -> Any:
-    """The mean or the first state, by the network's own settings."""
+    """Return the logits of a ModernBERT head, which pools by the mean or by the first token."""
     first = network.config.classifier_pooling == "cls"
     pooled = states.first() if first else states.mean().to(states.states.dtype)
     return network.classifier(network.head(pooled))
@@ -60,58 +60,62 @@ HEADS: dict[str, Callable[[Any, PackedStates], Any]] = {
     "ModernBertForSequenceClassification": _modernbert_head,
     "DebertaV2ForSequenceClassification": lambda own, states: own.classifier(own.pooler(states.first()[:, None])),
 }
-"""From a network and its last states to logits `[n, k]`, by the class of the network."""
+"""Functions from a network and its last states to logits `[n, k]`, by class name of the network."""
 
 
 def _refuse_other_tasks(config: Any, model: str) -> None:
-    """One of several labels is what a softmax can tell: a score, or any number of labels at once, it cannot.
+    """Reject networks for regression or multi-label classification, whose softmax is not a confidence.
 
     Raises:
-        ConfigurationError: The network was made for one of these.
+        ConfigurationError: The network does not choose exactly one of several labels.
     """
     if config.problem_type in ("multi_label_classification", "regression") or config.num_labels < 2:
         kind = config.problem_type or "regression"
         raise ConfigurationError(
-            f"{model} is no classifier for one of several labels ({config.num_labels} outputs, {kind}), so its "
-            f"confidence would mean nothing. Fine-tune it: TransformersClassifier.train(..., base={model!r})."
+            f"Expected a classifier that chooses one of several labels for `model`, got {model} "
+            f"({config.num_labels} outputs, {kind}), whose confidence would be meaningless. Fine-tune it: "
+            f"TransformersClassifier.train(..., base={model!r})."
         )
 
 
 class TransformersClassifier(SmallModel):
     """A sequence classifier of the transformers library.
 
-    `TransformersClassifier(model="folder-or-hub-id")` takes the labels from the model's own configuration;
+    `TransformersClassifier(model="folder-or-hub-id")` loads a trained classifier with its labels.
     `TransformersClassifier.train(...)` fine-tunes an encoder.
     """
 
     labels: tuple[str, ...] = ()
-    """Label names; empty takes `id2label` of the model's configuration."""
+    """Label names. Empty uses `id2label` of the model's configuration."""
 
     model: str | None = None
-    """A folder or hub id; None where the model came from `train` or a bundle."""
+    """Folder or hub id. None for a model from `train` or a bundle."""
 
     device: str | None = None
-    """cuda, mps or cpu; None chooses the first there is."""
+    """Device "cuda", "mps" or "cpu". None uses the first available."""
 
     dtype: str = "float32"
-    """float32, bfloat16, float16, or auto: bfloat16 on a GPU that computes it, float32 elsewhere. The packed form
-    computes products alone in bfloat16 on a CPU. A threshold used under one format is best calibrated under it."""
+    """Data type "float32", "bfloat16", "float16" or "auto" (bfloat16 on a GPU with native support, else float32).
+
+    On a CPU, the padding-free engine uses bfloat16 for matrix products only. Calibrate the threshold with the same
+    dtype as in use."""
 
     batch_size: int | None = Field(default=None, ge=1)
-    """Texts computed at once at the most; None for as many as the token budget of the device holds."""
+    """Maximum texts per batch. None is limited only by the token budget of the device."""
 
     max_length: int | None = Field(default=None, ge=4)
-    """Tokens of a text at the most; None for the model's own limit."""
+    """Maximum tokens per text, including special tokens. None uses the model's own limit."""
 
     engine: Engine = "auto"
-    """What computes it on a CPU: "padding-free" is without padding, "plain" is transformers, "auto" chooses."""
+    """Inference engine. "plain" runs transformers, "padding-free" skips the computation of padding, and "auto" chooses
+    by speed."""
 
     _network: Any = PrivateAttr(default=None)
     _packing: Packing = PrivateAttr()
     _tokenizer: TextTokenizer | None = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Load the model, where a folder or id was given, and take its labels."""
+        """Load the network and its labels if `model` is given."""
         super().model_post_init(context)
         self._packing = Packing(self.engine)
         if self.model is None:
@@ -123,8 +127,8 @@ class TransformersClassifier(SmallModel):
         own = unique_labels([str(network.config.id2label[i]) for i in range(network.config.num_labels)])
         if self.labels and len(self.labels) != len(own):
             raise ConfigurationError(
-                f"{len(self.labels)} labels were given, and {self.model} has {len(own)} outputs "
-                f"({', '.join(own[:5])}). Give one name for each output, in their order, or none."
+                f"Expected one label for each output of {self.model} in `labels`, got {len(self.labels)} labels for "
+                f"{len(own)} outputs ({', '.join(own[:5])}). Pass one name per output in this order, or no labels."
             )
         limit = usable_length(network.config, self.max_length)
         self.labels = self.labels or own
@@ -141,17 +145,17 @@ class TransformersClassifier(SmallModel):
     def _ready(self) -> TextTokenizer:
         if self._tokenizer is None:
             raise ConfigurationError(
-                "This TransformersClassifier has no weights. Give `model=` a folder or hub id, or make it with "
-                "TransformersClassifier.train(...) or load_small_model(folder)."
+                "This TransformersClassifier has no weights. Pass a folder or hub id as `model`, or create the "
+                "classifier with TransformersClassifier.train(...) or load_small_model(folder)."
             )
         return self._tokenizer
 
     def features(self, texts: Sequence[str]) -> list[Any]:
-        """Token ids of texts, as the network takes them."""
+        """Tokenise texts to lists of token ids, truncated to the maximum length."""
         return self._ready()(texts)[0]
 
     def logits_of(self, network: Any, ids: list[list[int]]) -> Any:
-        """Logits `[n, k]` of token ids, by this model's network or one of its form."""
+        """Compute logits `[n, k]` from token ids with `network`, which is this model's network, a copy or a wrapper."""
         tokens, mask = pad(ids, self._ready().pad_id, next(network.parameters()).device)
         return network(input_ids=tokens, attention_mask=mask).logits
 
@@ -165,13 +169,13 @@ class TransformersClassifier(SmallModel):
         return Scores(*compute_texts(self._ready(), texts, self._logits, k, budget=budget, batch_size=self.batch_size))
 
     def _logits(self, ids: list[list[int]]) -> Any:
-        """Logits `[n, k]` of token ids, by the packed encoder where there is one."""
+        """Compute logits `[n, k]` from token ids with the selected engine, or with transformers if there is none."""
         head = HEADS.get(type(self._network).__name__)
         if head is None:
             if self.engine not in ("auto", "plain"):
                 raise ConfigurationError(
-                    f"A {type(self._network).__name__} is not computed by engine={self.engine!r} here; use 'auto' or "
-                    f"'plain'. Known are: {', '.join(HEADS)}."
+                    f"{type(self._network).__name__} does not support engine={self.engine!r}. Use 'auto' or 'plain'. "
+                    f"Other engines support: {', '.join(HEADS)}."
                 )
             if self.engine == "auto":
                 say_once(str(self._network.config.model_type))
@@ -180,7 +184,10 @@ class TransformersClassifier(SmallModel):
         return self.logits_of(self._network, ids) if encoder is None else head(self._network, encoder(ids))
 
     def _own_packing(self) -> Packing:
-        """The engine of this model's network; a copy with another network, or another engine, has another."""
+        """Return the engine of this model's network.
+
+        A copy of the model shares the engine object, so a new one is created if network or engine differ.
+        """
         packing = self._packing
         if packing.engine != self.engine or packing.network not in (None, self._network.base_model):
             packing = self._packing = Packing(self.engine, packing.dtype)
@@ -206,19 +213,23 @@ class TransformersClassifier(SmallModel):
 
         Args:
             texts: `n` training texts.
-            labels: Their labels.
-            validation: Texts and labels to stop on; None holds a stratified part of the training set out.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: How to train; None for this kind's defaults (10 epochs, batches of 16, 5e-5).
-            base: Folder or hub id of the encoder; None for the bundled package.
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
-            max_length: Tokens of a text at the most.
-            device: cuda, mps or cpu; None chooses.
-            dtype: Number format of the finished model; training itself is in float32.
+            labels: Labels of the texts.
+            validation: Texts and labels for early stopping and calibration. None holds out a stratified part of
+                `texts`.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Training settings. None uses 10 epochs, batch size 16 and learning rate 5e-5.
+            base: Folder or hub id of the encoder. None uses the bundled package.
+            model_id: Name of the model in predictions and logs.
+            input_key: Key of the text in mapping inputs.
+            max_length: Maximum tokens per text, including special tokens. None uses the encoder's own limit.
+            device: "cuda", "mps" or "cpu". None uses the first available.
+            dtype: Data type of the trained model. Its weights are trained in float32.
+
+        Returns:
+            A trained classifier.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         chosen = (settings or TrainingSettings()).filled(epochs=10, batch_size=16, learning_rate=5e-5, patience=2)
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
@@ -232,7 +243,7 @@ class TransformersClassifier(SmallModel):
             max_length=max_length,
         )
         auto = require("transformers", "torch").AutoModelForSequenceClassification
-        with quiet_transformers():  # a new head is what is wanted here, so no report on its missing weights
+        with quiet_transformers():  # the head is new on purpose, so a warning about its missing weights would mislead
             network = auto.from_pretrained(
                 path,
                 num_labels=len(split.labels),
@@ -297,7 +308,7 @@ class TransformersClassifier(SmallModel):
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if "tokenizer.json" not in info.files:
             raise BundleMismatchError(
-                f"The bundle {folder} of kind 'transformers' has no tokenizer.json. Copy it again."
+                f"The bundle {folder} of kind 'transformers' has no tokenizer.json. Copy the complete bundle again."
             )
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
         architecture, auto = safe_config(info.settings[_ARCHITECTURE]), transformers.AutoModelForSequenceClassification
@@ -310,7 +321,8 @@ class TransformersClassifier(SmallModel):
         head = network.config.num_labels
         if head != len(info.labels):
             raise BundleMismatchError(
-                f"The bundle {folder} names {len(info.labels)} labels and its network has {head} outputs."
+                f"Expected one output for each of the {len(info.labels)} labels of the bundle {folder}, got {head} "
+                f"outputs. Save the bundle again from the trained model."
             )
         network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
         model = cls(

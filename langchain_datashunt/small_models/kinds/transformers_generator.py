@@ -1,4 +1,4 @@
-"""TransformersGenerator: causal, sequence-to-sequence and image-to-text models of transformers, as small models."""
+"""TransformersGenerator: a small model from a causal, sequence-to-sequence or image-to-text transformers model."""
 
 from __future__ import annotations
 
@@ -50,63 +50,63 @@ from langchain_datashunt.small_models.training.training import TrainingSettings,
 
 
 class TransformersGenerator(GeneratingModel):
-    r"""A generative model of the transformers library: text to text, or image to caption.
+    r"""A generative model of the transformers library that answers texts or captions images.
 
     ```python
     small = TransformersGenerator(model="folder-or-hub-id", template="Question: {input}\nAnswer:")
     ShuntRunnable(small=small, large=prompt | ChatOpenAI() | StrOutputParser(), policy=Threshold(0.8))
     ```
 
-    It decodes greedily. The probabilities of the tokens are noted while they are chosen, so that confidence costs no
-    second pass and no memory for the vocabulary.
+    Decoding is greedy. The probability of each token is recorded during generation. The confidence therefore needs
+    neither a second pass nor memory for the scores of the whole vocabulary.
     """
 
     reads_text: ClassVar[bool] = False
 
     model: str | None = None
-    """A folder or hub id; None where the model came from a bundle."""
+    """Folder or hub id. None for a model from a bundle."""
 
     form: Form | None = None
-    """What the network reads; None goes by its configuration."""
+    """Input form of the network. None uses the form in the model's configuration."""
 
     template: str = "{input}"
-    """What the model is asked, around the text. Not used for images."""
+    """Prompt template that contains `{input}`; not used for images."""
 
     chat: bool | None = None
-    """Whether the tokenizer's chat template is used; None does so where there is one."""
+    """Whether to apply the tokenizer's chat template. None applies it if there is one."""
 
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of an answer at the most."""
+    """Maximum tokens per answer."""
 
     stop: tuple[str, ...] = ()
     """Texts at which an answer ends, for example "\\n"."""
 
     images: ImageReader = ImageReader()
-    """How images are read."""
+    """Reader of the input images, with size limits."""
 
     scale: ImageScale | None = None
-    """What the network takes of images; None reads it from the model's own configuration."""
+    """Image preprocessing for the network. None reads it from the model's configuration."""
 
     quantization: Literal["4bit"] | None = None
-    """Weights in 4 bits, by bitsandbytes, on a GPU."""
+    """Quantisation of the weights; "4bit" uses bitsandbytes and needs a CUDA device."""
 
     device: str | None = None
-    """cuda, mps or cpu; None chooses."""
+    """Device "cuda", "mps" or "cpu". None uses the first available."""
 
     dtype: str = "float32"
-    """float32, bfloat16, float16, or auto."""
+    """Data type "float32", "bfloat16", "float16" or "auto" (bfloat16 on a GPU with native support, else float32)."""
 
     batch_size: int = Field(default=16, ge=1)
-    """Inputs computed at once at the most."""
+    """Maximum inputs per batch."""
 
     _network: Any = PrivateAttr(default=None)
     _tokenizer: Any = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Load the model, where a folder or id was given."""
+        """Load the network and its tokenizer if `model` is given."""
         super().model_post_init(context)
         if "{input}" not in self.template:
-            raise ConfigurationError(f"The template {self.template!r} has no {{input}}.")
+            raise ConfigurationError(f"Expected `template` to contain {{input}}, got {self.template!r}.")
         if self.model is None:
             return
         transformers = require("transformers", "torch")
@@ -127,7 +127,7 @@ class TransformersGenerator(GeneratingModel):
         require("bitsandbytes", "4bit")
         if choose_device(self.device).type != "cuda":
             raise ConfigurationError(
-                "quantization='4bit' needs a CUDA device; leave it out to compute on this machine."
+                "quantization='4bit' requires a CUDA device. Omit `quantization` to use another device."
             )
         return {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True), "device_map": "cuda"}
 
@@ -143,7 +143,7 @@ class TransformersGenerator(GeneratingModel):
             settings.eos_token_id = tokenizer.eos_token_id
         if settings.pad_token_id is None:
             settings.pad_token_id = tokenizer.pad_token_id
-        for part in network.modules():  # unset values of a call's own settings would be filled from these
+        for part in network.modules():  # `generate` fills values missing in a call from these configurations
             if getattr(part, "generation_config", None) is not None:
                 part.generation_config = greedy(part.generation_config)
         tokenizer.padding_side = "left" if self.form == "causal" else "right"
@@ -152,7 +152,8 @@ class TransformersGenerator(GeneratingModel):
     def _ready(self) -> Any:
         if self._network is None:
             raise ConfigurationError(
-                "This TransformersGenerator has no weights. Give `model=` a folder or hub id, or load a bundle."
+                "This TransformersGenerator has no weights. Pass a folder or hub id as `model`, or load a bundle with "
+                "load_small_model(folder)."
             )
         return self._network
 
@@ -170,7 +171,7 @@ class TransformersGenerator(GeneratingModel):
             return text_reader(info.input_key)
         return ImageReader(**info.settings["images"], input_key=info.input_key)
 
-    # Writing
+    # Generation
 
     @override
     def generate(self, inputs: Sequence[Any]) -> list[Generated]:
@@ -186,7 +187,7 @@ class TransformersGenerator(GeneratingModel):
         noted: list[Any] = []
 
         def note(_: Any, scores: Any) -> Any:
-            """Note how likely the token is that greedy decoding takes."""
+            """Record the log-probability of the most probable token, which greedy decoding selects."""
             noted.append(scores.float().log_softmax(-1).amax(-1))
             return scores
 
@@ -213,7 +214,7 @@ class TransformersGenerator(GeneratingModel):
         return Generated(text.strip(), logprobs[:length][said], cut)
 
     def _asked(self, network: Any, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[bool]]:
-        """What `generate` takes, and which inputs were cut."""
+        """Return the arguments of `generate`, and a truncation flag for each input."""
         if self.form == "image":
             return {"pixel_values": self._pixel_values(network, inputs)}, [False] * len(inputs)
         prompts = [self._prompt(text) for text in inputs]
@@ -221,7 +222,7 @@ class TransformersGenerator(GeneratingModel):
         ids = [one or begin_tokens(self._tokenizer) for one in ids]
         limit = prompt_limit(network, self)
         cut = [len(one) > limit for one in ids]
-        if any(cut):  # the beginning is cut, since the end holds the question
+        if any(cut):  # drop the beginning: the end of a prompt usually holds the question
             ids = [one[-limit:] for one in ids]
         padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         return {name: tensor.to(network.device) for name, tensor in padded.items()}, cut
@@ -236,7 +237,7 @@ class TransformersGenerator(GeneratingModel):
     def _chats(self) -> bool:
         there = getattr(self._tokenizer, "chat_template", None) is not None
         if self.chat and not there:
-            raise ConfigurationError(f"The tokenizer of {self.model_id} has no chat template; use chat=False.")
+            raise ConfigurationError(f"The tokenizer of {self.model_id} has no chat template. Pass chat=False.")
         return there if self.chat is None else self.chat
 
     def _pixel_values(self, network: Any, pictures: Sequence[Picture]) -> Any:
@@ -244,10 +245,10 @@ class TransformersGenerator(GeneratingModel):
         pixels = [self.scale.pixels(picture) for picture in pictures]
         return self.scale.tensor(pixels, network.device).to(network.dtype)
 
-    # Learning
+    # Training
 
     def features(self, examples: AnswerExamples) -> list[Any]:
-        """(What is read, token ids of the answer with its end) of examples."""
+        """Return one pair per example: prompt token ids or image pixels, and answer token ids with an end token."""
         end = end_tokens(self._network, self._tokenizer)[:1]
         answers = [
             [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], *end] for answer in examples.answers
@@ -262,7 +263,7 @@ class TransformersGenerator(GeneratingModel):
         return [(one[-limit:], answer[: self.max_new_tokens]) for one, answer in zip(ids, answers, strict=True)]
 
     def losses_of(self, network: Any, features: list[Any]) -> Any:
-        """Mean negative log-likelihood of each answer's tokens, shape `[n, 1]`."""
+        """Compute the mean negative log-likelihood per answer token in nats, shape `[n, 1]`."""
         torch = require("torch", "torch")
         device = next(network.parameters()).device
         read, answers = [one for one, _ in features], [answer for _, answer in features]
@@ -298,15 +299,19 @@ class TransformersGenerator(GeneratingModel):
         return learner
 
     def train(self, inputs: Sequence[Any], answers: Sequence[str], *, settings: TrainingSettings | None = None) -> Self:
-        """A copy fine-tuned on inputs and their answers, with early stopping; this one is not changed.
+        """Return a copy of this model fine-tuned on inputs and answers, with early stopping.
 
         Args:
-            inputs: `n` inputs, as the model reads them.
-            answers: Their answers.
-            settings: How to train; None for 5 epochs, batches of 8, 3e-5.
+            inputs: `n` training inputs in any form that `reader` accepts.
+            answers: Target answers to the inputs.
+            settings: Training settings. None uses 5 epochs, batch size 8 and learning rate 3e-5.
+
+        Returns:
+            A trained copy. This model is not changed.
 
         Raises:
-            DataError: The training set cannot be used.
+            ConfigurationError: The weights are quantised, or this type of captioner cannot be trained.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         self._can_learn()
         chosen = (settings or TrainingSettings()).filled(epochs=5, batch_size=8, learning_rate=3e-5, patience=2)
@@ -323,12 +328,10 @@ class TransformersGenerator(GeneratingModel):
 
     def _can_learn(self) -> None:
         if self.quantization is not None:
-            raise ConfigurationError("Weights in 4 bits cannot learn; load the model without quantization.")
+            raise ConfigurationError("Weights in 4 bits cannot be trained. Load the model without `quantization`.")
         kind = self._ready().config.model_type
         if self.form == "image" and kind != PAIR:
-            raise ConfigurationError(
-                f"A captioner of the type {kind!r} cannot learn here; only {PAIR!r} can, and CaptionModel."
-            )
+            raise ConfigurationError(f"Captioners of type {kind!r} cannot be trained. Use a model of type {PAIR!r}.")
 
     # Bundles
 
@@ -341,7 +344,7 @@ class TransformersGenerator(GeneratingModel):
     def settings(self) -> dict[str, Any]:
         network = self._ready()
         if self.quantization is not None:
-            raise ConfigurationError("Weights in 4 bits are not saved; save the model without quantization.")
+            raise ConfigurationError("Weights in 4 bits cannot be saved. Save the model without `quantization`.")
         names = ("form", "template", "chat", "max_new_tokens", "stop", "dtype", "batch_size")
         return {
             **super().settings(),
@@ -364,7 +367,9 @@ class TransformersGenerator(GeneratingModel):
     @override
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if not any(name.startswith("tokenizer/") for name in info.files):
-            raise BundleMismatchError(f"The bundle {folder} of kind 'generator' has no tokenizer. Copy it again.")
+            raise BundleMismatchError(
+                f"The bundle {folder} of kind 'generator' has no tokenizer. Copy the complete bundle again."
+            )
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
         said = info.settings
         architecture = safe_config(said["architecture"])

@@ -1,4 +1,4 @@
-"""The torch modules of the word networks; imported only where a network is built."""
+"""Torch modules of the word networks, imported only when a network is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WIDTHS = (3, 4, 5)
 
 
 class ConvolutionOverWords(nn.Module):
-    """Kim (2014): parallel convolutions, ReLU, max over time."""
+    """Parallel convolutions with ReLU and max pooling over time (Kim 2014)."""
 
     def __init__(self, words: int, embedding: int, filters: int, labels: int, dropout: float) -> None:
         super().__init__()
@@ -19,20 +19,20 @@ class ConvolutionOverWords(nn.Module):
         self.output = nn.Linear(filters * len(WIDTHS), labels)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; windows that reach into padding do not count."""
+        """Compute logits `[n, k]` from word ids `[n, t]` and mask `[n, t]`, ignoring windows that overlap padding."""
         states = self.embedding(ids).transpose(1, 2)
         pooled = []
         for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
             found = torch.relu(convolution(states))
             real = mask[:, width - 1 :].clone()
-            real[:, 0] = 1  # a text shorter than the window still has its first one
+            real[:, 0] = 1  # keep the first window, so that texts shorter than a window have a feature
             pooled.append(found.masked_fill(real[:, None] == 0, 0.0).amax(2))
         logits: torch.Tensor = self.output(self.dropout(torch.cat(pooled, dim=1)))
         return logits
 
 
 class RecurrenceOverWords(nn.Module):
-    """A bidirectional LSTM with max pooling over the real words."""
+    """A bidirectional LSTM with max pooling over the words without padding."""
 
     def __init__(self, words: int, embedding: int, units: int, labels: int, dropout: float) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class RecurrenceOverWords(nn.Module):
         self.output = nn.Linear(2 * units, labels)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Ids `[n, t]` and mask `[n, t]` to logits `[n, k]`; padding has no influence."""
+        """Compute logits `[n, k]` from word ids `[n, t]` and mask `[n, t]`, ignoring padding."""
         lengths = mask.sum(1).clamp(min=1)
         packed = nn.utils.rnn.pack_padded_sequence(
             self.embedding(ids), lengths.cpu(), batch_first=True, enforce_sorted=False

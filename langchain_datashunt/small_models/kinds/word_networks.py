@@ -1,4 +1,4 @@
-"""TextCNN and LSTMClassifier: word networks trained from scratch, as in the paper's Table 1."""
+"""TextCNN and LSTMClassifier: word-based networks trained from scratch, as in Table 1 of the paper."""
 
 from __future__ import annotations
 
@@ -41,55 +41,55 @@ VOCABULARY_FILE = "vocabulary.json"
 
 
 class WordNetwork(SmallModel):
-    """What both word networks share: a vocabulary, word embeddings, training, saving; a kind builds the network."""
+    """Base class of word networks, with vocabulary, training and bundles. Subclasses implement `build`."""
 
     vocabulary: tuple[str, ...] = Field(repr=False)
-    """Known words; their ids start at 2, after padding and unknown."""
+    """Known words; their ids start at 2, after the ids for padding and unknown words."""
 
     embedding_size: int = Field(default=128, ge=1)
-    """Numbers per word."""
+    """Dimensions of a word embedding."""
 
     hidden_size: int = Field(default=100, ge=1)
-    """Filters per width (TextCNN), units per direction (LSTM)."""
+    """Filters per width for TextCNN, or units per direction for LSTMClassifier."""
 
     dropout: float = Field(default=0.5, ge=0.0, lt=1.0)
-    """Share of features dropped in training."""
+    """Fraction of features dropped in training."""
 
     max_length: int = Field(default=256, ge=1)
-    """Words of a text at the most."""
+    """Maximum words per text. Longer texts are truncated."""
 
     batch_size: int = Field(default=256, ge=1)
-    """Texts computed at once at the most."""
+    """Maximum texts per batch."""
 
     device: str | None = None
-    """cuda, mps or cpu; None chooses."""
+    """Device "cuda", "mps" or "cpu". None uses the first available."""
 
     shortest: ClassVar[int] = 1
-    """Words that the network needs at the least; shorter texts are padded."""
+    """Minimum number of words that the network needs. Shorter texts are padded."""
 
     _network: Any = PrivateAttr(default=None)
     _ids: dict[str, int] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Build the network with fresh weights."""
+        """Build the network with randomly initialised weights."""
         super().model_post_init(context)
         self._ids = {word: i + 2 for i, word in enumerate(self.vocabulary)}
         self._network = self.build().to(choose_device(self.device)).eval()
 
     @abstractmethod
     def build(self) -> Any:
-        """The torch module: word ids `[n, t]` and mask `[n, t]` to logits `[n, k]`."""
+        """Build the torch module that maps word ids `[n, t]` and mask `[n, t]` to logits `[n, k]`."""
 
     def encode(self, text: str) -> list[int]:
-        """Word ids of a text, not cut."""
+        """Return the word ids of a text, without truncation."""
         return [self._ids.get(word, _UNKNOWN) for word in _WORD.findall(text.lower())]
 
     def features(self, texts: Sequence[str]) -> list[Any]:
-        """Word ids of texts, as the network takes them."""
+        """Return the word ids of each text, without truncation."""
         return [self.encode(text) for text in texts]
 
     def logits_of(self, network: Any, ids: Sequence[Sequence[int]]) -> Any:
-        """Logits `[n, k]` of word ids, by this model's network or one of its form."""
+        """Compute logits `[n, k]` from word ids with `network`, which is this model's network, a copy or a wrapper."""
         fill = [[*one[: self.max_length], *[_PAD] * (self.shortest - len(one))] for one in ids]
         return network(*pad(fill, _PAD, next(network.parameters()).device))
 
@@ -124,21 +124,26 @@ class WordNetwork(SmallModel):
         vocabulary_size: int = 30_000,
         **network: Any,
     ) -> Self:
-        """Train from scratch, with early stopping on the validation loss.
+        """Train a network from scratch with early stopping on the validation loss.
 
         Args:
-            texts: `n` training texts; the vocabulary is theirs.
-            labels: Their labels.
-            validation: Texts and labels to stop on; None holds a stratified part of the training set out.
-            label_set: All labels and their order; None for those that occur, sorted.
-            settings: How to train; None for this kind's defaults (40 epochs, batches of 32, 2e-3).
-            model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the text.
-            vocabulary_size: The most frequent words that are kept.
-            **network: embedding_size, hidden_size, dropout, max_length, device.
+            texts: `n` training texts, from which the vocabulary is built.
+            labels: Labels of the texts.
+            validation: Texts and labels for early stopping and calibration. None holds out a stratified part of
+                `texts`.
+            label_set: All labels in order. None uses the labels of the training set, sorted.
+            settings: Training settings. None uses 40 epochs, batch size 32 and learning rate 2e-3.
+            model_id: Name of the model in predictions and logs. None uses the name of the kind.
+            input_key: Key of the text in mapping inputs.
+            vocabulary_size: Maximum number of words in the vocabulary. Rarer words are treated as unknown.
+            **network: Fields of this class, such as `embedding_size`, `hidden_size`, `dropout`, `max_length` and
+                `device`.
+
+        Returns:
+            A trained classifier.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: The training set cannot be used. The message gives the reason.
         """
         chosen = (settings or TrainingSettings()).filled(epochs=40, batch_size=32, learning_rate=2e-3, patience=6)
         split = split_examples(texts, labels, validation=validation, settings=chosen, label_set=label_set)
@@ -194,7 +199,7 @@ class WordNetwork(SmallModel):
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
         if VOCABULARY_FILE not in info.files:
             raise BundleMismatchError(
-                f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}. Copy it again."
+                f"The bundle {folder} of kind {info.kind!r} has no {VOCABULARY_FILE}. Copy the complete bundle again."
             )
         words = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
         known = {name: overrides[name] for name in ("device", "batch_size") if overrides.get(name)}
@@ -211,7 +216,10 @@ class WordNetwork(SmallModel):
 
 
 class TextCNN(WordNetwork):
-    """Convolutions of width 3, 4 and 5 over word embeddings, max over time, dropout, linear (Kim 2014)."""
+    """A convolutional network over word embeddings (Kim 2014).
+
+    Convolutions of width 3, 4 and 5, max pooling over time, dropout and a linear layer.
+    """
 
     shortest: ClassVar[int] = 5
 
@@ -230,7 +238,7 @@ class TextCNN(WordNetwork):
 
 
 class LSTMClassifier(WordNetwork):
-    """A bidirectional LSTM over word embeddings, max over time, dropout, linear."""
+    """A bidirectional LSTM over word embeddings, with max pooling over time, dropout and a linear layer."""
 
     @classmethod
     @override
