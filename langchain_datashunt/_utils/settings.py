@@ -38,8 +38,8 @@ class Configured(Serializable):
 class Frozen(Configured):
     """Settings that never change. A copy, also one that is unpickled, is made from the settings like a new object.
 
-    Runtime state that is derived from the settings (locks, pools, call pipelines) is therefore always the copy's own, and
-    `model_copy(update=...)` checks what it is given.
+    Runtime state that is derived from the settings (locks, pools, call pipelines) is therefore always the copy's own,
+    and `model_copy(update=...)` checks what it is given.
     """
 
     _built: bool = PrivateAttr(default=False)

@@ -25,7 +25,7 @@ Steps: TypeAlias = Generator[Effect, Any, T]
 
 
 def perform(sync: Callable[[], T], asynchronous: Callable[[], Awaitable[T]]) -> Steps[T]:
-    """Return the result of one action; use it as `result = yield from perform(...)`."""
+    """Yield one action and return its result, for use with `yield from`."""
     result: T = yield Effect(sync, asynchronous)
     return result
 

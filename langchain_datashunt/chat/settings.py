@@ -245,7 +245,7 @@ class ShuntChatSettings(Frozen, BaseChatModel):
         )
 
     def _shunt_for(self, settings: dict[str, Any]) -> ShuntRunnable:
-        """Return the shunt of one call: another one if the call binds tools or a format, or if the small side drafts."""
+        """Return the shunt of one call; another one if the call binds tools, or if the small side drafts."""
         sides = self._sides
         if settings.keys() & {"tools", "tool_choice", "response_format"}:
             sides = sides._replace(form=sides.form.with_call(settings))

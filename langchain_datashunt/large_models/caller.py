@@ -26,8 +26,8 @@ END: Any = object()
 class LargeCaller:
     """A large model with its retries and limits.
 
-    `invoke`, `ainvoke`, `batch` and `abatch` return errors as values, since only the caller knows what an error means: it
-    may answer with the small model instead. An input that is an exception already is returned as it is.
+    `invoke`, `ainvoke`, `batch` and `abatch` return errors as values, since only the caller knows what an error
+    means: it may answer with the small model instead. An input that is an exception already is returned as it is.
 
     Args:
         large: The large model; any Runnable.
@@ -111,8 +111,9 @@ class LargeCaller:
     def batch(self, asked: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> list[Any]:
         """Return outputs for `n` inputs, errors among them.
 
-        One grouped call is made; an input that failed and may succeed is then retried on its own. Inputs are asked one by
-        one from the start if an attempt has a time limit, and until the model answers while the breaker is half open.
+        One grouped call is made; an input that failed and may succeed is then retried on its own. Inputs are asked
+        one by one from the start if an attempt has a time limit, and until the model answers while the breaker is
+        half open.
 
         Args:
             asked: `n` inputs.

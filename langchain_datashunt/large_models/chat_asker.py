@@ -106,8 +106,8 @@ class LabelQuestion(Question):
 class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
     """Ask a chat model a question, and ask again if the answer does not fit.
 
-    A batch is one grouped call of the chat model per round. The Runnable from an input mapping to the answer; errors are
-    `UnparsableAnswerError`s.
+    A batch is one grouped call of the chat model per round. The Runnable from an input mapping to the answer; errors
+    are `UnparsableAnswerError`s.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -266,7 +266,7 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
 
 
 class _Rounds:
-    """The conversations of one batch; those whose answer does not fit stay open until the model was asked often enough."""
+    """The conversations of one batch. One stays open until its answer fits, or the model was asked often enough."""
 
     def __init__(self, asker: ChatAsker, values: Sequence[Any], prompts: Sequence[Any]) -> None:
         self.asker, self.values = asker, values

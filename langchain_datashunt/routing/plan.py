@@ -252,7 +252,7 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
     if allowed is not None and not allowed.issuperset(answer.labels):
         strange = sorted(set(answer.labels) - allowed)
         return PredictionError(
-            f"The small model predicted labels that are not in `labels`: {', '.join(strange[:5])}. Add them to `labels`."
+            f"The small model predicted labels that are not in `labels`: {', '.join(strange[:5])}. Add them there."
         )
     return answer if p is answer.probabilities else replace(answer, probabilities=p)
 
@@ -284,8 +284,8 @@ def _shown(answer: Prediction) -> str:
 def in_task_order(labels: Sequence[str] | None, prediction: Prediction) -> Prediction:
     """Return the prediction with its labels in the task's order; in alphabetical order if the task has none.
 
-    Some models sort their labels by score. The order of the candidates in the prompt would then disclose the prediction,
-    and ties would be broken differently in a batch and alone.
+    Some models sort their labels by score. The order of the candidates in the prompt would then disclose the
+    prediction, and ties would be broken differently in a batch and alone.
     """
     if prediction.answer is not None:
         return prediction

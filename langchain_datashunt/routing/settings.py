@@ -44,21 +44,23 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     small: Runnable[Any, Any]
-    """Local classifier: any `Runnable[Input, Prediction]`, or a function. The paper calls it the specific small model."""
+    """Local classifier: any `Runnable[Input, Prediction]`, or a function. The paper calls it the specific small
+    model."""
 
     large: Runnable[Any, Any]
     """The large model, usually `prompt | chat_model | parser`. It may be a shunt itself."""
 
     student: Runnable[Any, Any] | None = None
-    """A second small model, asked about inputs that `small` defers. The paper calls it the learnable small model (S2)."""
+    """A second small model, asked about inputs that `small` defers. The paper calls it the learnable small model
+    (S2)."""
 
     policy: Policy | None = None
-    """Decides which predictions are confident. None uses the policy of the small model's bundle, then its threshold, then
-    `Threshold(0.9)`."""
+    """Decides which predictions are confident. None uses the policy of the small model's bundle, then its threshold,
+    then `Threshold(0.9)`."""
 
     pruning: Pruning | None = SoftPruning()
-    """Prompt variables that the large prompt gets from the small model's probabilities. None passes the caller's input on
-    unchanged."""
+    """Prompt variables that the large prompt gets from the small model's probabilities. None passes the caller's
+    input on unchanged."""
 
     labels: tuple[str, ...] | None = None
     """All labels of the task; None uses the small model's."""
@@ -88,12 +90,12 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     """Key of `config["configurable"]` that replaces the threshold for one call."""
 
     fusion: AnswerFusion | None = None
-    """Combines both models' answers for deferred inputs. The large prompt must not carry the small model's probabilities
-    then, which would count twice. A stream yields the fused answer in one piece."""
+    """Combines both models' answers for deferred inputs. The large prompt must not carry the small model's
+    probabilities then, which would count twice. A stream yields the fused answer in one piece."""
 
     audit_rate: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of locally answered inputs about which the large model is asked too, in the background and without the small
-    model's probabilities in the prompt. `monitor` compares the answers, and `recorder` logs them."""
+    """Share of locally answered inputs about which the large model is asked too, in the background and without the
+    small model's probabilities in the prompt. `monitor` compares the answers, and `recorder` logs them."""
 
     monitor: Any = Field(default=None, exclude=True, repr=False)
     """An `evaluation.monitor.Monitor` that watches errors and drift; None watches nothing."""
@@ -102,8 +104,8 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     """"large" defers every input after the monitor has raised an alarm."""
 
     shadow: bool = False
-    """Whether every input is deferred although the policy runs; decisions then hold the score and threshold that would have
-    counted."""
+    """Whether every input is deferred although the policy runs; decisions then hold the score and threshold that
+    would have counted."""
 
     recorder: Any = Field(default=None, exclude=True, repr=False)
     """A `call_log.Recorder` that logs calls; None logs nothing."""
@@ -112,8 +114,8 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     """A `large_models.CircuitBreaker`, which fails fast while the large model is down. Shunts may share one."""
 
     max_pending: int | None = Field(default=None, ge=1)
-    """Maximum large calls that wait or run; None means unlimited. A call beyond it fails with `QueueFullError`, like a large
-    model that fails."""
+    """Maximum large calls that wait or run; None means unlimited. A call beyond it fails with `QueueFullError`, like
+    a large model that fails."""
 
     guard: PrivacyGuard | None = None
     """What may leave for the large model, and in which form; None lets everything leave."""

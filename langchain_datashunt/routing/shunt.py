@@ -209,7 +209,7 @@ class ShuntRunnable(ShuntSettings):
     # Ask the large model
 
     def _ask_large(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
-        """Return the outputs of deferred `rows`, errors among them: one call for one row, a grouped call for a batch."""
+        """Return the outputs of deferred `rows`, errors among them; a batch is one grouped call."""
         if not rows:
             return []
         calls = yield from self._defer(inputs, rows)
@@ -355,8 +355,8 @@ class ShuntRunnable(ShuntSettings):
         answer = answer.output if isinstance(answer, ShuntResult) else answer
         if not unparsable and not isinstance(answer, str):
             return ConfigurationError(
-                f"Expected a label from `large`, since `fusion` is set, got {type(answer).__name__}. End `large` with a "
-                f"parser that returns a label, as ConfidenceRouterChain.from_models does."
+                f"Expected a label from `large`, since `fusion` is set, got {type(answer).__name__}. End "
+                f"`large` with a parser that returns a label, as ConfidenceRouterChain.from_models does."
             )
         return self.fusion.fuse(call.prediction, None if unparsable else answer)
 
