@@ -11,8 +11,8 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field
 from typing_extensions import override
 
+from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt._utils.sync_async import raise_first_error
 from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
 from langchain_datashunt.prediction import Prediction
 from langchain_datashunt.privacy.budget import DisclosureBudget, LocalLedger

@@ -11,9 +11,9 @@ from langchain_core.runnables.config import run_in_executor, set_config_context
 from langchain_core.runnables.utils import coro_with_context
 
 from langchain_datashunt._utils.control_flow import raise_control_flow
-from langchain_datashunt._utils.sync_async import Effect, Steps, perform
 from langchain_datashunt.routing.plan import failed_outcome, in_task_order, outcome_of
 from langchain_datashunt.routing.runs import ChildRuns, Runs
+from langchain_datashunt.routing.sync_async import Effect, Steps, perform
 from langchain_datashunt.small_models.base import SmallModel
 from langchain_datashunt.small_models.scores import Outcome
 

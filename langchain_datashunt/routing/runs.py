@@ -23,8 +23,8 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
-from langchain_datashunt._utils.sync_async import Effect, Steps, arun, run, to_the_end
 from langchain_datashunt.decision import DECISION_EVENT, ShuntDecision
+from langchain_datashunt.routing.sync_async import Effect, Steps, arun, run, to_the_end
 
 
 class Runs:

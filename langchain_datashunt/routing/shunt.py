@@ -17,9 +17,8 @@ from langchain_core.runnables.config import get_executor_for_config, run_in_exec
 from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_control_flow, raise_first_error
 from langchain_datashunt._utils.pricing import cost_usd
-from langchain_datashunt._utils.sync_async import Steps, arun, perform, raise_first_error, run
 from langchain_datashunt.call_log.finished_call import FinishedCall, now, snapped
 from langchain_datashunt.decision import Latency, ShuntDecision, ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError, InputError, LocalOnlyError, UnparsableAnswerError
@@ -34,6 +33,7 @@ from langchain_datashunt.routing.deferred_call import DeferredCall, RoutedInputs
 from langchain_datashunt.routing.plan import Plan
 from langchain_datashunt.routing.runs import Runs, atrace, trace
 from langchain_datashunt.routing.settings import ShuntSettings
+from langchain_datashunt.routing.sync_async import Steps, arun, perform, run
 from langchain_datashunt.telemetry import instrument_if_asked
 
 instrument_if_asked()
@@ -70,12 +70,12 @@ class ShuntRunnable(ShuntSettings):
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         runs = Runs(self, [input], config, single=True)
-        return raise_first_error(trace(runs, self._route([input], runs, kwargs)), False)[0]
+        return _raised(trace(runs, self._route([input], runs, kwargs))[0])
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         runs = Runs(self, [input], config, single=True, asynchronous=True)
-        return raise_first_error(await atrace(runs, self._route([input], runs, kwargs)), False)[0]
+        return _raised((await atrace(runs, self._route([input], runs, kwargs)))[0])
 
     @override
     def batch(
@@ -583,7 +583,9 @@ def _latency_since(started: float, call: DeferredCall) -> Latency:
 
 
 def _raised(output: Any, return_exceptions: bool = False) -> Any:
-    return raise_first_error([output], return_exceptions)[0]
+    if isinstance(output, Exception) and not return_exceptions:
+        raise output
+    return output
 
 
 def _result(

@@ -17,9 +17,9 @@ from langchain_core.runnables.utils import AddableDict, ConfigurableFieldSpec, g
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
+from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt._utils.settings import Frozen
-from langchain_datashunt._utils.sync_async import Steps, arun, perform, raise_first_error, run
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.call_log.record import id_bytes
 from langchain_datashunt.decision import Latency, ShuntDecision
@@ -44,6 +44,7 @@ from langchain_datashunt.routing.subtask_questions import (
     SubtaskQuestion,
     default_question_prompt,
 )
+from langchain_datashunt.routing.sync_async import Steps, arun, perform, run
 
 SHOWN = 3
 """How many labels of an unconfident prediction the large prompt shows."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
+from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.fork import Mutex
-from langchain_datashunt._utils.sync_async import raise_first_error
 from langchain_datashunt.exceptions import (
     ConfigurationError,
     PredictionError,

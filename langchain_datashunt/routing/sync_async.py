@@ -74,12 +74,3 @@ async def to_the_end(work: Awaitable[T]) -> T:
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not log it; the cancellation is raised instead
         raise
-
-
-def raise_first_error(outputs: list[Any], return_exceptions: bool) -> list[Any]:
-    """Return outputs that may contain errors; raise the first error unless `return_exceptions`."""
-    if not return_exceptions:
-        for output in outputs:
-            if isinstance(output, Exception):
-                raise output
-    return outputs
