@@ -32,6 +32,7 @@ from langchain_datashunt.inputs import text_of, text_reader
 from langchain_datashunt.large_models.prompt_pruning import ConformalPruning
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.routing.plan import decide_one
 
 REFUSED_KEY = "shunt_refused"
 """Key in `additional_kwargs` of a refusal message that holds the tool's name."""
@@ -253,10 +254,10 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             return None
         if not text_alone(last):  # a text classifier cannot see other content, such as images
             return None
-        keep, _, _ = self.direct.evaluate_one(ranking.prediction)
+        confident = decide_one(ranking.prediction, self.direct).route == "small"
         tool = next((t for t in request.tools if isinstance(t, BaseTool) and t.name == ranking.best), None)
         forced = _forced(request.tool_choice)
-        if not keep or tool is None or request.tool_choice == "none" or forced not in (None, tool.name):
+        if not confident or tool is None or request.tool_choice == "none" or forced not in (None, tool.name):
             return None
         args = extracted(self.arguments, tool, text)
         if args is None:

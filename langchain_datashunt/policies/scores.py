@@ -9,7 +9,7 @@ from pydantic import Field
 
 from langchain_datashunt._utils.settings import Strategy
 from langchain_datashunt.exceptions import PredictionError
-from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBatch
+from langchain_datashunt.prediction import FloatArray, PredictionBatch
 
 
 class ConfidenceScore(Strategy):
@@ -18,13 +18,6 @@ class ConfidenceScore(Strategy):
     @abstractmethod
     def __call__(self, batch: PredictionBatch) -> FloatArray:
         """Return the score of each prediction, shape `[n]`."""
-
-    def of_one(self, prediction: Prediction) -> float:
-        """Return the score of one prediction.
-
-        Equivalent to scoring a batch of one. Subclasses may override it with a faster implementation.
-        """
-        return float(self(PredictionBatch.stack([prediction]))[0])
 
     @abstractmethod
     def bounds(self, n_labels: int | None) -> tuple[float, float]:
@@ -37,10 +30,6 @@ class MaxProbability(ConfidenceScore):
     def __call__(self, batch: PredictionBatch) -> FloatArray:
         """Return the score of each prediction, shape `[n]`."""
         return batch.confidence
-
-    def of_one(self, prediction: Prediction) -> float:
-        """Return the prediction's `confidence`."""
-        return prediction.confidence
 
     def bounds(self, n_labels: int | None) -> tuple[float, float]:
         """Return the scores of a uniform and of a certain distribution."""

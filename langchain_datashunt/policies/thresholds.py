@@ -24,7 +24,7 @@ from langchain_datashunt.policies.scores import (
     MinTokenProbability,
     TokenQuantile,
 )
-from langchain_datashunt.prediction import ANSWER_LABELS, BoolArray, FloatArray, Prediction, PredictionBatch
+from langchain_datashunt.prediction import ANSWER_LABELS, BoolArray, FloatArray, PredictionBatch
 
 
 class PolicyDecision(NamedTuple):
@@ -56,15 +56,6 @@ class Policy(Strategy):
             threshold: Per-call thresholds, shape `[n]`. Each value replaces the policy's own threshold unless it is
                 NaN. Policies without a threshold ignore it.
         """
-
-    def evaluate_one(self, prediction: Prediction, threshold: float | None = None) -> tuple[bool, float, float]:
-        """Decide on one prediction and return `(keep, score, threshold)`.
-
-        Equivalent to `evaluate` on a batch of one. Subclasses may override it with a faster implementation.
-        """
-        given = None if threshold is None else np.array([threshold])
-        keep, score, limit = self.evaluate(PredictionBatch.stack([prediction]), given)
-        return bool(keep[0]), float(score[0]), float(limit[0])
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Warn or raise if the policy does not suit these labels. None means that they are unknown."""
@@ -110,12 +101,6 @@ class Threshold(Policy):
         score = self.score(batch)
         limit = _with_override(np.full(len(batch), self.threshold), threshold)
         return PolicyDecision(score >= limit, score, limit)
-
-    def evaluate_one(self, prediction: Prediction, threshold: float | None = None) -> tuple[bool, float, float]:
-        """Compare the score of one prediction with the threshold, without arrays if the score supports it."""
-        score = self.score.of_one(prediction)
-        limit = self.threshold if threshold is None else threshold
-        return score >= limit, score, limit
 
     def check(self, labels: tuple[str, ...] | None) -> None:
         """Warn if every prediction over these labels reaches the threshold.

@@ -30,13 +30,13 @@ SCORES: tuple[ConfidenceScore, ...] = (MaxProbability(), Margin(), Entropy())
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
 @given(distributions)
-def test_score_is_within_bounds_and_equals_score_of_one(score: ConfidenceScore, values: list[list[float]]) -> None:
+def test_score_bounds_and_batch_of_one_hold(score: ConfidenceScore, values: list[list[float]]) -> None:
     batch = normalised(values)
     found, (low, high) = score(batch), score.bounds(4)
     assert found.shape == (len(batch),)
     assert (found >= low - 1e-9).all()
     assert (found <= high + 1e-9).all()
-    assert [score.of_one(prediction) for prediction in batch] == pytest.approx(found.tolist())
+    assert [score(one.as_batch())[0] for one in batch] == pytest.approx(found.tolist())
 
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
@@ -142,15 +142,15 @@ def test_score_random_distributions_stay_within_bounds(values: list[list[float]]
 
 
 @given(distributions, st.sampled_from([MaxProbability(), Margin(), Entropy()]), st.floats(0.26, 0.99))
-def test_evaluate_one_equals_evaluate_on_batch(values: list[list[float]], score: ConfidenceScore, limit: float) -> None:
+def test_evaluate_batch_of_one_equals_batch(values: list[list[float]], score: ConfidenceScore, limit: float) -> None:
     batch = normalised(values)
     for policy in (Threshold(limit, score=score), PerLabelThreshold({"a": limit}, 0.5, score=score)):
         verdict = policy.evaluate(batch)
         for i, prediction in enumerate(batch):
-            keep, found, threshold = policy.evaluate_one(prediction)
-            assert (keep, threshold) == (bool(verdict.keep[i]), verdict.threshold[i])
-            assert found == pytest.approx(verdict.score[i])
-            assert policy.evaluate_one(prediction, -1.0)[0]
+            alone = policy.evaluate(prediction.as_batch())
+            assert (alone.keep[0], alone.threshold[0]) == (verdict.keep[i], verdict.threshold[i])
+            assert alone.score[0] == pytest.approx(verdict.score[i])
+            assert policy.evaluate(prediction.as_batch(), np.array([-1.0])).keep[0]
 
 
 @given(distributions, st.floats(0.26, 0.9), st.floats(0.0, 0.1))

@@ -65,7 +65,7 @@ def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
     asked = []
     for day, easy in enumerate((6.0, 0.2, 6.0)):
         for prediction in traffic(800, day, easy):
-            asked.append(not policy.evaluate_one(prediction)[0])
+            asked.append(not policy.evaluate(prediction.as_batch()).keep[0])
             policy.observe(asked[-1], 1)
     assert np.mean(asked) == pytest.approx(0.2, abs=0.03)
 

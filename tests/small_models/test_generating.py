@@ -126,7 +126,7 @@ def test_policies_generated_answers_reject_label_scores() -> None:
         with pytest.raises(ConfigurationError, match="generates its answers"):
             ShuntRunnable(small=Scripted(), large=str, pruning=None, policy=Threshold(0.3, score=score))
     with pytest.raises(PredictionError, match="requires token log-probabilities"):
-        Threshold(0.5, score=MeanTokenProbability()).evaluate_one(Prediction.from_answer("x", 0.5))
+        Threshold(0.5, score=MeanTokenProbability()).evaluate(Prediction.from_answer("x", 0.5).as_batch())
 
 
 def test_generating_model_confidence_is_the_token_score() -> None:
