@@ -1,4 +1,4 @@
-"""SmallModel: a Runnable from an input to a `Prediction`, with one vectorised call underneath; no model of its own."""
+"""SmallModel: the base class of local classifiers, a Runnable from an input to a `Prediction`."""
 
 from __future__ import annotations
 
@@ -36,57 +36,62 @@ if TYPE_CHECKING:
     from langchain_datashunt.small_models.training.training import Examples, TrainingSettings
 
 Loss: TypeAlias = Callable[[Any, Any], Any]
-"""From logits and targets, both torch tensors `[n, k]`, to a scalar tensor."""
+"""Function from logits and targets, both torch tensors of shape `[n, k]`, to a scalar tensor."""
 
 
 class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
-    """A local classifier as a Runnable.
+    """Base class of local classifiers, usable as a LangChain Runnable.
 
-    A kind of small model implements `predict_scores`, `weights` and `from_weights`; everything else is here:
-    reading inputs, temperature and softmax, checks, single and batch calls, sync and async, saving and loading.
+    A subclass implements `predict_scores`. To be saved as a bundle, it also implements `kind`, `settings`, `weights`
+    and `from_weights`. This class provides the rest: input reading, temperature scaling and softmax, validation,
+    single and batch calls, sync and async, saving and loading.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     reads_text: ClassVar[bool] = True
-    """Whether inputs of this kind are texts, so that nobody needs to ask a model for its reader."""
+    """Whether models of this class read text. If True, their reader is known without loading a model."""
 
     dynamic_batching: DynamicBatching | None = Field(default=DynamicBatching(), exclude=True, repr=False)
-    """How single requests that arrive while the model is busy are computed together; None computes each alone.
+    """Settings for batching requests that arrive while the model is busy. None computes each request alone.
 
-    A batch has many callers, so it is computed without their context variables: a kind that reads these, or calls
-    other Runnables, sets None."""
+    A batch has several callers, so it is computed outside their context variables. Set None if the model reads
+    context variables or calls other Runnables."""
 
     cache_size: int = Field(default=0, ge=0, exclude=True, repr=False)
-    """Texts whose scores are remembered, so that an exact repeat costs a hash; 0 remembers none.
+    """Maximum number of inputs whose scores are cached. 0 disables the cache.
 
-    Another setting of this model forgets them; after other weights, or other settings of a model in it, call
-    `forget`."""
+    An exact repeat costs one hash. Changing a setting that affects the scores clears the cache. Call `forget` after
+    changing the weights in place, or the settings of a nested model."""
 
     _serving: Serving = PrivateAttr(default_factory=Serving)
 
-    # What a kind implements
+    # Implemented by subclasses
 
     @abstractmethod
     def predict_scores(self, texts: Sequence[Any]) -> Scores:
-        """Logits for `n` inputs, as `reader` reads them (texts, where a kind says nothing else), in one pass."""
+        """Return the logits of `n` inputs, computed in one pass.
+
+        Args:
+            texts: `n` inputs in the form that `reader` returns, text by default.
+        """
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether this model has learned nothing yet, so that its probabilities must not be shown to a large model."""
+        """Whether this model is an untrained placeholder, whose probabilities must not be shown to a large model."""
         return False
 
     @property
     def reader(self) -> InputReader:
-        """How inputs are read: as text, where a kind does not say otherwise."""
+        """Input reader of this model, by default a text reader."""
         return text_reader(self.input_key)
 
     @classmethod
     def reader_of(cls, info: BundleInfo) -> InputReader | None:
-        """How a bundle of this kind reads its inputs, told without its weights; None where only they can tell."""
+        """Return the input reader of a bundle without loading its weights, or None if it depends on them."""
         return text_reader(info.input_key) if cls.reads_text else None
 
-    # Predicting
+    # Prediction
 
     @overload
     def predict_batch(self, inputs: Sequence[Any], *, return_errors: Literal[False] = False) -> PredictionBatch: ...
@@ -95,19 +100,19 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     def predict_batch(self, inputs: Sequence[Any], *, return_errors: Literal[True]) -> Outcome: ...
 
     def predict_batch(self, inputs: Sequence[Any], *, return_errors: bool = False) -> PredictionBatch | Outcome:
-        """Predict `n` inputs in one vectorised call.
+        """Predict `n` inputs in one vectorized call.
 
         Args:
-            inputs: `n` inputs, as `reader` reads them.
-            return_errors: Whether an input that fails is returned as an error, beside the predictions of the others,
-                instead of raising.
+            inputs: `n` inputs that `reader` can read.
+            return_errors: Whether to return the errors of single inputs instead of raising the first one.
 
         Returns:
-            The predictions. With `return_errors`, an `Outcome`: predictions, their rows, and errors by row.
+            Predictions in the order of `inputs`. With `return_errors`, an `Outcome` that holds the predictions, their
+            rows, and the errors by row.
 
         Raises:
-            InputError: An input cannot be read, and `return_errors` is False.
-            PredictionError: The model returned NaN, and `return_errors` is False; or scores of a wrong shape.
+            InputError: If an input cannot be read and `return_errors` is False.
+            PredictionError: If the scores have the wrong shape, or if they contain NaN and `return_errors` is False.
         """
         outcome = self._outcome(inputs)
         if return_errors:
@@ -130,7 +135,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             rows = where.tolist()
             if not rows:
                 return Outcome(None, where, errors)
-        if np.count_nonzero(batch.sound) == len(batch):  # as nearly always
+        if np.count_nonzero(batch.sound) == len(batch):  # the usual case skips the filtering below
             return Outcome(batch, where, errors)
         for i in np.flatnonzero(~batch.sound).tolist():
             errors[rows[i]] = PredictionError(batch.complaint(i))
@@ -138,12 +143,12 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         return Outcome(batch.take(sound) if sound.size else None, where[sound], errors)
 
     def predict(self, input: Any) -> Prediction:
-        """Predict one input; together with others' where the model is busy.
+        """Predict one input, batched with concurrent requests if the model is busy.
 
         Raises:
-            InputError: The input cannot be read.
-            PredictionError: The model gave NaN, or scores of a wrong shape.
-            QueueFullError: More requests wait than `dynamic_batching` allows.
+            InputError: If the input cannot be read.
+            PredictionError: If the scores contain NaN or have the wrong shape.
+            QueueFullError: If the queue is full, see `DynamicBatching.max_waiting`.
         """
         if self.dynamic_batching is None:
             return self._predict_one(input)
@@ -151,7 +156,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         return prediction
 
     async def apredict(self, input: Any) -> Prediction:
-        """As `predict`; the event loop goes on meanwhile, and a cancelled request is not computed."""
+        """Async version of `predict`. A request that is cancelled in the queue is not computed."""
         if self.dynamic_batching is None:
             return await run_in_executor(None, self._predict_one, input)
         prediction: Prediction = await self.batcher.acall(input)
@@ -159,37 +164,37 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
 
     @property
     def batcher(self) -> DynamicBatcher:
-        """The line in front of this model, with its counters.
+        """Request queue and worker threads of this model, with their counters.
 
         Raises:
-            ConfigurationError: `dynamic_batching` is None.
+            ConfigurationError: If `dynamic_batching` is None.
         """
         return self._served().batcher_of(self)
 
     @property
     def cache(self) -> ResultCache[Any] | None:
-        """What is remembered, with its counters; None with `cache_size=0`."""
+        """Cache of scores, with its hit and miss counters, or None if `cache_size` is 0."""
         return self._served().cache_of(self)
 
     def forget(self) -> None:
-        """Remember nothing of what was computed so far, as after weights were changed; counters begin at 0."""
+        """Clear the cache and reset its counters, for example after changing the weights in place."""
         self._serving.forget()
 
     def _served(self) -> Serving:
-        if self._serving.owner() is not self:  # this model is a copy of the one that it was made for
+        if self._serving.owner() is not self:  # this model is a copy, so the state belongs to the original
             with _ONE_MAKES:
                 if self._serving.owner() is not self:
                     self._serving = Serving(self)
         return self._serving
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting; what was remembered under another is forgotten."""
+        """Set an attribute, and clear the cache if the attribute can affect the scores."""
         super().__setattr__(name, value)
         if name not in NOT_OF_SCORES and (not name.startswith("_") or name == "_network"):
             self.forget()
 
     def workers(self) -> int:
-        """Batches that are best computed at once on this machine; 1 where a kind does not say otherwise."""
+        """Return how many batches to compute concurrently, by default 1."""
         return 1
 
     def _remembered_scores(self, texts: list[Any]) -> Scores:
@@ -218,7 +223,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
 
         rows = cache.get_all(texts, compute, keep=lambda row: row.error is None and bool(np.isfinite(row.logits).all()))
         features = [row.features for row in rows if row.features is not None]
-        answers = tuple(copy.deepcopy(row.answer) for row in rows)  # callers may change what they are given
+        answers = tuple(copy.deepcopy(row.answer) for row in rows)  # callers may modify their answers
         return Scores(
             np.stack([row.logits for row in rows]),
             np.array([row.truncated for row in rows]),
@@ -247,8 +252,8 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             raise PredictionError(self._misshapen(logits, n))
         if scores.truncated is not None and np.count_nonzero(scores.truncated):
             warnings.warn(
-                f"{int(scores.truncated.sum())} of {n} inputs were cut to the maximal length of "
-                f"{self.model_id!r}; their predictions are marked `truncated`.",
+                f"{int(scores.truncated.sum())} of {n} inputs were truncated to the maximum length of "
+                f"{self.model_id!r}. Their predictions have truncated=True.",
                 TruncationWarning,
                 stacklevel=2,
             )
@@ -260,8 +265,8 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
 
     def _misshapen(self, logits: NDArray[Any], n: int) -> str:
         return (
-            f"The small model {self.model_id!r} gave scores of shape {list(logits.shape)} for {n} inputs "
-            f"and {len(self.labels)} labels. Check that its label list belongs to its weights."
+            f"Expected scores of shape [{n}, {len(self.labels)}] from the small model {self.model_id!r}, got "
+            f"{list(logits.shape)}. Check that its labels match its weights."
         )
 
     def _empty(self) -> PredictionBatch:
@@ -330,36 +335,36 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     def OutputType(self) -> type[Prediction]:
         return Prediction
 
-    # Learning on
+    # Training
 
     def fit_soft_targets(
         self, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: Loss
     ) -> Self:
-        """A copy of this model, trained on soft targets of several stages; this one is not changed.
+        """Return a copy of this model trained further on soft targets, leaving this model unchanged.
 
         Args:
-            stages: Texts with target distributions; a step on each is taken in turn.
-            held_out: Texts with targets that training stops on.
-            settings: How to train; what is None is filled with this kind's defaults.
-            loss: From logits and targets `[n, k]` to a number.
+            stages: Texts with target distributions, one entry per stage. Training takes a step on each in turn.
+            held_out: Texts with targets for early stopping.
+            settings: Training settings. None fields take the defaults of this kind.
+            loss: Function from logits and targets, shape `[n, k]`, to a scalar.
 
         Raises:
-            ConfigurationError: This kind cannot learn on.
+            ConfigurationError: If this kind cannot be trained further.
         """
         raise ConfigurationError(
-            f"A {type(self).__name__} cannot be distilled; use EmbeddingClassifier, TransformersClassifier, TextCNN or "
+            f"{type(self).__name__} cannot be distilled. Use EmbeddingClassifier, TransformersClassifier, TextCNN or "
             f"LSTMClassifier."
         )
 
 
 _ONE_MAKES = Mutex()
-"""What serves a model is made once, whatever number of threads ask a new one at once."""
+"""Lock that creates one `Serving` per model if several threads use a new model at once."""
 
-_LOST = PredictionError("The small model gave neither a prediction nor an error for this input.")
+_LOST = PredictionError("The small model returned neither a prediction nor an error for this input.")
 
 
 def _unseen(config: RunnableConfig | list[RunnableConfig] | None) -> bool:
-    """Whether no handler wants to see the runs of a batch, so that none need be made."""
+    """Return whether a batch has no callback handlers, so that its runs need not be created."""
     if isinstance(config, list):
         return False
     return not get_callback_manager_for_config(ensure_config(config)).handlers

@@ -1,29 +1,26 @@
-"""What small models compute of inputs, before it is a prediction."""
+"""Raw outputs of small models, before they become predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt.prediction import BoolArray, PredictionBatch
 
-if TYPE_CHECKING:
-    pass
-
 
 class Scores(NamedTuple):
-    """What a model computes for `n` prepared inputs.
+    """Raw outputs of a model for `n` prepared inputs.
 
     Attributes:
-        logits: Shape `[n, k]`, before temperature and softmax.
-        truncated: Shape `[n]`: which inputs were cut; None for none.
-        features: Shape `[n, d]`: what the model saw of each input, where that is to be kept.
-        answers: `n` answers, where the model writes them.
-        token_logprobs: `n` arrays of shape `[t]`: log-probabilities of the answers' tokens.
-        errors: What was wrong with single inputs, by position; their other values do not count.
+        logits: Logits before temperature and softmax, shape `[n, k]`.
+        truncated: Whether each input was truncated, shape `[n]`. None means that none was.
+        features: Features of the inputs, shape `[n, d]`, or None if they are not kept.
+        answers: `n` generated answers, or None for models that only classify.
+        token_logprobs: Log-probabilities of the answer tokens, `n` arrays of shape `[t]`.
+        errors: Errors of single inputs, by position. The other values of such inputs are ignored.
     """
 
     logits: NDArray[Any]
@@ -37,11 +34,11 @@ class Scores(NamedTuple):
 NOT_OF_SCORES = frozenset(
     {"temperature", "threshold", "policy", "fusion", "model_id", "lineage", "dynamic_batching", "cache_size", "labels"}
 )
-"""Settings that can change without changing what is computed for a text."""
+"""Settings that do not affect the computed scores, so that changing them keeps the cache."""
 
 
 class Remembered(NamedTuple):
-    """One text's part of `Scores`."""
+    """Cached scores of one input."""
 
     logits: NDArray[Any]
     truncated: bool
@@ -52,12 +49,12 @@ class Remembered(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of `n` inputs of which some may have failed.
+    """Predictions and errors for `n` inputs.
 
     Attributes:
-        batch: The predictions of those that did not fail, `m` rows.
-        rows: Shape `[m]`: which inputs these are.
-        errors: The others, by position.
+        batch: Predictions of the `m` inputs that did not fail, or None if there are none.
+        rows: Positions of these inputs, shape `[m]`.
+        errors: Errors of the other inputs, by position.
     """
 
     batch: PredictionBatch | None
@@ -66,7 +63,10 @@ class Outcome(NamedTuple):
 
 
 def softmax(logits: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Row-wise softmax of `logits / temperature`, shape `[n, k]`; NaN where a row has NaN, or no finite largest."""
+    """Return the row-wise softmax of `logits / temperature`, shape `[n, k]`.
+
+    A row becomes NaN if it contains NaN or its maximum is not finite.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = logits / temperature
         raised = np.exp(scaled - np.maximum.reduce(scaled, axis=1, keepdims=True))

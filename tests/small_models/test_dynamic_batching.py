@@ -1,4 +1,4 @@
-"""Micro-batching and the memory of exact repeats: who is computed with whom, and that nobody is lost."""
+"""Dynamic batching and the cache of small models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.models import LABELS, LetterEmbeddings, WordModel, failing_wo
 
 
 class Gated:
-    """Doubles numbers; a batch that holds `stop` waits until the gate is opened."""
+    """Doubles its inputs. A batch that contains "stop" waits until the gate is opened."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -62,17 +62,17 @@ def batcher_of(compute: Callable[[list[Any]], Sequence[Any]], workers: int = 1, 
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "the condition was not met within 20 seconds"
         time.sleep(0.001)
 
 
-class TestWhoIsComputedWithWhom:
-    def test_an_idle_model_computes_a_request_at_once_in_the_callers_thread(self) -> None:
+class TestBatching:
+    def test_call_idle_model_computes_in_calling_thread(self) -> None:
         gated = Gated()
         assert batcher_of(gated).call(3) == 6
         assert gated.threads == [threading.get_ident()]
 
-    def test_those_who_wait_are_computed_together_first_come_first_served(self) -> None:
+    def test_call_busy_model_batches_waiting_requests_in_order(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated, max_batch=4)
         with ThreadPoolExecutor(20) as pool:
@@ -88,7 +88,7 @@ class TestWhoIsComputedWithWhom:
         assert gated.batches == [["stop"], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
         assert (batcher.batches, batcher.requests, batcher.waiting) == (4, 11, 0)
 
-    async def test_coroutines_are_computed_together_off_the_loop(self) -> None:
+    async def test_acall_busy_model_batches_coroutines_off_event_loop(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated, max_batch=100)
         first = asyncio.create_task(batcher.acall("stop"))
@@ -101,19 +101,19 @@ class TestWhoIsComputedWithWhom:
         assert gated.batches == [["stop"], list(range(50))]
         assert threading.get_ident() not in gated.threads
 
-    def test_several_workers_compute_several_batches_at_once(self) -> None:
+    def test_call_several_workers_computes_batches_concurrently(self) -> None:
         barrier = threading.Barrier(3)
 
         def compute(values: list[Any]) -> list[Any]:
-            barrier.wait(20)  # broken unless three are here at once
+            barrier.wait(20)  # breaks unless three batches are computed concurrently
             return values
 
         batcher = batcher_of(compute, workers=3, max_batch=1)
         with ThreadPoolExecutor(6) as pool:
             assert sorted(pool.map(batcher.call, range(6))) == list(range(6))
 
-    async def test_the_worker_that_was_last_at_work_is_taken_first(self) -> None:
-        """Its caches are warm; if the idle ones took turns, each would compute with cold ones."""
+    async def test_acall_idle_workers_reuses_most_recent_worker(self) -> None:
+        """The most recent worker has warm caches. If idle workers took turns, all would have cold caches."""
         gates = [threading.Event(), threading.Event()]
         ran: dict[int, int] = {}
 
@@ -135,7 +135,7 @@ class TestWhoIsComputedWithWhom:
         assert ran[0] != ran[1]
         assert [ran[i] for i in range(2, 6)] == [ran[0]] * 4
 
-    def test_threads_and_several_event_loops_at_once(self) -> None:
+    def test_batcher_threads_and_event_loops_returns_matching_answers(self) -> None:
         batcher = batcher_of(lambda values: [value * 2 for value in values], workers=2, max_batch=8)
 
         async def many(start: int) -> list[int]:
@@ -159,7 +159,7 @@ class TestFailures:
             raise ValueError(f"cannot do {values}")
         return [value * 2 for value in values]
 
-    def test_what_fails_a_whole_batch_fails_alone(self) -> None:
+    def test_call_failing_batch_fails_only_bad_inputs(self) -> None:
         gated = Gated()
 
         def compute(values: list[Any]) -> Sequence[Any]:
@@ -180,22 +180,22 @@ class TestFailures:
                 else:
                     assert each.result(20) == 2 * number
 
-    async def test_an_exception_that_is_no_exception_class_of_programs_is_told_and_the_next_is_served(self) -> None:
+    async def test_batcher_system_exit_raises_and_keeps_serving(self) -> None:
         def compute(values: list[Any]) -> list[Any]:
             if values == ["leave"]:
                 raise SystemExit(3)
             return values
 
         batcher = batcher_of(compute)
-        with pytest.raises(SystemExit):  # this thread's own
+        with pytest.raises(SystemExit):  # computed in this thread
             batcher.call("leave")
-        with pytest.raises(PredictionError, match="raised SystemExit: 3"):  # another thread's
+        with pytest.raises(PredictionError, match="raised SystemExit: 3"):  # computed in a worker thread
             await batcher.acall("leave")
         assert batcher.call("stay") == "stay"
         assert await batcher.acall("stay") == "stay"
 
-    async def test_what_is_no_exception_class_of_programs_fails_alone_too(self) -> None:
-        """As what other languages' code raises, which ends no thread."""
+    async def test_acall_base_exception_fails_only_bad_input(self) -> None:
+        """Extension modules raise such errors, and these must not end the worker thread."""
 
         class Panic(BaseException):
             pass
@@ -217,7 +217,7 @@ class TestFailures:
         assert isinstance(answers[3], PredictionError)
         assert "raised Panic: three" in str(answers[3])
 
-    async def test_a_wrong_number_of_answers_is_an_error_and_the_next_is_served(self) -> None:
+    async def test_batcher_wrong_answer_count_raises_and_keeps_serving(self) -> None:
         batcher = batcher_of(lambda values: [] if "lost" in values else values)
         for _ in range(2):
             with pytest.raises(PredictionError, match="0 answers for 1 inputs"):
@@ -226,7 +226,7 @@ class TestFailures:
                 batcher.call("lost")
         assert await asyncio.wait_for(batcher.acall("kept"), 20) == "kept"
 
-    async def test_a_worker_that_cannot_be_prepared_works_all_the_same(self) -> None:
+    async def test_acall_failing_worker_preparation_still_answers(self) -> None:
         def fail(workers: int) -> None:
             raise RuntimeError("no")
 
@@ -236,7 +236,7 @@ class TestFailures:
         batcher = DynamicBatcher(lambda values: values, DynamicBatching(), count, fail)
         assert await asyncio.wait_for(asyncio.gather(*(batcher.acall(i) for i in range(50))), 20) == list(range(50))
 
-    def test_without_torch_small_models_are_served(self) -> None:
+    def test_small_model_without_torch_predicts(self) -> None:
         program = """
 import asyncio, sys
 sys.modules["torch"] = None
@@ -247,7 +247,7 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == "refund cancel\n"
 
-    async def test_a_model_may_ask_itself(self) -> None:
+    async def test_small_model_reentrant_invoke_predicts(self) -> None:
         class Halves(WordModel):
             def predict_scores(self, texts: Sequence[str]) -> Scores:
                 for text in texts:
@@ -260,7 +260,7 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
         found = await asyncio.wait_for(asyncio.gather(*(model.ainvoke(f"surely refund; {i}") for i in range(20))), 20)
         assert {one.label for one in found} == {"refund"}
 
-    def test_where_no_thread_can_be_started_callers_serve_themselves(self, monkeypatch: Any) -> None:
+    def test_acall_no_thread_available_computes_in_caller(self, monkeypatch: Any) -> None:
         at_once = AtOnce()
 
         def compute(values: list[Any]) -> list[Any]:
@@ -288,14 +288,14 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
         until(lambda: batcher._busy == 0)
         assert at_once.most == 1
 
-    async def test_a_stop_iteration_reaches_a_coroutine_as_an_error(self) -> None:
+    async def test_acall_stop_iteration_raises_runtime_error(self) -> None:
         def compute(values: list[Any]) -> list[Any]:
             raise StopIteration
 
         with pytest.raises(RuntimeError, match="StopIteration"):
             await batcher_of(compute).acall(1)
 
-    def test_a_full_line_refuses_and_says_what_to_do(self) -> None:
+    def test_call_full_queue_raises_queue_full_error(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated, max_waiting=2)
         with ThreadPoolExecutor(4) as pool:
@@ -303,15 +303,15 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
             assert gated.entered.wait(20)
             two = [pool.submit(batcher.call, number) for number in range(2)]
             until(lambda: batcher.waiting == 2)
-            with pytest.raises(QueueFullError, match=r"2 requests stand in line.*max_waiting"):
+            with pytest.raises(QueueFullError, match=r"2 requests are waiting.*max_waiting"):
                 batcher.call(9)
             gated.gate.set()
             assert [each.result(20) for each in (first, *two)] == ["stopstop", 0, 2]
         assert batcher.call(9) == 18
 
     @pytest.mark.parametrize("bound", [0, 2])
-    async def test_who_is_about_to_be_computed_does_not_stand_in_line(self, bound: int) -> None:
-        """Of a burst at an idle model one is computed, and as many as may wait: not fewer while a thread starts."""
+    async def test_acall_burst_at_idle_model_admits_max_waiting_plus_one(self, bound: int) -> None:
+        """A burst at an idle model computes one request and queues `max_waiting`, even while a worker is starting."""
         gated = Gated()
         batcher = batcher_of(gated, max_waiting=bound, max_batch=1)
         calls = [asyncio.create_task(batcher.acall("stop")) for _ in range(bound + 3)]
@@ -321,7 +321,7 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
         assert answers[: bound + 1] == ["stopstop"] * (bound + 1)
         assert all(isinstance(answer, QueueFullError) for answer in answers[bound + 1 :])
 
-    def test_a_loop_that_was_closed_keeps_nobody_from_an_answer(self) -> None:
+    def test_acall_closed_event_loop_still_answers_others(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated)
         loop = asyncio.new_event_loop()
@@ -337,11 +337,11 @@ print(asyncio.run(model.ainvoke("surely refund")).label, model.invoke("surely ca
             assert (first.result(20), other.result(20)) == ("stopstop", 4)
         assert not gone.done()
         with pytest.raises(RuntimeError):
-            gone.get_coro().throw(RuntimeError)  # type: ignore[union-attr]  # ends it, so that nothing warns
+            gone.get_coro().throw(RuntimeError)  # type: ignore[union-attr]  # ends the coroutine, so that Python does not warn
 
 
 class TestCancellation:
-    async def test_a_cancelled_request_is_not_computed(self) -> None:
+    async def test_acall_cancelled_in_queue_is_not_computed(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated)
         first = asyncio.create_task(batcher.acall("stop"))
@@ -357,7 +357,7 @@ class TestCancellation:
         assert [answer for answer in answers if not isinstance(answer, BaseException)] == ["stopstop", 2, 6, 10]
         assert gated.batches == [["stop"], [1, 3, 5]]
 
-    async def test_those_who_left_are_not_kept_while_the_model_is_busy(self) -> None:
+    async def test_acall_cancelled_while_model_busy_releases_inputs(self) -> None:
         class Question:
             pass
 
@@ -375,7 +375,7 @@ class TestCancellation:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
         del questions, calls, call
-        await asyncio.sleep(0)  # what wakes this test holds their errors
+        await asyncio.sleep(0)  # the callback that wakes this test still refers to their errors
         gc.collect()
         assert (batcher.waiting, len(alive)) == (1, 0)
         assert len(batcher._line) < 100
@@ -383,7 +383,7 @@ class TestCancellation:
         assert await asyncio.gather(first, stays) == ["stopstop", 8]
         assert gated.batches == [["stop"], [4]]
 
-    async def test_one_cancelled_while_it_is_computed_disturbs_nobody(self) -> None:
+    async def test_acall_cancelled_during_computation_leaves_others_unaffected(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated)
         first = asyncio.create_task(batcher.acall("stop"))
@@ -395,7 +395,7 @@ class TestCancellation:
         assert await second == 8
         assert first.cancelled()
 
-    async def test_a_time_out_of_a_shunt_leaves_the_line(self) -> None:
+    async def test_shunt_timeout_removes_request_from_queue(self) -> None:
         class Slow(WordModel):
             def predict_scores(self, texts: Sequence[str]) -> Scores:
                 time.sleep(0.2)
@@ -413,8 +413,8 @@ class TestCancellation:
         assert model._calls == [1, 1]
 
 
-class TestTheEnd:
-    def test_close_answers_all_and_later_requests_are_computed_where_they_are_made(self) -> None:
+class TestClosing:
+    def test_close_queued_requests_answers_them_and_later_ones(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated)
         with ThreadPoolExecutor(4) as pool:
@@ -429,11 +429,11 @@ class TestTheEnd:
         assert batcher.call(5) == 10
         assert asyncio.run(batcher.acall(6)) == 12
         assert gated.threads[-2] == threading.get_ident()
-        assert gated.threads[-1] != threading.get_ident(), "the event loop goes on"
+        assert gated.threads[-1] != threading.get_ident(), "the event loop must not compute"
         until(lambda: not [one for one in threading.enumerate() if one.ident == gated.threads[-1]])
 
-    async def test_afterwards_nobody_serves_others(self) -> None:
-        """Nor is a model asked by more threads at once than before, or an error told in another way."""
+    async def test_call_closed_batcher_computes_one_request_at_a_time(self) -> None:
+        """A closed batcher still limits concurrency, and reports errors as before. No caller computes for another."""
         others, at_once = [], [0]
 
         def compute(values: list[Any]) -> list[Any]:
@@ -471,7 +471,7 @@ class TestTheEnd:
         assert isinstance(left, PredictionError)
         assert answer == 1
 
-    async def test_the_end_may_come_from_within_and_waits_for_callers_who_compute(self) -> None:
+    async def test_close_from_worker_or_during_call_answers_pending(self) -> None:
         def compute(values: list[Any]) -> list[Any]:
             if "close" in values:
                 batcher.close()
@@ -483,7 +483,7 @@ class TestTheEnd:
         gated = Gated()
         batcher = batcher_of(gated)
         with ThreadPoolExecutor(3) as pool:
-            first = pool.submit(batcher.call, "stop")  # computed by its own thread
+            first = pool.submit(batcher.call, "stop")  # computed in its own thread
             assert await asyncio.to_thread(gated.entered.wait, 20)
             second = pool.submit(batcher.call, 2)
             await asyncio.to_thread(until, lambda: batcher.waiting == 1)
@@ -495,7 +495,7 @@ class TestTheEnd:
             assert batcher.waiting == 0
             assert (first.result(20), second.result(20)) == ("stopstop", 4)
 
-    def test_a_process_with_idle_workers_ends_and_answers_in_its_exit_handlers(self) -> None:
+    def test_process_exit_idle_workers_answers_in_exit_handlers(self) -> None:
         program = """
 import asyncio, atexit
 from tests.support.models import WordModel
@@ -509,16 +509,16 @@ print(set(asyncio.run(many())))
         assert done.stdout.splitlines() == ["{'refund'}", "at exit: {'refund'} cancel"]
         assert done.stderr == ""
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_a_forked_child_begins_with_an_empty_line(self) -> None:
+    def test_batcher_forked_child_starts_with_empty_queue(self) -> None:
         gated = Gated()
         batcher = batcher_of(gated, workers=2)
-        asyncio.run(batcher.acall(1))  # there is a thread now, which the child will not have
+        asyncio.run(batcher.acall(1))  # starts a worker thread, which the child does not inherit
         with ThreadPoolExecutor(4) as pool:
             first = pool.submit(batcher.call, "stop")
             second = pool.submit(batcher.call, "stop")
-            until(lambda: gated.batches.count(["stop"]) == 2)  # both workers are busy, so that the third has to wait
+            until(lambda: gated.batches.count(["stop"]) == 2)  # both workers are busy, so the third request is queued
             third = pool.submit(batcher.call, 7)
             until(lambda: batcher.waiting == 1)
             context = multiprocessing.get_context("fork")
@@ -536,7 +536,7 @@ print(set(asyncio.run(many())))
 
 
 class TestSmallModels:
-    async def test_concurrent_calls_of_a_shunt_share_small_model_calls(self) -> None:
+    async def test_shunt_concurrent_calls_share_small_model_batches(self) -> None:
         class Slow(WordModel):
             def predict_scores(self, texts: Sequence[str]) -> Scores:
                 time.sleep(0.005)
@@ -554,7 +554,7 @@ class TestSmallModels:
         book.assert_balanced()
         assert len(model._calls) <= 60
 
-    async def test_one_that_cannot_be_read_or_scored_fails_alone(self) -> None:
+    async def test_small_model_bad_input_fails_alone(self) -> None:
         model = WordModel()
         given: list[Any] = ["surely refund", 7, "nan", "surely cancel"] * 20
         found = await asyncio.gather(*(model.ainvoke(value) for value in given), return_exceptions=True)
@@ -562,7 +562,7 @@ class TestSmallModels:
         assert kinds == [Prediction, InputError, PredictionError, Prediction] * 20
         assert [one.label for one in found if isinstance(one, Prediction)] == ["refund", "cancel"] * 20
 
-    async def test_a_batch_is_the_same_with_and_without_somebody_who_looks(self) -> None:
+    async def test_batch_with_and_without_callbacks_returns_same_results(self) -> None:
         model = WordModel()
         given: list[Any] = ["surely refund", 7, "nan", "surely cancel"]
         for config in (None, {"tags": ["t"]}, {"callbacks": [RunBook()]}, [{}, {}, {}, {}]):
@@ -585,7 +585,7 @@ class TestSmallModels:
         assert kept.label == "refund"
         assert isinstance(lost, PredictionError)
 
-    def test_copies_pickles_and_new_settings_make_a_line_of_their_own(self) -> None:
+    def test_small_model_copy_or_new_settings_has_own_batcher(self) -> None:
         model = WordModel(dynamic_batching=DynamicBatching(max_batch=5), cache_size=10)
         model.predict("surely refund")
         hot = model.model_copy(update={"temperature": 50.0})
@@ -603,12 +603,12 @@ class TestSmallModels:
         with pytest.raises(ConfigurationError, match="dynamic_batching is None"):
             _ = model.batcher
 
-    async def test_without_micro_batching_each_is_computed_alone(self) -> None:
+    async def test_small_model_without_dynamic_batching_computes_each_alone(self) -> None:
         model = WordModel(dynamic_batching=None)
         await asyncio.gather(*(model.ainvoke("surely refund") for _ in range(20)))
         assert model._calls == [1] * 20
 
-    def test_a_model_that_is_dropped_is_freed(self) -> None:
+    def test_small_model_unreferenced_is_freed(self) -> None:
         model = WordModel(cache_size=5)
         asyncio.run(model.apredict("surely refund"))
         seen = weakref.ref(model)
@@ -620,21 +620,21 @@ class TestSmallModels:
         finally:
             gc.enable()
 
-    def test_a_model_that_failed_is_freed_too(self) -> None:
+    def test_small_model_unreferenced_after_failure_is_freed(self) -> None:
         failing = failing_word_model(RuntimeError("broken"))
 
         async def fail(model: WordModel) -> bool:
             try:
                 await model.apredict("surely refund")
             except RuntimeError:
-                return True  # inside: asyncio.run itself holds an error that leaves it in a cycle
+                return True  # caught here, because asyncio.run keeps an escaping error in a cycle
             return False
 
         assert asyncio.run(fail(failing))
         with suppress(RuntimeError):
             failing.predict("surely refund")
-            raise AssertionError("it failed")
-        failing._fail = None  # the error's own traceback would hold it
+            raise AssertionError("expected a RuntimeError")
+        failing._fail = None  # the traceback of the error refers to the model
         seen = weakref.ref(failing)
         gc.disable()
         try:
@@ -644,7 +644,7 @@ class TestSmallModels:
         finally:
             gc.enable()
 
-    async def test_a_bundle_is_not_loaded_on_the_loop(self, tmp_path: Path, monkeypatch: Any) -> None:
+    async def test_bundled_model_ainvoke_loads_off_event_loop(self, tmp_path: Path, monkeypatch: Any) -> None:
         model = EmbeddingClassifier.train(
             ["aaa", "zzz"] * 6, ["a", "z"] * 6, embeddings=LetterEmbeddings(), settings=TrainingSettings(progress=False)
         )
@@ -671,7 +671,7 @@ class TestSmallModels:
                 load_small_model(tmp_path / "bundle", embeddings=LetterEmbeddings(), **wrong)
 
     @pytest.mark.parametrize("traced", [False, True])
-    async def test_calls_inside_a_model_are_below_its_run(self, traced: bool) -> None:
+    async def test_small_model_inner_runnable_is_traced_below_model_run(self, traced: bool) -> None:
         inner = RunnableLambda(lambda text: text).with_config(run_name="inner")
 
         class Asking(WordModel):
@@ -693,7 +693,7 @@ class TestSmallModels:
         for one in runs:
             assert book.started[one["parent"]]["name"] == "Asking"
 
-    def test_a_subclass_with_calls_of_its_own_is_called_by_them(self) -> None:
+    def test_shunt_small_model_with_own_invoke_calls_it(self) -> None:
         class Own(WordModel):
             def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Prediction:
                 return Prediction.from_probabilities({"cancel": 0.99, "refund": 0.01})
@@ -701,7 +701,7 @@ class TestSmallModels:
         shunt = ShuntRunnable(small=Own(), large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
         assert shunt.invoke("surely refund") == "cancel"
 
-    def test_runs_of_one_batch_share_nothing_and_collectors_see_the_small_models(self) -> None:
+    def test_shunt_batch_runs_have_own_metadata_and_child_runs(self) -> None:
         class Noting(BaseTracer):
             def _persist_run(self, run: Any) -> None:
                 kept.append((run.inputs["input"], run.extra["metadata"]["length"]))
@@ -723,9 +723,9 @@ class TestSmallModels:
             (root,) = collected.traced_runs
             assert [child.name for child in root.child_runs] == ["WordModel"]
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_locks_that_are_held_at_a_fork_are_free_in_the_child(self) -> None:
+    def test_small_model_locks_held_at_fork_are_free_in_child(self) -> None:
         model = WordModel(cache_size=3)
         model.predict("surely refund")
         assert model.cache is not None
@@ -742,11 +742,11 @@ class TestSmallModels:
         process.join(20)
 
     @pytest.mark.parametrize("setting", [{"max_batch": 0}, {"workers": 0}, {"max_waiting": -1}, {"wait_ms": 2}])
-    def test_settings_are_checked(self, setting: dict[str, int]) -> None:
+    def test_dynamic_batching_invalid_setting_raises(self, setting: dict[str, int]) -> None:
         with pytest.raises(ConfigurationError, match=next(iter(setting))):
             DynamicBatching(**setting)
 
-    def test_each_worker_has_its_share_of_the_threads_and_others_keep_theirs(self) -> None:
+    def test_share_of_threads_in_worker_keeps_threads_of_others(self) -> None:
         torch = pytest.importorskip("torch")
         before, found = torch.get_num_threads(), []
 
@@ -760,7 +760,7 @@ class TestSmallModels:
         assert found == [1]
         assert torch.get_num_threads() == before
 
-    def test_workers_that_begin_at_once_leave_others_their_threads(self) -> None:
+    def test_share_of_threads_concurrent_workers_keep_default(self) -> None:
         pytest.importorskip("torch")
         program = """
 import threading, torch
@@ -783,7 +783,7 @@ print(seen)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.strip() == "{4}"
 
-    def test_threads_that_ask_a_new_model_at_once_share_one_line(self, monkeypatch: Any) -> None:
+    def test_batcher_concurrent_first_access_creates_one(self, monkeypatch: Any) -> None:
         class Slow(Serving):
             def __init__(self, owner: Any = None) -> None:
                 time.sleep(0.02)
@@ -797,11 +797,11 @@ print(seen)
         assert len(set(map(id, lines))) == 1
         assert lines[0] is not model.batcher
 
-    def test_its_share_counts_for_the_matrix_library_too(self) -> None:
-        """Once somebody has set torch's number of threads, MKL no longer follows OpenMP's, which are set by thread."""
+    def test_share_of_threads_in_worker_limits_mkl_too(self) -> None:
+        """After `torch.set_num_threads`, MKL no longer follows OpenMP's per-thread setting."""
         torch = pytest.importorskip("torch")
         if "mkl_get_max_threads" not in torch.__config__.parallel_info():
-            pytest.skip("this torch computes without MKL")
+            pytest.skip("requires torch with MKL")
         program = """
 import re, threading, torch
 from langchain_datashunt.small_models.engine.devices import share_of_threads
@@ -819,9 +819,9 @@ for work in (worker, told):
 told()
 """
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-        assert done.stdout.splitlines() == ["1 1", "4 4", "4 4"], "the worker's, a new thread's, the first thread's"
+        assert done.stdout.splitlines() == ["1 1", "4 4", "4 4"], "expected in order: worker, new thread, first thread"
 
-    def test_the_threads_of_a_model_have_their_share(self) -> None:
+    def test_small_model_workers_use_their_share_of_threads(self) -> None:
         pytest.importorskip("torch")
         program = """
 import asyncio, torch
@@ -842,8 +842,8 @@ model.invoke("refund")
         assert done.stdout.split() == ["2", "4"]
 
 
-class TestMemory:
-    def test_an_exact_repeat_is_not_computed(self) -> None:
+class TestCache:
+    def test_cache_exact_repeat_is_not_recomputed(self) -> None:
         model = WordModel(cache_size=100)
         own = WordModel().predict_batch(["surely refund", "cancel", "surely refund"])
         first = model.predict_batch(["surely refund", "cancel", "surely refund"])
@@ -854,14 +854,14 @@ class TestMemory:
         assert model.cache is not None
         assert (model.cache.hits, model.cache.misses, len(model.cache)) == (3, 3, 3)
 
-    def test_what_is_remembered_is_from_before_the_temperature(self) -> None:
+    def test_cache_temperature_change_reuses_scores(self) -> None:
         model = WordModel(cache_size=100)
         warm = model.predict("surely refund").confidence
         model.temperature = 10.0
         assert model.predict("surely refund").confidence < warm
         assert model._calls == [1]
 
-    def test_truncation_and_features_are_remembered(self) -> None:
+    def test_cache_hit_keeps_truncation_and_features(self) -> None:
         class Cut(WordModel):
             def predict_scores(self, texts: Sequence[str]) -> Scores:
                 scores = super().predict_scores(texts)
@@ -870,21 +870,21 @@ class TestMemory:
 
         model = Cut(cache_size=100)
         for _ in range(2):
-            with pytest.warns(UserWarning, match="were cut"):
+            with pytest.warns(UserWarning, match="were truncated"):
                 batch = model.predict_batch(["cancel", "surely refund"])
             assert [one.truncated for one in batch] == [False, True]
             assert batch.features is not None
             assert batch.features.tolist() == [[6.0], [13.0]]
         assert model._calls == [2]
 
-    def test_what_is_no_number_is_not_remembered(self) -> None:
+    def test_cache_nan_scores_are_not_stored(self) -> None:
         model = WordModel(cache_size=100)
         for _ in range(2):
             outcome = model.predict_batch(["nan", "refund"], return_errors=True)
             assert list(outcome.errors) == [0]
         assert model._calls == [2, 1]
 
-    def test_what_callers_are_given_is_their_own(self) -> None:
+    def test_cache_hit_returns_copies(self) -> None:
         class Writing(WordModel):
             def predict_scores(self, texts: Sequence[str]) -> Scores:
                 answers = tuple({"items": [text]} for text in texts)
@@ -901,11 +901,11 @@ class TestMemory:
             assert given.token_logprobs is not None
             assert given.token_logprobs.tolist() == [-1.0, -2.0]
             given.answer["items"].append("mine")
-            with suppress(ValueError):  # where it can be written to at all
+            with suppress(ValueError):  # if the array is writable at all
                 given.token_logprobs[0] = 5.0
         assert model._calls == [1]
 
-    def test_it_forgets_when_it_is_told_to(self) -> None:
+    def test_forget_clears_cache_and_counters(self) -> None:
         model, encoder = WordModel(cache_size=10), CachedEmbeddings(LetterEmbeddings(), 10)
         for _ in range(2):
             model.predict("refund")
@@ -916,7 +916,7 @@ class TestMemory:
         assert model._calls == [1, 1]
         assert (encoder.cache.hits, encoder.cache.misses, len(encoder.cache)) == (0, 2, 0)
 
-    def test_what_is_being_computed_when_it_forgets_is_not_kept(self) -> None:
+    def test_cache_cleared_during_computation_stores_nothing(self) -> None:
         cache: ResultCache[str] = ResultCache(2)
 
         def old(texts: list[str]) -> list[str]:
@@ -926,7 +926,7 @@ class TestMemory:
         assert cache.get_all(["a"], old) == ["a"]
         assert len(cache) == 0
 
-    def test_embeddings_that_are_no_numbers_are_not_remembered(self) -> None:
+    def test_cached_embeddings_nan_is_not_stored(self) -> None:
         class Odd(LetterEmbeddings):
             calls = 0
 
@@ -938,7 +938,7 @@ class TestMemory:
         assert np.isnan(encoder.encode(["a"])[0]).any()
         assert encoder.encode(["a"])[0].tolist() == [[1.0, 2.0]]
 
-    def test_the_one_not_asked_for_the_longest_is_forgotten(self) -> None:
+    def test_cache_full_evicts_least_recently_used(self) -> None:
         cache: ResultCache[str] = ResultCache(2)
 
         def shout(texts: list[str]) -> list[str]:
@@ -948,11 +948,11 @@ class TestMemory:
             assert cache.get_all([text], shout) == [text.upper()]
         assert (cache.hits, cache.misses, len(cache)) == (1, 3, 2)
         cache.get_all(["a"], shout)
-        assert (cache.hits, cache.misses) == (2, 3), "a was asked for later than b"
+        assert (cache.hits, cache.misses) == (2, 3), "a was used more recently than b"
         cache.get_all(["b"], shout)
-        assert (cache.hits, cache.misses) == (2, 4), "b was forgotten"
+        assert (cache.hits, cache.misses) == (2, 4), "b was evicted"
 
-    def test_another_setting_of_the_model_forgets(self) -> None:
+    def test_cache_new_model_setting_clears_scores(self) -> None:
         class Loud(WordModel):
             loudness: float = 1.0
 
@@ -967,9 +967,9 @@ class TestMemory:
         assert model.predict("surely refund").confidence > quiet
         model.predict("cancel")
         batch = model.predict_batch(["cancel", "refund", "surely refund"])
-        assert batch.features is None, "only some have them"
+        assert batch.features is None, "only some rows have features"
 
-    def test_embeddings_are_shared_and_remembered(self) -> None:
+    def test_cached_embeddings_repeat_is_not_recomputed(self) -> None:
         class Counted(LetterEmbeddings):
             def __init__(self) -> None:
                 super().__init__()
@@ -993,7 +993,7 @@ class TestMemory:
         with pytest.raises(ConfigurationError, match="size of 1 or more"):
             CachedEmbeddings(inner, size=0)
 
-    def test_a_classifier_on_remembered_embeddings_is_saved_with_the_encoders_own_name(self, tmp_path: Path) -> None:
+    def test_cached_embeddings_classifier_saves_encoder_name(self, tmp_path: Path) -> None:
         pytest.importorskip("torch")
         texts, labels = ["aaa", "aab", "zzz", "zzy"] * 5, ["a", "a", "z", "z"] * 5
         encoder = CachedEmbeddings(LetterEmbeddings())
@@ -1006,7 +1006,7 @@ class TestMemory:
             again.predict_batch(["aaz"]).probabilities, model.predict_batch(["aaz"]).probabilities, rtol=1e-5
         )
 
-    def test_many_threads_get_what_belongs_to_their_texts(self) -> None:
+    def test_cache_many_threads_returns_matching_values(self) -> None:
         cache: ResultCache[int] = ResultCache(50)
 
         def lengths(texts: list[str]) -> list[int]:

@@ -38,7 +38,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("cls", [TextCNN, LSTMClassifier])
 @pytest.mark.parametrize("steps", [1, 5, 14])
-def test_a_killed_training_goes_on_to_the_same_result(cls: Any, steps: int, tmp_path: Path) -> None:
+def test_train_resumed_after_kill_gives_same_weights(cls: Any, steps: int, tmp_path: Path) -> None:
     def train(folder: Path | None, **more: Any) -> Any:
         settings = TrainingSettings(
             epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2, seed=3, **more
@@ -51,7 +51,7 @@ def test_a_killed_training_goes_on_to_the_same_result(cls: Any, steps: int, tmp_
     saved = tmp_path / "training.pt"
     assert saved.exists() == (steps > 1)
     if saved.exists():
-        with pytest.raises(DataError, match="belongs to another training"):
+        with pytest.raises(DataError, match="belongs to another training run"):
             train(tmp_path, weight_decay=0.5)
     resumed = train(tmp_path)
     assert same(whole, resumed)
@@ -59,8 +59,8 @@ def test_a_killed_training_goes_on_to_the_same_result(cls: Any, steps: int, tmp_
     assert not saved.exists()
 
 
-def test_a_training_of_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
-    """Two models of one architecture, learning the same: the checkpoint of one is not the other's."""
+def test_fit_checkpoint_of_other_initial_weights_raises(tmp_path: Path) -> None:
+    """Two models with the same architecture and training data cannot share a checkpoint."""
     plain = TrainingSettings(epochs=1, batch_size=8, progress=False)
     one, other = (TextCNN.train(TEXTS, TRUTH, settings=plain.model_copy(update={"seed": i}), **SMALL) for i in (1, 2))
     targets = one_hot(TRUTH, LABELS)
@@ -73,18 +73,18 @@ def test_a_training_of_other_weights_is_not_gone_on_with(tmp_path: Path) -> None
     with killed_after(5):
         learn(one, kept)
     assert (tmp_path / "training.pt").exists()
-    with pytest.raises(DataError, match="weights at the start"):
+    with pytest.raises(DataError, match="initial weights differ"):
         learn(other, kept)
     assert same(learn(one, kept), learn(one, kept.model_copy(update={"checkpoint": None})))
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_train_damaged_checkpoint_raises(tmp_path: Path) -> None:
     (tmp_path / "training.pt").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="cannot be read .* Delete it"):
         TextCNN.train(TEXTS, TRUTH, settings=TrainingSettings(checkpoint=tmp_path, progress=False), **SMALL)
 
 
-def test_metrics_are_written_as_json_and_for_tensorboard(tmp_path: Path) -> None:
+def test_train_log_folder_writes_json_and_tensorboard(tmp_path: Path) -> None:
     settings = TrainingSettings(epochs=3, batch_size=8, progress=False, log=tmp_path)
     model = TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL)
     told = json.loads((tmp_path / "metrics.json").read_text())
@@ -98,14 +98,14 @@ def test_metrics_are_written_as_json_and_for_tensorboard(tmp_path: Path) -> None
     assert losses == pytest.approx([point["validation_nll"] for point in told["points"]], abs=1e-5)
 
 
-def test_metrics_need_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_without_tensorboard_writes_json_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     settings = TrainingSettings(epochs=1, batch_size=8, progress=False, log=tmp_path)
     TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 
 
-def test_half_precision_trains_about_the_same() -> None:
+def test_train_bfloat16_gives_similar_probabilities() -> None:
     def train(precision: Any) -> Any:
         settings = TrainingSettings(epochs=6, batch_size=8, progress=False, precision=precision)
         return TextCNN.train(TEXTS, TRUTH, settings=settings, **SMALL).predict_batch(TEXTS).probabilities
@@ -115,8 +115,8 @@ def test_half_precision_trains_about_the_same() -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision_are_learnt_in_single(half: torch.dtype) -> None:
-    """Steps that are small next to a weight would leave it as it was, or, by float16's least number, be infinite."""
+def test_fit_network_half_precision_weights_trains_in_float32(half: torch.dtype) -> None:
+    """In half precision, small steps would be rounded away, or become infinite because float16 underflows."""
     torch.manual_seed(0)
     start = torch.nn.Linear(8, 3).to(half)
     targets = np.eye(3)[np.arange(60) % 3]
@@ -135,7 +135,7 @@ def test_weights_in_half_precision_are_learnt_in_single(half: torch.dtype) -> No
     assert not torch.equal(learnt[half], start.weight)
 
 
-def test_mixed_precision_of_the_launcher_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launched_precision_environment_variable_sets_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched_precision() == "float32"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert launched_precision() == "bfloat16"
@@ -146,7 +146,7 @@ def test_mixed_precision_of_the_launcher_is_heeded(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [1, 4, 7])
-def test_the_parts_of_a_batch_weigh_as_the_whole(count: int, n: int) -> None:
+def test_processes_weighted_parts_equal_whole_batch(count: int, n: int) -> None:
     values, total = np.arange(1.0, n + 1.0), 0.0
     for rank in range(count):
         here = Processes()
@@ -157,7 +157,7 @@ def test_the_parts_of_a_batch_weigh_as_the_whole(count: int, n: int) -> None:
     assert total == pytest.approx(values.mean())
 
 
-# Distillation, killed and spread
+# Distillation: interrupted runs and several processes
 
 
 def routed(i: int) -> CallRecord:
@@ -167,7 +167,7 @@ def routed(i: int) -> CallRecord:
 
 @pytest.fixture
 def log_of_calls(tmp_path: Path) -> Path:
-    """A store, a bundle of S1 without dropout, and a held-out file; their folder."""
+    """Return a folder with a call log, a bundle of S1 trained without dropout, and a held-out file."""
     settings = TrainingSettings(epochs=1, batch_size=8, progress=False)
     small = TextCNN.train(TEXTS, TRUTH, settings=settings, dropout=0.0, **SMALL)
     small.save(tmp_path / "s1")
@@ -186,7 +186,7 @@ def distill(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ()) 
     ]  # fmt: skip
 
 
-def test_distillation_keeps_what_it_learns_from(log_of_calls: Path) -> None:
+def test_distill_resumed_with_new_calls_keeps_saved_examples(log_of_calls: Path) -> None:
     small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
     calls = [routed(i) for i in range(120)]
 
@@ -202,7 +202,7 @@ def test_distillation_keeps_what_it_learns_from(log_of_calls: Path) -> None:
         TwoStageDistiller(settings()).distill(small, calls)
     with pytest.raises(DataError, match="other settings or another small model"):
         TwoStageDistiller(settings(gce=0.5)).distill(small, calls)
-    more = [*calls, *(routed(i) for i in range(120, 200))]  # answers that came in since
+    more = [*calls, *(routed(i) for i in range(120, 200))]  # answers logged after the interruption
     resumed = TwoStageDistiller(settings()).distill(small, more)
     assert same(wanted.model, resumed.model)
     assert vars(wanted.report) == vars(resumed.report)
@@ -210,7 +210,7 @@ def test_distillation_keeps_what_it_learns_from(log_of_calls: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"PK\x03\x04nothing"])
-def test_damaged_examples_are_refused(damage: bytes, log_of_calls: Path) -> None:
+def test_distill_damaged_examples_file_raises(damage: bytes, log_of_calls: Path) -> None:
     small, folder = load_small_model(log_of_calls / "s1"), log_of_calls / "checkpoint"
     folder.mkdir()
     (folder / "examples.npz").write_bytes(damage)
@@ -219,8 +219,8 @@ def test_damaged_examples_are_refused(damage: bytes, log_of_calls: Path) -> None
         TwoStageDistiller(settings).distill(small, [routed(i) for i in range(60)])
 
 
-def test_distillation_killed_on_the_command_line_ends_the_same(log_of_calls: Path) -> None:
-    """SIGKILL once a checkpoint is there; the same command again gives the weights of an undisturbed run."""
+def test_distill_cli_resumed_after_kill_gives_same_weights(log_of_calls: Path) -> None:
+    """After a SIGKILL, the same command resumes and gives the weights of an uninterrupted run."""
     more = ("--epochs", "60", "--checkpoint-every", "5")
     whole = subprocess.run(distill(log_of_calls, "whole", *more), capture_output=True, text=True)
     assert whole.returncode in (0, 1), whole.stderr
@@ -241,8 +241,8 @@ def test_distillation_killed_on_the_command_line_ends_the_same(log_of_calls: Pat
     assert [point["epoch"] for point in points] == list(range(1, len(points) + 1))
 
 
-def test_two_processes_train_as_one(log_of_calls: Path) -> None:
-    """`torchrun` with two processes: one candidate, and the weights of one process but for rounding."""
+def test_distill_cli_two_processes_matches_one_process(log_of_calls: Path) -> None:
+    """`torchrun` with two processes gives one candidate, with the weights of one process up to rounding."""
     alone = subprocess.run(distill(log_of_calls, "alone", "--epochs", "4"), capture_output=True, text=True)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -251,14 +251,14 @@ def test_two_processes_train_as_one(log_of_calls: Path) -> None:
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert not {alone.returncode, both.returncode} - {0, 1}, alone.stderr + both.stderr
-    wanted, told = json.loads(alone.stdout), json.loads(both.stdout)  # one summary, not two
+    wanted, told = json.loads(alone.stdout), json.loads(both.stdout)  # both processes print one summary in total
     assert told["processes"] == 2
     assert told["stage_a"] == wanted["stage_a"]
     one, other = load_small_model(wanted["bundle"]).weights(), load_small_model(told["bundle"]).weights()
     assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-4
 
 
-def test_an_error_of_the_first_process_ends_all(log_of_calls: Path) -> None:
+def test_distill_cli_error_in_first_process_ends_all(log_of_calls: Path) -> None:
     (log_of_calls / "holdout.csv").write_text("text,label\nhello,unheard-of\n")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
@@ -269,7 +269,7 @@ def test_an_error_of_the_first_process_ends_all(log_of_calls: Path) -> None:
     assert "labels that the small model does not know: unheard-of" in done.stderr
 
 
-def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path) -> None:
+def test_ensemble_resumed_after_kill_gives_same_weights(tmp_path: Path) -> None:
     def train(folder: Path | None) -> Any:
         settings = TrainingSettings(epochs=4, batch_size=8, progress=False, checkpoint=folder, checkpoint_every=2)
         return EnsembleClassifier.train(
@@ -277,7 +277,7 @@ def test_a_killed_ensemble_goes_on_to_the_same_result(tmp_path: Path) -> None:
         )
 
     whole = train(None)
-    with killed_after(20):  # in the second member
+    with killed_after(20):  # while the second member is trained
         train(tmp_path)
     resumed = train(tmp_path)
     assert all(same(one, other) for one, other in zip(whole.members, resumed.members, strict=True))

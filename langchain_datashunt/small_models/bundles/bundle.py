@@ -1,11 +1,11 @@
-"""The bundle: a folder that holds a small model. Settings are JSON, weights safetensors; nothing is pickled.
+"""Bundles: folders that hold a saved small model as JSON settings and safetensors weights, with nothing pickled.
 
     config.json           kind, labels, calibration, threshold, lineage, package version, and a checksum of each file
     model.safetensors     all parameters
     ...                   further files of the kind, for example tokenizer.json
 
-A bundle is written beside its place and moved there at once. Two renames are needed where there was one before; a
-reader that comes in between, or half-way, reads again (`unless_replaced`), and so finds the old one or the new one.
+A bundle is written to a temporary folder and then renamed into place. Replacing an existing bundle takes two renames.
+A concurrent reader retries (`unless_replaced`), so that it reads either the old or the new bundle.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from langchain_datashunt.exceptions import (
 )
 
 FORMAT = 1
-"""The format that this version writes; it reads this one and older ones."""
+"""Bundle format that this version writes. It also reads older formats."""
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 class FileStamp(BaseModel):
-    """Size in bytes and SHA-256 of one file."""
+    """Size in bytes and SHA-256 checksum of one file."""
 
     size: int
     sha256: str
 
 
 class BundleInfo(BaseModel):
-    """What config.json says. `files` maps each other file to its size and SHA-256."""
+    """Contents of a bundle's config.json. `files` maps every other file to its size and checksum."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -70,11 +70,11 @@ class BundleInfo(BaseModel):
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if twice := repeated(value):
-            raise ValueError(f"{twice[0]!r} is named more than once")
+            raise ValueError(f"the label {twice[0]!r} appears more than once")
         return value
 
     def shared(self) -> dict[str, Any]:
-        """The fields that every kind of small model is made with."""
+        """Return the fields that the constructor of every kind takes."""
         names = ("labels", "model_id", "temperature", "threshold", "input_key", "lineage")
         return {name: getattr(self, name) for name in names}
 
@@ -85,10 +85,16 @@ def write_bundle(
     weights: dict[str, NDArray[Any]],
     write_files: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a bundle atomically; returns its absolute path.
+    """Write a bundle atomically and return its absolute path.
+
+    Args:
+        folder: Destination folder. A bundle in it is replaced.
+        info: Contents of config.json, except for the checksums.
+        weights: Parameters by name.
+        write_files: Function that writes further files into the folder that it is called with. None writes none.
 
     Raises:
-        BundleError: `folder` exists and is not a bundle, or holds files that are none of the bundle's.
+        BundleError: If `folder` exists and is not a bundle, or holds files that do not belong to the bundle.
     """
     folder = folder.absolute()
     unless_replaced(folder, lambda: _check_replaceable(folder))
@@ -111,25 +117,25 @@ def write_bundle(
 
 
 def read_info(folder: Path) -> BundleInfo:
-    """Read config.json.
+    """Read and validate the config.json of a bundle.
 
     Raises:
-        BundleTruncatedError: It is missing or cut short.
-        BundleTooNewError: A newer format.
-        BundleError: It is no valid configuration.
+        BundleTruncatedError: If the file is missing or not valid JSON.
+        BundleTooNewError: If the bundle has a newer format than this version reads.
+        BundleError: If a setting is not valid.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise BundleTruncatedError(f"{folder} is no bundle: {CONFIG_FILE} is missing. Train or copy it again.")
+        raise BundleTruncatedError(f"{folder} is not a bundle: {CONFIG_FILE} is missing. Train or copy it again.")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise BundleTruncatedError(f"{file} is cut short or damaged ({error}). Copy the bundle again.") from error
+        raise BundleTruncatedError(f"{file} is truncated or damaged ({error}). Copy the bundle again.") from error
     written = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(written, int) and written > FORMAT:
         raise BundleTooNewError(
-            f"{folder} was written in format {written} by version {raw.get('package_version')}; this version "
-            f"({__version__}) reads up to format {FORMAT}. Upgrade: pip install -U langchain-datashunt."
+            f"{folder} was written in format {written} by version {raw.get('package_version')}. This version "
+            f"({__version__}) reads formats up to {FORMAT}. Upgrade: pip install -U langchain-datashunt."
         )
     try:
         return BundleInfo.model_validate(raw)
@@ -140,11 +146,11 @@ def read_info(folder: Path) -> BundleInfo:
 
 
 def read_bundle(folder: Path) -> tuple[BundleInfo, dict[str, NDArray[Any]]]:
-    """Read and verify a whole bundle.
+    """Read a bundle, verify the checksums of its files, and return its settings and weights.
 
     Raises:
-        BundleTruncatedError: A file is missing, cut short or changed.
-        BundleError: See `read_info`.
+        BundleTruncatedError: If a file is missing, truncated or changed.
+        BundleError: If config.json cannot be used, see `read_info`, or names a file outside the bundle.
     """
     info = read_info(folder)
     for name, stamp in info.files.items():
@@ -155,44 +161,57 @@ def read_bundle(folder: Path) -> tuple[BundleInfo, dict[str, NDArray[Any]]]:
     try:
         return info, require("safetensors.numpy", "torch").load_file(str(folder / WEIGHTS_FILE))
     except (safetensors.SafetensorError, ValueError) as error:
-        raise BundleTruncatedError(f"{folder / WEIGHTS_FILE} holds no safetensors weights: {error}.") from error
+        raise BundleTruncatedError(
+            f"Cannot read {folder / WEIGHTS_FILE} as safetensors weights: {error}. Train or copy it again."
+        ) from error
 
 
 def check_weights(
     info: BundleInfo, weights: dict[str, NDArray[Any]], expected: dict[str, tuple[int | None, ...]]
 ) -> None:
-    """Compare weights with the shapes that the labels and settings ask for (None: any size).
+    """Check that weights have the names and shapes that follow from the labels and settings.
+
+    Args:
+        info: Contents of config.json.
+        weights: Parameters by name.
+        expected: Expected shapes by name. A dimension of None accepts any size.
 
     Raises:
-        BundleMismatchError: One is missing, too many, or of another shape; the message says which.
+        BundleMismatchError: If a weight is missing, unknown or of the wrong shape. The message names it.
     """
     for name, shape in expected.items():
         if name not in weights:
-            raise BundleMismatchError(f"The bundle of kind {info.kind!r} lacks the weight {name!r}.")
+            raise BundleMismatchError(
+                f"The bundle of kind {info.kind!r} lacks the weight {name!r}. Train or copy it again."
+            )
         found = weights[name].shape
         fits = len(found) == len(shape) and all(w in (None, f) for w, f in zip(shape, found, strict=True))
         if not fits:
             raise BundleMismatchError(
-                f"The bundle names {len(info.labels)} labels, for which the weight {name!r} must have shape "
-                f"{list(shape)}; it has {list(found)}. Labels and weights are of different models: train again."
+                f"Expected shape {list(shape)} for the weight {name!r} of a bundle with {len(info.labels)} labels, "
+                f"got {list(found)}. Its labels and weights belong to different models. Train or copy it again."
             )
     if extra := sorted(set(weights) - set(expected)):
         raise BundleMismatchError(
-            f"The bundle of kind {info.kind!r} has unknown weights: {', '.join(extra[:5])}. Save it again."
+            f"The bundle of kind {info.kind!r} has unknown weights: {', '.join(extra[:5])}. Save the model again."
         )
 
 
 def check_tied_weights(info: BundleInfo, weights: dict[str, NDArray[Any]], shapes: dict[str, tuple[int, ...]]) -> None:
-    """As `check_weights`, where parameters that are tied to others may be missing.
+    """Check weights as `check_weights` does, but allow weights to be missing if they may be tied to others.
+
+    A missing weight may be tied if a saved weight has the same shape.
 
     Raises:
-        BundleMismatchError: One has another shape or is unknown, or so many are missing that they cannot all be tied.
+        BundleMismatchError: If a weight is unknown, has the wrong shape, or is missing and cannot be tied.
     """
     check_weights(info, weights, {name: shape for name, shape in shapes.items() if name in weights})
     missing = [name for name in shapes if name not in weights]
     kept = {tuple(array.shape) for array in weights.values()}
     if strange := [name for name in missing if shapes[name] not in kept]:
-        raise BundleMismatchError(f"The bundle of kind {info.kind!r} lacks the weight {strange[0]!r}.")
+        raise BundleMismatchError(
+            f"The bundle of kind {info.kind!r} lacks the weight {strange[0]!r}. Train or copy it again."
+        )
 
 
 def _stamp_all(folder: Path) -> dict[str, FileStamp]:
@@ -208,37 +227,39 @@ def _stamp(path: Path) -> FileStamp:
 def _verify(folder: Path, name: str, stamp: FileStamp) -> None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"The bundle {folder} names a file outside itself: {name!r}. Do not trust it.")
+        raise BundleError(f"The bundle {folder} names a file outside its folder: {name!r}. Do not trust this bundle.")
     if not path.is_file():
-        raise BundleTruncatedError(f"The bundle {folder} lacks its file {name!r}. Copy it again.")
+        raise BundleTruncatedError(f"The bundle {folder} lacks the file {name!r}. Copy the bundle again.")
     if path.stat().st_size != stamp.size:
         raise BundleTruncatedError(
-            f"{path} has {path.stat().st_size} bytes where {stamp.size} were saved. Copy the bundle again."
+            f"Expected {stamp.size} bytes in {path}, got {path.stat().st_size}. Copy the bundle again."
         )
     if _stamp(path).sha256 != stamp.sha256:
-        raise BundleTruncatedError(f"{path} was changed since it was saved (its checksum differs). Copy it again.")
+        raise BundleTruncatedError(
+            f"{path} was changed after it was saved (its checksum differs). Copy the bundle again."
+        )
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no bundle, or more than one: all of it would be removed."""
+    """Raise if `folder` holds anything other than a bundle, since replacing it would remove all of it."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise BundleError(f"{folder} is a file; give an empty or a new folder.")
+        raise BundleError(f"{folder} is a file. Choose a new or empty folder.")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     if not there and not any(folder.iterdir()):
         return
     try:
         own = {CONFIG_FILE, *read_info(folder).files}
     except BundleError as error:
-        raise BundleError(f"{folder} exists and is no bundle; give an empty or a new folder.") from error
+        raise BundleError(f"{folder} exists and is not a bundle. Choose a new or empty folder.") from error
     if foreign := sorted(there - own):
         raise BundleError(
-            f"{folder} holds what is no part of its bundle, and would be removed: {', '.join(foreign[:3])}. Move it "
-            f"away, or give a new folder."
+            f"{folder} holds files that do not belong to its bundle and would be removed: {', '.join(foreign[:3])}. "
+            f"Move them away or choose a new folder."
         )
 
 
 def repeated(labels: Sequence[str]) -> list[str]:
-    """The labels that stand in a label set more than once."""
+    """Return the labels that appear more than once."""
     return [label for label, n in Counter(labels).items() if n > 1]

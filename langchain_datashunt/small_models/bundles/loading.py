@@ -1,4 +1,4 @@
-"""Which kinds of small model there are, and how a bundle becomes one again."""
+"""Registry of the kinds of small model, and loading of bundles."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ KINDS: dict[str, tuple[str, str]] = {
     _COLD_START: ("langchain_datashunt.small_models.kinds.cold_start", "ColdStartModel"),
     "predict_proba": ("langchain_datashunt.small_models.kinds.predict_proba", "PredictProbaClassifier"),
 }
-"""Kind -> module and class; a new kind of small model is one line here."""
+"""Module and class of each kind. Add an entry here to register a new kind."""
 
 
 def small_model_class(kind: str) -> type[SmallModel]:
-    """The class of a kind.
+    """Return the class of a kind of small model.
 
     Raises:
-        BundleError: There is no such kind; the message names those that there are.
+        BundleError: If the kind is unknown. The message lists the known kinds.
     """
     if kind not in KINDS:
-        raise BundleError(f"There is no kind of small model called {kind!r}; there are: {', '.join(KINDS)}.")
+        raise BundleError(f"Unknown kind of small model {kind!r}. Expected one of: {', '.join(KINDS)}.")
     module, name = KINDS[kind]
     found: type[SmallModel] = getattr(import_module(module), name)
     return found
 
 
 def load_small_model(folder: str | Path, **overrides: Any) -> SmallModel:
-    """Load a bundle of any kind; runs no code from it.
+    """Load a bundle of any kind, without running code from it.
 
     Args:
-        folder: Where `SmallModel.save` or `datashunt train` wrote it.
-        **overrides: What this machine decides and the bundle does not: `device`, `dtype`, `batch_size`,
-            `embeddings`, `engine`, `dynamic_batching`, `cache_size`.
+        folder: Folder written by `SmallModel.save` or `datashunt train`.
+        **overrides: Settings that depend on the machine and are not stored in the bundle: `device`, `dtype`,
+            `batch_size`, `embeddings`, `engine`, `dynamic_batching`, `cache_size`.
 
     Raises:
-        BundleError: The bundle is truncated, too new, or does not fit together; the message says which.
-        ConfigurationError: An override of another name.
+        BundleError: If the bundle is truncated, too new or inconsistent. The message names the problem.
+        ConfigurationError: If an override is unknown or not valid.
     """
     path, serving = Path(folder).absolute(), _serving_of(overrides)
     model = unless_replaced(path, lambda: _read(path, overrides))
@@ -76,7 +76,7 @@ def _read(path: Path, overrides: dict[str, Any]) -> SmallModel:
         model = small_model_class(info.kind).from_weights(info, weights, path, **overrides)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BundleError(
-            f"The settings of the bundle {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). Train or "
+            f"The settings of the bundle {path} are not valid ({type(error).__name__}: {str(error)[:200]}). Train or "
             f"copy it again."
         ) from error
     model.policy, model.fusion = chosen_for(info)
@@ -85,45 +85,45 @@ def _read(path: Path, overrides: dict[str, Any]) -> SmallModel:
 
 
 def chosen_for(info: BundleInfo) -> tuple[Policy | None, AnswerFusion | None]:
-    """The policy and the fusion that were chosen for a bundle's model.
+    """Return the policy and the fusion saved in a bundle, None for each that is absent.
 
     Raises:
-        BundleError: They cannot be made of what the bundle says.
+        BundleError: If the bundle's policy or fusion is not valid.
     """
     try:
         policy, fusion = (from_dict(part, PLAIN_CLASSES) for part in (info.policy, info.fusion))
     except ConfigurationError as error:
-        raise BundleError(f"The bundle's policy or fusion cannot be read: {error}") from error
+        raise BundleError(f"The bundle's policy or fusion is not valid: {error}") from error
     if not isinstance(policy, Policy | None) or not isinstance(fusion, AnswerFusion | None):
         raise BundleError(
-            f"The bundle's policy is a {type(policy).__name__} and its fusion a {type(fusion).__name__}; a Policy and "
-            f"an AnswerFusion are needed. Calibrate the bundle again."
+            f"Expected a Policy and an AnswerFusion in the bundle, got {type(policy).__name__} and "
+            f"{type(fusion).__name__}. Calibrate the bundle again."
         )
     return policy, fusion
 
 
 MACHINE_SETTINGS = ("device", "dtype", "batch_size", "embeddings", "engine")
-"""What the machine decides where a bundle is loaded; a kind that has no use for one goes without."""
+"""Overrides that depend on the machine. A kind ignores those that it does not use."""
 
 
 class _Serving(Configured):
-    """Settings of every kind that no bundle holds."""
+    """Serving settings, which every kind has and no bundle stores."""
 
     dynamic_batching: DynamicBatching | None = DynamicBatching()
     cache_size: int = Field(default=0, ge=0)
 
 
 def _serving_of(overrides: dict[str, Any]) -> dict[str, Any]:
-    """These of the overrides, checked; they are taken out.
+    """Remove the serving settings from `overrides` and return them validated.
 
     Raises:
-        ConfigurationError: An override of a name that no kind knows.
+        ConfigurationError: If an override is unknown to every kind, or a serving setting is not valid.
     """
     if unknown := sorted(set(overrides) - {*_Serving.model_fields, *MACHINE_SETTINGS}):
         raise ConfigurationError(
-            f"A bundle is not loaded with {', '.join(unknown)}; this can be set: "
+            f"Unknown overrides for loading a bundle: {', '.join(unknown)}. Expected some of: "
             f"{', '.join((*MACHINE_SETTINGS, *_Serving.model_fields))}. "
-            f"What else a loaded model shall have otherwise, set by model_copy(update=...)."
+            f"Change other settings of the loaded model with model_copy(update=...)."
         )
     given = {name: overrides.pop(name) for name in _Serving.model_fields if name in overrides}
     checked = _Serving(**given)
@@ -135,27 +135,27 @@ def _info(path: str) -> BundleInfo:
 
 
 _CHANGEABLE = ("model_id", "temperature", "threshold", "policy", "fusion", "input_key")
-"""What a loaded model may set otherwise than its bundle."""
+"""Settings of a loaded model that may differ from its bundle."""
 
 
 class BundledSmallModel(SmallModel):
-    """A small model by the folder of its bundle: light to pickle and to serialise, loaded at its first call.
+    """A small model that holds the path of its bundle and loads the weights on first use.
 
-    Its labels and calibration are read when it is made, its weights when it is first used.
+    Its labels and calibration are read at construction. Pickling and serializing it are cheap.
     """
 
     path: str
-    """The bundle's folder."""
+    """Folder of the bundle."""
 
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Passed on to `load_small_model`, for example `{"device": "cuda"}`."""
+    """Keyword arguments for `load_small_model`, for example `{"device": "cuda"}`."""
 
     _model: SmallModel | None = PrivateAttr(default=None)
     _lock: Any = PrivateAttr(default_factory=Mutex)
 
     @classmethod
     def from_folder(cls, folder: str | Path, **overrides: Any) -> Self:
-        """The model in a folder; `overrides` as for `load_small_model`."""
+        """Create a model from the folder of a bundle, with the overrides of `load_small_model`."""
         serving = _serving_of(overrides)
         return cls.model_validate({"path": str(Path(folder).absolute()), "overrides": overrides, **serving})
 
@@ -170,7 +170,7 @@ class BundledSmallModel(SmallModel):
 
     @property
     def loaded(self) -> SmallModel:
-        """The model itself; loads it at the first use."""
+        """Bundled model, loaded on first access."""
         if self._model is None:
             with self._lock:
                 if self._model is None:
@@ -180,13 +180,13 @@ class BundledSmallModel(SmallModel):
     @property
     @override
     def is_placeholder(self) -> bool:
-        """As the model's own, told without its weights."""
+        """Whether the bundled model is an untrained placeholder, determined without loading its weights."""
         return self._model.is_placeholder if self._model is not None else _info(self.path).kind == _COLD_START
 
     @property
     @override
     def reader(self) -> InputReader:
-        """As the model's own; weights are loaded only where the bundle's settings do not tell it."""
+        """Input reader of the bundled model. Loads the weights only if the bundle's settings do not determine it."""
         if self._model is None:
             info = _info(self.path)
             if (told := small_model_class(info.kind).reader_of(info)) is not None:
@@ -203,7 +203,7 @@ class BundledSmallModel(SmallModel):
 
     @override
     def to_json(self) -> Any:
-        """As its path, with what can differ from the bundle."""
+        """Serialize as the path, the overrides, and the settings that may differ from the bundle."""
         names = ("path", "overrides", *_CHANGEABLE)
         kwargs = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": kwargs}

@@ -1,4 +1,4 @@
-"""Networks of bundles: made without running code that a bundle names, and checked before memory is taken for them."""
+"""Helpers that build the networks of bundles without running code that a bundle names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from langchain_datashunt._utils.optional import require
 
 _CODE = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "custom_pipelines")
-"""Settings of transformers by which a configuration names code that is fetched or run."""
+"""Settings by which a transformers configuration names code to fetch or run."""
 
 
 def safe_config(settings: Mapping[str, Any]) -> Any:
-    """The configuration of a network of transformers, without settings that name code; those of its parts too."""
+    """Return a transformers configuration without settings that name code, at any depth."""
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -24,14 +24,14 @@ def safe_config(settings: Mapping[str, Any]) -> Any:
 
 
 def shapes_of(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a network's parameters and buffers by name, told without memory for them."""
+    """Return the shapes of a network's parameters and buffers by name, without allocating memory for them."""
     torch = require("torch", "torch")
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
 
 
 def unique_labels(names: list[str]) -> tuple[str, ...]:
-    """Names of outputs, each once: where two outputs have one name, the place of the later stands behind it."""
+    """Return unique output names: the position is appended to a name that was used before."""
     seen: set[str] = set()
     found = []
     for i, name in enumerate(names):

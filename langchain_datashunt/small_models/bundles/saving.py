@@ -1,4 +1,4 @@
-"""Saved: how a model becomes a bundle and comes back. Each kind says what its settings and weights are."""
+"""Saved: the base class of models that can be saved as a bundle and loaded again."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from langchain_datashunt.small_models.bundles.bundle import BundleInfo, read_inf
 
 
 class Saved(Configured):
-    """What can be saved as a bundle: config.json, safetensors weights, nothing pickled."""
+    """Base class of models that can be saved as a bundle of JSON settings and safetensors weights."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     labels: tuple[str, ...] = Field(min_length=1)
-    """Label names in the order of the model's outputs, `k` of them."""
+    """`k` label names, in the order of the model's outputs."""
 
     model_id: str = ""
-    """Name under which predictions and records speak of this model."""
+    """Name of this model in predictions and call records."""
 
     temperature: float = Field(default=1.0, gt=0.0)
-    """Calibration: probabilities are softmax(logits / temperature)."""
+    """Calibration temperature. Probabilities are softmax(logits / temperature)."""
 
     threshold: float | None = None
-    """The shunt threshold that was chosen for this model, where one was."""
+    """Confidence threshold chosen for this model, or None if none was chosen."""
 
     policy: Policy | None = None
-    """The policy that was chosen for this model, where it is more than a threshold."""
+    """Policy chosen for this model if it is more than a threshold, else None."""
 
     fusion: AnswerFusion | None = None
-    """What is known of a large model's answers to this task, where it was calibrated on some."""
+    """Fusion with a large model's answers, calibrated on this task, or None if it was not calibrated."""
 
     input_key: str = DEFAULT_INPUT_KEY
-    """Where mappings hold the input."""
+    """Key of the input in mappings."""
 
     lineage: dict[str, Any] = Field(default_factory=dict)
-    """Where the model comes from: training settings, data hashes, metrics. JSON-ready."""
+    """Origin of the model: training settings, data hashes and metrics. JSON-serializable."""
 
     _bundle: str | None = PrivateAttr(default=None)
 
@@ -53,42 +53,42 @@ class Saved(Configured):
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if twice := repeated(value):
             raise ConfigurationError(
-                f"The labels name {', '.join(map(repr, twice[:5]))} more than once; a model's label set has each once."
+                f"Expected unique `labels`, got {', '.join(map(repr, twice[:5]))} more than once. Give each label once."
             )
         return value
 
     @classmethod
     def kind(cls) -> str:
-        """The name of this kind of model in bundles.
+        """Return the name of this kind of model in bundles.
 
         Raises:
-            ConfigurationError: It has none, so it cannot be saved.
+            ConfigurationError: If the class has no kind, so that it cannot be saved.
         """
         raise ConfigurationError(
-            f"A {cls.__name__} has no bundles: it does not say its kind(), settings(), weights() and from_weights()."
+            f"{cls.__name__} cannot be saved. Implement its kind(), settings(), weights() and from_weights()."
         )
 
     def settings(self) -> dict[str, Any]:
-        """What this kind needs beside its weights to be made again; JSON-ready."""
+        """Return the settings that, with the weights, rebuild this model, as JSON-serializable values."""
         return {}
 
     def weights(self) -> dict[str, NDArray[Any]]:
-        """All parameters as arrays by name."""
-        msg = f"{type(self).__name__} has no weights of its own to save."
+        """Return all parameters as arrays by name."""
+        msg = f"{type(self).__name__} cannot be saved, because it does not implement weights()."
         raise ConfigurationError(msg)
 
     def write_files(self, folder: Path) -> None:
-        """Write further files (a tokenizer, a vocabulary) into the bundle's folder."""
+        """Write further files, for example a tokenizer, into the bundle's folder."""
 
     @classmethod
     def from_weights(cls, info: BundleInfo, weights: dict[str, NDArray[Any]], folder: Path, **overrides: Any) -> Self:
-        """Make the model of what `weights`, `settings` and `write_files` saved."""
+        """Build the model from its saved weights, settings and further files."""
         raise ConfigurationError(
-            f"A {cls.__name__} does not implement from_weights(), so no bundle of it can be loaded."
+            f"Bundles of {cls.__name__} cannot be loaded, because it does not implement from_weights()."
         )
 
     def info(self) -> BundleInfo:
-        """What a bundle's config.json says of this model."""
+        """Return the contents of config.json for this model."""
         return BundleInfo(
             kind=self.kind(),
             labels=self.labels,
@@ -104,7 +104,7 @@ class Saved(Configured):
 
     @staticmethod
     def _plain(part: Configured | None) -> dict[str, Any] | None:
-        """A policy or a fusion as a bundle keeps it; refused here where it could not be read back."""
+        """Return a policy or fusion as a dictionary. Raise if it could not be loaded again."""
         if part is None:
             return None
         plain = to_dict(part)
@@ -112,10 +112,12 @@ class Saved(Configured):
         return plain
 
     def save(self, folder: str | Path) -> Path:
-        """Save as a bundle: config.json, safetensors weights, nothing pickled. Replaces a bundle there at once.
+        """Save this model as a bundle, and return the absolute path of its folder.
+
+        A bundle in the folder is replaced atomically.
 
         Raises:
-            BundleError: The folder holds something else than a bundle.
+            BundleError: If the folder holds anything other than a bundle.
         """
         path = write_bundle(Path(folder), self.info(), self.weights(), self.write_files)
         self._bundle = str(path)
@@ -123,14 +125,15 @@ class Saved(Configured):
 
     @classmethod
     def load(cls, folder: str | Path, **overrides: Any) -> Self:
-        """Load a bundle of this kind; runs no code from it.
+        """Load a bundle of this kind, without running code from it.
 
         Args:
-            folder: Where `save` wrote it.
-            **overrides: What this machine decides and the bundle does not: as for `load_small_model`.
+            folder: Folder written by `save`.
+            **overrides: Settings that depend on the machine, see `load_small_model`.
 
         Raises:
-            BundleError: The bundle is truncated, too new, of another kind, or does not fit together.
+            BundleError: If the bundle is truncated, too new or inconsistent.
+            ConfigurationError: If the bundle is of another kind, or an override is unknown.
         """
         from langchain_datashunt.small_models.bundles.loading import load_small_model
 
@@ -144,7 +147,7 @@ class Saved(Configured):
 
     @override
     def to_json(self) -> Any:
-        """As a reference to the bundle that it was loaded from or saved to."""
+        """Serialize as a reference to the bundle that this model was loaded from or saved to."""
         if self._bundle is None or read_info(Path(self._bundle)).labels != self.labels:
             return self.to_json_not_implemented()
         from langchain_datashunt.small_models.bundles.loading import BundledSmallModel

@@ -1,4 +1,4 @@
-"""A bounded memory of what was computed for an input, so that an exact repeat costs a hash; inputs are not kept."""
+"""A bounded cache of computed results, keyed by a hash of the input. Inputs are not stored."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ V = TypeVar("V")
 
 
 class ResultCache(Generic[V]):
-    """What was computed for the inputs that were asked for last, up to `size` of them; for any number of threads.
+    """Thread-safe LRU cache of results by input.
 
     Args:
-        size: Inputs remembered at the most; the one not asked for the longest goes first.
-        key: From an input to 16 bytes that stand for it; None for texts.
+        size: Maximum number of entries. The least recently used is evicted first.
+        key: Function from an input to its 16-byte hash. None hashes texts.
     """
 
     def __init__(self, size: int, key: Callable[[Any], bytes] | None = None) -> None:
         self.size = size
         self.key = key or text_reader().key
         self.hits = 0
-        """Inputs that were found."""
+        """Number of inputs that were found in the cache or repeated within a call."""
         self.misses = 0
-        """Inputs that had to be computed."""
+        """Number of inputs that were computed."""
         self.after_fork()
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
-        """Forget all: another thread of the parent may have been about to change it."""
+        """Clear the cache in a forked child, since a thread of the parent may have been changing it."""
         self._found: OrderedDict[bytes, V] = OrderedDict()
         self._mutex = threading.Lock()
 
     def clear(self) -> None:
-        """Forget all; what is being computed now is not kept either."""
+        """Remove all entries. Results that are being computed are not stored either."""
         with self._mutex:
             self._found = OrderedDict()
 
@@ -47,17 +47,17 @@ class ResultCache(Generic[V]):
     def get_all(
         self, texts: Sequence[Any], compute: Callable[[list[Any]], Sequence[V]], keep: Callable[[V], bool] | None = None
     ) -> list[V]:
-        """The value of each input; those not known are computed in one call, each once.
+        """Return the value of each input, computing all missing values in one call.
 
         Args:
             texts: `n` inputs.
-            compute: From unknown inputs to their values.
-            keep: Which of these are remembered; None for all.
+            compute: Function from the missing inputs, each once, to their values.
+            keep: Function that returns whether to store a computed value. None stores all.
         """
         keys = [self.key(text) for text in texts]
         values: dict[bytes, V] = {}
         with self._mutex:
-            found = self._found
+            found = self._found  # `clear` replaces the dict, so values computed before it are stored in the old one
             for key in keys:
                 if (known := found.get(key)) is not None:
                     found.move_to_end(key)

@@ -1,7 +1,7 @@
-"""Micro-batching: requests that arrive while a small model is busy are computed together, as soon as it is free.
+"""Dynamic batching: requests that arrive while a small model is busy are computed in one batch.
 
-Nothing waits for company: an idle model computes a request at once, alone. A request that finds it busy stands in
-line, and whoever is free next takes all that stand there, first come first served, up to `max_batch`.
+No request waits for others to fill a batch. An idle model computes a request immediately. If the model is busy, the
+request is queued. The next free worker takes the oldest queued requests, up to `max_batch`.
 """
 
 from __future__ import annotations
@@ -21,36 +21,38 @@ from langchain_datashunt._utils.settings import Strategy
 from langchain_datashunt.exceptions import PredictionError, QueueFullError
 
 Compute = Callable[[list[Any]], Sequence[Any]]
-"""From `n` inputs to `n` answers, an exception in the place of an answer that failed."""
+"""Function from `n` inputs to `n` answers, with an exception as the answer to an input that failed."""
 
 _GONE_KEPT = 64
-"""Requests whose callers have gone that may stay in line until their turn, where fewer wait."""
+"""Number of abandoned requests that may stay in the queue if fewer requests are waiting."""
 
 
 class DynamicBatching(Strategy):
-    """How single requests to one small model are joined."""
+    """Settings for batching single requests to one small model."""
 
     max_batch: int = Field(default=32, ge=1)
-    """Requests computed together at the most."""
+    """Maximum number of requests in a batch."""
 
     workers: int | None = Field(default=None, ge=1)
-    """Batches computed at once at the most; None leaves it to the model: as many as there are CPU threads for it (4
-    at the most), which then compute with one share of the threads each, and one on an accelerator."""
+    """Maximum number of batches computed concurrently. None lets the model decide.
+
+    Models usually compute one batch at a time on an accelerator. On a CPU they compute one per available thread, up
+    to 4, and the workers share the threads equally."""
 
     max_waiting: int | None = Field(default=None, ge=0)
-    """Requests in line at the most, behind those that are computed or that a thread is about to take: one more is
-    refused with `QueueFullError`. None lets every caller wait its turn.
+    """Maximum number of queued requests. None means unlimited. Further requests raise `QueueFullError`.
 
-    A shunt sends what its small model refuses to the large one, so give a bound only where that is wanted."""
+    Requests that are being computed, or that a worker is about to take, do not count. A shunt defers requests that
+    its small model refuses, so set a bound only if this is intended."""
 
 
 class _Shift:
-    """One turn of a thread at serving.
+    """One turn of a thread at computing batches.
 
     Attributes:
-        worker: The thread, which is idle again afterwards; None where it is a caller's own, or ends then.
-        revoked: Whether it could not be begun, though it may stand in the worker's queue.
-        begun: Whether it took a batch, or found none.
+        worker: Executor that becomes idle after the turn, or None if the thread is a caller's, or ends after the turn.
+        revoked: Whether the turn could not be started, although it may still be queued in the executor.
+        begun: Whether the turn has looked for its first batch.
     """
 
     __slots__ = ("begun", "revoked", "worker")
@@ -61,17 +63,19 @@ class _Shift:
 
 
 class DynamicBatcher:
-    """The line in front of one model, and the threads that serve it; made by `SmallModel`.
+    """Request queue of one model and the worker threads that serve it, created by `SmallModel`.
 
-    May be used by any number of threads and event loops at once. Threads are made when they are first needed, and end
-    with the process or with `close`; a forked child begins with an empty line. What is computed in these threads does
-    not see the callers' context variables, for a batch has many callers.
+    Any number of threads and event loops may use it concurrently. Worker threads start when first needed, and end with
+    the process or with `close`. A forked child starts with an empty queue. Worker threads do not see the callers'
+    context variables, because a batch has several callers.
 
     Args:
-        compute: What is done with a batch.
-        settings: How requests are joined.
-        workers: Batches at once; a function is asked in the first thread that serves, for it may take long.
-        prepare_worker: Called with the number of workers once in each new thread; where it fails, nothing is lost.
+        compute: Function that computes a batch.
+        settings: Batching settings.
+        workers: Maximum number of concurrent batches. A function is called by the first thread that serves the queue,
+            because it may have to load the model.
+        prepare_worker: Function called once in each new worker thread with the number of workers. Its errors are
+            ignored. None prepares nothing.
     """
 
     def __init__(
@@ -87,9 +91,9 @@ class DynamicBatcher:
         self._count_workers = None if isinstance(workers, int) else workers
         self._prepare_worker = prepare_worker
         self.batches = 0
-        """Batches computed so far, those of one too."""
+        """Number of batches computed, including batches of one request."""
         self.requests = 0
-        """Requests computed so far, failed ones too."""
+        """Number of requests computed, including failed ones."""
         self._begin()
         AFTER_FORK.add(self)
 
@@ -111,17 +115,20 @@ class DynamicBatcher:
 
     @property
     def waiting(self) -> int:
-        """Requests in line now."""
+        """Number of queued requests."""
         return self._waiting
 
-    # Asking
+    # Requests
 
     def call(self, value: Any) -> Any:
-        """The answer to one input; computed in this thread where the model is idle, or where it asks itself.
+        """Return the answer to one input, batched with concurrent requests if the model is busy.
+
+        The input is computed in the calling thread if the model is idle, or if this thread is already computing for
+        this batcher.
 
         Raises:
-            Exception: What the model raised for this input.
-            QueueFullError: The line is full.
+            Exception: The error that the model raised for this input.
+            QueueFullError: If the queue is full.
         """
         if getattr(self._here, "computing", False):
             return _told(self._compute([value])[0])
@@ -148,14 +155,16 @@ class DynamicBatcher:
             self._leave(request)
             raise
         finally:
-            del request  # its answer may be an error whose traceback holds this frame
+            del request  # breaks a reference cycle: its answer may be an error whose traceback holds this frame
 
     async def acall(self, value: Any) -> Any:
-        """The answer to one input, computed in a thread of this batcher; a cancelled request leaves the line.
+        """Async version of `call`, computed in a worker thread.
+
+        A request that is cancelled in the queue is not computed.
 
         Raises:
-            Exception: What the model raised for this input.
-            QueueFullError: The line is full.
+            Exception: The error that the model raised for this input.
+            QueueFullError: If the queue is full.
         """
         if getattr(self._here, "computing", False):
             return self.call(value)
@@ -174,11 +183,11 @@ class DynamicBatcher:
             del request
 
     def _admit(self, request: _Request) -> None:
-        bound, in_line = self._settings.max_waiting, self._waiting - self._starting  # each that starts will take one
+        bound, in_line = self._settings.max_waiting, self._waiting - self._starting  # each starting worker takes one
         if bound is not None and in_line >= bound and self._busy >= self._workers:
             raise QueueFullError(
-                f"{in_line} requests stand in line for the small model already, and no more than {bound} may. "
-                f"Send fewer at once, or raise max_waiting of its DynamicBatching."
+                f"The queue of the small model is full: {in_line} requests are waiting, and max_waiting is {bound}. "
+                f"Send fewer requests at once, or raise max_waiting of its DynamicBatching."
             )
         self._line.append(request)
         self._waiting += 1
@@ -198,12 +207,13 @@ class DynamicBatcher:
     # Serving
 
     def _staff(self) -> _Shift | None:
-        """Put one more thread to work, where there is work and may be one; the mutex is held.
+        """Start one more worker if there is work and a free slot. The caller must hold the mutex.
 
-        It is the one that worked last, whose caches are warm, and a new one only where none is idle.
+        The worker that became idle last is started first, because its caches are warm. A new thread is created only
+        if no worker is idle.
 
         Returns:
-            A turn that the caller is to take itself, because no thread can be had; None for none.
+            A turn for the calling thread to run itself if no thread could be started, else None.
         """
         if not (self._waiting or self._again) or self._busy >= self._workers:
             return None
@@ -213,11 +223,11 @@ class DynamicBatcher:
         shift = _Shift(None if self._closed else worker)
         try:
             worker.submit(self._serve, shift)
-        except RuntimeError:  # the process is ending, or no thread can be started
+        except RuntimeError:  # the process is exiting, or no thread can be started
             shift.revoked = True
             return _Shift()
         if self._closed:
-            worker.shutdown(wait=False)  # when this turn is over
+            worker.shutdown(wait=False)  # takes effect after this turn
         else:
             self._hired.add(worker)
         return None
@@ -230,7 +240,7 @@ class DynamicBatcher:
             self._serve(alone)
 
     def _serve(self, shift: _Shift) -> None:
-        """Compute batch after batch until nobody is in line."""
+        """Compute batches until the queue is empty."""
         if shift.revoked:
             return
         self._prepare()
@@ -239,7 +249,7 @@ class DynamicBatcher:
             del batch
 
     def _prepare(self) -> None:
-        """Make this thread ready, once; what fails here costs speed only."""
+        """Prepare this thread once. Errors are ignored, because preparation only affects speed."""
         with suppress(Exception):
             if (count := self._count_workers) is not None:
                 self._workers, self._count_workers = max(1, count()), None
@@ -249,7 +259,7 @@ class DynamicBatcher:
                     self._prepare_worker(self._workers)
 
     def _next_batch(self, shift: _Shift) -> list[_Request]:
-        """Who is next; empty, and the shift at its end, where nobody is."""
+        """Return the next batch. If the queue is empty, end the shift and return an empty list."""
         batch: list[_Request] = []
         with self._mutex:
             if not shift.begun:
@@ -273,12 +283,15 @@ class DynamicBatcher:
         return batch
 
     def _work(self, batch: list[_Request]) -> None:
-        """Answer a batch. One that fails as a whole is halved until what fails, fails alone; others may help."""
+        """Compute and answer a batch.
+
+        A batch that fails as a whole is halved until only the failing requests fail. Any worker may take the halves.
+        """
         try:
             answers: Sequence[Any] = self._computed([request.value for request in batch], count=batch[0].new)
         except (KeyboardInterrupt, SystemExit) as error:
             answers = [_wrapped(error) for _ in batch]
-        except BaseException as error:  # of other languages' code, too, which raises some of its own
+        except BaseException as error:  # extension modules raise errors that are not an Exception
             if len(batch) > 1:
                 for request in batch:
                     request.new = False
@@ -293,13 +306,13 @@ class DynamicBatcher:
         try:
             _settle(batch, answers)
         finally:
-            del answers, batch  # an error's traceback holds this frame, and a request its error
+            del answers, batch  # breaks reference cycles: the traceback of an error holds this frame
 
     def _computed(self, values: list[Any], *, count: bool = True) -> list[Any]:
-        """An answer for each.
+        """Return one answer for each input.
 
         Raises:
-            PredictionError: The model gave another number of answers.
+            PredictionError: If the model returned a different number of answers.
         """
         self.batches += 1
         self.requests += len(values) if count else 0
@@ -309,16 +322,16 @@ class DynamicBatcher:
         finally:
             self._here.computing = outer
         if len(answers) != len(values):
-            raise PredictionError(f"The small model gave {len(answers)} answers for {len(values)} inputs.")
+            raise PredictionError(f"The small model returned {len(answers)} answers for {len(values)} inputs.")
         return answers
 
-    # The end
+    # Closing
 
     def close(self) -> None:
-        """End the threads when all that stand in line are answered.
+        """Answer all queued requests, then end the worker threads.
 
-        Later requests have threads that end with them. A thread that computes for this batcher does not wait for
-        itself: from there, the end comes after this call.
+        Later requests are computed by threads that end with them. If a thread that computes for this batcher calls
+        `close`, the call returns without waiting, because the thread would wait for itself.
         """
         inside = getattr(self._here, "computing", False)
         with self._mutex:
@@ -330,20 +343,20 @@ class DynamicBatcher:
             worker.shutdown(wait=not inside)
 
     def _tell_of_the_end(self) -> None:
-        """Wake who waits in `close`; the mutex is held."""
+        """Wake threads that wait in `close` if the queue is empty. The caller must hold the mutex."""
         if self._closed and not self._waiting:
             self._ended.notify_all()
 
 
 def _wrapped(error: BaseException) -> PredictionError:
-    """What ends a thread is no affair of those who wait for its answers: an error of its own for each."""
+    """Return a `PredictionError` caused by `error`, so that a SystemExit does not end the waiting callers."""
     told = PredictionError(f"The small model raised {type(error).__name__}: {error}.")
     told.__cause__ = error
     return told
 
 
 def _told(answer: Any) -> Any:
-    """An answer, raised where it is an error; the error is not held by the frame that its traceback holds."""
+    """Return an answer, or raise it if it is an error, without a reference cycle through this frame."""
     if not isinstance(answer, BaseException):
         return answer
     try:
@@ -353,13 +366,13 @@ def _told(answer: Any) -> Any:
 
 
 class _Request:
-    """One input in line.
+    """One queued input.
 
     Attributes:
-        value: The input.
-        taken: Whether it is being computed, or has been.
-        left: Whether its caller has gone.
-        new: Whether it was not yet part of a batch that failed.
+        value: Input of the request.
+        taken: Whether a worker has taken it.
+        left: Whether its caller stopped waiting.
+        new: Whether it was not yet part of a failed batch. Retried requests are not counted again.
     """
 
     __slots__ = ("left", "new", "taken", "value")
@@ -371,7 +384,7 @@ class _Request:
 
 
 class _ThreadRequest(_Request):
-    """A request of a thread, which sleeps on a lock until the answer is there."""
+    """Request of a thread, which blocks on a lock until the answer is available."""
 
     __slots__ = ("_answer", "_ready")
 
@@ -395,7 +408,7 @@ class _ThreadRequest(_Request):
 
 
 class _LoopRequest(_Request):
-    """A request of a coroutine, which awaits a future of its loop."""
+    """Request of a coroutine, which awaits a future of its event loop."""
 
     __slots__ = ("future", "loop")
 
@@ -406,23 +419,23 @@ class _LoopRequest(_Request):
 
 
 def _settle(requests: Sequence[_Request], answers: Sequence[Any]) -> None:
-    """Give each caller its answer; each event loop is woken once."""
+    """Deliver the answers to the callers, waking each event loop once."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
     for request, answer in zip(requests, answers, strict=True):
         if isinstance(request, _LoopRequest):
             by_loop.setdefault(request.loop, []).append((request.future, answer))
         elif isinstance(request, _ThreadRequest):
             request.settle(answer)
-    for loop, raise_first_error in by_loop.items():
-        with suppress(RuntimeError):  # a loop that was closed has nobody who waits
-            loop.call_soon_threadsafe(_resolve, raise_first_error)
+    for loop, resolved in by_loop.items():
+        with suppress(RuntimeError):  # a closed loop has no waiting callers
+            loop.call_soon_threadsafe(_resolve, resolved)
 
 
-def _resolve(raise_first_error: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, answer in raise_first_error:
+def _resolve(resolved: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in resolved:
         if future.done():
             continue
-        if isinstance(answer, StopIteration):  # a future refuses it
+        if isinstance(answer, StopIteration):  # a future does not accept it
             future.set_exception(RuntimeError(f"The small model raised {answer!r}."))
         elif isinstance(answer, BaseException):
             future.set_exception(answer)

@@ -1,4 +1,4 @@
-"""What serves one small model in this process: the line in front of it, and its memory of exact repeats."""
+"""Serving state of one small model in this process: its request queue and its cache."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from langchain_datashunt.small_models.serving.dynamic_batching import DynamicBat
 
 
 class Served(Protocol):
-    """A small model as its `Serving` sees it."""
+    """Interface of a small model that `Serving` requires."""
 
     cache_size: int
 
     @property
     def dynamic_batching(self) -> DynamicBatching | None:
-        """How concurrent requests are batched."""
+        """Batching settings. None computes each request alone."""
 
     @property
     def reader(self) -> InputReader:
-        """How inputs are read."""
+        """Input reader of the model."""
 
     def workers(self) -> int:
-        """Return how many batches may be computed at once."""
+        """Return how many batches may be computed concurrently."""
 
     def _predict_many(self, values: list[Any]) -> list[Prediction | Exception]: ...
 
 
 class Serving:
-    """What serves one model in this process: its line and its memory. Copies and pickles of a model make their own."""
+    """Request queue and cache of one model in this process. Copies and pickles of a model create their own."""
 
     def __init__(self, owner: Served | None = None) -> None:
         self.owner: Callable[[], Served | None] = (lambda: None) if owner is None else weakref.ref(owner)
@@ -51,11 +51,15 @@ class Serving:
         return Serving()
 
     def batcher_of(self, model: Served) -> DynamicBatcher:
-        """The line in front of the model, by the settings that it has now."""
+        """Return the model's batcher, rebuilt if its settings have changed.
+
+        Raises:
+            ConfigurationError: If the model's `dynamic_batching` is None.
+        """
         settings = model.dynamic_batching
         if settings is None:
             raise ConfigurationError(
-                "This small model computes each request alone: its dynamic_batching is None. Set DynamicBatching()."
+                "This small model has no batcher, because its dynamic_batching is None. Set it to DynamicBatching()."
             )
         if self._batcher is None or self._settings is not settings:
             with self._mutex:
@@ -66,7 +70,7 @@ class Serving:
 
     @staticmethod
     def _made(model: Served, settings: DynamicBatching) -> DynamicBatcher:
-        owner = weakref.ref(model)  # whoever waits for an answer holds the model
+        owner = weakref.ref(model)  # weak, so that an unused model is freed, and waiting callers keep it alive
 
         def compute(values: list[Any]) -> list[Prediction | Exception]:
             served = owner()
@@ -80,11 +84,11 @@ class Serving:
         return DynamicBatcher(compute, settings, settings.workers or workers, share_of_threads)
 
     def forget(self) -> None:
-        """Remember nothing: the model computes other scores now."""
+        """Drop the cache, because the model now computes different scores."""
         self._cache = None
 
     def cache_of(self, model: Served) -> ResultCache[Any] | None:
-        """The memory of the model, of the size that it has now; None where it remembers nothing."""
+        """Return the model's cache, rebuilt if its size has changed, or None if the model has no cache."""
         if not model.cache_size:
             return None
         if self._cache is None or self._cache.size != model.cache_size:

@@ -1,4 +1,4 @@
-"""The loop that fits a torch network: early stopping, checkpoints, metrics, and several processes."""
+"""Training loop for torch networks, with early stopping, checkpoints, metrics and several processes."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
     import torch
 
 LogitsOf: TypeAlias = "Callable[[torch.nn.Module, list[Any]], torch.Tensor]"
-"""From a network and `n` features to logits `[n, k]`, with gradients."""
+"""Function from a network and `n` features to differentiable logits, shape `[n, k]`."""
 
 TensorLoss: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
-"""From logits and targets `[n, k]` to a number."""
+"""Function from logits and targets, shape `[n, k]`, to a scalar."""
 
 CHECKPOINT_FILE = "training.pt"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Examples of one stage of training, as features.
+    """Examples of one training stage, as features.
 
     Attributes:
-        features: `n` of whatever the network's `logits_of` takes.
-        targets: Shape `[n, k]`.
+        features: `n` features that `logits_of` accepts.
+        targets: Target distributions, shape `[n, k]`.
     """
 
     features: list[Any]
@@ -70,35 +70,37 @@ def fit_network(
     validation_loss: TensorLoss = soft_cross_entropy,
     keep: Literal["best", "last"] = "best",
 ) -> TrainingReport:
-    """Fit a network with AdamW (linear warm-up and decay), keep the weights of the best validation loss.
+    """Fit a network with AdamW and keep the weights with the best validation loss.
 
-    Weights in half precision are learnt in single precision and rounded at the end.
+    The learning rate rises linearly during warm-up and then decays linearly. Weights in half precision are trained in
+    float32 and rounded at the end.
 
-    With several stages a step on each is taken in turn, as 2CD does; an epoch is a pass over the longest. Under
-    `accelerate launch` or torchrun each process computes its part of every batch.
+    With several stages, training takes a step on each stage in turn, as in 2CD. An epoch is a pass over the longest
+    stage. Under `accelerate launch` or torchrun, each process computes its part of every batch.
 
     Args:
-        network: Trained in place.
-        logits_of: From the network and features to logits `[n, k]`.
-        stages: What is learnt from.
-        validation: What training stops on.
-        settings: All fields filled.
+        network: Network that is trained in place.
+        logits_of: Function from the network and features to logits, shape `[n, k]`.
+        stages: Training examples.
+        validation: Examples for early stopping.
+        settings: Training settings, with the defaults of the kind filled in.
         what: Title of the progress bar.
-        loss: From logits and targets `[n, k]` to a number.
-        validation_loss: The same, for the validation examples.
-        keep: "last" takes all epochs and keeps the last weights: nothing is held out that could tell which are best.
+        loss: Training loss, by default soft cross-entropy.
+        validation_loss: Loss on the validation examples, by default soft cross-entropy.
+        keep: "best" stops early and keeps the best weights. "last" runs all epochs and keeps the last weights, for
+            training without held-out examples.
 
     Raises:
-        DataError: The checkpoint folder holds another training.
+        DataError: If the checkpoint cannot be read or belongs to another training run, or if training diverged.
     """
     return _Fit(network, logits_of, stages, validation, settings, what, loss, validation_loss, keep).run()
 
 
 class _Fit:
-    """One training: its network, optimiser and position.
+    """One training run: its network, optimizer and position.
 
-    Nothing random is kept: the order of an epoch and the dropout of a step follow from the seed and their number, so
-    that a training that goes on from a checkpoint takes the same steps.
+    The order of an epoch and the dropout of a step depend only on the seed and on the number of the epoch or step. A
+    resumed run therefore takes the same steps, although checkpoints hold no random state.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class _Fit:
         assert settings.epochs and settings.batch_size and settings.learning_rate and settings.patience
         self.torch = require("torch", "torch")
         self.kept = next(network.parameters()).dtype
-        if self.kept in (self.torch.bfloat16, self.torch.float16):  # too coarse for small steps to change anything
+        if self.kept in (self.torch.bfloat16, self.torch.float16):  # rounds small updates away
             network.float()
         self.network, self.logits_of, self.loss, self.validation_loss = network, logits_of, loss, validation_loss
         self.stages, self.validation, self.settings, self.what = stages, validation, settings, what
@@ -157,8 +159,8 @@ class _Fit:
                     break
         if self.report.history and not np.isfinite(self.report.history).any():
             raise DataError(
-                "Training diverged: no validation loss was a number. Give a lower learning_rate, or look for broken "
-                "examples."
+                "Training diverged: no validation loss was finite. Use a lower learning_rate, or check the examples "
+                "for errors."
             )
         self.network.load_state_dict(self.best)
         self.network.to(self.home, self.kept).eval()
@@ -167,7 +169,7 @@ class _Fit:
         return self.report
 
     def _epoch(self, bar: Any) -> None:
-        """The steps that are left of this epoch."""
+        """Run the remaining steps of this epoch."""
         epoch, done = divmod(self.step, self.steps_an_epoch)
         self.spread.train()
         rng = np.random.default_rng([self.settings.seed, epoch])
@@ -199,7 +201,7 @@ class _Fit:
         return kind
 
     def _validate(self, events: Any) -> None:
-        """The end of an epoch: measure, keep the best weights, tell, and save."""
+        """Finish an epoch: compute the validation loss, keep the best weights, write metrics and a checkpoint."""
         self.network.eval()
         total, n = self.processes.total(self._validation_loss())
         (learnt,) = self.processes.total([float(self.learnt) / self.processes.count])
@@ -219,7 +221,7 @@ class _Fit:
         self._save()
 
     def _validation_loss(self) -> tuple[float, int]:
-        """Summed loss of this process's part of the validation set, and its size."""
+        """Return the summed loss of this process's part of the validation set, and the size of the part."""
         mine = list(range(len(self.validation.features)))[self.processes.rank :: self.processes.count]
         total = 0.0
         with self.torch.inference_mode(), self._precision():
@@ -259,10 +261,10 @@ class _Fit:
         partial.replace(self._file)
 
     def _resume(self) -> None:
-        """Go on from the checkpoint, where there is one."""
+        """Resume from the checkpoint if there is one."""
         file = self._file
         if file is not None:
-            self._fingerprint()  # of the weights that training starts from
+            self._fingerprint()  # computed now, because it covers the initial weights
         state = self.processes.share(lambda: None if file is None or not file.exists() else self._read(file))
         if state is None:
             return
@@ -277,17 +279,17 @@ class _Fit:
             state: dict[str, Any] = self.torch.load(file, map_location="cpu", weights_only=True)
             fits = state["training"] == self._fingerprint()
         except Exception as error:
-            what = type(error).__name__  # torch's own words advise to load it with code
-            raise DataError(f"The checkpoint {file} cannot be read ({what}). Delete it to begin anew.") from error
+            what = type(error).__name__  # torch's own message recommends unsafe loading
+            raise DataError(f"The checkpoint {file} cannot be read ({what}). Delete it to start over.") from error
         if not fits:
             raise DataError(
-                f"The checkpoint {file} belongs to another training: other examples, settings, weights at the start or "
-                f"another network. Give the same ones to go on, or another folder, or delete it to begin anew."
+                f"The checkpoint {file} belongs to another training run: the examples, settings, network or initial "
+                f"weights differ. Use the same ones to resume, choose another folder, or delete it to start over."
             )
         return state
 
     def _fingerprint(self) -> str:
-        """Stands for what the result depends on: asked for the first time before the first step."""
+        """Return a hash of all that the result depends on. Must be called before the first step."""
         if not hasattr(self, "_own_fingerprint"):
             seen = hashlib.sha256(json.dumps(self.settings.what_matters(), sort_keys=True).encode())
             seen.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.network)).encode())
@@ -307,7 +309,7 @@ class _Fit:
 
 
 def _as_bytes(feature: Any) -> bytes:
-    """A feature as bytes: numbers in lists, arrays, and tuples of both."""
+    """Return a feature as bytes: a list of numbers, an array, or a tuple of both."""
     if isinstance(feature, np.ndarray):
         return repr(feature.shape).encode() + np.ascontiguousarray(feature).tobytes()
     if isinstance(feature, tuple):
@@ -316,10 +318,10 @@ def _as_bytes(feature: Any) -> bytes:
 
 
 class _NoEvents:
-    """Stands for TensorBoard where it is not wanted or not installed."""
+    """Replacement for TensorBoard's SummaryWriter if it is not used or not installed."""
 
     def add_scalar(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __enter__(self) -> _NoEvents:
         return self
@@ -341,7 +343,7 @@ def _events(settings: TrainingSettings, wanted: bool) -> Any:
 def _in_turn(
     stages: Sequence[Stage], rounds: int, size: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, list[int]]]:
-    """Batches of all stages in turn; a shorter stage begins anew until the longest is through."""
+    """Yield batches of all stages in turn. Shorter stages repeat until the longest one ends."""
     batches = [list(_shuffled(len(stage.features), size, rng)) for stage in stages]
     for i in range(rounds):
         for stage, mine in enumerate(batches):
@@ -362,14 +364,14 @@ def _warm_up_then_decay(steps: int, warm_up: float = 0.06) -> Callable[[int], fl
 def fit_soft_targets_network(
     model: Any, stages: Sequence[Examples], held_out: Examples, settings: TrainingSettings, loss: TensorLoss
 ) -> Any:
-    """A copy of a model with a torch network, trained on soft targets of several stages in turn.
+    """Return a copy of a model with a torch network, trained further on soft targets in several stages.
 
     Args:
-        model: Has `_network`, `logits_of` and `features`; it is not changed.
-        stages: What is learnt from.
-        held_out: What training stops on, and the temperature is fitted on.
-        settings: All fields filled.
-        loss: From logits and targets to a number.
+        model: Model with `_network`, `logits_of` and `features`. It is not changed.
+        stages: Training examples.
+        held_out: Examples for early stopping and for fitting the temperature.
+        settings: Training settings, with the defaults of the kind filled in.
+        loss: Function from logits and targets, shape `[n, k]`, to a scalar.
     """
     learner = model.model_copy()
     learner._network = copy.deepcopy(model._network)

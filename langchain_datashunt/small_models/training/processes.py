@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that `accelerate launch` or torchrun started."""
+"""Processes that train one model together: a single one, or those of `accelerate launch` or torchrun."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ T = TypeVar("T")
 
 
 class Processes:
-    """One process alone."""
+    """A single training process."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that reads, writes and prints."""
+        """Whether this process reads, writes and prints for all."""
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, or the error that it raises, in all of them."""
+        """Call `make` in the first process, and return its result or raise its error in all processes."""
         return make()
 
     def device(self, own: Any) -> Any:
-        """Where this process computes, given where the network is."""
+        """Return the device on which this process computes, given the device of the network."""
         return own
 
     def spread(self, network: Any) -> Any:
-        """A network whose gradients are averaged over the processes."""
+        """Return the network, wrapped so that its gradients are averaged over the processes."""
         return network
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over the processes, element by element."""
+        """Return the element-wise sums over all processes."""
         return list(values)
 
     def mine(self, rows: list[int]) -> tuple[list[int], float]:
-        """This process's part of a batch, and the weight with which its mean loss counts.
+        """Return this process's rows of a batch, and the weight of their mean loss.
 
-        Gradients are averaged over processes, so the weights make them the gradient of the whole batch's mean. A
-        process without a part computes one row at weight 0, for all must take every step.
+        With these weights, the gradient averaged over the processes is the gradient of the batch's mean loss. If a
+        process has no rows, it computes one row with weight 0, because all processes must take every step.
         """
         if self.count == 1:
             return rows, 1.0
@@ -55,12 +55,12 @@ class Processes:
 
 
 class Launched(Processes):
-    """Several, by Hugging Face accelerate."""
+    """Several training processes, joined by Hugging Face accelerate."""
 
     def __init__(self) -> None:
         accelerate = require("accelerate", "distill")
         has_device = require("torch", "torch").accelerator.is_available()
-        self._accelerator = accelerate.Accelerator(cpu=not has_device)  # else processes without one are not joined
+        self._accelerator = accelerate.Accelerator(cpu=not has_device)  # accelerate joins CPU processes only if asked
         self._share = require("accelerate.utils", "distill").broadcast_object_list
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
@@ -97,17 +97,17 @@ class Launched(Processes):
 
 @cache
 def processes() -> Processes:
-    """Those that this one belongs to."""
+    """Return the group of training processes that this one belongs to."""
     return Launched() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
 
 
 def launched_precision() -> str:
-    """The number format that `accelerate launch --mixed_precision` asks for.
+    """Return the precision requested by `accelerate launch --mixed_precision`.
 
     Raises:
-        ConfigurationError: One that training does not do.
+        ConfigurationError: If training does not support this precision.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "bf16"):
-        raise ConfigurationError(f"Mixed precision {asked!r} is not supported in training; use bf16, or no.")
+        raise ConfigurationError(f"Mixed precision {asked!r} is not supported in training. Use bf16 or no.")
     return "bfloat16" if asked == "bf16" else "float32"

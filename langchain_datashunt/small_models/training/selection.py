@@ -1,4 +1,4 @@
-"""Which kind of small model suits a task: each is trained within a time budget and judged on what was held out."""
+"""Model selection: train several kinds of small model within a time budget and compare them on held-out data."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from langchain_datashunt.small_models.kinds.on_embeddings import OnEmbeddings
 from langchain_datashunt.small_models.training.training import TrainingSettings, split_examples
 
 CANDIDATES = ("embedding", "neighbours", "ensemble", "textcnn", "lstm", "contrastive", "transformers")
-"""In the order in which they are tried: the cheap ones first."""
+"""Kinds that are tried by default, the cheapest first."""
 
 HELD_OUT = 0.2
-"""Share of each label's examples that judges, where no validation set is given."""
+"""Fraction of each label's examples held out for the comparison if no validation set is given."""
 
 CLOSE = 0.01
-"""Losses that differ by less, in nats, are told apart by AURC."""
+"""Largest difference in loss, in nats, at which AURC decides instead."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What became of one kind.
+    """Result of one kind of small model in the comparison.
 
     Attributes:
-        kind: Which.
-        nll: Held-out negative log-likelihood, nats; NaN where it was not trained.
-        aurc: Held-out area under the risk-coverage curve.
-        accuracy: Held-out.
-        seconds: Training time.
-        note: Why it was not tried, or stopped; empty for neither.
+        kind: Name of the kind.
+        nll: Held-out negative log-likelihood in nats, or NaN if it was not trained.
+        aurc: Held-out area under the risk-coverage curve, or NaN if it was not trained.
+        accuracy: Held-out accuracy, or NaN if it was not trained.
+        seconds: Training time in seconds.
+        note: Reason why it was not trained or was stopped, else empty.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Candidate:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as a JSON-serializable dictionary, with None for NaN."""
         return {name: None if value != value else value for name, value in vars(self).items()}
 
 
@@ -63,30 +63,32 @@ def train_best(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     on_candidate: Callable[[Candidate], Any] | None = None,
 ) -> tuple[SmallModel, list[Candidate]]:
-    """Try kinds of small model, and return the best with a table of all.
+    """Train several kinds of small model, and return the best one with the results of all.
 
-    The best has the least held-out negative log-likelihood; of those within 0.01 nats the least AURC. Without a
-    validation set a fifth of each label's examples judges, and the best kind is then trained on all.
+    The best kind has the lowest held-out negative log-likelihood. Among kinds within 0.01 nats of the lowest, the one
+    with the lowest AURC is chosen. Without a validation set, a fifth of each label's examples is held out. The best
+    kind is then trained again on all examples.
 
     Args:
         texts: `n` training texts.
-        labels: Their labels.
-        validation: Texts and labels that judge.
-        settings: Of every kind; networks stop when the budget is used up.
-        kinds: To be tried, in this order.
-        time_budget: Seconds for all of them; a kind is not begun when it is used up.
-        options: More arguments of `train`, by kind.
-        on_candidate: Called with each result as it comes.
+        labels: `n` labels.
+        validation: Texts and labels for the comparison. None holds out a part of the training set.
+        settings: Training settings for every kind. None uses the defaults.
+        kinds: Kinds to try, in this order.
+        time_budget: Seconds for the comparison. When it is used up, networks stop and no further kind is tried. The
+            final training on all examples has a limit of the same length.
+        options: Further arguments of `train`, by kind.
+        on_candidate: Function called with each result as it becomes available.
 
     Raises:
-        DataError: The training set cannot be used, or no kind could be trained.
+        DataError: If the training set is not valid, or no kind could be trained.
     """
     chosen, started = settings or TrainingSettings(), time.perf_counter()
     held = chosen.model_copy(update={"validation_fraction": HELD_OUT})
     split = split_examples(texts, labels, validation=validation, settings=held)
     learn = (split.train.texts, [split.labels[i] for i in split.train.targets.argmax(axis=1)])
     judged = (split.validation.texts, [split.labels[i] for i in split.validation.targets.argmax(axis=1)])
-    judges = set(judged[0])  # a text whose label a candidate had guessed would flatter it
+    judges = set(judged[0])  # pseudo-labels for these texts would bias the comparison
     trials = {kind: _without(judges, dict((options or {}).get(kind, {}))) for kind in kinds}
     table: list[Candidate] = []
     models: dict[str, SmallModel] = {}
@@ -115,7 +117,7 @@ def train_best(
 
 
 def _without(texts: set[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `train` with these texts not among the unlabelled ones."""
+    """Return arguments of `train` without `texts` among the unlabelled texts."""
     if "unlabelled" not in options:
         return options
     return {**options, "unlabelled": [text for text in options["unlabelled"] if text not in texts]}

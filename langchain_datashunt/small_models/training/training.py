@@ -1,4 +1,4 @@
-"""What all trainers share: settings, splits, targets, the loss, and what is told of a training."""
+"""Shared parts of all trainers: settings, splits, targets, losses, reports and lineage."""
 
 from __future__ import annotations
 
@@ -23,57 +23,59 @@ if TYPE_CHECKING:
     import torch
 
 MIN_EXAMPLES_FOR_CALIBRATION = 50
-"""With fewer validation examples a temperature is noise; none is fitted."""
+"""Minimum number of validation examples for fitting a temperature, which would be noise with fewer."""
 
 
 class TrainingSettings(Configured):
-    """How a small model is trained. A kind fills in its own defaults for what is None."""
+    """Settings for training a small model. Each kind fills in its own defaults for fields that are None."""
 
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the training set at the most."""
+    """Maximum number of passes over the training set."""
 
     batch_size: int | None = Field(default=None, ge=1)
-    """Examples a step."""
+    """Number of examples per step."""
 
     learning_rate: float | None = Field(default=None, gt=0.0)
-    """Peak step size of AdamW."""
+    """Peak learning rate of AdamW."""
 
     weight_decay: float = Field(default=0.01, ge=0.0)
-    """AdamW's decoupled decay."""
+    """Decoupled weight decay of AdamW."""
 
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of each label's examples that is held out for early stopping, where no validation set is given."""
+    """Fraction of each label's examples held out for early stopping if no validation set is given."""
 
     patience: int | None = Field(default=None, ge=1)
-    """Epochs without a better validation loss after which training stops."""
+    """Number of epochs without a better validation loss after which training stops."""
 
     max_seconds: float | None = Field(default=None, gt=0.0)
-    """A network's training ends with the epoch in which so much time has passed; None for no limit."""
+    """Time limit for training a network, in seconds, checked after each epoch. None means no limit."""
 
     seed: int = 0
-    """Of splits, initial weights and the order of examples."""
+    """Seed for splits, initial weights and the order of examples."""
 
     progress: bool = True
-    """Whether a progress bar is shown."""
+    """Whether to show a progress bar."""
 
     precision: Literal["float32", "bfloat16"] | None = None
-    """Number format of a network's products in training; None for float32, or as `accelerate launch` was told."""
+    """Precision of a network's matrix products in training. None means that of `accelerate launch`, or float32."""
 
     checkpoint: Path | None = None
-    """Folder where a network's training is saved, and from where it goes on after a kill, to the same result."""
+    """Folder for checkpoints of a network's training. None saves none.
+
+    A run that was interrupted resumes from its checkpoint and gives the same result."""
 
     checkpoint_every: int = Field(default=200, ge=1)
-    """Steps from one checkpoint to the next."""
+    """Number of steps between checkpoints. Each epoch also ends with one."""
 
     log: Path | None = None
-    """Folder for metrics.json, and TensorBoard's events where tensorboard is installed."""
+    """Folder for metrics.json, and for TensorBoard events if tensorboard is installed. None writes neither."""
 
     def filled(self, **defaults: Any) -> TrainingSettings:
-        """A copy with a kind's defaults where nothing was set."""
+        """Return a copy with the given defaults for fields that are None."""
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     def what_matters(self) -> dict[str, Any]:
-        """The settings on which the result depends, JSON-ready."""
+        """Return the settings that identify a training run, as JSON-serializable values."""
         return self.model_dump(exclude={"progress", "checkpoint", "checkpoint_every", "log", "max_seconds"})
 
 
@@ -83,7 +85,7 @@ class Examples:
 
     Attributes:
         texts: `n` texts.
-        targets: Shape `[n, k]`; one-hot for gold labels.
+        targets: Target distributions, shape `[n, k]`. One-hot for gold labels.
     """
 
     texts: list[str]
@@ -93,13 +95,13 @@ class Examples:
         return len(self.texts)
 
     def take(self, rows: NDArray[np.intp]) -> Examples:
-        """Some of them, by index."""
+        """Return the examples at the given rows."""
         return Examples([self.texts[i] for i in rows.tolist()], self.targets[rows])
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a trainer works on: the label set, the training and the validation examples."""
+    """Data for a trainer: the label set, the training examples and the validation examples."""
 
     labels: tuple[str, ...]
     train: Examples
@@ -109,7 +111,7 @@ class Split:
 
 @dataclass
 class TrainingReport:
-    """What training did: validation loss by step, the best of them, and all metrics of each."""
+    """Progress of a training run: validation losses, the best loss and its step, and all metrics by step."""
 
     history: list[float] = field(default_factory=list)
     best_step: int = 0
@@ -118,19 +120,21 @@ class TrainingReport:
     points: list[dict[str, float]] = field(default_factory=list)
 
     def note(self, loss: float, **more: float) -> bool:
-        """Take a validation loss (mean negative log-likelihood in nats) in; True where it is the best so far.
+        """Record a validation loss, and return whether it is the best so far.
 
-        What else is known of this step goes into the metrics.
+        Args:
+            loss: Mean negative log-likelihood in nats.
+            **more: Further metrics of this step.
         """
         self.history.append(round(loss, 6))
         self.points.append({**more, "validation_nll": round(loss, 6)})
-        if not loss < self.best_loss - 1e-6:  # nor where it is NaN
+        if not loss < self.best_loss - 1e-6:  # also true for NaN
             return False
         self.best_loss, self.best_step = loss, len(self.history)
         return True
 
     def waited(self) -> int:
-        """Steps since the best one."""
+        """Return the number of steps since the best one."""
         return len(self.history) - self.best_step
 
 
@@ -142,36 +146,42 @@ def split_examples(
     settings: TrainingSettings,
     label_set: Sequence[str] | None = None,
 ) -> Split:
-    """Check a training set and hold a stratified part of it out, unless a validation set is given.
+    """Check a training set and hold out a stratified part of it if no validation set is given.
 
     Raises:
-        DataError: No examples, unequal lengths, fewer than two labels, an empty text, or an unknown label.
+        DataError: If there are no examples or fewer than two labels, if the lengths differ, if a text is empty, or if
+            a label is repeated in the label set or not part of it.
     """
     if len(texts) != len(labels):
-        raise DataError(f"{len(texts)} texts and {len(labels)} labels: give one label for each text.")
+        raise DataError(f"Expected one label for each text, got {len(texts)} texts and {len(labels)} labels.")
     if not texts:
-        raise DataError("There are no training examples; give at least two labels with one text each.")
+        raise DataError("There are no training examples. Give at least two labels with one text each.")
     empty = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
     if empty:
-        raise DataError(f"Training text {empty[0]} is empty ({len(empty)} in all); remove such rows.")
+        raise DataError(f"Training text {empty[0]} is empty or not a string ({len(empty)} in total). Remove such rows.")
     _check_labels(labels, "training")
     names = tuple(label_set) if label_set is not None else tuple(sorted(set(labels)))
     if twice := repeated(names):
-        raise DataError(f"The label set names {', '.join(map(repr, twice[:5]))} more than once; name each label once.")
+        raise DataError(f"The label set has {', '.join(map(repr, twice[:5]))} more than once. Give each label once.")
     if len(names) < 2:
-        raise DataError(f"A classifier needs two labels or more; the training set has only {names}.")
+        raise DataError(f"Expected two labels or more, got {names}. Add examples of another label.")
     everything = Examples(list(texts), one_hot(labels, names))
     if validation is not None:
         if len(validation[0]) != len(validation[1]):
             raise DataError(
-                f"{len(validation[0])} validation texts and {len(validation[1])} labels: give one label for each text."
+                f"Expected one label for each validation text, got {len(validation[0])} texts and "
+                f"{len(validation[1])} labels."
             )
         _check_labels(validation[1], "validation")
         if strange := [i for i, text in enumerate(validation[0]) if not isinstance(text, str) or not text.strip()]:
-            raise DataError(f"Validation text {strange[0]} is empty ({len(strange)} in all); remove such rows.")
+            raise DataError(
+                f"Validation text {strange[0]} is empty or not a string ({len(strange)} in total). Remove such rows."
+            )
         held_out = Examples(list(validation[0]), one_hot(validation[1], names))
         if not len(held_out):
-            raise DataError("The validation set is empty; give examples, or none so that a part is held out.")
+            raise DataError(
+                "The validation set is empty. Give examples, or pass None to hold out a part of the training set."
+            )
         return Split(names, everything, held_out, validation_given=True)
     held = _held_out_rows(everything.targets.argmax(axis=1), first_copies(texts), settings)
     rest = np.setdiff1d(np.arange(len(everything)), held)
@@ -182,13 +192,17 @@ def _check_labels(labels: Sequence[str], what: str) -> None:
     strange = [i for i, label in enumerate(labels) if not isinstance(label, str)]
     if strange:
         raise DataError(
-            f"The label of {what} text {strange[0]} is {labels[strange[0]]!r}, and no text ({len(strange)} in all). "
-            f"Give labels as strings, and remove rows without one."
+            f"Expected a string as the label of {what} text {strange[0]}, got {labels[strange[0]]!r} ({len(strange)} "
+            f"such labels in total). Convert labels to strings, and remove rows without a label."
         )
 
 
 def _held_out_rows(truth: NDArray[np.intp], first: NDArray[np.intp], settings: TrainingSettings) -> NDArray[np.intp]:
-    """At least one text of each label that has two or more, and at least one in all; a text with all its copies."""
+    """Return the rows to hold out: texts of each label that has two or more, each with all its copies.
+
+    Raises:
+        DataError: If each label has only one example.
+    """
     rng, first = np.random.default_rng(settings.seed), _if_any_differ(truth, first)
     copies, taken = np.bincount(first, minlength=len(first)), list[int]()
     for label in np.unique(truth):
@@ -199,16 +213,16 @@ def _held_out_rows(truth: NDArray[np.intp], first: NDArray[np.intp], settings: T
     chosen = np.flatnonzero(held)
     if not chosen.size:
         raise DataError(
-            "Each label has only one example, so none can be held out to stop training in time. "
-            "Give two examples a label, or a validation set."
+            "Each label has only one example, so none can be held out for early stopping. "
+            "Give at least two examples per label, or a validation set."
         )
     return chosen
 
 
 def _texts_of(rows: NDArray[np.intp], copies: NDArray[np.intp], wanted: int) -> list[int]:
-    """Of these texts, in their order, such as have so many copies together, or else the one with the fewest.
+    """Return the first of `rows` whose copies add up to at most `wanted`, but never all of `rows`.
 
-    Never all of them.
+    If no row has so few copies, return the row with the fewest. A single row is never returned.
     """
     taken: list[int] = []
     for row in rows.tolist():
@@ -219,7 +233,10 @@ def _texts_of(rows: NDArray[np.intp], copies: NDArray[np.intp], wanted: int) -> 
 
 
 def _leave_some(truth: NDArray[np.intp], first: NDArray[np.intp], held: NDArray[np.bool_]) -> None:
-    """See to it that each label has a row that is not held out: its texts may all be copies of other labels'."""
+    """Change `held` so that each label has a row that is not held out.
+
+    All rows of a label may be held out if its texts are copies of other labels' texts.
+    """
     for label in np.unique(truth):
         rows = np.flatnonzero(truth == label)
         if held[rows].all():
@@ -227,37 +244,41 @@ def _leave_some(truth: NDArray[np.intp], first: NDArray[np.intp], held: NDArray[
 
 
 def first_copies(texts: Sequence[str]) -> NDArray[np.intp]:
-    """Where each text stood first, shape `[n]`: a text and its copies belong on one side of a split.
+    """Return the position of each text's first copy, shape `[n]`.
 
-    Texts that differ in case or in space around them alone are copies, as for `text_hashes`.
+    A text and its copies belong on one side of a split. Texts are copies if they differ only in case or in surrounding
+    whitespace, as in `text_hashes`.
     """
     seen: dict[str, int] = {}
     return np.array([seen.setdefault(text.strip().lower(), i) for i, text in enumerate(texts)], dtype=np.intp)
 
 
 def _if_any_differ(truth: NDArray[np.intp], first: NDArray[np.intp]) -> NDArray[np.intp]:
-    """`first`, or where no label has two texts that differ, each row as its own: copies are all that can be split."""
+    """Return `first`, or treat each row as its own text if no label has two different texts.
+
+    In that case, only copies can be split.
+    """
     if any(len(_distinct(truth == label, first)) > 1 for label in np.unique(truth)):
         return first
     return np.arange(len(first))
 
 
 def _distinct(among: NDArray[np.bool_], first: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Those of some rows that are no copy of an earlier one."""
+    """Return the rows in the mask `among` that are not copies of an earlier row."""
     return np.flatnonzero(among & (first == np.arange(len(first))))
 
 
 def stratified_folds(truth: NDArray[np.intp], first: NDArray[np.intp], folds: int, seed: int) -> list[NDArray[np.intp]]:
-    """Rows to hold out in turn, each label's texts spread over the folds, a text with all its copies in one.
+    """Return the rows to hold out in each fold, with each label's texts spread over the folds.
 
-    A label's only text is in none, so that it is always trained on; nor is a fold empty. Where each label has only
-    one text, its copies are spread.
+    All copies of a text are in one fold. The only text of a label is in no fold, so that it is always trained on.
+    Empty folds are omitted. If each label has only one text, its copies are spread over the folds.
 
     Args:
-        truth: Each row's label, shape `[n]`.
-        first: As `first_copies` has it, shape `[n]`.
-        folds: At the most.
-        seed: Of the order.
+        truth: Label index of each row, shape `[n]`.
+        first: Position of each row's first copy, shape `[n]`, see `first_copies`.
+        folds: Maximum number of folds.
+        seed: Seed for the order of the texts.
     """
     first = _if_any_differ(truth, first)
     rng, fold_of = np.random.default_rng(seed), np.full(len(truth), -1)
@@ -274,9 +295,9 @@ def stratified_folds(truth: NDArray[np.intp], first: NDArray[np.intp], folds: in
 
 
 def random_folds(first: NDArray[np.intp], folds: int, seed: int) -> list[NDArray[np.intp]]:
-    """Rows to hold out in turn, whatever their labels, a text with all its copies in one fold; as `stratified_folds`.
+    """Return the rows to hold out in each fold, independently of their labels.
 
-    One text alone, again and again, is spread.
+    All copies of a text are in one fold. If all rows are copies of one text, they are spread over the folds.
     """
     everything = np.arange(len(first))
     if not first.any():
@@ -290,31 +311,31 @@ def random_folds(first: NDArray[np.intp], folds: int, seed: int) -> list[NDArray
 
 
 def pseudo_labels(given: Examples | None, names: Sequence[str]) -> Examples:
-    """Examples that another model labelled, none where there are none.
+    """Check and return examples that another model labelled, or no examples if `given` is None.
 
     Raises:
-        DataError: They are not one distribution over these labels for each text.
+        DataError: If the targets are not one distribution over the labels for each text.
     """
     found = given or Examples([], np.zeros((0, len(names))))
     if found.targets.shape != (len(found), len(names)) or not np.allclose(found.targets.sum(axis=1), 1.0, atol=1e-3):
         raise DataError(
-            f"{len(found)} pseudo-labelled texts with targets of shape {list(found.targets.shape)}: give one "
-            f"distribution over the {len(names)} labels for each text, in the order of the label set."
+            f"Expected one distribution over the {len(names)} labels for each of {len(found)} pseudo-labelled texts, "
+            f"got targets of shape {list(found.targets.shape)}. Each row must sum to 1, in label set order."
         )
     return found
 
 
 def one_hot(labels: Sequence[str], names: Sequence[str]) -> FloatArray:
-    """Target distributions of gold labels, shape `[n, k]`.
+    """Return the one-hot target distributions of gold labels, shape `[n, k]`.
 
     Raises:
-        DataError: A label is not among the names.
+        DataError: If a label is not in `names`.
     """
     position = {name: i for i, name in enumerate(names)}
     if unknown := sorted({str(label) for label in labels if label not in position}):
         raise DataError(
-            f"Labels outside the label set: {', '.join(unknown[:5])}. Labels are strings; add these to the "
-            f"label set or remove their rows."
+            f"Found labels outside the label set: {', '.join(unknown[:5])}. Add them to the label set or remove their "
+            f"rows. Labels must be strings."
         )
     targets = np.zeros((len(labels), len(names)))
     targets[np.arange(len(labels)), [position[label] for label in labels]] = 1.0
@@ -322,18 +343,18 @@ def one_hot(labels: Sequence[str], names: Sequence[str]) -> FloatArray:
 
 
 def text_hashes(texts: Sequence[str]) -> list[str]:
-    """Short hashes by which later calibration data can be checked for overlap, without keeping the texts."""
+    """Return short hashes of texts, by which later data can be checked for overlap without storing the texts."""
     return sorted(
         {hashlib.sha256(text.strip().lower().encode(errors="surrogatepass")).hexdigest()[:16] for text in texts}
     )
 
 
 def seen_in_training(lineage: Mapping[str, Any], texts: Sequence[str]) -> list[int]:
-    """Which texts a model, or one that it was made from, was trained on; positions in `texts`.
+    """Return the positions of texts on which a model or one of its parents was trained.
 
     Args:
-        lineage: The model's, with the hashes of its training texts.
-        texts: To look for.
+        lineage: Lineage of the model, with the hashes of its training texts.
+        texts: Texts to look up.
     """
     hashes: set[str] = set()
     part: Any = lineage
@@ -344,7 +365,7 @@ def seen_in_training(lineage: Mapping[str, Any], texts: Sequence[str]) -> list[i
 
 
 def lineage_of(split: Split, settings: TrainingSettings, report: TrainingReport, **more: Any) -> dict[str, Any]:
-    """What a bundle says of its training; JSON-ready."""
+    """Return the training data, settings and results that a bundle stores, as JSON-serializable values."""
     return {
         "training": settings.what_matters(),
         "examples": len(split.train),
@@ -362,7 +383,7 @@ def lineage_of(split: Split, settings: TrainingSettings, report: TrainingReport,
 
 
 def write_metrics(settings: TrainingSettings, report: TrainingReport, what: str) -> None:
-    """Write the metrics so far to the log folder, where there is one: metrics.json, replaced at once."""
+    """Replace metrics.json in the log folder, if there is one, with the metrics recorded so far."""
     if settings.log is None:
         return
     settings.log.mkdir(parents=True, exist_ok=True)
@@ -373,23 +394,24 @@ def write_metrics(settings: TrainingSettings, report: TrainingReport, what: str)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch's generators; numpy code here takes generators of its own."""
+    """Seed torch's random generators. Numpy code in this package uses separate generators."""
     require("torch", "torch").manual_seed(seed)
 
 
 def soft_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, gce: float | None = None
 ) -> torch.Tensor:
-    """Mean loss of a batch of distributions; logits and targets `[n, k]`.
+    """Return the mean loss of a batch of soft targets.
 
-    Without `gce`, T^2 * -sum_y q(y) log p(y) with p = softmax(logits / T): up to a constant T^2 KL(q || p). With it,
-    the generalised cross-entropy sum_y q(y) (1 - p(y)^g) / g (Zhang & Sabuncu 2018), which wrong targets pull less.
+    Without `gce`, the loss is T^2 * -sum_y q(y) log p(y) with p = softmax(logits / T), which is T^2 KL(q || p) up to a
+    constant. With `gce`, it is T^2 times the generalized cross-entropy sum_y q(y) (1 - p(y)^g) / g (Zhang & Sabuncu
+    2018), which is more robust to wrong targets.
 
     Args:
-        logits: Of the student.
-        targets: The teacher's distributions, already at this temperature.
-        temperature: T.
-        gce: g in (0, 1], or None.
+        logits: Logits of the student, shape `[n, k]`.
+        targets: Distributions q of the teacher, already at this temperature, shape `[n, k]`.
+        temperature: Distillation temperature T.
+        gce: Exponent g in (0, 1] of the generalized cross-entropy. None uses the cross-entropy.
     """
     log_p = (logits.float() / temperature).log_softmax(dim=-1)
     losses = -log_p if gce is None else (1.0 - (gce * log_p).exp()) / gce
@@ -397,5 +419,5 @@ def soft_cross_entropy(
 
 
 def progress_bar(total: int, what: str, settings: TrainingSettings) -> Any:
-    """A tqdm bar, or a silent one."""
+    """Return a tqdm progress bar, silent if `settings.progress` is False."""
     return require("tqdm.auto", "torch").tqdm(total=total, desc=what, disable=not settings.progress, leave=False)
