@@ -1,10 +1,10 @@
-"""The command line: `datashunt train | run | demo`. Commands read options and print; the work is done elsewhere."""
+"""Command line of the package: commands parse options and print the results of other modules."""
 
 from __future__ import annotations
 
 
 def main() -> None:
-    """Run the command line; says what to install where the `cli` extra is missing."""
+    """Run the command line, or exit with an install command if the `cli` extra is missing."""
     import sys
 
     from langchain_datashunt._utils.optional import require

@@ -1,4 +1,4 @@
-"""The Typer application: options of each command, and errors as one line with exit status 2."""
+"""Typer application: the options of each command, with errors printed as one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from langchain_datashunt.cli.output import errors, report, say_json, write_json
 
 app = typer.Typer(
     name="datashunt",
-    help="A small local model answers what it is sure of; a large model answers the rest.",
+    help="Route each request to a small local classifier when it is confident, and to an LLM when it is not.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,19 +23,26 @@ app.add_typer(log_app, name="log")
 DataFile = Annotated[Path, typer.Option("--data", help="CSV, JSONL or Parquet file.")]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
 OBJECTIVES = "max-accuracy, match-large[=MARGIN], deferral=RATE, cost=USD_PER_1000 or risk=ALPHA."
-MODELS = "auto, embedding, neighbours, ensemble, contrastive[:PATH_OR_ID], textcnn, lstm, or transformers[:PATH_OR_ID]."
-Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16, for a network's products in training.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Folder to save training in, and to go on from after a kill.")]
-CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu for the small model; the first there is.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the bundle's own.")]
-Engine = Annotated[str | None, typer.Option(help="auto, padding-free, plain, onnx or onnx-int8.")]
-Log = Annotated[Path | None, typer.Option(help="Folder for metrics.json and TensorBoard's events.")]
+MODELS = (
+    "Kind of small model: auto, embedding, neighbours, ensemble, contrastive[:PATH_OR_ID], textcnn, lstm, or "
+    "transformers[:PATH_OR_ID]."
+)
+Precision = Annotated[
+    str | None, typer.Option(help="Precision of matrix products in network training: float32 or bfloat16.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Folder for training checkpoints, from which training resumes.")]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Training steps between two checkpoints.")]
+Device = Annotated[
+    str | None, typer.Option(help="Device of the small model: cuda, mps or cpu. Default: the first available.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16. Default: the bundle's own.")]
+Engine = Annotated[str | None, typer.Option(help="Inference engine: auto, padding-free, plain, onnx or onnx-int8.")]
+Log = Annotated[Path | None, typer.Option(help="Folder for metrics.json and TensorBoard events.")]
 
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Options that stand before a command."""
+    """Handle the options that precede a command."""
     if version:
         from langchain_datashunt._version import __version__
 
@@ -47,24 +54,26 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def train(
     data: DataFile,
     text: TextColumn,
-    label: Annotated[str, typer.Option(help="Column with the label; labels are strings.")],
+    label: Annotated[str, typer.Option(help="Column with the label, read as a string.")],
     model: Annotated[str, typer.Option(help=MODELS)],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
-    per_label: Annotated[int | None, typer.Option(min=2, help="Use so many examples a label at the most.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling, splits and initial weights.")] = 0,
-    validation: Annotated[Path | None, typer.Option(help="File to stop on; else a part is held out.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data at the most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of a network's training.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen where not given.")] = None,
+    per_label: Annotated[int | None, typer.Option(min=2, help="Maximum training examples per label.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, splits and initial weights.")] = 0,
+    validation: Annotated[
+        Path | None, typer.Option(help="Labelled file for early stopping. Default: a held-out part of the data.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Maximum passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per training step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate of network training.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: cuda, mps or cpu. Default: chosen automatically.")] = None,
     time_budget: Annotated[
         float, typer.Option(min=1.0, help="Seconds for --model auto, which tries all kinds.")
     ] = 300.0,
     label_names_as_examples: Annotated[
-        bool, typer.Option("--label-names-as-examples", help="Learn each label's own name, too.")
+        bool, typer.Option("--label-names-as-examples", help="Also train on each label's name.")
     ] = False,
     unlabelled: Annotated[
-        Path | None, typer.Option(help="File with more texts of the kind, whose labels nobody knows; for contrastive.")
+        Path | None, typer.Option(help="File with additional texts without labels, for --model contrastive.")
     ] = None,
     precision: Precision = None,
     checkpoint: Checkpoint = None,
@@ -73,7 +82,7 @@ def train(
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """Train a small model on labelled texts and save it as a bundle."""
+    """Train a small model on labelled texts, and save it as a bundle."""
     from langchain_datashunt.cli.train import train_bundle
 
     with errors():
@@ -87,13 +96,13 @@ def train(
             },
         )  # fmt: skip
         report(
-            summary, as_json, json_out, f"Trained {summary['kind']} on {summary['examples']} examples; bundle: {out}"
+            summary, as_json, json_out, f"Trained {summary['kind']} on {summary['examples']} examples. Bundle: {out}"
         )
 
 
 @app.command()
 def init(
-    labels: Annotated[Path, typer.Option(help="File with the task's labels, one a line.")],
+    labels: Annotated[Path, typer.Option(help="File with the task's labels, one per line.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     first: Annotated[str, typer.Option(help="Kind of the first small model, which `datashunt distill` trains.")] = (
         "embedding"
@@ -101,36 +110,44 @@ def init(
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """Make the bundle of a task that has no small model yet: with it everything is asked, and recorded by --store."""
+    """Create a bundle for a task without a small model.
+
+    `datashunt run` defers every request with it, and logs the answers if --store is given.
+    """
     from langchain_datashunt.cli.init import cold_start_bundle
 
     with errors():
         summary = cold_start_bundle(labels, out, first)
-        report(summary, as_json, json_out, f"{summary['labels']} labels and no model yet; bundle: {out}")
+        report(summary, as_json, json_out, f"Cold-start bundle for {summary['labels']} labels: {out}")
 
 
 LargeLabel = Annotated[str | None, typer.Option("--large-label", help="Column with the large model's answer.")]
-LargeCost = Annotated[str | None, typer.Option("--large-cost", help="Column with USD of asking, or a number.")]
+LargeCost = Annotated[
+    str | None, typer.Option("--large-cost", help="Column with the USD cost of an LLM call, or a number.")
+]
 
 
 @app.command()
 def calibrate(
-    bundle: Annotated[Path, typer.Option(help="Folder of the small model; calibration is written into it.")],
+    bundle: Annotated[Path, typer.Option(help="Folder of the small model. The calibration is saved in it.")],
     data: DataFile,
     text: TextColumn,
     label: Annotated[str, typer.Option(help="Column with the true label.")],
     objective: Annotated[str, typer.Option(help=OBJECTIVES)],
     large_label: LargeLabel = None,
     large_cost: LargeCost = None,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of a guarantee.")] = 0.95,
-    fusion: Annotated[bool, typer.Option("--fusion", help="Answer with what both models say together.")] = False,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Confidence level of a guarantee.")] = 0.95,
+    fusion: Annotated[bool, typer.Option("--fusion", help="Combine the predictions of both models.")] = False,
     unknown_labels: Annotated[
-        str, typer.Option(help="True labels that the model lacks: raise, or count as wrong.")
+        str, typer.Option(help="True labels that the model lacks: raise an error, or count them as wrong.")
     ] = "raise",
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """Choose temperature and policy on labelled examples; exit status 1 where a guarantee cannot be shown."""
+    """Choose the temperature and the policy on labelled examples.
+
+    Exits with status 1 if a guarantee cannot be shown.
+    """
     from langchain_datashunt.cli.calibrate import LabelledFile, calibrate_bundle
 
     with errors():
@@ -152,14 +169,16 @@ def evaluate(
     label: Annotated[str, typer.Option(help="Column with the true label.")],
     large_label: LargeLabel = None,
     large_cost: LargeCost = None,
-    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own policy.")] = None,
-    small_cost: Annotated[float, typer.Option(min=0.0, help="USD of one input on the small model.")] = 0.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Confidence threshold. Default: the bundle's own policy.")
+    ] = None,
+    small_cost: Annotated[float, typer.Option(min=0.0, help="USD per input of the small model.")] = 0.0,
     as_json: AsJson = False,
     json_out: JsonOut = None,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write an HTML report to this file.")] = None,
     texts: Annotated[bool, typer.Option(help="Show example texts in the report.")] = True,
 ) -> None:
-    """Score a bundle's policy on recorded answers, without a call."""
+    """Evaluate a bundle's policy on recorded answers, without LLM calls."""
     from langchain_datashunt.cli.calibrate import LabelledFile, evaluate_bundle
 
     with errors():
@@ -181,12 +200,14 @@ def compare_engines(
     engine: Engine = None,
     dtype: Dtype = None,
     device: Device = None,
-    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own policy, or 0.9.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Texts at the most.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Confidence threshold. Default: the bundle's own policy, or 0.9.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of texts.")] = None,
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """Compare a bundle's answers in a number format, or by an engine, with transformers' own in float32."""
+    """Compare a bundle's answers in another precision or engine with those of Transformers in float32."""
     from langchain_datashunt.cli.compare_engines import compare_bundle
 
     given = {"device": device, "dtype": dtype, "engine": engine}
@@ -194,8 +215,8 @@ def compare_engines(
     with errors():
         found = compare_bundle(bundle, data, text, threshold=threshold, computed=computed, limit=limit)
         line = (
-            f"{found['n']} texts: {100 * found['same_label']:.2f}% the same label, "
-            f"{100 * found['same_route']:.2f}% the same route, {found['times_as_fast']:.1f} times as fast."
+            f"{found['n']} texts: same label for {100 * found['same_label']:.2f}%, "
+            f"same route for {100 * found['same_route']:.2f}%, {found['times_as_fast']:.1f} times as fast."
         )
         report(found, as_json, json_out, line)
 
@@ -206,17 +227,23 @@ def run_command(
     large: Annotated[str, typer.Option(help="openai:MODEL, or replay:FILE with recorded answers.")],
     data: DataFile,
     text: TextColumn,
-    out: Annotated[Path, typer.Option(help="Answers, .jsonl or .csv; an unfinished one is continued.")],
-    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own, or 0.9.")] = None,
-    pruning: Annotated[str, typer.Option(help="soft, top or none: what the prompt says of the small model.")] = "soft",
-    on_large_error: Annotated[str, typer.Option(help="raise (the row gets an error) or small.")] = "raise",
-    concurrency: Annotated[int, typer.Option(min=1, help="Large calls at once.")] = 8,
-    chunk: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 512,
-    store: Annotated[str | None, typer.Option(help="Record calls here (URL or file), to distil from.")] = None,
-    task: Annotated[str, typer.Option(help="Name under which calls are recorded.")] = "default",
-    retry_failed: Annotated[bool, typer.Option(help="Ask rows of OUT again that have an error and no answer.")] = False,
+    out: Annotated[Path, typer.Option(help="Answers, .jsonl or .csv. An unfinished file is resumed.")],
+    threshold: Annotated[
+        float | None, typer.Option(help="Confidence threshold. Default: the bundle's own policy, or 0.9.")
+    ] = None,
+    pruning: Annotated[str, typer.Option(help="Prompt Pruning strategy: soft, top or none.")] = "soft",
+    on_large_error: Annotated[
+        str, typer.Option(help="If the LLM call fails: raise (error in the row) or small (local answer).")
+    ] = "raise",
+    concurrency: Annotated[int, typer.Option(min=1, help="Maximum concurrent LLM calls.")] = 8,
+    chunk: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 512,
+    store: Annotated[
+        str | None, typer.Option(help="Call log (URL or file) to record calls in for distillation.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Task name of the recorded calls.")] = "default",
+    retry_failed: Annotated[bool, typer.Option(help="Retry the rows of OUT that have an error and no answer.")] = False,
     max_failures: Annotated[
-        int, typer.Option(min=0, help="Stop when so many large calls failed one after the other; 0 never does.")
+        int, typer.Option(min=0, help="Maximum consecutive LLM failures before the run stops; 0 means unlimited.")
     ] = 100,
     device: Device = None,
     dtype: Dtype = None,
@@ -224,7 +251,10 @@ def run_command(
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """Answer every row of a file; exit status 1 where some rows could not be answered."""
+    """Answer every row of a file.
+
+    Exits with status 1 if some rows could not be answered.
+    """
     from langchain_datashunt.cli.run import run_file
 
     given = {"device": device, "dtype": dtype, "engine": engine}
@@ -236,7 +266,7 @@ def run_command(
             retry_failed=retry_failed, max_failures=max_failures,
             computed={name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
-        report(summary, as_json, json_out, f"{summary['rows']} rows; answers: {out}")
+        report(summary, as_json, json_out, f"{summary['rows']} rows in total. Answers: {out}")
     if summary["failed"]:
         raise typer.Exit(1)
 
@@ -245,14 +275,18 @@ def run_command(
 def demo(
     as_json: AsJson = False,
     json_out: JsonOut = None,
-    download: Annotated[bool, typer.Option(help="Download Banking77 with GPT-4's answers first (1 MB).")] = False,
-    large: Annotated[str | None, typer.Option(help="openai:MODEL to ask a real model (costs money).")] = None,
-    per_label: Annotated[int, typer.Option(min=2, help="Training examples a label.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the training sample.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=20, help="Test texts at the most (200 for a real model).")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("demo-output"),
+    download: Annotated[
+        bool, typer.Option(help="Download Banking77 with recorded GPT-4 answers first (1 MB).")
+    ] = False,
+    large: Annotated[str | None, typer.Option(help="openai:MODEL to call a real LLM (costs money).")] = None,
+    per_label: Annotated[int, typer.Option(min=2, help="Training examples per label.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the training sample.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=20, help="Maximum test texts. Default: all, or 200 for a real LLM.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle and the call log.")] = Path("demo-output"),
 ) -> None:
-    """Train a small model on a few labels, route real questions over real HTTP, and print what was gained."""
+    """Train a small model on a few examples, route test questions over HTTP, and print accuracy and cost."""
     from langchain_datashunt.cli.demo.command import run_demo
     from langchain_datashunt.cli.demo.table import print_figures
 
@@ -268,23 +302,23 @@ def demo(
 @app.command()
 def distill(
     bundle: Annotated[Path, typer.Option(help="Folder of the small model S1.")],
-    store: Annotated[str, typer.Option(help="URL or file of the store of routed calls.")],
-    holdout: Annotated[Path, typer.Option(help="Labelled file that nobody learns from: the gate's test.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model registry; made where it is not there.")],
+    store: Annotated[str, typer.Option(help="URL or file of the call log.")],
+    holdout: Annotated[Path, typer.Option(help="Labelled file for the promotion gate, never trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model registry, created if missing.")],
     text: TextColumn = "text",
     label: Annotated[str, typer.Option(help="Column with the true label.")] = "label",
     large_label: Annotated[
         str | None,
-        typer.Option(help="Column of HOLDOUT with the large model's answer: the log's answers are compared with it."),
+        typer.Option(help="Column of HOLDOUT with the large model's answer, compared with the logged answers."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Only records of this task.")] = None,
-    mode: Annotated[str, typer.Option(help="posterior, teacher or paper.")] = "posterior",
-    watch: Annotated[bool, typer.Option(help="Go on: distil whenever --every new answers are there.")] = False,
-    every: Annotated[int, typer.Option(min=1, help="New answers after which a round is due.")] = 500,
-    seed: Annotated[int, typer.Option(help="Of splits and the order of examples.")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the records at the most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of a network's training.")] = None,
+    mode: Annotated[str, typer.Option(help="Training target of stage A: posterior, teacher or paper.")] = "posterior",
+    watch: Annotated[bool, typer.Option(help="Keep running, and distil after --every new answers.")] = False,
+    every: Annotated[int, typer.Option(min=1, help="Number of new answers that makes a round due.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of splits and of the order of examples.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Maximum passes over the records.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per training step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate of network training.")] = None,
     precision: Precision = None,
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = 200,
@@ -292,9 +326,10 @@ def distill(
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """Distil a new small model from the store; it is promoted where it passes the gate (exit status 1 where not).
+    """Distil a new small model from the call log, and promote it if it passes the gate.
 
-    Run by `accelerate launch -m langchain_datashunt distill ...` or torchrun it trains on all their processes.
+    Exits with status 1 if the gate rejects it. With `accelerate launch -m langchain_datashunt distill ...` or torchrun,
+    training runs on all processes.
     """
     from langchain_datashunt.cli.distill import DistillTask, distill_bundle, watch_store
     from langchain_datashunt.small_models.training.processes import processes

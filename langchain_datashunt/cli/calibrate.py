@@ -1,4 +1,4 @@
-"""`datashunt calibrate` and `datashunt evaluate`: from labelled files to a policy, and to figures of it."""
+"""`datashunt calibrate` and `datashunt evaluate`: choose and evaluate a policy on labelled files."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ OBJECTIVES = "max-accuracy, match-large[=MARGIN], deferral=RATE, cost=USD_PER_10
 
 @dataclass(frozen=True)
 class LabelledFile:
-    """Columns of a file with labelled texts.
+    """File of labelled texts, and the names of its columns.
 
     Attributes:
-        data: The file.
+        data: Path of the file.
         text: Column with the text.
         label: Column with the true label.
-        large_label: Column with the large model's answer.
-        large_cost: Column with what asking costs, in USD, or a number.
+        large_label: Column with the large model's answer, or None.
+        large_cost: Column with the cost of an LLM call in USD, or a fixed number, or None.
     """
 
     data: Path
@@ -51,10 +51,10 @@ class LabelledFile:
     large_cost: str | None = None
 
     def read(self) -> tuple[list[str], list[str], list[str | None] | None, Any]:
-        """Texts, labels, large answers and costs.
+        """Return texts, labels, answers of the large model, and costs.
 
         Raises:
-            DataError: The file or a column cannot be used.
+            DataError: If the file or a column cannot be used.
         """
         texts, labels = labelled_texts(self.data, self.text, self.label)
         fixed = _number(self.large_cost)
@@ -71,24 +71,24 @@ class LabelledFile:
                 usd = _number(row.get(self.large_cost))
                 if usd is None:
                     raise DataError(
-                        f"{self.data.name}, row {i}: column {self.large_cost!r} is {row.get(self.large_cost)!r}; "
-                        f"give USD as a number in every row."
+                        f"Expected USD as a number in column {self.large_cost!r} of {self.data.name}, got "
+                        f"{row.get(self.large_cost)!r} in row {i}. Correct the row, or pass one number as --large-cost."
                     )
                 costs.append(usd)
         return texts, labels, answers if self.large_label is not None else None, costs or fixed
 
 
 def objective_of(words: str, confidence: float) -> Objective:
-    """The objective that the command line names.
+    """Return the objective of the --objective option.
 
     Raises:
-        ConfigurationError: There is none like it.
+        ConfigurationError: If the objective is unknown, or lacks a number.
     """
     name, _, value = words.partition("=")
     number = _number(value)
     needs = {"deferral": "rate", "cost": "usd_per_1000", "risk": "alpha"}
     if value and number is None or name in needs and number is None:
-        raise ConfigurationError(f"--objective {words!r} needs a number, for example {name}=0.05.")
+        raise ConfigurationError(f"Expected a number for --objective, got {words!r}. Write it like {name}=0.05.")
     if name == "max-accuracy":
         return MaxAccuracy()
     if name == "match-large":
@@ -99,26 +99,29 @@ def objective_of(words: str, confidence: float) -> Objective:
         return MaxCost(usd_per_1000=number)
     if name == "risk":
         return RiskControl(alpha=number, confidence=confidence)
-    raise ConfigurationError(f"--objective {words!r} is not known; use {OBJECTIVES}.")
+    raise ConfigurationError(f"Expected {OBJECTIVES} for --objective, got {words!r}.")
 
 
 def calibrate_bundle(
     bundle: Path, file: LabelledFile, objective: str, *, confidence: float, fusion: bool, unknown_labels: str
 ) -> dict[str, Any]:
-    """Fit temperature, fusion and policy on labelled examples, and write them into the bundle; JSON-ready.
+    """Fit temperature, fusion and policy on labelled examples, and save them in the bundle.
 
-    The temperature stays as it was trained for an objective with a guarantee: that holds only for scores that do not
-    depend on the labels it is shown on.
+    An objective with a guarantee keeps the temperature from training, because the guarantee requires scores that do not
+    depend on the calibration labels.
+
+    Returns:
+        Summary of the calibration, JSON-ready.
 
     Raises:
-        DataError: The examples cannot be used, or were trained on; the message says what to do.
-        ConfigurationError: The objective is not known, or lacks what it needs.
+        DataError: If the examples cannot be used, or were used in training.
+        ConfigurationError: If the objective is unknown, or requires an option that is missing.
     """
     aim, small = objective_of(objective, confidence), load_small_model(bundle)
     texts, labels, large, cost = file.read()
     _refuse_training_texts(small, texts, file.data)
     if fusion and large is None:
-        raise ConfigurationError("--fusion counts the large model's answers; give --large-label.")
+        raise ConfigurationError("--fusion requires the large model's answers. Pass --large-label.")
     known = [i for i, label in enumerate(labels) if label in small.labels]
     predictions = small.predict_batch(texts)
     ece_before = _ece(small, predictions.take(known), [labels[i] for i in known])
@@ -135,6 +138,7 @@ def calibrate_bundle(
         unknown_labels="wrong" if unknown_labels == "wrong" else "raise",
     )  # fmt: skip
     small.policy, small.fusion = choice.policy, fitted
+    # `small.threshold` applies to the maximum probability, so a threshold on another score is not stored in it.
     plain = isinstance(choice.policy, Threshold) and isinstance(choice.policy.score, MaxProbability)
     small.threshold = choice.threshold if plain else None
     told = choice.to_dict()
@@ -151,10 +155,13 @@ def calibrate_bundle(
 def evaluate_bundle(
     bundle: Path, file: LabelledFile, *, threshold: float | None, small_cost: float
 ) -> tuple[Evaluation, list[str]]:
-    """Score a bundle with its own policy and fusion on recorded answers; the figures, and the texts for a report.
+    """Evaluate a bundle's policy and fusion on recorded answers.
+
+    Returns:
+        Figures, and the texts for a report.
 
     Raises:
-        DataError: The examples cannot be used, or were trained on.
+        DataError: If the examples cannot be used, or were used in training.
     """
     small = load_small_model(bundle)
     texts, labels, large, cost = file.read()
@@ -171,8 +178,8 @@ def evaluate_bundle(
 def _refuse_training_texts(small: SmallModel, texts: list[str], file: Path) -> None:
     if rows := seen_in_training(small.lineage, texts):
         raise DataError(
-            f"{len(rows)} of the {len(texts)} texts of {file} were trained on (row {rows[0] + 1} first), so the model "
-            f"is surer of them than of new ones. Give examples that it was not trained on."
+            f"{len(rows)} of the {len(texts)} texts of {file} were used in training (first in row {rows[0] + 1}), so "
+            f"the model is overconfident on them. Pass examples that were not used in training."
         )
 
 

@@ -15,7 +15,7 @@ from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.small_models import SmallModel, load_small_model
 
 REFERENCE = {"engine": "plain", "dtype": "float32"}
-"""Transformers itself, in single precision."""
+"""Settings of the reference, Transformers in float32."""
 
 _WARM_UP = 32
 
@@ -23,14 +23,17 @@ _WARM_UP = 32
 def compare_bundle(
     bundle: Path, data: Path, text: str, *, threshold: float | None, computed: dict[str, Any], limit: int | None
 ) -> dict[str, Any]:
-    """Compute the texts of a file as `computed` says, and by transformers in float32; JSON-ready.
+    """Compare predictions with the settings `computed` with those of the reference.
+
+    Returns:
+        Agreement and speed, JSON-ready.
 
     Raises:
-        ShuntError: The bundle or the data cannot be used, or the bundle not be computed like that.
+        ShuntError: If the bundle or the data cannot be used, or the bundle does not support the settings.
     """
     texts = texts_of(data, text)[:limit]
     if not texts:
-        raise DataError(f"{data} has no rows. Give texts of the kind that the model is asked.")
+        raise DataError(f"{data} has no rows. Pass a file of typical inputs of the model.")
     on = {name: computed[name] for name in ("device",) if name in computed}
     small, trusted = load_small_model(bundle, **computed), load_small_model(bundle, **{**REFERENCE, **on})
     (found, seconds), (wanted, seconds_of_reference) = _predicted(small, texts), _predicted(trusted, texts)
@@ -40,7 +43,7 @@ def compare_bundle(
 
 
 def _predicted(model: SmallModel, texts: list[str]) -> tuple[PredictionBatch, float]:
-    """Predictions, and seconds, after an engine was chosen and made."""
+    """Return predictions and their duration in seconds, after a warm-up that selects the engine."""
     model.predict_batch(texts[:_WARM_UP])
     started = time.perf_counter()
     return model.predict_batch(texts), time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""`datashunt distill`: from a store of routed calls to a candidate, the gate and the registry."""
+"""`datashunt distill`: distil a candidate from a call log, and promote it if it passes the gate."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from langchain_datashunt.exceptions import DataError
 
 @dataclass(frozen=True)
 class DistillTask:
-    """What to distil from what, as the command line says it.
+    """Options of a distillation on the command line.
 
     Attributes:
-        bundle: Folder of S1.
-        store: URL or file of the records.
+        bundle: Folder of the small model S1.
+        store: URL or file of the call log.
         holdout: Labelled file for the gate.
         out: Folder of the registry.
         text: Column of the held-out file with the text.
-        label: Column with the true label.
-        task: Only records of this task.
-        mode: What S2 learns in stage A.
-        training: Training settings that were given.
-        large_label: Column of the held-out file with the large model's answer.
+        label: Column of the held-out file with the true label.
+        task: Task whose records are used, or None for all tasks.
+        mode: Training target of stage A.
+        training: Training settings by name. None uses the default.
+        large_label: Column of the held-out file with the large model's answer, or None.
     """
 
     bundle: Path
@@ -42,7 +42,7 @@ class DistillTask:
     large_label: str | None = None
 
     def settings(self) -> Any:
-        """As `DistillationSettings`."""
+        """Return the `DistillationSettings` of these options."""
         from langchain_datashunt.distillation import DistillationSettings
         from langchain_datashunt.small_models.training.training import TrainingSettings
 
@@ -50,7 +50,7 @@ class DistillTask:
         return DistillationSettings(mode=self.mode, training=TrainingSettings(**given))
 
     def records(self, **which: Any) -> Iterator[Any]:
-        """The records, in batches; `which` as for `CallFilter`."""
+        """Yield the records in batches, filtered with the arguments of `CallFilter`."""
         from langchain_datashunt.call_log.filters import CallFilter
         from langchain_datashunt.call_log.store import CallLog
 
@@ -58,7 +58,7 @@ class DistillTask:
             yield from opened.iterate(CallFilter(task=self.task, **which))
 
     def teacher(self, registry: Any, examples: HeldOut) -> Any:
-        """What is to be thought of the answers since the version in service took over; None without held-out ones."""
+        """Check the answers logged since the version in service was created, or return None without held-out ones."""
         from langchain_datashunt.distillation import TeacherCheck
 
         if examples.large is None:
@@ -70,12 +70,12 @@ class DistillTask:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Examples that nobody learns from.
+    """Held-out examples, which are never trained on.
 
     Attributes:
         texts: `n` inputs.
         labels: Their true labels.
-        large: The large model's answers, where they are known.
+        large: Their answers by the large model, or None without a column for them.
     """
 
     texts: list[str]
@@ -84,13 +84,16 @@ class HeldOut:
 
 
 def distill_bundle(task: DistillTask) -> dict[str, Any]:
-    """Distil, test and keep; returns what happened, JSON-ready.
+    """Distil a candidate, test it, and promote or reject it.
 
-    OUT is a registry: the bundle becomes its first version in service where it is empty. Of several processes the
-    first reads the records, tests and keeps; all of them train.
+    If the registry has no version in service, the bundle becomes the first one. With several processes, the first one
+    reads the records, tests and saves, and all of them train.
+
+    Returns:
+        Summary of the round, JSON-ready.
 
     Raises:
-        ShuntError: The bundle, the store or the held-out file cannot be used, or there is too little to learn from.
+        ShuntError: If the bundle, the call log or the held-out file cannot be used, or if there are too few records.
     """
     from langchain_datashunt.distillation import ModelRegistry, TwoStageDistiller
     from langchain_datashunt.small_models import load_small_model
@@ -125,7 +128,7 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
 
 
 def begin(task: DistillTask, small: Any) -> HeldOut:
-    """See to it that the registry has a version in service; the gate's examples."""
+    """Put the small model into service if the registry is empty, and return the examples for the gate."""
     from langchain_datashunt.cli.calibrate import LabelledFile
     from langchain_datashunt.distillation import ModelRegistry
 
@@ -133,16 +136,16 @@ def begin(task: DistillTask, small: Any) -> HeldOut:
     texts, labels, large, _ = LabelledFile(task.holdout, task.text, task.label, task.large_label).read()
     if strange := sorted(set(labels) - set(small.labels)):
         raise DataError(
-            f"{task.holdout} has labels that the small model does not know: {', '.join(strange[:5])}. "
-            "Remove these rows, or train S1 with them."
+            f"{task.holdout} has labels that the small model lacks: {', '.join(strange[:5])}. "
+            "Remove these rows, or train the small model with these labels."
         )
     if registry.current_version() is None:
-        registry.promote(registry.add(small), "the model that distillation began with")
+        registry.promote(registry.add(small), "initial version, before distillation")
     return HeldOut(texts, labels, large)
 
 
 def watch_store(task: DistillTask, every: int) -> None:
-    """Distil in the background whenever enough new answers are there, until interrupted."""
+    """Distil in the background after every `every` new answers, until interrupted."""
     from langchain_datashunt.distillation import ContinualDistiller
     from langchain_datashunt.small_models import load_small_model
 
@@ -151,7 +154,9 @@ def watch_store(task: DistillTask, every: int) -> None:
         task.out, task.store, every=every, holdout=(held.texts, held.labels), holdout_large=held.large,
         task=task.task, settings=task.settings(),
     )  # fmt: skip
-    console.print(f"Watching {task.store}; a round every {every} new answers. Stop with Ctrl-C.", highlight=False)
+    console.print(
+        f"Watching {task.store}, with a round after every {every} new answers. Press Ctrl-C to stop.", highlight=False
+    )
     try:
         watcher.run()
     except KeyboardInterrupt:

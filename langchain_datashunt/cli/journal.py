@@ -1,8 +1,7 @@
-"""OUT of `datashunt run` with its OUT.part: what is answered, and where to go on after a kill.
+"""Journal of `datashunt run`: the answers in OUT and OUT.part, from which a killed run resumes.
 
-Finished rows stand in OUT in the order of the data. Rows of the steps that are under way are written to OUT.part as
-they are answered; a finished step is appended to OUT. What failed rows are answered that are asked again stands in
-OUT.retried.jsonl until OUT is mended by it.
+OUT has the finished rows in the order of the data. OUT.part has the answered rows of unfinished steps. A finished step
+is appended to OUT. New answers to failed rows stay in OUT.retried.jsonl until they are merged into OUT.
 """
 
 from __future__ import annotations
@@ -28,16 +27,23 @@ _NUMBERS = {"row": int, "confidence": float, "cost_usd": float}
 
 
 def is_failed(record: dict[str, Any]) -> bool:
-    """Whether a row of OUT has an error and no answer."""
+    """Return whether a row of OUT has an error and no answer."""
     return record["answer"] in (None, "") and bool(record["error"])
 
 
 class Journal:
-    """OUT with its OUT.part: what is answered, and where to go on."""
+    """Journal of answered rows in OUT and OUT.part.
+
+    Args:
+        out: Path of OUT, ending in .jsonl or .csv.
+
+    Raises:
+        ConfigurationError: If `out` has another suffix.
+    """
 
     def __init__(self, out: Path) -> None:
         if out.suffix.lower() not in (".jsonl", ".csv"):
-            raise ConfigurationError(f"--out {out.name} must end in .jsonl or .csv.")
+            raise ConfigurationError(f"Expected a .jsonl or .csv file for --out, got {out.name}.")
         self.out = out
         self.part_file = out.with_name(out.name + ".part")
         self.part: dict[int, dict[str, Any]] = {}
@@ -45,10 +51,10 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[Self]:
-        """While it lasts, no other run writes to OUT; a run that is killed leaves it free.
+        """Lock OUT against other runs. The lock is released even if the run is killed.
 
         Raises:
-            DataError: Another does already.
+            DataError: If another run holds the lock.
         """
         filelock = require("filelock", "cli")
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +63,7 @@ class Journal:
             lock.acquire()
         except filelock.Timeout:
             raise DataError(
-                f"Another run writes to {self.out}. Wait until it is done, or give another --out."
+                f"Another run is writing to {self.out}. Wait until it has finished, or pass another --out."
             ) from None
         try:
             yield self
@@ -65,17 +71,17 @@ class Journal:
             lock.release()
 
     def resume(self, texts: Iterable[str], name: str) -> int:
-        """How many rows are finished. Whatever a kill left half written is put right.
+        """Repair OUT after a kill, and return the number of finished rows.
 
         Args:
-            texts: Those of all rows.
-            name: What they are called in errors.
+            texts: Texts of all rows.
+            name: Name of the data in error messages.
 
         Raises:
-            DataError: OUT belongs to other data, or cannot be gone on with.
+            DataError: If OUT belongs to other data, or cannot be resumed.
         """
         self._restore()
-        if not self.out.exists():  # what was asked anew for an OUT that was removed goes with it
+        if not self.out.exists():  # retried answers belong to an OUT that was removed
             for file in (self.beside().out, self.beside().part_file):
                 file.unlink(missing_ok=True)
         done = 0
@@ -85,17 +91,17 @@ class Journal:
                 break
             if mine is None or writable(mine) != str(row["text"]):
                 raise DataError(
-                    f"{self.out} has answers that do not belong to {name} (row {done} has another text). "
-                    f"Give another --out, or remove the file."
+                    f"Expected answers to {name} in {self.out}, got another text in row {done}. "
+                    f"Pass another --out, or remove the file."
                 )
         self.part = {row: record for row, record in self.part.items() if row >= done}
         return done
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of OUT, one after the other; none where there is no OUT.
+        """Yield the rows of OUT, or none if OUT does not exist.
 
         Raises:
-            DataError: It was not written by this command, or its columns were changed since.
+            DataError: If OUT was not written by this command, or was changed since.
         """
         if not self.out.exists() or not self.out.stat().st_size:
             return
@@ -103,20 +109,22 @@ class Journal:
         for i, row in enumerate(read_rows(self.out), start=1):
             if tuple(row) != FIELDS if is_csv else not row.keys() >= set(FIELDS):
                 raise DataError(
-                    f"{self.out} is none of this command, or was changed: row {i} has {', '.join(row)}, and "
-                    f"{', '.join(FIELDS)} are needed in this order. Give another --out."
+                    f"Expected the columns {', '.join(FIELDS)} in this order in {self.out}, got {', '.join(row)} in "
+                    f"row {i}. Pass another --out, or restore the file."
                 )
             try:
                 yield _typed(row) if is_csv else row
             except ValueError as error:
-                raise DataError(f"{self.out}, row {i}, was changed: {error}. Give another --out.") from error
+                raise DataError(
+                    f"Cannot read row {i} of {self.out}: {error}. Pass another --out, or restore the file."
+                ) from error
 
     def _restore(self) -> None:
-        """Read OUT.part, and cut OUT back to what it was when that step began."""
+        """Read OUT.part, and truncate OUT to its size when OUT.part was written."""
         self._put_in_place()
         if not self.part_file.exists():
             return
-        lines = self.part_file.read_bytes().split(b"\n")[:-1]  # behind the last line end: cut short by a kill
+        lines = self.part_file.read_bytes().split(b"\n")[:-1]  # a kill may have cut the last line
         if not lines:
             self.part_file.unlink()
             return
@@ -124,21 +132,25 @@ class Journal:
             size = int(json.loads(lines[0])["out_size"])
             self.part = {int(record["row"]): record for record in map(json.loads, lines[1:])}
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.part_file} is damaged ({error}). Remove it: what it had is asked again.") from error
+            raise DataError(
+                f"Cannot read the damaged file {self.part_file}: {error}. Remove it to answer its rows again."
+            ) from error
         there = self.out.stat().st_size if self.out.exists() else 0
-        if size and not there:  # OUT was removed, and what was under way after it goes with it
+        if size and not there:  # OUT.part belongs to an OUT that was removed
             self.part = {}
             self.part_file.unlink()
             return
         if there < size:
-            raise DataError(f"{self.out} is shorter than it was ({there} bytes of {size}). Restore it, or remove it.")
+            raise DataError(
+                f"Expected at least {size} bytes in {self.out}, got {there}. Restore the file, or remove it."
+            )
         if there:
             with self.out.open("rb+") as stream:
                 stream.truncate(size)
         self._rewrite()
 
     def _rewrite(self) -> None:
-        """Begin OUT.part anew with what is under way; at no time is there a half-written one."""
+        """Replace OUT.part atomically with the rows of unfinished steps."""
         self.close()
         size = self.out.stat().st_size if self.out.exists() else 0
         lines = [json.dumps({"out_size": size}), *map(json.dumps, self.part.values())]
@@ -147,28 +159,28 @@ class Journal:
         os.replace(fresh, self.part_file)
 
     def close(self) -> None:
-        """Let go of OUT.part; it is opened again when it is needed."""
+        """Close OUT.part. The next `note` opens it again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
 
     def has(self, row: int, text: str) -> bool:
-        """Whether a row is answered.
+        """Return whether OUT.part has an answer to a row.
 
         Raises:
-            DataError: What is kept of it is an answer to another text.
+            DataError: If the answer belongs to another text.
         """
         if (kept := self.part.get(row)) is None:
             return False
         if kept["text"] != writable(text):
             raise DataError(
-                f"{self.part_file} has answers that do not belong to the data (row {row + 1} has another text). Give "
-                f"another --out, or remove the file."
+                f"Expected answers to the data in {self.part_file}, got another text in row {row + 1}. Pass another "
+                f"--out, or remove the file."
             )
         return True
 
     def note(self, record: dict[str, Any]) -> None:
-        """Keep one answer, on disk before the next is waited for."""
+        """Record one answer in OUT.part, and flush it before the next one arrives."""
         if not self.part:
             self._rewrite()
         self.part[record["row"]] = record
@@ -178,14 +190,14 @@ class Journal:
         self._stream.flush()
 
     def finish(self, rows: list[int]) -> None:
-        """Move a finished step, the first of those under way, from OUT.part to OUT, in order."""
+        """Move the rows of the first unwritten step from OUT.part to OUT, in order."""
         new = not self.out.exists() or not self.out.stat().st_size
         with self.out.open("a", encoding="utf-8", newline="") as stream:
             stream.write(_lines([self.part.pop(i) for i in rows], self.out.suffix.lower(), header=new))
         self._tidy()
 
     def withdraw(self, rows: Iterable[int]) -> None:
-        """Take answers back that are not finished, so that they are asked again."""
+        """Remove answers from OUT.part, so that the rows are answered again."""
         for row in rows:
             self.part.pop(row, None)
         self._tidy()
@@ -198,14 +210,14 @@ class Journal:
             self.part_file.unlink(missing_ok=True)
 
     def beside(self) -> Journal:
-        """A journal of rows that are asked anew, until OUT is mended by them."""
+        """Return the journal of retried rows, which `mend` merges into OUT."""
         return Journal(self.out.with_name(self.out.name + ".retried.jsonl"))
 
     def mend(self) -> None:
-        """Put what failed rows were answered meanwhile, in the journal beside, in their place, and remove that journal.
+        """Merge the retried answers into OUT, and remove their journal.
 
-        Nothing may be under way in this one. At no time is OUT half new: once the new one is whole, the file beside it
-        is renamed, which says that it counts.
+        OUT.part must be empty. OUT is never half written: the merged file is completed first, and then the rename of
+        the retried journal commits it.
         """
         beside = self.beside()
         beside._restore()
@@ -228,21 +240,21 @@ class Journal:
         self._put_in_place()
 
     def _put_in_place(self) -> None:
-        """Go on where `mend` was cut, if it was."""
+        """Complete a merge that was committed and then interrupted."""
         if self._used().exists():
             if self._fresh().exists():
                 os.replace(self._fresh(), self.out.resolve())
             self._used().unlink()
 
     def _fresh(self) -> Path:
-        there = self.out.resolve()  # where it is a link, the file that it names is mended
+        there = self.out.resolve()  # replace the target of a symbolic link, not the link
         return there.with_name(there.name + ".new")
 
     def _used(self) -> Path:
         return self.out.with_name(self.out.name + ".retried")
 
     def sums(self) -> dict[str, Any]:
-        """Counts, shares and cost over the whole of OUT."""
+        """Return counts, the deferral rate and the cost over the whole of OUT."""
         rows = large = failed = 0
         cost: float | None = 0.0
         for record in self.rows():
@@ -251,7 +263,7 @@ class Journal:
             large += asked
             failed += is_failed(record)
             value = record["cost_usd"]
-            known = value is not None
+            known = value is not None  # the total is unknown if the cost of one deferred row is
             cost = cost + float(value) if known and cost is not None else (None if asked else cost)
         return {
             "rows": rows,
@@ -274,7 +286,7 @@ def _lines(records: list[dict[str, Any]], suffix: str, *, header: bool) -> str:
 
 
 def _typed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a CSV file with its numbers as such, and None for what is empty but the text."""
+    """Convert the numbers of a CSV row, and empty cells other than the text to None."""
     return {
         name: None if value == "" and name != "text" else _NUMBERS.get(name, str)(value) for name, value in row.items()
     }

@@ -16,7 +16,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 if TYPE_CHECKING:
     from langchain_datashunt.call_log.store import CallLog
 
-log_app = typer.Typer(help="Look after the store of routed calls.", no_args_is_help=True)
+log_app = typer.Typer(help="Inspect and maintain the call log.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option("--store", help="SQLAlchemy URL, or the path of a SQLite file.")]
 Task = Annotated[str | None, typer.Option(help="Only this task.")]
@@ -25,22 +25,30 @@ JsonOut = Annotated[Path | None, typer.Option("--json-out", help="Write the JSON
 
 
 def moment(text: str | None) -> float | None:
-    """An ISO date or time as seconds since 1970 UTC."""
+    """Convert an ISO date or time to seconds since 1970 UTC. The time zone defaults to UTC.
+
+    Raises:
+        ConfigurationError: If the text is not an ISO date or time.
+    """
     if text is None:
         return None
     try:
         found = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ConfigurationError(f"{text!r} is no date; write it like 2026-01-31 or 2026-01-31T12:00.") from error
+        raise ConfigurationError(
+            f"Expected an ISO date or time, got {text!r}. Write it like 2026-01-31 or 2026-01-31T12:00."
+        ) from error
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 @contextmanager
 def opened_store(store: str) -> Iterator[CallLog]:
-    """The store, which has to be there: what is read or deleted in a new one would only seem to have been looked for.
+    """Open an existing call log.
+
+    The log is never created here, because an empty new log would make a mistyped path look like a valid, empty result.
 
     Raises:
-        Exit: There is no such file.
+        Exit: If the file does not exist.
     """
     with errors():
         from langchain_datashunt.call_log.store import CallLog
@@ -51,21 +59,21 @@ def opened_store(store: str) -> Iterator[CallLog]:
 
 
 def require_store(store: str) -> None:
-    """See to it that a store is there, which would be made where it is opened.
+    """Raise an error if the file of a SQLite call log does not exist, since opening it would create it.
 
     Raises:
-        ConfigurationError: There is no such file.
+        ConfigurationError: If the file does not exist.
     """
     from langchain_datashunt.call_log.store import url_of
 
     path = url_of(store).partition("sqlite:///")[2].partition("?")[0]
     if path and path != ":memory:" and not Path(path).is_file():
-        raise ConfigurationError(f"There is no store {path}. Check --store.")
+        raise ConfigurationError(f"No call log found at {path}. Check --store.")
 
 
 @log_app.command()
 def stats(store: Url, task: Task = None, as_json: AsJson = False, json_out: JsonOut = None) -> None:
-    """Counts, cost, and how often both models agree."""
+    """Print counts, cost, and the agreement of both models."""
     with opened_store(store) as opened:
         from langchain_datashunt.call_log.filters import CallFilter
 
@@ -75,26 +83,33 @@ def stats(store: Url, task: Task = None, as_json: AsJson = False, json_out: Json
 @log_app.command()
 def export(
     store: Url,
-    out: Annotated[Path, typer.Option(help="File to write; for datasets a folder.")],
+    out: Annotated[Path, typer.Option(help="File to write, or a folder for --format datasets.")],
     kind: Annotated[str | None, typer.Option("--format", help="jsonl, parquet, openai or datasets.")] = None,
     task: Task = None,
-    since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
-    until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
-    route: Annotated[str | None, typer.Option(help="small, student or large.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only records from this date or time (UTC) on.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only records before this date or time (UTC).")] = None,
+    route: Annotated[str | None, typer.Option(help="Only this route: small, student or large.")] = None,
     min_confidence: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Of the small model, at least.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Minimum confidence of the small model.")
     ] = None,
-    max_confidence: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of the small model, at most.")] = None,
-    agreeing: Annotated[bool | None, typer.Option("--agreeing/--disagreeing", help="Both models say the same.")] = None,
+    max_confidence: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Maximum confidence of the small model.")
+    ] = None,
+    agreeing: Annotated[
+        bool | None,
+        typer.Option(
+            "--agreeing/--disagreeing", help="Only records with equal answers of both models, or with different ones."
+        ),
+    ] = None,
 ) -> None:
-    """Write records to a file."""
+    """Export records to a file."""
     with errors():
         from langchain_datashunt.call_log.export import export as write
         from langchain_datashunt.call_log.filters import CallFilter
         from langchain_datashunt.call_log.rows import ROUTES
 
         if route is not None and route not in ROUTES:
-            raise ConfigurationError(f"--route {route!r} is not known; use one of {', '.join(ROUTES)}.")
+            raise ConfigurationError(f"Expected one of {', '.join(ROUTES)} for --route, got {route!r}.")
         which = CallFilter(
             task=task, since=moment(since), until=moment(until), route=route,
             min_confidence=min_confidence, max_confidence=max_confidence, agrees=agreeing,
@@ -106,7 +121,10 @@ def export(
 
 @log_app.command()
 def verify(store: Url, as_json: AsJson = False, json_out: JsonOut = None) -> None:
-    """Read everything back and compare hashes; exit status 1 where something is wrong."""
+    """Verify all records against their hashes.
+
+    Exits with status 1 if a record is damaged.
+    """
     with opened_store(store) as opened:
         problems = opened.verify()
         report({"records": opened.count(), "problems": problems}, as_json, json_out, store)
@@ -117,14 +135,14 @@ def verify(store: Url, as_json: AsJson = False, json_out: JsonOut = None) -> Non
 @log_app.command()
 def prune(
     store: Url,
-    max_age_days: Annotated[float | None, typer.Option(min=0.0, help="Delete what is older.")] = None,
-    max_records: Annotated[int | None, typer.Option(min=0, help="Keep the newest so many.")] = None,
-    subject: Annotated[str | None, typer.Option(help="Delete all of this person.")] = None,
+    max_age_days: Annotated[float | None, typer.Option(min=0.0, help="Delete records that are older.")] = None,
+    max_records: Annotated[int | None, typer.Option(min=0, help="Keep only this many of the newest records.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Delete all records of this person.")] = None,
 ) -> None:
-    """Delete records by age, by number, or of one person."""
+    """Delete records by age, by count, or of one person."""
     with opened_store(store) as opened:
         if max_age_days is None and max_records is None and subject is None:
-            raise ConfigurationError("Give --max-age-days, --max-records or --subject.")
+            raise ConfigurationError("No records selected. Pass --max-age-days, --max-records or --subject.")
         age = None if max_age_days is None else max_age_days * 86400.0
         gone = opened.prune(max_age_seconds=age, max_records=max_records)
         gone += 0 if subject is None else opened.delete(subject=subject)
@@ -134,10 +152,13 @@ def prune(
 @log_app.command()
 def label(
     store: Url,
-    source_file: Annotated[Path, typer.Option("--from", help="File with columns id and label.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "user",
+    source_file: Annotated[Path, typer.Option("--from", help="File with the columns id and label.")],
+    source: Annotated[str, typer.Option(help="Source of the labels.")] = "user",
 ) -> None:
-    """Note true labels of recorded calls; exit status 1 where some ids are not stored."""
+    """Save true labels of logged calls.
+
+    Exits with status 1 if some ids are not in the log.
+    """
     from langchain_datashunt._utils.table_files import labelled_texts
     from langchain_datashunt.exceptions import StoreError
 
@@ -149,7 +170,7 @@ def label(
                 opened.label(record_id, true_label, source)
             except StoreError:
                 missing.append(record_id)
-        console.print(f"{len(ids) - len(missing)} labels noted, {len(missing)} ids not found", highlight=False)
+        console.print(f"{len(ids) - len(missing)} labels saved, {len(missing)} ids not found", highlight=False)
     if missing:
         raise typer.Exit(1)
 
@@ -158,16 +179,16 @@ def label(
 def summary(
     store: Url,
     task: Task = None,
-    by: Annotated[str, typer.Option(help="day, week or all.")] = "day",
-    since: Annotated[str | None, typer.Option(help="Not before this date or time (UTC).")] = None,
-    until: Annotated[str | None, typer.Option(help="Before this date or time (UTC).")] = None,
+    by: Annotated[str, typer.Option(help="Period of a row: day, week or all.")] = "day",
+    since: Annotated[str | None, typer.Option(help="Only records from this date or time (UTC) on.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only records before this date or time (UTC).")] = None,
     sample_small: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="The recorder's rate for calls that the small model answered.")
+        float, typer.Option(min=0.0, max=1.0, help="The recorder's sampling rate for locally answered calls.")
     ] = 0.1,
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
-    """What left, what it cost and how good the answers were, side by side."""
+    """Print outbound data, cost and quality by period."""
     from langchain_datashunt.call_log.filters import CallFilter
     from langchain_datashunt.call_log.summary import summarize
     from langchain_datashunt.cli.log_summary import print_summary

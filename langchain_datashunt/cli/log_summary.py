@@ -1,4 +1,4 @@
-"""`datashunt log summary`: what left, what it cost and how good it was, as a table."""
+"""`datashunt log summary`: outbound data, cost and quality as a table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from langchain_datashunt.call_log.summary import SummaryRow
 
 
 def summary_table(rows: Sequence[SummaryRow], by: str) -> Table:
-    """One row a period: leakage, cost and quality side by side."""
-    table = Table(title="What left, what it cost, how good it was", caption="- : nothing is known of it")
+    """Return a table of outbound data, cost and quality, one row for each period."""
+    table = Table(title="Outbound data, cost and quality", caption="- : not available")
     table.add_column("since" if by == "all" else by)
-    for name in ("calls", "asked", "left (characters)", "kept here", "replaced", "left as it is"):
+    for name in ("calls", "asked", "sent (characters)", "held back", "replaced", "sent unmasked"):
         table.add_column(name, justify="right")
-    for name in ("USD", "USD / 1,000", "all asked", "agree", "right", "small", "large"):
+    for name in ("USD", "USD / 1,000", "all deferred", "agree", "right", "small", "large"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -41,7 +41,7 @@ def summary_table(rows: Sequence[SummaryRow], by: str) -> Table:
 
 
 def print_summary(rows: Sequence[SummaryRow], by: str) -> None:
-    """On standard output, as wide as it needs where that is no terminal."""
+    """Print the summary to standard output, 240 columns wide if that is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=240)

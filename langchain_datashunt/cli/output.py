@@ -1,4 +1,4 @@
-"""Where the command line prints: progress and words to standard error, JSON to standard output."""
+"""Output of the command line: messages and progress to standard error, JSON to standard output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors of ours, and of files that cannot be used, are for the user to read: one message, exit status 2."""
+    """Print errors of this package and of files as one message, and exit with status 2."""
     try:
         yield
     except (ShuntError, OSError) as error:
@@ -39,13 +39,13 @@ def errors() -> Iterator[None]:
 
 
 def report(summary: dict[str, Any], as_json: bool, json_out: Path | None, line: str) -> None:
-    """Print a summary, as JSON on standard output or as a line with its figures.
+    """Print a summary, either as JSON to standard output or as text to standard error.
 
     Args:
-        summary: JSON-ready.
+        summary: JSON-ready figures.
         as_json: Whether to print JSON.
-        json_out: File to write the JSON to as well; None writes none.
-        line: One sentence for people.
+        json_out: File to write the JSON to in addition, or None.
+        line: First line of the text.
     """
     write_json(json_out, summary)
     if as_json:
@@ -57,7 +57,7 @@ def report(summary: dict[str, Any], as_json: bool, json_out: Path | None, line: 
 
 
 def progress() -> Progress:
-    """A progress bar with count, rate and time left, on standard error."""
+    """Return a progress bar with count, rate and remaining time, on standard error."""
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
@@ -76,12 +76,12 @@ def progress() -> Progress:
 
 
 def say_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print a JSON document to standard output."""
     print(json.dumps(value, indent=2, default=str))
 
 
 def write_json(file: Path | None, figures: Any) -> None:
-    """Write figures to a file, where one is given."""
+    """Write figures to a JSON file, if one is given."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

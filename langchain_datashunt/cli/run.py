@@ -1,6 +1,6 @@
-"""`datashunt run`: answer every row of a file, in constant memory, and go on after a kill where it stopped.
+"""`datashunt run`: answer every row of a file in constant memory, and resume after a kill.
 
-What is answered stands in OUT and OUT.part (see `Journal`), so that a kill loses only calls that had not returned.
+Answers are written to OUT and OUT.part (see `Journal`), so a kill loses only calls that had not returned.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from langchain_datashunt.routing.label_router import ConfidenceRouterChain
 from langchain_datashunt.small_models import load_small_model
 
 STEPS_AT_ONCE = 3
-"""One whose small model computes, and two whose large calls are waited for."""
+"""Maximum concurrent steps: one for the small model, and two that wait for LLM calls."""
 
 _MOST_STEPS = 16
-"""Finished ones too, which are not written while they may have to be asked anew."""
+"""Maximum unwritten steps, including finished ones that may have to be retried."""
 
 PRUNINGS: dict[str, type[Pruning]] = {"soft": SoftPruning, "top": TopHint, "none": NoPruning}
 
 
 @contextmanager
 def large_model(spec: str, **settings: Any) -> Iterator[Any]:
-    """The chat model of `openai:MODEL`, or a local server that replays `replay:FILE`.
+    """Yield the chat model of `openai:MODEL`, or that of a local server that replays `replay:FILE`.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: If `spec` is neither, or the client cannot be created.
     """
     kind, _, name = spec.partition(":")
     if kind == "openai" and name:
         made = require("langchain_openai", "openai").ChatOpenAI
         try:
             model = made(model=name, max_retries=0, **settings)
-        except Exception as error:  # of the client, mostly that it has no key
-            raise ConfigurationError(f"--large {spec!r} cannot be used: {error}") from error
+        except Exception as error:  # the client raises its own types, mostly for a missing API key
+            raise ConfigurationError(f"Cannot create the client for --large {spec!r}: {error}") from error
         yield model
     elif kind == "replay" and name:
         with ChatServer(RecordedAnswers.load(name)) as server:
             yield server.chat_model(**settings)
     else:
-        raise ConfigurationError(f"--large {spec!r} is not known; use openai:MODEL or replay:FILE.")
+        raise ConfigurationError(f"Expected openai:MODEL or replay:FILE for --large, got {spec!r}.")
 
 
 def run_file(
@@ -77,15 +77,15 @@ def run_file(
     max_failures: int = 0,
     computed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Answer what is not answered yet; returns the sums over the whole of OUT, JSON-ready.
+    """Answer the rows that are not answered yet, and return JSON-ready totals over the whole of OUT.
 
     Raises:
-        TooManyFailuresError: So many large calls failed one after the other (0: any number may), and are asked again
-            the next time.
-        ShuntError: The bundle, the data, the large model or OUT cannot be used; nothing has been lost.
+        TooManyFailuresError: If `max_failures` consecutive LLM calls failed (0 means unlimited). The next run retries
+            the failed rows.
+        ShuntError: If the bundle, the data, the large model or OUT cannot be used. No answer is lost.
     """
     if pruning not in PRUNINGS or on_large_error not in ("raise", "small"):
-        raise ConfigurationError("--pruning takes soft, top or none; --on-large-error takes raise or small.")
+        raise ConfigurationError("Expected soft, top or none for --pruning, and raise or small for --on-large-error.")
     require_columns(data, text)
     n = 0
     for n, row in enumerate(read_rows(data), start=1):
@@ -130,19 +130,19 @@ def run_file(
 
 
 async def _retried(journal: Journal, data: Path, text: str, before: int, answer: Callable[..., Awaitable[None]]) -> int:
-    """Ask the rows of OUT that had failed before this run again, and put what comes of it in their place.
+    """Retry the rows of OUT that failed before this run, and replace them with the new answers.
 
-    Until all are asked it stands in a file of its own, so that a kill loses nothing here either.
+    The new answers stay in a separate file until all rows are retried, so a kill loses none of them.
 
     Returns:
-        How many were asked.
+        Number of retried rows.
     """
 
     def failed() -> Iterator[tuple[int, str]]:
         pairs = itertools.islice(zip(journal.rows(), read_rows(data), strict=False), before)
         return ((int(record["row"]), str(row[text])) for record, row in pairs if is_failed(record))
 
-    journal.mend()  # by what a run that was killed has been answered
+    journal.mend()  # first merge the answers of a killed run
     if n := sum(1 for _ in failed()):
         await answer(failed(), journal.beside(), "failed rows", n)
         journal.mend()
@@ -151,13 +151,13 @@ async def _retried(journal: Journal, data: Path, text: str, before: int, answer:
 
 @contextmanager
 def _recorder(store: str | None, task: str) -> Iterator[Any]:
-    """A recorder on the store that was given, or none."""
+    """Yield a recorder for the call log, or None if no log is given."""
     if store is None:
         yield None
         return
     from langchain_datashunt.call_log.recorder import Recorder
 
-    with Recorder(store, task=task, sample_small=1.0, durability="record") as recorder:  # on disk before the row is
+    with Recorder(store, task=task, sample_small=1.0, durability="record") as recorder:  # on disk before its row
         yield recorder
 
 
@@ -169,14 +169,16 @@ async def _answer_all(
     advance: Callable[[int], None],
     max_failures: int = 0,
 ) -> None:
-    """Answer the rows that the journal has not, noting each as soon as it is there.
+    """Answer the rows that are missing from the journal, and record each answer as it arrives.
 
-    Steps overlap: while large calls of one are waited for, the small model computes the next.
+    Steps overlap: the small model computes the next step while the LLM calls of the previous one are pending.
 
     Raises:
-        TooManyFailuresError: So many large calls failed with none answered between; their rows are not noted.
+        TooManyFailuresError: If `max_failures` LLM calls failed without a success in between. Their rows are withdrawn
+            from the journal.
     """
-    failing: dict[int, int] = {}  # rows, and how many large answers came since: one that was under way says nothing
+    # Failed rows, with the number of LLM answers since. Calls that were already in flight prove no recovery.
+    failing: dict[int, int] = {}
     under_way_at_once = 2 * (chain.max_concurrency or 1)
     streak, stopped = 0, False
 
@@ -217,13 +219,14 @@ async def _answer_all(
             if not under_way:
                 return
             rows, first = under_way[0]
+            # While a failure streak lasts, a finished step with failed rows is not written: the rows may be withdrawn.
             in_doubt = at_work and len(under_way) < _MOST_STEPS and not failing.keys().isdisjoint(rows)
             if first.done() and not in_doubt:
                 first.result()
                 journal.finish(under_way.popleft()[0])
                 continue
             for task in (await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED))[0]:
-                task.result()  # what ends one step ends them all
+                task.result()  # an error in one step ends the run
     finally:
         tasks = [task for _, task in under_way]
         for task in tasks:

@@ -1,4 +1,4 @@
-"""`datashunt train`: from a file of labelled texts to a bundle."""
+"""`datashunt train`: train a bundle on a file of labelled texts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TRAINABLE = ("embedding", "neighbours", "ensemble", "contrastive", "textcnn", "l
 AUTO = "auto"
 
 ON_EMBEDDINGS = ("embedding", "neighbours", "ensemble")
-"""Kinds that take an encoder."""
+"""Kinds that train a head on the embeddings of an encoder."""
 
 READ_NAMES = (*ON_EMBEDDINGS, "contrastive")
-"""Kinds that can learn what labels mean."""
+"""Kinds that can train on the names of labels."""
 
 READ_UNLABELLED = ("contrastive",)
-"""Kinds that can learn from texts without labels."""
+"""Kinds that can train on texts without labels."""
 
 WITH_BASE = ("contrastive", "transformers")
-"""Kinds that fine-tune an encoder, which may be named after a colon."""
+"""Kinds that fine-tune an encoder, optionally given as KIND:PATH_OR_ID."""
 
 
 def train_bundle(
@@ -44,17 +44,17 @@ def train_bundle(
     time_budget: float = 300.0,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train and save; returns what was done, JSON-ready.
+    """Train a small model, save it, and return a JSON-ready summary.
 
     Raises:
-        DataError: The data cannot be used.
-        ConfigurationError: There is no such model.
+        DataError: If the data cannot be used.
+        ConfigurationError: If the kind of model is unknown, or does not support an option.
     """
     kind, _, base = model.partition(":")
     if kind not in (*TRAINABLE, AUTO) or (base and kind not in WITH_BASE):
         raise ConfigurationError(
-            f"--model {model!r} is not known; use auto, {', '.join(TRAINABLE)}, "
-            f"{' or '.join(f'{one}:PATH_OR_ID' for one in WITH_BASE)}."
+            f"Expected auto, {', '.join(TRAINABLE)}, "
+            f"{' or '.join(f'{one}:PATH_OR_ID' for one in WITH_BASE)} for --model, got {model!r}."
         )
     texts, labels = labelled_texts(data, text, label)
     if per_label is not None:
@@ -62,16 +62,17 @@ def train_bundle(
     held_out = None if validation is None else labelled_texts(validation, text, label)
     if held_out is not None and (unknown := sorted(set(held_out[1]) - set(labels))):
         raise DataError(
-            f"{validation} has labels without a training example: {', '.join(unknown[:5])}. Add some, or remove them."
+            f"{validation} has labels without training examples: {', '.join(unknown[:5])}. Add training examples, or "
+            f"remove these rows."
         )
     names = {name: name.replace("_", " ") for name in sorted(set(labels))} if label_names_as_examples else None
     if label_names_as_examples and kind not in (*READ_NAMES, AUTO):
         raise ConfigurationError(
-            f"--label-names-as-examples is for {', '.join(READ_NAMES)}; {kind} does not read names."
+            f"Expected --model {', '.join(READ_NAMES)} or auto with --label-names-as-examples, got {kind}."
         )
     if unlabelled is not None and kind not in (*READ_UNLABELLED, AUTO):
         raise ConfigurationError(
-            f"--unlabelled is for --model {' or '.join(READ_UNLABELLED)}; {kind} learns from labelled texts only."
+            f"Expected --model {' or '.join(READ_UNLABELLED)} or auto with --unlabelled, got {kind}."
         )
     others = None if unlabelled is None else texts_of(unlabelled, text)
     chosen = TrainingSettings(**{key: value for key, value in settings.items() if value is not None})
@@ -107,7 +108,7 @@ def train_bundle(
 def _options(
     kind: str, device: str | None, names: dict[str, str] | None, unlabelled: list[str] | None
 ) -> dict[str, Any]:
-    """What a kind's `train` takes of the command line."""
+    """Return the keyword arguments of a kind's `train`."""
     options: dict[str, Any] = {}
     if device is not None and kind in ON_EMBEDDINGS:
         from langchain_datashunt.small_models.kinds.encoder import shared_encoder

@@ -1,8 +1,8 @@
-"""2CD for small models that write their answers: both teachers teach text (sequence-level distillation).
+"""2CD for small models that generate their answers: sequence-level distillation on the teachers' text.
 
-Stage A: where S1 was not sure, S2 learns what the large model wrote. Stage B: where S1 was sure, S2 learns what S1
-wrote, so that it does not forget. Kim & Rush (2016) show that learning a teacher's whole answers works as well as
-learning its distribution over each word, and it needs nothing of the large model but its text.
+Stage A: if S1 is not confident, S2 learns the large model's answer. Stage B: if S1 is confident, S2 learns S1's answer,
+so that it does not forget. Kim & Rush (2016) show that training on a teacher's complete answers works as well as
+training on its word-level distributions. It requires only the text of the large model.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def prepare_answers(
     labelled: tuple[Sequence[str], Sequence[str]] | None,
     report: DistillationReport,
 ) -> Prepared[AnswerExamples]:
-    """What S2, a copy of S1, learns from records.
+    """Build the training data of S2, a copy of S1, from call records.
 
     Args:
-        settings: Thresholds and accuracies.
-        training: How to train.
-        small: S1; not changed.
-        calls: Records, in a fixed order.
-        labelled: Inputs and right answers to learn beside the log.
-        report: Filled in.
+        settings: Thresholds, accuracies and the minimum number of pairs.
+        training: Seed and validation fraction of the split.
+        small: Small model S1, which is not changed.
+        calls: Call records in a fixed order.
+        labelled: Inputs and correct answers to train on in addition to the log.
+        report: Report to write the counts to.
 
     Raises:
-        DataError: There is too little to learn from.
+        DataError: If there are too few training pairs.
     """
     gold = AnswerExamples(*(list(part) for part in labelled)) if labelled else AnswerExamples([], [])
     stage_a, stage_b = AnswerExamples([], []), AnswerExamples([], [])
@@ -65,10 +65,10 @@ def prepare_answers(
     report.stage_a, report.stage_b, report.gold = len(stage_a), len(stage_b), len(gold)
     if report.stage_a + report.gold == 0 or report.stage_a + report.stage_b + report.gold < settings.min_pairs:
         raise DataError(
-            f"There is too little to learn from in {report.records} records: {report.stage_a} where only the large "
-            f"model was sure, {report.stage_b} where the small one was, {report.unsure} where neither was, "
-            f"{report.unparsable} without an answer, {report.gold} with a true one; at least {settings.min_pairs} are "
-            f"needed. Record more, or lower `large_threshold`."
+            f"Expected at least {settings.min_pairs} training pairs, including large-model answers or correct "
+            f"answers, in {report.records} records. Found {report.stage_a} answered confidently by the large model "
+            f"only, {report.stage_b} by the small model, {report.unsure} by neither, {report.unparsable} without an "
+            f"answer and {report.gold} correct answers. Log more calls, or lower `large_threshold`."
         )
     return Prepared(*_split([stage for stage in (stage_a, stage_b, gold) if len(stage)], training), report)
 
@@ -81,7 +81,7 @@ def _add(examples: AnswerExamples, text: str, answer: str) -> None:
 def _of_small(
     settings: DistillationSettings, small: GeneratingModel, calls: Sequence[CallRecord]
 ) -> tuple[list[str | None], list[bool]]:
-    """What S1 writes to each input, None where it fails, and where it is sure."""
+    """Return S1's answer to each input, None if prediction failed, and whether S1 is confident in it."""
     own: list[str | None] = [None] * len(calls)
     sure = [False] * len(calls)
     if not calls:
@@ -98,7 +98,10 @@ def _of_small(
 def _sure(
     settings: DistillationSettings, small: GeneratingModel, batch: PredictionBatch, calls: Sequence[CallRecord]
 ) -> FloatArray:
-    """Where S1 is sure: by the threshold that was set, else its own, else as the newest record had it, else 0.9."""
+    """Return whether S1 is confident in each prediction.
+
+    The threshold is the configured one, else S1's policy or threshold, else that of the newest record, else 0.9.
+    """
     if settings.threshold is None and small.policy is not None:
         return np.asarray(small.policy.evaluate(batch).keep)
     told = [call for call in calls if call.threshold is not None and "MaxProbability" in call.policy]
@@ -108,7 +111,7 @@ def _sure(
 
 
 def _split(stages: list[AnswerExamples], settings: TrainingSettings) -> tuple[list[AnswerExamples], AnswerExamples]:
-    """Hold a random part of each stage out."""
+    """Hold out a random part of each stage for validation."""
     rng = np.random.default_rng(settings.seed)
     learn: list[AnswerExamples] = []
     held = AnswerExamples([], [])

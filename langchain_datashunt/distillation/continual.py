@@ -1,4 +1,4 @@
-"""Continual mode: whenever enough new answers are recorded, distil in the background, test, and promote."""
+"""Continual distillation: distil in the background when enough new answers are logged, and promote good candidates."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ from langchain_datashunt.small_models.base import SmallModel
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 5
-"""Without a labelled hold-out every fifth answered input, by its hash, is kept from learning and tests the gate."""
+"""Modulus of the input hash: if `holdout` is None, one in five answered inputs tests the gate instead of training."""
 
 _STATE = "continual.json"
 
 
 class ContinualDistiller:
-    """Distils every so many new records of large answers, and promotes what passes the gate.
+    """Distils after a number of new large-model answers, and promotes candidates that pass the gate.
 
     ```python
     with ContinualDistiller(registry, "sqlite:///calls.db", every=500, holdout=(texts, labels)):
-        ...  # a shunt whose small model is registry.model() picks promoted versions up by itself
+        ...  # a shunt with small=registry.model() follows the promotions
     ```
 
-    Every round starts from the registry's first version in service (S1), with the whole log: a bad round leaves no
-    trace in the next one.
+    Every round starts from the registry's first version in service (S1) and trains on the whole log. A bad round
+    therefore has no effect on the next one.
 
     Args:
-        registry: Where versions are; it has one in service.
-        store: URL of the store.
-        every: New records with a large answer after which a round is due.
-        holdout: Texts and true labels for the gate. None tests on held-out large answers: then the gate bounds
-            disagreement with the large model, not error.
-        holdout_large: The large model's answers to the texts of `holdout`: a candidate is then rejected, too, where
-            the log's answers are no longer like these (`TeacherCheck`).
-        task: Only records of this task.
-        settings: How S2 is taught.
-        gate: What a candidate must pass.
-        teacher_check: How the log's answers are compared with `holdout_large`.
-        labelled: Texts and true labels to learn beside the log.
-        poll_seconds: How often the store is looked at.
-        nice: How much lower than normal the priority of the background process is.
+        registry: Registry with a version in service, or its folder.
+        store: URL or file of the call log.
+        every: Number of new large-model answers that makes a round due.
+        holdout: Texts and true labels for the gate. None holds out large-model answers from the log. The gate then
+            bounds the disagreement with the large model instead of the error.
+        holdout_large: Large-model answers to the texts of `holdout`. If given, a candidate is also rejected if the
+            logged answers are not consistent with these (see `TeacherCheck`).
+        task: Task whose records are used, or None for all tasks.
+        settings: Distillation settings, or None for the defaults.
+        gate: Promotion gate, or None for the defaults.
+        teacher_check: Comparison of the logged answers with `holdout_large`, or None for the defaults.
+        labelled: Texts and true labels to train on in addition to the log.
+        poll_seconds: Seconds between two checks of the log.
+        nice: Increment of the background process's niceness. Higher values lower its priority.
 
     Raises:
-        DataError: `holdout_large` does not belong to `holdout`.
+        DataError: If `holdout_large` and `holdout` differ in length.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class ContinualDistiller:
         n = 0 if holdout is None else len(holdout[0])
         if holdout_large is not None and len(holdout_large) != n:
             raise DataError(
-                f"{len(holdout_large)} large answers for {n} held-out texts: give one for each text of `holdout`, None "
-                f"where the large model gave no label."
+                f"Expected one answer in `holdout_large` for each text of `holdout`, got {len(holdout_large)} answers "
+                f"and {n} texts. Pass None for a missing answer."
             )
         self.holdout = holdout
         self.holdout_large = holdout_large
@@ -106,11 +106,11 @@ class ContinualDistiller:
     # One round
 
     def due(self) -> bool:
-        """Whether enough new answers are there."""
+        """Return whether enough new answers are logged for a round."""
         state = self._state()
         with CallLog(self.store) as store:
             more = self._answers(store) - int(state.get("answers", 0))
-            if more < self.every and "time" in state:  # where old records are pruned there are never more of them
+            if more < self.every and "time" in state:  # pruning keeps the total low, so count new records by time too
                 since = CallFilter(task=self.task, asked=True, since=math.nextafter(state["time"], math.inf))
                 more = max(more, store.count(since, repeated=False))
         return more >= self.every
@@ -119,7 +119,11 @@ class ContinualDistiller:
         return store.count(CallFilter(task=self.task, asked=True))
 
     def step(self) -> tuple[int, PromotionResult] | None:
-        """Distil, test and keep, in this process; the version and the verdict, None where there is too little yet."""
+        """Run one round in this process: distil, test the candidate, and promote or reject it.
+
+        Returns:
+            Version number of the candidate and result of the gate, or None if the data does not suffice yet.
+        """
         small = self.registry.load(self.registry.first_version())
         with CallLog(self.store) as store:
             answers = self._answers(store)
@@ -132,14 +136,15 @@ class ContinualDistiller:
                 distilled.model, texts, labels, gate=self.gate, metrics=metrics, teacher=self._teacher(calls)
             )
         except DataError as error:
-            logger.info("Nothing distilled yet: %s", error)
+            logger.info("No candidate was distilled: %s", error)
             found = None
+        # Saved even without a candidate, so that the next round waits for new answers.
         state = {"answers": answers, "time": max((call.time for call in calls), default=0.0)}
         (self.registry.folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
         return found
 
     def _split(self, calls: list[CallRecord], small: SmallModel) -> tuple[list[CallRecord], list[str], list[str]]:
-        """What is learnt from, and what the gate tests on."""
+        """Return the records to train on, and the texts and labels for the gate."""
         if self.holdout is not None:
             return calls, list(self.holdout[0]), list(self.holdout[1])
         learn, texts, labels = [], [], []
@@ -158,7 +163,7 @@ class ContinualDistiller:
         return learn, texts, labels
 
     def _teacher(self, calls: list[CallRecord]) -> TeacherCheckResult | None:
-        """What is to be thought of the answers since the version in service took over."""
+        """Check the answers logged since the version in service was created, if `holdout_large` is given."""
         if self.holdout is None or self.holdout_large is None:
             return None
         since = self.registry.in_service_since()
@@ -174,7 +179,7 @@ class ContinualDistiller:
     # In the background
 
     def run_once(self) -> bool:
-        """Run a round in a process of its own at low priority, where one is due; whether it was run."""
+        """Run a round in a low-priority process if one is due, and return whether it ran."""
         if not self.due():
             return False
         process = multiprocessing.get_context("spawn").Process(target=_round, args=(self._arguments(),), daemon=True)
@@ -186,7 +191,7 @@ class ContinualDistiller:
         self.rounds += 1
         if process.exitcode:
             self.failures += 1
-            logger.error("A round of distillation failed with exit status %s.", process.exitcode)
+            logger.error("A distillation round failed with exit status %s.", process.exitcode)
         return True
 
     def _arguments(self) -> dict[str, Any]:
@@ -205,24 +210,24 @@ class ContinualDistiller:
         }
 
     def run(self) -> None:
-        """Look at the store again and again, until `stop`."""
+        """Check the log and run due rounds until `stop` is called."""
         while not self._stop.is_set():
             try:
                 self.run_once()
-            except Exception as error:  # a thread has nobody to raise to, and goes on
+            except Exception as error:  # no caller waits on this thread, and the next round may succeed
                 self.failures += 1
-                logger.error("No round was run, %s: %s", type(error).__name__, error)
+                logger.error("A distillation round could not run, %s: %s", type(error).__name__, error)
             self._stop.wait(self.poll_seconds)
 
     def start(self) -> Self:
-        """Run in a thread."""
+        """Call `run` in a background thread."""
         self._stop.clear()
         self._thread = threading.Thread(target=self.run, name="datashunt-continual", daemon=True)
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Stop; a round that is under way is ended, and what is in service stays."""
+        """Stop and terminate a running round. The version in service stays in service."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -235,7 +240,7 @@ class ContinualDistiller:
 
 
 def _round(arguments: dict[str, Any]) -> None:
-    """The background process: one round, at low priority and on one core."""
+    """Run one round in the background process, at low priority and on one core."""
     with suppress(OSError, AttributeError):
         os.nice(arguments["nice"])
     require("torch", "torch").set_num_threads(1)

@@ -1,7 +1,7 @@
-"""2-Stage Confidence Distillation: a small model learns from the log of what the large model answered.
+"""2-Stage Confidence Distillation (2CD): train a student on the logged answers of the large model.
 
-Stage A: where S1 was not sure and the large model was, S2 learns the large model's answer. Stage B: where S1 was sure,
-S2 learns S1, so that it does not forget. S2 starts as a copy of S1; S1 itself is never changed.
+Stage A: if S1 is not confident and the large model was, S2 learns the large model's answer. Stage B: if S1 is
+confident, S2 learns S1's prediction, so that it does not forget. S2 starts as a copy of S1, which is never changed.
 """
 
 from __future__ import annotations
@@ -36,61 +36,67 @@ from langchain_datashunt.small_models.training.training import (
 )
 
 PRIOR_STRENGTH = 5.0
-"""How many answers the overall accuracy counts for, where a label's own is measured from few."""
+"""Weight of the prior in each accuracy estimate, in answers: labels with few answers stay close to the overall."""
 
 
 class DistillationSettings(Configured):
-    """How S2 is taught."""
+    """Settings for training S2."""
 
     threshold: float | None = None
-    """Where S1 counts as sure; None for its own shunt threshold, else that of the newest record, else 0.9."""
+    """Confidence from which S1 is confident; None uses S1's policy or threshold, else the newest record's, else 0.9."""
 
     large_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
-    """The large model's confidence must be above this for stage A."""
+    """Confidence that the large model must exceed for its answer to be used in stage A."""
 
     large_accuracy: float = Field(default=0.85, gt=0.0, lt=1.0)
-    """The large model's accuracy where no gold label tells it."""
+    """Prior estimate of the large model's accuracy, updated if the log has gold labels."""
 
     mode: Literal["posterior", "teacher", "paper"] = "posterior"
-    """What S2 learns in stage A.
+    """Training target of stage A.
 
-    "posterior": p(y) proportional to p_S1(y) * P(L says this | y), so that an answer that S1 finds absurd counts less.
-    "teacher": the large model's distribution, or its answer smoothed by its measured reliability.
-    "paper": the bare answers of both teachers, cross-entropy, batches of 64, 7 epochs, 1e-4, as the authors' code.
+    "teacher": L(y), the large model's logged probabilities, or its answer smoothed by its estimated reliability.
+    "posterior": p(y) proportional to p_S1(y) * L(y), so that an answer that S1 finds implausible counts less.
+    "paper": one-hot answers in both stages, with the defaults of the authors' code (batches of 64, 7 epochs, learning
+    rate 1e-4).
     """
 
     temperature: float = Field(default=1.0, gt=0.0)
-    """Distillation temperature T of T^2 KL(p_teacher^T || p_S2^T)."""
+    """Temperature T of the distillation loss T^2 KL(p_teacher^T || p_S2^T)."""
 
     gce: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Exponent of the generalised cross-entropy, which wrong answers pull less; None for KL."""
+    """Exponent of the generalised cross-entropy, which is robust to wrong answers; None uses the KL divergence."""
 
     min_pairs: int = Field(default=20, ge=2)
-    """With fewer usable records nothing is learnt."""
+    """Minimum number of training pairs from the log."""
 
     training: TrainingSettings = TrainingSettings()
-    """Epochs, steps, seed; what is None is the small model's own default."""
+    """Epochs, learning rate, seed and so on; None in a field uses the small model's default."""
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """The candidate S2, and what it learnt from."""
+    """Result of a distillation.
+
+    Attributes:
+        model: The candidate S2.
+        report: Counts of the records behind its training data.
+    """
 
     model: SmallModel
     report: DistillationReport
 
 
 class TwoStageDistiller:
-    """Trains S2 from a copy of S1 on the records of routed calls.
+    """Trains a student S2, a copy of S1, on logged calls.
 
-    A small model that writes its answers learns whole answers; see `distillation.answers`.
+    If S1 generates its answers, S2 learns complete answers (see `distillation.answers`).
 
     ```python
     distilled = TwoStageDistiller().distill(small, store.iterate(CallFilter(task="support")))
     ```
 
     Args:
-        settings: How.
+        settings: Distillation settings; None uses the defaults.
     """
 
     def __init__(self, settings: DistillationSettings | None = None) -> None:
@@ -103,16 +109,16 @@ class TwoStageDistiller:
         *,
         labelled: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> DistillationResult:
-        """Train S2.
+        """Train S2 on logged calls.
 
         Args:
-            small: S1; not changed.
-            records: Records, or batches of them as `CallLog.iterate` gives them.
-            labelled: Texts and true labels to learn beside the log, for example what S1 was trained on.
+            small: Small model S1, which is not changed.
+            records: Call records, or batches of them as from `CallLog.iterate`.
+            labelled: Texts and true labels to train on in addition to the log, for example the training data of S1.
 
         Raises:
-            DataError: There is too little to learn from; the message says what there was.
-            ConfigurationError: This kind of small model cannot learn on.
+            DataError: If there are too few training pairs. The message counts the records of each kind.
+            ConfigurationError: If this kind of small model cannot be trained further.
         """
         training = self._training()
         prepared = processes().share(lambda: self._prepared(small, records, labelled, training))
@@ -139,7 +145,7 @@ class TwoStageDistiller:
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
     ) -> Prepared[Any]:
-        """What is learnt; as it was at first, where a training goes on from its checkpoint."""
+        """Return the training data, read from the checkpoint folder if it has been saved there."""
         if training.checkpoint is None:
             return self._fresh(small, records, labelled, training)
         settings = {**self.settings.model_dump(exclude={"training"}), "training": training.what_matters()}
@@ -161,7 +167,7 @@ class TwoStageDistiller:
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         training: TrainingSettings,
     ) -> Prepared[Any]:
-        """Stages and a held-out part, from the records as they are now; in whatever order they came."""
+        """Build the stages and the held-out part from the records. The order of the records has no effect."""
         calls, unreadable = readable_calls(small, _flat(records))
         report = DistillationReport(records=len(calls), unreadable=unreadable)
         if isinstance(small, GeneratingModel):
@@ -169,16 +175,16 @@ class TwoStageDistiller:
         stages = self._stages(small, calls, labelled, report)
         if report.stage_a + report.gold == 0 or self._pairs(report, labelled) < self.settings.min_pairs:
             raise DataError(
-                f"There is too little to learn from in {report.records} records: {report.stage_a} where only the large "
-                f"model was sure, {report.stage_b} where the small one was, {report.unsure} where neither was, "
-                f"{report.unparsable} unparsable, {report.gold} with a true label; at least "
-                f"{self.settings.min_pairs} of these pairs are needed. Record more, or lower `large_threshold`."
+                f"Expected at least {self.settings.min_pairs} training pairs, including large-model answers or true "
+                f"labels, in {report.records} records. Found {report.stage_a} answered confidently by the large model "
+                f"only, {report.stage_b} by the small model, {report.unsure} by neither, {report.unparsable} without "
+                f"a parsable answer and {report.gold} true labels. Log more calls, or lower `large_threshold`."
             )
         return Prepared(*_split(stages, training), report)
 
     @staticmethod
     def _pairs(report: DistillationReport, labelled: tuple[Sequence[str], Sequence[str]] | None) -> int:
-        """Of the log; what is learnt beside it does not count."""
+        """Return the number of training pairs from the log, without those from `labelled`."""
         return report.stage_a + report.stage_b + report.gold - (len(labelled[0]) if labelled else 0)
 
     def _training(self) -> TrainingSettings:
@@ -193,12 +199,13 @@ class TwoStageDistiller:
         labelled: tuple[Sequence[str], Sequence[str]] | None,
         report: DistillationReport,
     ) -> list[Examples]:
-        """Examples of stage A, of stage B and of true labels; empty ones left out."""
+        """Return the non-empty stages: stage A, stage B and true labels."""
         known = set(small.labels)
         texts: list[str] = []
         stages: list[Examples] = []
         gold_texts, gold_labels = (list(part) for part in labelled) if labelled else ([], [])
-        silent = [call for call in calls if call.gold is None]  # what is known to be another label is not taught
+        # Records with a gold label train neither stage. If S1 lacks that label, no target that S1 can learn is right.
+        silent = [call for call in calls if call.gold is None]
         for call in calls:
             if call.gold is not None and call.gold in known:
                 gold_texts.append(call.input)
@@ -218,7 +225,10 @@ class TwoStageDistiller:
         return [stage for stage in stages if len(stage)]
 
     def _reliability(self, calls: list[CallRecord], report: DistillationReport) -> dict[str, float]:
-        """How often the large model is right when it answers a label, shrunk to its overall accuracy."""
+        """Return the large model's estimated accuracy by answered label, shrunk towards its overall accuracy.
+
+        The key "" has the overall accuracy.
+        """
         checked = [call for call in calls if call.gold is not None and call.label is not None]
         right, asked = Counter[str](), Counter[str]()
         for call in checked:
@@ -240,7 +250,7 @@ class TwoStageDistiller:
         reliability: dict[str, float],
         report: DistillationReport,
     ) -> list[Examples]:
-        """Stage A and stage B of records without a true label."""
+        """Return stage A and stage B, from records without a true label."""
         own = predictions.probabilities
         position = {label: i for i, label in enumerate(predictions.labels)}
         rows: list[int] = []
@@ -275,13 +285,13 @@ class TwoStageDistiller:
         ]
 
     def _sure(self, small: SmallModel, predictions: PredictionBatch, calls: list[CallRecord]) -> BoolArray:
-        """Where S1 is sure: by the threshold that was set, else its own policy, else as records had it."""
+        """Return whether S1 is confident, by the configured threshold, else its own policy, else `_threshold`."""
         if self.settings.threshold is None and small.policy is not None:
             return small.policy.evaluate(predictions).keep
         return np.asarray(predictions.confidence >= self._threshold(small, calls))
 
     def _threshold(self, small: SmallModel, calls: list[CallRecord]) -> float:
-        """Where S1 counts as sure: as set, else S1's own threshold, else as the newest record had it, else 0.9."""
+        """Return the configured threshold, else S1's own, else that of the newest record, else 0.9."""
         for threshold in (self.settings.threshold, small.threshold):
             if threshold is not None:
                 return threshold
@@ -298,7 +308,7 @@ class TwoStageDistiller:
         trust: FloatArray,
         calls: list[CallRecord],
     ) -> FloatArray:
-        """The distributions that stage A teaches, shape `[a, k]`."""
+        """Return the target distributions of stage A, shape `[a, k]`."""
         n, k = own.shape if own.ndim == 2 else (0, 0)
         if not n:
             return np.zeros((0, k))
@@ -322,7 +332,7 @@ class TwoStageDistiller:
 
 
 def _fingerprint(small: SmallModel) -> str:
-    """Stands for a small model: its labels, temperature and weights."""
+    """Return a hash of a small model's labels, temperature, threshold, policy and weights."""
     seen = hashlib.sha256(repr((small.labels, small.temperature, small.threshold, small.policy)).encode())
     for name, array in sorted(small.weights().items()):
         seen.update(name.encode())
@@ -335,15 +345,17 @@ def _fingerprint(small: SmallModel) -> str:
 def cold_start(
     records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]], *, kind: str = "embedding", **options: Any
 ) -> SmallModel:
-    """Train the first small model of a task from logged large answers alone (true labels where there are).
+    """Train the first small model of a task on the logged answers of the large model.
+
+    If a record has a true label, it is used instead of the answer. Labels with a single example are left out.
 
     Args:
-        records: Records of a task where everything went to the large model.
+        records: Call records of a task without a small model.
         kind: Kind of small model.
-        **options: Passed to its `train`.
+        **options: Keyword arguments of its `train`.
 
     Raises:
-        DataError: There are too few labelled answers.
+        DataError: If fewer than two labels have two examples each.
     """
     from langchain_datashunt.small_models.bundles.loading import small_model_class
 
@@ -353,8 +365,8 @@ def cold_start(
     pairs = [(text, label) for text, label in pairs if counts[label] > 1]
     if len({label for _, label in pairs}) < 2:
         raise DataError(
-            f"{len(pairs)} usable answers of {len(counts)} labels are too few for a first small model; two labels "
-            f"with two answers each are the least. Collect more."
+            f"Expected two labels with at least two answers each to train the first small model, got {len(pairs)} "
+            f"usable answers from records with {len(counts)} labels. Log more calls."
         )
     trainable: Any = small_model_class(kind)
     trained: SmallModel = trainable.train([text for text, _ in pairs], [str(label) for _, label in pairs], **options)
@@ -369,7 +381,7 @@ def _flat(records: Iterable[Any]) -> list[CallRecord]:
 
 
 def readable_calls(small: SmallModel, calls: list[CallRecord]) -> tuple[list[CallRecord], int]:
-    """Those whose input the small model reads, in a fixed order, and how many others there were."""
+    """Return the calls whose input the small model can read, in a fixed order, and the number of other calls."""
     found = sorted(calls, key=lambda call: (call.input_hash, call.id))
     reader = small.reader
     if isinstance(reader, TextReader):
@@ -383,7 +395,7 @@ def readable_calls(small: SmallModel, calls: list[CallRecord]) -> tuple[list[Cal
 
 
 def _split(stages: list[Examples], settings: TrainingSettings) -> tuple[list[Examples], Examples]:
-    """Hold a random part of each stage out, at least one example in all."""
+    """Hold out a random part of each stage for validation. Every stage keeps at least one training example."""
     rng = np.random.default_rng(settings.seed)
     learn, texts, targets = [], [], []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""The gate: whether a candidate may take over. It tests; it changes nothing."""
+"""Promotion gate: a statistical test of whether a candidate may replace the model in service."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Labels: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.object_]]
 
 @dataclass(frozen=True)
 class PromotionResult:
-    """What the gate found.
+    """Result of a promotion test.
 
     Attributes:
-        passed: Whether the candidate may take over.
-        reason: Why, in words.
-        n: Held-out examples.
-        old_accuracy: Of the model in service.
-        new_accuracy: Of the candidate.
-        lower_bound: One-sided lower bound of new less old accuracy.
-        proficient_lower_bound: The same over the labels that the old model was proficient in; None without such.
-        forgotten: Proficient labels that lost more than they may, with their loss.
-        teacher: What was found of the answers that taught the candidate; None where nothing was looked at.
+        passed: Whether the candidate may be promoted.
+        reason: Explanation of the result.
+        n: Number of held-out examples.
+        old_accuracy: Accuracy of the model in service.
+        new_accuracy: Accuracy of the candidate.
+        lower_bound: One-sided lower confidence bound of `new_accuracy - old_accuracy`.
+        proficient_lower_bound: The same bound over examples of proficient labels, or None without such labels.
+        forgotten: Loss in accuracy of each proficient label that lost more than `label_margin`.
+        teacher: Result of the check of the candidate's training answers, or None without a check.
     """
 
     passed: bool
@@ -47,26 +47,27 @@ class PromotionResult:
 
 @dataclass(frozen=True)
 class PromotionGate:
-    """Non-inferiority on held-out examples, overall and where the old model was good.
+    """Non-inferiority test on held-out examples, overall and on labels that the old model predicts well.
 
-    A candidate passes if the one-sided lower confidence bound of its accuracy less the old one's, from paired
-    answers, is above `-margin`: over all examples, and above `-proficient_margin` over those whose true label the old
-    model was proficient in. No proficient label may lose more than `label_margin` beyond chance.
+    A label is proficient if the old model predicts it with an accuracy of at least `proficiency`. A candidate passes
+    if the one-sided lower confidence bound of its accuracy minus the old model's is above `-margin` over all examples.
+    The bound must also be above `-proficient_margin` over the examples of proficient labels, and no proficient label
+    may lose more than `label_margin` beyond chance.
 
-    What cannot be shown is rejected: where both models are equally good and one in twenty answers changes, a margin
-    of 0.01 needs some 3,000 held-out examples. Labels that the old model is good at are a part of the examples only,
-    so their margin is wider.
+    The test is conservative: without enough evidence a candidate is rejected. If both models are equally accurate and
+    5% of the answers change, a margin of 0.01 needs about 3,000 held-out examples. Proficient labels cover only part of
+    the examples, so their margin is wider.
 
-    A candidate is also rejected where a `TeacherCheck` found that the answers which taught it are not as the large
-    model's were.
+    A candidate is also rejected if a `TeacherCheck` found that its training answers differ from the large model's
+    held-out answers.
 
     Attributes:
         margin: Accuracy that may be lost over all examples, in [0, 1].
-        proficient_margin: The same over the examples of proficient labels.
-        level: Confidence of the bounds.
-        proficiency: Share of a label's examples that the old model has right to be called proficient.
-        min_examples: With fewer held-out examples a label is not looked at alone.
-        label_margin: Share of one proficient label's examples that may be lost.
+        proficient_margin: Accuracy that may be lost over the examples of proficient labels, in [0, 1].
+        level: Confidence level of the bounds.
+        proficiency: Minimum accuracy of the old model on a proficient label.
+        min_examples: Minimum number of held-out examples for a test of a single label.
+        label_margin: Accuracy that a single proficient label may lose, in [0, 1].
     """
 
     margin: float = 0.01
@@ -88,30 +89,33 @@ class PromotionGate:
         """Compare two models on the same held-out examples.
 
         Args:
-            old: The model in service.
-            new: The candidate.
+            old: Model in service.
+            new: Candidate.
             texts: `n` held-out inputs.
             labels: Their true labels.
-            teacher: What a `TeacherCheck` found of the answers that taught the candidate.
+            teacher: Result of a `TeacherCheck` of the candidate's training answers.
 
         Raises:
-            DataError: There are no examples, none has a label that the old model knows, or a model writes its answers,
-                of which no label tells whether they are right.
+            DataError: If there are no examples, if none has a label of the old model, or if a model generates its
+                answers, which labels cannot score.
         """
         if not texts or len(texts) != len(labels):
-            raise DataError(f"{len(texts)} texts and {len(labels)} labels: the gate needs held-out labelled examples.")
+            raise DataError(
+                f"Expected one label for each held-out text and at least one text, got {len(texts)} texts and "
+                f"{len(labels)} labels. Pass held-out labelled examples."
+            )
         truth = np.array(labels, dtype=object)
         predicted = old.predict_batch(texts), new.predict_batch(texts)
         if any(batch.answers is not None for batch in predicted):
             raise DataError(
-                "A model that writes its answers cannot be tested by labels. Judge the candidate yourself, and put it "
-                "into service by registry.promote(number)."
+                "The gate cannot score a model that generates its answers. Review the candidate manually, and promote "
+                "it with registry.promote(number)."
             )
         if not set(labels) & set(predicted[0].labels):
             raise DataError(
-                f"No held-out example has a label that the model in service knows: they have "
-                f"{', '.join(map(repr, sorted(set(map(str, labels)))[:3]))}, and it knows "
-                f"{', '.join(map(repr, predicted[0].labels[:3]))}. Check how labels are written."
+                f"Expected held-out labels of the model in service, such as "
+                f"{', '.join(map(repr, predicted[0].labels[:3]))}, got "
+                f"{', '.join(map(repr, sorted(set(map(str, labels)))[:3]))}. Check the spelling of the labels."
             )
         before, after = (np.array(batch.label_names(), dtype=object) == truth for batch in predicted)
         forgotten = self._forgotten(truth, before, after)
@@ -123,7 +127,7 @@ class PromotionGate:
             reason = teacher.reason
         return PromotionResult(
             not reason,
-            reason or f"not inferior by more than {self.margin:.3f} at {100 * self.level:.0f}% confidence",
+            reason or f"non-inferior within a margin of {self.margin:.3f} at {100 * self.level:.0f}% confidence",
             len(texts),
             float(before.mean()),
             float(after.mean()),
@@ -134,7 +138,14 @@ class PromotionGate:
         )
 
     def lower_bound(self, before: BoolArray, after: BoolArray) -> float:
-        """One-sided lower bound of the paired difference in accuracy: Tango's score interval (1998), by bisection."""
+        """Return the one-sided lower bound of the paired difference in accuracy.
+
+        This is Tango's score interval (1998), found by bisection.
+
+        Args:
+            before: Whether the old model is correct, shape `[n]`.
+            after: Whether the candidate is correct, shape `[n]`.
+        """
         n, won, lost = len(before), int((after & ~before).sum()), int((before & ~after).sum())
         low, high, z = -1.0, (won - lost) / n, NormalDist().inv_cdf(self.level)
         while high - low > 1e-7:
@@ -143,16 +154,16 @@ class PromotionGate:
         return low
 
     def _among_proficient(self, truth: Labels, before: BoolArray) -> BoolArray:
-        """Which examples have a label that the old model was good at, shape `[n]`.
+        """Return which examples have a proficient label, shape `[n]`.
 
-        Each half of a label's examples is judged by the other: were a label chosen and tested on the same examples, the
-        old model's luck on them would count against every candidate.
+        Each half of a label's examples is selected by the accuracy on the other half. If a label were selected and
+        tested on the same examples, the old model's luck on them would count against every candidate.
         """
         among = np.zeros(len(truth), dtype=np.bool_)
         for label in set(truth.tolist()):
             mine = np.flatnonzero(truth == label)
             even, odd = mine[mine % 2 == 0], mine[mine % 2 == 1]
-            if not (len(even) and len(odd)):  # labels that come in turn
+            if not (len(even) and len(odd)):  # with alternating labels, all positions of a label have one parity
                 even, odd = mine[::2], mine[1::2]
             for half, other in ((even, odd), (odd, even)):
                 if len(other) and before[other].mean() >= self.proficiency:
@@ -160,9 +171,10 @@ class PromotionGate:
         return among
 
     def _forgotten(self, truth: Labels, before: BoolArray, after: BoolArray) -> dict[str, float]:
-        """Labels that the old model was good at and that lost more than they may, beyond chance.
+        """Return the proficient labels that lost more than `label_margin`, beyond chance, with their loss.
 
-        Chance: the one-sided sign test on the label's changed answers, with Bonferroni's correction for their number.
+        Chance is excluded by a one-sided sign test on the label's changed answers, with Bonferroni correction for the
+        number of labels tested.
         """
         looked_at: dict[str, tuple[float, float]] = {}
         for label in sorted(set(truth.tolist())):
@@ -177,20 +189,23 @@ class PromotionGate:
 
     def _reason(self, lower: float, lower_proficient: float | None, forgotten: dict[str, float]) -> str:
         if lower <= -self.margin:
-            return f"overall accuracy may have fallen by {-lower:.3f}, and {self.margin:.3f} are allowed"
+            return f"overall accuracy may have fallen by {-lower:.3f}, and the limit is {self.margin:.3f}"
         if lower_proficient is not None and lower_proficient <= -self.proficient_margin:
             return (
-                f"accuracy on labels that the old model was good at may have fallen by {-lower_proficient:.3f}, "
-                f"and {self.proficient_margin:.3f} are allowed"
+                f"accuracy on labels that the old model predicts well may have fallen by {-lower_proficient:.3f}, "
+                f"and the limit is {self.proficient_margin:.3f}"
             )
         if forgotten:
             worst = max(forgotten, key=lambda label: forgotten[label])
-            return f"the label {worst!r} lost {forgotten[worst]:.2f}, and {self.label_margin:.2f} are allowed"
+            return (
+                f"accuracy on the label {worst!r} fell by {forgotten[worst]:.2f}, "
+                f"and the limit is {self.label_margin:.2f}"
+            )
         return ""
 
 
 def _score(n: int, won: int, lost: int, difference: float) -> float:
-    """Tango's statistic for the hypothesis that p(won) - p(lost) is `difference`: standard normal under it."""
+    """Return Tango's statistic for p(won) - p(lost) = `difference`, standard normal under this hypothesis."""
     b = -won - lost + (2 * n - won + lost) * difference
     c = -lost * difference * (1.0 - difference)
     losing = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
@@ -200,6 +215,6 @@ def _score(n: int, won: int, lost: int, difference: float) -> float:
 
 
 def _sign_test(lost: int, won: int) -> float:
-    """Probability of so many losses or more among the changed answers, were losses and wins equally likely."""
+    """Return the probability of `lost` or more losses if losses and wins were equally likely."""
     n = lost + won
     return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2.0**n

@@ -1,4 +1,4 @@
-"""What a distillation learns from, made ready, and kept in its checkpoint folder so that a kill changes nothing."""
+"""Training data of a distillation, saved with its checkpoints so that a resumed run uses the same data."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PREPARED_FILE = "examples.npz"
 
 @dataclass
 class DistillationReport:
-    """What was learnt from.
+    """Counts of the records behind the training data of a distillation.
 
     Attributes:
-        records: Records that were seen.
-        stage_a: Pairs that taught the large model's answer.
-        stage_b: Pairs that taught S1's own.
-        gold: Records with a true label, and labelled examples that were given.
-        unsure: Records where neither model was sure; not used.
-        unparsable: Records whose large answer was no label; not used.
-        unreadable: Records whose input the small model cannot read; not used.
-        new_labels: Answers that S1 does not know, with their counts; not used, but worth a look.
-        reliability: The large model's accuracy by answered label, where gold labels tell it.
+        records: Records with an input that the small model can read.
+        stage_a: Training pairs with the large model's answer.
+        stage_b: Training pairs with S1's own prediction.
+        gold: Training pairs with a true label, from the log and from `labelled`.
+        unsure: Unused records without a confident answer of either model.
+        unparsable: Unused records without a parsable answer of the large model.
+        unreadable: Unused records with an input that the small model cannot read.
+        new_labels: Labels in the log that S1 lacks, with their counts. They are not trained on.
+        reliability: Estimated accuracy of the large model by answered label, if the log has gold labels.
     """
 
     records: int = 0
@@ -46,17 +46,17 @@ class DistillationReport:
 
 
 Taught = TypeVar("Taught", Examples, AnswerExamples)
-"""Texts with distributions, or with answers."""
+"""Texts with target distributions, or with target answers."""
 
 
 @dataclass(frozen=True)
 class Prepared(Generic[Taught]):
-    """What is learnt.
+    """Training data of a distillation.
 
     Attributes:
-        stages: What is taught, by stage.
-        held_out: The same, to stop on.
-        report: What they were made from.
+        stages: Training examples, one entry a stage.
+        held_out: Validation examples for early stopping.
+        report: Counts of the records behind the examples.
     """
 
     stages: list[Taught]
@@ -65,12 +65,17 @@ class Prepared(Generic[Taught]):
 
     @property
     def texts(self) -> list[str]:
-        """All inputs."""
+        """Inputs of all examples, training and held-out."""
         parts: list[Examples | AnswerExamples] = [*self.stages, self.held_out]
         return [text for part in parts for text in part.texts]
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
-        """Keep them in a folder, with what they depend on."""
+        """Save the examples atomically to a checkpoint folder.
+
+        Args:
+            folder: Checkpoint folder, created if missing.
+            about: JSON-ready settings that the examples depend on, compared by `read`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         parts: list[Examples | AnswerExamples] = [*self.stages, self.held_out]
         told: dict[str, Any] = {
@@ -91,10 +96,10 @@ class Prepared(Generic[Taught]):
 
     @classmethod
     def read(cls, folder: Path, about: dict[str, Any]) -> Self | None:
-        """What is kept in a folder; None where nothing is.
+        """Return the examples saved in a checkpoint folder, or None if there are none.
 
         Raises:
-            DataError: It cannot be read, or belongs to another distillation.
+            DataError: If the file cannot be read, or belongs to another distillation.
         """
         file = folder / PREPARED_FILE
         if not file.exists():
@@ -108,15 +113,17 @@ class Prepared(Generic[Taught]):
                 ]
                 report = DistillationReport(**told["report"])
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file} cannot be read ({error}). Delete it to begin anew.") from error
+            raise DataError(
+                f"The training data in {file} cannot be read: {error}. Delete the file to start over."
+            ) from error
         if told["about"] != json.loads(json.dumps(about)):
             raise DataError(
-                f"{file} belongs to a distillation with other settings or another small model. Give the same ones to "
-                f"go on, or another checkpoint folder, or delete it to begin anew."
+                f"{file} belongs to a distillation with other settings or another small model. To resume, use the "
+                f"same settings and small model. To start over, delete the file or use another checkpoint folder."
             )
         return cls(parts[:-1], parts[-1], report)
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """Delete what is kept, when the training is done."""
+        """Delete the saved examples from a checkpoint folder."""
         (folder / PREPARED_FILE).unlink(missing_ok=True)

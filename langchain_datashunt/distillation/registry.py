@@ -1,10 +1,10 @@
-"""ModelRegistry: versions of a small model in a folder, and which one is in service; promotion is atomic.
+"""Model registry: a folder with versions of a small model, one of them in service.
 
-    versions/0001/          a bundle
-    versions/0001.json      metrics, the gate's verdict, status
-    current.json            the version in service, and those that were before it
+    versions/0001/          bundle
+    versions/0001.json      metrics, result of the gate, status
+    current.json            version in service, and the versions that preceded it
 
-A reader sees the old version or the new one, never half of either: `current.json` is replaced at once.
+Promotion is atomic. `current.json` is replaced as a whole, so a reader gets either the old version or the new one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,16 @@ _LOG = logging.getLogger(__name__)
 
 
 class ModelVersion(BaseModel):
-    """What is known of one version."""
+    """Metadata of one version.
+
+    Attributes:
+        version: Version number, from 1.
+        status: Outcome of the gate or of a manual promotion.
+        reason: Explanation of the status.
+        metrics: Metrics of the gate and of the caller.
+        parent: Version in service when this one was added.
+        created: Creation time in seconds since 1970 UTC.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -52,17 +61,17 @@ class ModelVersion(BaseModel):
 
 
 class ModelRegistry:
-    """Versions of one small model.
+    """Registry of the versions of one small model.
 
     ```python
     registry = ModelRegistry("models/support")
-    registry.promote(registry.add(small))                      # the first one
-    version = registry.consider(candidate, texts, labels)      # passes the gate, or stays as rejected
+    registry.promote(registry.add(small))                      # the first version
+    version = registry.consider(candidate, texts, labels)      # promoted if it passes the gate
     shunt = ShuntRunnable(small=registry.model(), large=...)   # follows promotions between calls
     ```
 
     Args:
-        folder: Made where it is not there.
+        folder: Folder of the registry, created if missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -72,24 +81,24 @@ class ModelRegistry:
     # Versions
 
     def versions(self) -> list[ModelVersion]:
-        """All versions, the oldest first."""
+        """Return the metadata of all versions, oldest first."""
         files = sorted((self.folder / "versions").glob("*.json"))
         return [ModelVersion.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
 
     def version(self, number: int) -> ModelVersion:
-        """One version.
+        """Return the metadata of one version.
 
         Raises:
-            RegistryError: There is no such version.
+            RegistryError: If the version does not exist.
         """
         file = self._info(number)
         if not file.is_file():
             there = ", ".join(str(found.version) for found in self.versions()) or "none"
-            raise RegistryError(f"{self.folder} has no version {number}; it has: {there}.")
+            raise RegistryError(f"{self.folder} has no version {number}. Available versions: {there}.")
         return ModelVersion.model_validate_json(file.read_text(encoding="utf-8"))
 
     def add(self, model: SmallModel, metrics: dict[str, Any] | None = None) -> int:
-        """Save a model as a new candidate; returns its number."""
+        """Save a model as a new candidate and return its version number."""
         with self._locked():
             return self._add(model, metrics or {})
 
@@ -100,48 +109,61 @@ class ModelRegistry:
         return number
 
     def bundle(self, number: int) -> Path:
-        """The folder of a version's bundle."""
+        """Return the folder of a version's bundle."""
         return self.folder / "versions" / f"{number:04d}"
 
     def load(self, number: int | None = None, **overrides: Any) -> SmallModel:
-        """A version's model; None for the one in service.
+        """Load the model of a version.
+
+        Args:
+            number: Version number, or None for the version in service.
+            **overrides: Keyword arguments of `load_small_model`.
 
         Raises:
-            RegistryError: There is none.
+            RegistryError: If the version does not exist, or no version is in service.
         """
         chosen = number if number is not None else self.current_version()
         if chosen is None:
-            raise RegistryError(f"{self.folder} has no version in service. Promote one: registry.promote(number).")
+            raise RegistryError(f"{self.folder} has no version in service. Promote one with registry.promote(number).")
         return load_small_model(self.bundle(self.version(chosen).version), **overrides)
 
-    # Service
+    # Version in service
 
     def current_version(self) -> int | None:
-        """The version in service."""
+        """Return the number of the version in service, or None if there is none."""
         version: int | None = self._state()["version"]
         return version
 
     def first_version(self) -> int:
-        """The version that was in service first: S1 of 2CD.
+        """Return the number of the version that was in service first, which is S1 of 2CD.
 
         Raises:
-            RegistryError: None ever was.
+            RegistryError: If no version is in service.
         """
         state = self._state()
         if state["version"] is None:
-            raise RegistryError(f"{self.folder} has no version in service. Promote one: registry.promote(number).")
+            raise RegistryError(f"{self.folder} has no version in service. Promote one with registry.promote(number).")
         return int((state["before"] or [state["version"]])[0])
 
     def in_service_since(self) -> float:
-        """From when calls are those of the version in service, seconds since 1970 UTC.
+        """Return the time from which calls are attributed to the version in service, in seconds since 1970 UTC.
 
-        0.0 for the first version, which may have answered before there was a registry, and where there is none.
+        This is the version's creation time. It is 0.0 if no version is in service, and for the first version, which may
+        have answered before the registry existed.
         """
         state = self._state()
         return self.version(state["version"]).created if state["before"] else 0.0
 
     def promote(self, number: int, reason: str = "promoted by hand") -> None:
-        """Put a version into service, at once for all readers."""
+        """Put a version into service atomically.
+
+        Args:
+            number: Version number.
+            reason: Explanation, saved with the version.
+
+        Raises:
+            RegistryError: If the version does not exist.
+        """
         with self._locked():
             self._promote(number, reason)
 
@@ -152,16 +174,18 @@ class ModelRegistry:
         self._set({"version": number, "before": before})
 
     def rollback(self) -> int:
-        """Put the version that was in service before back; returns its number.
+        """Put the previous version back into service and return its number.
+
+        The version that it replaces is marked as rejected.
 
         Raises:
-            RegistryError: There was none before.
+            RegistryError: If no previous version exists.
         """
         with self._locked():
             state = self._state()
             if not state["before"]:
                 raise RegistryError(
-                    f"{self.folder} has no earlier version in service to go back to. Promote one by its number: "
+                    f"{self.folder} has no earlier version to roll back to. Promote a version with "
                     f"registry.promote(number)."
                 )
             *before, last = state["before"]
@@ -183,26 +207,29 @@ class ModelRegistry:
         metrics: dict[str, Any] | None = None,
         teacher: TeacherCheckResult | None = None,
     ) -> tuple[int, PromotionResult]:
-        """Add a candidate, test it against the version in service, and promote or reject it with the reason.
+        """Test a candidate against the version in service, save it, and promote or reject it.
 
         Args:
-            candidate: What may take over.
+            candidate: Small model that may replace the version in service.
             texts: Held-out inputs.
             labels: Their true labels.
-            gate: What it must pass; None for the defaults.
-            metrics: To be kept with the version.
-            teacher: What a `TeacherCheck` found of the answers that taught it.
+            gate: Promotion gate; None uses the default settings.
+            metrics: Additional metrics to save with the version.
+            teacher: Result of a `TeacherCheck` of the candidate's training answers.
+
+        Returns:
+            Version number of the candidate, and the result of the gate.
 
         Raises:
-            RegistryError: Nothing is in service to compare with.
-            DataError: There are no held-out examples; the candidate is not kept.
+            RegistryError: If no version is in service.
+            DataError: If the gate cannot score the held-out examples. The candidate is then not saved.
         """
         while True:
             in_service = self.current_version()
             verdict = (gate or PromotionGate()).test(self.load(in_service), candidate, texts, labels, teacher=teacher)
             with self._locked():
                 if self.current_version() != in_service:
-                    continue  # another was promoted meanwhile: it is that which the candidate has to be as good as
+                    continue  # another version was promoted during the test: compare with that one instead
                 number = self._add(candidate, {**(metrics or {}), **_figures(verdict)})
                 if verdict.passed:
                     self._promote(number, verdict.reason)
@@ -212,7 +239,7 @@ class ModelRegistry:
                 return number, verdict
 
     def model(self, **overrides: Any) -> RegistryModel:
-        """A small model that follows the version in service; `overrides` as for `load_small_model`."""
+        """Return a small model that follows the version in service, with the arguments of `RegistryModel.following`."""
         return RegistryModel.following(self, **overrides)
 
     # Files
@@ -234,7 +261,7 @@ class ModelRegistry:
         _replace(self.folder / "current.json", json.dumps(state))
 
     def stamp(self) -> int:
-        """Another number whenever another version is put into service; which is the later is not told by it."""
+        """Return a hash that changes when another version is put into service. Hashes have no order."""
         try:
             said = (self.folder / "current.json").read_bytes()
         except FileNotFoundError:
@@ -243,27 +270,27 @@ class ModelRegistry:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time, also over processes; a process that ends in whatever way gives the lock up."""
+        """Hold the writer lock, which excludes other threads and processes and is released if the process dies."""
         with require("filelock", "store").FileLock(self.folder / ".lock"):
             yield
 
 
 class RegistryModel(SmallModel):
-    """The version in service of a registry as a small model: it follows promotions between calls.
+    """Small model that follows the version in service of a registry.
 
-    A version that was put into service is loaded, and computes a first text, in the background; the one before it
-    answers until then, so that no call waits. A call that is under way ends with the version that it began with. Where
-    a version cannot be loaded, the log says so and the one before it stays.
+    A newly promoted version is loaded and warmed up in the background. The previous version answers until then, so no
+    call waits. A running call finishes with the version that it started with. If a version cannot be loaded, a warning
+    is logged and the previous version stays in use.
     """
 
     folder: str
-    """The registry's folder."""
+    """Folder of the registry."""
 
     check_seconds: float = Field(default=1.0, ge=0.0)
-    """How often the folder is looked at."""
+    """Minimum seconds between two checks of the folder."""
 
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Passed on to `load_small_model`."""
+    """Keyword arguments of `load_small_model`."""
 
     _model: SmallModel | None = PrivateAttr(default=None)
     _stamp: int = PrivateAttr(default=-1)
@@ -274,13 +301,19 @@ class RegistryModel(SmallModel):
 
     @classmethod
     def following(cls, registry: ModelRegistry, *, check_seconds: float = 1.0, **overrides: Any) -> Self:
-        """Follow a registry.
+        """Return a small model that follows a registry.
+
+        Args:
+            registry: Registry with a version in service.
+            check_seconds: Minimum seconds between two checks of the folder.
+            **overrides: `dynamic_batching` and `cache_size` of the returned model, and keyword arguments of
+                `load_small_model`.
 
         Raises:
-            RegistryError: It has no version in service.
+            RegistryError: If no version is in service.
         """
         serving = {name: overrides.pop(name) for name in ("dynamic_batching", "cache_size") if name in overrides}
-        stamp = registry.stamp()  # before what it stands for is loaded, which may take a while
+        stamp = registry.stamp()  # read before the slow load, so that a promotion meanwhile is still noticed
         first = registry.load(**overrides)
         model = cls(
             **serving,
@@ -293,13 +326,14 @@ class RegistryModel(SmallModel):
         return model
 
     def reload(self, *, now: bool = True) -> SmallModel:
-        """The version in service, loaded at once where `now`.
+        """Return the version in service, or the loaded one while a newer one is loaded in the background.
 
-        Else the one that is loaded; the folder is looked at where the last look was long enough ago, and what is new
-        there is loaded in the background.
+        Args:
+            now: Whether to wait for a newer version to be loaded. False returns the loaded version, checks the folder
+                at most every `check_seconds`, and loads a newer version in the background.
 
         Raises:
-            RegistryError: It is to be loaded now, and there is none.
+            RegistryError: If a version has to be loaded and none is in service.
         """
         if not now and time.monotonic() - self._checked < self.check_seconds and self._model is not None:
             return self._model
@@ -327,18 +361,20 @@ class RegistryModel(SmallModel):
         return coming is not None and coming.is_alive()
 
     def _prepare(self, registry: ModelRegistry, stamp: int, before: int) -> None:
-        """Load what is in service and have it compute something, so that the first call does not wait for that."""
+        """Load the version in service and warm it up, so that the first call does not wait."""
         try:
             model = registry.load(**self.overrides)
             if model.reads_text:
                 model.predict_batch(["."])
-        except Exception as error:  # a thread has nobody to raise to, and the calls have a model
+        except Exception as error:  # no caller waits on this thread, and the old version still serves
             if self._failed != stamp:
                 self._failed = stamp
-                _LOG.warning("%s: the new version cannot be loaded, the one before it stays: %s", self.folder, error)
+                _LOG.warning(
+                    "%s: cannot load the new version, so the previous version stays in use: %s", self.folder, error
+                )
             return
         with self._lock:
-            if self._stamp == before:  # nobody has loaded another meanwhile
+            if self._stamp == before:  # no other version was loaded in the meantime
                 self._take(model, stamp)
 
     @property
@@ -366,7 +402,7 @@ class RegistryModel(SmallModel):
         return self._remembering().predict_batch(inputs, return_errors=True)
 
     def _remembering(self) -> SmallModel:
-        """The version in service, which remembers as many texts as this model is to; each version begins anew."""
+        """Return the version in service with this model's cache size. Every version starts with an empty cache."""
         model, size = self.reload(now=False), self.cache_size or int(self.overrides.get("cache_size", 0))
         if model.cache_size != size:
             with self._lock:
@@ -380,7 +416,7 @@ class RegistryModel(SmallModel):
 
     @override
     def to_json(self) -> Any:
-        """As the registry's folder."""
+        """Serialize the folder of the registry and the settings, without the model."""
         names = ("folder", "check_seconds", "overrides", "labels")
         kwargs = {name: getattr(self, name) for name in names}
         return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": kwargs}
@@ -405,7 +441,7 @@ def _figures(verdict: PromotionResult) -> dict[str, Any]:
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """As JSON can have them: None for a number that there is not."""
+    """Replace NaN with None, since JSON has no NaN."""
     return {name: None if value != value else value for name, value in figures.items()}
 
 

@@ -1,4 +1,4 @@
-"""Whether the answers that taught a candidate are those of the large model as it was known. Nothing is decided here."""
+"""Teacher check: compare the large model's logged answers with its answers to held-out examples."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from langchain_datashunt.small_models.base import SmallModel
 
 @dataclass(frozen=True)
 class TeacherCheckResult:
-    """What is to be thought of the answers that taught a candidate.
+    """Result of a teacher check.
 
     Attributes:
-        passed: Whether nothing speaks against them.
-        reason: Why, in words.
-        taught: Logged answers that were looked at.
-        held_out: Held-out answers that they were compared with.
-        surprising: Share of the logged answers that surprised the small model; NaN where nothing was compared.
-        expected: The same of the held-out answers.
-        lower_bound: One-sided lower bound of the difference between inputs of which the small model was equally sure.
+        passed: Whether the logged answers are consistent with the held-out ones.
+        reason: Explanation of the result.
+        taught: Number of logged answers compared.
+        held_out: Number of held-out answers compared.
+        surprising: Fraction of surprising answers in the log, or NaN without a comparison.
+        expected: Fraction of surprising answers among the held-out ones, or NaN without a comparison.
+        lower_bound: One-sided lower bound of the difference at equal confidence, or NaN without a comparison.
     """
 
     passed: bool
@@ -40,20 +40,21 @@ class TeacherCheckResult:
 
 @dataclass(frozen=True)
 class TeacherCheck:
-    """Compares the large model's answers in the log with those on held-out examples, as the small model sees them.
+    """Test of whether the large model's logged answers are consistent with its answers to held-out examples.
 
-    An answer is surprising where the small model gives it less than a guess would, 1/k. Among inputs of which it is
-    equally unsure, the large model's answers surprise it about equally often, whoever is right; where they do so
-    clearly more often, the model, its prompt or the log has changed, and what is learnt from them may be wrong even
-    though the small model that weighed them with its own opinion has not suffered yet. No true label is needed.
+    An answer is surprising if the small model assigns it a probability below 1/k, that of a random guess. At equal
+    confidence of the small model, the large model's answers are surprising about equally often, regardless of which
+    model is right. A clearly higher rate in the log means that the large model, its prompt or the log has changed.
+    Training on such answers can do harm even if the candidate has not lost accuracy yet, because the small model's own
+    probabilities outweigh some of them. The check needs no true labels.
 
-    The difference is Mantel's and Haenszel's over strata of equal confidence, its variance Sato's (1989).
+    The difference is the Mantel-Haenszel estimate over strata of confidence, with Sato's variance (1989).
 
     Attributes:
-        margin: How much more often answers may be surprising, in [0, 1].
-        level: Confidence of the bound.
-        strata: Groups of equal confidence.
-        min_examples: With fewer answers on either side nothing is compared.
+        margin: Tolerated increase in the rate of surprising answers, in [0, 1].
+        level: Confidence level of the bound.
+        strata: Number of strata of confidence.
+        min_examples: Minimum number of logged and of held-out answers for a comparison.
     """
 
     margin: float = 0.02
@@ -64,26 +65,29 @@ class TeacherCheck:
     def test(
         self, small: SmallModel, calls: Iterable[CallRecord], texts: Sequence[str], answers: Sequence[str | None]
     ) -> TeacherCheckResult:
-        """Compare.
+        """Compare the answers of logged calls with the answers to held-out texts.
 
         Args:
-            small: The small model that the calls were recorded with, for the held-out examples.
-            calls: Recorded calls; those in which the large model gave a label after the small one was unsure count.
+            small: Small model of the logged calls, which also scores the held-out examples.
+            calls: Call records. Only deferred calls with a label and the small model's probabilities count.
             texts: `n` held-out inputs.
-            answers: The large model's answers to them; None or a name outside the label set counts for nothing.
+            answers: `n` answers of the large model to them. None and names outside the label set are ignored.
 
         Raises:
-            DataError: Texts and answers are not equally many.
+            DataError: If `texts` and `answers` differ in length.
         """
         if len(texts) != len(answers):
-            raise DataError(f"{len(texts)} held-out texts and {len(answers)} large answers: give one for each.")
+            raise DataError(
+                f"Expected one answer of the large model for each held-out text, got {len(answers)} answers and "
+                f"{len(texts)} texts. Pass None for a missing answer."
+            )
         taught = np.array([row for call in calls if (row := _of_call(call)) is not None]).reshape(-1, 2)
         known = [i for i, answer in enumerate(answers) if answer in small.labels]
         if len(taught) < self.min_examples or len(known) < self.min_examples:
             return self._nothing(len(taught), len(known))
         held = _of_examples(small, [texts[i] for i in known], [str(answers[i]) for i in known])
         limits = np.quantile(taught[:, 0], np.linspace(0.0, 1.0, self.strata + 1)[1:])
-        held = held[held[:, 0] <= limits[-1]]  # the others would not have been asked
+        held = held[held[:, 0] <= limits[-1]]  # more confident inputs are answered locally and never logged here
         if len(held) < self.min_examples:
             return self._nothing(len(taught), len(held))
         if (found := _stratified(taught, held, limits)) is None:
@@ -91,23 +95,26 @@ class TeacherCheck:
         difference, deviation = found
         lower = difference - NormalDist().inv_cdf(self.level) * deviation
         surprising, expected = float(taught[:, 1].mean()), float(held[:, 1].mean())
-        told = f"{100 * surprising:.0f}% of the large model's answers surprise the small one, {100 * expected:.0f}% of "
-        told += "its answers to held-out examples do"
+        told = f"{100 * surprising:.0f}% of the large model's logged answers and {100 * expected:.0f}% of its held-out "
+        told += "answers surprise the small model"
         passed = not lower > self.margin
         if not passed:
             told += (
-                ": the model, its prompt or the log has changed since. Look at the answers, record held-out ones anew, "
-                "or distil without large answers for the held-out examples"
+                ": the large model, its prompt or the log has changed. Review the logged answers, collect the held-out "
+                "answers again, or distil without held-out answers of the large model"
             )
         return TeacherCheckResult(passed, told, len(taught), len(held), surprising, expected, lower)
 
     def _nothing(self, taught: int, held: int) -> TeacherCheckResult:
-        words = f"{taught} logged and {held} held-out answers are too few to compare; {self.min_examples} are needed"
+        words = (
+            f"too few answers to compare: {taught} logged and {held} held-out, "
+            f"and at least {self.min_examples} of each are needed"
+        )
         return TeacherCheckResult(True, words, taught, held)
 
 
 def _of_call(call: CallRecord) -> tuple[float, bool] | None:
-    """Confidence, and whether the answer is surprising; None where the call says nothing of that."""
+    """Return the confidence and whether the answer is surprising, or None if the call does not count."""
     p = call.probabilities
     if call.audit or call.reason != "deferred" or not p or call.small_answer is not None:
         return None
@@ -117,16 +124,16 @@ def _of_call(call: CallRecord) -> tuple[float, bool] | None:
 
 
 def _of_examples(small: SmallModel, texts: Sequence[str], answers: Sequence[str]) -> FloatArray:
-    """The same of held-out examples, shape `[n, 2]`."""
+    """Return the confidence and whether the answer is surprising for held-out examples, shape `[n, 2]`."""
     p = small.predict_batch(texts).probabilities
     said = p[np.arange(len(texts)), [small.labels.index(answer) for answer in answers]]
     return np.column_stack([p.max(axis=1), said < 1.0 / p.shape[1]])
 
 
 def _stratified(taught: FloatArray, held: FloatArray, limits: FloatArray) -> tuple[float, float] | None:
-    """Mantel-Haenszel difference of the shares over strata of confidence, and its standard deviation (Sato 1989).
+    """Return the Mantel-Haenszel difference over strata of confidence, and its standard deviation (Sato 1989).
 
-    None where no stratum has both.
+    Returns None if no stratum has both logged and held-out answers.
     """
     weights = difference = first = second = 0.0
     for rows, others in zip(_strata(taught, limits), _strata(held, limits), strict=True):
@@ -144,6 +151,6 @@ def _stratified(taught: FloatArray, held: FloatArray, limits: FloatArray) -> tup
 
 
 def _strata(rows: FloatArray, limits: FloatArray) -> list[BoolArray]:
-    """Whether answers are surprising, by stratum of confidence."""
+    """Return whether answers are surprising, one array for each stratum of confidence."""
     stratum = np.minimum(np.searchsorted(limits, rows[:, 0]), len(limits) - 1)
     return [rows[stratum == i, 1].astype(np.bool_) for i in range(len(limits))]

@@ -48,7 +48,7 @@ def write(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "ndjson"])
-def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+def test_read_rows_every_format_gives_same_rows(kind: str, tmp_path: Path) -> None:
     file = write(tmp_path, kind)
     assert list(read_rows(file)) == ROWS
     assert columns_of(file) == ["text", "label"]
@@ -70,14 +70,14 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> No
         ("x.jsonl", '{"text": "\udcff"}\n', "line 1 is no JSON"),
     ],
 )
-def test_broken_files_are_refused_at_the_place(name: str, content: str, words: str, tmp_path: Path) -> None:
+def test_read_rows_broken_file_error_names_location(name: str, content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(DataError, match=words):
         list(read_rows(tmp_path / name))
         columns_of(tmp_path / name)
 
 
-def test_missing_files_columns_and_values_are_named(tmp_path: Path) -> None:
+def test_read_rows_missing_file_column_or_value_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no file"):
         read_rows(tmp_path / "nothing.csv")
     file = write(tmp_path, "csv")
@@ -90,7 +90,7 @@ def test_missing_files_columns_and_values_are_named(tmp_path: Path) -> None:
 
 @settings(max_examples=60)
 @given(st.text(max_size=200))
-def test_any_text_as_a_file_gives_rows_or_our_error(content: str) -> None:
+def test_read_rows_arbitrary_content_gives_rows_or_data_error(content: str) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def test_any_text_as_a_file_gives_rows_or_our_error(content: str) -> None:
                 assert all(isinstance(row, dict) for row in read_rows(file))
 
 
-def test_samples_are_stratified_and_repeatable() -> None:
+def test_sample_per_label_is_stratified_and_repeatable() -> None:
     texts, labels = [f"t{i}" for i in range(40)], ["a", "b", "b", "b"] * 10
     chosen = sample_per_label(texts, labels, 12, seed=3)
     assert Counter(chosen[1]) == {"a": 10, "b": 12}
@@ -110,18 +110,18 @@ def test_samples_are_stratified_and_repeatable() -> None:
     assert all(labels[texts.index(text)] == label for text, label in zip(*chosen, strict=True))
 
 
-def test_the_shipped_messages_are_a_task() -> None:
+def test_load_messages_splits_without_overlap() -> None:
     task = load_messages()
     sizes = [len(part) for part in (task.train, task.dev, task.test)]
     assert sizes == [180, 108, 144]
     everything = [*task.train.texts, *task.dev.texts, *task.test.texts]
-    assert len(set(everything)) == 432, "no message stands in two parts"
+    assert len(set(everything)) == 432, "no message may be in two splits"
     assert len(task.labels) == 12
     assert set(task.descriptions) == set(task.labels)
     assert load_messages(1).test.texts != task.test.texts
 
 
-def test_banking77_has_names_and_recorded_answers(banking77: Path) -> None:
+def test_load_banking77_has_names_and_recorded_answers(banking77: Path) -> None:
     task = load_banking77(banking77)
     assert [len(part) for part in (task.train, task.dev, task.test)] == [9002, 1001, 3080]
     assert len(task.labels) == 77
@@ -131,7 +131,7 @@ def test_banking77_has_names_and_recorded_answers(banking77: Path) -> None:
     assert not task.train.large
 
 
-def test_the_environment_names_the_folder(banking77: Path, monkeypatch: Any, tmp_path: Path) -> None:
+def test_banking77_folder_follows_environment_variable(banking77: Path, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("DATASHUNT_DATA_DIR", str(banking77.parent))
     assert banking77_folder() == banking77
     monkeypatch.setenv("DATASHUNT_DATA_DIR", str(tmp_path))
@@ -142,7 +142,7 @@ def test_the_environment_names_the_folder(banking77: Path, monkeypatch: Any, tmp
 
 @pytest.fixture
 def published(banking77: Path, tmp_path: Path) -> Any:
-    """The data as its repository would serve it, on loopback."""
+    """Local HTTP server with the published files."""
     root = tmp_path / "published"
     for name, (where, _) in benchmark_task._PUBLISHED.items():
         (root / where).parent.mkdir(parents=True, exist_ok=True)
@@ -158,21 +158,21 @@ def published(banking77: Path, tmp_path: Path) -> Any:
     server.server_close()
 
 
-def test_downloads_are_checksummed_and_kept(published: Any, tmp_path: Path) -> None:
+def test_download_banking77_verifies_checksums_and_keeps_valid_files(published: Any, tmp_path: Path) -> None:
     root, url = published
     folder = download_banking77(tmp_path / "mine", url)
     assert len(load_banking77(folder).test) == 3080
     (root / "raw/banking77/test.csv").write_text("text,label\nchanged,1\n")
-    assert download_banking77(tmp_path / "mine", url) == folder, "what is there and right is not fetched again"
+    assert download_banking77(tmp_path / "mine", url) == folder, "valid files must not be downloaded again"
     (folder / "test.csv").write_text("cut")
-    with pytest.raises(DataError, match="checksum differs"):
+    with pytest.raises(DataError, match="the checksum differs"):
         download_banking77(tmp_path / "mine", url)
-    with pytest.raises(DataError, match="cannot be fetched"):
+    with pytest.raises(DataError, match="Cannot download"):
         download_banking77(tmp_path / "other", url + "/nowhere")
     assert names_digest(root / "raw/banking77/test.csv") is None
 
 
-def test_recorded_answers_are_found_by_the_last_user_message(tmp_path: Path) -> None:
+def test_recorded_answers_match_last_known_user_message(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,answer\nwhere is it,status\nmoney,refund\n")
     recorded = RecordedAnswers.load(tmp_path / "a.csv")
     system = {"role": "system", "content": "money"}
@@ -186,7 +186,7 @@ def test_recorded_answers_are_found_by_the_last_user_message(tmp_path: Path) -> 
             recorded(messages)
 
 
-def test_recorded_answers_must_be_unambiguous(tmp_path: Path) -> None:
+def test_recorded_answers_ambiguous_file_raises_replay_error(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,answer\nx,1\nx,2\n")
     with pytest.raises(ReplayError, match="row 2: this input occurs twice"):
         RecordedAnswers.load(tmp_path / "a.csv")
@@ -196,7 +196,7 @@ def test_recorded_answers_must_be_unambiguous(tmp_path: Path) -> None:
     assert RecordedAnswers.load(tmp_path / "b.csv", answer="reply").by_text == {"x": "1"}
 
 
-def test_token_estimates_are_plain_arithmetic() -> None:
+def test_estimate_tokens_counts_characters() -> None:
     assert estimate_tokens("") == 0
     assert estimate_tokens("12345678") == 2
     assert estimate_message_tokens(["1234", "12345"]) == 3 + 4 + 1 + 4 + 2

@@ -1,4 +1,4 @@
-"""`datashunt calibrate` and `evaluate` on real files, and the report in a real browser."""
+"""Tests of `datashunt calibrate` and `evaluate` on files, and of the report in a browser."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(file: Path, made: list[dict[str, str]]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
-    """A bundle, and files to calibrate and to evaluate on."""
+    """Folder with a bundle, and files for calibration and evaluation."""
     where: Path = tmp_path_factory.mktemp("calibrate")
     write(where / "train.csv", rows(200, 0))
     write(where / "dev.csv", rows(600, 1))
@@ -66,13 +66,15 @@ def bundle(folder: Path, tmp_path: Path) -> str:
     return str(tmp_path / "bundle")
 
 
-def test_the_best_kind_can_be_chosen_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_train_auto_saves_best_kind(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "best")
     said = run("train", folder, "train.csv", "--model", "auto", "--out", out, "--time-budget", "3", "--epochs", "2")
     assert "embedding: NLL" in said
     assert load_small_model(out).labels == LABELS
     words = run("train", folder, "train.csv", "--model", "textcnn", "--out", out, "--label-names-as-examples", code=2)
-    assert "--label-names-as-examples is for embedding, neighbours, ensemble" in words
+    assert (
+        "Expected --model embedding, neighbours, ensemble, contrastive or auto with --label-names-as-examples" in words
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,13 +92,13 @@ def test_the_best_kind_can_be_chosen_on_the_command_line(folder: Path, tmp_path:
         ("risk=0.2", []),
     ],
 )
-def test_every_objective_is_written_into_the_bundle(
+def test_calibrate_every_objective_is_saved_in_bundle(
     objective: str, more: list[str], folder: Path, bundle: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "choice.json"
     run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", objective, "--json-out", str(out), *more)
     told, small = json.loads(out.read_text()), load_small_model(bundle)
-    if objective == "risk=0.2":  # 13% are wrong of all that it answers, so everything may be kept
+    if objective == "risk=0.2":  # the error is 13% at full coverage, so every input may be answered locally
         assert isinstance(small.policy, AlwaysSmall)
     else:
         assert isinstance(small.policy, Threshold)
@@ -110,20 +112,22 @@ def test_every_objective_is_written_into_the_bundle(
         percent = objective.removeprefix("risk=0.").ljust(2, "0")
         assert f"With 95% confidence, at most {percent}%" in told["guarantee"]
         assert told["selective_risk"] <= int(percent) / 100
-        assert told["temperature"] == load_small_model(folder / "base").temperature, "scores must not see the labels"
+        assert told["temperature"] == load_small_model(folder / "base").temperature, (
+            "the scores must not depend on the labels"
+        )
     from langchain_core.language_models import FakeListChatModel
 
     chain = ConfidenceRouterChain.from_models(small, FakeListChatModel(responses=["refund"]), answer_format="text")
     assert chain.policy_in_service == small.policy
 
 
-def test_a_promise_that_cannot_be_shown_ends_with_status_1(folder: Path, bundle: str) -> None:
+def test_calibrate_guarantee_not_shown_exits_with_status_1(folder: Path, bundle: str) -> None:
     said = run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", "risk=0.02", code=1)
     assert "everything is sent to the large model" in said
     assert isinstance(load_small_model(bundle).policy, AlwaysLarge)
 
 
-def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, tmp_path: Path) -> None:
+def test_evaluate_json_has_stable_keys_with_intervals(folder: Path, bundle: str, tmp_path: Path) -> None:
     out, asked = tmp_path / "figures.json", ["--large-label", "large"]
     run("calibrate", folder, "dev.csv", "--bundle", bundle, "--objective", "max-accuracy", "--fusion", *asked)
     given = ["--bundle", bundle, "--json-out", str(out), *asked, "--large-cost", "usd"]
@@ -145,17 +149,17 @@ def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, 
 @pytest.mark.parametrize(
     ("data", "more", "words"),
     [
-        ("train.csv", ["--objective", "risk=0.3"], "texts of .*train.csv were trained on \\(row 1 first\\)"),
-        ("dev.csv", ["--objective", "best"], "is not known; use max-accuracy, match-large"),
-        ("dev.csv", ["--objective", "risk"], "needs a number, for example risk=0.05"),
-        ("dev.csv", ["--objective", "risk=high"], "needs a number"),
+        ("train.csv", ["--objective", "risk=0.3"], "texts of .*train.csv were used in training \\(first in row 1\\)"),
+        ("dev.csv", ["--objective", "best"], "Expected max-accuracy, match-large"),
+        ("dev.csv", ["--objective", "risk"], "Expected a number for --objective, got 'risk'. Write it like risk=0.05"),
+        ("dev.csv", ["--objective", "risk=high"], "Expected a number for --objective, got 'risk=high'"),
         ("dev.csv", ["--objective", "max-accuracy"], "`large` is None"),
-        ("dev.csv", ["--objective", "max-accuracy", "--fusion"], "give --large-label"),
+        ("dev.csv", ["--objective", "max-accuracy", "--fusion"], "Pass --large-label"),
         ("dev.csv", ["--objective", "max-accuracy", "--large-label", "gpt"], "no column 'gpt'; it has: text, label"),
         (
             "dev.csv",
             ["--objective", "cost=1", "--large-label", "large", "--large-cost", "text"],
-            "give USD as a number",
+            "Expected USD as a number in column 'text'",
         ),
         ("dev.csv", ["--objective", "risk=0.0001"], "calibration examples to bound the selective risk"),
         ("empty.csv", ["--objective", "risk=0.1"], "has no rows"),
@@ -163,14 +167,16 @@ def test_evaluation_gives_stable_keys_with_intervals(folder: Path, bundle: str, 
         ("one.csv", ["--objective", "deferral=0.1"], "got 'refund' for all 20 examples"),
     ],
 )
-def test_impossible_asks_name_the_remedy(data: str, more: list[str], words: str, folder: Path, bundle: str) -> None:
+def test_calibrate_invalid_input_error_names_remedy(
+    data: str, more: list[str], words: str, folder: Path, bundle: str
+) -> None:
     write(folder / "empty.csv", [])
     write(folder / "strange.csv", [{**row, "label": "unheard-of"} for row in rows(3, 5)] + rows(30, 6))
     write(folder / "one.csv", [{**row, "label": "refund"} for row in rows(20, 7)])
     before = (Path(bundle) / "config.json").read_text()
     said = run("calibrate", folder, data, "--bundle", bundle, *more, code=2)
     assert re.search(words, said), said
-    assert (Path(bundle) / "config.json").read_text() == before, "nothing is lost"
+    assert (Path(bundle) / "config.json").read_text() == before, "the bundle must not change"
 
 
 # The report
@@ -185,10 +191,10 @@ def report(folder: Path, bundle: str, tmp_path: Path) -> Path:
     return file
 
 
-def test_the_report_is_self_contained_and_escapes_texts(report: Path, folder: Path, bundle: str) -> None:
+def test_report_is_self_contained_and_escapes_texts(report: Path, folder: Path, bundle: str) -> None:
     page = report.read_text()
-    assert "&lt;b&gt;" in page and "<b>4" not in page, "a text of the data is never markup"
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page), "nothing is fetched"
+    assert "&lt;b&gt;" in page and "<b>4" not in page, "texts must be escaped"
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page), "the report must load no other file"
     assert "<script" not in page
     for title in ("Accuracy by deferral rate", "Reliability", "Risk and coverage", "Labels, least accurate first"):
         assert title in page
@@ -213,7 +219,7 @@ def test_the_report_is_self_contained_and_escapes_texts(report: Path, folder: Pa
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(("size", "scheme"), [("1280,1600", 0), ("1280,1600", 1), ("390,1600", 1)])
-def test_the_report_is_drawn_by_a_browser(report: Path, size: str, scheme: int, tmp_path: Path) -> None:
+def test_report_renders_in_browser(report: Path, size: str, scheme: int, tmp_path: Path) -> None:
     assert CHROMIUM is not None
     shot = tmp_path / "shot.png"
     command = [

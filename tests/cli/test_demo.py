@@ -1,4 +1,4 @@
-"""The main job from beginning to end, with both kinds of data."""
+"""End-to-end tests of the demo with both data sets."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run_demo(folder: Path, *more: str) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     figures: dict[str, Any] = json.loads((folder / "f.json").read_text())
     assert set(figures) >= PROMISED
-    for words in ("small alone", "large alone", "shunt", "share asked", "Data:", figures["data"][:30]):
+    for words in ("small alone", "large alone", "shunt", "deferral rate", "Data:", figures["data"][:30]):
         assert words in done.output
     return figures
 
 
-def test_on_banking77_the_shunt_beats_both_its_parts(banking77: Path, tmp_path: Path) -> None:
+def test_demo_banking77_shunt_beats_both_models(banking77: Path, tmp_path: Path) -> None:
     figures = run_demo(tmp_path)
     assert figures["n"] == 3080
     assert figures["shunt_accuracy"] >= 0.875
@@ -51,7 +51,7 @@ def test_on_banking77_the_shunt_beats_both_its_parts(banking77: Path, tmp_path: 
     assert small.temperature != 1.0
 
 
-def test_without_data_it_runs_on_the_shipped_messages(tmp_path: Path, monkeypatch: Any) -> None:
+def test_demo_without_data_uses_packaged_messages(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("DATASHUNT_DATA_DIR", raising=False)
     figures = run_demo(tmp_path, "--seed", "1")
     assert (figures["task"], figures["n"], figures["seed"]) == ("messages", 144, 1)
@@ -60,8 +60,8 @@ def test_without_data_it_runs_on_the_shipped_messages(tmp_path: Path, monkeypatc
     assert figures["deferral_rate"] < 1.0
 
 
-def test_a_real_model_is_asked_over_http(tmp_path: Path, monkeypatch: Any) -> None:
-    """The path of `--large openai:MODEL`, with a server of ours at the other end."""
+def test_demo_openai_model_is_called_over_http(tmp_path: Path, monkeypatch: Any) -> None:
+    """`--large openai:MODEL` with a local server."""
     from langchain_datashunt.cli.demo.benchmark_task import load_messages
 
     monkeypatch.delenv("DATASHUNT_DATA_DIR", raising=False)
@@ -80,13 +80,13 @@ def test_a_real_model_is_asked_over_http(tmp_path: Path, monkeypatch: Any) -> No
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         monkeypatch.setenv("OPENAI_BASE_URL", serving.base_url)
         figures = run_demo(tmp_path, "--large", "openai:gpt-4o", "--limit", "30")
-        assert "with probability" in str(serving.bodies[-1]), "a real model is told what the small one thinks"
+        assert "with probability" in str(serving.bodies[-1]), "the prompt must have the small model's probabilities"
     assert (figures["n"], figures["large_accuracy"], figures["replayed"]) == (30, 1.0, False)
-    assert figures["large"] == "openai:gpt-4o, asked now"
+    assert figures["large"] == "openai:gpt-4o, called in this run"
     assert figures["shunt_accuracy"] >= figures["small_accuracy"]
 
 
-def test_a_download_that_fails_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
+def test_demo_failed_download_exits_with_error(tmp_path: Path, monkeypatch: Any) -> None:
     from langchain_datashunt.cli.demo import command as demo
 
     def refused(root: Path) -> Path:
@@ -97,4 +97,4 @@ def test_a_download_that_fails_is_explained(tmp_path: Path, monkeypatch: Any) ->
     monkeypatch.setattr(demo, "download_banking77", refused)
     done = CliRunner().invoke(app, ["demo", "--download", "--out", str(tmp_path)])
     assert done.exit_code == 2
-    assert "cannot be fetched" in done.output
+    assert "Cannot download" in done.output

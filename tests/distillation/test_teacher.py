@@ -1,4 +1,4 @@
-"""Whether the answers that taught a candidate are looked at: by simulation, and where a candidate is considered."""
+"""Teacher check in simulations, in the gate and in continual distillation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ THRESHOLD = 0.7
 
 
 class Table(SmallModel):
-    """Gives the texts "0", "1", ... the distributions that it was given."""
+    """Small model with a fixed distribution for each of the texts "0", "1", and so on."""
 
     _p: NDArray[np.float64] = PrivateAttr()
 
@@ -39,7 +39,7 @@ class Table(SmallModel):
 
 
 class World:
-    """Inputs whose true labels are drawn from what the small model believes, and what a large model says to them."""
+    """Simulated inputs with true labels drawn from the small model's distribution, and a large model's answers."""
 
     def __init__(self, n: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ class World:
         return (self.p.cumsum(axis=1) > self.rng.random((len(self.p), 1))).argmax(axis=1)
 
     def calls(self, rows: range, flipped: float = 0.0) -> list[CallRecord]:
-        """What a shunt records, with a share of the large answers replaced by random ones."""
+        """Return the records of a shunt, with a fraction `flipped` of the large answers replaced at random."""
         found = []
         for i in rows:
             answer = self.rng.integers(K) if self.rng.random() < flipped else self.large[i]
@@ -82,19 +82,19 @@ def share_refused(flipped: float, tries: int, check: TeacherCheck, n: int = 1000
     return refused / tries
 
 
-def test_untouched_answers_are_refused_no_more_often_than_promised() -> None:
+def test_teacher_check_unchanged_answers_fail_at_most_at_level() -> None:
     tries = 200
     assert share_refused(0.0, tries, TeacherCheck(margin=0.0)) <= 0.05 + 3 * (0.05 * 0.95 / tries) ** 0.5
     assert share_refused(0.0, tries, TeacherCheck()) <= 0.02
 
 
 @pytest.mark.parametrize(("flipped", "noticed"), [(0.1, 0.7), (0.5, 1.0)])
-def test_replaced_answers_are_noticed(flipped: float, noticed: float) -> None:
+def test_teacher_check_replaced_answers_fail(flipped: float, noticed: float) -> None:
     assert share_refused(flipped, 40, TeacherCheck()) >= noticed
 
 
-def test_a_harder_log_alone_is_no_reason() -> None:
-    """Compared are inputs of which the small model was equally sure, not the log with the held-out file as a whole."""
+def test_teacher_check_harder_log_passes() -> None:
+    """Inputs are compared at equal confidence, so a harder log alone must not fail the check."""
     world = World(3000, 0)
     hard = [one for one in world.calls(range(1500)) if (one.confidence or 0.0) < 0.4]
     verdict = TeacherCheck().test(world.small, hard, *world.held_out(range(1500, 3000)))
@@ -104,8 +104,8 @@ def test_a_harder_log_alone_is_no_reason() -> None:
     assert TeacherCheck().test(world.small, sure, *world.held_out(range(1500, 3000))).passed
 
 
-def test_the_difference_is_mantels_and_haenszels() -> None:
-    """One stratum: the plain difference of two shares, with its usual variance where the groups are equally large."""
+def test_teacher_check_one_stratum_matches_plain_difference() -> None:
+    """With one stratum the estimate is the difference of two rates, with about the usual variance."""
     world = World(4000, 1)
     check = TeacherCheck(strata=1)
     calls = world.calls(range(2000), flipped=0.2)
@@ -122,7 +122,7 @@ def test_the_difference_is_mantels_and_haenszels() -> None:
     assert verdict.lower_bound == pytest.approx(surprising - expected - 1.645 * deviation, abs=2e-3)
 
 
-def test_what_says_nothing_of_the_answers_is_left_out() -> None:
+def test_teacher_check_unrelated_calls_are_ignored() -> None:
     world = World(600, 2)
     calls, held = world.calls(range(300)), world.held_out(range(300, 600))
     odd = [
@@ -138,7 +138,7 @@ def test_what_says_nothing_of_the_answers_is_left_out() -> None:
     assert TeacherCheck().test(world.small, calls, [*held[0], "1", "2"], [*held[1], None, "new"]) == plain
 
 
-def test_too_few_answers_are_not_compared() -> None:
+def test_teacher_check_too_few_answers_passes_without_comparison() -> None:
     world = World(400, 3)
     calls, (texts, answers) = world.calls(range(200)), world.held_out(range(200, 400))
     for verdict in (
@@ -148,14 +148,14 @@ def test_too_few_answers_are_not_compared() -> None:
         TeacherCheck().test(world.small, [], texts, answers),
     ):
         assert verdict.passed
-        assert "too few to compare; 50 are needed" in verdict.reason
+        assert "and at least 50 of each are needed" in verdict.reason
         assert math.isnan(verdict.lower_bound)
-    with pytest.raises(DataError, match="give one for each"):
+    with pytest.raises(DataError, match="Expected one answer of the large model for each held-out text"):
         TeacherCheck().test(world.small, calls, texts, answers[:5])
 
 
-def test_inputs_of_which_it_was_never_equally_sure_are_not_compared() -> None:
-    """Logged inputs at 0.2 and 0.9 alone, held-out ones between: no stratum has both."""
+def test_teacher_check_no_common_stratum_passes_without_comparison() -> None:
+    """Logged inputs have a confidence of 0.2 or 0.9, and held-out ones of 0.4, so no stratum has both."""
     world = World(200, 5)
     for i in range(200):
         top = (0.2 if i < 50 else 0.9) if i < 100 else 0.4
@@ -164,16 +164,16 @@ def test_inputs_of_which_it_was_never_equally_sure_are_not_compared() -> None:
     calls = [call(input=str(i), probabilities=tuple(world.p[i].tolist()), label=LABELS[0]) for i in range(100)]
     verdict = TeacherCheck().test(world.small, calls, *world.held_out(range(100, 200)))
     assert verdict.passed
-    assert "too few to compare" in verdict.reason
+    assert "too few answers to compare" in verdict.reason
 
 
-def test_held_out_answers_that_belong_to_no_texts_are_refused(tmp_path: Path) -> None:
+def test_continual_holdout_large_of_wrong_length_raises_data_error(tmp_path: Path) -> None:
     for holdout in (None, (["a", "b"], ["x", "y"])):
-        with pytest.raises(DataError, match="give one for each text of `holdout`"):
+        with pytest.raises(DataError, match="Expected one answer in `holdout_large` for each text of `holdout`"):
             ContinualDistiller(tmp_path / "models", tmp_path / "c.db", holdout=holdout, holdout_large=["x"])
 
 
-def test_the_gate_refuses_what_such_answers_taught_and_says_why() -> None:
+def test_gate_failed_teacher_check_rejects_with_reason() -> None:
     world = World(2000, 4)
     texts, labels = [str(i) for i in range(2000)], [LABELS[i] for i in world.truth]
     held = world.held_out(range(1000, 2000))
@@ -183,14 +183,14 @@ def test_the_gate_refuses_what_such_answers_taught_and_says_why() -> None:
     assert gate.test(world.small, world.small, texts, labels, teacher=good).passed
     verdict = gate.test(world.small, world.small, texts, labels, teacher=bad)
     assert not verdict.passed
-    assert "of the large model's answers surprise the small one" in verdict.reason
-    assert "has changed since" in verdict.reason
+    assert "answers surprise the small model" in verdict.reason
+    assert "the large model, its prompt or the log has changed" in verdict.reason
     assert verdict.teacher == bad
 
 
 @pytest.fixture(scope="module")
 def shop(shop_messages: Any) -> tuple[EmbeddingClassifier, list[str], list[str]]:
-    """S1 of few examples; texts and labels that it has not seen."""
+    """S1 trained on few examples, and texts and labels that it was not trained on."""
     texts, labels = shop_messages
     order = np.random.default_rng(0).permutation(len(texts)).tolist()
     few, rest = order[:24], order[24:]
@@ -200,11 +200,11 @@ def shop(shop_messages: Any) -> tuple[EmbeddingClassifier, list[str], list[str]]
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_round_of_distillation_compares_the_answers(shop: Any, tmp_path: Path, flipped: bool) -> None:
+def test_continual_round_applies_teacher_check(shop: Any, tmp_path: Path, flipped: bool) -> None:
     s1, texts, labels = shop
     registry, url, half = ModelRegistry(tmp_path / "models"), str(tmp_path / "c.db"), len(texts) // 2
     registry.promote(registry.add(s1))
-    assert registry.in_service_since() == 0.0, "the calls of the first version may be older than the registry"
+    assert registry.in_service_since() == 0.0, "calls of the first version may be older than the registry"
     wrong = dict(zip(sorted(set(labels)), sorted(set(labels))[1:] + sorted(set(labels))[:1], strict=True))
     with CallLog(url) as store:
         store.append(
@@ -237,6 +237,6 @@ def test_a_round_of_distillation_compares_the_answers(shop: Any, tmp_path: Path,
         again = continual.step()
         assert again is not None
         assert again[1].teacher is not None
-        assert again[1].teacher.taught == 0, "the answers from before it took over taught it; they cannot judge it"
+        assert again[1].teacher.taught == 0, "answers that trained the version must not be used to check it"
         kept = json.loads((registry.folder / "versions" / "0003.json").read_text())["metrics"]["teacher"]
         assert kept["lower_bound"] is None

@@ -266,7 +266,7 @@ def test_distill_cli_error_in_first_process_ends_all(log_of_calls: Path) -> None
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode
-    assert "labels that the small model does not know: unheard-of" in done.stderr
+    assert "labels that the small model lacks: unheard-of" in done.stderr
 
 
 def test_ensemble_resumed_after_kill_gives_same_weights(tmp_path: Path) -> None:

@@ -475,7 +475,7 @@ def test_distillation_generated_answers_are_sorted_into_stages() -> None:
     assert ("empty 0.99", "taught") in everything
     assert ("0.95", "said 0.95") in everything
     assert len(held_out) >= 3
-    with pytest.raises(DataError, match="too little to learn from"):
+    with pytest.raises(DataError, match="Expected at least 20 training pairs"):
         TwoStageDistiller().distill(Learning(), records[:5])
     with pytest.raises(ConfigurationError, match="cannot be trained on answers"):
         TwoStageDistiller(DistillationSettings(threshold=0.8)).distill(Scripted(), records)

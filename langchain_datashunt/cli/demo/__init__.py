@@ -1,1 +1,1 @@
-"""The demo command, its figures and the data that it runs on."""
+"""Demo command, its figures and its data."""

@@ -1,4 +1,4 @@
-"""A labelled task with recorded answers of a large model: what the demo and the benchmarks run on."""
+"""Labelled tasks with recorded answers of a large model, for the demo and the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from langchain_datashunt._utils.table_files import labelled_texts, read_rows
 from langchain_datashunt.exceptions import DataError
 
 DATA_DIR_VARIABLE = "DATASHUNT_DATA_DIR"
-"""The environment variable that points to the folder with benchmark data."""
+"""Environment variable with the path of the benchmark data folder."""
 
 BANKING77_FOLDER = "banking77_gpt4"
 
 BANKING77_URL = "https://raw.githubusercontent.com/stogiannidis/OCaTS/c0c680b732d150f7e5620a5b0e64f72ecd934b62/data"
-"""Where the recorded answers are published (MIT; Banking77 itself CC-BY-4.0), at a fixed commit."""
+"""Source of the recorded answers at a fixed commit, under MIT (Banking77 itself is under CC-BY-4.0)."""
 
 _PUBLISHED = {
     "train.csv": ("processed/banking77/train.csv", "9f5711694a5049e12205d6e9983720fe8eb34bcfab29326f7b21a4883d27f0e7"),
@@ -30,19 +30,19 @@ _PUBLISHED = {
     "test.csv": ("raw/banking77/test.csv", "a11f6bc990121b19f55b8cba0d0f3dcf54fa8bb962b16ee3b97342b580bf74c3"),
     "few_shot.csv": ("processed/banking77/best3_train.csv", None),
 }
-"""File -> where it is published, and the SHA-256 of its content (label names are checked by their own)."""
+"""Published path and SHA-256 of each file. None means that the label names are hashed instead of the file."""
 
 _NAMES_SHA256 = "ed1d5424fdac859aabd25c36a95b4a28a21697b602f1307173036c9b82ae1326"
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with true labels and, where recorded, the large model's answers.
+    """Texts with true labels and, if recorded, the large model's answers.
 
     Attributes:
         texts: `n` texts.
         labels: `n` label names.
-        large: `n` answers of the large model, empty where there are none.
+        large: `n` answers of the large model, or an empty sequence if none are recorded.
     """
 
     texts: Sequence[str]
@@ -53,23 +53,23 @@ class Labelled:
         return len(self.texts)
 
     def head(self, n: int) -> Labelled:
-        """The first `n` of them."""
+        """Return the first `n` examples."""
         return Labelled(self.texts[:n], self.labels[:n], self.large[:n])
 
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """A task: labelled training texts, a development and a test split with recorded large answers.
+    """Task with labelled training texts, and development and test splits with recorded answers.
 
     Attributes:
         name: Short name.
-        source: What the figures come from, in words.
-        large_model: Name of the model whose answers are recorded, for prices; None where it has none.
-        large_in_words: What the large side is.
-        train: Labelled texts.
-        dev: To choose the threshold on.
-        test: To score once.
-        descriptions: What labels mean, by label.
+        source: Description of the data.
+        large_model: Name of the model with the recorded answers, used for prices, or None.
+        large_in_words: Description of the large model.
+        train: Training split.
+        dev: Development split, used to choose the threshold.
+        test: Test split, used once to compute the figures.
+        descriptions: Descriptions of labels, by label.
     """
 
     name: str
@@ -83,12 +83,12 @@ class BenchmarkTask:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """All labels, sorted."""
+        """All labels of the three splits, sorted."""
         return tuple(sorted({*self.train.labels, *self.dev.labels, *self.test.labels}))
 
 
 def banking77_folder() -> Path | None:
-    """The folder with Banking77 and GPT-4's answers, where the environment names one that is complete."""
+    """Return the folder with Banking77 and the answers of GPT-4, or None if it is not set or incomplete."""
     root = os.environ.get(DATA_DIR_VARIABLE)
     if not root:
         return None
@@ -97,10 +97,10 @@ def banking77_folder() -> Path | None:
 
 
 def load_banking77(folder: Path) -> BenchmarkTask:
-    """Banking77 (77 intents of bank customers) with the answers that GPT-4 gave without any hint.
+    """Load Banking77 (77 intents of bank customers) with GPT-4's answers to prompts without hints.
 
     Raises:
-        DataError: A file or a column is missing.
+        DataError: If a file or a column is missing.
     """
     names = _label_names(folder / "few_shot.csv")
 
@@ -112,8 +112,8 @@ def load_banking77(folder: Path) -> BenchmarkTask:
     return BenchmarkTask(
         name="banking77",
         source=(
-            "Banking77 test.csv with the answers of GPT-4 that OCaTS recorded (column gpt-label, commit c0c680b7); "
-            "they were given without any small-model hint"
+            "Banking77 test.csv with the answers of GPT-4 recorded by OCaTS (column gpt-label, commit c0c680b7), "
+            "without hints of a small model"
         ),
         large_model="gpt-4",
         large_in_words="GPT-4, recorded answers",
@@ -125,10 +125,12 @@ def load_banking77(folder: Path) -> BenchmarkTask:
 
 
 def download_banking77(root: Path, base_url: str = BANKING77_URL) -> Path:
-    """Download the four files into `root/banking77_gpt4`, checksummed; files that are there and right stay.
+    """Download the four files into `root/banking77_gpt4` and verify their checksums.
+
+    Files that are already there are only downloaded if their checksum differs.
 
     Raises:
-        DataError: A file cannot be fetched, or is not the one that was published.
+        DataError: If a file cannot be downloaded, or its checksum differs from the published file.
     """
     folder = root / BANKING77_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,22 +143,21 @@ def download_banking77(root: Path, base_url: str = BANKING77_URL) -> Path:
                 with urllib.request.urlopen(url, timeout=60) as reply:
                     partial.write_bytes(reply.read())
             except OSError as error:
-                raise DataError(
-                    f"{url} cannot be fetched: {error}. Try again, or put the file there by hand."
-                ) from error
+                raise DataError(f"Cannot download {url}: {error}. Try again, or download the file manually.") from error
             if not _is_published(partial, digest):
                 partial.unlink()
                 raise DataError(
-                    f"{url} is not the file that was published (its checksum differs); it was not kept. Try again."
+                    f"Expected the published file at {url}, but the checksum differs. The download was discarded. Try "
+                    f"again."
                 )
             partial.replace(target)
     return folder
 
 
 def load_messages(seed: int = 0) -> BenchmarkTask:
-    """The messages that the package ships: 432 to an invented shop, 12 intents, without recorded answers yet.
+    """Load the 432 messages in the package, written to an invented shop with 12 intents and without recorded answers.
 
-    Split by seed and label: 15 of each label to train, 9 to choose on, 12 to score.
+    Each label has 15 training, 9 development and 12 test messages, drawn with the seed.
     """
     package = files("langchain_datashunt.cli.demo")
     rows = [json.loads(line) for line in package.joinpath("messages.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -174,11 +175,11 @@ def load_messages(seed: int = 0) -> BenchmarkTask:
 
     return BenchmarkTask(
         name="messages",
-        source="432 customer messages written for this package (12 intents), split by seed",
+        source="432 customer messages written for this package (12 intents), split at random by seed",
         large_model=None,
         large_in_words=(
-            "a stronger local stand-in, no language model: a classifier trained on all other messages and the "
-            "labels' descriptions"
+            "a stronger local stand-in instead of a language model: a classifier trained on all other messages and the "
+            "descriptions of the labels"
         ),
         train=labelled("train"),
         dev=labelled("dev"),
@@ -190,7 +191,7 @@ def load_messages(seed: int = 0) -> BenchmarkTask:
 def _label_names(file: Path) -> dict[str, str]:
     names = {str(row["label"]): str(row["label_name"]) for row in read_rows(file)}
     if not names:
-        raise DataError(f"{file} names no labels. Get it again as it was published.")
+        raise DataError(f"Expected label names in {file}, got none. Download the published file again.")
     return names
 
 
@@ -201,7 +202,7 @@ def _is_published(file: Path, digest: str | None) -> bool:
 
 
 def names_digest(file: Path) -> str | None:
-    """SHA-256 of the label names that a file gives, whatever else stands in it; None where it gives none."""
+    """Return the SHA-256 of the label names in a file, or None if the file has none."""
     try:
         names = _label_names(file)
     except (DataError, KeyError):

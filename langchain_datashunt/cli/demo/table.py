@@ -1,4 +1,4 @@
-"""The demo's figures as tables for people, with what they come from."""
+"""Tables of the demo's figures, with their sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """Print the tables and the line that says where the numbers come from."""
+    """Print the tables, followed by notes on data, models and estimates."""
     console = Console()
     console.print(_main_table(figures))
     if figures["prompt_tokens"]:
@@ -22,7 +22,7 @@ def print_figures(figures: dict[str, Any]) -> None:
 
 def _main_table(figures: dict[str, Any]) -> Table:
     table = Table(title=f"{figures['n']} test texts, 95% intervals in brackets")
-    for column in ("", "accuracy", "share asked", "cost, USD", "p50 of one call"):
+    for column in ("", "accuracy", "deferral rate", "cost, USD", "p50 of one call"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("small alone", _share(figures, "small_accuracy"), "0%", "0", f"{figures['p50_ms_small']:.1f} ms")
     replayed = " (replayed)" if figures["replayed"] else ""
@@ -44,8 +44,8 @@ def _main_table(figures: dict[str, Any]) -> Table:
 
 
 def _prompt_table(figures: dict[str, Any]) -> Table:
-    table = Table(title="Prompt of an asked call, by pruning strategy (estimated tokens)")
-    for column in ("strategy", "tokens", "candidates", "true label among them"):
+    table = Table(title="Prompt of a deferred call by pruning strategy (estimated tokens)")
+    for column in ("strategy", "tokens", "candidates", "true label included"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for name, row in figures["prompt_tokens"].items():
         table.add_row(name, f"{row['tokens']:.0f}", f"{row['candidates']:.1f}", f"{100 * row['true_label_kept']:.1f}%")
@@ -53,8 +53,8 @@ def _prompt_table(figures: dict[str, Any]) -> Table:
 
 
 def _loop_table(loop: dict[str, Any]) -> Table:
-    table = Table(title=f"The loop: learnt from one half's calls, scored on the other half ({loop['n']} texts)")
-    for column in ("", "small alone", "shunt", "share asked"):
+    table = Table(title=f"Distillation from the calls of one half, evaluated on the other half ({loop['n']} texts)")
+    for column in ("", "small alone", "shunt", "deferral rate"):
         table.add_column(column, justify="left" if not column else "right")
     for row, words in ((loop["before"], "before"), (loop["after"], "after distillation")):
         names = ("small_accuracy", "shunt_accuracy", "deferral_rate")
@@ -65,29 +65,29 @@ def _loop_table(loop: dict[str, Any]) -> Table:
 def _remarks(figures: dict[str, Any]) -> list[str]:
     low, high = figures["shunt_minus_large_interval"]
     lines = [
-        f"Shunt less large: {100 * figures['shunt_minus_large']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], "
-        f"paired bootstrap. Threshold {figures['threshold']:.4f}, chosen on {figures['threshold_chosen_on']} other "
-        f"texts.",
+        f"Shunt minus large model: {100 * figures['shunt_minus_large']:+.1f} points "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}], paired bootstrap. "
+        f"The threshold {figures['threshold']:.4f} was chosen on {figures['threshold_chosen_on']} other texts.",
         f"Data: {figures['data']}. Large model: {figures['large']}.",
     ]
     loop = figures["loop"]
     if loop["distilled"]:
         learnt = loop["learnt_from"]
         lines.append(
-            f"Distilled from {learnt['stage_a']} answers of the large model and {learnt['stage_b']} of the small one, "
-            f"no true label among them; the gate {'promoted' if loop['promoted'] else 'rejected'} it on "
-            f"{loop['gate_n']} development texts: {loop['reason']}."
+            f"Distilled from {learnt['stage_a']} answers of the large model and {learnt['stage_b']} of the small "
+            f"model, without true labels of these texts. The gate {'promoted' if loop['promoted'] else 'rejected'} the "
+            f"student on {loop['gate_n']} development texts: {loop['reason']}."
         )
     else:
-        lines.append(f"Nothing was distilled: {loop['reason']}")
+        lines.append(f"No student was distilled: {loop['reason']}")
     if figures["tokens_estimated"]:
         lines.append(
-            f"Tokens are estimated (characters / 4) and priced as {figures['price_model']} by genai-prices. The large "
-            f"model's answers were replayed over HTTP on this machine, so its latency is not that of the real one, and "
-            f"no pruning strategy's effect on its accuracy can be read from them."
+            f"Tokens are estimated (characters / 4) and priced as {figures['price_model']} by genai-prices. The "
+            f"answers of the large model were replayed from a local HTTP server. They show neither its real latency "
+            f"nor the effect of pruning strategies on its accuracy."
         )
     if figures["large_errors"]:
-        lines.append(f"{figures['large_errors']} large calls failed for good; the small model's answer stood in.")
+        lines.append(f"{figures['large_errors']} LLM calls failed after all retries. The small model answered instead.")
     lines.append(f"Small model: {figures['bundle']} · {figures['seconds']} s · version {figures['version']}")
     return lines
 
@@ -98,4 +98,4 @@ def _share(figures: dict[str, Any], name: str) -> str:
 
 
 def _usd(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+    return "not available" if value is None else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
