@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from langchain_core.messages import BaseMessage
@@ -22,6 +22,9 @@ IntArray: TypeAlias = NDArray[np.intp]
 
 Route: TypeAlias = Literal["small", "student", "large"]
 """Model that answered: the base small model, the student, or the large model."""
+
+ROUTES: tuple[Route, ...] = get_args(Route)
+"""All routes."""
 
 Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error", "local_only"]
 """Reason for the route.

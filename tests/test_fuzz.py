@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from langchain_datashunt import load_small_model
 from langchain_datashunt._utils.table_files import labelled_texts, read_rows
-from langchain_datashunt.call_log.record import CallRecord, columns_of
-from langchain_datashunt.call_log.rows import Rows, record_of, rows_of
-from langchain_datashunt.call_log.segments import MAX_RECORDS, Segment
-from langchain_datashunt.exceptions import ShuntError, UnparsableAnswerError
+from langchain_datashunt.call_log.encryption import Seal
+from langchain_datashunt.call_log.record import CallRecord
+from langchain_datashunt.call_log.rows import COLUMNS, as_text, record_of, row_of
+from langchain_datashunt.exceptions import ShuntError, StoreError, UnparsableAnswerError
 from langchain_datashunt.large_models.label_parser import LabelParser
 from langchain_datashunt.privacy import PrivacyGuard
 from langchain_datashunt.routing import Subtask
@@ -27,6 +28,7 @@ EXAMPLES = int(os.environ.get("DATASHUNT_FUZZ_EXAMPLES", "60"))
 """Examples of each test; `make fuzz` takes many more."""
 
 LABELS = ("cancel", "refund", "order status")
+SEAL = Seal([Fernet.generate_key()])
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -132,63 +134,46 @@ def test_any_value_in_a_bundles_settings_is_refused_or_works(bundle: Path, name:
         file.write_text(good, encoding="utf-8")
 
 
-class _Row(dict[str, Any]):
-    """A row as the database gives it."""
-
-
 @FUZZ
 @given(
     st.text(max_size=100),
     st.none() | st.text(max_size=100),
     st.none() | st.text(max_size=50),
     st.none() | st.text(max_size=50),
+    st.booleans(),
 )
-def test_any_record_comes_back_from_its_row(text: str, raw: str | None, label: str | None, written: str | None) -> None:
+def test_row_of_any_record_reads_back(
+    text: str, raw: str | None, label: str | None, written: str | None, encrypted: bool
+) -> None:
     labels = ("answer", "other") if written is not None else LABELS
     record = CallRecord(
-        input=text, raw_output=raw, label=label, labels=labels, small_answer=written,
+        input=text, answer=raw, answer_label=label, labels=labels, small_answer=written,
         probabilities=tuple(1.0 / len(labels) for _ in labels), large_model="m",
     )  # fmt: skip
-    columns = columns_of([record])
-    segment = Segment.of(columns)
-    (row,) = zip(*rows_of(columns, [bytes(16)], [1], segment, segment_number=7), strict=True)
-    shared = {"task": record.task, "small_model": "", "large_model": "m", "policy": "", "labels": json.dumps(labels)}
-    back = record_of({**dict(zip(Rows._fields, row, strict=True)), **shared}, Segment.unpack(segment.pack()))
-    assert (back.input, back.raw_output, back.label, back.small_answer) == (text, raw, label, written)
+    seal = SEAL if encrypted else None
+    row = dict(zip(COLUMNS, row_of(record, 1, seal, sqlite=False), strict=True))
+    back = record_of(row, labels, seal)
+    expected = (text, raw, label, written)
+    assert (back.input, back.answer, back.answer_label, back.small_answer) == tuple(
+        one and as_text(one) for one in expected
+    )
+    assert back.time == record.time
+    if encrypted and text.strip():
+        assert text not in str(row["input"])
 
 
 @FUZZ
-@given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from([b"", b"p", b"z"]))
-def test_a_damaged_segment_is_an_error(noise: bytes, at: int, kind: bytes) -> None:
-    sound = Segment.of(columns_of([CallRecord(input=f"text {i}" * 9, labels=LABELS) for i in range(3)])).pack()
-    for content in (kind + noise, sound[:at] + noise, sound[:at] + noise + sound[at + len(noise) :]):
-        try:
-            segment = Segment.unpack(content)
-        except ValueError:
-            continue
-        assert len(segment.inputs) == len(segment.audits) <= MAX_RECORDS
-
-
-@FUZZ
-@given(
-    st.lists(st.tuples(st.text(max_size=30), st.none() | st.text(max_size=9), st.integers(0, 3)), max_size=9), st.data()
-)
-def test_what_is_erased_leaves_the_rest_where_it_was(told: list[tuple[str, str | None, int]], data: Any) -> None:
-    records = [
-        CallRecord(
-            input=text, raw_output=raw, labels=LABELS[:k], probabilities=(1.0 / k,) * k if k else None, audit=k == 1,
-        )
-        for text, raw, k in told
-    ]  # fmt: skip
-    gone = data.draw(st.sets(st.integers(0, max(0, len(told) - 1)))) if told else set()
-    whole = Segment.unpack(Segment.of(columns_of(records)).pack())
-    left = Segment.unpack(whole.without(gone).pack())
-    for place in range(len(records)):
-        if place not in gone:
-            assert left[place] == whole[place]
-        else:
-            with pytest.raises(ValueError, match=f"place {place}"):
-                left[place]
+@given(st.binary(max_size=60), st.sampled_from(["input", "probabilities", "label_set", "answer"]))
+def test_record_of_a_damaged_row_is_an_error_or_a_record(noise: bytes, column: str) -> None:
+    record = CallRecord(input="a text", labels=LABELS, probabilities=(0.5, 0.25, 0.25))
+    row = dict(zip(COLUMNS, row_of(record, 1, SEAL, sqlite=False), strict=True))
+    row[column] = noise if column == "probabilities" else noise.decode("latin-1")
+    try:
+        back = record_of(row, LABELS, SEAL)
+    except (StoreError, ShuntError, ValueError):
+        return
+    assert column in ("label_set", "probabilities")
+    assert back.input == "a text"
 
 
 @FUZZ

@@ -151,7 +151,7 @@ def test_shunt_dataset_killed_actor_answers_every_row_once(
     with CallLog(url) as store:
         records = {call.input: call for group in store.iterate(CallFilter(route="large")) for call in group}
     assert {row["question"] for row in asked} <= set(records)
-    assert all(records[row["question"]].label == row["answer"] for row in asked)
+    assert all(records[row["question"]].answer_label == row["answer"] for row in asked)
     repeated = sum(count - 1 for count in server.asked.values())
     assert repeated <= 50, "more than the killed actor's batch was asked again"
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from langchain_datashunt.call_log.callbacks import RecordingCallbackHandler
     from langchain_datashunt.call_log.filters import CallFilter
     from langchain_datashunt.call_log.ledger import SharedLedger
-    from langchain_datashunt.call_log.record import CallRecord
+    from langchain_datashunt.call_log.record import CallRecord, latest_of_each_input
     from langchain_datashunt.call_log.recorder import Recorder, RecorderCounters
     from langchain_datashunt.call_log.redaction_rules import OutputBudget, RedactionRules
     from langchain_datashunt.call_log.shared_threshold import SharedThreshold
@@ -29,6 +29,7 @@ _MODULE_OF = {
     "SharedLedger": "ledger",
     "SharedThreshold": "shared_threshold",
     "SummaryRow": "summary",
+    "latest_of_each_input": "record",
     "summarize": "summary",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "SharedLedger",
     "SharedThreshold",
     "SummaryRow",
+    "latest_of_each_input",
     "summarize",
 ]
 

@@ -76,7 +76,7 @@ def chats(store: CallLog, which: CallFilter, instruction: str) -> Iterator[dict[
     Records whose inputs were not kept are left out: nothing can be learnt from them.
     """
     for call in _calls(store, which):
-        answer = call.gold or call.label
+        answer = call.gold or call.answer_label
         if answer is not None and call.readable:
             written = call.labels == ANSWER_LABELS
             system = WRITTEN_INSTRUCTION if written else instruction.replace("{labels}", ", ".join(call.labels))
@@ -134,11 +134,20 @@ def _schema(pa: Any) -> Any:
             ),
             *(
                 (name, text)
-                for name in ("large_model", "raw_output", "label", "small_label", "small_answer", "gold", "gold_source")
+                for name in (
+                    "large_model",
+                    "answer",
+                    "answer_label",
+                    "small_label",
+                    "small_answer",
+                    "gold",
+                    "gold_source",
+                    "disclosed",
+                )
             ),
             *((name, number) for name in ("time", "confidence", "score", "threshold", "large_confidence", "cost_usd")),
             *((name, number) for name in ("small_seconds", "large_seconds")),
-            *((name, pa.int64()) for name in ("schema_version", "input_tokens", "output_tokens", "count")),
+            *((name, pa.int64()) for name in ("schema_version", "input_tokens", "output_tokens")),
             ("audit", pa.bool_()),
             ("labels", pa.list_(text)),
             ("probabilities", pa.list_(pa.float32())),

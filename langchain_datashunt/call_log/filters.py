@@ -1,4 +1,4 @@
-"""CallFilter: which records of a store are meant, as an SQL condition."""
+"""CallFilter: choose records of the call log."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_datashunt.call_log.rows import ROUTES
 from langchain_datashunt.exceptions import MissingExtraError
 from langchain_datashunt.prediction import Route
 
 try:
-    from sqlalchemy import ColumnElement, and_
+    from sqlalchemy import ColumnElement, and_, true
 
-    from langchain_datashunt.call_log.schema import calls, contexts
+    from langchain_datashunt.call_log.schema import as_datetime, calls
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
 
 @dataclass(frozen=True)
 class CallFilter:
-    """Which records are meant; what is None does not count.
+    """Chooses records; attributes that are None choose all.
 
     Attributes:
-        task: Of this task.
-        since: Not before this time, seconds since 1970 UTC.
-        until: Before this time.
-        route: Answered by this side.
-        min_confidence: The small model's highest probability is at least this.
-        max_confidence: And at most this.
-        agrees: Both models say the same, or not.
-        labelled: A true label is known, or not.
-        asked: The large model was asked, or not.
+        task: Task.
+        since: Earliest time, in seconds since 1970 UTC.
+        until: Time before which calls ended.
+        route: Who answered.
+        min_confidence: Lowest confidence of the small model.
+        max_confidence: Highest confidence of the small model.
+        agrees: Whether both models gave the same label.
+        labelled: Whether the true label is known.
+        asked: Whether the large model was asked.
     """
 
     task: str | None = None
@@ -45,24 +44,21 @@ class CallFilter:
     asked: bool | None = None
 
     def where(self) -> ColumnElement[bool]:
-        """As an SQL condition over calls joined with contexts."""
-        c, large = calls.c, contexts.c.large_model
-        said_both = and_(c.small_label.isnot(None), c.label.isnot(None))
+        """Return the filter as an SQL condition on `calls`."""
+        c = calls.c
         tests: dict[str, Callable[[Any], ColumnElement[bool]]] = {
-            "task": lambda task: contexts.c.task == task,
-            "since": lambda moment: c.time >= moment,
-            "until": lambda moment: c.time < moment,
-            "route": lambda route: c.route == ROUTES.index(route),
+            "task": lambda task: c.task == task,
+            "since": lambda moment: c.time >= as_datetime(moment),
+            "until": lambda moment: c.time < as_datetime(moment),
+            "route": lambda route: c.route == route,
             "min_confidence": lambda p: c.confidence >= p,
             "max_confidence": lambda p: c.confidence <= p,
-            "agrees": lambda yes: and_(said_both, (c.small_label == c.label) if yes else (c.small_label != c.label)),
+            "agrees": lambda yes: c.agrees.is_(yes),
             "labelled": lambda yes: c.gold.isnot(None) if yes else c.gold.is_(None),
-            "asked": lambda yes: (large != "") if yes else (large == ""),
+            "asked": lambda yes: (c.large_model != "") if yes else (c.large_model == ""),
         }
         given = {name: getattr(self, name) for name in tests}
-        return and_(
-            c.context == contexts.c.id, *(tests[name](value) for name, value in given.items() if value is not None)
-        )
+        return and_(true(), *(tests[name](value) for name, value in given.items() if value is not None))
 
 
 EVERYTHING = CallFilter()

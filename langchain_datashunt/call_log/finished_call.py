@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from langchain_datashunt.call_log.record import CallRecord
@@ -30,6 +30,7 @@ class FinishedCall(NamedTuple):
         reader: How the input is written down.
         ended: When, seconds since 1970 UTC.
         audit: Whether the large model was asked only to check a confident answer.
+        disclosed: Returns what the large prompt disclosed, for `CallRecord.disclosed`; None if nothing was asked.
     """
 
     task: str
@@ -44,6 +45,7 @@ class FinishedCall(NamedTuple):
     reader: InputReader
     ended: float
     audit: bool = False
+    disclosed: Callable[[], str] | None = None
 
     def __call__(self) -> CallRecord:
         """Make the record."""
@@ -69,14 +71,15 @@ class FinishedCall(NamedTuple):
             route=self.decision.route,
             reason=self.decision.reason,
             large_model="" if watcher is None else watcher.model or "unknown",
-            raw_output=said,
-            label=label,
+            answer=said,
+            answer_label=label,
             large_probabilities=distribution,
             large_confidence=confidence,
             **({} if watcher is None else watcher.fields()),
             small_seconds=self.latency.small_seconds,
             large_seconds=self.latency.large_seconds,
             audit=self.audit,
+            disclosed=None if self.disclosed is None else self.disclosed(),
         )
 
     def _large_label(self) -> str | None:

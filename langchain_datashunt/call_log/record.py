@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from itertools import chain, groupby
-from operator import itemgetter
-from typing import Any, Self, TypeAlias
+from operator import attrgetter
+from typing import Annotated, Any, Self, TypeAlias
 from uuid import UUID, uuid5
 
 from langchain_core.utils.uuid import uuid7
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from langchain_datashunt.exceptions import DataError
-from langchain_datashunt.prediction import Reason, Route
+from langchain_datashunt.prediction import ANSWER_LABELS, Reason, Route
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of the record that this code writes."""
 
 SUBJECT_HASH = "sha256:"
@@ -28,8 +27,8 @@ HASHED, LEFT_OUT = "hashed:sha256:", "left out:"
 _NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
 
 
-Columns: TypeAlias = dict[str, list[Any]]
-"""For each field of `CallRecord` its values in `n` records."""
+Seconds: TypeAlias = Annotated[float, AfterValidator(lambda seconds: round(seconds, 6))]
+"""Seconds to a microsecond, as databases hold times."""
 
 
 class CallRecord(BaseModel):
@@ -41,8 +40,10 @@ class CallRecord(BaseModel):
     id: str = Field(default_factory=lambda: str(uuid7()))
     """The LangChain run id."""
 
-    time: float = Field(default_factory=time.time)
-    """When the call ended, seconds since 1970 UTC."""
+    time: Annotated[float, AfterValidator(lambda seconds: round(seconds, 6))] = Field(
+        default_factory=time.time, validate_default=True
+    )
+    """When the call ended, in seconds since 1970 UTC, to a microsecond."""
 
     task: str = "default"
     """Which task of the user's this call belongs to."""
@@ -74,12 +75,12 @@ class CallRecord(BaseModel):
     large_model: str = ""
     """Name of the large model that answered; empty where none was asked."""
 
-    raw_output: str | None = None
+    answer: str | None = None
     """The large model's answer as it came."""
 
-    label: str | None = None
-    """The large model's answer as a label, or as a text where answers are written; None where it was not asked or was
-    unparsable."""
+    answer_label: str | None = None
+    """The large model's answer as a label, or as text if answers are generated; None if it was not asked or its answer
+    could not be parsed."""
 
     large_probabilities: tuple[float, ...] | None = None
     """The large model's distribution over `labels`, where log-probabilities of the label's tokens were returned."""
@@ -102,8 +103,9 @@ class CallRecord(BaseModel):
     gold_source: str | None = None
     """Who said it."""
 
-    count: int = Field(default=1, ge=1)
-    """How many calls had this input, task and large model; the newest stands here."""
+    disclosed: str | None = None
+    """What the large prompt disclosed of the small model's prediction, as JSON: the pruning strategy, the candidates
+    if it narrowed them, and whether probabilities were shown. None if the large model was not asked."""
 
     @model_validator(mode="after")
     def _distributions_fit(self) -> Self:
@@ -131,6 +133,11 @@ class CallRecord(BaseModel):
         return max(self.probabilities) if self.probabilities else None
 
     @property
+    def generated(self) -> bool:
+        """Whether answers of this task are generated texts, not labels."""
+        return self.labels == ANSWER_LABELS
+
+    @property
     def small_label(self) -> str | None:
         """The small model's answer."""
         if self.small_answer is not None:
@@ -142,39 +149,12 @@ class CallRecord(BaseModel):
     @property
     def agrees(self) -> bool | None:
         """Whether both models say the same; None where one of them said nothing."""
-        return None if self.label is None or self.small_label is None else self.label == self.small_label
-
-
-def columns_of(records: Sequence[CallRecord]) -> Columns:
-    """Records column by column: in one pass, for many at a time are larger than a processor's cache."""
-    fields, values = tuple(CallRecord.model_fields), list(map(vars, records))
-    if values and tuple(values[0]) == fields and set(map(len, values)) == {len(fields)}:
-        flat = list(chain.from_iterable(map(dict.values, values)))  # pydantic keeps fields in their order
-        return {field: flat[i :: len(fields)] for i, field in enumerate(fields)}
-    return {field: list(map(itemgetter(field), values)) for field in fields}
-
-
-def runs(column: Sequence[Any]) -> Iterator[tuple[Any, slice]]:
-    """Each run of equal neighbours: their value, and where they stand."""
-    n = len(column)
-    if n and column.count(column[0]) == n:  # as nearly always
-        yield column[0], slice(0, n)
-        return
-    start = 0
-    for value, alike in groupby(column):
-        end = start + sum(1 for _ in alike)
-        yield value, slice(start, end)
-        start = end
+        return None if self.answer_label is None or self.small_label is None else self.answer_label == self.small_label
 
 
 def hash_input(text: str) -> bytes:
-    """16 bytes that stand for an input."""
-    return hashes_of([text])[0]
-
-
-def hashes_of(texts: Sequence[str]) -> list[bytes]:
-    """`hash_input` of each."""
-    return [sha256(text.strip().lower().encode("utf-8", "surrogatepass")).digest()[:16] for text in texts]
+    """Return 16 bytes that identify an input; case and outer white space are ignored."""
+    return sha256(text.strip().lower().encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def hash_subject(subject: str) -> bytes:
@@ -185,24 +165,40 @@ def hash_subject(subject: str) -> bytes:
 
 
 def id_bytes(record_id: str) -> bytes:
-    """A run id as 16 bytes; anything that is no UUID gets a UUID of its own."""
+    """Return a run id as 16 bytes; an id that is not a UUID gets a UUID derived from it."""
     try:
-        if len(digits := record_id.replace("-", "")) == 32 and len(data := bytes.fromhex(digits)) == 16:
-            return data
         return UUID(record_id).bytes
     except ValueError:
         return uuid5(_NAMESPACE, record_id).bytes
 
 
-def ids_bytes(ids: Sequence[str]) -> list[bytes]:
-    """`id_bytes` of each; all at once where all are UUIDs as they are usually written."""
-    n, text = len(ids), "".join(ids)
-    usual = set(map(len, ids)) == {36} and text.count("-") == 4 * n
-    if usual and all(text[at::36].count("-") == n for at in (8, 13, 18, 23)):
-        try:
-            data = bytes.fromhex(text.replace("-", ""))
-        except ValueError:
-            data = b""
-        if len(data) == 16 * n:
-            return [data[at : at + 16] for at in range(0, 16 * n, 16)]
-    return list(map(id_bytes, ids))
+def latest_of_each_input(records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]]) -> list[CallRecord]:
+    """Return the newest record of each (task, large model, input), so that repeated inputs are learnt once.
+
+    A true label and a subject that only an older call of the input has are carried over. The order is that of the
+    newest records.
+
+    Args:
+        records: Records, or batches of them as from `CallLog.iterate`.
+    """
+    flat: list[CallRecord] = []
+    for item in records:
+        flat += [item] if isinstance(item, CallRecord) else item
+    alike: dict[tuple[str, str, str], list[CallRecord]] = {}
+    for record in flat:
+        alike.setdefault((record.task, record.large_model, record.input_hash), []).append(record)
+    if len(alike) == len(flat):
+        return flat
+    newest = {id(max(calls, key=attrgetter("time"))): calls for calls in alike.values()}
+    return [_with_older(record, newest[id(record)]) for record in flat if id(record) in newest]
+
+
+def _with_older(record: CallRecord, calls: Sequence[CallRecord]) -> CallRecord:
+    """Return the newest record with what only older calls of the input know."""
+    update: dict[str, Any] = {}
+    for call in sorted(calls, key=attrgetter("time")):
+        if record.gold is None and call.gold is not None:
+            update |= {"gold": call.gold, "gold_source": call.gold_source}
+        if record.subject is None and call.subject is not None:
+            update |= {"subject": call.subject}
+    return record.model_copy(update=update) if update else record

@@ -60,7 +60,7 @@ class RedactionRules(Configured):
     input: Form = "plain"
     """The input."""
 
-    raw_output: Form = "plain"
+    answer: Form = "plain"
     """What the large model said, and its answer where it is no label."""
 
     small_answer: Form = "plain"
@@ -78,17 +78,17 @@ class RedactionRules(Configured):
     def __call__(self, record: CallRecord) -> CallRecord:
         """The record as it is kept."""
         names = Placeholders(self.detectors, allow_binary=True)  # one set, so that a text has one placeholder in all
-        names.reserve([record.input, record.raw_output, record.small_answer])
+        names.reserve([record.input, record.answer, record.small_answer])
         kept: dict[str, Any] = {"input": self._kept(record.input, self.input, names, record.id)}
-        for name, form in (("raw_output", self.raw_output), ("small_answer", self.small_answer)):
+        for name, form in (("answer", self.answer), ("small_answer", self.small_answer)):
             kept[name] = self._kept(getattr(record, name), form, names, None)
-        if record.labels in ((), ANSWER_LABELS) or record.label not in record.labels:
-            kept["label"] = self._kept(record.label, self.raw_output, names, None)
+        if record.labels in ((), ANSWER_LABELS) or record.answer_label not in record.labels:
+            kept["answer_label"] = self._kept(record.answer_label, self.answer, names, None)
         if not self.subject:
             kept["subject"] = None
-        said = record.raw_output is not None or record.label is not None
+        said = record.answer is not None or record.answer_label is not None
         if self.outputs is not None and said and not self.outputs.admits(record):
-            kept |= {"raw_output": None, "label": None, "large_probabilities": None, "large_confidence": None}
+            kept |= {"answer": None, "answer_label": None, "large_probabilities": None, "large_confidence": None}
         return record.model_copy(update=kept)
 
     @staticmethod

@@ -1,8 +1,7 @@
-"""CallLog: the records of routed calls in SQLite or PostgreSQL. It stores and finds; it does not train."""
+"""CallLog: the log of calls in SQLite or PostgreSQL, as a table that people can query."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,109 +9,92 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import groupby, islice, repeat
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from langchain_datashunt._utils.fork import AFTER_FORK, LEFT_ALONE
-from langchain_datashunt.call_log.encryption import Seal
-from langchain_datashunt.call_log.groups import Group, groups_of
-from langchain_datashunt.call_log.record import CallRecord, Columns, hash_subject, id_bytes
-from langchain_datashunt.call_log.rows import (
-    Key,
-    fits,
-    id_of,
-    keys_of,
-    rows_of,
-    segment_and_place,
-)
+from langchain_datashunt.call_log.encryption import KEY_VARIABLE, Seal
+from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError, RecordRefusedError, StoreError
 
 try:
     from sqlalchemy import (
+        BigInteger,
         ColumnElement,
         Connection,
         Engine,
+        RowMapping,
         and_,
+        cast,
         create_engine,
         delete,
         event,
         func,
         insert,
+        or_,
         select,
-        tuple_,
+        true,
         update,
     )
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
 
     from langchain_datashunt.call_log.filters import EVERYTHING, CallFilter
-    from langchain_datashunt.call_log.reading import SHARED, Reader
-    from langchain_datashunt.call_log.schema import calls, contexts, has_key, migrate, replaced
-    from langchain_datashunt.call_log.segment_table import drop_empty, erase, wasteful, write_segment
-    from langchain_datashunt.call_log.totals import totals
-    from langchain_datashunt.call_log.upserting import Upsert
+    from langchain_datashunt.call_log.rows import (
+        COLUMNS,
+        digest_of,
+        fits,
+        keyed,
+        label_set,
+        record_of,
+        row_of,
+        subject_hashes,
+    )
+    from langchain_datashunt.call_log.schema import as_datetime, as_seconds, calls, label_sets, migrate
 except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
 
-PRAGMAS = (
-    "page_size=8192",
-    "journal_mode=WAL",
-    "busy_timeout=30000",
-    "cache_size=-65536",
-    "wal_autocheckpoint=8192",
-    "secure_delete=ON",
-    "temp_store=MEMORY",
-)
-"""Of every SQLite connection. What is deleted is overwritten, and nothing stands in temporary files, where a statement
-of many rows would otherwise keep how the pages were that it changes. Keys are hashes, so each record dirties a random
-page of their index: pages of 8 KiB are fewer to find, a cache of 64 MiB holds the index of a million records, and a log
-of 64 MiB lets many changes of one page be written at once. A file that is there keeps the size of its pages."""
-
+PRAGMAS = ("journal_mode=WAL", "busy_timeout=30000", "cache_size=-65536", "secure_delete=ON", "temp_store=MEMORY")
+"""Of every SQLite connection. Deleted content is overwritten, and temporary content never reaches a disk."""
 
 _LOG = logging.getLogger(__name__)
 
 Refused: TypeAlias = Callable[[CallRecord, Exception], None]
-"""Is told of a record that a database does not take, and why."""
+"""Called with a record that a database does not take, and the reason."""
 
 _READS = "datashunt_reads"
-"""An execution option: nothing is written in this transaction."""
+"""Execution option: nothing is written in this transaction."""
 
-_KEYS_AT_ONCE = 300
-"""In one statement, three values for each."""
-
-_JOINED = calls.c.context == contexts.c.id
-
-TIDY_EVERY = 65_536
-"""After so many records it is looked whether much of what is stored has been replaced."""
+_AT_ONCE = 500
+"""Values in one IN (...) condition."""
 
 
 class CallLog:
-    """The log of routed calls that later distillation learns from.
+    """The log of calls that audits, reports and distillation read.
 
     ```python
-    store = CallLog("sqlite:///calls.db")  # or postgresql+psycopg://user@host/database
-    for batch in store.iterate(CallFilter(route="large")):
+    log = CallLog("sqlite:///calls.db")  # or postgresql+psycopg://user@host/database
+    for batch in log.iterate(CallFilter(route="large")):
         ...
     ```
 
-    One row stands for each (task, input, large model): a newer call with the same input replaces an older one, and both
-    are counted; the same call, by its id, is counted once, however often it is written. Many processes may write at
-    once.
+    Each call is one row of the table `calls`, with readable columns: `SELECT task, avg(cost_usd) FROM calls GROUP BY
+    1`. A call that is written again, by its id, is not stored twice. Many processes may write at once.
 
     Args:
-        url: A SQLAlchemy URL, or the path of a SQLite file (made with mode 0600).
-        durability: "record" makes every commit survive a power cut (SQLite synchronous=FULL); "group" leaves
-            that to the operating system (NORMAL), where the last commits may be lost to a power cut, not to a kill.
-        key: A Fernet key, or several, the first of which encrypts: inputs and answers are then encrypted, and the
-            hashes by which repeats are found are keyed. None takes DATASHUNT_STORE_KEY of the environment, where set.
-            Labels, models, figures and times are not encrypted.
+        url: A SQLAlchemy URL, or the path of a SQLite file (created with mode 0600).
+        durability: "record" makes every commit survive a power cut (SQLite synchronous=FULL). "group" leaves that to
+            the operating system (NORMAL): a power cut may lose the last commits, a killed process loses none.
+        key: A Fernet key, or several, of which the first encrypts. All texts and labels are then encrypted, and
+            hashes of inputs and subjects are keyed. Tasks, models, policies, figures and times are not encrypted.
+            None reads DATASHUNT_STORE_KEY from the environment.
 
     Raises:
-        StoreError: The database cannot be opened or was written by newer code.
-        ConfigurationError: It is of a kind, or wants a driver, that is not there.
+        StoreError: The database cannot be opened, or was written by newer code.
+        ConfigurationError: The database or its driver is not supported.
     """
 
     def __init__(
@@ -125,29 +107,32 @@ class CallLog:
         self.url = make_url(url_of(url))
         self.seal = key if isinstance(key, Seal) else Seal.from_key(key)
         self.durability = durability
-        self._contexts: dict[tuple[Any, ...], int] = {}
-        self._appended = 0
+        self._label_sets: dict[tuple[str, ...], int] = {}
         self._lock = threading.Lock()
         self.engine = self._open()
         AFTER_FORK.add(self)
-        self._upsert = Upsert(self.engine)
+        self._insert = _insert_of(self.engine)
         with self.connection() as connection:
             migrate(connection)
 
     def after_fork(self) -> None:
-        """Leave the parent's connections to the parent, which goes on speaking through them."""
+        """Leave the parent's connections to the parent, which still uses them."""
         self._lock = threading.Lock()
         LEFT_ALONE.append(self.engine.pool)
         self.engine.dispose(close=False)
 
+    @property
+    def _on_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
     def _open(self) -> Engine:
-        if self.url.get_backend_name() != "sqlite":
+        if not self._on_sqlite:
             try:
                 return create_engine(self.url, pool_pre_ping=True, hide_parameters=True)
-            except (ImportError, SQLAlchemyError) as error:  # a database or a driver that is not known here
+            except (ImportError, SQLAlchemyError) as error:  # an unknown database, or a driver that is not installed
                 shown = self.url.render_as_string(hide_password=True)
                 raise ConfigurationError(
-                    f"The store {shown} cannot be used: {type(error).__name__}: {error}. Give a file, or a "
+                    f"The call log {shown} cannot be used: {type(error).__name__}: {error}. Pass a file, or a "
                     f"postgresql+psycopg:// URL."
                 ) from error
         if self.url.database and self.url.database != ":memory:":
@@ -173,35 +158,54 @@ class CallLog:
     # Writing
 
     def append(self, records: Sequence[CallRecord]) -> None:
-        """Store records in one transaction, the newest of each (task, input, large model) winning.
+        """Store records in one transaction; records whose id is stored already are skipped.
 
         Raises:
-            StoreError: The database is away or full; nothing of these records is stored.
-            RecordRefusedError: It does not take one of them: a number is too large, or its id is another input's.
+            StoreError: The database cannot be reached or is full; none of these records is stored.
+            RecordRefusedError: The database does not take one of them, for example because a number is too large.
         """
         if not records:
             return
         with self._lock:
-            known = dict(self._contexts)
+            known = dict(self._label_sets)
         try:
             with self.connection() as connection:
-                for group in groups_of(records, self.seal):
-                    self._append(connection, group, known)
+                rows = []
+                for record in records:
+                    if record.labels and record.labels not in known:
+                        known[record.labels] = self._number_of(connection, record.labels)
+                    number = known[record.labels] if record.labels else None
+                    rows.append(row_of(record, number, self.seal, sqlite=self._on_sqlite))
+                if connection.exec_driver_sql(self._insert, rows).rowcount != len(rows):
+                    self._check_repeated(connection, rows)
         except StoreError:
-            self._contexts.clear()
+            self._label_sets.clear()
             raise
-        with self._lock:  # only now are they there for others
-            self._contexts.update(known)
+        with self._lock:  # other transactions see the new label sets only now
+            self._label_sets.update(known)
+
+    @staticmethod
+    def _check_repeated(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Raise if a row was skipped because another input's call has its id."""
+        place_of_id, place_of_hash = COLUMNS.index("id"), COLUMNS.index("input_hash")
+        stored: dict[str, bytes] = {}
+        for start in range(0, len(rows), _AT_ONCE):
+            ids = [row[place_of_id] for row in rows[start : start + _AT_ONCE]]
+            found = connection.execute(select(calls.c.id, calls.c.input_hash).where(calls.c.id.in_(ids)))
+            stored.update((row.id, bytes(row.input_hash)) for row in found)
+        for row in rows:
+            if stored.get(row[place_of_id], row[place_of_hash]) != row[place_of_hash]:
+                raise RecordRefusedError(f"The id {row[place_of_id]!r} is stored already, for another input.")
 
     def append_each(self, records: Sequence[CallRecord], refused: Refused) -> None:
-        """Store records but those that the database does not take, which are found by halves.
+        """Store records except those that the database does not take, which are found by bisection.
 
         Args:
-            records: What to store.
-            refused: Is told of each record that cannot be stored, and why.
+            records: The records.
+            refused: Called with each record that cannot be stored, and the reason.
 
         Raises:
-            StoreError: The database is away or full; some of these records may be stored.
+            StoreError: The database cannot be reached or is full; some of these records may be stored.
         """
         try:
             self.append(records)
@@ -210,7 +214,7 @@ class CallLog:
             reason: Exception = error
         except StoreError:
             raise
-        except Exception as error:  # whatever a driver says to a value
+        except Exception as error:  # drivers raise errors of their own for values that they cannot convert
             reason = error
         if len(records) == 1:
             refused(records[0], reason)
@@ -218,170 +222,209 @@ class CallLog:
         for half in (records[: len(records) // 2], records[len(records) // 2 :]):
             self.append_each(half, refused)
 
-    def _append(self, connection: Connection, group: Group, known: dict[tuple[Any, ...], int]) -> None:
-        shared = self._shared(connection, group.columns, known)
-        number = write_segment(connection, group.content())
-        rows = rows_of(group.columns, group.keys, shared, group.segment, number)
-        self._upsert.write(connection, rows, group.others)
-        self._appended += len(group.keys)
-        if self._appended >= TIDY_EVERY:
-            self._appended = 0
-            if wasteful(connection):
-                erase(connection, self.seal)
-
-    def _shared(self, connection: Connection, columns: Columns, known: dict[tuple[Any, ...], int]) -> list[int]:
-        """For each record the row of what it shares with others; made, and added to `known`, where it is new."""
-        values = [columns[name] for name in SHARED]
-        n = len(values[0])
-        if all(column.count(column[0]) == n for column in values):  # as nearly always
-            alike = [(tuple(column[0] for column in values), n)]
-        else:
-            alike = [(one, sum(1 for _ in same)) for one, same in groupby(zip(*values, strict=True))]
-        for new in sorted({one for one, _ in alike} - known.keys()):
-            known[new] = self._context(connection, dict(zip(SHARED, new, strict=True)))
-        return [number for one, n in alike for number in repeat(known[one], n)]
-
-    def _context(self, connection: Connection, shared: dict[str, Any]) -> int:
-        shared["labels"] = json.dumps(shared["labels"], ensure_ascii=False)
-        digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
-        find = select(contexts.c.id).where(contexts.c.digest == digest)
+    def _number_of(self, connection: Connection, labels: tuple[str, ...]) -> int:
+        """Return the number of a label set, which is stored if it is new."""
+        digest = digest_of(labels, self.seal)
+        find = select(label_sets.c.id).where(label_sets.c.digest == digest)
         found = connection.execute(find).scalar()
         if found is None:
-            if self.url.get_backend_name() == "postgresql":
-                from sqlalchemy.dialects.postgresql import insert as postgres_insert
-
-                connection.execute(postgres_insert(contexts).values(digest=digest, **shared).on_conflict_do_nothing())
-            else:
-                connection.execute(insert(contexts).values(digest=digest, **shared))
+            written = json.dumps(labels, ensure_ascii=False).replace("\\u0000", "\ufffd")
+            written = written.encode(errors="replace").decode()
+            values = {"digest": digest, "labels": written if self.seal is None else self.seal.seal_text(written)}
+            connection.execute(_dialect_insert(self.engine, label_sets).values(**values).on_conflict_do_nothing())
             found = connection.execute(find).scalar_one()
         return int(found)
 
     def label(self, record_id: str, label: str, source: str = "user") -> None:
-        """Note the true label of a call, also where a newer call with the same input has replaced it.
+        """Store the true label of a call.
+
+        Args:
+            record_id: Id of the call, as in `ShuntResult.record_id`.
+            label: The true label.
+            source: Who provided it.
 
         Raises:
             StoreError: No call with this id is stored.
         """
-        wanted = id_bytes(record_id)
+        gold = label if self.seal is None else self.seal.seal_text(label)
         with self.connection() as connection:
-            noted = update(calls).values(gold=label, gold_source=source)
-            done = connection.execute(noted.where(calls.c.id == wanted)).rowcount
-            if not done:
-                older = select(replaced.c.key_high, replaced.c.key_low).where(replaced.c.id == wanted)
-                keys = [(row.key_high, row.key_low) for row in connection.execute(older)]
-                done = connection.execute(noted.where(has_key(calls, keys))).rowcount
+            noted = update(calls).values(gold=gold, gold_source=source).where(calls.c.id == record_id)
+            done = connection.execute(noted).rowcount
         if not done:
             raise StoreError(
                 f"No call with the id {record_id!r} is stored. Ids are those of `ShuntResult.record_id`; records are "
-                f"written with a short delay (Recorder.flush()) and pruned by the store's retention."
+                f"written with a short delay (Recorder.flush()) and pruned by the log's retention."
             )
 
     # Reading
 
     def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[CallRecord]]:
-        """The records in batches, in constant memory, in the order in which they were last written.
+        """Yield the records in batches, in constant memory and in the order in which they were written.
 
-        Records written meanwhile may or may not be among them.
+        Records that are written meanwhile may or may not be among them.
 
         Raises:
-            StoreError: What a record says cannot be read: it is damaged, or encrypted with another key.
+            StoreError: A record cannot be read: it is damaged, or encrypted with another key.
         """
-        reader = Reader(self)
-        while rows := reader.page(which.where(), batch_size):
-            yield [self._read(row, found) for row, found in rows]
+        for page in self._pages(which.where(), batch_size):
+            yield [self._readable(row, found) for row, found in page]
 
-    def _read(self, row: Any, found: CallRecord | Exception) -> CallRecord:
+    def _pages(
+        self, where: ColumnElement[bool], size: int
+    ) -> Iterator[list[tuple[RowMapping, CallRecord | Exception]]]:
+        """Yield pages of rows with their records, or with the reasons why these cannot be read."""
+        after, known = 0, dict[int, tuple[str, ...]]()
+        while True:
+            statement = select(calls).where(where, calls.c.number > after).order_by(calls.c.number).limit(size)
+            with self.reading() as connection:
+                rows = connection.execute(statement).mappings().all()
+                if {row["label_set"] for row in rows if row["label_set"] is not None} - known.keys():
+                    known = dict(connection.execute(select(label_sets.c.id, label_sets.c.labels)).all())
+            if not rows:
+                return
+            after = rows[-1]["number"]
+            yield [(row, self._read(row, known)) for row in rows]
+
+    def _read(self, row: RowMapping, known: dict[int, Any]) -> CallRecord | Exception:
+        try:
+            written = "[]" if row["label_set"] is None else known[row["label_set"]]
+            if not written.startswith("["):
+                if self.seal is None:
+                    raise StoreError(f"The log is encrypted. Give it its key, or set {KEY_VARIABLE}.")
+                written = self.seal.open_text(written)
+            return record_of(row, label_set(written), self.seal)
+        except StoreError as error:
+            return error
+        except Exception as error:  # damaged in whatever way
+            return ValueError(f"{type(error).__name__}: {error}")
+
+    def _readable(self, row: RowMapping, found: CallRecord | Exception) -> CallRecord:
         if isinstance(found, StoreError):
             raise found
         if isinstance(found, Exception):
             raise StoreError(
-                f"Call {id_of(row)} in {self!r} cannot be read: {found}. `datashunt log verify` tells which are "
-                f"damaged."
+                f"Call {row['id']} in {self!r} cannot be read: {found}. List damaged calls with `datashunt log verify`."
             ) from found
         return found
 
     def get(self, record_id: str) -> CallRecord | None:
-        """One record by the id of its newest call."""
-        rows = Reader(self).page(and_(_JOINED, calls.c.id == id_bytes(record_id)), 1)
-        return self._read(*rows[0]) if rows else None
+        """Return the record with this id; None if there is none."""
+        page = next(self._pages(calls.c.id == record_id, 1), [])
+        return self._readable(*page[0]) if page else None
 
-    def count(self, which: CallFilter = EVERYTHING, *, repeated: bool | None = None) -> int:
-        """How many records there are; True counts those of inputs that came more than once, False the others."""
+    def count(self, which: CallFilter = EVERYTHING, *, distinct: bool = False) -> int:
+        """Count calls.
+
+        Args:
+            which: Which calls.
+            distinct: Whether calls of one task and large model with the same input count once.
+        """
+        rows = select(calls.c.task, calls.c.large_model, calls.c.input_hash).where(which.where())
+        counted = (rows.distinct() if distinct else rows).subquery()
         with self.reading() as connection:
-            statement = select(func.count()).select_from(calls, contexts).where(which.where())
-            if repeated is not None:
-                statement = statement.where(calls.c.count > 1 if repeated else calls.c.count == 1)
-            return int(connection.execute(statement).scalar_one())
+            return int(connection.execute(select(func.count()).select_from(counted)).scalar_one())
 
     def stats(self, which: CallFilter = EVERYTHING) -> dict[str, Any]:
-        """Counts, cost and agreement, computed by the database; JSON-ready.
+        """Return counts, cost and agreement, computed by the database; JSON-ready.
 
-        `calls`, `route_*`, `would_be_*`, cost and tokens count repeats, at what the newest of them cost; `records`,
-        `compared`, `agreeing`, `labelled` and `outside_label_set` are of different inputs.
-
-        `would_be_*`: calls that the large model answered though the small model was sure, as in shadow mode; how many
-        of them agree, and what they cost.
+        The keys `would_be_*` are about calls that the large model answered although the small model was confident, as
+        in shadow mode: how many there are, in how many both models agree, and their cost.
         """
-        return totals(self, which)
+        c = calls.c
+        spared = and_(c.route == "large", c.score >= c.threshold)
+
+        def number(where: ColumnElement[bool]) -> ColumnElement[int]:
+            return func.count().filter(where)
+
+        def usd(where: ColumnElement[bool]) -> ColumnElement[float]:
+            return func.coalesce(func.sum(c.cost_usd).filter(where), 0.0)
+
+        statement = select(
+            func.count().label("calls"),
+            *(number(c.route == name).label(f"route_{name}") for name in ("small", "student", "large")),
+            number(c.agrees.isnot(None)).label("compared"),
+            number(c.agrees.is_(True)).label("agreeing"),
+            number(c.gold.isnot(None)).label("labelled"),
+            number(c.in_label_set.is_(False)).label("outside_label_set"),
+            number(spared).label("would_be_kept"),
+            number(and_(spared, c.agrees.is_(True))).label("would_be_kept_agreeing"),
+            usd(spared).label("would_be_saved_usd"),
+            usd(true()).label("cost_usd"),
+            cast(func.coalesce(func.sum(c.input_tokens), 0), BigInteger).label("input_tokens"),
+            cast(func.coalesce(func.sum(c.output_tokens), 0), BigInteger).label("output_tokens"),
+            func.min(c.time).label("oldest"),
+            func.max(c.time).label("newest"),
+        ).where(which.where())
+        with self.reading() as connection:
+            found = dict(connection.execute(statement).one()._mapping)
+        for name in ("oldest", "newest"):
+            found[name] = None if found[name] is None else as_seconds(found[name])
+        return {
+            name: value if value is None or isinstance(value, int) else float(value) for name, value in found.items()
+        }
 
     def verify(self) -> list[str]:
-        """What is wrong with the store, in words; an empty list where nothing is."""
+        """Return what is wrong with the log, one sentence a problem; an empty list if nothing is."""
         problems: list[str] = []
-        with self.reading() as connection:
-            if self.url.get_backend_name() == "sqlite":
+        if self._on_sqlite:
+            with self.reading() as connection:
                 found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
-                problems += [f"SQLite: {line}" for line in found if line != "ok"]
-            known = set(connection.execute(select(contexts.c.id)).scalars())
-            used = set(connection.execute(select(calls.c.context).distinct()).scalars())
-        problems += [f"Calls refer to context {missing}, which is not there." for missing in sorted(used - known)]
-        reader = Reader(self)
-        while not used - known and (rows := reader.page(_JOINED, 1000)):
-            for row, said in rows:
-                if isinstance(said, Exception):
-                    problems.append(f"Call {id_of(row)} cannot be read: {type(said).__name__}: {said}")
-                elif not fits(row, said, self.seal):
-                    problems.append(f"Call {id_of(row)} does not fit its hash: its input or its task was changed.")
+            problems += [f"SQLite: {line}" for line in found if line != "ok"]
+        for page in self._pages(true(), 1000):
+            for row, record in page:
+                if isinstance(record, Exception):
+                    problems.append(f"Call {row['id']} cannot be read: {type(record).__name__}: {record}")
+                elif not fits(row, record, self.seal):
+                    problems.append(f"Call {row['id']} does not match its hash: its input was changed.")
         return problems
 
     # Removing
 
     def delete(self, *, input_hash: str | None = None, subject: str | None = None) -> int:
-        """Delete all records of one input, or of one person; returns how many there were.
+        """Delete all calls with one input, or of one subject.
+
+        Args:
+            input_hash: `CallRecord.input_hash` of the input.
+            subject: Whose data is deleted.
+
+        Returns:
+            The number of deleted calls.
 
         Raises:
             StoreError: Neither was given.
         """
         if input_hash is None and subject is None:
-            raise StoreError("Give an input_hash or a subject; to delete by age or number use prune().")
+            raise StoreError("Pass input_hash or subject; to delete by age or number use prune().")
         tests: list[ColumnElement[bool]] = []
         if input_hash is not None:
             try:
-                sought = bytes.fromhex(input_hash)
+                digest = bytes.fromhex(input_hash)
             except ValueError as error:
-                raise StoreError(f"{input_hash!r} is no input hash; take it from a record's `input_hash`.") from error
-            tests.append(has_key(calls, self._keys(sought)))
+                raise StoreError(f"{input_hash!r} is not an input hash as in `CallRecord.input_hash`.") from error
+            tests.append(calls.c.input_hash.in_(keyed(digest, self.seal)))
         if subject is not None:
-            tests.append(calls.c.subject == hash_subject(subject))
+            tests.append(calls.c.subject.in_(subject_hashes(subject, self.seal)))
         return self._delete(and_(*tests))
 
-    def _keys(self, input_hash: bytes) -> list[Key]:
-        """The keys that an input has with all tasks and large models that were ever recorded."""
-        with self.reading() as connection:
-            known = connection.execute(select(contexts.c.task, contexts.c.large_model).distinct()).all()
-        return [key for row in known for key in keys_of(row.task, row.large_model, input_hash, self.seal)]
-
     def prune(self, *, max_age_seconds: float | None = None, max_records: int | None = None) -> int:
-        """Delete records that are too old or, the oldest first, too many; returns how many there were."""
-        gone = 0
+        """Delete calls that are too old, and the oldest of those that are too many.
+
+        Args:
+            max_age_seconds: Highest age, in seconds.
+            max_records: Highest number of calls.
+
+        Returns:
+            The number of deleted calls.
+        """
+        gone, c = 0, calls.c
         if max_age_seconds is not None:
-            gone += self._delete(calls.c.time < time.time() - max_age_seconds)
+            gone += self._delete(c.time < as_datetime(time.time() - max_age_seconds))
         if max_records is not None:
-            order = (calls.c.time.desc(), calls.c.number.desc())
-            edge = select(calls.c.time, calls.c.number).order_by(*order).offset(max_records).limit(1)
+            edge = select(c.time, c.number).order_by(c.time.desc(), c.number.desc()).offset(max_records).limit(1)
             with self.reading() as connection:
                 found = connection.execute(edge).first()
             if found is not None:
-                gone += self._delete(tuple_(calls.c.time, calls.c.number) <= tuple_(found.time, found.number))
+                gone += self._delete(or_(c.time < found.time, and_(c.time == found.time, c.number <= found.number)))
         return gone
 
     def move_to(
@@ -392,25 +435,24 @@ class CallLog:
         batches: int | None = None,
         refused: Refused | None = None,
     ) -> int:
-        """Move records into another store, batch by batch, each deleted here only when it is safe there.
+        """Move records into another log, batch by batch; each is deleted here only after it is stored there.
 
-        What cannot be read (it is damaged, or encrypted with another key) stays here, and is named in the log.
+        Records that cannot be read (damaged, or encrypted with another key) stay here, which is logged.
 
         Args:
-            other: Where to. A batch that another process moves at the same time is there once.
+            other: The log to move to. A batch that two processes move at once is stored there once.
             batch_size: Records of a batch.
-            batches: How many to move at the most; None moves all.
-            refused: Is told of a record that the other store does not take, which is then deleted here; None raises.
+            batches: Maximum batches; None moves all.
+            refused: Called with a record that the other log does not take, which is then deleted here; None raises.
 
         Returns:
-            How many are no longer here.
+            The number of records that left this log.
 
         Raises:
-            StoreError: One of the stores is away; what was moved before stays moved.
+            StoreError: One of the logs cannot be reached; batches moved before stay moved.
         """
-        moved, reader = 0, Reader(self)
-        pages = iter(lambda: reader.page(_JOINED, batch_size), [])
-        for page in islice(pages, batches):
+        moved = 0
+        for page in islice(self._pages(true(), batch_size), batches):
             batch = [found for _, found in page if not isinstance(found, Exception)]
             if len(batch) < len(page):
                 _LOG.error("%d records in %r cannot be read and stay there.", len(page) - len(batch), self)
@@ -418,83 +460,58 @@ class CallLog:
                 other.append(batch)
             else:
                 other.append_each(batch, refused)
-            other._note_replaced(self._replaced([(row["key_high"], row["key_low"]) for row, _ in page]))
+            ids = [record.id for record in batch]
             with self.connection() as connection:
-                some = [id_bytes(record.id) for record in batch]
-                for start in range(0, len(some), 500):
-                    self._drop(connection, calls.c.id.in_(some[start : start + 500]))
-                drop_empty(connection)
+                for start in range(0, len(ids), _AT_ONCE):
+                    connection.execute(delete(calls).where(calls.c.id.in_(ids[start : start + _AT_ONCE])))
             moved += len(batch)
         return moved
 
-    def _replaced(self, keys: Sequence[Key]) -> list[tuple[bytes, Key]]:
-        """Ids, with their keys, of older calls for which the rows of these keys stand, too."""
-        found: list[tuple[bytes, Key]] = []
-        with self.reading() as connection:
-            for start in range(0, len(keys), _KEYS_AT_ONCE):
-                some = select(replaced).where(has_key(replaced, keys[start : start + _KEYS_AT_ONCE]))
-                found += [(row.id, (row.key_high, row.key_low)) for row in connection.execute(some)]
-        return found
-
-    def _note_replaced(self, ids: Sequence[tuple[bytes, Key]]) -> None:
-        if ids:
-            with self.connection() as connection:
-                self._upsert.note_replaced(connection, ids)
-
     def _delete(self, where: ColumnElement[bool]) -> int:
-        """Delete rows, and erase what they said, with all else that no row refers to."""
         with self.connection() as connection:
-            numbers = self._drop(connection, where)
-            erase(connection, self.seal, {segment_and_place(number)[0] for number in numbers})
-        if numbers and self.url.get_backend_name() == "sqlite":
-            # else it stands in the write-ahead log for some time
-            with self._in_words(), closing(self.engine.raw_connection()) as raw:
+            gone = connection.execute(delete(calls).where(where)).rowcount
+            used = select(calls.c.label_set).where(calls.c.label_set.isnot(None))
+            connection.execute(delete(label_sets).where(label_sets.c.id.not_in(used)))
+        self._label_sets.clear()
+        if gone and self._on_sqlite:
+            # deleted content would otherwise stay in the write-ahead log for some time
+            with self._own_errors(), closing(self.engine.raw_connection()) as raw:
                 raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return len(numbers)
+        return int(gone)
 
-    @staticmethod
-    def _drop(connection: Connection, where: ColumnElement[bool]) -> Sequence[int]:
-        """Delete rows; the numbers that they had, which the database notes as dead."""
-        returned = (calls.c.number, calls.c.key_high, calls.c.key_low)
-        gone = connection.execute(delete(calls).where(where).returning(*returned)).all()
-        for start in range(0, len(gone), _KEYS_AT_ONCE):
-            keys = [(row.key_high, row.key_low) for row in gone[start : start + _KEYS_AT_ONCE]]
-            connection.execute(delete(replaced).where(has_key(replaced, keys)))
-        return [row.number for row in gone]
-
-    # Life
+    # Connections
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """A connection inside a transaction, also for what is kept beside the records.
+        """A connection inside a transaction, also for the tables beside the calls.
 
         Raises:
             StoreError: The database cannot be used.
         """
-        with self._in_words(), self.engine.begin() as connection:
+        with self._own_errors(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that changes nothing, and does not wait for those that do, nor they for it.
+        """A connection for reading, which neither blocks writers nor waits for them.
 
         Raises:
             StoreError: The database cannot be used.
         """
-        with self._in_words(), self.engine.connect() as connection:
+        with self._own_errors(), self.engine.connect() as connection:
             yield connection.execution_options(**{_READS: True})
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        """Errors of the database, and of values that it does not take, as ours."""
+    def _own_errors(self) -> Iterator[None]:
+        """Raise errors of the database, and of values that it does not take, as our own."""
         try:
             yield
         except SQLAlchemyError as error:
             of_values = isinstance(error, (DataError, IntegrityError)) or type(error) is StatementError
-            told = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
+            cause = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
             if of_values:
-                raise RecordRefusedError(f"{self!r} refuses this: {told}") from error
-            raise StoreError(f"{self!r} cannot be used: {told}") from error
+                raise RecordRefusedError(f"{self!r} refuses a value: {cause}") from error
+            raise StoreError(f"{self!r} cannot be used: {cause}") from error
 
     def close(self) -> None:
         """Close all connections."""
@@ -513,6 +530,28 @@ class CallLog:
 
 
 def url_of(url: str | Path) -> str:
-    """A SQLAlchemy URL as it is; a path as that of a SQLite file."""
+    """Return a SQLAlchemy URL as it is, and a path as the URL of a SQLite file."""
     text = str(url)
     return text if "://" in text else f"sqlite:///{text}"
+
+
+def _dialect_insert(engine: Engine, table: Any) -> Any:
+    if engine.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert as postgres_insert
+
+        return postgres_insert(table)
+    if engine.dialect.name == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+        return sqlite_insert(table)
+    return insert(table)
+
+
+def _insert_of(engine: Engine) -> str:
+    """Return the driver's own SQL that inserts a row of `COLUMNS`: rows are many, and all have one form."""
+    style = "qmark" if engine.dialect.name == "sqlite" else "format"
+    dialect = type(engine.dialect)(paramstyle=style)  # type: ignore[call-arg]
+    statement = _dialect_insert(engine, calls).on_conflict_do_nothing(index_elements=[calls.c.id])
+    compiled: Any = statement.compile(dialect=dialect, column_keys=COLUMNS)
+    assert tuple(compiled.positiontup or ()) == COLUMNS
+    return str(compiled)

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from sqlalchemy import Integer, and_, cast, func, or_, select
+from sqlalchemy import Float, Integer, and_, cast, func, or_, select
 
 from langchain_datashunt.call_log.filters import CallFilter
-from langchain_datashunt.call_log.rows import REASONS, ROUTES
-from langchain_datashunt.call_log.schema import calls, contexts, disclosures
+from langchain_datashunt.call_log.schema import calls, disclosures
 from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.exceptions import ConfigurationError
 
@@ -108,9 +107,16 @@ def summarize(
 
 
 def _bucket(store: CallLog, moment: Any, by: str) -> Any:
-    """The number of a moment's period, in SQL: a cast to whole numbers cuts in SQLite and rounds in PostgreSQL."""
+    """Return the number of a moment's period, in SQL; a cast truncates in SQLite and rounds in PostgreSQL."""
     number = (moment - _offset(by)) / _SECONDS[by]
     return cast(number if store.url.get_backend_name() == "sqlite" else func.floor(number), Integer)
+
+
+def _seconds(store: CallLog, moment: Any) -> Any:
+    """Return a time column as seconds since 1970, in SQL."""
+    if store.url.get_backend_name() == "sqlite":
+        return (func.julianday(moment, type_=Float) - 2440587.5) * 86400.0
+    return cast(func.extract("epoch", moment), Float)
 
 
 def _offset(by: str) -> float:
@@ -122,28 +128,20 @@ def _start(number: int, by: str) -> float:
 
 
 def _calls(store: CallLog, by: str, which: CallFilter) -> Iterator[tuple[float, dict[str, Any]]]:
-    c, number = calls.c, _bucket(store, calls.c.time, by).label("number")
-    large, sure = c.route == ROUTES.index("large"), c.reason == REASONS.index("confident")
-    asked = or_(large, c.reason == REASONS.index("large_error"))
-    audited = and_(~large, sure, contexts.c.large_model != "")
-    sampled = and_(~large, sure, contexts.c.large_model == "")
-    both = and_(c.small_label.isnot(None), c.label.isnot(None))
-
-    def calls_where(which: Any, name: str) -> Any:
-        return func.coalesce(func.sum(c.count).filter(which), 0).label(name)
-
-    def usd_where(which: Any, name: str) -> Any:
-        return func.coalesce(func.sum(c.cost_usd * c.count).filter(which), 0.0).label(name)
-
+    c, number = calls.c, _bucket(store, _seconds(store, calls.c.time), by).label("number")
+    large, confident = c.route == "large", c.reason == "confident"
+    asked = or_(large, c.reason == "large_error")
+    audited = and_(~large, confident, c.large_model != "")
+    sampled = and_(~large, confident, c.large_model == "")
     statement = select(
         number,
-        calls_where(asked, "asked"),
-        calls_where(sampled, "sampled"),
-        calls_where(~or_(asked, audited, sampled), "others"),
-        usd_where(asked, "asked_usd"),
-        func.coalesce(func.sum(c.cost_usd * c.count), 0.0).label("cost_usd"),
-        func.count().filter(both).label("compared"),
-        func.count().filter(and_(both, c.small_label == c.label)).label("agreeing"),
+        func.count().filter(asked).label("asked"),
+        func.count().filter(sampled).label("sampled"),
+        func.count().filter(~or_(asked, audited, sampled)).label("others"),
+        func.coalesce(func.sum(c.cost_usd).filter(asked), 0.0).label("asked_usd"),
+        func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
+        func.count().filter(c.agrees.isnot(None)).label("compared"),
+        func.count().filter(c.agrees.is_(True)).label("agreeing"),
     )
     with store.connection() as connection:
         for row in connection.execute(statement.where(which.where()).group_by(number)).mappings().all():
@@ -190,12 +188,12 @@ def _right(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, 
             if call.route == "large" and call.reason == "large_error":
                 continue  # it was not answered
             now = told[_start(int((call.time - _offset(by)) // _SECONDS[by]), by)]
-            answer = call.label if call.route == "large" and call.label is not None else call.small_label
+            answer = call.answer_label if call.route == "large" and call.answer_label is not None else call.small_label
             now["labelled"] += 1
             now["right"] += answer == call.gold
             now["small"] += call.small_label == call.gold
-            now["asked"] += call.label is not None
-            now["large"] += call.label == call.gold
+            now["asked"] += call.answer_label is not None
+            now["large"] += call.answer_label == call.gold
     return {
         start: {
             "labelled": now["labelled"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,14 @@ class DistillTask:
         given = {name: value for name, value in self.training.items() if value is not None}
         return DistillationSettings(mode=self.mode, training=TrainingSettings(**given))
 
-    def records(self, **which: Any) -> Iterator[Any]:
-        """Yield the records in batches, filtered with the arguments of `CallFilter`."""
+    def records(self, **which: Any) -> list[Any]:
+        """Return the newest record of each input, filtered with the arguments of `CallFilter`."""
         from langchain_datashunt.call_log.filters import CallFilter
+        from langchain_datashunt.call_log.record import latest_of_each_input
         from langchain_datashunt.call_log.store import CallLog
 
         with CallLog(self.store) as opened:
-            yield from opened.iterate(CallFilter(task=self.task, **which))
+            return latest_of_each_input(opened.iterate(CallFilter(task=self.task, **which)))
 
     def teacher(self, registry: Any, examples: HeldOut) -> Any:
         """Check the answers logged since the version in service was created, or return None without held-out ones."""
@@ -64,8 +64,7 @@ class DistillTask:
         if examples.large is None:
             return None
         newer = self.records(asked=True, since=registry.in_service_since())
-        calls = (call for batch in newer for call in batch)
-        return TeacherCheck().test(registry.load(), calls, examples.texts, examples.large)
+        return TeacherCheck().test(registry.load(), newer, examples.texts, examples.large)
 
 
 @dataclass(frozen=True)

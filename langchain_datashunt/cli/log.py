@@ -106,7 +106,7 @@ def export(
     with errors():
         from langchain_datashunt.call_log.export import export as write
         from langchain_datashunt.call_log.filters import CallFilter
-        from langchain_datashunt.call_log.rows import ROUTES
+        from langchain_datashunt.prediction import ROUTES
 
         if route is not None and route not in ROUTES:
             raise ConfigurationError(f"Expected one of {', '.join(ROUTES)} for --route, got {route!r}.")
@@ -127,7 +127,7 @@ def verify(store: Url, as_json: AsJson = False, json_out: JsonOut = None) -> Non
     """
     with opened_store(store) as opened:
         problems = opened.verify()
-        report({"records": opened.count(), "problems": problems}, as_json, json_out, store)
+        report({"calls": opened.count(), "problems": problems}, as_json, json_out, store)
     if problems:
         raise typer.Exit(1)
 

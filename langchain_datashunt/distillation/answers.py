@@ -52,7 +52,7 @@ def prepare_answers(
             _add(gold, call.input, call.gold)
     own, sure = _of_small(settings, small, silent)
     for call, answer, kept in zip(silent, own, sure, strict=True):
-        said = call.label or call.raw_output
+        said = call.answer_label or call.answer
         trusted = settings.large_accuracy if call.large_confidence is None else call.large_confidence
         if kept and answer is not None:
             _add(stage_b, call.input, answer)

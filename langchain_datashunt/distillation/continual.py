@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.call_log.filters import CallFilter
-from langchain_datashunt.call_log.record import CallRecord
+from langchain_datashunt.call_log.record import CallRecord, latest_of_each_input
 from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller, readable_calls
 from langchain_datashunt.distillation.gate import PromotionGate, PromotionResult
@@ -112,11 +112,11 @@ class ContinualDistiller:
             more = self._answers(store) - int(state.get("answers", 0))
             if more < self.every and "time" in state:  # pruning keeps the total low, so count new records by time too
                 since = CallFilter(task=self.task, asked=True, since=math.nextafter(state["time"], math.inf))
-                more = max(more, store.count(since, repeated=False))
+                more = max(more, store.count(since, distinct=True))
         return more >= self.every
 
     def _answers(self, store: CallLog) -> int:
-        return store.count(CallFilter(task=self.task, asked=True))
+        return store.count(CallFilter(task=self.task, asked=True), distinct=True)
 
     def step(self) -> tuple[int, PromotionResult] | None:
         """Run one round in this process: distil, test the candidate, and promote or reject it.
@@ -127,21 +127,21 @@ class ContinualDistiller:
         small = self.registry.load(self.registry.first_version())
         with CallLog(self.store) as store:
             answers = self._answers(store)
-            calls = [call for batch in store.iterate(CallFilter(task=self.task)) for call in batch]
+            calls = latest_of_each_input(store.iterate(CallFilter(task=self.task)))
         learn, texts, labels = self._split(calls, small)
         try:
             distilled = TwoStageDistiller(self.settings).distill(small, learn, labelled=self.labelled)
             metrics = {"distillation": vars(distilled.report), "answers": answers}
-            found = self.registry.consider(
+            result = self.registry.consider(
                 distilled.model, texts, labels, gate=self.gate, metrics=metrics, teacher=self._teacher(calls)
             )
         except DataError as error:
             logger.info("No candidate was distilled: %s", error)
-            found = None
+            result = None
         # Saved even without a candidate, so that the next round waits for new answers.
         state = {"answers": answers, "time": max((call.time for call in calls), default=0.0)}
         (self.registry.folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        return found
+        return result
 
     def _split(self, calls: list[CallRecord], small: SmallModel) -> tuple[list[CallRecord], list[str], list[str]]:
         """Return the records to train on, and the texts and labels for the gate."""
@@ -150,7 +150,7 @@ class ContinualDistiller:
         learn, texts, labels = [], [], []
         readable = {call.input_hash for call in readable_calls(small, [call for call in calls if call.readable])[0]}
         for call in calls:
-            answer = call.gold or call.label
+            answer = call.gold or call.answer_label
             if (
                 answer in small.labels
                 and call.input_hash in readable

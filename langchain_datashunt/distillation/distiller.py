@@ -92,7 +92,7 @@ class TwoStageDistiller:
     If S1 generates its answers, S2 learns complete answers (see `distillation.answers`).
 
     ```python
-    distilled = TwoStageDistiller().distill(small, store.iterate(CallFilter(task="support")))
+    distilled = TwoStageDistiller().distill(small, latest_of_each_input(log.iterate(CallFilter(task="support"))))
     ```
 
     Args:
@@ -219,7 +219,8 @@ class TwoStageDistiller:
         report.gold = len(gold_texts)
         if gold_texts:
             stages.append(Examples(gold_texts, one_hot(gold_labels, small.labels)))
-        strange = Counter(call.label for call in calls if call.label is not None and call.label not in known)
+        given = (call.answer_label for call in calls)
+        strange = Counter(label for label in given if label is not None and label not in known)
         strange.update(call.gold for call in calls if call.gold is not None and call.gold not in known)
         report.new_labels = {str(label): count for label, count in strange.most_common()}
         return [stage for stage in stages if len(stage)]
@@ -229,12 +230,12 @@ class TwoStageDistiller:
 
         The key "" has the overall accuracy.
         """
-        checked = [call for call in calls if call.gold is not None and call.label is not None]
+        checked = [call for call in calls if call.gold is not None and call.answer_label is not None]
         right, asked = Counter[str](), Counter[str]()
         for call in checked:
-            assert call.label is not None
-            asked[call.label] += 1
-            right[call.label] += call.label == call.gold
+            assert call.answer_label is not None
+            asked[call.answer_label] += 1
+            right[call.answer_label] += call.answer_label == call.gold
         prior = self.settings.large_accuracy
         overall = (right.total() + PRIOR_STRENGTH * prior) / (asked.total() + PRIOR_STRENGTH)
         report.reliability = {
@@ -259,14 +260,14 @@ class TwoStageDistiller:
         for i, call in enumerate(calls):
             if sure[i] or call.large_model == "":
                 report.unsure += not sure[i]
-            elif call.label is None or call.label not in position:
-                report.unparsable += call.label is None
+            elif call.answer_label is None or call.answer_label not in position:
+                report.unparsable += call.answer_label is None
             else:
                 confidence = call.large_confidence
-                r = reliability.get(call.label, reliability[""]) if confidence is None else confidence
+                r = reliability.get(call.answer_label, reliability[""]) if confidence is None else confidence
                 if r > self.settings.large_threshold:
                     rows.append(i)
-                    answers.append(position[call.label])
+                    answers.append(position[call.answer_label])
                     trust.append(r)
                 else:
                     report.unsure += 1
@@ -360,7 +361,7 @@ def cold_start(
     from langchain_datashunt.small_models.bundles.loading import small_model_class
 
     calls = [call for call in _flat(records) if call.input.strip()]
-    pairs = [(call.input, call.gold or call.label) for call in calls if call.gold or call.label]
+    pairs = [(call.input, call.gold or call.answer_label) for call in calls if call.gold or call.answer_label]
     counts = Counter(label for _, label in pairs)
     pairs = [(text, label) for text, label in pairs if counts[label] > 1]
     if len({label for _, label in pairs}) < 2:

@@ -118,9 +118,9 @@ def _of_call(call: CallRecord) -> tuple[float, bool] | None:
     p = call.probabilities
     if call.audit or call.reason != "deferred" or not p or call.small_answer is not None:
         return None
-    if call.label not in call.labels:
+    if call.answer_label not in call.labels:
         return None
-    return max(p), p[call.labels.index(call.label)] < 1.0 / len(p)
+    return max(p), p[call.labels.index(call.answer_label)] < 1.0 / len(p)
 
 
 def _of_examples(small: SmallModel, texts: Sequence[str], answers: Sequence[str]) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from abc import abstractmethod
@@ -110,6 +111,19 @@ class Pruning(Strategy):
             "small_label": "unknown",
             "small_confidence": 0.0,
         }
+
+    def disclosed(self, variables: Mapping[str, Any], labels: Sequence[str] | None) -> str:
+        """Return what a prompt with these variables discloses of the prediction, as JSON for the call log.
+
+        Args:
+            variables: The prompt variables, as from `prepare`.
+            labels: All labels of the task; None if they are not known.
+        """
+        candidates = list(variables.get("candidates", ()))
+        found: dict[str, Any] = {"pruning": type(self).__name__, "probabilities": bool(self.variables)}
+        if labels is not None and 0 < len(candidates) < len(labels):
+            found["candidates"] = candidates
+        return json.dumps(found, ensure_ascii=False)
 
     @abstractmethod
     def candidates(self, batch: PredictionBatch) -> BoolArray:

@@ -1,4 +1,4 @@
-"""Deferral policies: confidence scores, thresholds, budgets, answer fusion, learned deferral."""
+"""Policies decide which predictions are confident enough: scores, thresholds, budgets, fusion, learned deferral."""
 
 from __future__ import annotations
 

@@ -327,7 +327,10 @@ class ShuntRunnable(ShuntSettings):
         if self.recorder is not None:
             watcher = call.watcher if stays is None else None
             value = inputs.values[i]
-            log.append(self._finished(inputs, i, decision, value, raw_answer, record_id, latency, watcher))
+            finished = self._finished(inputs, i, decision, value, raw_answer, record_id, latency, watcher)
+            if self.pruning is not None and watcher is not None and isinstance(call.asked, dict):
+                finished = finished._replace(disclosed=partial(self.pruning.disclosed, call.asked, self.task_labels))
+            log.append(finished)
         if failed is not None:
             yield from runs.note([i], lambda _: decision)
         if stays is not None and self.guard is not None and not fell_back and self.guard.on_local != "raise":

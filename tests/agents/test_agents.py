@@ -259,7 +259,7 @@ def test_tool_middleware_recorder_logs_tool_choice_of_large_model(server: Script
         ask(create_agent(chat(server), TOOLS[:3], middleware=[middleware]))
     with CallLog(url) as store:
         ((record,),) = store.iterate()
-    assert (record.input, record.label, record.large_model) == (UNSURE, "cancel", "scripted")
+    assert (record.input, record.answer_label, record.large_model) == (UNSURE, "cancel", "scripted")
     assert record.probabilities is not None
     assert record.input_tokens is not None
 
@@ -305,7 +305,7 @@ def test_middleware_model_and_tool_router_together_discard_rejected_drafts(tmp_p
         assert (tools.stats.direct_calls, turns.stats.small) == (1, 1)
         recorder.flush()
         with CallLog(tmp_path / "calls.db") as store:
-            labels = [record.label for batch in store.iterate() for record in batch]
+            labels = [record.answer_label for batch in store.iterate() for record in batch]
         assert labels == ["cancel"], "the large model's choice is recorded, not the draft's"
 
 

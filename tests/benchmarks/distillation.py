@@ -41,7 +41,7 @@ def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[
     calls = []
     for text, answer, prediction in zip(texts, answers, predictions, strict=True):
         sure = prediction.confidence >= THRESHOLD
-        asked = {} if sure else {"large_model": "gpt-4", "label": answer, "raw_output": answer}
+        asked = {} if sure else {"large_model": "gpt-4", "answer_label": answer, "answer": answer}
         calls.append(
             CallRecord(
                 input=text,
@@ -60,9 +60,9 @@ def plain_fine_tuning(small: EmbeddingClassifier, records: list[CallRecord]) -> 
     """The head trained on with Adam on GPT-4's answers alone: what many would try first."""
     import torch
 
-    asked = [call for call in records if call.label is not None]
+    asked = [call for call in records if call.answer_label is not None]
     vectors = torch.tensor(np.array(small.embeddings.embed_documents([call.input for call in asked])))
-    truth = torch.tensor([small.labels.index(str(call.label)) for call in asked])
+    truth = torch.tensor([small.labels.index(str(call.answer_label)) for call in asked])
     torch.manual_seed(0)
     head = torch.tensor(small.head, requires_grad=True)
     bias = torch.tensor(small.bias, requires_grad=True)
@@ -80,12 +80,12 @@ def paper_2cd(small: EmbeddingClassifier, records: list[CallRecord]) -> SmallMod
     """The authors' recipe on the head: bare answers of both teachers, batches of 64 in turn, 7 epochs, Adam 1e-4."""
     import torch
 
-    sure = [call for call in records if call.label is None]
-    asked = [call for call in records if call.label is not None]
+    sure = [call for call in records if call.answer_label is None]
+    asked = [call for call in records if call.answer_label is not None]
     stages = []
     for calls in (asked, sure):
         vectors = torch.tensor(np.array(small.embeddings.embed_documents([call.input for call in calls])))
-        names = [call.label if call.label is not None else call.small_label for call in calls]
+        names = [call.answer_label if call.answer_label is not None else call.small_label for call in calls]
         stages.append((vectors, torch.tensor([small.labels.index(str(name)) for name in names])))
     torch.manual_seed(0)
     head = torch.tensor(small.head, requires_grad=True)
@@ -197,7 +197,7 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
     ours = TwoStageDistiller(DistillationSettings(training=QUIET))
     credulous = TwoStageDistiller(DistillationSettings(training=QUIET, mode="teacher", large_accuracy=0.99))
     texts_seen, own = [task.test.texts[i] for i in rows], [task.test.large[i] for i in rows]
-    asked = [call.label for call in records_of(s1, texts_seen, own) if call.label is not None]
+    asked = [call.answer_label for call in records_of(s1, texts_seen, own) if call.answer_label is not None]
     for how, share in FLIPPED:
         records = records_of(s1, texts_seen, flipped(own, asked, how, share, rng))
         candidates: dict[str, SmallModel] = {
@@ -255,7 +255,7 @@ def compared(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) ->
             for half in np.array_split(rng.permutation(len(task.test)), 2):
                 seen, own = ([column[i] for i in half.tolist()] for column in (task.test.texts, task.test.large))
                 records = records_of(small, seen, own)
-                asked = [call.label for call in records if call.label is not None]
+                asked = [call.answer_label for call in records if call.answer_label is not None]
                 replaced = records_of(small, seen, flipped(own, asked, "random", 0.1, rng))
                 for name, log in (("untouched", records), ("replaced", replaced)):
                     refused[name] += not TeacherCheck().test(small, log, task.dev.texts, task.dev.large).passed

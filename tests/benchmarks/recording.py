@@ -55,7 +55,7 @@ def stream(n: int, seed: int = 0) -> Iterator[CallRecord]:
     for i in range(n):
         yield CallRecord(
             input=f"{seed} {i} {text(390)}",
-            raw_output=text(200),
+            answer=text(200),
             labels=LABELS,
             probabilities=(0.05,) * 20,
             small_model="small",
@@ -63,7 +63,7 @@ def stream(n: int, seed: int = 0) -> Iterator[CallRecord]:
             score=0.5,
             threshold=0.9,
             policy="Threshold(threshold=0.9, score=MaxProbability())",
-            label=LABELS[i % 20],
+            answer_label=LABELS[i % 20],
             input_tokens=100,
             output_tokens=50,
             cost_usd=0.01,
@@ -91,7 +91,7 @@ def plainly_inserted(file: Path, records: list[CallRecord]) -> float:
     started = time.perf_counter()
     for start in range(0, len(records), GROUP):
         group = records[start : start + GROUP]
-        rows = [(r.input, r.raw_output, array("f", r.probabilities or ()).tobytes(), r.label, r.time) for r in group]
+        rows = [(r.input, r.answer, array("f", r.probabilities or ()).tobytes(), r.answer_label, r.time) for r in group]
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany("INSERT INTO calls (input, output, p, label, time) VALUES (?, ?, ?, ?, ?)", rows)
         connection.execute("COMMIT")

@@ -51,7 +51,7 @@ def one_pass(
             answer = prediction.label if sure else fusion.fuse(prediction, said)
             told: dict[str, Any] = {"route": "small", "reason": "confident"}
             if not sure:
-                told = {"large_model": "gpt-4", "label": said, "raw_output": said}
+                told = {"large_model": "gpt-4", "answer_label": said, "answer": said}
             log.append(CallRecord(input=task.test.texts[i], labels=prediction.labels, threshold=threshold, **told))
             right += answer == task.test.labels[i]
             asked += not sure

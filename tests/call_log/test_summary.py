@@ -39,10 +39,16 @@ def store(url: str) -> Any:  # noqa: F811
 def filled(store: CallLog) -> None:
     monday = 4 * DAY  # of the second week of 1970
     asked = [
-        call(i, time=monday + 1.7 + i * DAY / 2, label=label, gold=gold)
+        call(i, time=monday + 1.7 + i * DAY / 2, answer_label=label, gold=gold)
         for i, (label, gold) in enumerate([("refund", "refund"), ("cancel", "status"), ("cancel", None)])
     ]
-    kept: dict[str, Any] = {"route": "small", "reason": "confident", "large_model": "", "label": None, "cost_usd": None}
+    kept: dict[str, Any] = {
+        "route": "small",
+        "reason": "confident",
+        "large_model": "",
+        "answer_label": None,
+        "cost_usd": None,
+    }
     store.append([*asked, call(7, time=monday + 2, gold="cancel", **kept), call(8, time=monday + 9 * DAY, **kept)])
     store.append([asked[2].model_copy(update={"id": str(uuid4())})])
 
@@ -69,7 +75,7 @@ def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: Cal
 
 def test_only_what_is_sampled_is_scaled_up(store: CallLog) -> None:
     """Audits, inputs that had to stay, and failed large calls are recorded always."""
-    nothing: dict[str, Any] = {"label": None, "raw_output": None, "cost_usd": None, "large_model": "", "time": 10.0}
+    nothing: dict[str, Any] = {"answer_label": None, "answer": None, "cost_usd": None, "large_model": "", "time": 10.0}
     kept: dict[str, Any] = {**nothing, "route": "small", "reason": "confident"}
     store.append(
         [
@@ -136,9 +142,9 @@ def test_no_more_answers_are_stored_than_the_budget_has(store: CallLog, ledger: 
         for i, who in enumerate(["jane", "jane", "jane", "joe", "joe"]):
             shunt.invoke({"input": f"refund {i}"}, {"configurable": {"shunt_subject": who}})
     records = sorted((one for part in store.iterate() for one in part), key=lambda one: one.input)
-    assert [one.raw_output for one in records] == ["refund", "refund", None, "refund", None]
+    assert [one.answer for one in records] == ["refund", "refund", None, "refund", None]
     assert [one.route for one in records] == ["large"] * 5, "calls are still told"
-    assert [one.label for one in records if one.raw_output is None] == [None, None]
+    assert [one.answer_label for one in records if one.answer is None] == [None, None]
 
 
 def test_answers_that_cannot_be_counted_are_not_stored(store: CallLog, caplog: Any) -> None:
@@ -147,7 +153,7 @@ def test_answers_that_cannot_be_counted_are_not_stored(store: CallLog, caplog: A
             raise StoreError("the database is away")
 
     kept = RedactionRules(outputs=OutputBudget(outputs=5, ledger=Away()))(call(1))
-    assert (kept.raw_output, kept.label) == (None, None)
+    assert (kept.answer, kept.answer_label) == (None, None)
     assert "cannot be counted" in caplog.text
     with pytest.raises(ConfigurationError, match="at least one limit"):
         OutputBudget()
@@ -203,7 +209,13 @@ def test_money_is_a_bound_too() -> None:
 
 
 def test_a_call_that_failed_was_not_answered(store: CallLog) -> None:
-    lost: dict[str, Any] = {"route": "large", "reason": "large_error", "label": None, "large_model": "", "time": 10.0}
+    lost: dict[str, Any] = {
+        "route": "large",
+        "reason": "large_error",
+        "answer_label": None,
+        "large_model": "",
+        "time": 10.0,
+    }
     store.append([call(i, gold="refund", **lost) for i in range(3)])
     (row,) = summarize(store, by="all", sample_small=1.0)
     assert (row.labelled, row.accuracy) == (0, None)

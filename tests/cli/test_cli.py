@@ -557,7 +557,7 @@ def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, s
     assert done.exit_code == 0, done.output
     asked = json.loads(done.stdout)["asked"]
     stats = json.loads(command("log", "stats", "--store", url, "--json").stdout)
-    assert (stats["records"], stats["route_large"]) == (144, asked)
+    assert (stats["calls"], stats["route_large"]) == (144, asked)
     assert command("log", "verify", "--store", url).exit_code == 0
 
     for name, kind, rows in (("a.jsonl", None, asked), ("b.parquet", None, asked), ("c.jsonl", "openai", asked)):
@@ -567,7 +567,7 @@ def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, s
         assert f"{rows} records written" in " ".join(out.output.split())
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
     assert pq.read_table(tmp_path / "b.parquet").num_rows == len(lines) == asked
-    assert all(line["confidence"] < 0.6 and line["label"] for line in lines)
+    assert all(line["confidence"] < 0.6 and line["answer_label"] for line in lines)
     chat = json.loads((tmp_path / "c.jsonl").open().readline())["messages"]
     assert [m["role"] for m in chat] == ["system", "user", "assistant"]
     assert chat[2]["content"] in dict(zip(*shop_messages, strict=True)).values()
@@ -578,7 +578,7 @@ def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, s
     from datasets import load_from_disk
 
     agreeing = load_from_disk(str(tmp_path / "ds"))
-    assert all(row["label"] == row["small_label"] for row in agreeing)
+    assert all(row["answer_label"] == row["small_label"] for row in agreeing)
 
     with (tmp_path / "feedback.csv").open("w") as stream:
         stream.write("id,label\n" + "".join(f"{line['id']},{line['label']}\n" for line in lines[:3]) + "nobody,x\n")
@@ -600,7 +600,7 @@ def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, s
     assert again.exit_code == 1, "a second candidate from the same log must not pass by chance"
 
     assert command("log", "prune", "--store", url, "--max-records", "10").exit_code == 0
-    assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["records"] == 10
+    assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["calls"] == 10
     assert command("log", "prune", "--store", url, "--max-age-days", "0", "--subject", "jane").exit_code == 0
 
 
@@ -618,7 +618,7 @@ def test_cli_cold_start_logs_answers_and_distils_first_model(work: Path, tmp_pat
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["asked"] == json.loads(done.stdout)["rows"] == 144
     stats = json.loads(command("log", "stats", "--store", url, "--json").stdout)
-    assert (stats["records"], stats["route_large"]) == (144, 144)
+    assert (stats["calls"], stats["route_large"]) == (144, 144)
     distilled = command(
         "distill", "--bundle", tmp_path / "none", "--store", url, "--holdout", work / "data.csv", "--out",
         tmp_path / "models", "--json",

@@ -71,7 +71,7 @@ def log_of(small: SmallModel, texts: list[str], answers: list[Any], **changes: A
     calls = []
     for text, answer, prediction in zip(texts, answers, small.predict_batch(texts), strict=True):
         sure = prediction.confidence >= 0.8
-        asked = {} if sure else {"large_model": "gpt-4", "label": answer, "raw_output": str(answer)}
+        asked = {} if sure else {"large_model": "gpt-4", "answer_label": answer, "answer": str(answer)}
         route: Any = "small" if sure else "large"
         calls.append(
             CallRecord(input=text, labels=prediction.labels, threshold=0.8, route=route, **{**asked, **changes})
@@ -125,7 +125,7 @@ def test_distill_every_trainable_kind_lowers_loss(kind: Any, mode: Any, halves: 
 def test_distill_untrainable_kind_raises_configuration_error(s1: EmbeddingClassifier, halves: Any) -> None:
     with pytest.raises(ConfigurationError, match="PredictProbaClassifier cannot be distilled"):
         coin = PredictProbaClassifier(estimator=Coin(), labels=("heads", "tails"))
-        calls = [CallRecord(input=f"x{i}", large_model="m", label="heads") for i in range(30)]
+        calls = [CallRecord(input=f"x{i}", large_model="m", answer_label="heads") for i in range(30)]
         distiller(threshold=0.9).distill(coin, calls)
 
 
@@ -159,9 +159,9 @@ def test_distill_labelled_examples_count_as_gold(s1: EmbeddingClassifier, halves
 def test_distill_unknown_labels_are_reported(s1: EmbeddingClassifier, halves: Any) -> None:
     _, _, texts, labels = halves
     log = log_of(s1, texts, ["brand new" if i % 5 == 0 else label for i, label in enumerate(labels)])
-    log += [CallRecord(input="odd", large_model="m", label=None), CallRecord(input="odder", large_model="")]
+    log += [CallRecord(input="odd", large_model="m", answer_label=None), CallRecord(input="odder", large_model="")]
     report = distiller().distill(s1, log).report
-    assert report.new_labels == {"brand new": sum(call.label == "brand new" for call in log)}
+    assert report.new_labels == {"brand new": sum(call.answer_label == "brand new" for call in log)}
     assert report.unparsable == 1
     assert report.unsure >= 1
 
@@ -174,7 +174,7 @@ def test_distill_unconfident_large_answers_are_ignored_or_smoothed(s1: Embedding
     assert distiller(large_threshold=0.3).distill(s1, unsure).report.stage_a > 0
     k = len(s1.labels)
     flat = [
-        call.model_copy(update={"large_probabilities": (1 / k,) * k}) if call.label else call
+        call.model_copy(update={"large_probabilities": (1 / k,) * k}) if call.answer_label else call
         for call in log_of(s1, texts, labels)
     ]
     told = distiller(mode="teacher").distill(s1, log_of(s1, texts, labels)).model
@@ -207,7 +207,9 @@ def test_soft_cross_entropy_matches_formulas() -> None:
 
 def test_cold_start_logged_answers_train_first_model(halves: Any) -> None:
     _, _, texts, labels = halves
-    log = [CallRecord(input=text, large_model="m", label=label) for text, label in zip(texts, labels, strict=True)]
+    log = [
+        CallRecord(input=text, large_model="m", answer_label=label) for text, label in zip(texts, labels, strict=True)
+    ]
     model = cold_start([log], settings=QUIET)
     assert accuracy(model, texts, labels) > 0.8
     assert cold_start(log, kind="textcnn", settings=SHORT).labels == model.labels
@@ -421,7 +423,9 @@ def test_registry_model_slow_load_does_not_block_calls(registry: ModelRegistry, 
     predict_batch = EmbeddingClassifier.predict_batch
     monkeypatch.setattr(ModelRegistry, "load", slow)
     monkeypatch.setattr(
-        EmbeddingClassifier, "predict_batch", lambda self, texts: computed.append(texts) or predict_batch(self, texts)
+        EmbeddingClassifier,
+        "predict_batch",
+        lambda self, texts, **more: computed.append(texts) or predict_batch(self, texts, **more),
     )
     registry.promote(registry.add(head(-50.0)))
     assert [follower.predict("aaa").label for _ in range(5)] == ["a"] * 5, (
@@ -540,7 +544,7 @@ def test_continual_enough_new_answers_make_round_due(logged: Any, s1: Any, halve
     assert (registry.current_version(), registry.first_version()) == (version, 1)
     assert not continual.due(), "the same answers must not be distilled twice"
     with CallLog(url) as store:
-        store.append([CallRecord(input=f"new {i}", large_model="m", label="promo_code") for i in range(40)])
+        store.append([CallRecord(input=f"new {i}", large_model="m", answer_label="promo_code") for i in range(40)])
     assert continual.due()
 
 
@@ -554,7 +558,7 @@ def test_continual_pruned_log_still_makes_round_due(logged: Any) -> None:
     assert not continual.due()
     with CallLog(url) as store:
         for i in range(40):
-            store.append([CallRecord(input=f"new {i}", large_model="m", label="promo_code")])
+            store.append([CallRecord(input=f"new {i}", large_model="m", answer_label="promo_code")])
             store.prune(max_records=80)
             assert store.count() == 80
             assert continual.due() == (i == 39)
@@ -587,7 +591,7 @@ def test_continual_too_few_records_returns_none(s1: Any, tmp_path: Path) -> None
         registry.first_version()
     registry.promote(registry.add(s1))
     with CallLog(tmp_path / "c.db") as store:
-        store.append([CallRecord(input="x", large_model="m", label="promo_code")])
+        store.append([CallRecord(input="x", large_model="m", answer_label="promo_code")])
     assert ContinualDistiller(registry, tmp_path / "c.db", every=1, holdout=(["x"], ["promo_code"])).step() is None
     assert registry.current_version() == 1
 
@@ -625,7 +629,7 @@ def test_distill_probabilities_follow_label_order_of_record(s1: Any, halves: Any
     def told(labels: tuple[str, ...]) -> list[CallRecord]:
         return [
             CallRecord(
-                input=text, labels=labels, route="large", large_model="gpt-4", label=answer, threshold=0.999,
+                input=text, labels=labels, route="large", large_model="gpt-4", answer_label=answer, threshold=0.999,
                 large_probabilities=tuple(0.94 if label == answer else 0.02 for label in labels),
             )
             for text, answer in zip(texts, answers, strict=True)
@@ -658,9 +662,9 @@ def test_distill_odd_inputs_do_not_fail(s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = log_of(s1, [*texts, "half a \ud83d character"], [*labels, labels[0]])
     assert distiller().distill(s1, calls).report.records == len(calls)
-    empty = [CallRecord(input=" ", labels=s1.labels, large_model="gpt-4", label=labels[0], route="large")] * 3
+    empty = [CallRecord(input=" ", labels=s1.labels, large_model="gpt-4", answer_label=labels[0], route="large")] * 3
     answered = [
-        CallRecord(input=text, labels=s1.labels, large_model="gpt-4", label=label, route="large")
+        CallRecord(input=text, labels=s1.labels, large_model="gpt-4", answer_label=label, route="large")
         for text, label in zip(texts, labels, strict=True)
     ]
     assert set(cold_start([*empty, *answered], settings=QUIET).labels) == set(labels)
@@ -675,7 +679,9 @@ def test_distill_few_records_keep_temperature(s1: Any, halves: Any) -> None:
 def test_continual_hashed_inputs_are_not_held_out(registry: ModelRegistry, s1: Any, halves: Any) -> None:
     _, _, texts, labels = halves
     calls = [
-        CallRecord(input=text if i % 2 else f"hashed:sha256:{i:064x}", labels=s1.labels, label=label, large_model="x")
+        CallRecord(
+            input=text if i % 2 else f"hashed:sha256:{i:064x}", labels=s1.labels, answer_label=label, large_model="x"
+        )
         for i, (text, label) in enumerate(zip(texts * 3, labels * 3, strict=True))
     ]
     _, held_out, _ = ContinualDistiller(registry, "sqlite://")._split(calls, s1)
@@ -713,7 +719,7 @@ def test_cold_start_defers_all_and_distils_first_model(tmp_path: Path) -> None:
         assert "probab" not in prompts[0].lower(), "a placeholder has no probabilities to show"
         calls = [call for batch in store.iterate() for call in batch]
         assert {(call.route, call.reason) for call in calls} == {("large", "deferred")}
-        assert {call.label for call in calls} == set(words)
+        assert {call.answer_label for call in calls} == set(words)
         assert len({call.small_label for call in calls}) == 3, "a placeholder must prefer no label"
         distilled = TwoStageDistiller(DistillationSettings(training=QUIET)).distill(small, store.iterate())
     assert distilled.report.stage_a == 30

@@ -61,7 +61,7 @@ class World:
             answer = self.rng.integers(K) if self.rng.random() < flipped else self.large[i]
             if self.p[i].max() < THRESHOLD:
                 p = tuple(self.p[i].tolist())
-                found.append(call(input=str(i), probabilities=p, label=LABELS[answer]))
+                found.append(call(input=str(i), probabilities=p, answer_label=LABELS[answer]))
         return found
 
     def held_out(self, rows: range) -> tuple[list[str], list[str | None]]:
@@ -69,7 +69,7 @@ class World:
 
 
 def call(**fields: Any) -> CallRecord:
-    return CallRecord(**{"labels": LABELS, "large_model": "m", "threshold": THRESHOLD, "raw_output": "x"} | fields)
+    return CallRecord(**{"labels": LABELS, "large_model": "m", "threshold": THRESHOLD, "answer": "x"} | fields)
 
 
 def share_refused(flipped: float, tries: int, check: TeacherCheck, n: int = 1000) -> float:
@@ -114,7 +114,7 @@ def test_teacher_check_one_stratum_matches_plain_difference() -> None:
     limit = max(one.confidence or 0.0 for one in calls)
     held = [i for i in range(2000, 4000) if world.p[i].max() <= limit]
     expected = np.mean([world.p[i, world.large[i]] < 1 / K for i in held])
-    surprising = np.mean([one.probabilities[LABELS.index(str(one.label))] < 1 / K for one in calls])  # type: ignore[index]
+    surprising = np.mean([one.probabilities[LABELS.index(str(one.answer_label))] < 1 / K for one in calls])  # type: ignore[index]
     assert (verdict.taught, verdict.held_out) == (len(calls), len(held))
     assert verdict.surprising == pytest.approx(surprising)
     assert verdict.expected == pytest.approx(expected)
@@ -126,12 +126,12 @@ def test_teacher_check_unrelated_calls_are_ignored() -> None:
     world = World(600, 2)
     calls, held = world.calls(range(300)), world.held_out(range(300, 600))
     odd = [
-        call(input="a", probabilities=calls[0].probabilities, label=LABELS[0], audit=True),
-        call(input="b", probabilities=calls[0].probabilities, label="new"),
-        call(input="c", probabilities=calls[0].probabilities, label=None),
-        call(input="d", label=LABELS[0]),
-        call(input="e", probabilities=calls[0].probabilities, label=LABELS[0], reason="small_error"),
-        call(input="f", labels=("answer", "other"), probabilities=(0.6, 0.4), small_answer="x", label="x"),
+        call(input="a", probabilities=calls[0].probabilities, answer_label=LABELS[0], audit=True),
+        call(input="b", probabilities=calls[0].probabilities, answer_label="new"),
+        call(input="c", probabilities=calls[0].probabilities, answer_label=None),
+        call(input="d", answer_label=LABELS[0]),
+        call(input="e", probabilities=calls[0].probabilities, answer_label=LABELS[0], reason="small_error"),
+        call(input="f", labels=("answer", "other"), probabilities=(0.6, 0.4), small_answer="x", answer_label="x"),
     ]
     plain = TeacherCheck().test(world.small, calls, *held)
     assert TeacherCheck().test(world.small, [*odd, *calls], *held) == plain
@@ -161,7 +161,7 @@ def test_teacher_check_no_common_stratum_passes_without_comparison() -> None:
         top = (0.2 if i < 50 else 0.9) if i < 100 else 0.4
         world.p[i] = (1.0 - top) / (K - 1)
         world.p[i, 0] = top
-    calls = [call(input=str(i), probabilities=tuple(world.p[i].tolist()), label=LABELS[0]) for i in range(100)]
+    calls = [call(input=str(i), probabilities=tuple(world.p[i].tolist()), answer_label=LABELS[0]) for i in range(100)]
     verdict = TeacherCheck().test(world.small, calls, *world.held_out(range(100, 200)))
     assert verdict.passed
     assert "too few answers to compare" in verdict.reason
@@ -211,7 +211,7 @@ def test_continual_round_applies_teacher_check(shop: Any, tmp_path: Path, flippe
             [
                 CallRecord(
                     input=text, labels=s1.labels, probabilities=tuple(p.probabilities.tolist()), threshold=1.1,
-                    large_model="m", label=wrong[label] if flipped else label,
+                    large_model="m", answer_label=wrong[label] if flipped else label,
                 )
                 for text, label, p in zip(texts[:half], labels[:half], s1.predict_batch(texts[:half]), strict=True)
             ]

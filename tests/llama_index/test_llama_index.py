@@ -498,10 +498,10 @@ async def test_llama_index_recorder_logs_large_answers(tmp_path: Path) -> None:
     with CallLog(url) as store:
         records = {record.input: record for batch in store.iterate() for record in batch}
     chosen = records[UNSURE]
-    assert (chosen.label, chosen.route, chosen.large_model) == ("refund", "large", "First")
+    assert (chosen.answer_label, chosen.route, chosen.large_model) == ("refund", "large", "First")
     assert records[SURE].route == "small"
-    assert records["maybe status"].raw_output == "Said."
-    assert records["maybe a refund"].raw_output == "Spoken."
+    assert records["maybe status"].answer == "Said."
+    assert records["maybe a refund"].answer == "Spoken."
 
 
 def test_settings_llm_accepts_shunt_llm() -> None:

@@ -380,7 +380,7 @@ def test_recorder_local_only_call_has_no_large_model(tmp_path: Any) -> None:
         calls = {call.reason: call for part in store.iterate() for call in part}
     assert set(calls) == {"local_only", "deferred"}
     assert (calls["local_only"].route, calls["local_only"].large_model) == ("small", "")
-    assert calls["local_only"].raw_output is None
+    assert calls["local_only"].answer is None
 
 
 def test_subtask_shunt_redacts_inputs_and_drafts() -> None:

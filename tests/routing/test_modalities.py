@@ -78,12 +78,14 @@ def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) 
     predictions = modality.small.predict_batch(modality.inputs)
     for i, value in enumerate(modality.inputs):
         call: CallRecord = by_key[reader.key(reader.read(value))]
-        assert call.route == ("small" if results[i] == predictions.outputs()[i] and call.label is None else "large")
+        assert call.route == (
+            "small" if results[i] == predictions.outputs()[i] and call.answer_label is None else "large"
+        )
         assert call.small_label == predictions.outputs()[i]
         assert call.confidence == pytest.approx(predictions.confidence[i], abs=2e-3)
         if call.route == "large":
-            assert call.label == results[i] == modality.truth(i)
-            assert call.agrees == (call.small_label == call.label)
+            assert call.answer_label == results[i] == modality.truth(i)
+            assert call.agrees == (call.small_label == call.answer_label)
     settings = DistillationSettings(
         threshold=threshold, large_accuracy=0.95, mode="teacher", training=quiet(30, learning_rate=5e-3, patience=30)
     )

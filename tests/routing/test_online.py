@@ -345,7 +345,7 @@ def test_confident_answers_are_audited_behind_the_callers_back(tmp_path: Path) -
     with CallLog(tmp_path / "calls.db") as store:
         calls = [call for batch in store.iterate(CallFilter(route="small")) for call in batch]
     assert sorted(call.audit for call in calls) == [False] * 3 + [True] * 3
-    assert all(call.label == "refund" for call in calls if call.audit)
+    assert all(call.answer_label == "refund" for call in calls if call.audit)
 
 
 async def test_audits_do_not_block_an_event_loop() -> None:

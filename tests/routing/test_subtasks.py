@@ -252,14 +252,14 @@ def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Pa
         assert {name: len(found) for name, found in by_task.items()} == {"intent": 40, "tone": 40, "reply": 40}
         assert {call.route for call in by_task["intent"]} == {"small", "large"}
         asked = [call for call in by_task["intent"] if call.route == "large"]
-        assert {call.label for call in asked} == {"cancel"}
-        assert {call.raw_output for call in asked} == {"cancel"}
+        assert {call.answer_label for call in asked} == {"cancel"}
+        assert {call.answer for call in asked} == {"cancel"}
         assert {call.labels for call in asked} == {LABELS}
         assert all(call.large_model == "gpt-4" and call.input_tokens == 10 for call in asked)
         assert all(call.input_tokens is None for call in by_task["reply"][:30])  # counted once, at the first question
         total = sum(call.input_tokens or 0 for found in by_task.values() for call in found)
         assert total == 10 * len(texts)
-        assert {call.raw_output for call in by_task["reply"]} >= {"R0", "R29", "S"}
+        assert {call.answer for call in by_task["reply"]} >= {"R0", "R29", "S"}
         assert store.delete(subject="jane") == 120
 
     class Learner(WordModel):

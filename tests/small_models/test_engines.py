@@ -60,7 +60,7 @@ def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tm
         assert found == own, name
         assert len(records) == len(kept)
         for one, two in zip(records, kept, strict=True):
-            same = ("input", "route", "reason", "label", "raw_output", "small_label", "threshold")
+            same = ("input", "route", "reason", "answer_label", "answer", "small_label", "threshold")
             assert [getattr(one, field) for field in same] == [getattr(two, field) for field in same], name
             assert one.confidence == pytest.approx(two.confidence, abs=1e-3)  # half-precision on disk
     assert remembering.cache is not None

@@ -446,7 +446,7 @@ def test_caption_model_invalid_training_data_raises() -> None:
 
 
 def call(text: str, said: str | None, **more: Any) -> CallRecord:
-    given = {"large_model": "gpt", "label": said, "raw_output": said} if said is not None else {}
+    given = {"large_model": "gpt", "answer_label": said, "answer": said} if said is not None else {}
     return CallRecord(input=text, labels=ANSWER_LABELS, **{**given, **more})
 
 

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what reads other people's bytes, for a bounded time.
 
-    python -m tests.support.guided_fuzzing [--seconds N] [--target answers|bundle|segment] [--corpus DIR]
+    python -m tests.support.guided_fuzzing [--seconds N] [--target answers|bundle|row] [--corpus DIR]
 
 Needs atheris (`pip install --group audit`). Each target must give a value or an error of this package, whatever it is
 given; anything else ends the run with exit status 1, and atheris writes the input down. Memory is bounded at 4 GiB.
@@ -9,6 +9,7 @@ given; anything else ends the run with exit status 1, and atheris writes the inp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ import atheris
 
 with atheris.instrument_imports(include=["langchain_datashunt"]):
     from langchain_datashunt import UnparsableAnswerError, load_small_model
-    from langchain_datashunt.call_log.segments import Segment
+    from langchain_datashunt.call_log.record import CallRecord
+    from langchain_datashunt.call_log.rows import COLUMNS, record_of, row_of
     from langchain_datashunt.exceptions import ShuntError
     from langchain_datashunt.large_models.label_parser import LabelParser
     from langchain_datashunt.small_models import TextCNN, TrainingSettings
@@ -38,12 +40,13 @@ def answers(data: bytes) -> None:
         return
 
 
-def segment(data: bytes) -> None:
-    """A segment of the store is read, or damaged."""
-    try:
-        Segment.unpack(data)
-    except ValueError:
-        return
+def row(data: bytes) -> None:
+    """A row of the call log is read, or damaged."""
+    labels = ("a", "b")
+    values = row_of(CallRecord(input="text", labels=labels, probabilities=(0.5, 0.5)), 1, None, sqlite=False)
+    found = dict(zip(COLUMNS, values, strict=True)) | {"probabilities": data, "answer": data.decode("latin-1")}
+    with contextlib.suppress(ShuntError, ValueError):
+        record_of(found, labels, None)
 
 
 class Bundle:
@@ -70,14 +73,14 @@ class Bundle:
             file.write_bytes(content)
 
 
-TARGETS = ("answers", "segment", "bundle")
+TARGETS = ("answers", "row", "bundle")
 
 
 def fuzz(target: str, seconds: int, corpus: Path | None) -> None:
     """Fuzz one target until the time is up; leaves the process."""
     chosen: dict[str, Callable[[], Any]] = {
         "answers": lambda: answers,
-        "segment": lambda: segment,
+        "row": lambda: row,
         "bundle": lambda: Bundle(Path(tempfile.mkdtemp()) / "bundle"),
     }
     words = [sys.argv[0], f"-max_total_time={seconds}", "-rss_limit_mb=4096", "-timeout=20", "-print_final_stats=1"]

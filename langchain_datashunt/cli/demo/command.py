@@ -18,6 +18,7 @@ from langchain_datashunt._utils.table_files import sample_per_label
 from langchain_datashunt._version import __version__
 from langchain_datashunt.calibration import ThresholdChoice, fit_temperature, select_threshold
 from langchain_datashunt.call_log.filters import CallFilter
+from langchain_datashunt.call_log.record import latest_of_each_input
 from langchain_datashunt.call_log.recorder import Recorder
 from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.cli.demo.benchmark_task import (
@@ -274,7 +275,7 @@ def _loop(setup: Setup, small: SmallModel, choice: ThresholdChoice, task: str, o
     stream, rest = {texts[i] for i in order[: len(order) // 2].tolist()}, order[len(order) // 2 :].tolist()
     rest = [i for i in rest if texts[i] not in stream]  # a repeated text must not be in both halves
     with CallLog(out / "calls.db") as store:
-        records = [call for batch in store.iterate(CallFilter(task=task)) for call in batch if call.input in stream]
+        records = [call for call in latest_of_each_input(store.iterate(CallFilter(task=task))) if call.input in stream]
     settings = DistillationSettings(threshold=choice.threshold, training=TrainingSettings(progress=False))
     labelled = (setup.train.texts, setup.train.labels)
     try:
