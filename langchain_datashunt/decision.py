@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from langchain_core.messages.ai import UsageMetadata
+from pydantic_core import to_jsonable_python
 
 from langchain_datashunt.prediction import Prediction, Reason, Route
 
@@ -32,6 +34,11 @@ class ShuntDecision:
     threshold: float | None = None
     policy: str = ""
     error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as a JSON-ready dict, with the whole prediction."""
+        prediction = None if self.prediction is None else self.prediction.to_dict()
+        return {**{one.name: getattr(self, one.name) for one in fields(self)}, "prediction": prediction}
 
     def to_metadata(self) -> dict[str, Any]:
         """Return flat, JSON-ready trace metadata, without the input and without the full distribution."""
@@ -73,7 +80,7 @@ class Latency:
         return self.small_seconds + self.large_seconds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ShuntResult:
     """Answer with its routing decision, token usage, cost and latency.
 
@@ -122,6 +129,27 @@ class ShuntResult:
         """Decisions of all tiers, outermost first."""
         return (self.decision, *(self.inner.decisions if self.inner else ()))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as a JSON-ready dict; an output that JSON cannot hold becomes text."""
+        return {
+            "output": to_jsonable_python(self.output, fallback=str),
+            "decision": self.decision.to_dict(),
+            "usage": {model: dict(usage) for model, usage in self.usage.items()},
+            "cost_usd": self.cost_usd,
+            "small_seconds": self.latency.small_seconds,
+            "large_seconds": self.latency.large_seconds,
+            "record_id": self.record_id,
+            "inner": None if self.inner is None else self.inner.to_dict(),
+            "large_output": to_jsonable_python(self.large_output, fallback=str),
+        }
+
+    def __repr__(self) -> str:
+        cost = "unknown" if self.cost_usd is None else f"{self.cost_usd:.6g} USD"
+        return (
+            f"ShuntResult({reprlib.repr(self.output)}, route={self.route!r}, reason={self.reason!r}, cost={cost}, "
+            f"record_id={self.record_id!r})"
+        )
+
     def __add__(self, other: ShuntResult) -> ShuntResult:
         """Join two chunks of one streamed result. The later chunk supplies cost, latency and, if it has any, usage."""
         inner = self.inner + other.inner if self.inner and other.inner else other.inner or self.inner
@@ -140,3 +168,11 @@ def _joined(first: Any, second: Any) -> Any:
 
 DECISION_EVENT = "shunt_decision"
 """Name of the custom event that carries `ShuntDecision.to_metadata()`."""
+
+CHECKPOINT_TYPES = (
+    ("langchain_datashunt.decision", "Latency"),
+    ("langchain_datashunt.decision", "ShuntDecision"),
+    ("langchain_datashunt.decision", "ShuntResult"),
+    ("langchain_datashunt.prediction", "Prediction"),
+)
+"""Types that may be part of a LangGraph state, for `JsonPlusSerializer(allowed_msgpack_modules=...)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,7 @@ ANSWER_LABELS = ("answer", "other")
 _SUM_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Prediction:
     """Prediction of a small model for one input.
 
@@ -67,6 +68,10 @@ class Prediction:
     features: FloatArray | None = None
     answer: Any = None
     token_logprobs: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.labels) is not tuple:  # serialisers such as LangGraph's give lists back
+            object.__setattr__(self, "labels", tuple(self.labels))
 
     @classmethod
     def from_probabilities(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
@@ -130,7 +135,8 @@ class Prediction:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.is_instance_schema(cls)
+        to_dict = core_schema.plain_serializer_function_ser_schema(lambda one: one.to_dict(), when_used="json")
+        return core_schema.is_instance_schema(cls, serialization=to_dict)
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -143,13 +149,19 @@ class Prediction:
             "properties": {
                 "label": {"type": "string"},
                 "confidence": number,
-                "probabilities": {"type": "array", "items": number},
-                "labels": {"type": "array", "items": {"type": "string"}},
+                "probabilities": {"type": "object", "additionalProperties": number},
                 "model_id": {"type": "string"},
                 "truncated": {"type": "boolean"},
             },
-            "required": ["label", "confidence", "probabilities", "labels"],
+            "required": ["label", "confidence", "probabilities"],
         }
+
+    def __repr__(self) -> str:
+        written = "" if self.answer is None else f", answer={reprlib.repr(self.answer)}"
+        return (
+            f"Prediction(label={self.label!r}, confidence={self.confidence:.4g}, {len(self.labels)} labels, "
+            f"model_id={self.model_id!r}{written})"
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prediction):
@@ -165,7 +177,7 @@ class Prediction:
         return hash((self.label, self.confidence, self.model_id))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PredictionBatch(Sequence[Prediction]):
     """Predictions for `n` inputs as arrays. Indexing creates single `Prediction` objects.
 
@@ -188,6 +200,9 @@ class PredictionBatch(Sequence[Prediction]):
     features: FloatArray | None = None
     answers: tuple[Any, ...] | None = None
     token_logprobs: tuple[FloatArray, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"PredictionBatch({len(self)} predictions, {len(self.labels)} labels, model_id={self.model_id!r})"
 
     @classmethod
     def from_arrays(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from langchain_core.load.serializable import Serializable
 from pydantic import ConfigDict, PrivateAttr, ValidationError
 from typing_extensions import override
 
+from langchain_datashunt._utils.short_repr import Short, ShortRepr
 from langchain_datashunt.exceptions import ConfigurationError
 
 
-class Configured(Serializable):
+class Configured(ShortRepr, Serializable):
     """A pydantic object that LangChain can serialise, that refuses unknown settings, and names what is wrong."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -88,6 +89,12 @@ class Strategy(Configured):
     """A small immutable object with one idea: a policy, a score, a pruning strategy."""
 
     model_config = ConfigDict(frozen=True)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show all settings: the text of a policy stands in every log record."""
+        for name, field in type(self).model_fields.items():
+            if field.repr:
+                yield name, Short(getattr(self, name))
 
     def __str__(self) -> str:
         return repr(self)

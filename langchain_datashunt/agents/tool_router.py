@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.large_models.prompt_pruning import ConformalPruning
 from langchain_datashunt.prediction import FloatArray, Prediction, PredictionBatch
@@ -39,6 +40,8 @@ class ToolRanking:
     probabilities: FloatArray
     shortlist: tuple[str, ...]
     prediction: Prediction
+
+    __repr__ = short_repr
 
     @property
     def best(self) -> str:

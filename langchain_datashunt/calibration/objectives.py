@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from langchain_datashunt._utils.settings import Strategy
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.calibration.risk import (
     examples_needed,
     examples_to_start,
@@ -51,6 +52,8 @@ class CalibrationData:
     large_right: BoolArray | None
     alone_right: BoolArray | None
     large_cost: FloatArray | None
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.score)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from langchain_datashunt._utils.optional import require
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.calibration.temperature import fit_temperature
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import FloatArray
@@ -27,6 +28,8 @@ class VectorScaling:
 
     scale: FloatArray
     shift: FloatArray
+
+    __repr__ = short_repr
 
     def __call__(self, logits: FloatArray) -> FloatArray:
         """Return calibrated probabilities, shape `[n, k]`."""

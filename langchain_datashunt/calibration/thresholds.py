@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.calibration.objectives import CalibrationData, MaxAccuracy, Objective, Pick
 from langchain_datashunt.evaluation.curves import SEND_ALL, DeferralCurve
 from langchain_datashunt.evaluation.intervals import Interval, joint_intervals
@@ -58,6 +59,8 @@ class ThresholdChoice:
     proven: bool
     curve: DeferralCurve
     intervals: dict[str, Interval] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as a JSON-serialisable dictionary without the curve. NaN becomes None."""

@@ -107,6 +107,14 @@ class CallRecord(BaseModel):
     """What the large prompt disclosed of the small model's prediction, as JSON: the pruning strategy, the candidates
     if it narrowed them, and whether probabilities were shown. None if the large model was not asked."""
 
+    def __repr__(self) -> str:
+        return (  # never a text: a record may stand in an error or a log line
+            f"CallRecord(id={self.id!r}, task={self.task!r}, route={self.route!r}, reason={self.reason!r}, "
+            f"{len(self.labels)} labels)"
+        )
+
+    __str__ = __repr__
+
     @model_validator(mode="after")
     def _distributions_fit(self) -> Self:
         for name in ("probabilities", "large_probabilities"):

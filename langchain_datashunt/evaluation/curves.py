@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.prediction import BoolArray, FloatArray
 
 SEND_ALL = float(np.nextafter(1.0, 2.0))
@@ -28,6 +29,8 @@ class DeferralCurve:
     accuracy: FloatArray
     deferral_rate: FloatArray
     cost: FloatArray | None = None
+
+    __repr__ = short_repr
 
     def thinned(self, points: int = 200) -> DeferralCurve:
         """Return at most `points` points of the curve, evenly spaced by index and including both ends."""
@@ -85,6 +88,8 @@ class RiskCoverage:
     risk: FloatArray
     generalised_risk: FloatArray
 
+    __repr__ = short_repr
+
 
 def risk_coverage(score: FloatArray, right: BoolArray) -> RiskCoverage:
     """Compute the risk-coverage curve of a confidence score.
@@ -117,6 +122,8 @@ class Reliability:
     confidence: FloatArray
     accuracy: FloatArray
     count: FloatArray
+
+    __repr__ = short_repr
 
 
 def reliability(confidence: FloatArray, right: BoolArray, bins: int = 15) -> Reliability:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.evaluation import metrics
 from langchain_datashunt.evaluation.curves import (
     DeferralCurve,
@@ -95,6 +96,8 @@ class Evaluation:
     labels: list[LabelRow]
     kept_wrongly: list[ShownExample] = field(default_factory=list)
     deferred_needlessly: list[ShownExample] = field(default_factory=list)
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as a JSON-serialisable dictionary with stable keys.

@@ -15,11 +15,13 @@ from langchain_core.runnables.base import coerce_to_runnable
 from langchain_core.runnables.graph import Graph
 from langchain_core.runnables.utils import AddableDict, ConfigurableFieldSpec, get_unique_config_specs
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from pydantic_core import to_jsonable_python
 from typing_extensions import override
 
 from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt._utils.settings import Frozen
+from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.call_log.record import id_bytes
 from langchain_datashunt.decision import Latency, ShuntDecision
@@ -71,6 +73,21 @@ class SubtaskResult:
     latency: Latency = field(default_factory=Latency)
     record_id: str | None = None
     record_ids: Mapping[str, str] = field(default_factory=dict)
+
+    __repr__ = short_repr
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as a JSON-ready dict; an output that JSON cannot hold becomes text."""
+        return {
+            "outputs": to_jsonable_python(dict(self.outputs), fallback=str),
+            "decisions": {name: decision.to_dict() for name, decision in self.decisions.items()},
+            "usage": {model: dict(usage) for model, usage in self.usage.items()},
+            "cost_usd": self.cost_usd,
+            "small_seconds": self.latency.small_seconds,
+            "large_seconds": self.latency.large_seconds,
+            "record_id": self.record_id,
+            "record_ids": dict(self.record_ids),
+        }
 
 
 class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):

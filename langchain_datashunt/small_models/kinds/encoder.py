@@ -173,6 +173,9 @@ class SentenceEncoder(Embeddings):
         ):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, device={self.device!s})"
+
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed texts."""
         embedded: list[list[float]] = self.encode(texts)[0].tolist()
