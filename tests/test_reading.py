@@ -59,7 +59,7 @@ def readable_objects() -> dict[str, Any]:
         "choice": select_threshold(batch, truth, large=truth, objective=MaxAccuracy()),
         "evaluation": evaluate(batch, truth, Threshold(0.5)),
         "policy": PerLabelThreshold(dict.fromkeys(MANY, 0.5), 0.9),
-        "fusion": AnswerFusion.fit(batch, truth, truth),
+        "fusion": AnswerFusion.fit(MANY, truth, truth),
     }
 
 
