@@ -162,7 +162,7 @@ def test_a_database_that_is_gone_is_made_again_or_spooled(tmp_path: Path) -> Non
         shunt.invoke("refund 0")
         recorder.flush()
         with CallLog(folder / "calls.db") as store, store.connection() as connection:
-            connection.exec_driver_sql("DROP TABLE datashunt_calls")
+            connection.exec_driver_sql("DROP TABLE calls")
         shunt.invoke("refund 1")
         recorder.flush()
         counters = recorder.counters

@@ -670,7 +670,7 @@ def test_log_verify_damaged_record_exits_with_status_1(tmp_path: Path) -> None:
     with CallLog(tmp_path / "c.db") as store:
         store.append([CallRecord(input="x")])
     with sqlite3.connect(tmp_path / "c.db") as plain:
-        plain.execute("UPDATE datashunt_segments SET content = x'70'")
+        plain.execute("UPDATE calls SET probabilities = x'70'")
     done = command("log", "verify", "--store", tmp_path / "c.db", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["problems"]

@@ -161,7 +161,7 @@ def test_shunt_records_large_answer_before_fusion(tmp_path: Any) -> None:
         assert chain("refund", recorder=recorder).invoke("my status please") == "status"
     with CallLog(tmp_path / "calls.db") as store:
         (call,) = next(store.iterate())
-    assert (call.label, call.raw_output) == ("refund", "refund")
+    assert (call.answer_label, call.answer) == ("refund", "refund")
 
 
 def test_shunt_fusion_with_probabilities_in_prompt_raises() -> None:
