@@ -11,7 +11,7 @@ export DATASHUNT_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test coverage test-slow test-gpu test-lowest test-newest fuzz fuzz-guided audit licences sbom docs cookbook dist lint format typecheck bench clean
+.PHONY: install demo test test-core coverage test-slow test-gpu test-lowest test-newest fuzz fuzz-guided audit licences sbom docs cookbook dist lint format typecheck bench clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,17 @@ demo: install
 
 test: lint typecheck
 	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+# The inner loop, under a minute: no torch, no subprocess, no database (tests/support/core.py holds that).
+CORE = tests/test_prediction.py tests/test_inputs.py tests/test_reading.py tests/evaluation tests/policies \
+	tests/calibration/test_calibration.py tests/large_models/test_circuit_breaker.py tests/large_models/test_label_parser.py \
+	tests/large_models/test_prompt_pruning.py tests/large_models/test_retry.py tests/privacy/test_privacy.py \
+	tests/privacy/test_guards_elsewhere.py tests/routing/test_shunt.py tests/routing/test_shunt_batch.py \
+	tests/routing/test_shunt_tracing.py tests/routing/test_label_router.py tests/routing/test_subtasks.py \
+	tests/chat/test_chat_model.py tests/chat/test_chat_model_standard.py
+
+test-core: install
+	$(BIN)/pytest -q -p tests.support.core -m "not heavy and not slow and not gpu" $(CORE) $(ARGS)
 
 # The same tests, traced, which takes half as long again; fails below 90%.
 coverage: install
@@ -62,6 +73,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.support.prose
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -63,6 +63,7 @@ def shunt(server: ScriptedServer, **settings: Any) -> ShuntChatModel:
     return ShuntChatModel(**{"small": WordModel(), "large": large, **settings})
 
 
+@pytest.mark.heavy
 def test_chat_model_confident_label_returns_local_answer(server: ScriptedServer) -> None:
     model = shunt(server, answers={"cancel": "It is cancelled."})
     usage = UsageMetadataCallbackHandler()

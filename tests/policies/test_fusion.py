@@ -154,6 +154,7 @@ def test_shunt_unparsable_answer_counts_as_abstained() -> None:
     assert (result.output, result.large_output, result.decision.error) == ("status", "no idea at all", None)
 
 
+@pytest.mark.heavy
 def test_shunt_records_large_answer_before_fusion(tmp_path: Any) -> None:
     from langchain_datashunt.call_log import CallLog, Recorder
 
@@ -205,6 +206,7 @@ def test_shunt_fusion_of_dict_answer_raises() -> None:
 # Saved bundles
 
 
+@pytest.mark.heavy
 def test_bundle_save_and_load_keeps_policy_and_fusion(tmp_path: Any) -> None:
     from langchain_datashunt.small_models import BundledSmallModel, TextCNN, TrainingSettings
 

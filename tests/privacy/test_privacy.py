@@ -369,6 +369,7 @@ def test_shunt_audits_are_redacted_too() -> None:
     assert [one["input"] for one in large.asked] == ["surely status <EMAIL_1>"]
 
 
+@pytest.mark.heavy
 def test_recorder_local_only_call_has_no_large_model(tmp_path: Any) -> None:
     with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="t") as recorder:
