@@ -8,14 +8,9 @@ from langchain_datashunt._utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from langchain_datashunt.distillation.continual import ContinualDistiller
-    from langchain_datashunt.distillation.distiller import (
-        DistillationResult,
-        DistillationSettings,
-        TwoStageDistiller,
-        cold_start,
-    )
+    from langchain_datashunt.distillation.distiller import DistillationResult, TwoStageDistiller, cold_start
     from langchain_datashunt.distillation.gate import PromotionGate, PromotionResult
-    from langchain_datashunt.distillation.prepared import DistillationReport
+    from langchain_datashunt.distillation.prepared import DistillationReport, DistillationSettings
     from langchain_datashunt.distillation.registry import ModelRegistry, ModelVersion, RegistryModel
     from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherCheckResult
 
@@ -23,7 +18,7 @@ _MODULE_OF = {
     "ContinualDistiller": "continual",
     "DistillationReport": "prepared",
     "DistillationResult": "distiller",
-    "DistillationSettings": "distiller",
+    "DistillationSettings": "prepared",
     "ModelRegistry": "registry",
     "ModelVersion": "registry",
     "PromotionGate": "gate",

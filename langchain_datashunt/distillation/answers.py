@@ -8,19 +8,15 @@ training on its word-level distributions. It requires only the text of the large
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from langchain_datashunt.call_log.record import CallRecord
-from langchain_datashunt.distillation.prepared import DistillationReport, Prepared
+from langchain_datashunt.distillation.prepared import DistillationReport, DistillationSettings, Prepared
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import FloatArray, PredictionBatch, answer_text
 from langchain_datashunt.small_models.kinds.generating import AnswerExamples, GeneratingModel
 from langchain_datashunt.small_models.training.training import TrainingSettings
-
-if TYPE_CHECKING:
-    from langchain_datashunt.distillation.distiller import DistillationSettings
 
 
 def prepare_answers(

@@ -18,8 +18,9 @@ from langchain_datashunt._utils.optional import require
 from langchain_datashunt.call_log.filters import CallFilter
 from langchain_datashunt.call_log.record import CallRecord, latest_of_each_input
 from langchain_datashunt.call_log.store import CallLog
-from langchain_datashunt.distillation.distiller import DistillationSettings, TwoStageDistiller, readable_calls
+from langchain_datashunt.distillation.distiller import TwoStageDistiller, readable_calls
 from langchain_datashunt.distillation.gate import PromotionGate, PromotionResult
+from langchain_datashunt.distillation.prepared import DistillationSettings
 from langchain_datashunt.distillation.registry import ModelRegistry
 from langchain_datashunt.distillation.teacher import TeacherCheck, TeacherCheckResult
 from langchain_datashunt.exceptions import DataError

@@ -7,13 +7,18 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
+from pydantic import Field
 
+from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.small_models.kinds.generating import AnswerExamples
-from langchain_datashunt.small_models.training.training import Examples
+from langchain_datashunt.small_models.training.training import (
+    Examples,
+    TrainingSettings,
+)
 
 PREPARED_FILE = "examples.npz"
 
@@ -127,3 +132,37 @@ class Prepared(Generic[Taught]):
     def forget(folder: Path) -> None:
         """Delete the saved examples from a checkpoint folder."""
         (folder / PREPARED_FILE).unlink(missing_ok=True)
+
+
+class DistillationSettings(Configured):
+    """Settings for training S2."""
+
+    threshold: float | None = None
+    """Confidence from which S1 is confident; None uses S1's policy or threshold, else the newest record's, else 0.9."""
+
+    large_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Confidence that the large model must exceed for its answer to be used in stage A."""
+
+    large_accuracy: float = Field(default=0.85, gt=0.0, lt=1.0)
+    """Prior estimate of the large model's accuracy, updated if the log has gold labels."""
+
+    mode: Literal["posterior", "teacher", "paper"] = "posterior"
+    """Training target of stage A.
+
+    "teacher": L(y), the large model's logged probabilities, or its answer smoothed by its estimated reliability.
+    "posterior": p(y) proportional to p_S1(y) * L(y), so that an answer that S1 finds implausible counts less.
+    "paper": one-hot answers in both stages, with the defaults of the authors' code (batches of 64, 7 epochs, learning
+    rate 1e-4).
+    """
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Temperature T of the distillation loss T^2 KL(p_teacher^T || p_S2^T)."""
+
+    gce: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Exponent of the generalised cross-entropy, which is robust to wrong answers; None uses the KL divergence."""
+
+    min_pairs: int = Field(default=20, ge=2)
+    """Minimum number of training pairs from the log."""
+
+    training: TrainingSettings = TrainingSettings()
+    """Epochs, learning rate, seed and so on; None in a field uses the small model's default."""
