@@ -1,5 +1,6 @@
-"""Bad days: each fault of the large API, the disk, the database, the small model, the clock and the process, and what
-happens then. docs/security.md tells the outcomes; this is where they are held.
+"""Fault injection in the large model's API, the disk, the database, the small model, the clock and the process.
+
+docs/security.md documents the expected outcomes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from tests.support.models import LABELS, CountingLarge, WordModel
 QUICK = Retry(attempts=4, initial_wait=0.01, max_wait=0.2, jitter=0.05)
 
 
-# The large API
+# Large model API
 
 
-async def test_a_storm_of_429_passes() -> None:
-    """60 callers at once; the first 90 requests are refused."""
+async def test_retry_burst_of_429_answers_all_callers() -> None:
+    """60 concurrent callers, whose first 90 requests are refused."""
     with FaultyServer(answer, lambda number, body: "429" if number <= 90 else None) as serving:
         chain = router(serving, retry=QUICK.model_copy(update={"attempts": 12}), max_concurrency=20)
         found = await asyncio.gather(*(chain.ainvoke(f"please {LABELS[i % 3]}") for i in range(60)))
@@ -46,21 +47,21 @@ async def test_a_storm_of_429_passes() -> None:
         assert serving.faults == ["429"] * 90
 
 
-async def test_a_storm_of_429_that_does_not_pass_is_left_alone() -> None:
+async def test_circuit_breaker_persistent_429_stops_requests() -> None:
     with FaultyServer(answer, lambda number, body: "429") as serving:
         breaker = CircuitBreaker(failures=5, reset_seconds=60.0)
         chain = router(serving, breaker=breaker, max_concurrency=4)
         found = await asyncio.gather(*(chain.ainvoke("my refund") for _ in range(50)), return_exceptions=True)
         assert {type(error) for error in found} <= {CircuitOpenError, RateLimitError}
-        assert len(serving.faults) <= 5 + 4, "those under way when it opened, and no more"
+        assert len(serving.faults) <= 5 + 4, "only requests in flight when the breaker opened"
         small = router(serving, breaker=breaker, on_large_error="small", return_decision=True)
         kept = await small.ainvoke("my refund")
         assert (kept.output, kept.reason) == ("refund", "large_error")
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "abatch", "astream"])
-async def test_a_slow_loris_is_cut_off(way: str) -> None:
-    """A byte now and then keeps a client's time-outs from ever firing; `attempt_seconds` counts the whole attempt."""
+async def test_retry_slow_drip_response_times_out_and_retries(way: str) -> None:
+    """A slow drip of bytes never triggers the client's read timeout, but `attempt_seconds` limits the whole attempt."""
     with FaultyServer(answer, faults("slow-loris"), hang=2.0) as serving:
         chain = router(serving, retry=QUICK.model_copy(update={"attempt_seconds": 0.4}), timeout=1.0)
         started = time.perf_counter()
@@ -84,9 +85,10 @@ async def test_a_slow_loris_is_cut_off(way: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "cut-at-once"])
-async def test_a_cut_stream_shows_nothing_that_is_not_the_answer(fault: str) -> None:
-    """A label is shown as a whole, so that a stream which broke before its end starts again. (Free text that was shown
-    stays, and the stream raises: test_openai_http.py.)
+async def test_astream_interrupted_stream_yields_only_the_answer(fault: str) -> None:
+    """Labels are streamed as a whole, so an interrupted stream can be retried without repeating output.
+
+    Streams of free text raise instead, see test_openai_http.py.
     """
     with FaultyServer(answer, faults(fault)) as serving:
         assert [chunk async for chunk in router(serving).astream("my refund")] == ["refund"]
@@ -95,7 +97,7 @@ async def test_a_cut_stream_shows_nothing_that_is_not_the_answer(fault: str) -> 
 
 @pytest.mark.parametrize("fault", ["page", "error-body"])
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
-async def test_a_reply_of_200_that_is_none_is_an_error_and_never_an_answer(fault: str, way: str) -> None:
+async def test_large_model_invalid_200_response_is_an_error(fault: str, way: str) -> None:
     with FaultyServer(answer, lambda number, body: fault) as serving:
         strict, lenient = router(serving), router(serving, on_large_error="small", return_decision=True)
         with pytest.raises(Exception, match="quota exceeded" if fault == "error-body" else ".") as caught:
@@ -113,7 +115,7 @@ from langchain_datashunt.call_log import Recorder, CallRecord
 recorder = Recorder(sys.argv[1])
 recorder.record([lambda: CallRecord(input="before", large_model="m")])
 assert recorder.flush()
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond this: a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond this limit, as on a full disk
 for i in range(4000):
     recorder.record([lambda i=i: CallRecord(input=f"question {i} " + str(hash(str(i))) * 40, large_model="m")])
     if i % 500 == 0:
@@ -124,7 +126,7 @@ print(c.written, c.spooled, c.failed)
 """
 
 
-def test_a_full_disk_fails_no_call_and_loses_no_record_unnoticed(tmp_path: Path) -> None:
+def test_recorder_full_disk_fails_no_call_and_counts_lost_records(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "calls.db")], capture_output=True, text=True, timeout=120
     )
@@ -132,13 +134,13 @@ def test_a_full_disk_fails_no_call_and_loses_no_record_unnoticed(tmp_path: Path)
     written, spooled, failed = map(int, done.stdout.split())
     assert written + spooled + failed == 4001
     assert failed > 0
-    assert "could not be written anywhere" in done.stderr
+    assert "log and spool failed" in done.stderr
     with CallLog(tmp_path / "calls.db") as store:
         assert store.verify() == []
-        assert store.count() >= written, "what was counted as written is there"
+        assert store.count() >= written, "all records counted as written are stored"
 
 
-def test_a_locked_database_holds_up_the_writer_and_no_caller(tmp_path: Path) -> None:
+def test_recorder_locked_database_does_not_block_callers(tmp_path: Path) -> None:
     with Recorder(tmp_path / "calls.db") as recorder:
         recorder.flush()
         other = sqlite3.connect(tmp_path / "calls.db", isolation_level=None, check_same_thread=False)
@@ -147,14 +149,14 @@ def test_a_locked_database_holds_up_the_writer_and_no_caller(tmp_path: Path) -> 
         shunt = ShuntRunnable(small=WordModel(), large=CountingLarge(), recorder=recorder)
         started = time.perf_counter()
         assert [shunt.invoke(f"refund {i}") for i in range(50)] == [f"L:refund {i}" for i in range(50)]
-        assert time.perf_counter() - started < 0.9, "nobody waited for the lock"
+        assert time.perf_counter() - started < 0.9, "no caller waited for the lock"
         assert recorder.flush()
         assert (recorder.counters.written, recorder.counters.failed) == (50, 0)
         other.close()
 
 
-def test_a_database_that_is_gone_is_made_again_or_spooled(tmp_path: Path) -> None:
-    """Somebody deletes the file's folder under load."""
+def test_recorder_dropped_table_spools_records(tmp_path: Path) -> None:
+    """Another process drops the table while the recorder runs."""
     folder = tmp_path / "data"
     folder.mkdir()
     with Recorder(folder / "calls.db", spool=tmp_path / "spool.db", retry_seconds=0.1) as recorder:
@@ -171,11 +173,11 @@ def test_a_database_that_is_gone_is_made_again_or_spooled(tmp_path: Path) -> Non
         assert [record.input for part in spool.iterate() for record in part] == ["refund 1"]
 
 
-# The small model
+# Small model
 
 
 class Broken(WordModel):
-    """A small model with a fault of its own."""
+    """Small model that fails in the given way."""
 
     fault: str = "none"
 
@@ -204,7 +206,7 @@ FAULTS = ["out of memory", "out of GPU memory", "nan", "infinite", "too few colu
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "abatch"])
-async def test_a_broken_small_model_lets_the_large_one_answer(fault: str, way: str) -> None:
+async def test_shunt_failing_small_model_defers(fault: str, way: str) -> None:
     shunt = ShuntRunnable(small=Broken(fault=fault), large=CountingLarge(), return_decision=True)
     texts = ["surely refund", "surely cancel"]
     if way == "invoke":
@@ -216,11 +218,11 @@ async def test_a_broken_small_model_lets_the_large_one_answer(fault: str, way: s
     assert [(one.output, one.route, one.reason) for one in found] == [(f"L:{t}", "large", "small_error") for t in texts]
 
 
-# The clock
+# Clock
 
 
-def test_nothing_depends_on_the_clock_going_forward(monkeypatch: Any, tmp_path: Path) -> None:
-    """Hours forward and back, at every call: retries, the breaker and the writer go by a clock that cannot jump."""
+def test_wall_clock_jumps_do_not_affect_retries_breaker_or_recorder(monkeypatch: Any, tmp_path: Path) -> None:
+    """The wall clock jumps by days at each call. Retries, breaker and recorder use the monotonic clock."""
     real, rng = time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + rng.uniform(-1e6, 1e6))
     breaker = CircuitBreaker(failures=2, reset_seconds=0.2)
@@ -232,7 +234,7 @@ def test_nothing_depends_on_the_clock_going_forward(monkeypatch: Any, tmp_path: 
             with pytest.raises(CircuitOpenError):
                 chain.invoke("my refund now")
             time.sleep(0.25)
-            assert chain.invoke("my refund then") == "refund", "tried again when its time had come"
+            assert chain.invoke("my refund then") == "refund", "the breaker allows a new attempt after `reset_seconds`"
             assert time.monotonic() - started < 5.0
             assert recorder.flush(10.0)
             assert recorder.counters.written == 3
@@ -243,8 +245,8 @@ def test_nothing_depends_on_the_clock_going_forward(monkeypatch: Any, tmp_path: 
 # Event loops and processes
 
 
-def test_a_loop_that_closes_in_the_middle_leaves_nothing_behind() -> None:
-    """Tasks die with their loop; the next loop's calls, and threads, are served as ever."""
+def test_shunt_closed_event_loop_does_not_affect_later_calls() -> None:
+    """Tasks end with their event loop. Calls in later loops and from threads still work."""
 
     async def wait(asked: Any) -> str:
         await asyncio.sleep(0.3)
@@ -292,7 +294,7 @@ shunt.batch([f"sure in a batch {i}" for i in range(5)] + ["doubtful"])
 """
 
 
-def test_sigterm_in_the_middle_of_a_batch_keeps_what_was_answered(tmp_path: Path) -> None:
+def test_recorder_sigterm_during_batch_keeps_answered_calls(tmp_path: Path) -> None:
     program = subprocess.Popen(
         [sys.executable, "-c", BATCH, str(tmp_path / "calls.db")], stdout=subprocess.PIPE, text=True
     )
@@ -304,11 +306,11 @@ def test_sigterm_in_the_middle_of_a_batch_keeps_what_was_answered(tmp_path: Path
     with CallLog(tmp_path / "calls.db") as store:
         inputs = {record.input for part in store.iterate() for record in part}
         assert {f"sure {i}" for i in range(20)} <= inputs
-        assert "doubtful" not in inputs, "it was never answered"
+        assert "doubtful" not in inputs, "this call was not answered"
         assert store.verify() == []
 
 
-def test_a_fork_after_loading_computes_and_records(tmp_path: Path) -> None:
+def test_shunt_forked_after_loading_predicts_and_records(tmp_path: Path) -> None:
     texts = ["where is it", "where is my order", "money back", "a refund please"] * 3
     small = TextCNN.train(
         texts, ["status", "status", "refund", "refund"] * 3, settings=TrainingSettings(progress=False)
@@ -319,7 +321,7 @@ def test_a_fork_after_loading_computes_and_records(tmp_path: Path) -> None:
         recorder.flush()
         child = os.fork()
         if child == 0:
-            signal.alarm(25)  # a child that hangs is a failure, not a test that never ends
+            signal.alarm(25)  # a hanging child fails the test instead of blocking it
             same = shunt.invoke("money back") == before and shunt.batch(["money back"] * 3) == [before] * 3
             os._exit(0 if same and shunt.recorder.flush(20) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,4 +1,4 @@
-"""The call log: one record per routed call, its store, its writer and its exports."""
+"""Call log: one record per routed call, with its database, background writer and summaries."""
 
 from __future__ import annotations
 

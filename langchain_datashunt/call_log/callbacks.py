@@ -1,4 +1,4 @@
-"""A callback handler that records what the chat models of any chain answer, with or without a shunt."""
+"""RecordingCallbackHandler: record the chat model answers of any LangChain chain."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from langchain_datashunt.privacy.guard import SUBJECT_KEY
 
 
 class RecordingCallbackHandler(BaseCallbackHandler):
-    """Records what the chat models of any chain answer, without a shunt: the way to start collecting.
+    """Callback handler that records the chat model answers of any chain, for example before a shunt is in use.
 
     ```python
     chain.invoke(question, {"callbacks": [RecordingCallbackHandler(recorder, labels=[...])]})
     ```
 
-    Whose data a call is, `config["metadata"]["shunt_subject"]` says; also `config["configurable"]["shunt_subject"]`, as
-    for a shunt, but LangChain tells handlers of that in single calls of a chain alone, not in its batches.
+    To name the data subject of a call, set `config["metadata"]["shunt_subject"]`. As with a shunt,
+    `config["configurable"]["shunt_subject"]` works too, but only in single calls: in batches, LangChain does not pass
+    it to handlers.
 
     Args:
-        recorder: Where records go.
-        labels: The label set, where the answers are labels.
-        parse: From the answer's text to a label; None takes an answer that is a label as it is.
+        recorder: Recorder that writes the records.
+        labels: Label set of the answers. Leave it empty if the answers are not labels.
+        parse: Function from the answer's text to a label. None accepts only an exact label. If it raises a
+            `ShuntError`, the record has no label.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Encrypt the texts of the call log with the user's key; nothing is encrypted without a key."""
+"""Optional encryption of the call log's texts with the user's key."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from langchain_datashunt._utils.optional import require
 from langchain_datashunt.exceptions import ConfigurationError, StoreError
 
 KEY_VARIABLE = "DATASHUNT_STORE_KEY"
-"""Environment variable with the key of every call log that gets none; several keys are separated by commas."""
+"""Environment variable that holds the key of call logs created without `key`. Separate several keys by commas."""
 
 
 class Seal:
-    """Encrypts and decrypts texts, and keys hashes, so that texts cannot be tried against the hashes of a stolen file.
+    """Encryption of texts and keyed hashing with the user's keys.
+
+    Hashes are keyed so that guessed texts cannot be checked against the hashes of a stolen file.
 
     Args:
-        keys: Fernet keys (`cryptography.fernet.Fernet.generate_key()`). The first one encrypts, all decrypt: to
-            replace a key, put the new one in front.
+        keys: Fernet keys (`cryptography.fernet.Fernet.generate_key()`). The first key encrypts, and all keys decrypt.
+            To rotate keys, put the new key first.
 
     Raises:
-        ConfigurationError: A key is not a Fernet key.
-        MissingExtraError: The package cryptography is not installed.
+        ConfigurationError: If a key is not a Fernet key.
+        MissingExtraError: If the package cryptography is not installed.
     """
 
     def __init__(self, keys: Sequence[str | bytes]) -> None:
@@ -36,13 +38,13 @@ class Seal:
             self._secrets = [hashlib.sha256(b"datashunt\0" + base64.urlsafe_b64decode(key)).digest() for key in given]
         except (ValueError, TypeError) as error:
             raise ConfigurationError(
-                "A key of the call log is not a Fernet key. Make one with: python -c 'from "
+                "A key of the call log is not a Fernet key. Generate one with: python -c 'from "
                 "cryptography.fernet import Fernet; print(Fernet.generate_key().decode())'"
             ) from error
 
     @classmethod
     def from_key(cls, key: str | bytes | Sequence[str | bytes] | None) -> Seal | None:
-        """Return the seal of a key, of several, or of the environment variable; None if there is no key."""
+        """Create a seal from one or more keys, or from the environment. Return None without keys."""
         if key is None:
             told = os.environ.get(KEY_VARIABLE, "").strip()
             key = [part.strip() for part in told.split(",") if part.strip()]
@@ -50,26 +52,26 @@ class Seal:
         return cls(keys) if keys else None
 
     def seal_text(self, text: str) -> str:
-        """Return a text encrypted, as a Fernet token."""
+        """Encrypt a text to a Fernet token."""
         token: bytes = self._fernet.encrypt(text.encode())
         return token.decode()
 
     def open_text(self, token: str) -> str:
-        """Return an encrypted text in clear.
+        """Decrypt a Fernet token.
 
         Raises:
-            StoreError: It was encrypted with another key, or was changed.
+            StoreError: If the text was encrypted with another key, or the token was modified.
         """
         try:
             plain: bytes = self._fernet.decrypt(token.encode())
         except self._invalid as error:
             raise StoreError(
-                "A record was encrypted with another key, or was changed. Pass the key that it was written with."
+                "A record was encrypted with another key, or was changed. Pass the key that encrypted it."
             ) from error
         return plain.decode()
 
     def hashes(self, data: bytes) -> list[bytes]:
-        """Return 16 bytes that identify the data, for each key."""
+        """Return the keyed hash of the data for each key, 16 bytes each."""
         return [hmac.new(secret, data, hashlib.sha256).digest()[:16] for secret in self._secrets]
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Records as files: JSONL, Parquet, OpenAI fine-tuning chats, and a Hugging Face dataset; all in constant memory."""
+"""Export of the call log to JSONL, Parquet, OpenAI fine-tuning chats or a Hugging Face dataset, in constant memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.prediction import ANSWER_LABELS
 
 WRITTEN_INSTRUCTION = "Answer the message."
-"""The same for answers that are written, which have no labels."""
+"""System message of exported chats whose answers are generated texts."""
 
 DEFAULT_INSTRUCTION = "Sort the message into one of these labels and answer with the label only: {labels}"
-"""The system message of exported chats; `{labels}` is filled in."""
+"""Default system message of exported chats whose answers are labels. `{labels}` is replaced by the label set."""
 
 
 def export(
@@ -35,18 +35,22 @@ def export(
     which: CallFilter = EVERYTHING,
     instruction: str = DEFAULT_INSTRUCTION,
 ) -> int:
-    """Write records to a file; returns how many.
+    """Write records to a file.
 
     Args:
-        store: Where they are.
-        out: The file (for `datasets`: a folder).
-        kind: jsonl, parquet, openai or datasets; None goes by the file's ending.
-        which: What is meant.
-        instruction: System message of `openai` chats whose answers are labels.
+        store: Call log.
+        out: Path of the file, or of a folder if `kind` is "datasets". If the export fails, an existing file is kept.
+        kind: "jsonl", "parquet", "openai" or "datasets". None uses the file's suffix.
+        which: Filter of the records. By default, all records.
+        instruction: System message of "openai" chats whose answers are labels. `{labels}` is replaced by the labels.
+
+    Returns:
+        Number of exported records.
 
     Raises:
-        ConfigurationError: There is no such kind.
-        MissingExtraError: Parquet needs the extra `cli`, datasets the extra `distill`.
+        ConfigurationError: If `kind` is unknown, or `out` is something else that must not be overwritten.
+        MissingExtraError: If the extra `cli` (for Parquet) or `distill` (for datasets) is not installed.
+        StoreError: If a record cannot be read.
     """
     path = Path(out)
     chosen = kind or path.suffix.removeprefix(".")
@@ -57,13 +61,13 @@ def export(
         "datasets": lambda: _dataset(path, store, which),
     }
     if chosen not in writers:
-        raise ConfigurationError(f"Records cannot be exported as {chosen!r}; use one of {', '.join(writers)}.")
+        raise ConfigurationError(f"Expected an export kind of {', '.join(writers)}, got {chosen!r}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return writers[chosen]()
 
 
 def plain(call: CallRecord) -> dict[str, Any]:
-    """A record as JSON-ready values, with what is computed from it; the subject's hash stays in the store."""
+    """Return a record as JSON-ready values, with its computed values and without the subject's hash."""
     computed = {"small_label": call.small_label, "confidence": call.confidence, "input_hash": call.input_hash}
     values = {**vars(call), **computed}
     del values["subject"]
@@ -71,9 +75,10 @@ def plain(call: CallRecord) -> dict[str, Any]:
 
 
 def chats(store: CallLog, which: CallFilter, instruction: str) -> Iterator[dict[str, Any]]:
-    """One chat for each record with a true label, or else with a large answer: what OpenAI's fine-tuning takes.
+    """Yield one chat for each record, in the format of OpenAI fine-tuning.
 
-    Records whose inputs were not kept are left out: nothing can be learnt from them.
+    The answer is the true label if it is known, else the large model's label. Records without either are skipped, and
+    so are those whose input was hashed or left out.
     """
     for call in _calls(store, which):
         answer = call.gold or call.answer_label
@@ -105,9 +110,9 @@ def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file beside the one that is meant, which takes its place when all is written, and not before."""
+    """Yield a temporary file in the same folder, which replaces `path` if the block succeeds."""
     if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder; give the name of a file.")
+        raise ConfigurationError(f"Expected a file, got the folder {path}. Pass the path of a file.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -117,7 +122,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def _as_json(row: dict[str, Any]) -> bytes:
-    """One line; a lone half of a surrogate pair, which no file can hold, becomes a question mark."""
+    """Return a row as a line of JSON. Lone surrogates, which UTF-8 cannot encode, become question marks."""
     try:
         return to_json(row)
     except ValueError:
@@ -172,16 +177,18 @@ def _parquet(path: Path, store: CallLog, which: CallFilter) -> int:
 
 
 def _dataset(folder: Path, store: CallLog, which: CallFilter) -> int:
-    """A `datasets.Dataset` saved to disk, by way of a Parquet file beside it."""
+    """Save a `datasets.Dataset` by way of a temporary Parquet file, and return its number of rows."""
     datasets = require("datasets", "distill")
     if folder.exists() and not (folder / "dataset_info.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} is there and is no dataset; give an empty or a new folder.")
+        raise ConfigurationError(
+            f"Expected a new or empty folder or a saved dataset, got {folder}. Pass another folder."
+        )
     table, whole = (folder.with_name(f".{folder.name}.{what}") for what in ("parquet", "partial"))
     try:
         n = _parquet(table, store, which)
         if n:
             made = datasets.Dataset.from_parquet(str(table))
-        else:  # of which datasets makes none by itself
+        else:  # datasets does not load an empty Parquet file
             features = datasets.Features.from_arrow_schema(_schema(require("pyarrow", "cli")))
             made = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         made.save_to_disk(str(whole), num_shards=None if n else 1)

@@ -1,4 +1,4 @@
-"""CallFilter: choose records of the call log."""
+"""CallFilter: conditions that select records of the call log."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ except ImportError as error:  # pragma: no cover - tested without the extra
 
 @dataclass(frozen=True)
 class CallFilter:
-    """Chooses records; attributes that are None choose all.
+    """Conditions that a record must all meet. Attributes that are None set no condition.
 
     Attributes:
-        task: Task.
-        since: Earliest time, in seconds since 1970 UTC.
-        until: Time before which calls ended.
-        route: Who answered.
-        min_confidence: Lowest confidence of the small model.
-        max_confidence: Highest confidence of the small model.
+        task: Task name.
+        since: Earliest end of the call, in seconds since 1970 UTC.
+        until: Time before which the call ended, in seconds since 1970 UTC.
+        route: Route of the call.
+        min_confidence: Minimum confidence of the small model, inclusive.
+        max_confidence: Maximum confidence of the small model, inclusive.
         agrees: Whether both models gave the same label.
         labelled: Whether the true label is known.
-        asked: Whether the large model was asked.
+        asked: Whether the large model was called.
     """
 
     task: str | None = None
@@ -44,7 +44,7 @@ class CallFilter:
     asked: bool | None = None
 
     def where(self) -> ColumnElement[bool]:
-        """Return the filter as an SQL condition on `calls`."""
+        """Return the filter as an SQL condition on the table `calls`."""
         c = calls.c
         tests: dict[str, Callable[[Any], ColumnElement[bool]]] = {
             "task": lambda task: c.task == task,

@@ -1,4 +1,4 @@
-"""From a routed call to its record; made in the recorder's thread, from what the call left behind."""
+"""FinishedCall: data of a routed call, from which the recorder's thread creates the record."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from langchain_datashunt.prediction import ANSWER_LABELS, answer_text
 
 
 class FinishedCall(NamedTuple):
-    """What one call left behind. Calling it makes the record.
+    """Data of one routed call. Calling it returns the record.
 
     Attributes:
-        task: The recorder's task.
-        record_id: Id of the run.
+        task: Task name of the recorder.
+        record_id: LangChain run id.
         value: The caller's input.
-        decision: Where it went.
-        answer: The large model's output or error; None where it was not asked.
-        watcher: What was seen of the large model; None where it was not asked.
-        latency: Wall time of the parts.
-        labels: The task's labels.
-        subject: Whose data it is.
-        reader: How the input is written down.
-        ended: When, seconds since 1970 UTC.
-        audit: Whether the large model was asked only to check a confident answer.
-        disclosed: Returns what the large prompt disclosed, for `CallRecord.disclosed`; None if nothing was asked.
+        decision: Routing decision.
+        answer: Output or error of the large model, or None if it was not called.
+        watcher: Observed text, tokens and cost of the large model, or None if it was not called.
+        latency: Wall time of the models.
+        labels: Label set of the task, or None if any text is an answer.
+        subject: Id of the data subject, or None.
+        reader: Input reader, which converts `value` to the text of the record.
+        ended: End of the call, in seconds since 1970 UTC.
+        audit: Whether the large model was called only to check a confident answer.
+        disclosed: Function that returns the value of `CallRecord.disclosed`, or None if the large model was not called.
     """
 
     task: str
@@ -48,7 +48,7 @@ class FinishedCall(NamedTuple):
     disclosed: Callable[[], str] | None = None
 
     def __call__(self) -> CallRecord:
-        """Make the record."""
+        """Return the record of the call."""
         prediction, watcher = self.decision.prediction, self.watcher
         labels = prediction.labels if prediction is not None else tuple(self.labels or ())
         said = _said(self.answer, watcher)
@@ -87,12 +87,12 @@ class FinishedCall(NamedTuple):
         return answer if self.watcher is not None and isinstance(answer, str) and self._is_label(answer) else None
 
     def _is_label(self, answer: str) -> bool:
-        """Whether it is one of the labels, or any text where answers are written."""
+        """Return whether an answer is a valid label, or any text if answers are generated."""
         return self.labels is None or answer in self.labels or tuple(self.labels) == ANSWER_LABELS
 
 
 def now() -> float:
-    """The time as records have it."""
+    """Return the current time in seconds since 1970 UTC."""
     return time.time()
 
 
@@ -107,5 +107,5 @@ def _said(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
 
 
 def snapped(log: list[FinishedCall]) -> list[FinishedCall]:
-    """The same with inputs that nobody changes any more."""
+    """Return the calls with snapshots of their inputs, because callers may modify the originals."""
     return [call._replace(value=call.reader.snapshot(call.value)) for call in log]

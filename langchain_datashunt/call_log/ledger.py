@@ -1,4 +1,4 @@
-"""SharedLedger: disclosure budgets and their trail in the store, for all processes and machines that use it."""
+"""SharedLedger: disclosure budgets and their audit trail in the call log's database."""
 
 from __future__ import annotations
 
@@ -18,33 +18,40 @@ from langchain_datashunt.privacy.budget import Disclosure
 
 
 class SharedLedger:
-    """Counts what leaves in the database, atomically: no two processes together go above a bound.
+    """Ledger of disclosure budgets for all processes that use the same call log.
 
-    Each outgoing call then costs a round trip to the database.
+    Amounts are added atomically, so processes cannot exceed a limit together. Each request to the LLM takes one round
+    trip to the database.
 
     Args:
-        store: A store, or its URL.
+        store: Call log, or its URL.
     """
 
     def __init__(self, store: CallLog | str | Path) -> None:
         self.store = store if isinstance(store, CallLog) else CallLog(store)
 
     def spend(self, amounts: Mapping[str, tuple[float, float]]) -> str | None:
-        """Add amounts to what was spent under their names, all or none; the name of the first that is above its bound.
+        """Add all amounts to those already spent, unless one of them would exceed its limit.
+
+        Args:
+            amounts: Pairs of amount and limit, by name.
+
+        Returns:
+            Name of the first exceeded limit (nothing is added then), or None.
 
         Raises:
-            StoreError: The database cannot be reached.
+            StoreError: If the database cannot be reached.
         """
         try:
             with self.store.connection() as connection:
-                for name in sorted(amounts):  # in one order, so that two processes do not wait for each other
+                for name in sorted(amounts):  # a fixed order prevents deadlocks between processes
                     amount, bound = amounts[name]
                     if not self._add(connection, name, amount, bound):
                         raise _AboveError(name)
         except _AboveError as above:
             return above.name
         except StoreError as error:
-            raise StoreError(f"{self.store!r} cannot count a budget: {type(error.__cause__).__name__}.") from error
+            raise StoreError(f"{self.store!r} failed to update a budget: {type(error.__cause__).__name__}.") from error
         return None
 
     @staticmethod
@@ -61,15 +68,15 @@ class SharedLedger:
             try:
                 with connection.begin_nested():
                     connection.execute(insert(controls).values(name=name, value=0.0))
-            except IntegrityError:  # another process has made it meanwhile
+            except IntegrityError:  # another process inserted it in the meantime
                 continue
         return bool(connection.execute(add).rowcount)
 
     def note(self, entry: Disclosure) -> None:
-        """Write a line of the trail.
+        """Append an entry to the audit trail.
 
         Raises:
-            StoreError: The database cannot be reached.
+            StoreError: If the database cannot be reached.
         """
         values = {
             **entry._asdict(),
@@ -80,10 +87,14 @@ class SharedLedger:
             with self.store.connection() as connection:
                 connection.execute(insert(disclosures).values(**values))
         except StoreError as error:
-            raise StoreError(f"{self.store!r} cannot note a disclosure: {type(error.__cause__).__name__}.") from error
+            raise StoreError(f"{self.store!r} failed to log a disclosure: {type(error.__cause__).__name__}.") from error
 
     def trail(self, since: float = 0.0) -> Iterator[Disclosure]:
-        """The lines of the trail, the oldest first."""
+        """Yield the entries of the audit trail, oldest first.
+
+        Args:
+            since: Earliest time, in seconds since 1970 UTC.
+        """
         names = [disclosures.c[name] for name in Disclosure._fields]
         with self.store.connection() as connection:
             rows = connection.execute(
@@ -94,7 +105,11 @@ class SharedLedger:
             yield Disclosure(**{**told, "replaced": json.loads(told["replaced"]), "plain": json.loads(told["plain"])})
 
     def summary(self, since: float = 0.0) -> dict[str, int]:
-        """How many calls left and were refused, and the characters that left; JSON-ready."""
+        """Return the numbers of requests sent and refused, and of characters sent.
+
+        Args:
+            since: Earliest time, in seconds since 1970 UTC.
+        """
         left = disclosures.c.refused == ""
         with self.store.connection() as connection:
             row = connection.execute(
@@ -107,15 +122,16 @@ class SharedLedger:
         return dict(zip(("sent", "refused", "characters"), map(int, row), strict=True))
 
     def prune(self, older_than: float, *, period_seconds: float | Mapping[str, float] = 86_400.0) -> int:
-        """Delete lines of the trail from before a time, and what was spent in periods that ended by then.
+        """Delete old entries of the audit trail, and the amounts spent in periods that have ended.
 
         Args:
-            older_than: Seconds since 1970 UTC.
-            period_seconds: Of the budgets that are counted here; where they differ, by the budgets' names: what a
-                budget spent that is not named stays.
+            older_than: Time before which entries are deleted, in seconds since 1970 UTC. Amounts are deleted if their
+                period ended by then.
+            period_seconds: Length of the budgets' periods, in seconds. If the lengths differ, pass a mapping by budget
+                name. Amounts of budgets that it does not name are kept.
 
         Returns:
-            How many lines there were.
+            Number of deleted entries.
         """
         with self.store.connection() as connection:
             spent = connection.execute(select(controls.c.name).where(controls.c.name.like("spent:%"))).scalars().all()
@@ -130,7 +146,7 @@ class SharedLedger:
 
 
 def _end(name: str, period_seconds: float | Mapping[str, float]) -> float:
-    """When the period ended in which something was spent, seconds since 1970; never where that is not known."""
+    """Return when a period ends, in seconds since 1970 UTC, or infinity if its length is not known."""
     _, budget, period, *_ = name.split(":")
     seconds = period_seconds.get(budget, math.inf) if isinstance(period_seconds, Mapping) else period_seconds
     return (int(period) + 1) * seconds

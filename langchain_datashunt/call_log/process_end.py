@@ -1,4 +1,4 @@
-"""The end of a process: what is pending is written at exit, on SIGTERM, and where a worker of multiprocessing ends."""
+"""Write pending records when the process exits, receives SIGTERM, or ends as a worker of multiprocessing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from types import FrameType
 from typing import Protocol
 
 _SECONDS = 10.0
-"""How long the end of a process waits for each."""
+"""Maximum time to wait for each recorder when the process ends, in seconds."""
 
 
 class Writes(Protocol):
-    """Something with records that are not written yet."""
+    """Object with pending records, such as a `Recorder`."""
 
     def flush(self, timeout: float | None = ...) -> bool:
-        """Write what is pending."""
+        """Write all pending records."""
 
     def close(self, timeout: float | None = ...) -> None:
-        """Write what is pending and stop."""
+        """Write all pending records and stop."""
 
 
 _living: weakref.WeakSet[Writes] = weakref.WeakSet()
@@ -31,7 +31,11 @@ _installed = False
 
 
 def written_at_the_end(one: Writes) -> None:
-    """Have it closed at exit and flushed on SIGTERM, before whatever else is to happen then."""
+    """Close an object at exit, and flush it on SIGTERM before the previous signal handler runs.
+
+    The object is held by a weak reference. The signal handler is installed only if the first call comes from the main
+    thread, because Python allows no other.
+    """
     global _installed
     _living.add(one)
     if _installed:
@@ -56,7 +60,7 @@ def written_at_the_end(one: Writes) -> None:
 
 
 def at_the_end_of_a_worker() -> None:
-    """Have all closed where this is a process of multiprocessing, which ends without what `atexit` would do."""
+    """Close all objects when this process ends, if it is a worker of multiprocessing, which skips `atexit`."""
     if multiprocessing.parent_process() is not None:
         multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
 

@@ -1,4 +1,4 @@
-"""The record of one routed call: what the small model thought, what the large one said, what is known of the truth."""
+"""CallRecord: one routed call, with the predictions of both models and the true label if known."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ from langchain_datashunt.exceptions import DataError
 from langchain_datashunt.prediction import ANSWER_LABELS, Reason, Route
 
 SCHEMA = 3
-"""The version of the record that this code writes."""
+"""Version of the record format."""
 
 SUBJECT_HASH = "sha256:"
-"""What a subject begins with that is a hash already, as the store gives it back."""
+"""Prefix of a subject that is already hashed, as in records that are read from the log."""
 
 HASHED, LEFT_OUT = "hashed:sha256:", "left out:"
-"""What an input begins with that was not kept as a text; nothing can be learnt from it."""
+"""Prefixes of texts that were hashed or left out. Such inputs cannot be used for training."""
 
 _NAMESPACE = UUID("6f2c3b1e-5c0b-4a52-9b53-0f3ad2f7a6d1")
 
 
 Seconds: TypeAlias = Annotated[float, AfterValidator(lambda seconds: round(seconds, 6))]
-"""Seconds to a microsecond, as databases hold times."""
+"""Seconds, rounded to microseconds like the times in databases."""
 
 
 class CallRecord(BaseModel):
-    """One call, as it is stored. Probabilities are in the order of `labels`."""
+    """Record of one call. Probabilities are in the order of `labels`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True)
 
     schema_version: int = SCHEMA
     id: str = Field(default_factory=lambda: str(uuid7()))
-    """The LangChain run id."""
+    """LangChain run id."""
 
     time: Annotated[float, AfterValidator(lambda seconds: round(seconds, 6))] = Field(
         default_factory=time.time, validate_default=True
     )
-    """When the call ended, in seconds since 1970 UTC, to a microsecond."""
+    """End of the call, in seconds since 1970 UTC, rounded to microseconds."""
 
     task: str = "default"
-    """Which task of the user's this call belongs to."""
+    """Task name."""
 
     input: str
-    """The text that was classified."""
+    """Text of the input."""
 
     subject: str | None = None
-    """Whose data this is, for deletion on request; stored as a hash."""
+    """Id of the data subject, for deletion on request. It is stored as a hash."""
 
     labels: tuple[str, ...] = ()
-    """The label set."""
+    """Label set."""
 
     small_model: str = ""
     probabilities: tuple[float, ...] | None = None
-    """The small model's distribution; None where it failed or there was none."""
+    """Probabilities of the small model, or None if it failed or was not called."""
 
     score: float | None = None
-    """The confidence score that the policy compared."""
+    """Confidence score that the policy compared with the threshold."""
 
     small_answer: str | None = None
-    """What the small model wrote, where it writes its answers; `labels` are then "answer" and "other"."""
+    """Generated answer of the small model, or None if it classifies. If set, `labels` are "answer" and "other"."""
 
     threshold: float | None = None
     policy: str = ""
@@ -73,20 +73,20 @@ class CallRecord(BaseModel):
     reason: Reason = "deferred"
 
     large_model: str = ""
-    """Name of the large model that answered; empty where none was asked."""
+    """Name of the large model, or "" if it was not called."""
 
     answer: str | None = None
-    """The large model's answer as it came."""
+    """Raw answer of the large model."""
 
     answer_label: str | None = None
-    """The large model's answer as a label, or as text if answers are generated; None if it was not asked or its answer
-    could not be parsed."""
+    """Large model's answer as a label, or as text if answers are generated. None if the large model was not called or
+    its answer could not be parsed."""
 
     large_probabilities: tuple[float, ...] | None = None
-    """The large model's distribution over `labels`, where log-probabilities of the label's tokens were returned."""
+    """Large model's probabilities over `labels`, or None if it returned no log-probabilities of the label's tokens."""
 
     large_confidence: float | None = Field(default=None, ge=0.0, le=1.0)
-    """How sure the large model was: from log-probabilities, or as it stated itself."""
+    """Confidence of the large model, from log-probabilities or as stated in its answer."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -95,20 +95,20 @@ class CallRecord(BaseModel):
     large_seconds: float = 0.0
 
     audit: bool = False
-    """Whether the large model was asked only to check a confident answer."""
+    """Whether the large model was called only to check a confident answer."""
 
     gold: str | None = None
-    """The true label, where somebody said it."""
+    """True label, if known."""
 
     gold_source: str | None = None
-    """Who said it."""
+    """Source of the true label."""
 
     disclosed: str | None = None
-    """What the large prompt disclosed of the small model's prediction, as JSON: the pruning strategy, the candidates
-    if it narrowed them, and whether probabilities were shown. None if the large model was not asked."""
+    """Part of the small model's prediction that the large model's prompt disclosed, as JSON: the pruning strategy, the
+    candidates if it narrowed them, and whether it showed probabilities. None if the large model was not called."""
 
     def __repr__(self) -> str:
-        return (  # never a text: a record may stand in an error or a log line
+        return (  # without texts, because records can appear in errors and logs
             f"CallRecord(id={self.id!r}, task={self.task!r}, route={self.route!r}, reason={self.reason!r}, "
             f"{len(self.labels)} labels)"
         )
@@ -120,34 +120,36 @@ class CallRecord(BaseModel):
         for name in ("probabilities", "large_probabilities"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.labels):
-                raise DataError(f"A record has {len(values)} {name} for {len(self.labels)} labels; give one for each.")
+                raise DataError(
+                    f"Expected one value of `{name}` for each of the {len(self.labels)} labels, got {len(values)}."
+                )
         return self
 
     @property
     def input_hash(self) -> str:
-        """SHA-256 of the input, case and outer blanks ignored; 32 hex digits of it."""
+        """Hash of the input, ignoring case and outer white space, as 32 hex digits."""
         return hash_input(self.input).hex()
 
     @property
     def readable(self) -> bool:
-        """Whether the input was kept as a text."""
+        """Whether the input is a text, neither hashed nor left out."""
         return not self.input.startswith((HASHED, LEFT_OUT))
 
     @property
     def confidence(self) -> float | None:
-        """The small model's highest probability; that of its answer, where it writes them."""
+        """Highest probability of the small model, or the probability of its generated answer."""
         if self.probabilities and self.small_answer is not None:
             return self.probabilities[0]
         return max(self.probabilities) if self.probabilities else None
 
     @property
     def generated(self) -> bool:
-        """Whether answers of this task are generated texts, not labels."""
+        """Whether answers are generated texts instead of labels."""
         return self.labels == ANSWER_LABELS
 
     @property
     def small_label(self) -> str | None:
-        """The small model's answer."""
+        """Label or generated answer of the small model, or None without a prediction."""
         if self.small_answer is not None:
             return self.small_answer
         if not self.probabilities:
@@ -156,24 +158,24 @@ class CallRecord(BaseModel):
 
     @property
     def agrees(self) -> bool | None:
-        """Whether both models say the same; None where one of them said nothing."""
+        """Whether both models gave the same label, or None if one of them gave none."""
         return None if self.answer_label is None or self.small_label is None else self.answer_label == self.small_label
 
 
 def hash_input(text: str) -> bytes:
-    """Return 16 bytes that identify an input; case and outer white space are ignored."""
+    """Return the first 16 bytes of an input's SHA-256, ignoring case and outer white space."""
     return sha256(text.strip().lower().encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def hash_subject(subject: str) -> bytes:
-    """16 bytes that stand for a person; the name itself is never stored. A hash in words passes as it is."""
+    """Return the 16-byte hash of a data subject's id. An id that is already hashed keeps its hash."""
     if subject.startswith(SUBJECT_HASH):
         return bytes.fromhex(subject.removeprefix(SUBJECT_HASH))
     return sha256(b"subject\0" + subject.encode()).digest()[:16]
 
 
 def id_bytes(record_id: str) -> bytes:
-    """Return a run id as 16 bytes; an id that is not a UUID gets a UUID derived from it."""
+    """Return a run id as 16 bytes, derived by UUIDv5 if the id is not a UUID."""
     try:
         return UUID(record_id).bytes
     except ValueError:
@@ -181,13 +183,13 @@ def id_bytes(record_id: str) -> bytes:
 
 
 def latest_of_each_input(records: Iterable[CallRecord] | Iterable[Sequence[CallRecord]]) -> list[CallRecord]:
-    """Return the newest record of each (task, large model, input), so that repeated inputs are learnt once.
+    """Return the newest record of each (task, large model, input), so that training uses a repeated input once.
 
-    A true label and a subject that only an older call of the input has are carried over. The order is that of the
-    newest records.
+    A true label or data subject that only older records of the input have is copied to the newest one. The records keep
+    their order.
 
     Args:
-        records: Records, or batches of them as from `CallLog.iterate`.
+        records: Records, or batches of records as returned by `CallLog.iterate`.
     """
     flat: list[CallRecord] = []
     for item in records:
@@ -202,7 +204,7 @@ def latest_of_each_input(records: Iterable[CallRecord] | Iterable[Sequence[CallR
 
 
 def _with_older(record: CallRecord, calls: Sequence[CallRecord]) -> CallRecord:
-    """Return the newest record with what only older calls of the input know."""
+    """Return the newest record, with a true label and data subject copied from older records if it has none."""
     update: dict[str, Any] = {}
     for call in sorted(calls, key=attrgetter("time")):
         if record.gold is None and call.gold is not None:

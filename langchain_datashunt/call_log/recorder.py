@@ -1,4 +1,4 @@
-"""Recorder: takes records off the call path and writes them in groups; what cannot be written is spooled."""
+"""Recorder: writes call records to the log in the background, with a local spool for database outages."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ from langchain_datashunt.prediction import Route
 logger = logging.getLogger(__name__)
 
 MakeRecord = Callable[[], CallRecord]
-"""A record, or how to make it: the writer's thread does that, not the caller's."""
+"""Function that returns a record. It runs in the writer thread, to keep the work off the call path."""
 
 _UNREADABLE_SECONDS = 60.0
-"""How long a spool is left alone in which only what cannot be read is left."""
+"""Pause before the next attempt to drain a spool that holds only unreadable records, in seconds."""
 
 
 @dataclass(frozen=True)
 class RecorderCounters:
-    """What became of records.
+    """Numbers of records by outcome.
 
     Attributes:
-        written: Stored in the database.
-        spooled: Written to the local spool; drained later.
-        drained: Moved from the spool to the database since.
-        failed: Neither could be written; reported in the log.
-        pending: Not dealt with yet.
-        sampled_out: Of the small route, not recorded because of the sampling rate.
+        written: Records written to the database directly.
+        spooled: Records written to the local spool, from which they are drained later.
+        drained: Records moved from the spool to the database.
+        failed: Records that could not be created, were rejected by the database, or could not be written anywhere.
+            Each failure is logged.
+        pending: Records that are queued or being written.
+        sampled_out: Locally answered calls that were not recorded because of `sample_small`.
     """
 
     written: int = 0
@@ -57,7 +58,7 @@ class RecorderCounters:
 
 
 class _Group:
-    """Records that one call handed over together, and the event that it may wait for."""
+    """Records passed in one call of `record`, and the event that the caller waits for, if any."""
 
     __slots__ = ("done", "makers")
 
@@ -67,33 +68,37 @@ class _Group:
 
 
 class Recorder:
-    """Writes records of routed calls to a store, behind the caller's back.
+    """Background writer of call records to a call log.
 
     ```python
     recorder = Recorder("sqlite:///calls.db", task="support")
     chain = ConfidenceRouterChain.from_models(small, model, recorder=recorder)
     ```
 
-    The caller only enqueues. A writer thread commits groups of up to `group_size`. With the queue full a caller waits
-    at most `max_wait_ms`, then spools its record itself. With the database away groups go to the spool (a SQLite
-    file), and from there to the database when it is back. Pending records are written at exit and on SIGTERM.
+    The caller only adds records to a queue, and a writer thread commits all queued records together. If the database
+    cannot be reached, records go to the spool (a SQLite file). They are moved to the database when it can be reached
+    again. Pending records are written at exit and on SIGTERM.
 
     Args:
-        store: A store, or its URL.
-        task: Name under which records are kept.
-        sample_small: Share of the calls that the small models answered which is recorded, in [0, 1].
-        durability: "group" returns at once, and a crash may lose what was not committed yet: usually the last group,
-            at most `group_size` records and the `queue_size` calls that wait behind them. "record" returns when the
-            record is safe on disk.
-        queue_size: Groups that may wait.
-        group_size: Records of one commit, no further call is added to it above this; what waits is written at once,
-            so that a group is as large as this only where calls come faster than a disk takes them.
-        max_wait_ms: How long a caller waits for a full queue, in milliseconds.
-        spool: File of the spool; None makes one beside a SQLite store, or for another database one of its own in the
-            user's state folder (XDG_STATE_HOME, else ~/.local/state), which other processes with this store share.
-        retry_seconds: Pause between attempts to reach a database that was away.
-        seed: Of the sampling.
-        keep: How each text of a record is kept; None keeps all as it is.
+        store: Call log, or its URL.
+        task: Task name of the records.
+        sample_small: Share of the locally answered calls to record, in [0, 1].
+        durability: "group" returns at once. A crash may then lose the records that are not committed: usually the
+            last group, at most one commit and `queue_size` queued calls. "record" returns after the records are
+            committed.
+        queue_size: Maximum number of queued calls of `record`.
+        group_size: Number of records from which a commit takes no further call from the queue. Commits are this large
+            only if calls arrive faster than the disk writes them.
+        max_wait_ms: Maximum time that a caller waits if the queue is full, in milliseconds. After that, it writes its
+            records to the spool itself.
+        spool: File of the spool. None uses a file next to a SQLite log. For other databases, None uses a file in the
+            user's state folder (XDG_STATE_HOME, by default ~/.local/state), which all processes with this log share.
+        retry_seconds: Pause between attempts to reach the database after a failure, in seconds.
+        seed: Seed of the sampling.
+        keep: Rules for the texts of a record. None stores all texts unchanged.
+
+    Raises:
+        ConfigurationError: If `sample_small` or `durability` is invalid, or the database is not supported.
     """
 
     def __init__(
@@ -112,9 +117,9 @@ class Recorder:
         keep: RedactionRules | None = None,
     ) -> None:
         if not 0.0 <= sample_small <= 1.0:
-            raise ConfigurationError(f"sample_small is {sample_small}; it is a share, give a number from 0 to 1.")
+            raise ConfigurationError(f"Expected a share from 0 to 1 for `sample_small`, got {sample_small}.")
         if durability not in ("group", "record"):
-            raise ConfigurationError(f"durability is {durability!r}; use 'group' or 'record'.")
+            raise ConfigurationError(f"Expected 'group' or 'record' for `durability`, got {durability!r}.")
         self.task = task
         self.sample_small = sample_small
         self.durability = durability
@@ -141,28 +146,31 @@ class Recorder:
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
-        """Begin with a lock that nobody holds; the writer's thread is started when a record comes."""
+        """Replace the lock in a forked child, because a thread of the parent may have held it.
+
+        The next record starts the writer thread of the child.
+        """
         self._lock = threading.Lock()
 
     def _start(self) -> None:
-        """A fresh queue and writer thread for this process."""
+        """Create the queue and start the writer thread of this process."""
         self._pid = os.getpid()
-        self._open: set[_Group] = set()  # not written yet; changed by single operations, so that no caller needs a lock
+        self._open: set[_Group] = set()  # pending groups, changed only by atomic operations, so no lock is needed
         self._queue: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="datashunt-recorder", daemon=True)
         self._thread.start()
 
-    # The caller's path
+    # Called in the caller's thread
 
     def wants(self, route: Route) -> bool:
-        """Whether a call of this route is to be recorded: large ones always, small ones by the sampling rate."""
+        """Return whether to record a call: deferred calls always, locally answered ones at the rate `sample_small`."""
         if route == "large" or self._random.random() < self.sample_small:
             return True
         self._count(sampled_out=1)
         return False
 
     def record(self, makers: Sequence[MakeRecord]) -> None:
-        """Hand records over. Never raises for a record that cannot be written: that is counted and logged."""
+        """Queue records for writing. Records that cannot be written are counted and logged instead of raising."""
         if not makers:
             return
         group = _Group(makers, threading.Event() if self.durability == "record" else None)
@@ -172,20 +180,20 @@ class Recorder:
             group.done.wait()
 
     async def arecord(self, makers: Sequence[MakeRecord]) -> None:
-        """As `record`, without blocking the event loop."""
+        """Async version of `record`."""
         if not makers:
             return
-        if self.durability == "record" or self._queue.qsize() >= self.queue_size:
+        if self.durability == "record" or self._queue.qsize() >= self.queue_size:  # `record` blocks only then
             await asyncio.get_running_loop().run_in_executor(None, self.record, makers)
         else:
             self.record(makers)
 
     def _enqueue(self, group: _Group) -> bool:
-        """Put a group into the queue; False where it stayed full for as long as a caller waits, or after closing."""
+        """Add a group to the queue. Return False if it stays full for `max_wait_ms`, or if the recorder is closed."""
         if self._closed:
             return False
         if os.getpid() != self._pid:
-            self._start()  # a child process has no writer thread yet
+            self._start()  # a forked child has no writer thread yet
             at_the_end_of_a_worker()
         deadline = time.monotonic() + self.max_wait_ms / 1000.0
         while self._queue.qsize() >= self.queue_size:
@@ -196,7 +204,7 @@ class Recorder:
         self._queue.put(group)
         return True
 
-    # The writer's thread
+    # Called in the writer thread
 
     def _write_all(self) -> None:
         closing = False
@@ -224,19 +232,19 @@ class Recorder:
             self._drain()
 
     def _made(self, group: _Group) -> list[CallRecord]:
-        """The records of a group; one that cannot be made is counted, and the others are kept."""
+        """Return the records of a group, except those that cannot be created, which are counted and logged."""
         records = []
         for make in group.makers:
             try:
                 record = make()
                 records.append(record if self.keep is None else self.keep(record))
             except Exception:
-                logger.exception("A record of a routed call could not be made.")
+                logger.exception("Failed to create the record of a call.")
                 self._count(failed=1)
         return records
 
     def _write(self, records: list[CallRecord], *, spool: bool = False) -> None:
-        """Write to the database, else to the spool, else count and report."""
+        """Write records to the database, or to the spool if that fails. If both fail, count and log the loss."""
         if not records:
             return
         refused: set[str] = set()
@@ -255,16 +263,16 @@ class Recorder:
             self._spool_store().append_each(records, refuse)
         except Exception as error:
             lost = len(records) - len(refused)
-            logger.error("%d records could not be written anywhere: %s: %s", lost, type(error).__name__, error)
+            logger.error("Lost %d records, log and spool failed: %s: %s", lost, type(error).__name__, error)
             self._count(failed=lost)
         else:
             self._count(spooled=len(records) - len(refused))
 
     def _refusing(self, refused: set[str]) -> Callable[[CallRecord, Exception], None]:
-        """Counts and names a record that the database does not take, and adds its id to these."""
+        """Return a callback that counts and logs a rejected record, and adds its id to `refused`."""
 
         def refuse(record: CallRecord, error: Exception) -> None:
-            logger.error("The record %s cannot be written: %s", record.id, _said_of(error))
+            logger.error("The database rejected the record %s: %s", record.id, _said_of(error))
             self._count(failed=1)
             refused.add(record.id)
 
@@ -281,7 +289,7 @@ class Recorder:
         return self._store is not None
 
     def _went_away(self, error: Exception) -> None:
-        logger.warning("The store cannot be written, records are spooled to %s: %s", self._spool_file, error)
+        logger.warning("The call log cannot be written, so records go to the spool %s: %s", self._spool_file, error)
         self._away_until = time.monotonic() + self.retry_seconds
 
     def _spool_store(self) -> CallLog:
@@ -292,9 +300,9 @@ class Recorder:
             return self._spool
 
     def _drain(self) -> None:
-        """Move what was spooled, also by an earlier process, to the database once it can be reached.
+        """Move spooled records to the database if it can be reached, including those of earlier processes.
 
-        What waits to be written comes first: where calls come in meanwhile, one batch is moved, and the rest later.
+        New records take precedence. If some are queued, return after one batch and leave the rest for the next call.
         """
         if time.monotonic() < self._drain_after or not (self._spool is not None or self._spool_file.exists()):
             return
@@ -307,17 +315,19 @@ class Recorder:
                 refused.clear()
                 if not self._queue.empty():
                     return
-            if self._spool_store().count():  # nobody can read it; it is not looked at for each group
+            if self._spool_store().count():  # only unreadable records are left, so do not retry after every group
                 self._drain_after = time.monotonic() + _UNREADABLE_SECONDS
-        except Exception as error:  # of the spool, too, whose trouble must not stop what is written otherwise
-            logger.warning("The spool %s cannot be drained now: %s: %s", self._spool_file, type(error).__name__, error)
+        except Exception as error:  # no error of the spool may stop the writer thread
+            logger.warning(
+                "Failed to drain the spool %s, retrying later: %s: %s", self._spool_file, type(error).__name__, error
+            )
             self._drain_after = time.monotonic() + self.retry_seconds
 
-    # Life
+    # Lifecycle
 
     @property
     def counters(self) -> RecorderCounters:
-        """What became of records so far."""
+        """Current numbers of records by outcome."""
         with self._lock:
             return replace(self._counters, pending=sum(len(group.makers) for group in tuple(self._open)))
 
@@ -327,7 +337,14 @@ class Recorder:
             self._counters = replace(self._counters, **now)
 
     def flush(self, timeout: float | None = 30.0) -> bool:
-        """Wait until everything handed over so far is written or spooled; False where that took too long."""
+        """Wait until all records queued so far are processed.
+
+        Args:
+            timeout: Maximum time to wait, in seconds. None waits without limit.
+
+        Returns:
+            False if the timeout was reached, else True. Without a writer thread, whether the queue is empty.
+        """
         if self._closed or not self._thread.is_alive():
             return self._queue.empty()
         marker = _Group((), threading.Event())
@@ -336,7 +353,11 @@ class Recorder:
         return marker.done.wait(timeout)
 
     def close(self, timeout: float | None = 30.0) -> None:
-        """Write what is pending and stop; records handed over later are spooled."""
+        """Write all pending records and stop the writer thread. Later records go to the spool.
+
+        Args:
+            timeout: Maximum time to wait for the pending records, and again for the thread, in seconds.
+        """
         if self._closed or os.getpid() != self._pid:
             return
         self.flush(timeout)
@@ -359,16 +380,16 @@ class Recorder:
         return f"Recorder({where!r}, task={self.task!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its settings: another process has a writer of its own.
+        """Pickle the settings. The unpickled recorder starts its own writer thread.
 
         Raises:
-            ConfigurationError: The store encrypts with a key that another process would not have.
+            ConfigurationError: If the log is encrypted and the environment does not hold the same key.
         """
         seal, told = None if self._store is None else self._store.seal, Seal.from_key(None)
         if seal is not None and (told is None or told.hashes(b"") != seal.hashes(b"")):
             raise ConfigurationError(
-                f"{self!r} encrypts with a key that was given to its store, and keys are not pickled. Give the key by "
-                f"the environment variable {KEY_VARIABLE}, which the other process reads, too."
+                f"{self!r} cannot be pickled, because its key was passed to CallLog and keys are not pickled. Set the "
+                f"environment variable {KEY_VARIABLE} instead, in this process and in the other one."
             )
         url = self._url if isinstance(self._url, (str, Path)) else self._url.render_as_string(hide_password=False)
         return _restored, (
@@ -391,7 +412,7 @@ class Recorder:
 
 
 def _said_of(error: Exception) -> str:
-    """What may stand in a log: the database names columns and ids; another error may quote a text."""
+    """Return the message of a rejection, but only the type of other errors, whose messages may quote a text."""
     return str(error) if isinstance(error, RecordRefusedError) else type(error).__name__
 
 

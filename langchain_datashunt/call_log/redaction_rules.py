@@ -1,4 +1,4 @@
-"""What of a call is kept in the log: plain, with placeholders, as a hash, or not at all; field by field."""
+"""RedactionRules: store each text of a call unchanged, redacted, hashed, or not at all."""
 
 from __future__ import annotations
 
@@ -16,68 +16,68 @@ from langchain_datashunt.privacy.detectors import DETECTORS
 from langchain_datashunt.privacy.redaction import Placeholders
 
 Form: TypeAlias = Literal["plain", "redacted", "hashed", "left_out"]
-"""How a field is kept: as it is; with placeholders for entities; as a hash, by which repeats are still counted; not at
-all."""
+"""Stored form of a field: unchanged, with placeholders for entities, as a hash, or not at all.
 
+Equal texts have equal hashes, so repeats can still be counted."""
 
 logger = logging.getLogger(__name__)
 
 
 class OutputBudget(PeriodBudget):
-    """Bounds on how many of the large model's answers are stored; above one, records tell of calls, not of answers.
+    """Limits on the number of stored LLM answers. Above a limit, calls are recorded without their answers.
 
-    The newest call with an input is what stands in the log, so that a repeat above the bound takes the place of an
-    answer that was stored.
+    Training uses only the newest record of each input. A repeat that is stored without its answer therefore hides an
+    answer stored earlier.
     """
 
     bounds: ClassVar[tuple[str, ...]] = ("outputs", "subject_outputs")
 
     outputs: int | None = Field(default=None, ge=0)
-    """Of all together in a period."""
+    """Maximum number of answers per period, over all data subjects. None means unlimited."""
 
     subject_outputs: int | None = Field(default=None, ge=0)
-    """To one person's inputs in a period."""
+    """Maximum number of answers per period to the inputs of one data subject. None means unlimited."""
 
     def admits(self, record: CallRecord) -> bool:
-        """Whether the answer of this record may be stored; counts it. Where nobody can count, it may not."""
+        """Count the answer of a record, and return whether it may be stored: False if the ledger fails."""
         person = None if record.subject is None else hash_subject(record.subject)
         try:
             return not self.above({"outputs": 1}, person)
         except Exception:
-            logger.exception("Stored answers cannot be counted, so that this one is left out.")
+            logger.exception("The output budget cannot be updated, so the answer is not stored.")
             return False
 
 
 class RedactionRules(Configured):
-    """How each text of a record is kept.
+    """Stored form of each text of a record.
 
-    Redaction happens in the writer's thread, before anything touches a disk. From inputs that are hashed or left out
-    nothing can be learnt; they still count calls, cost and agreement.
+    The recorder applies the rules before it writes to the log or to the spool. Calls whose inputs are hashed or left
+    out cannot be used for training. They still count in the statistics of calls, cost and agreement.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
 
     input: Form = "plain"
-    """The input."""
+    """Form of the input."""
 
     answer: Form = "plain"
-    """What the large model said, and its answer where it is no label."""
+    """Form of the large model's answer, and of its label if that is not in the label set."""
 
     small_answer: Form = "plain"
-    """What the small model wrote."""
+    """Form of the answer that a small model generated."""
 
     subject: bool = True
-    """Whether the hash of whose data it is, is kept; without it a person's records cannot be deleted by their name."""
+    """Whether to store the hash of the data subject. Without it, a subject's records cannot be deleted on request."""
 
     outputs: OutputBudget | None = None
-    """How many answers of the large model are stored; None for all."""
+    """Limits on the number of stored LLM answers. None stores all."""
 
     detectors: tuple[Any, ...] = Field(default=DETECTORS, exclude=True, repr=False)
-    """What is looked for where something is redacted."""
+    """Detectors of the entities to redact."""
 
     def __call__(self, record: CallRecord) -> CallRecord:
-        """The record as it is kept."""
-        names = Placeholders(self.detectors, allow_binary=True)  # one set, so that a text has one placeholder in all
+        """Return the record in its stored form."""
+        names = Placeholders(self.detectors, allow_binary=True)  # shared, so that placeholders match across fields
         names.reserve([record.input, record.answer, record.small_answer])
         kept: dict[str, Any] = {"input": self._kept(record.input, self.input, names, record.id)}
         for name, form in (("answer", self.answer), ("small_answer", self.small_answer)):

@@ -1,4 +1,4 @@
-"""Records as rows of the table `calls`, and back."""
+"""Conversion between records and rows of the table `calls`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from langchain_datashunt.call_log.schema import as_datetime, as_seconds, calls
 from langchain_datashunt.exceptions import StoreError
 
 COLUMNS = tuple(column.name for column in calls.c if column.name != "number")
-"""The columns that `row_of` fills, in its order."""
+"""Columns that `row_of` fills, in its order."""
 
 ENCRYPTED = ("input", "small_label", "small_answer", "answer", "answer_label", "gold", "disclosed")
-"""The columns that hold texts, which a key encrypts. Models, policies, tasks, figures and times stay readable."""
+"""Text columns, which are encrypted if there is a key. Models, policies, tasks, numbers and times stay readable."""
 
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -29,7 +29,7 @@ _SAME = (
     "answer_label", "large_confidence", "input_tokens", "output_tokens", "cost_usd", "small_seconds", "large_seconds",
     "audit", "gold", "gold_source", "disclosed",
 )  # fmt: skip
-"""Fields of a record that are columns of the same name and value."""
+"""Fields of a record that are stored in columns of the same name, unchanged."""
 
 _PLACE = {name: i for i, name in enumerate(COLUMNS)}
 _ENCRYPTED_PLACES = tuple(_PLACE[name] for name in ENCRYPTED)
@@ -43,9 +43,9 @@ def row_of(record: CallRecord, label_set: int | None, seal: Seal | None, *, sqli
 
     Args:
         record: The record.
-        label_set: Number of its label set.
-        seal: Encrypts the texts and keys the hashes; None does neither.
-        sqlite: Whether the row is for SQLite, which holds times as text.
+        label_set: Row id of its label set, or None if it has no labels.
+        seal: Encrypts the texts and keys the hashes. None does neither.
+        sqlite: Whether the row is for SQLite, which stores times as text.
     """
     text = as_text(record.input)
     moment: Any = as_datetime(record.time)
@@ -82,13 +82,13 @@ def record_of(row: Any, labels: tuple[str, ...], seal: Seal | None) -> CallRecor
     """Return the record of a row.
 
     Args:
-        row: A mapping by column name.
-        labels: Its label set.
-        seal: Decrypts the texts.
+        row: Mapping from column names to values.
+        labels: Label set of the record.
+        seal: Decrypts the texts. None can read only rows that are not encrypted.
 
     Raises:
-        StoreError: The row is encrypted, and there is no key, or another one.
-        ValueError: The row is damaged.
+        StoreError: If the row is encrypted and the key is missing or wrong.
+        ValueError: If the row is damaged.
     """
     texts = {name: opened(row, name, seal) for name in ENCRYPTED}
     return CallRecord(
@@ -104,27 +104,33 @@ def record_of(row: Any, labels: tuple[str, ...], seal: Seal | None) -> CallRecor
 
 
 def opened(row: Any, name: str, seal: Seal | None) -> str | None:
-    """Return a text of a row, decrypted if the row is encrypted."""
+    """Return a text of a row, decrypted if the row is encrypted.
+
+    Raises:
+        StoreError: If the row is encrypted and the key is missing or wrong.
+    """
     value: str | None = row[name]
     if value is None or not row["encrypted"]:
         return value
     if seal is None:
-        raise StoreError(f"A record is encrypted. Give the call log its key, or set {KEY_VARIABLE}.")
+        raise StoreError(
+            f"A record is encrypted, and the call log has no key. Pass `key` to CallLog, or set {KEY_VARIABLE}."
+        )
     return seal.open_text(value)
 
 
 def fits(row: Any, record: CallRecord, seal: Seal | None) -> bool:
-    """Return whether a row's hash is that of its input."""
+    """Return whether a row's hash matches its input."""
     return bytes(row["input_hash"]) in keyed(hash_input(record.input), seal)
 
 
 def keyed(digest: bytes, seal: Seal | None) -> list[bytes]:
-    """Return the stored forms of a hash: keyed by each key, the current one first; itself without a key."""
+    """Return the stored forms of a hash: one for each key, current key first. Without keys, return the hash itself."""
     return [digest] if seal is None else seal.hashes(digest)
 
 
 def subject_hashes(subject: str, seal: Seal | None) -> list[bytes]:
-    """Return the stored forms of a subject."""
+    """Return the stored forms of a data subject's hash."""
     if subject.startswith(SUBJECT_HASH):
         return [hash_subject(subject)]
     return keyed(hash_subject(subject), seal)
@@ -135,7 +141,7 @@ def _subject(subject: str, seal: Seal | None) -> bytes:
 
 
 def as_text(text: str) -> str:
-    """Return a text as databases hold it: lone surrogates and NUL become U+FFFD."""
+    """Replace lone surrogates and NUL by U+FFFD, because databases do not store them."""
     if "\0" in text:
         text = text.replace("\0", "\ufffd")
     try:
@@ -152,7 +158,7 @@ def digest_of(labels: Sequence[str], seal: Seal | None) -> bytes:
 
 @lru_cache(maxsize=256)
 def label_set(written: str) -> tuple[str, ...]:
-    """Return the labels of a label set's JSON."""
+    """Parse the JSON of a label set."""
     return tuple(json.loads(written))
 
 

@@ -1,4 +1,4 @@
-"""The tables of the call log, and the numbered steps that create them. Explicit statements, no ORM."""
+"""Tables of the call log, and the numbered migrations that create them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ label_sets = Table(
     Column("digest", LargeBinary(16), nullable=False, unique=True),
     Column("labels", Text, nullable=False),
 )
-"""Label sets as JSON lists; each is stored once."""
+"""Label sets as JSON lists. Each distinct set is stored once."""
 
 calls = Table(
     "calls",
@@ -79,10 +79,11 @@ calls = Table(
     Column("subject", LargeBinary(16)),
     Column("encrypted", Boolean, nullable=False),
 )
-"""One row for each call, in the order in which calls were written.
+"""Calls, one row each, numbered in the order in which they were written.
 
-`time` is UTC. Distributions are 32-bit floats in the order of the label set. `agrees` says whether both models gave the
-same label, `in_label_set` whether the large model's label is one of the labels; both are NULL if one is missing."""
+`time` is UTC. Probabilities are stored as 32-bit floats in the order of the label set. `agrees` is whether both models
+gave the same label, or NULL if one of them gave none. `in_label_set` is whether the large model's label is in the label
+set, or NULL if one of these is missing or answers are generated."""
 
 by_input = Index("calls_by_input", calls.c.input_hash)
 by_time = Index("calls_by_time", calls.c.time)
@@ -94,7 +95,7 @@ controls = Table(
     Column("name", String(200), primary_key=True),
     Column("value", Float(53), nullable=False),
 )
-"""Numbers that processes share, such as the threshold of a budget."""
+"""Numbers that processes share, such as thresholds and the amounts spent of budgets."""
 
 disclosures = Table(
     "datashunt_disclosures",
@@ -109,36 +110,37 @@ disclosures = Table(
     Column("plain", Text, nullable=False),
     Column("refused", String(60), nullable=False),
 )
-"""The trail of what was sent to large models: counts and hashes, never texts."""
+"""Audit trail of the requests to large models: counts and hashes, never texts."""
 
 versions = Table("datashunt_schema", metadata, Column("version", Integer, primary_key=True))
 
 FIRST = 10
-"""The first published version of the tables."""
+"""First published version of the schema."""
 
 
 def _first_tables(connection: Connection) -> None:
     for table in (label_sets, calls, controls, disclosures):
         if inspect(connection).has_table(table.name):
             raise StoreError(
-                f"The database has a table {table.name!r} that is not the call log's. Use another database, or "
+                f"The database already has a table {table.name!r} of another program. Use another database, or "
                 f"in PostgreSQL another schema: ...?options=-csearch_path%3Ddatashunt."
             )
         table.create(connection)
 
 
 STEPS: tuple[Callable[[Connection], None], ...] = (_first_tables,)
-"""Step i brings version FIRST + i - 1 to version FIRST + i. Never change a released step; add another."""
+"""Migrations: step i creates version FIRST + i. Never change a released step. Append a new one instead."""
 
 
 def migrate(connection: Connection) -> int:
-    """Bring the database up to this code's version, inside the connection's transaction.
+    """Migrate the database to the current schema version, in the connection's transaction.
 
     Returns:
-        That version.
+        The current schema version.
 
     Raises:
-        StoreError: The database was written by newer code, before the first published version, or by another program.
+        StoreError: If the schema is newer than this package or older than its first release, or if another program
+            uses a table name of the call log.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(7229150463)"))
@@ -147,13 +149,13 @@ def migrate(connection: Connection) -> int:
     done, latest = set(connection.execute(select(versions.c.version)).scalars()), FIRST + len(STEPS) - 1
     if done and max(done) > latest:
         raise StoreError(
-            f"The call log has schema version {max(done)}; this code knows versions up to {latest}. "
+            f"The call log has schema version {max(done)}, but this package supports only versions up to {latest}. "
             f"Upgrade: pip install -U langchain-datashunt."
         )
     if done and min(done) < FIRST:
         raise StoreError(
-            f"The call log has schema version {max(done)}, from before the first release, which this code cannot read. "
-            f"Export it with the code that wrote it (datashunt log export), and start a new one."
+            f"The call log has schema version {max(done)}, from before the first release, which cannot be read. "
+            f"Export it with the package version that wrote it (datashunt log export), and start a new log."
         )
     for version, step in enumerate(STEPS, start=FIRST):
         if version not in done:
@@ -163,10 +165,10 @@ def migrate(connection: Connection) -> int:
 
 
 def as_datetime(seconds: float) -> datetime:
-    """Return seconds since 1970 as the UTC time that the tables hold."""
+    """Convert seconds since 1970 UTC to the naive UTC time that the tables store."""
     return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
 
 
 def as_seconds(moment: Any) -> float:
-    """Return a time of the tables as seconds since 1970."""
+    """Convert a stored time to seconds since 1970 UTC."""
     return float(moment.replace(tzinfo=UTC).timestamp())

@@ -1,4 +1,4 @@
-"""SharedThreshold: a number in the store that many processes read and move, for budgets that they keep together."""
+"""SharedThreshold: a threshold in the call log's database that several processes read and adjust."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _LOG = logging.getLogger(__name__)
 
 
 class SharedThreshold:
-    """The threshold of a `DeferralBudget` or `CostBudget`, shared through a store.
+    """Threshold of a `DeferralBudget` or `CostBudget` that processes share through a call log's database.
 
     ```python
     policy = DeferralBudget(rate=0.2, control=SharedThreshold("postgresql+psycopg://...", "support"))
     ```
 
-    Each decision then costs a round trip to the database. With the database away a process goes on with the number that
-    it knew last and moves it alone; what it moved is added when the database is back.
+    Each decision takes one round trip to the database. If the database cannot be reached, each process continues with
+    the last value it read and adjusts it locally. These adjustments are added when the database can be reached again.
 
     Args:
-        store: A store, or its URL.
-        name: Of this number; processes that name it alike share it.
-        retry_seconds: Pause between attempts to reach a database that was away.
+        store: Call log, or its URL.
+        name: Name of the threshold. Processes that use the same name share it.
+        retry_seconds: Pause between attempts to reach the database after a failure, in seconds.
     """
 
     def __init__(self, store: CallLog | str | Path, name: str, *, retry_seconds: float = 5.0) -> None:
@@ -45,19 +45,19 @@ class SharedThreshold:
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
-        """Begin with a lock that nobody holds; what was not added yet is the parent's to add."""
+        """Replace the lock in a forked child, and drop the pending adjustments, which the parent still adds."""
         self._lock, self._owed = threading.Lock(), 0.0
 
     def get(self, start: float) -> float:
-        """Its value; `start` where it has none yet."""
+        """Return the threshold, or `start` if it is not stored yet."""
         return self._value(start, 0.0)
 
     def add(self, start: float, change: float) -> float:
-        """Move it, at once for all processes; its new value."""
+        """Add `change` to the threshold, starting from `start` if it is not stored yet, and return its new value."""
         return self._value(start, change)
 
     def _value(self, start: float, change: float) -> float:
-        """Its value after it was moved by this, and by what could not be added before."""
+        """Add `change` and all pending adjustments, and return the new value."""
         if time.monotonic() >= self._away_until:
             with self._lock:
                 owed, self._owed = self._owed, 0.0
@@ -65,7 +65,11 @@ class SharedThreshold:
                 known = self._moved(start, change + owed) if change + owed else self._read(start)
             except StoreError as error:
                 self._away_until = time.monotonic() + self.retry_seconds
-                _LOG.warning("%r is kept by this process alone until the database is back: %s", self.name, error)
+                _LOG.warning(
+                    "The shared threshold %r is adjusted locally until the database can be reached again: %s",
+                    self.name,
+                    error,
+                )
                 change += owed
             else:
                 self._known = known

@@ -1,4 +1,4 @@
-"""Where a store's records are spooled while its database is away; nothing is opened here."""
+"""Choose the spool file of a call log. This module opens no file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from langchain_datashunt.exceptions import ConfigurationError
 
 
 def spool_of(store: CallLog | str | Path) -> Path:
-    """Beside a SQLite file; for another database a file of its own, so that its records reach no other.
+    """Return the default spool file of a call log.
+
+    The spool of a SQLite log is next to its file. Each other database has its own spool in the user's state folder,
+    so that no record reaches another database.
 
     Raises:
-        ConfigurationError: The user has no home, and the folder in the temporary one is another user's.
+        ConfigurationError: If there is neither a writable state folder nor a private temporary folder.
     """
     url = make_url(url_of(store.url.render_as_string() if isinstance(store, CallLog) else store))
     if url.get_backend_name() == "sqlite":
@@ -29,10 +32,10 @@ def spool_of(store: CallLog | str | Path) -> Path:
 
 
 def _state_folder() -> Path:
-    """Where a user's programs keep what is to survive a restart; without a home, a private temporary folder.
+    """Return the user's state folder, or a private temporary folder if the state folder is not writable.
 
     Raises:
-        ConfigurationError: The temporary folder is another user's.
+        ConfigurationError: If other users own or can access the temporary folder.
     """
     with suppress(RuntimeError):
         home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
@@ -44,5 +47,7 @@ def _state_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if hasattr(os, "getuid") and (found.st_uid != user or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077):
-        raise ConfigurationError(f"{folder} can be used by others; say where to spool: Recorder(..., spool='FILE').")
+        raise ConfigurationError(
+            f"The spool folder {folder} is not private to this user. Pass another file: Recorder(..., spool='FILE')."
+        )
     return folder

@@ -1,4 +1,4 @@
-"""CallLog: the log of calls in SQLite or PostgreSQL, as a table that people can query."""
+"""CallLog: log of routed calls in SQLite or PostgreSQL, as a table for SQL queries."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ except ImportError as error:  # pragma: no cover - tested without the extra
 
 
 PRAGMAS = ("journal_mode=WAL", "busy_timeout=30000", "cache_size=-65536", "secure_delete=ON", "temp_store=MEMORY")
-"""Of every SQLite connection. Deleted content is overwritten, and temporary content never reaches a disk."""
+"""Settings of each SQLite connection. Deleted content is overwritten, and temporary content stays in memory."""
 
 _LOG = logging.getLogger(__name__)
 
 Refused: TypeAlias = Callable[[CallRecord, Exception], None]
-"""Called with a record that a database does not take, and the reason."""
+"""Callback for a record that the database rejects, with the reason."""
 
 _READS = "datashunt_reads"
-"""Execution option: nothing is written in this transaction."""
+"""Execution option of read-only transactions."""
 
 _AT_ONCE = 500
-"""Values in one IN (...) condition."""
+"""Maximum number of values in one IN (...) condition."""
 
 
 class CallLog:
-    """The log of calls that audits, reports and distillation read.
+    """Log of routed calls, which audits, reports and distillation read.
 
     ```python
     log = CallLog("sqlite:///calls.db")  # or postgresql+psycopg://user@host/database
@@ -81,20 +81,22 @@ class CallLog:
         ...
     ```
 
-    Each call is one row of the table `calls`, with readable columns: `SELECT task, avg(cost_usd) FROM calls GROUP BY
-    1`. A call that is written again, by its id, is not stored twice. Many processes may write at once.
+    Each call is one row of the table `calls`, with readable columns, for queries such as `SELECT task, avg(cost_usd)
+    FROM calls GROUP BY 1`. Calls are identified by id, so writing a call again has no effect. Several processes can
+    write concurrently.
 
     Args:
-        url: A SQLAlchemy URL, or the path of a SQLite file (created with mode 0600).
-        durability: "record" makes every commit survive a power cut (SQLite synchronous=FULL). "group" leaves that to
-            the operating system (NORMAL): a power cut may lose the last commits, a killed process loses none.
-        key: A Fernet key, or several, of which the first encrypts. All texts and labels are then encrypted, and
-            hashes of inputs and subjects are keyed. Tasks, models, policies, figures and times are not encrypted.
-            None reads DATASHUNT_STORE_KEY from the environment.
+        url: SQLAlchemy URL, or path of a SQLite file (created with mode 0600).
+        durability: Durability of commits to SQLite. "record" makes each commit survive a power failure
+            (synchronous=FULL). With "group" (synchronous=NORMAL), a power failure may lose the last commits, but a
+            killed process loses none.
+        key: Fernet key, or several, of which the first encrypts. All texts and labels are then encrypted, and hashes
+            of inputs and subjects are keyed. Tasks, models, policies, numbers and times are not encrypted. None reads
+            DATASHUNT_STORE_KEY from the environment.
 
     Raises:
-        StoreError: The database cannot be opened, or was written by newer code.
-        ConfigurationError: The database or its driver is not supported.
+        StoreError: If the database cannot be opened, or its schema version is not supported.
+        ConfigurationError: If the database or its driver is not supported, or a key is invalid.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class CallLog:
             migrate(connection)
 
     def after_fork(self) -> None:
-        """Leave the parent's connections to the parent, which still uses them."""
+        """Replace lock and connections in a forked child. The parent still uses its connections."""
         self._lock = threading.Lock()
         LEFT_ALONE.append(self.engine.pool)
         self.engine.dispose(close=False)
@@ -129,7 +131,7 @@ class CallLog:
         if not self._on_sqlite:
             try:
                 return create_engine(self.url, pool_pre_ping=True, hide_parameters=True)
-            except (ImportError, SQLAlchemyError) as error:  # an unknown database, or a driver that is not installed
+            except (ImportError, SQLAlchemyError) as error:  # unknown database, or driver not installed
                 shown = self.url.render_as_string(hide_password=True)
                 raise ConfigurationError(
                     f"The call log {shown} cannot be used: {type(error).__name__}: {error}. Pass a file, or a "
@@ -158,11 +160,12 @@ class CallLog:
     # Writing
 
     def append(self, records: Sequence[CallRecord]) -> None:
-        """Store records in one transaction; records whose id is stored already are skipped.
+        """Store records in one transaction. Skip records whose id is already stored.
 
         Raises:
-            StoreError: The database cannot be reached or is full; none of these records is stored.
-            RecordRefusedError: The database does not take one of them, for example because a number is too large.
+            StoreError: If the database cannot be reached or is full. None of the records is stored then.
+            RecordRefusedError: If the database rejects a record, for example because a number is too large. None of the
+                records is stored then.
         """
         if not records:
             return
@@ -181,12 +184,12 @@ class CallLog:
         except StoreError:
             self._label_sets.clear()
             raise
-        with self._lock:  # other transactions see the new label sets only now
+        with self._lock:  # new label sets are valid only after the commit
             self._label_sets.update(known)
 
     @staticmethod
     def _check_repeated(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Raise if a row was skipped because another input's call has its id."""
+        """Raise `RecordRefusedError` if a row was skipped because a call with another input has the same id."""
         place_of_id, place_of_hash = COLUMNS.index("id"), COLUMNS.index("input_hash")
         stored: dict[str, bytes] = {}
         for start in range(0, len(rows), _AT_ONCE):
@@ -195,17 +198,17 @@ class CallLog:
             stored.update((row.id, bytes(row.input_hash)) for row in found)
         for row in rows:
             if stored.get(row[place_of_id], row[place_of_hash]) != row[place_of_hash]:
-                raise RecordRefusedError(f"The id {row[place_of_id]!r} is stored already, for another input.")
+                raise RecordRefusedError(f"The id {row[place_of_id]!r} is already stored for another input.")
 
     def append_each(self, records: Sequence[CallRecord], refused: Refused) -> None:
-        """Store records except those that the database does not take, which are found by bisection.
+        """Store records, except those that the database rejects, which are found by bisection.
 
         Args:
-            records: The records.
-            refused: Called with each record that cannot be stored, and the reason.
+            records: Records to store.
+            refused: Callback for each rejected record, with the reason.
 
         Raises:
-            StoreError: The database cannot be reached or is full; some of these records may be stored.
+            StoreError: If the database cannot be reached or is full. Some of the records may be stored then.
         """
         try:
             self.append(records)
@@ -214,7 +217,7 @@ class CallLog:
             reason: Exception = error
         except StoreError:
             raise
-        except Exception as error:  # drivers raise errors of their own for values that they cannot convert
+        except Exception as error:  # drivers raise their own errors for values that they cannot convert
             reason = error
         if len(records) == 1:
             refused(records[0], reason)
@@ -223,7 +226,7 @@ class CallLog:
             self.append_each(half, refused)
 
     def _number_of(self, connection: Connection, labels: tuple[str, ...]) -> int:
-        """Return the number of a label set, which is stored if it is new."""
+        """Return the row id of a label set, and store the label set if it is new."""
         digest = digest_of(labels, self.seal)
         find = select(label_sets.c.id).where(label_sets.c.digest == digest)
         found = connection.execute(find).scalar()
@@ -240,11 +243,11 @@ class CallLog:
 
         Args:
             record_id: Id of the call, as in `ShuntResult.record_id`.
-            label: The true label.
-            source: Who provided it.
+            label: True label.
+            source: Source of the label.
 
         Raises:
-            StoreError: No call with this id is stored.
+            StoreError: If no call with this id is stored.
         """
         gold = label if self.seal is None else self.seal.seal_text(label)
         with self.connection() as connection:
@@ -252,19 +255,23 @@ class CallLog:
             done = connection.execute(noted).rowcount
         if not done:
             raise StoreError(
-                f"No call with the id {record_id!r} is stored. Ids are those of `ShuntResult.record_id`; records are "
-                f"written with a short delay (Recorder.flush()) and pruned by the log's retention."
+                f"No call with the id {record_id!r} is stored. Pass a `ShuntResult.record_id`. Recent records may be "
+                f"pending (call Recorder.flush()), and old ones may have been pruned."
             )
 
     # Reading
 
     def iterate(self, which: CallFilter = EVERYTHING, *, batch_size: int = 1000) -> Iterator[list[CallRecord]]:
-        """Yield the records in batches, in constant memory and in the order in which they were written.
+        """Yield records in batches, in the order in which they were written and in constant memory.
 
-        Records that are written meanwhile may or may not be among them.
+        Records that are written during the iteration may or may not be included.
+
+        Args:
+            which: Filter of the records. By default, all records.
+            batch_size: Maximum number of records per batch.
 
         Raises:
-            StoreError: A record cannot be read: it is damaged, or encrypted with another key.
+            StoreError: If a record cannot be read, because it is damaged or encrypted with another key.
         """
         for page in self._pages(which.where(), batch_size):
             yield [self._readable(row, found) for row, found in page]
@@ -272,7 +279,7 @@ class CallLog:
     def _pages(
         self, where: ColumnElement[bool], size: int
     ) -> Iterator[list[tuple[RowMapping, CallRecord | Exception]]]:
-        """Yield pages of rows with their records, or with the reasons why these cannot be read."""
+        """Yield pages of rows, each row with its record or with the error that prevents reading it."""
         after, known = 0, dict[int, tuple[str, ...]]()
         while True:
             statement = select(calls).where(where, calls.c.number > after).order_by(calls.c.number).limit(size)
@@ -290,12 +297,14 @@ class CallLog:
             written = "[]" if row["label_set"] is None else known[row["label_set"]]
             if not written.startswith("["):
                 if self.seal is None:
-                    raise StoreError(f"The log is encrypted. Give it its key, or set {KEY_VARIABLE}.")
+                    raise StoreError(
+                        f"The call log is encrypted and has no key. Pass `key` to CallLog, or set {KEY_VARIABLE}."
+                    )
                 written = self.seal.open_text(written)
             return record_of(row, label_set(written), self.seal)
         except StoreError as error:
             return error
-        except Exception as error:  # damaged in whatever way
+        except Exception as error:  # damaged rows can cause any error
             return ValueError(f"{type(error).__name__}: {error}")
 
     def _readable(self, row: RowMapping, found: CallRecord | Exception) -> CallRecord:
@@ -308,7 +317,7 @@ class CallLog:
         return found
 
     def get(self, record_id: str) -> CallRecord | None:
-        """Return the record with this id; None if there is none."""
+        """Return the record with this id, or None if there is none."""
         page = next(self._pages(calls.c.id == record_id, 1), [])
         return self._readable(*page[0]) if page else None
 
@@ -316,8 +325,8 @@ class CallLog:
         """Count calls.
 
         Args:
-            which: Which calls.
-            distinct: Whether calls of one task and large model with the same input count once.
+            which: Filter of the calls. By default, all calls.
+            distinct: Whether to count calls with the same task, large model and input once.
         """
         rows = select(calls.c.task, calls.c.large_model, calls.c.input_hash).where(which.where())
         counted = (rows.distinct() if distinct else rows).subquery()
@@ -325,10 +334,10 @@ class CallLog:
             return int(connection.execute(select(func.count()).select_from(counted)).scalar_one())
 
     def stats(self, which: CallFilter = EVERYTHING) -> dict[str, Any]:
-        """Return counts, cost and agreement, computed by the database; JSON-ready.
+        """Return counts, cost and agreement as a JSON-ready dictionary, computed by the database.
 
-        The keys `would_be_*` are about calls that the large model answered although the small model was confident, as
-        in shadow mode: how many there are, in how many both models agree, and their cost.
+        The keys `would_be_*` describe the calls that the large model answered although the small model was confident,
+        as in shadow mode. They give the number of these calls, the number in which both models agree, and their cost.
         """
         c = calls.c
         spared = and_(c.route == "large", c.score >= c.threshold)
@@ -364,7 +373,7 @@ class CallLog:
         }
 
     def verify(self) -> list[str]:
-        """Return what is wrong with the log, one sentence a problem; an empty list if nothing is."""
+        """Return the problems of the log, one sentence each, or an empty list if there are none."""
         problems: list[str] = []
         if self._on_sqlite:
             with self.reading() as connection:
@@ -385,36 +394,36 @@ class CallLog:
 
         Args:
             input_hash: `CallRecord.input_hash` of the input.
-            subject: Whose data is deleted.
+            subject: Id of the data subject. With both arguments, only calls that match both are deleted.
 
         Returns:
-            The number of deleted calls.
+            Number of deleted calls.
 
         Raises:
-            StoreError: Neither was given.
+            StoreError: If both are None, or `input_hash` is not a hash.
         """
         if input_hash is None and subject is None:
-            raise StoreError("Pass input_hash or subject; to delete by age or number use prune().")
+            raise StoreError("Pass input_hash or subject. To delete by age or number, use prune().")
         tests: list[ColumnElement[bool]] = []
         if input_hash is not None:
             try:
                 digest = bytes.fromhex(input_hash)
             except ValueError as error:
-                raise StoreError(f"{input_hash!r} is not an input hash as in `CallRecord.input_hash`.") from error
+                raise StoreError(f"{input_hash!r} is not an input hash. Pass a `CallRecord.input_hash`.") from error
             tests.append(calls.c.input_hash.in_(keyed(digest, self.seal)))
         if subject is not None:
             tests.append(calls.c.subject.in_(subject_hashes(subject, self.seal)))
         return self._delete(and_(*tests))
 
     def prune(self, *, max_age_seconds: float | None = None, max_records: int | None = None) -> int:
-        """Delete calls that are too old, and the oldest of those that are too many.
+        """Delete old calls, by age and by number.
 
         Args:
-            max_age_seconds: Highest age, in seconds.
-            max_records: Highest number of calls.
+            max_age_seconds: Maximum age of a call, in seconds. None means unlimited.
+            max_records: Maximum number of calls to keep, newest first. None means unlimited.
 
         Returns:
-            The number of deleted calls.
+            Number of deleted calls.
         """
         gone, c = 0, calls.c
         if max_age_seconds is not None:
@@ -435,27 +444,28 @@ class CallLog:
         batches: int | None = None,
         refused: Refused | None = None,
     ) -> int:
-        """Move records into another log, batch by batch; each is deleted here only after it is stored there.
+        """Move records to another log in batches. Each batch is deleted only after the other log has stored it.
 
-        Records that cannot be read (damaged, or encrypted with another key) stay here, which is logged.
+        Records that cannot be read, because they are damaged or encrypted with another key, are logged and not moved.
 
         Args:
-            other: The log to move to. A batch that two processes move at once is stored there once.
-            batch_size: Records of a batch.
-            batches: Maximum batches; None moves all.
-            refused: Called with a record that the other log does not take, which is then deleted here; None raises.
+            other: Destination log. A batch that two processes move concurrently is stored once.
+            batch_size: Maximum number of records per batch.
+            batches: Maximum number of batches. None moves all.
+            refused: Callback for a record that the other log rejects, which is deleted from this log. None raises
+                `RecordRefusedError` instead.
 
         Returns:
-            The number of records that left this log.
+            Number of records removed from this log.
 
         Raises:
-            StoreError: One of the logs cannot be reached; batches moved before stay moved.
+            StoreError: If one of the logs cannot be reached. Earlier batches stay moved.
         """
         moved = 0
         for page in islice(self._pages(true(), batch_size), batches):
             batch = [found for _, found in page if not isinstance(found, Exception)]
             if len(batch) < len(page):
-                _LOG.error("%d records in %r cannot be read and stay there.", len(page) - len(batch), self)
+                _LOG.error("%d records in %r cannot be read and were not moved.", len(page) - len(batch), self)
             if refused is None:
                 other.append(batch)
             else:
@@ -474,7 +484,7 @@ class CallLog:
             connection.execute(delete(label_sets).where(label_sets.c.id.not_in(used)))
         self._label_sets.clear()
         if gone and self._on_sqlite:
-            # deleted content would otherwise stay in the write-ahead log for some time
+            # otherwise deleted content stays in the write-ahead log for some time
             with self._own_errors(), closing(self.engine.raw_connection()) as raw:
                 raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return int(gone)
@@ -483,34 +493,35 @@ class CallLog:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """A connection inside a transaction, also for the tables beside the calls.
+        """Open a connection in a write transaction, which also serves the other tables of the log.
 
         Raises:
-            StoreError: The database cannot be used.
+            StoreError: If the database cannot be used.
+            RecordRefusedError: If the database rejects a value.
         """
         with self._own_errors(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection for reading, which neither blocks writers nor waits for them.
+        """Open a connection for reading, which neither blocks writers nor waits for them.
 
         Raises:
-            StoreError: The database cannot be used.
+            StoreError: If the database cannot be used.
         """
         with self._own_errors(), self.engine.connect() as connection:
             yield connection.execution_options(**{_READS: True})
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """Raise errors of the database, and of values that it does not take, as our own."""
+        """Convert errors of SQLAlchemy to `StoreError`, or to `RecordRefusedError` if the database rejects a value."""
         try:
             yield
         except SQLAlchemyError as error:
             of_values = isinstance(error, (DataError, IntegrityError)) or type(error) is StatementError
             cause = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
             if of_values:
-                raise RecordRefusedError(f"{self!r} refuses a value: {cause}") from error
+                raise RecordRefusedError(f"{self!r} rejected a value: {cause}") from error
             raise StoreError(f"{self!r} cannot be used: {cause}") from error
 
     def close(self) -> None:
@@ -530,7 +541,7 @@ class CallLog:
 
 
 def url_of(url: str | Path) -> str:
-    """Return a SQLAlchemy URL as it is, and a path as the URL of a SQLite file."""
+    """Return a SQLAlchemy URL unchanged, or convert a path to the URL of a SQLite file."""
     text = str(url)
     return text if "://" in text else f"sqlite:///{text}"
 
@@ -548,7 +559,7 @@ def _dialect_insert(engine: Engine, table: Any) -> Any:
 
 
 def _insert_of(engine: Engine) -> str:
-    """Return the driver's own SQL that inserts a row of `COLUMNS`: rows are many, and all have one form."""
+    """Return driver-level SQL that inserts a row of `COLUMNS`, compiled once because all rows have the same form."""
     style = "qmark" if engine.dialect.name == "sqlite" else "format"
     dialect = type(engine.dialect)(paramstyle=style)  # type: ignore[call-arg]
     statement = _dialect_insert(engine, calls).on_conflict_do_nothing(index_elements=[calls.c.id])

@@ -1,4 +1,4 @@
-"""What left, what it cost, and how good the answers were, side by side for each period of a store. Counts, no texts."""
+"""Summaries of the call log by period: disclosure, cost and quality, as counts without texts."""
 
 from __future__ import annotations
 
@@ -19,33 +19,32 @@ Period = Literal["day", "week", "all"]
 
 _SECONDS: dict[str, float] = {"day": 86_400.0, "week": 7 * 86_400.0, "all": 1e12}
 _FIRST_MONDAY = 4 * 86_400.0
-"""The first of 1970 was a Thursday; weeks begin on Mondays."""
+"""First Monday of 1970, in seconds since 1970 UTC, because weeks begin on Mondays."""
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One period. A figure that nothing is known of is None.
+    """Summary of one period. Rates without data are None.
 
     Attributes:
-        start: When it began, seconds since 1970 UTC; the first record's time where all is one period.
-        calls: Calls that were made, repeats counted; of what the small model kept, the part that is recorded is scaled
-            up. Audits are no calls of their own.
-        deferral_rate: Part of them that the large model was asked about, also where it failed.
-        cost_usd: What was paid for all that is recorded, audits too.
-        usd_per_1000: The same for 1,000 calls.
-        all_large_usd_per_1000: What 1,000 calls would have cost if all had been asked, at the mean price of those that
-            were.
-        sent: Requests that left by the gate, from its trail.
-        refused: Requests that the gate's budget kept here.
-        characters: Characters that left.
-        replaced: Entities that left as placeholders, by kind.
-        plain: Entities that left as they were, by kind.
-        agreement: How often both models said the same, where both did.
-        labelled: Answered calls whose true label is known.
-        accuracy: Among those, of the small model's answers and, where it was asked, the large one's; what fusion made
-            of the two is not recorded.
-        small_accuracy: Of the small model, among those.
-        large_accuracy: Of the large model, among those that it answered.
+        start: Start of the period, in seconds since 1970 UTC. With `by="all"`, the time of the first record.
+        calls: Estimated number of calls, including repeats. Locally answered calls are scaled up by the sampling rate.
+            Audits are not counted.
+        deferral_rate: Share of the calls that were deferred to the large model, including those that failed.
+        cost_usd: Cost of all recorded calls, including audits.
+        usd_per_1000: Cost per 1,000 calls.
+        all_large_usd_per_1000: Cost per 1,000 calls if all were deferred, at the mean cost of the deferred calls.
+        sent: Number of requests that the privacy guard sent.
+        refused: Number of requests that the guard's budget refused.
+        characters: Number of characters sent.
+        replaced: Number of entities sent as placeholders, by kind.
+        plain: Number of entities sent unchanged, by kind.
+        agreement: Share of calls in which both models gave the same label, among those that both answered.
+        labelled: Number of answered calls with a known true label.
+        accuracy: Accuracy on the labelled calls. The answer is the large model's label if a deferred call has one, else
+            the small model's. Fusion is ignored, because fused answers are not recorded.
+        small_accuracy: Accuracy of the small model on the labelled calls.
+        large_accuracy: Accuracy of the large model on the labelled calls that it answered.
     """
 
     start: float
@@ -66,7 +65,7 @@ class SummaryRow:
     large_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the summary as a JSON-ready dictionary."""
         return asdict(self)
 
 
@@ -77,22 +76,27 @@ def summarize(
     sample_small: float = 0.1,
     which: CallFilter = CallFilter(),  # noqa: B008
 ) -> list[SummaryRow]:
-    """Leakage, cost and quality of a store's calls, period by period.
+    """Summarize disclosure, cost and quality of the calls by period.
 
     Args:
-        store: The log, in which a gate's `SharedLedger` may keep its trail too. The trail knows no tasks: it is counted
-            whole for the time that `which` gives.
-        by: The periods, UTC.
-        sample_small: The recorder's rate for the calls that the small model answered, by which they are scaled up.
-        which: What is meant.
+        store: Call log. If a privacy guard uses it as its `SharedLedger`, its audit trail is summarized too. The trail
+            holds no tasks, so only the times of `which` apply to it.
+        by: Length of the periods, which begin in UTC.
+        sample_small: Sampling rate of the recorder, by which the sampled calls are scaled up.
+        which: Filter of the calls. By default, all calls.
+
+    Returns:
+        One row for each period with data, oldest first.
 
     Raises:
-        ConfigurationError: There is no such period, or the rate is not above 0.
+        ConfigurationError: If `by` or `sample_small` is invalid.
     """
     if by not in _SECONDS:
-        raise ConfigurationError(f"There is no period {by!r}; use one of {', '.join(_SECONDS)}.")
+        raise ConfigurationError(f"Expected a period of {', '.join(_SECONDS)}, got {by!r}.")
     if not 0.0 < sample_small <= 1.0:
-        raise ConfigurationError(f"sample_small is {sample_small}; give the recorder's rate, above 0 and at most 1.")
+        raise ConfigurationError(
+            f"Expected a rate above 0 and at most 1 for `sample_small`, got {sample_small}. Pass the recorder's rate."
+        )
     rows = {
         start: _counted(SummaryRow(start), counts, sample_small) for start, counts in _calls(store, by, which)
     }  # fmt: skip
@@ -107,7 +111,7 @@ def summarize(
 
 
 def _bucket(store: CallLog, moment: Any, by: str) -> Any:
-    """Return the number of a moment's period, in SQL; a cast truncates in SQLite and rounds in PostgreSQL."""
+    """Return the number of the period of a time, in SQL. A cast truncates in SQLite and rounds in PostgreSQL."""
     number = (moment - _offset(by)) / _SECONDS[by]
     return cast(number if store.url.get_backend_name() == "sqlite" else func.floor(number), Integer)
 
@@ -186,7 +190,7 @@ def _right(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, 
     for batch in store.iterate(replace(which, labelled=True)):
         for call in batch:
             if call.route == "large" and call.reason == "large_error":
-                continue  # it was not answered
+                continue  # the call has no answer
             now = told[_start(int((call.time - _offset(by)) // _SECONDS[by]), by)]
             answer = call.answer_label if call.route == "large" and call.answer_label is not None else call.small_label
             now["labelled"] += 1

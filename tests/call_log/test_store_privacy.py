@@ -1,4 +1,4 @@
-"""What the log keeps: field by field, encrypted with the user's key, in files that only their owner reads."""
+"""Tests of redaction rules, encryption, file modes and deletion in the call log."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shunted(store: CallLog, keep: RedactionRules | None, texts: list[str]) -> li
 
 
 @pytest.mark.parametrize("form", ["redacted", "hashed", "left_out"])
-def test_fields_are_kept_as_they_are_told(form: Any, tmp_path: Path) -> None:
+def test_redaction_rules_form_is_applied_before_storage(form: Any, tmp_path: Path) -> None:
     with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         keep = RedactionRules(input=form, answer=form, small_answer=form, subject=form != "left_out")
         calls = shunted(store, keep, [SECRET, SECRET, f"other {MAIL}"])
@@ -51,7 +51,7 @@ def test_fields_are_kept_as_they_are_told(form: Any, tmp_path: Path) -> None:
         assert {one.answer for one in calls} == {f"about {text}" for text in told}
     elif form == "hashed":
         assert all(text.startswith("hashed:sha256:") for text in told)
-        assert len({one.input for one in calls}) == 2, "repeats are still recognised"
+        assert len({one.input for one in calls}) == 2, "equal inputs have equal hashes"
     else:
         assert len(told) == 3
         assert {one.answer for one in calls} == {None}
@@ -59,7 +59,7 @@ def test_fields_are_kept_as_they_are_told(form: Any, tmp_path: Path) -> None:
     assert {one.readable for one in calls} == {form == "redacted"}
 
 
-def test_nothing_is_learnt_from_what_was_not_kept() -> None:
+def test_redaction_rules_hashed_inputs_are_not_used_for_training() -> None:
     kept = RedactionRules(input="hashed")
     records = [kept(call(i, input=f"refund {i}", answer_label="refund")) for i in range(40)]
     with pytest.raises(DataError, match="in 0 records"):
@@ -68,7 +68,7 @@ def test_nothing_is_learnt_from_what_was_not_kept() -> None:
         cold_start(records)
 
 
-def test_an_input_cannot_pass_as_something_that_was_redacted() -> None:
+def test_redaction_rules_placeholder_in_input_is_not_reused() -> None:
     kept = RedactionRules(input="redacted", answer="redacted")(
         call(1, input=f"<EMAIL_1> {MAIL}", answer=MAIL, answer_label=None)
     )
@@ -77,7 +77,7 @@ def test_an_input_cannot_pass_as_something_that_was_redacted() -> None:
     assert RedactionRules()(plain) == plain
 
 
-def test_an_encrypted_store_shows_nothing_without_its_key(url: str, tmp_path: Path) -> None:  # noqa: F811
+def test_encrypted_log_without_key_cannot_be_read(url: str, tmp_path: Path) -> None:  # noqa: F811
     key, other = Fernet.generate_key(), Fernet.generate_key()
     records = [call(1, input=SECRET, answer=f"about {SECRET}"), call(2, input="x", small_answer=None)]
     with CallLog(url, key=key) as store:
@@ -93,7 +93,7 @@ def test_an_encrypted_store_shows_nothing_without_its_key(url: str, tmp_path: Pa
         everything(store)
     with CallLog(url, key=other) as store, pytest.raises(StoreError, match="another key"):
         everything(store)
-    with CallLog(url, key=[other, key]) as store:  # a new key in front; the old one still reads
+    with CallLog(url, key=[other, key]) as store:  # rotated: the new key encrypts, the old one still decrypts
         store.append([call(3, input="new")])
         assert sorted(one.input for one in everything(store)) == sorted([SECRET, SECRET, "new", "x"])
         assert not store.verify()
@@ -103,7 +103,7 @@ def test_an_encrypted_store_shows_nothing_without_its_key(url: str, tmp_path: Pa
         assert [one.input for one in everything(store)] == ["x"]
 
 
-def test_the_key_can_come_from_the_environment_and_goes_nowhere_else(monkeypatch: Any, tmp_path: Path) -> None:
+def test_encryption_key_from_environment_is_not_exposed(monkeypatch: Any, tmp_path: Path) -> None:
     key = Fernet.generate_key().decode()
     monkeypatch.setenv(KEY_VARIABLE, key)
     with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
@@ -122,7 +122,7 @@ def test_the_key_can_come_from_the_environment_and_goes_nowhere_else(monkeypatch
             CallLog(tmp_path / "other.db", key=wrong)
 
 
-def test_what_is_spooled_is_encrypted_and_kept_as_told_too(tmp_path: Path) -> None:
+def test_spool_is_encrypted_and_redacted(tmp_path: Path) -> None:
     key = Fernet.generate_key()
     spool = tmp_path / "spool" / "s.db"
     with CallLog(tmp_path / "calls.db", key=key) as store:
@@ -139,7 +139,7 @@ def test_what_is_spooled_is_encrypted_and_kept_as_told_too(tmp_path: Path) -> No
         recorder.close()
 
 
-def test_a_changed_record_is_found(tmp_path: Path) -> None:
+def test_verify_modified_encrypted_record_is_reported(tmp_path: Path) -> None:
     import sqlite3
 
     key = Fernet.generate_key()
@@ -153,8 +153,8 @@ def test_a_changed_record_is_found(tmp_path: Path) -> None:
         assert "changed" in store.verify()[0]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
-def test_files_are_their_owners_alone(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="requires POSIX file modes")
+def test_call_log_sqlite_files_have_mode_0600_despite_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         with CallLog(tmp_path / "calls.db") as store:
@@ -166,9 +166,7 @@ def test_files_are_their_owners_alone(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o600}
 
 
-def test_a_recorder_that_encrypts_is_not_pickled_into_one_that_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorder_pickle_with_key_outside_environment_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cryptography.fernet import Fernet
 
     key, other = Fernet.generate_key().decode(), Fernet.generate_key().decode()
@@ -177,7 +175,7 @@ def test_a_recorder_that_encrypts_is_not_pickled_into_one_that_does_not(
         for told in (None, other):
             if told:
                 monkeypatch.setenv("DATASHUNT_STORE_KEY", told)
-            with pytest.raises(ConfigurationError, match="keys are not pickled. Give the key by .*DATASHUNT_STORE_KEY"):
+            with pytest.raises(ConfigurationError, match="keys are not pickled. Set .*DATASHUNT_STORE_KEY"):
                 pickle.dumps(recorder)
         monkeypatch.setenv("DATASHUNT_STORE_KEY", key)
         with pickle.loads(pickle.dumps(recorder)) as again:
@@ -188,21 +186,21 @@ def test_a_recorder_that_encrypts_is_not_pickled_into_one_that_does_not(
     assert b"a secret" not in (tmp_path / "calls.db").read_bytes()
 
 
-def test_a_pickled_recorder_keeps_its_keeping(tmp_path: Path) -> None:
+def test_recorder_pickled_keeps_redaction_rules(tmp_path: Path) -> None:
     with Recorder(tmp_path / "calls.db", keep=RedactionRules(input="hashed")) as recorder:
         again = pickle.loads(pickle.dumps(recorder))
         assert again.keep == RedactionRules(input="hashed")
         again.close()
 
 
-def test_a_seal_opens_only_its_own() -> None:
+def test_seal_text_round_trips_with_random_token() -> None:
     seal = Seal([Fernet.generate_key()])
     assert seal.open_text(seal.seal_text("x")) == "x"
     assert seal.seal_text("x") != seal.seal_text("x")
     assert len(seal.hashes(b"k")[0]) == 16
 
 
-def test_no_password_and_no_input_stands_in_a_repr_an_error_or_the_log(tmp_path: Path, caplog: Any) -> None:
+def test_repr_errors_and_logs_contain_no_password_or_input(tmp_path: Path, caplog: Any) -> None:
     away = "postgresql+psycopg://me:hunter2@127.0.0.1:1/none"
     with caplog.at_level("DEBUG"):
         recorder = Recorder(away, spool=tmp_path / "s.db", retry_seconds=60)
@@ -226,7 +224,7 @@ def test_no_password_and_no_input_stands_in_a_repr_an_error_or_the_log(tmp_path:
     assert MAIL not in repr(caught.value.__cause__)
 
 
-def test_a_lost_key_does_not_keep_others_from_being_forgotten(tmp_path: Path) -> None:
+def test_delete_subject_works_despite_records_of_a_lost_key(tmp_path: Path) -> None:
     old, new = Fernet.generate_key(), Fernet.generate_key()
     with CallLog(tmp_path / "calls.db", key=old) as store:
         store.append([call(1, subject="jane"), call(9, subject="ann")])
@@ -234,7 +232,7 @@ def test_a_lost_key_does_not_keep_others_from_being_forgotten(tmp_path: Path) ->
     with CallLog(tmp_path / "calls.db", key=new) as store:
         store.append([call(2, subject="joe"), call(3)])
         assert store.delete(subject="joe") == 1
-        assert store.delete(subject="jane") == 0, "another key's hashes are not found"
+        assert store.delete(subject="jane") == 0, "hashes keyed by another key are not found"
     with CallLog(tmp_path / "calls.db", key=[new, old]) as store:
         assert store.delete(subject="jane") == 2
         assert [one.input for one in everything(store)] == ["question 3", "question 9"]

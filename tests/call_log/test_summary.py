@@ -1,4 +1,4 @@
-"""Leakage, cost and quality side by side, from a real store; and the budgets of what is stored."""
+"""Tests of call log summaries and of budgets for stored answers and disclosure, on real databases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def store(url: str) -> Any:  # noqa: F811
 
 
 def filled(store: CallLog) -> None:
-    monday = 4 * DAY  # of the second week of 1970
+    monday = 4 * DAY  # the first Monday of 1970
     asked = [
         call(i, time=monday + 1.7 + i * DAY / 2, answer_label=label, gold=gold)
         for i, (label, gold) in enumerate([("refund", "refund"), ("cancel", "status"), ("cancel", None)])
@@ -53,7 +53,7 @@ def filled(store: CallLog) -> None:
     store.append([asked[2].model_copy(update={"id": str(uuid4())})])
 
 
-def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: CallLog) -> None:
+def test_summarize_by_period_returns_cost_and_quality(store: CallLog) -> None:
     filled(store)
     first, second, last = summarize(store, sample_small=0.5)
     assert [row.start / DAY for row in (first, second, last)] == [4, 5, 13]
@@ -62,9 +62,9 @@ def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: Cal
     assert first.usd_per_1000 == pytest.approx(5.0)
     assert first.all_large_usd_per_1000 == pytest.approx(10.0)
     assert (first.agreement, first.labelled) == (0.5, 3)
-    assert first.accuracy == pytest.approx(2 / 3), "refund by the large model, cancel by the small one"
+    assert first.accuracy == pytest.approx(2 / 3), "the large model is right on refund, the small one on cancel"
     assert (first.small_accuracy, first.large_accuracy) == (pytest.approx(1 / 3), 0.5)
-    assert (second.calls, second.deferral_rate, second.labelled) == (2.0, 1.0, 0), "a repeat counts"
+    assert (second.calls, second.deferral_rate, second.labelled) == (2.0, 1.0, 0), "repeats are counted"
     assert (last.deferral_rate, last.usd_per_1000, last.all_large_usd_per_1000) == (0.0, 0.0, None)
     weeks = summarize(store, by="week", sample_small=0.5)
     assert [(row.start / DAY, row.calls) for row in weeks] == [(4, 6.0), (11, 2.0)]
@@ -73,8 +73,8 @@ def test_each_period_tells_what_left_what_it_cost_and_how_good_it_was(store: Cal
     assert summarize(store, which=CallFilter(until=4 * DAY)) == []
 
 
-def test_only_what_is_sampled_is_scaled_up(store: CallLog) -> None:
-    """Audits, inputs that had to stay, and failed large calls are recorded always."""
+def test_summarize_scales_up_only_sampled_calls(store: CallLog) -> None:
+    """Audits, inputs that must stay local, and failed large calls are always recorded."""
     nothing: dict[str, Any] = {"answer_label": None, "answer": None, "cost_usd": None, "large_model": "", "time": 10.0}
     kept: dict[str, Any] = {**nothing, "route": "small", "reason": "confident"}
     store.append(
@@ -93,7 +93,7 @@ def test_only_what_is_sampled_is_scaled_up(store: CallLog) -> None:
     assert row.all_large_usd_per_1000 == pytest.approx(1000 * 0.06 / 7)
 
 
-def test_what_the_gate_let_out_stands_beside_it(store: CallLog) -> None:
+def test_summarize_includes_audit_trail_of_guard(store: CallLog) -> None:
     ledger = SharedLedger(store)
     guard = PrivacyGuard(budget=DisclosureBudget(calls=2, ledger=ledger), redact=frozenset({"EMAIL"}))
     with Recorder(store, sample_small=1.0) as recorder:
@@ -110,7 +110,7 @@ def test_what_the_gate_let_out_stands_beside_it(store: CallLog) -> None:
     assert row.deferral_rate == 0.5
 
 
-def test_the_report_is_a_table_or_json(store: CallLog, url: str) -> None:  # noqa: F811
+def test_log_summary_command_prints_table_or_json(store: CallLog, url: str) -> None:  # noqa: F811
     filled(store)
     runner = CliRunner()
     shown = runner.invoke(app, ["log", "summary", "--store", url, "--by", "week", "--sample-small", "0.5"])
@@ -123,7 +123,7 @@ def test_the_report_is_a_table_or_json(store: CallLog, url: str) -> None:  # noq
     assert [row["calls"] for row in json.loads(found.stdout)] == [2.0, 2.0]
     wrong = runner.invoke(app, ["log", "summary", "--store", url, "--by", "hour"])
     assert wrong.exit_code == 2
-    assert "no period 'hour'" in wrong.stderr
+    assert "got 'hour'" in wrong.stderr
     with pytest.raises(ConfigurationError, match="above 0"):
         summarize(store, sample_small=0.0)
 
@@ -133,7 +133,7 @@ def ledger(request: pytest.FixtureRequest, url: str) -> Any:  # noqa: F811
     return LocalLedger() if request.param == "here" else SharedLedger(CallLog(url))
 
 
-def test_no_more_answers_are_stored_than_the_budget_has(store: CallLog, ledger: Any) -> None:
+def test_output_budget_limits_stored_answers(store: CallLog, ledger: Any) -> None:
     keep = RedactionRules(outputs=OutputBudget(outputs=3, subject_outputs=2, ledger=ledger, name="stored"))
     with Recorder(store, sample_small=1.0, keep=keep) as recorder:
         shunt = ShuntRunnable(
@@ -143,36 +143,36 @@ def test_no_more_answers_are_stored_than_the_budget_has(store: CallLog, ledger: 
             shunt.invoke({"input": f"refund {i}"}, {"configurable": {"shunt_subject": who}})
     records = sorted((one for part in store.iterate() for one in part), key=lambda one: one.input)
     assert [one.answer for one in records] == ["refund", "refund", None, "refund", None]
-    assert [one.route for one in records] == ["large"] * 5, "calls are still told"
+    assert [one.route for one in records] == ["large"] * 5, "the calls themselves are still recorded"
     assert [one.answer_label for one in records if one.answer is None] == [None, None]
 
 
-def test_answers_that_cannot_be_counted_are_not_stored(store: CallLog, caplog: Any) -> None:
+def test_output_budget_failing_ledger_stores_no_answer(store: CallLog, caplog: Any) -> None:
     class Away(LocalLedger):
         def spend(self, amounts: Any) -> Any:
-            raise StoreError("the database is away")
+            raise StoreError("the database cannot be reached")
 
     kept = RedactionRules(outputs=OutputBudget(outputs=5, ledger=Away()))(call(1))
     assert (kept.answer, kept.answer_label) == (None, None)
-    assert "cannot be counted" in caplog.text
+    assert "output budget cannot be updated" in caplog.text
     with pytest.raises(ConfigurationError, match="at least one limit"):
         OutputBudget()
 
 
-def test_a_ledger_forgets_other_periods_only(monkeypatch: Any) -> None:
+def test_local_ledger_full_drops_only_other_periods(monkeypatch: Any) -> None:
     ledger = LocalLedger()
     ledger._room = 10
     now = 0.0
     budget = DisclosureBudget(subject_calls=1, ledger=ledger, clock=lambda: now)
     for who in range(30):
         assert budget.above({"calls": 1}, bytes([who])) == ""
-    assert budget.above({"calls": 1}, bytes([0])) == "subject_calls", "nobody of this period is forgotten"
+    assert budget.above({"calls": 1}, bytes([0])) == "subject_calls", "amounts of the current period are kept"
     now, ledger._room = 86_400.0, 10
     assert budget.above({"calls": 1}, bytes([0])) == ""
     assert len(ledger._spent) == 1
 
 
-def test_budgets_and_keepings_can_be_pickled(tmp_path: Any) -> None:
+def test_budgets_and_redaction_rules_can_be_pickled(tmp_path: Any) -> None:
     keep = RedactionRules(outputs=OutputBudget(outputs=3))
     assert pickle.loads(pickle.dumps(keep)).outputs.outputs == 3
     assert pickle.loads(pickle.dumps(DisclosureBudget(calls=1))).calls == 1
@@ -180,7 +180,7 @@ def test_budgets_and_keepings_can_be_pickled(tmp_path: Any) -> None:
         pickle.loads(pickle.dumps(recorder)).close()
 
 
-def test_money_is_a_bound_too() -> None:
+def test_disclosure_budget_usd_limits_are_enforced() -> None:
     ledger, asked = LocalLedger(), []  # type: ignore[var-annotated]
     budget = DisclosureBudget(usd=0.05, subject_usd=0.02, usd_per_call=0.01, ledger=ledger)
     shunt = ShuntRunnable(
@@ -208,7 +208,7 @@ def test_money_is_a_bound_too() -> None:
         DisclosureBudget(usd=1.0)
 
 
-def test_a_call_that_failed_was_not_answered(store: CallLog) -> None:
+def test_summarize_failed_call_is_not_labelled(store: CallLog) -> None:
     lost: dict[str, Any] = {
         "route": "large",
         "reason": "large_error",

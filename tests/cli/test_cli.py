@@ -649,7 +649,7 @@ def test_distill_and_summary_missing_log_is_not_created(words: list[str], work: 
     ("words", "message"),
     [
         (["prune"], "No records selected. Pass --max-age-days"),
-        (["export", "--out", "x.xyz"], "cannot be exported as 'xyz'"),
+        (["export", "--out", "x.xyz"], "Expected an export kind of jsonl, openai, parquet, datasets, got 'xyz'"),
         (["export", "--out", "x.jsonl", "--since", "yesterday"], "Expected an ISO date or time, got 'yesterday'"),
         (["export", "--out", "x.jsonl", "--route", "up"], "Expected one of small, student, large for --route"),
         (["label", "--from", "nothing.csv"], "There is no file"),
