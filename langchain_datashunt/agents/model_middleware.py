@@ -1,4 +1,4 @@
-"""ShuntModelRouterMiddleware: a small chat model takes the turns of an agent that it is sure of."""
+"""ShuntModelRouterMiddleware: route the model calls of an agent between a small and a large chat model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ from langchain_datashunt.routing.plan import decide_one
 
 @dataclass
 class ModelRouterStats:
-    """Turns by who took them; `small_errors` are those of `large` in which the small model failed."""
+    """Counts of turns by the model that answered.
+
+    Attributes:
+        small: Turns that the small model answered.
+        large: Turns that the agent's own model answered.
+        small_errors: Turns of `large` in which the small model failed.
+    """
 
     small: int = 0
     large: int = 0
@@ -33,17 +39,17 @@ class ModelRouterStats:
 
 
 class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Asks a small chat model first; its turn is kept where it is sure, else the agent's own model is asked.
+    """Answer an agent's turn with a small chat model if it is confident, and with the agent's own model otherwise.
 
-    Messages carry the decision under `response_metadata["shunt"]`. What the small model drafted and was not kept is not
-    shown in streams of messages.
+    Messages carry the decision in `response_metadata["shunt"]`. Rejected drafts of the small model do not appear in
+    message streams.
 
     Args:
-        small: The small chat model, with log-probabilities switched on.
-        policy: When its turn is kept, by its confidence.
-        confidence: How sure it is of a message. Log-probabilities do not cover tool calls: a turn with calls goes to
-            the agent's own model unless this says otherwise.
-        name: Name of this middleware; several in one agent need different ones.
+        small: The small chat model, with log-probabilities enabled.
+        policy: Decides whether a draft is confident. None uses `Threshold(0.9)`.
+        confidence: Computes the confidence of a message. Log-probabilities do not cover tool calls, so by default a
+            turn with tool calls goes to the agent's own model.
+        name: Name of this middleware. Each middleware of an agent needs its own name.
     """
 
     def __init__(

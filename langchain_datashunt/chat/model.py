@@ -1,4 +1,4 @@
-"""ShuntChatModel: a shunt wherever a chat model goes."""
+"""ShuntChatModel: a shunt with the interface of a LangChain chat model."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ from langchain_datashunt.large_models.caller import END
 
 
 class ShuntChatModel(ShuntChatSettings):
-    """A chat model that answers by itself what its small side is sure of, and asks a large chat model for the rest.
+    """Answer chat requests with a small model if it is confident, and defer to a large chat model otherwise.
 
-    The small side is a small model whose labels have answers, or a small local chat model that gives
-    log-probabilities.
+    The small side is a classifier whose labels map to answers, or a small chat model that returns log-probabilities.
 
     ```python
     model = ShuntChatModel(
@@ -46,13 +45,15 @@ class ShuntChatModel(ShuntChatSettings):
     )
     ```
 
-    Messages carry the decision under `response_metadata["shunt"]`, and in `usage_metadata` what the large model
-    counted. Runs: a chain run with one run of the small model and, where it was asked, one of the large model, whose
-    own cache, rate limiter and callbacks work as ever. A call inside an outer chat-model run (`generate` of another
-    wrapper, `stream_events(version="v3")`) has that one run alone, so that tokens are counted once.
+    Messages carry the decision in `response_metadata["shunt"]`, and the token counts of the large model in
+    `usage_metadata`.
 
-    A classifier reads the last human message. Where the conversation ends with something else, a tool's result for
-    example, the large model is asked at once.
+    A classifier reads the last human message. If the conversation ends with another message, such as the result of a
+    tool, the large model is called directly.
+
+    A call creates a chain run, with child runs of the small model and, if deferred, of the large model. The large
+    model's own cache, rate limiter and callbacks stay in effect. A call inside an outer chat-model run, such as
+    `stream_events(version="v3")`, creates no runs of its own, so that tokens are counted once.
     """
 
     @override
@@ -134,7 +135,7 @@ class ShuntChatModel(ShuntChatSettings):
     # Many conversations
 
     def _conversations(self, inputs: Sequence[LanguageModelInput]) -> list[list[BaseMessage]] | None:
-        """The messages of inputs that can be one grouped call, None where each must be a call of its own."""
+        """Return the messages of all inputs if one grouped call can serve them, or None if they need separate calls."""
         try:
             found = [self._convert_input(one).to_messages() for one in inputs]
         except (TypeError, ValueError, NotImplementedError):
@@ -146,7 +147,11 @@ class ShuntChatModel(ShuntChatSettings):
         self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
         return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
     ) -> list[Any]:  # fmt: skip
-        """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
+        """Answer `n` conversations with one small-model call and one grouped large call.
+
+        If the small side is a chat model, or a conversation does not end with a human message of text, each
+        conversation is a call of its own.
+        """
         conversations = self._conversations(inputs)
         if conversations is None:
             more = {**kwargs, **({} if stop is None else {"stop": stop})}
@@ -162,7 +167,7 @@ class ShuntChatModel(ShuntChatSettings):
         self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
         return_exceptions: bool = False, stop: list[str] | None = None, **kwargs: Any,
     ) -> list[Any]:  # fmt: skip
-        """Answer `n` conversations with one small-model call and one grouped large call, where that can be."""
+        """Async version of `batch`."""
         conversations = self._conversations(inputs)
         if conversations is None:
             more = {**kwargs, **({} if stop is None else {"stop": stop})}
@@ -191,7 +196,7 @@ class ShuntChatModel(ShuntChatSettings):
         config = legacy_config(callbacks, tags, metadata, run_name, run_id)
         return llm_result(await self.abatch(list(messages), config, stop=stop, **kwargs))
 
-    # Inside another chat-model run: that one counts the tokens, so nothing is reported below it
+    # Calls inside another chat-model run, which counts the tokens. They report to no callbacks.
 
     @override
     def _generate(
@@ -232,7 +237,7 @@ class ShuntChatModel(ShuntChatSettings):
         return RunnableConfig(callbacks=[], configurable=self._carried)
 
     def _carrying(self, config: RunnableConfig | None) -> ShuntChatModel:
-        """A copy that knows what is configured for one call, where the base class hands only callbacks on."""
+        """Return a copy that keeps the `configurable` values of one call, which the base class does not pass on."""
         copied = self.model_copy()
         copied._carried = dict(ensure_config(config).get("configurable", {}))
         return copied
@@ -251,7 +256,7 @@ class ShuntChatModel(ShuntChatSettings):
     def bind_tools(
         self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Bind tools to both sides; the small side answers only what is allowed then."""
+        """Bind tools to both sides. The small side answers only if its answer fits the tools and the tool choice."""
         given = {**kwargs, **({} if tool_choice is None else {"tool_choice": tool_choice})}
         large = self.large.bind_tools(tools, **given)
         small = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
@@ -262,10 +267,11 @@ class ShuntChatModel(ShuntChatSettings):
     def with_structured_output(
         self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
     ) -> Runnable[LanguageModelInput, Any]:
-        """Structured answers of both sides.
+        """Return a version of this model in which both sides answer with objects of a schema.
 
-        The small side answers where an answer of its label fits the schema: an object, fields, or where the schema has
-        one field only a label's text. A chat model as small side needs log-probabilities beside its structured output.
+        A classifier answers only if the answer to its label fits the schema. The answer can be an object or its fields.
+        If the schema has a single field, a text answer (such as the label itself) fills it. A small chat model must
+        return log-probabilities with its structured output.
         """
         large = self._with_settings(self.large).with_structured_output(schema, include_raw=include_raw, **kwargs)
         small = self.small
@@ -275,11 +281,14 @@ class ShuntChatModel(ShuntChatSettings):
         return StructuredChat(self, BoundSides(small, large, form), include_raw=include_raw)
 
     def _with_settings(self, model: BaseChatModel) -> BaseChatModel:
-        """A chat model with this one's settings where it has such fields: a parser after it passes no keywords on."""
+        """Return a chat model with this model's standard settings, as far as it has such fields.
+
+        They are set as fields because a parser behind the model would not pass on keyword arguments.
+        """
         own = {name: getattr(self, name) for name in STANDARD if getattr(self, name) is not None}
         return model.model_copy(update={name: value for name, value in own.items() if name in type(model).model_fields})
 
-    # What a chat model says of itself
+    # Identification and token counting
 
     @property
     @override

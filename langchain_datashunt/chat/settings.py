@@ -1,4 +1,4 @@
-"""What a shunted chat model is made of: its settings, and the shunts that they make. It asks nobody."""
+"""ShuntChatSettings: the settings of a `ShuntChatModel`, and the shunts built from them."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.routing.shunt import ShuntRunnable
 
 NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a human message")
-"""The decision where a classifier has nothing to read, as after a tool's result."""
+"""Decision about a conversation that a classifier cannot read, for example after the result of a tool."""
 
 _SETTINGS = (
     "on_large_error", "max_concurrency", "retry", "threshold_id", "monitor", "fail_safe", "shadow", "recorder",
     "guard", "breaker", "max_pending",
 )  # fmt: skip
-"""Fields that are handed on to the shunt as they are."""
+"""Fields that are passed to the shunt unchanged."""
 
 STANDARD = ("temperature", "max_tokens", "stop")
-"""Fields that are handed on with each large call, where they are set."""
+"""Fields that are passed with each large call if they are set."""
 
 
 class BoundSides(NamedTuple):
-    """Both sides of a chat shunt, with what was bound to them.
+    """Both models of a chat shunt, with bound tools or structured output.
 
     Attributes:
-        small: The small model, or the chat model that drafts.
-        large: The large chat model.
-        form: The form of answers that was asked for.
+        small: Classifier or small chat model.
+        large: Large chat model.
+        form: Form that the answers must have.
     """
 
     small: Runnable[Any, Any]
@@ -65,39 +65,40 @@ class ShuntChatSettings(Frozen, BaseChatModel):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     small: Runnable[Any, Any]
-    """A small model (`Runnable` to a `Prediction`), or a chat model that drafts."""
+    """Classifier (any `Runnable` that returns a `Prediction`), or a small chat model."""
 
     large: BaseChatModel
     """The large chat model."""
 
     answers: dict[str, Any] | None = None
-    """By label what the small side says: text, `AIMessage`, `ToolAnswer`, an object or its fields for structured
-    output, or a list of them of which the first is taken that fits the call. A label without an answer is left to the
-    large model. None answers with the label itself. Of no use with a chat model as small side."""
+    """Local answers by label, or by text if the small model writes its answers. Each answer is text, an `AIMessage`, a
+    `ToolAnswer`, or an object (or its fields) for structured output. For a list, the first answer that fits the call is
+    used. Labels without an answer are deferred. None answers with the label itself. Ignored if the small side is a chat
+    model."""
 
     confidence: DraftConfidence = Field(default=mean_token_probability, exclude=True, repr=False)
-    """How sure a chat model as small side is of its message."""
+    """Computes the confidence of a small chat model in its message, in [0, 1]."""
 
     policy: Policy | None = None
-    """When to keep; see `ShuntRunnable.policy`."""
+    """See `ShuntRunnable.policy`."""
 
     pruning: Pruning | None = SoftPruning()
-    """What the large model is told of a small model's opinion, in the system message; None tells it nothing."""
+    """Strategy that adds the classifier's probabilities to the system message of the large model. None adds nothing."""
 
     hint: str | None = None
-    """A template of what it is told, over the variables of `pruning`; None for the strategy's own words."""
+    """Template of that addition, over the variables of `pruning`. None uses the strategy's own paragraph."""
 
     on_large_error: Literal["raise", "small"] = "raise"
     """See `ShuntRunnable.on_large_error`."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
-    """Large calls at once at the most."""
+    """Maximum concurrent large calls. None means unlimited."""
 
     retry: Retry = Retry(attempts=1)
-    """Around each large call; once by default, since chat models retry by themselves."""
+    """How each large call is retried. The default never retries, because chat models retry by themselves."""
 
     threshold_id: str = "shunt_threshold"
-    """The key of `config["configurable"]` that replaces the threshold for one call."""
+    """Key of `config["configurable"]` that replaces the threshold for one call."""
 
     monitor: Any = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.monitor`."""
@@ -112,8 +113,8 @@ class ShuntChatSettings(Frozen, BaseChatModel):
     """See `ShuntRunnable.recorder`."""
 
     guard: PrivacyGuard | None = None
-    """See `ShuntRunnable.guard`. An input that stays and has no small answer raises `LocalOnlyError`. Turns without a
-    question for the small side pass the guard too."""
+    """See `ShuntRunnable.guard`. An input that must stay local raises `LocalOnlyError` if it has no local answer. Turns
+    that skip the small side pass through the guard too."""
 
     breaker: Any = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.breaker`."""
@@ -122,22 +123,22 @@ class ShuntChatSettings(Frozen, BaseChatModel):
     """See `ShuntRunnable.max_pending`."""
 
     temperature: float | None = None
-    """Handed on with each large call; None leaves it to the large model."""
+    """Temperature of each large call. None uses the large model's."""
 
     max_tokens: int | None = Field(default=None, ge=1)
-    """Likewise."""
+    """Maximum output tokens of each large call. None uses the large model's."""
 
     stop: list[str] | None = None
-    """Likewise."""
+    """Stop sequences of each large call. None uses the large model's."""
 
     streaming: bool | None = None
-    """False has `stream` give whole answers."""
+    """Whether `stream` yields chunks. False yields each answer in one piece."""
 
     limiter: CallLimiter | None = Field(default=None, exclude=True, repr=False)
     """See `ShuntRunnable.limiter`."""
 
     bound: BoundSides | None = Field(default=None, exclude=True, repr=False)
-    """Both sides with tools bound to them, as `bind_tools` sets it; None uses `small` and `large` as they are."""
+    """Both models with bound tools, set by `bind_tools`. None uses `small` and `large` unchanged."""
 
     _sides: BoundSides = PrivateAttr()
     _limiter: CallLimiter = PrivateAttr()
@@ -151,14 +152,16 @@ class ShuntChatSettings(Frozen, BaseChatModel):
         try:
             return coerce_to_runnable(value)
         except TypeError as error:
-            raise ConfigurationError(f"A {type(value).__name__} is no small model: give a Runnable.") from error
+            raise ConfigurationError(
+                f"Expected a Runnable for `small`, got {type(value).__name__}. Pass a small model."
+            ) from error
 
     @field_validator("rate_limiter", "cache", check_fields=False)
     @classmethod
     def _of_the_large(cls, value: Any) -> Any:
         if value not in (None, False):
             raise ConfigurationError(
-                "Give `cache` and `rate_limiter` to the large model: only its calls cost something."
+                "`cache` and `rate_limiter` belong to the large model, whose calls are the costly ones. Set them there."
             )
         return value
 
@@ -174,21 +177,21 @@ class ShuntChatSettings(Frozen, BaseChatModel):
     def _parts_fit(self) -> Self:
         if isinstance(self.small, RunnableBinding) and isinstance(self.small.bound, BaseChatModel):
             raise ConfigurationError(
-                "`small` is a chat model with bound settings, whose tools could not be bound; give the chat model "
-                "itself with these settings, for example ChatOpenAI(..., logprobs=True)."
+                "Expected a chat model for `small`, got one with bound settings, to which tools cannot be bound. Pass "
+                "the settings to the chat model itself, for example ChatOpenAI(..., logprobs=True)."
             )
         labels = getattr(self.small, "labels", None)
-        writes = labels is not None and tuple(labels) == ANSWER_LABELS  # answers are then by what it writes
+        writes = labels is not None and tuple(labels) == ANSWER_LABELS  # `answers` then refers to its written text
         if labels and not writes and (unknown := sorted(set(self.answers or ()) - set(labels))):
             raise ConfigurationError(
-                f"There are answers for labels that the small model does not have: {', '.join(unknown[:5])}. Its "
-                f"labels are: {', '.join(labels[:10])}."
+                f"`answers` contains labels that the small model does not have: {', '.join(unknown[:5])}. Use its "
+                f"labels: {', '.join(labels[:10])}."
             )
         return self
 
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with other settings; another model on either side loses tools that were bound."""
+        """Return a copy with other settings. Replacing `small` or `large` drops bound tools."""
         changed = dict(update or {})
         if changed.keys() & {"small", "large"}:
             changed.setdefault("bound", None)
@@ -196,11 +199,11 @@ class ShuntChatSettings(Frozen, BaseChatModel):
         return super().model_copy(update=changed, deep=deep)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Return a copy with its own answers; the models hold connections and are shared."""
+        """Return a copy with its own answers. The models are shared, because they hold connections."""
         return self.model_copy(update={"answers": copy.deepcopy(self.answers, memo)})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave out the limiter, which belongs to this process."""
+        """Pickle the settings without the limiter, which belongs to this process."""
         make, (cls, settings) = super().__reduce__()
         return make, (cls, {name: value for name, value in settings.items() if name != "limiter"})
 
@@ -217,17 +220,17 @@ class ShuntChatSettings(Frozen, BaseChatModel):
         return isinstance(self.small, BaseChatModel)
 
     def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
-        """What asks the large model where there is no question for the small side; it passes the same guard."""
+        """Return a caller of the large model for turns that skip the small side, behind the same guard."""
         gated = large if self.guard is None else self.guard.around(large)
         return LargeCaller(gated, self.retry, self._limiter, self.breaker, self.max_pending)
 
     def _shunt_over(self, sides: BoundSides, *, name: str, raw: bool = False) -> ShuntRunnable:
-        """Return a shunt both of whose sides answer in one form.
+        """Return a shunt in which both sides answer in the same form.
 
         Args:
             sides: The models, and the form of their answers.
-            name: Name of its runs.
-            raw: Whether structured answers come with their raw message.
+            name: Name of the shunt's runs.
+            raw: Whether structured answers include the raw message.
         """
         settings = {field: getattr(self, field) for field in _SETTINGS}
         settings |= {"name": name, "return_decision": True, "limiter": self._limiter}
@@ -245,7 +248,7 @@ class ShuntChatSettings(Frozen, BaseChatModel):
         )
 
     def _shunt_for(self, settings: dict[str, Any]) -> ShuntRunnable:
-        """Return the shunt of one call; another one if the call binds tools, or if the small side drafts."""
+        """Return the shunt for one call, a new one if the call's settings bind tools or affect a small chat model."""
         sides = self._sides
         if settings.keys() & {"tools", "tool_choice", "response_format"}:
             sides = sides._replace(form=sides.form.with_call(settings))
@@ -254,7 +257,7 @@ class ShuntChatSettings(Frozen, BaseChatModel):
         return self._shunt if sides is self._sides else self._shunt_over(sides, name="ShuntChatModel")
 
     def _has_question(self, messages: Sequence[BaseMessage]) -> bool:
-        """Whether the small side can read what is asked: a classifier reads a human message of text alone."""
+        """Return whether the small side can read the conversation. A classifier needs a final human message of text."""
         return self.drafts or (bool(messages) and isinstance(messages[-1], HumanMessage) and text_alone(messages[-1]))
 
     def _config(self, config: RunnableConfig | None) -> RunnableConfig:

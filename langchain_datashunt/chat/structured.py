@@ -1,4 +1,4 @@
-"""StructuredChat: a shunt over a chat model whose answers are objects. It routes nothing itself."""
+"""StructuredChat: a `ShuntChatModel` with structured output."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from langchain_datashunt.large_models.caller import END
 
 
 class StructuredChat(Runnable[Any, Any]):
-    """A chat shunt whose answers are objects.
+    """Answer chat requests with objects of one schema, as `ShuntChatModel.with_structured_output` returns it.
 
     Args:
-        owner: The chat shunt.
-        sides: Its models with structured output, and the form of the answers.
-        include_raw: Whether answers come as mappings that hold the raw message too.
+        owner: The chat model with the settings.
+        sides: Both models with structured output, and the schema of the answers.
+        include_raw: Whether to return mappings with the raw message, like LangChain's chat models.
     """
 
     def __init__(self, owner: ShuntChatSettings, sides: BoundSides, *, include_raw: bool) -> None:
@@ -93,7 +93,7 @@ class StructuredChat(Runnable[Any, Any]):
 
 
 def parsed(result: ShuntResult) -> Any:
-    """The object, or the mapping whose raw message carries the decision."""
+    """Return the object of a result. With `include_raw`, the raw message of the mapping carries the decision."""
     output = said_by(result)
     if isinstance(output, dict) and isinstance(output.get("raw"), BaseMessage) and "parsing_error" in output:
         return {**output, "raw": marked(output["raw"], result.decision)}
@@ -101,7 +101,7 @@ def parsed(result: ShuntResult) -> Any:
 
 
 def unasked(message: Any) -> Any:
-    """A large model's answer, or its error, where there was no question for the small side."""
+    """Return the large model's answer to a turn that skips the small side, with the decision, or raise its error."""
     if isinstance(message, Exception):
         raise message
     return marked(message, NO_QUESTION)

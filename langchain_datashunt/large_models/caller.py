@@ -1,4 +1,4 @@
-"""LargeCaller: ask the large model, with retries, limits and a circuit breaker."""
+"""LargeCaller: call the large model with retries, limits and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Configs: TypeAlias = RunnableConfig | list[RunnableConfig]
 """One config for all inputs, or one each."""
 
 END: Any = object()
-"""The first chunk of an opened stream that has none."""
+"""Placeholder for the first chunk of a stream without chunks."""
 
 
 class LargeCaller:
-    """A large model with its retries and limits.
+    """Call a large model with retries, limits and a circuit breaker.
 
-    `invoke`, `ainvoke`, `batch` and `abatch` return errors as values, since only the caller knows what an error
-    means: it may answer with the small model instead. An input that is an exception already is returned as it is.
+    `invoke`, `ainvoke`, `batch` and `abatch` return errors as values, because a shunt may replace them by the small
+    model's answers. An input that is already an exception is returned unchanged, without a call.
 
     Args:
         large: The large model; any Runnable.
         retry: How each call is retried.
-        limiter: Limits concurrent calls; may be shared with other callers.
-        breaker: Fails fast while the large model is down; None never does.
-        max_pending: Maximum calls that wait or run; None means unlimited.
+        limiter: Limits concurrent calls. It may be shared with other callers.
+        breaker: Fails fast while the large model is down. None always calls it.
+        max_pending: Maximum calls that wait or run. None means unlimited.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class LargeCaller:
         Args:
             asked: The input.
             config: Its config.
-            kwargs: Passed to the large model.
-            failed: Error of a first attempt that was part of a grouped call; it counts as an attempt.
+            kwargs: Keyword arguments for the large model.
+            failed: Error of a first attempt that was part of a grouped call. It counts as an attempt.
         """
         call = partial(self.large.invoke, asked, config, **kwargs)
 
@@ -111,14 +111,14 @@ class LargeCaller:
     def batch(self, asked: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> list[Any]:
         """Return outputs for `n` inputs, errors among them.
 
-        One grouped call is made; an input that failed and may succeed is then retried on its own. Inputs are asked
-        one by one from the start if an attempt has a time limit, and until the model answers while the breaker is
-        half open.
+        All inputs go into one grouped call. Inputs that failed with a retryable error are then retried one by one.
+        If attempts have a time limit, each input is called on its own from the start. While the circuit breaker is half
+        open, single calls probe the model.
 
         Args:
             asked: `n` inputs.
             config: One for all, or one each.
-            kwargs: Passed to the large model.
+            kwargs: Keyword arguments for the large model.
         """
         group = _Group(self, asked, config, kwargs)
         while group.asks_singly:
@@ -159,7 +159,7 @@ class LargeCaller:
 
     @contextmanager
     def _watched_group(self) -> Iterator[list[Any]]:
-        """Report to the breaker how a grouped call ended; yields the list that its results are added to."""
+        """Yield a list for the results of a grouped call, and report them to the breaker at its end."""
         probe = self.breaker is not None and self.breaker.admit()
         results: list[Any] = []
         ended: Sequence[Any] = results
@@ -177,10 +177,10 @@ class LargeCaller:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place for one stream, from before it is opened until it is closed.
+        """Reserve a place for one stream, from before it is opened until it is closed.
 
         Raises:
-            QueueFullError: Too many calls wait or run already.
+            QueueFullError: Too many calls already wait or run.
         """
         with self.limiter.admitted(1, self.max_pending), self.limiter.slot():
             yield
@@ -193,10 +193,12 @@ class LargeCaller:
                 yield
 
     def open(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, Generator[Any]]:
-        """Start a stream and wait for its first chunk, with retries: until then nothing has been shown.
+        """Start a stream and wait for its first chunk, with retries.
+
+        Retries end with the first chunk, because the caller may have shown it.
 
         Returns:
-            The first chunk (`END` if there is none) and the other chunks, which the caller must close.
+            The first chunk (`END` if there is none), and a generator of the others that the caller must close.
         """
 
         def begin() -> tuple[Any, Generator[Any]]:
@@ -228,7 +230,7 @@ class LargeCaller:
 
 
 class _Group:
-    """The inputs of one `batch`, and which of them wait for an answer; shared by the sync and the async version."""
+    """The state of one `batch`: its inputs, results, and the inputs that wait for an answer."""
 
     def __init__(self, caller: LargeCaller, asked: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> None:
         self.asked, self.config, self.kwargs = list(asked), config, kwargs
@@ -239,19 +241,19 @@ class _Group:
 
     @property
     def asks_singly(self) -> bool:
-        """Whether the next inputs are asked one by one."""
+        """Whether the next inputs are called one by one."""
         breaker = self._caller.breaker
         half_open = breaker is not None and breaker.state == "half-open"
         return bool(self.waiting) and (self._caller.retry.attempt_seconds is not None or half_open)
 
     def single_calls(self) -> list[tuple[Any, ...]]:
-        """Return the arguments of the next single calls: of all inputs, or of one that probes a half-open breaker."""
+        """Return the arguments of the next single calls: all inputs, or one that probes a half-open breaker."""
         self.asking = self.waiting if self._caller.retry.attempt_seconds is not None else self.waiting[:1]
         self.waiting = self.waiting[len(self.asking) :]
         return [(self.asked[j], self.config_of(j), self.kwargs) for j in self.asking]
 
     def grouped_call(self) -> tuple[list[Any], Configs, dict[str, Any]]:
-        """Return the arguments of the grouped call for all that wait."""
+        """Return the arguments of the grouped call for all waiting inputs."""
         self.asking, self.waiting = self.waiting, []
         shared = isinstance(self.config, dict)
         return (
@@ -261,14 +263,14 @@ class _Group:
         )
 
     def retries(self) -> list[tuple[Any, ...]]:
-        """Return the arguments of single calls for inputs that failed and may succeed."""
+        """Return the arguments of single calls for inputs that failed with a retryable error."""
         retry = self._caller.retry
         failed = {j: self.results[j] for j in self.asking if isinstance(self.results[j], Exception)}
         self.asking = [j for j, error in failed.items() if retry.attempts > 1 and is_retryable(error)]
         return [(self.asked[j], self.config_of(j), self.kwargs, failed[j]) for j in self.asking]
 
     def answer(self, results: Sequence[Any]) -> None:
-        """Take in the results of the calls that were made last."""
+        """Store the results of the latest calls."""
         for j, value in zip(self.asking, results, strict=True):
             if isinstance(value, Exception):
                 raise_control_flow(value)
@@ -280,7 +282,7 @@ class _Group:
 
 
 def _chunks(stream: Any) -> Generator[Any]:
-    """Make a stream closable, whatever it is; closing it ends the runs below."""
+    """Wrap any iterator as a generator, so that closing it also closes the stream and its runs."""
     try:
         yield from stream
     finally:

@@ -1,4 +1,4 @@
-"""ChatAsker: prompt | chat model | parser, which asks again if an answer does not fit."""
+"""ChatAsker: prompt | chat model | parser, with follow-up calls after invalid answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from langchain_datashunt.large_models.prompt_pruning import Pruning
 
 
 class Question(Strategy):
-    """What a chat model is asked for: the form of its answer, how the answer is read, and how it is corrected."""
+    """Base class of questions to a chat model: the schema of an answer, its parser, and the correction message."""
 
     @abstractmethod
     def json_schema(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,27 +33,27 @@ class Question(Strategy):
 
     @abstractmethod
     def text_of(self, parsed: Mapping[str, Any]) -> str | None:
-        """Return the text of a structured answer, as `read` takes it; None if it lacks what is asked for."""
+        """Return the text of a structured answer for `read`, or None if required fields are missing."""
 
     @abstractmethod
     def read(self, answers: Sequence[str], value: Mapping[str, Any]) -> Any:
-        """Return the answer to an input.
+        """Return the parsed answer to an input.
 
         Args:
-            answers: What the model answered to it so far, the latest last.
+            answers: All answers of the model to this input so far, the latest last.
             value: The input.
 
         Raises:
-            UnparsableAnswerError: The answers don't contain what is asked for.
+            UnparsableAnswerError: The answers do not contain a valid answer.
         """
 
     @abstractmethod
     def correction(self, answers: Sequence[str], value: Mapping[str, Any]) -> str:
-        """Return the message that asks for a better answer."""
+        """Return the message that requests a valid answer."""
 
 
 class LabelQuestion(Question):
-    """Asks for one of the labels.
+    """Request one of the labels.
 
     Args:
         labels: The accepted labels.
@@ -104,29 +104,29 @@ class LabelQuestion(Question):
 
 
 class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
-    """Ask a chat model a question, and ask again if the answer does not fit.
+    """Ask a chat model a question, and ask again if the answer is invalid.
 
-    A batch is one grouped call of the chat model per round. The Runnable from an input mapping to the answer; errors
-    are `UnparsableAnswerError`s.
+    The input is a mapping for the prompt, and the output is the parsed answer. A batch makes one grouped call of the
+    chat model per round. Raises `UnparsableAnswerError` if the last answer is invalid too.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     prompt: Runnable[Any, Any]
-    """From the input mapping to messages."""
+    """Maps the input mapping to messages."""
 
     chat_model: Runnable[Any, Any]
-    """Any Runnable from messages to a message or text."""
+    """Any Runnable that maps messages to a message or text."""
 
     question: Question
-    """What is asked for."""
+    """The question, which defines valid answers."""
 
     answer_format: Literal["auto", "structured", "text"] = "auto"
     """"structured" uses the model's structured output, "text" plain text, "auto" structured output if the model offers
     it."""
 
     max_reasks: int = Field(default=1, ge=0)
-    """How often the model is asked again after an answer that does not fit."""
+    """Maximum follow-up calls after an invalid answer."""
 
     _structured: dict[str, Runnable[Any, Any]] = PrivateAttr(default_factory=dict)
 
@@ -140,12 +140,12 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
         aliases: Mapping[str, Sequence[str]] | None = None,
         **settings: Any,
     ) -> Self:
-        """Ask for one of the labels.
+        """Create an asker for one of the labels.
 
         Args:
             labels: The accepted labels.
             chat_model: Any chat model.
-            prompt: From the input mapping to messages.
+            prompt: Runnable that maps the input mapping to messages.
             aliases: Other accepted wordings, by label.
             **settings: Any other field.
         """
@@ -159,7 +159,7 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
         try:
             return coerce_to_runnable(value)
         except TypeError as error:
-            msg = f"Expected a chat model or a prompt template, got {type(value).__name__}."
+            msg = f"Expected a chat model or a prompt template, got {type(value).__name__}. Pass a Runnable."
             raise ConfigurationError(msg) from error
 
     def model_post_init(self, context: Any, /) -> None:
@@ -167,7 +167,7 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
         super().model_post_init(context)
         if self.answer_format == "structured" and not offers_structured_output(self.chat_model):
             raise ConfigurationError(
-                f"{type(self.chat_model).__name__} offers no structured output; use answer_format='text' or 'auto'."
+                f"{type(self.chat_model).__name__} offers no structured output. Use answer_format='text' or 'auto'."
             )
 
     # Runnable
@@ -233,7 +233,7 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
         return rounds.outcomes
 
     def model_for(self, value: Any) -> Runnable[Any, Any]:
-        """Return the chat model, bound to the form of the answer if it offers structured output."""
+        """Return the chat model, bound to the question's schema if it offers structured output."""
         model = self.chat_model
         if self.answer_format == "text" or not isinstance(model, BaseChatModel) or not offers_structured_output(model):
             return model
@@ -266,7 +266,7 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
 
 
 class _Rounds:
-    """The conversations of one batch. One stays open until its answer fits, or the model was asked often enough."""
+    """The conversations of one batch. Each stays open until its answer is valid or no follow-up calls are left."""
 
     def __init__(self, asker: ChatAsker, values: Sequence[Any], prompts: Sequence[Any]) -> None:
         self.asker, self.values = asker, values
@@ -278,7 +278,7 @@ class _Rounds:
         self.open = list(self.conversations)
 
     def models(self) -> list[tuple[Runnable[Any, Any], list[int]]]:
-        """Return the models to ask in this round, each with the inputs that it is asked about."""
+        """Return the models to call in this round, each with its inputs."""
         groups: dict[int, tuple[Runnable[Any, Any], list[int]]] = {}
         for i in self.open:
             model = self.asker.model_for(self.values[i])
@@ -286,11 +286,11 @@ class _Rounds:
         return list(groups.values())
 
     def messages(self, rows: Sequence[int]) -> list[list[BaseMessage]]:
-        """Return the conversations of these inputs."""
+        """Return the conversations of inputs `rows`."""
         return [self.conversations[i] for i in rows]
 
     def answer(self, rows: Sequence[int], replies: Sequence[Any]) -> None:
-        """Read the model's replies to these inputs; errors among them are outcomes."""
+        """Parse the model's replies to inputs `rows`, or store their errors."""
         question = self.asker.question
         for i, reply in zip(rows, replies, strict=True):
             self.open.remove(i)
@@ -317,9 +317,9 @@ def default_prompt(
     """Return the default prompt for labelled tasks: instructions, candidates, pruning paragraph, history, input.
 
     Args:
-        pruning: The strategy whose paragraph describes the small model's probabilities; None adds none.
+        pruning: Strategy whose paragraph describes the small model's probabilities. None adds no paragraph.
         input_key: Name of the input.
-        reader: How inputs are read; an input that is not text (an image) becomes a message of its own.
+        reader: Reader of the inputs. An input that is not text, such as an image, becomes a message of its own.
     """
     hint = pruning.paragraph if pruning is not None else ""
     text = reader is None or isinstance(reader, TextReader)
@@ -351,10 +351,12 @@ def offers_structured_output(model: Runnable[Any, Any]) -> bool:
 
 
 def _messages(value: Any) -> list[BaseMessage] | InputError:
-    """Return the output of a prompt as messages; an error if it is something else."""
+    """Return the output of a prompt as messages, or an error if it has another type."""
     found = [HumanMessage(value)] if isinstance(value, str) else messages_of(value)
     if found is None:
-        return InputError(f"Expected a prompt value, messages or text from the prompt, got {type(value).__name__}.")
+        return InputError(
+            f"Expected messages or text from `prompt`, got {type(value).__name__}. Use a prompt template."
+        )
     return list(found)
 
 
@@ -375,7 +377,7 @@ def _children(configs: Sequence[RunnableConfig], managers: Sequence[Any], tag: s
 
 
 def _each(part: Runnable[Any, Any], values: list[Any], configs: list[RunnableConfig], kwargs: Any) -> list[Any]:
-    """Return the outputs of a part, errors among them: one call for one value, a grouped call for more."""
+    """Return the outputs of a part, errors among them. A single value is invoked, others are one grouped call."""
     if len(values) != 1:
         return part.batch(values, configs, return_exceptions=True, **kwargs)
     try:

@@ -1,4 +1,4 @@
-"""Limits on how many large-model calls run, and wait, at once."""
+"""CallLimiter: limit how many large-model calls run or wait at the same time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from langchain_datashunt.exceptions import QueueFullError
 
 
 class CallLimiter:
-    """Limits concurrent large-model calls, per process for threads and per event loop for tasks.
+    """Limit concurrent large-model calls, per process for threads and per event loop for tasks.
 
-    A grouped call takes one place for each call that it may run at once, so the limit holds for groups too. Groups take
-    their places in turn, so that a group is served although single calls keep coming.
+    A grouped call takes one place for each call that it may run concurrently, so the limit holds for groups too.
+    Callers acquire their places in turn, so that a series of single calls cannot starve a group.
 
-    A stream holds its place until it has been read to its end. Calls made meanwhile in the same context (also in tasks
-    and threads that copied it) don't take another place; otherwise they would wait for themselves.
+    A stream holds its place until it has been read to its end. Nested calls in the same context, including tasks and
+    threads that copied it, take no other place, because they would deadlock.
 
     Args:
-        limit: Maximum concurrent calls; None means unlimited.
+        limit: Maximum concurrent calls. None means unlimited.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -36,7 +36,7 @@ class CallLimiter:
 
     @contextmanager
     def slot(self, places: int = 1) -> Iterator[None]:
-        """Hold places during a sync call."""
+        """Hold places during a sync call, and wait until they are free."""
         room = self._places
         if room is None or self.limit is None or _is_held(room):
             yield
@@ -51,7 +51,7 @@ class CallLimiter:
 
     @asynccontextmanager
     async def aslot(self, places: int = 1) -> AsyncIterator[None]:
-        """Async version of `slot`; it limits the tasks of the running event loop."""
+        """Async version of `slot`, which limits the tasks of the running event loop."""
         if self.limit is None:
             yield
             return
@@ -72,18 +72,18 @@ class CallLimiter:
 
     @property
     def pending(self) -> int:
-        """Calls that wait or run now, of callers with a bound on pending calls."""
+        """Number of calls that wait or run now, from callers with a limit on pending calls."""
         return self._waiting
 
     def admitted(self, calls: int, most: int | None) -> AbstractContextManager[None]:
         """Count calls as pending while the returned context lasts.
 
         Args:
-            calls: How many begin now.
-            most: Maximum calls that wait or run; None means unlimited.
+            calls: Number of calls that start now.
+            most: Maximum calls that wait or run. None means unlimited.
 
         Raises:
-            QueueFullError: Together with the calls that wait or run already, they would exceed `most`.
+            QueueFullError: The calls would exceed `most`, together with those that already wait or run.
         """
         return nullcontext() if most is None else self._counted(calls, most)
 
@@ -92,8 +92,8 @@ class CallLimiter:
         with self._lock:
             if self._waiting + calls > most:
                 raise QueueFullError(
-                    f"{self._waiting} large-model calls wait or run; {calls} more would exceed max_pending={most}. "
-                    f"Send fewer at once, or raise max_pending."
+                    f"{self._waiting} large-model calls already wait or run, and {calls} more would exceed "
+                    f"max_pending={most}. Send fewer calls at once, or raise max_pending."
                 )
             self._waiting += calls
         try:
@@ -103,13 +103,13 @@ class CallLimiter:
                 self._waiting -= calls
 
     def bound(self, limit: int | None) -> int | None:
-        """Return the lower of this limit and the caller's; None means unlimited."""
+        """Return the lower of this limit and `limit`, or None if both are unlimited."""
         given = [n for n in (self.limit, limit) if n]
         return min(given) if given else None
 
 
 class _Hold:
-    """Marks that this context holds places of a semaphore, until they are released."""
+    """Marker that a context holds places of a semaphore, until they are released."""
 
     def __init__(self, room: object) -> None:
         self.room: object | None = room
@@ -124,7 +124,8 @@ def _is_held(room: object) -> bool:
 
 @contextmanager
 def _holding(room: object) -> Iterator[None]:
-    # A stream may end in another context than it began in, so the hold is marked as released instead of reset.
+    # A stream may end in another context than it began in, where a ContextVar token is invalid. The hold is therefore
+    # marked as released instead of reset.
     hold = _Hold(room)
     _HOLDS.set((*_HOLDS.get(), hold))
     try:

@@ -1,4 +1,4 @@
-"""Retries of one large call, and how many run at once; what is asked, and of whom, is the shunt's affair."""
+"""Retry: repeat failed large-model calls with exponential backoff, and limit the time of each attempt."""
 
 from __future__ import annotations
 
@@ -55,12 +55,13 @@ _RETRYABLE_NAMES = frozenset(
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same request may succeed later: by HTTP status, else by kind (connection, time-out, cut reply).
+    """Return whether the same request may succeed later.
 
-    Errors of client libraries are known by name, so that none of them is imported here.
+    The HTTP status decides if there is one, otherwise the type of the error. Connection errors, time-outs and truncated
+    replies are retryable. Errors of client libraries are matched by class name, so that no library is imported here.
     """
     status = status_of(error)
-    if status is not None and status >= 400:  # an unreadable reply carries the status 200 that it came with
+    if status is not None and status >= 400:  # an unreadable reply has status 200, so its type decides
         return status in RETRYABLE_STATUS
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
@@ -68,14 +69,14 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error says its answer had, by the names that client libraries have for it."""
+    """Return the HTTP status of an error from any of the attributes that client libraries use, or None."""
     response = getattr(error, "response", None)
     said = (getattr(error, "status_code", None), getattr(response, "status_code", None), getattr(error, "status", None))
     return next((status for status in said if isinstance(status, int) and status), None)
 
 
 def retry_after(error: BaseException | None) -> float | None:
-    """Seconds that the server asked to wait (`Retry-After`, in seconds or as a date), None where it did not."""
+    """Return the `Retry-After` header of an error in seconds, given in seconds or as a date, or None if it has none."""
     headers = getattr(getattr(error, "response", None), "headers", None)
     value = None
     if headers is not None:
@@ -93,22 +94,26 @@ def retry_after(error: BaseException | None) -> float | None:
 
 
 class Retry(Strategy):
-    """How one deferred input's large call is retried; the others of its batch are not held up by it.
+    """Retry the large call of one input with exponential backoff, without delaying the other inputs of its batch.
 
-    Many clients retry by themselves as well (ChatOpenAI: `max_retries=2`): set one of the two to none, or the
-    attempts multiply.
+    Many clients retry by themselves as well (ChatOpenAI: `max_retries=2`). Disable one of the two, or the attempts
+    multiply.
+
+    `attempt_seconds` limits the total time of an attempt. Time-outs of HTTP clients restart with each byte, so a server
+    that sends a byte now and then can hold a call forever. With this limit:
+
+    - The attempt fails with a `LargeTimeoutError`, and is retried like other failures.
+    - An async attempt is cancelled. A sync attempt continues in a thread of its own until its client gives up, its
+      result is discarded, and it no longer counts towards `max_concurrency`.
+    - The deferred inputs of a batch are called one by one instead of as a group.
+    - An async stream is limited until its first chunk, a sync stream not at all.
 
     Args:
-        attempts: Calls at the most, the first one counted; 1 never retries.
-        initial_wait: Seconds before the second attempt; doubles from then on.
-        max_wait: Seconds between two attempts at the most; also bounds a server's `Retry-After`.
-        jitter: Random seconds added at the most, so that many callers do not return at once.
-        attempt_seconds: How long one attempt may take in all; then it has failed with a `LargeTimeoutError`, and is
-            retried like other failures. Time-outs of HTTP clients count from one byte to the next, so that a server
-            which sends a byte now and then holds a call for ever; None leaves it at that. Waiting for a place is not
-            counted. Async attempts are cancelled. A sync one goes on in a thread of its own until its client gives up;
-            nobody waits for it, and it no longer counts for `max_concurrency`. Deferred inputs of a batch are then
-            asked one by one. A sync stream is not bounded, an async one until its first chunk.
+        attempts: Maximum calls, including the first. 1 never retries.
+        initial_wait: Seconds before the second attempt, doubled before each further one.
+        max_wait: Maximum seconds between two attempts. Also limits a server's `Retry-After`.
+        jitter: Maximum random seconds added to the backoff, so that many callers do not retry at the same time.
+        attempt_seconds: Maximum seconds of one attempt, without the time in the queue. None means unlimited.
     """
 
     attempts: int = Field(default=3, ge=1)
@@ -118,11 +123,13 @@ class Retry(Strategy):
     attempt_seconds: float | None = Field(default=None, gt=0.0)
 
     def call(self, ask: Callable[[], T], failed: Exception | None = None) -> T:
-        """Ask until it succeeds, fails for good, or attempts run out; the last error is raised.
+        """Call `ask` until it succeeds, and return its result.
+
+        Raises the last error if it is not retryable or no attempts are left.
 
         Args:
             ask: Makes one attempt.
-            failed: The error of a first attempt that was made elsewhere (in a grouped call) and counts.
+            failed: Error of a first attempt that was part of a grouped call. It counts as an attempt.
         """
         if failed is None:
             try:
@@ -140,7 +147,7 @@ class Retry(Strategy):
         raise AssertionError("tenacity ended without a result")  # pragma: no cover
 
     async def acall(self, ask: Callable[[], Awaitable[T]], failed: Exception | None = None) -> T:
-        """As `call`, waiting without holding a thread."""
+        """Async version of `call`."""
         if failed is None:
             try:
                 return await ask()
@@ -157,15 +164,15 @@ class Retry(Strategy):
         raise AssertionError("tenacity ended without a result")  # pragma: no cover
 
     def within(self, ask: Callable[[], T]) -> T:
-        """One attempt, within what it may take.
+        """Make one attempt within `attempt_seconds`.
 
         Raises:
-            LargeTimeoutError: It took longer.
+            LargeTimeoutError: The attempt took longer.
         """
         return ask() if self.attempt_seconds is None else _within(self.attempt_seconds, ask)
 
     async def awithin(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """As `within`."""
+        """Async version of `within`."""
         return await (ask() if self.attempt_seconds is None else _awithin(self.attempt_seconds, ask))
 
     def _rules(self) -> dict[str, Any]:
@@ -184,17 +191,17 @@ class Retry(Strategy):
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:
-    """An attempt in a thread of its own, which is left alone when it takes too long.
+    """Make one attempt in a thread of its own, which is abandoned after `seconds`.
 
     Raises:
-        LargeTimeoutError: It did.
+        LargeTimeoutError: The attempt took longer.
     """
     done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             done.put((ask(), None))
-        except BaseException as error:  # for the caller, whatever it is
+        except BaseException as error:  # passed on to the waiting thread, which raises it
             done.put((None, error))
 
     threading.Thread(target=copy_context().run, args=(work,), name="datashunt-attempt", daemon=True).start()

@@ -1,4 +1,4 @@
-"""LargeCallWatcher: collect the answer, model name, token usage and confidence of large-model calls."""
+"""LargeCallWatcher: collect the answer, model name, token usage and log-probabilities of large-model calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from langchain_datashunt.prediction import ANSWER_LABELS
 
 
 class LargeCallWatcher(UsageMetadataCallbackHandler):
-    """Collect the token usage of all model calls in a run, and text and log-probabilities of the last."""
+    """Collect the token usage of all model calls in a run, and the text and log-probabilities of the last one."""
 
     def __init__(self) -> None:
         """Create a watcher without any calls."""

@@ -1,4 +1,4 @@
-"""What the LlamaIndex parts share: asking the small model, deciding, telling it to the dispatcher, and recording."""
+"""Decider: the routing decisions, events and log records that all LlamaIndex components share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ dispatcher = get_dispatcher(__name__)
 
 
 class ShuntDecisionEvent(BaseEvent):
-    """Where one question went, and why; see `ShuntDecision`. Never the question itself."""
+    """The routing decision about one question, without its text. See `ShuntDecision` for the fields."""
 
     route: Literal["small", "student", "large"]
     reason: str
@@ -39,17 +39,18 @@ class ShuntDecisionEvent(BaseEvent):
 
     @classmethod
     def class_name(cls) -> str:
-        """The event's name."""
+        """Return the name of the event."""
         return "ShuntDecisionEvent"
 
 
 class Decider:
-    """A small model and its policy.
+    """Decide by a small model and a policy whether a question is answered locally.
 
     Args:
         small: The small model.
-        policy: When its answer is kept; None for the small model's own, or a threshold of 0.9.
-        recorder: A `distillation.Recorder`, or None.
+        policy: Decides which predictions are confident. None uses the small model's policy, then its threshold, then
+            `Threshold(0.9)`.
+        recorder: A `call_log.Recorder` that logs calls. None logs nothing.
     """
 
     def __init__(self, small: Any, policy: Policy | None = None, recorder: Any = None) -> None:
@@ -59,12 +60,12 @@ class Decider:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The labels that the small model knows, where that can be told."""
+        """Labels of the small model, or None if they are unknown."""
         found: tuple[str, ...] | None = getattr(self.small, "labels", None)
         return found
 
     def decide(self, text: str) -> tuple[ShuntDecision, float]:
-        """Ask the small model about a question; the decision, and the seconds that took."""
+        """Return the decision about a question, and the wall time of the small model in seconds."""
         started = time.perf_counter()
         try:
             answer = self.small.invoke(text)
@@ -74,7 +75,7 @@ class Decider:
         return decide_one(answer, self.policy), time.perf_counter() - started
 
     async def adecide(self, text: str) -> tuple[ShuntDecision, float]:
-        """As `decide`; the small model computes in a thread."""
+        """Async version of `decide`."""
         started = time.perf_counter()
         try:
             answer = await self.small.ainvoke(text)
@@ -84,11 +85,11 @@ class Decider:
         return decide_one(answer, self.policy), time.perf_counter() - started
 
     def deferred(self, decision: ShuntDecision) -> ShuntDecision:
-        """The decision where there turned out to be no local answer."""
+        """Return the decision, changed to deferred if the confident prediction turned out to have no local answer."""
         return decision if decision.route == "large" else replace(decision, route="large", reason="deferred")
 
     def tell(self, decision: ShuntDecision) -> dict[str, Any]:
-        """Send the decision to the dispatcher, and to the policy; JSON-ready, as responses carry it."""
+        """Send the decision to the dispatcher and the policy, and return it as a JSON-serializable mapping."""
         self.policy.observe(int(decision.route == "large"), 1)
         told = {key.removeprefix("shunt_"): value for key, value in decision.to_metadata().items() if value is not None}
         dispatcher.event(ShuntDecisionEvent(**told))
@@ -97,14 +98,14 @@ class Decider:
     def finished(
         self, text: str, decision: ShuntDecision, said: str | None, model: str, seconds: tuple[float, float]
     ) -> list[Any]:
-        """The record of one question, for the recorder; none where nothing is to be recorded.
+        """Return the log record of one question, or an empty list if nothing is to be logged.
 
         Args:
             text: The question.
-            decision: Where it went.
-            said: What the large side answered, a label where it chose one; None where it was not asked.
-            model: Its name.
-            seconds: Wall time of the small and of the large side.
+            decision: The routing decision.
+            said: Answer of the large model, a label if it chose one. None if it was not called.
+            model: Name of the large model.
+            seconds: Wall times of the small and the large model, in seconds.
         """
         if self.recorder is None or (said is None and not self.recorder.wants("small")):
             return []
@@ -121,11 +122,11 @@ class Decider:
         ]  # fmt: skip
 
     def record(self, log: list[Any]) -> None:
-        """Hand records over."""
+        """Pass records to the recorder."""
         if log:
             self.recorder.record(log)
 
     async def arecord(self, log: list[Any]) -> None:
-        """Hand records over, without blocking the loop."""
+        """Async version of `record`."""
         if log:
             await self.recorder.arecord(log)

@@ -1,4 +1,4 @@
-"""Ask a small model about the inputs of a call, with callback runs only if a handler sees them."""
+"""Call a small model for the inputs of a shunt, with callback runs only if a handler observes them."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ def ask_small(
     *,
     strict: bool = False,
 ) -> Steps[Outcome]:
-    """Return the predictions of a small model; one that raises makes all its inputs fail.
+    """Return the predictions of a small model, and the errors of its inputs.
 
-    A single input (`invoke`) is one `invoke` of the small model; otherwise all inputs are one grouped call.
+    If the runs come from `invoke`, the small model is invoked too. Otherwise all inputs are one grouped call. An error
+    that the call raises becomes the error of every input.
 
     Args:
         model: The small model.
         values: `n` inputs.
-        rows: Which of the `runs` each input belongs to.
+        rows: Position of each input in `runs`, shape `[n]`.
         tag: Tag of the small model's runs.
         runs: Callback runs of the calls.
-        labels: Labels of the task, in order; None if they are not known.
+        labels: Labels of the task, in order, or None if they are not known.
         strict: Whether a prediction over other labels is an error.
     """
     try:
@@ -80,7 +81,10 @@ def _one(model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[A
 
 
 def _vectorized(model: SmallModel, values: Sequence[Any], rows: Sequence[int], tag: str, runs: Runs) -> Steps[Outcome]:
-    """Skip `batch` and its per-input objects; they are made only for runs that a handler sees."""
+    """Call `predict_batch` instead of `batch`, which would create objects for each input.
+
+    Such objects are created only if a handler observes the runs.
+    """
 
     def predict() -> Outcome:
         return model.predict_batch(values, return_errors=True)

@@ -1,4 +1,4 @@
-"""Audits: a random part of what the small model answers is asked of the large model too, behind the caller's back."""
+"""Background audits: re-ask the large model about a random sample of locally answered inputs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ logger = logging.getLogger(__name__)
 
 WORKERS = 2
 MOST_WAITING = 200
-"""Audits that may wait; more are left out, and counted."""
+"""Maximum audits that wait or run. Further ones are dropped and counted."""
 
 AUDIT_TAG = "shunt:audit"
 
 
 @dataclass
 class AuditCounters:
-    """What became of audits: asked and compared, failed, and left out because too many were waiting."""
+    """Counts of audits by outcome.
+
+    Attributes:
+        done: Audits that the large model answered. An unparsable answer counts too, as a disagreement.
+        failed: Audits in which the large call failed, or returned something else than text.
+        left_out: Audits that were dropped because too many were waiting.
+    """
 
     done: int = 0
     failed: int = 0
@@ -40,14 +46,14 @@ class AuditCounters:
 
 
 class Auditor:
-    """Asks the large model about a random part of the confident inputs, in threads of its own.
+    """Call the large model about a random sample of locally answered inputs, in background threads.
 
     Args:
-        rate: Share that is asked, in [0, 1].
-        caller: The large model.
-        monitor: Learns what came of it.
-        recorder: Keeps the records, marked as audits.
-        seed: Of the choice.
+        rate: Share of inputs to audit, in [0, 1].
+        caller: Caller of the large model.
+        monitor: Monitor that compares both answers. None compares nothing.
+        recorder: Recorder that logs the calls, marked as audits. None logs nothing.
+        seed: Seed of the sample. None draws a new sample in each process.
     """
 
     def __init__(
@@ -61,19 +67,21 @@ class Auditor:
         self._waiting: set[Future[None]] = set()
 
     def chosen(self, rows: Sequence[int]) -> list[int]:
-        """Which of these rows to audit."""
+        """Return a random sample of `rows` at the audit rate."""
         return [i for i in rows if self._random.random() < self.rate] if self.rate > 0 else []
 
     def submit(
         self, asked: Any, finished: FinishedCall | None, small_label: str, configurable: dict[str, Any] | None = None
     ) -> None:
-        """Ask in the background; returns at once.
+        """Start an audit in the background, and return at once.
+
+        The audit is dropped and counted if too many are waiting.
 
         Args:
-            asked: What the large model gets, or why it cannot.
-            finished: The call that is audited, for the recorder.
-            small_label: What the small model said.
-            configurable: Of that call's config: whose data it is, and which alternatives are chosen.
+            asked: Input of the large model, or the error that prevents the call.
+            finished: The audited call, for the recorder. None logs nothing.
+            small_label: The small model's answer.
+            configurable: The `configurable` values of the audited call's config, such as the data subject.
         """
         with self._lock:
             if len(self._waiting) >= MOST_WAITING:
@@ -100,8 +108,12 @@ class Auditor:
             self.counters.failed += failed
             self.counters.done += not failed
         if failed:
-            why = answer if isinstance(answer, Exception) else f"the answer is a {type(answer).__name__}, and no label"
-            logger.warning("An audit failed: %s", why)
+            why = (
+                answer
+                if isinstance(answer, Exception)
+                else f"expected a label from `large`, got {type(answer).__name__}"
+            )
+            logger.warning("Audit failed: %s", why)
             return
         if finished is not None and self.recorder is not None:
             latency = Latency(finished.latency.small_seconds, time.perf_counter() - started)
@@ -111,7 +123,7 @@ class Auditor:
             self.monitor.audited(small_label, answer if isinstance(answer, str) else None)
 
     def flush(self, timeout: float | None = 30.0) -> bool:
-        """Wait until all audits so far are done; False where that took too long."""
+        """Wait for all audits submitted so far, or return False if `timeout` (in seconds) expires first."""
         with self._lock:
             waiting = set(self._waiting)
         return not wait(waiting, timeout).not_done

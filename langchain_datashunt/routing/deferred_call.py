@@ -1,4 +1,4 @@
-"""The inputs of one call, and one of them on its way to the large model."""
+"""RoutedInputs and DeferredCall: the state of one call of a shunt while it is routed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from langchain_datashunt.routing.runs import Runs
 
 @dataclass(frozen=True, slots=True)
 class RoutedInputs:
-    """The `n` inputs of one call of a shunt, after it was decided who answers which.
+    """The `n` inputs of one call of a shunt, with the plan that routes them.
 
     Attributes:
         values: The inputs as the caller passed them.
         runs: Their callback runs and configs.
         kwargs: Keyword arguments for the large model.
-        plan: Who answers which input.
+        plan: Route of each input.
         small_seconds: Wall time of the small models, in seconds.
     """
 
@@ -35,14 +35,14 @@ class RoutedInputs:
 
 @dataclass(frozen=True, slots=True)
 class DeferredCall:
-    """One deferred input.
+    """One deferred input and its large call.
 
     Attributes:
         inputs: The call that it belongs to.
         row: Its position among the inputs.
-        asked: What the large model gets, or the error that keeps it from being asked.
+        asked: Input of the large model, or the error that prevents the call.
         config: Config of the large call.
-        watcher: Records usage and text of the large call; None if neither a result nor a log needs them.
+        watcher: Records usage and text of the large call, or None if neither a result nor a log needs them.
     """
 
     inputs: RoutedInputs
@@ -53,5 +53,5 @@ class DeferredCall:
 
     @property
     def prediction(self) -> Prediction | None:
-        """The small model's prediction; None if it failed."""
+        """The small model's prediction, or None if it failed."""
         return self.inputs.plan.prediction(self.row)

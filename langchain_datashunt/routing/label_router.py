@@ -1,4 +1,4 @@
-"""ConfidenceRouterChain: a shunt for labelled tasks, with prompt, chat model and parser put together."""
+"""ConfidenceRouterChain: a shunt for classification tasks, with a ready-made prompt and label parser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from langchain_datashunt.routing.shunt import ShuntRunnable
 
 
 class ConfidenceRouterChain(ShuntRunnable):
-    """A shunt whose both sides answer with a label.
+    """Route classification requests between a small model and a chat model, which both answer with a label.
 
     ```python
     chain = ConfidenceRouterChain.from_models(load_small_model("bundle"), ChatOpenAI(model="gpt-4o"))
@@ -39,34 +39,35 @@ class ConfidenceRouterChain(ShuntRunnable):
         max_reasks: int = 1,
         **settings: Any,
     ) -> Self:
-        """Put a chain together.
+        """Create a chain from a small model and a chat model.
 
         Args:
             small: The small model.
             chat_model: Any chat model.
-            labels: All labels, as a list or as a mapping to descriptions that stand in the prompt; None takes the
-                small model's.
-            aliases: Other wordings that are accepted, by label.
-            prompt: A template that uses `input` and at least one variable of the pruning strategy; None for the
+            labels: All labels, as a list, or as a mapping to descriptions for the prompt. None uses the small
+                model's.
+            aliases: Other accepted wordings, by label.
+            prompt: Template that uses `input` and at least one variable of the pruning strategy. None uses the
                 default prompt.
-            pruning: What the prompt gets of the small model's opinion; None for `SoftPruning()`, with a `fusion`
-                or while answers are only collected for `NoPruning()`. To send nothing, say `NoPruning()`.
-            policy: When to keep; None for the small model's own threshold, or 0.9.
-            answer_format: "structured" asks for structured output with the labels as an enumeration (which the
-                provider counts as tokens), "text" for plain text, "auto" structured where the model offers it.
-            max_reasks: How often a model is asked again whose answer was no label.
+            pruning: Strategy that puts the small model's probabilities into the prompt. None uses `SoftPruning()`, or
+                `NoPruning()` if a `fusion` is set or `small` is only a placeholder.
+            policy: Decides which predictions are confident. None uses the small model's policy, then its threshold,
+                then `Threshold(0.9)`.
+            answer_format: "structured" requests structured output with the labels as an enumeration, which providers
+                bill as input tokens. "text" requests plain text. "auto" is "structured" if the model offers it.
+            max_reasks: Maximum follow-up calls after an answer that is not a label.
             **settings: Any other field of `ShuntRunnable`.
 
         Raises:
-            ConfigurationError: The labels are not known, or the parts do not fit together.
+            ConfigurationError: The labels are unknown, or the parts do not fit together.
         """
         names = tuple(labels) if labels is not None else tuple(getattr(small, "labels", ()))
         if not names:
             raise ConfigurationError(
-                f"The labels of {type(small).__name__} are not known before its first call; give labels=[...]."
+                f"The labels of {type(small).__name__} are unknown before its first call. Pass labels=[...]."
             )
         descriptions = dict(labels) if isinstance(labels, Mapping) else {}
-        # fusion counts the small model's opinion itself; a stand-in for one has none
+        # fusion already uses the small model's probabilities, and a placeholder has none
         quiet = settings.get("fusion") is not None or getattr(small, "is_placeholder", False)
         strategy = pruning if pruning is not None else NoPruning() if quiet else SoftPruning()
         key = settings.get("input_key", DEFAULT_INPUT_KEY)

@@ -1,6 +1,6 @@
-"""Decide who answers which input: pure decisions on arrays, without a call, a callback or an await.
+"""Plan: decide on arrays which model answers each input, without calls, callbacks or `await`.
 
-Every entrance decides here: the shunt, the chat model, LlamaIndex, agents and sub-tasks.
+All entry points use it: the shunt, the chat model, LlamaIndex, agents and sub-tasks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ STAGES: tuple[Route, ...] = ("small", "student")
 
 @dataclass
 class Plan:
-    """Where `n` inputs go. An input is deferred until a stage's policy finds its prediction confident.
+    """The routes of `n` inputs. An input is deferred until the policy finds a stage's prediction confident.
 
     Attributes:
         policy: Name of the policy, for decisions.
-        batches: Predictions of each stage (0 small, 1 student); None if the whole stage failed.
+        batches: Predictions of each stage (0 small, 1 student), or None if the whole stage failed.
         stage: Stage of the prediction that decided, shape `[n]`.
-        row: Its row in that stage's batch, shape `[n]`; -1 if there is no prediction.
+        row: Its row in that stage's batch, shape `[n]`, or -1 without a prediction.
         local: Whether a small model answers, shape `[n]`.
-        score: Confidence score, shape `[n]`; NaN without a prediction.
+        score: Confidence score, shape `[n]`, or NaN without a prediction.
         limit: Threshold that the score was compared with, shape `[n]`.
         errors: Errors of the small model, by input.
     """
@@ -77,14 +77,14 @@ class Plan:
     ) -> None:
         """Decide by the predictions of one more stage.
 
-        A confident prediction is answered locally. Otherwise the prediction with the higher score is remembered. If the
-        policy cannot score the predictions, the stage counts as failed.
+        A confident prediction is answered locally. Otherwise the plan keeps the prediction with the higher
+        score. If the policy cannot score the predictions, the stage counts as failed.
 
         Args:
             outcome: Predictions for `m` inputs, and errors.
             policy: Decides which predictions are confident.
-            rows: Which inputs these are, `m` positions.
-            thresholds: Replace the policy's threshold, shape `[n]`; NaN and None keep it.
+            rows: Positions of these inputs, shape `[m]`.
+            thresholds: Replacements of the policy's threshold, shape `[n]`. NaN and None keep it.
         """
         stage, batch, errors = len(self.batches), outcome.batch, outcome.errors
         where = np.asarray(rows, dtype=np.intp)[outcome.rows]
@@ -109,11 +109,11 @@ class Plan:
         self.limit[chosen] = limit[better]
 
     def count_unconfident(self) -> int:
-        """Count inputs whose score is below the threshold, also if shadow mode or an alarm defers all of them."""
+        """Count inputs without a score at or above the threshold, even if shadow mode or an alarm defers all inputs."""
         return self.n - int(np.count_nonzero(self.score >= self.limit))
 
     def prediction(self, i: int) -> Prediction | None:
-        """Return the prediction that decided about input `i`; None if the small model failed."""
+        """Return the prediction that decided about input `i`, or None if the small model failed."""
         batch = self.batches[self.stage[i]] if self.row[i] >= 0 else None
         return None if batch is None else batch[int(self.row[i])]
 
@@ -138,7 +138,7 @@ class Plan:
         Args:
             i: Position of the input.
             error: Error of the large model, if it failed.
-            fell_back: Whether the small model's answer is used because of that.
+            fell_back: Whether the small model's answer replaces the large model's because of that.
         """
         stage, prediction = STAGES[self.stage[i]], self.prediction(i)
         route: Route = "large"
@@ -199,12 +199,12 @@ def outcome_of(
     allowed: frozenset[str] | None = None,
     order: Callable[[Prediction], Prediction] | None = None,
 ) -> Outcome:
-    """Sort the return values of a small model into predictions over one label order, and errors.
+    """Separate the return values of a small model into predictions, in one label order, and errors.
 
     Args:
-        answers: Return values for `n` inputs; exceptions stand for inputs that failed.
-        allowed: Labels of the task; None allows all.
-        order: Reorders the labels of a prediction; None keeps the order of the first prediction.
+        answers: Return values for `n` inputs. Exceptions stand for inputs that failed.
+        allowed: Labels of the task. None allows all.
+        order: Reorders the labels of a prediction. None keeps the order of the first prediction.
     """
     errors: dict[int, Exception] = {}
     good: list[Prediction] = []
@@ -224,11 +224,11 @@ def outcome_of(
 
 
 def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Prediction | Exception:
-    """Return the prediction if it is a distribution over its labels; otherwise return an error.
+    """Return the prediction if it is a distribution over its labels, or else an error.
 
     Args:
         answer: Return value of the small model, or the exception that it raised.
-        allowed: Labels of the task; None allows all.
+        allowed: Labels of the task. None allows all.
     """
     if isinstance(answer, Exception):
         raise_control_flow(answer)
@@ -261,7 +261,7 @@ def _holds_together(answer: Prediction, p: FloatArray) -> bool:
     """Return whether `p` is a distribution over the labels that agrees with the label and the confidence."""
     if p.shape != (len(answer.labels),):
         return False
-    if len(p) <= 64:  # plain numbers are quicker than three numpy reductions over a few labels
+    if len(p) <= 64:  # plain numbers are faster than three numpy reductions over a few labels
         values = p.tolist()
         total, least, most = sum(values), min(values), max(values)
     else:
@@ -282,10 +282,10 @@ def _shown(answer: Prediction) -> str:
 
 
 def in_task_order(labels: Sequence[str] | None, prediction: Prediction) -> Prediction:
-    """Return the prediction with its labels in the task's order; in alphabetical order if the task has none.
+    """Return the prediction with its labels in the task's order, or alphabetically if the task has none.
 
     Some models sort their labels by score. The order of the candidates in the prompt would then disclose the
-    prediction, and ties would be broken differently in a batch and alone.
+    prediction, and ties would be broken differently in a batch than for a single input.
     """
     if prediction.answer is not None:
         return prediction
@@ -301,7 +301,7 @@ def in_task_order(labels: Sequence[str] | None, prediction: Prediction) -> Predi
 
 @lru_cache(maxsize=256)
 def _task_order(labels: tuple[str, ...] | None, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[int] | None]:
-    """Return labels in the task's order, and the old position of each; None if the order is right already."""
+    """Return labels in the task's order, and the old position of each, or None if the order is right already."""
     place = {label: i for i, label in enumerate(labels or ())}
     wanted = tuple(sorted(own, key=lambda label: (place.get(label, len(place)), label)))
     return wanted, None if wanted == own else [own.index(label) for label in wanted]
@@ -313,7 +313,8 @@ def _in_order_of(labels: tuple[str, ...], prediction: Prediction) -> Prediction 
         return prediction
     if sorted(prediction.labels) != sorted(labels):
         return PredictionError(
-            "This prediction has another label set than the first of its batch. Use one label set for all predictions."
+            "Expected one label set for all predictions of a batch, but this one differs from the first. "
+            "Use one label set."
         )
     order = [prediction.labels.index(label) for label in labels]
     logits = None if prediction.logits is None else prediction.logits[order]

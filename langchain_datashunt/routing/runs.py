@@ -1,4 +1,4 @@
-"""The callback runs of shunted calls: each that starts also ends, and carries its decision. Nothing is decided here."""
+"""Runs: start and end the callback runs of a call, and attach routing decisions to them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from langchain_datashunt.routing.sync_async import Effect, Steps, arun, run, to_
 
 
 class Runs:
-    """The configs of `n` calls, and the run of each where a callback handler is there to see it.
+    """Configs and callback runs of `n` calls.
 
-    Without any handler no run is made and one config serves all: that is what makes large batches cheap.
+    Without a callback handler no run is created and all calls share one config, which keeps large batches cheap.
 
     Args:
-        owner: The Runnable whose runs these are.
+        owner: Runnable that the runs belong to.
         inputs: Its `n` inputs.
-        config: One config, or one for each call, or None.
-        single: Whether the one input came by `invoke`, so that what it calls is invoked too, and not batched.
+        config: One config for all calls, one for each, or None.
+        single: Whether the only input came through `invoke`. Child calls then use `invoke` instead of `batch`.
         asynchronous: Whether callbacks are awaited.
     """
 
@@ -65,7 +65,7 @@ class Runs:
         self.traced = self._take(config)
 
     def _take(self, config: Any) -> bool:
-        """Lay the configs out; True where a handler wants to see runs."""
+        """Set the configs of all calls, and return whether any callback handler observes them."""
         one_for_all = config is None or isinstance(config, dict)
         if one_for_all:
             self.shared = ensure_config(config)
@@ -81,18 +81,18 @@ class Runs:
         return traced
 
     def config(self, i: int) -> RunnableConfig:
-        """The config of call `i`."""
+        """Return the config of call `i`."""
         return self.shared if self.shared is not None else self.each[i]
 
     def record_id(self, i: int) -> str:
-        """Id of call `i`: that of its run, or the one that its config asks for, or a new one."""
+        """Return the id of call `i`: the id of its run, else the `run_id` of its config, else a new one."""
         if self.traced:
             return str(self._managers[i].run_id)
         own = self.each[i] if self.each else self.config(i)
         return str(own.get("run_id") or uuid7())
 
     def max_concurrency(self) -> int | None:
-        """The caller's bound on parallel calls."""
+        """Return the caller's limit on concurrent calls. None means unlimited."""
         return self.config(0).get("max_concurrency")
 
     # Configs of child calls
@@ -106,14 +106,14 @@ class Runs:
         handler: BaseCallbackHandler | None = None,
         max_concurrency: int | None = None,
     ) -> RunnableConfig:
-        """The config of a call made on behalf of call `i`.
+        """Return the config of a child call of call `i`.
 
         Args:
-            i: Which call.
-            tag: What the child is to it: "shunt:small", "shunt:large", ...
-            decision: Put on the child's run, and on all below it, as metadata.
-            handler: Sees the child's run and all below it.
-            max_concurrency: The child's bound on parallel calls; None leaves the caller's.
+            i: Position of the parent call.
+            tag: Tag of the child's run, such as "shunt:small" or "shunt:large".
+            decision: Decision that the child's run and all runs below it carry as metadata. None adds none.
+            handler: Additional callback handler of the child's run and all runs below it.
+            max_concurrency: Limit on concurrent calls of the child. None keeps the caller's.
         """
         base = self.config(i)
         if not self.traced:
@@ -133,15 +133,15 @@ class Runs:
         return patch_config(base, callbacks=manager, max_concurrency=max_concurrency)
 
     def children(self, rows: Sequence[int], tag: str) -> RunnableConfig | list[RunnableConfig]:
-        """Configs of one grouped call on behalf of several calls: one for all where no run is to be seen."""
+        """Return the configs of one grouped call on behalf of `rows`: a shared config if there are no runs."""
         if not self.traced and self.shared is not None:
             return self.child(0, tag)
         return [self.child(i, tag) for i in rows]
 
-    # Their beginning and end
+    # Start and end of runs
 
     def start(self) -> Steps[None]:
-        """Start a run for each input, where a handler is there to see it."""
+        """Start a run for each input, if a callback handler observes them."""
         if not self.traced:
             return
         self._managers = [None] * self.n
@@ -156,7 +156,7 @@ class Runs:
         run_id: UUID | None = config.pop("run_id", None)
         name = config.get("run_name") or self._owner.get_name()
         one = self._one_manager
-        manager = self._manager_for(config) if one is None else one.copy()  # tags and metadata are each run's own
+        manager = self._manager_for(config) if one is None else one.copy()  # each run gets its own tags and metadata
         return manager.on_chain_start(None, self._inputs[i], name=name, run_id=run_id)
 
     def _started(self, i: int, manager: Any) -> None:
@@ -172,11 +172,11 @@ class Runs:
             self._started(i, await self._begin(i))
 
         for found in await to_the_end(asyncio.gather(*map(begin, range(self.n)), return_exceptions=True)):
-            if isinstance(found, BaseException):  # all have begun by now, so that those which could also end
+            if isinstance(found, BaseException):  # all have started by now, so `fail_rest` ends every run that did
                 raise found
 
     def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
-        """Put decisions on runs: metadata and tags for tracers, a custom event for every handler."""
+        """Attach decisions to the runs of `rows` as metadata and tags, and send them as custom events."""
 
         def data_of(i: int) -> dict[str, Any]:
             metadata = (decision := decision_of(i)).to_metadata()
@@ -186,12 +186,12 @@ class Runs:
         return self.announce(rows, data_of)
 
     def announce(self, rows: Sequence[int], data_of: Callable[[int], dict[str, Any]]) -> Steps[None]:
-        """Send what was decided as a custom event for every handler; runs are not marked."""
+        """Send decisions to all handlers as custom events, without changing the runs."""
         if not self.traced or not rows:
             return
 
         def send(i: int) -> Any:
-            own, data = self._managers[i], data_of(i)  # which may mark the run
+            own, data = self._managers[i], data_of(i)  # `note` adds tags and metadata here, so they are read afterwards
             told = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
             tell = ahandle_event if self._asynchronous else handle_event
             return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data, **told)
@@ -199,7 +199,7 @@ class Runs:
         yield _for_all(send, rows)
 
     def end(self, outputs: dict[int, Any]) -> Steps[None]:
-        """End runs with their outputs, or with their errors where an output is an exception."""
+        """End runs with their outputs, or with an error if an output is an exception."""
         rows = [i for i in outputs if i in self._pending]
         if not rows:
             return
@@ -213,12 +213,12 @@ class Runs:
         yield _for_all(finish, rows)
 
     def fail_rest(self, error: BaseException) -> Steps[None]:
-        """End all runs that have not ended, with an error."""
+        """End all runs that are still open, with an error."""
         yield from self.end(dict.fromkeys(sorted(self._pending), error))
 
 
 def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
-    """Perform the steps of a call inside its runs; return its outputs, errors among them."""
+    """Perform the steps of a call within its runs, and return its outputs, errors among them."""
     if not runs.traced:
         return run(steps)
     run(runs.start())
@@ -254,7 +254,10 @@ async def atrace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
 
 
 def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
-    """Call a callback for each row, one after the other or gathered; all are called, then the first error is raised."""
+    """Return the effect of calling `act` for each row: in order if sync, concurrently if async.
+
+    All rows are called before the first error is raised.
+    """
 
     def each() -> None:
         first: Exception | None = None
@@ -275,15 +278,17 @@ def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
 
 
 class ChildRuns(Runs):
-    """Runs of one part of several calls, each below its call's run; what the part itself makes of its config is spared.
+    """Runs of a part of several calls, as children of their runs.
+
+    They derive their callback managers from the parents' instead of configuring new ones, which is faster.
 
     Args:
-        parents: The calls, which are traced.
-        owner: The part.
-        inputs: What it is given, `n` inputs.
-        rows: Shape `[n]`: on behalf of which call.
-        tag: What it is to them.
-        run_type: The kind of run in traces.
+        parents: Runs of the calls, which must be traced.
+        owner: The part, a Runnable.
+        inputs: Its `n` inputs.
+        rows: Position of each input's call, shape `[n]`.
+        tag: Tag of the runs.
+        run_type: Kind of run in traces.
     """
 
     def __init__(
@@ -310,7 +315,7 @@ class ChildRuns(Runs):
     @override
     def _begin(self, i: int) -> Any:
         child = self._above._managers[self._rows[i]].get_child(self._tag)
-        if self._hooked is None:  # handlers that `configure` adds to every run, such as a collector of runs
+        if self._hooked is None:  # handlers that `configure` adds from the context, such as a run collector
             configured = type(child).configure(child)
             self._hooked = [one for one in configured.handlers if one not in child.handlers]
         for handler in self._hooked:
@@ -318,12 +323,12 @@ class ChildRuns(Runs):
         return child.on_chain_start(None, self._inputs[i], **self._told)
 
     def within(self, i: int) -> RunnableConfig:
-        """The config of what is called inside run `i`."""
+        """Return the config of calls made inside run `i`."""
         return patch_config(self._above.config(self._rows[i]), callbacks=self._managers[i].get_child())
 
 
 def _mark(manager: Any, decision: ShuntDecision, metadata: dict[str, Any]) -> None:
-    """Add metadata and tags to a run that has already started, in every tracer that keeps its runs."""
+    """Add a decision's metadata and tags to a run that has already started, in every tracer that stores runs."""
     metadata = {key: value for key, value in metadata.items() if value is not None}
     tags = [f"shunt_route:{decision.route}", f"shunt_reason:{decision.reason}"]
     manager.tags = [*_undecided(manager.tags), *tags]
@@ -336,5 +341,5 @@ def _mark(manager: Any, decision: ShuntDecision, metadata: dict[str, Any]) -> No
 
 
 def _undecided(tags: Sequence[str]) -> list[str]:
-    """Tags without those of an earlier decision on the same run."""
+    """Return the tags without those of an earlier decision about the same run."""
     return [tag for tag in tags if not tag.startswith(("shunt_route:", "shunt_reason:"))]

@@ -39,7 +39,7 @@ def policy_for(small: Runnable[Any, Any], policy: Policy | None = None) -> Polic
 
 
 class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
-    """The settings of a `ShuntRunnable`. They are frozen; change one by `shunt.model_copy(update={...})`."""
+    """The settings of a `ShuntRunnable`. They are frozen. To change one, use `shunt.model_copy(update={...})`."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -51,7 +51,7 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     """The large model, usually `prompt | chat_model | parser`. It may be a shunt itself."""
 
     student: Runnable[Any, Any] | None = None
-    """A second small model, asked about inputs that `small` defers. The paper calls it the learnable small model
+    """A second small model, called for inputs that `small` defers. The paper calls it the learnable small model
     (S2)."""
 
     policy: Policy | None = None
@@ -63,13 +63,13 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     input on unchanged."""
 
     labels: tuple[str, ...] | None = None
-    """All labels of the task; None uses the small model's."""
+    """All labels of the task. None uses the small model's."""
 
     label_descriptions: dict[str, str] = Field(default_factory=dict)
-    """Descriptions by label, shown beside the candidates in the prompt."""
+    """Descriptions by label, listed with the candidates in the prompt."""
 
     small_output: Runnable[Any, Any] | None = None
-    """Maps a `Prediction` to the output of a local answer; None returns its label."""
+    """Maps a `Prediction` to the output of a local answer. None returns its label."""
 
     on_large_error: Literal["raise", "small"] = "raise"
     """Whether a large model that has finally failed raises, or gives way to the small model's answer."""
@@ -78,7 +78,7 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     """Whether to return a `ShuntResult` instead of the plain output."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
-    """Maximum concurrent large calls; None means unlimited."""
+    """Maximum concurrent large calls. None means unlimited."""
 
     retry: Retry = Retry()
     """How the large call of each deferred input is retried."""
@@ -91,37 +91,37 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
 
     fusion: AnswerFusion | None = None
     """Combines both models' answers for deferred inputs. The large prompt must not carry the small model's
-    probabilities then, which would count twice. A stream yields the fused answer in one piece."""
+    probabilities then, because they would count twice. A stream yields the fused answer in one piece."""
 
     audit_rate: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of locally answered inputs about which the large model is asked too, in the background and without the
-    small model's probabilities in the prompt. `monitor` compares the answers, and `recorder` logs them."""
+    """Share of locally answered inputs, in [0, 1], that the large model answers again in the background. Its prompt
+    carries no small-model probabilities. `monitor` compares the answers, and `recorder` logs them."""
 
     monitor: Any = Field(default=None, exclude=True, repr=False)
-    """An `evaluation.monitor.Monitor` that watches errors and drift; None watches nothing."""
+    """An `evaluation.monitor.Monitor` that watches errors and drift. None watches nothing."""
 
     fail_safe: Literal["none", "large"] = "none"
     """"large" defers every input after the monitor has raised an alarm."""
 
     shadow: bool = False
-    """Whether every input is deferred although the policy runs; decisions then hold the score and threshold that
-    would have counted."""
+    """Whether every input is deferred although the policy runs. Decisions still hold the score and the threshold, for
+    evaluation of the policy."""
 
     recorder: Any = Field(default=None, exclude=True, repr=False)
-    """A `call_log.Recorder` that logs calls; None logs nothing."""
+    """A `call_log.Recorder` that logs calls. None logs nothing."""
 
     breaker: Any = Field(default=None, exclude=True, repr=False)
     """A `large_models.CircuitBreaker`, which fails fast while the large model is down. Shunts may share one."""
 
     max_pending: int | None = Field(default=None, ge=1)
-    """Maximum large calls that wait or run; None means unlimited. A call beyond it fails with `QueueFullError`, like
-    a large model that fails."""
+    """Maximum large calls that wait or run. None means unlimited. A call beyond it fails with `QueueFullError`, like
+    any other error of the large model."""
 
     guard: PrivacyGuard | None = None
-    """What may leave for the large model, and in which form; None lets everything leave."""
+    """Decides which data may be sent to the large model, and in which form. None sends everything."""
 
     limiter: CallLimiter | None = Field(default=None, exclude=True, repr=False)
-    """Shares one limit on concurrent large calls with other shunts; None makes a limiter from `max_concurrency`."""
+    """Shares one limit on concurrent large calls with other shunts. None makes a limiter from `max_concurrency`."""
 
     _stages: tuple[Runnable[Any, Any], ...] = PrivateAttr()
     _policy: Policy = PrivateAttr()
@@ -135,7 +135,7 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
         try:
             return None if value is None else coerce_to_runnable(value)
         except TypeError as error:
-            msg = f"Expected a Runnable or a function, got {type(value).__name__}."
+            msg = f"Expected a Runnable or a function, got {type(value).__name__}. Pass a loaded model or a chain."
             raise ConfigurationError(msg) from error
 
     def model_post_init(self, context: Any, /) -> None:
@@ -170,8 +170,8 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
         for part in self._stages if self.labels else ():
             if strange := sorted(set(getattr(part, "labels", ())) - set(self.labels or ())):
                 raise ConfigurationError(
-                    f"The small model {part.get_name()} can answer with labels that are not in `labels`: "
-                    f"{', '.join(strange[:5])}. Add them."
+                    f"The small model {part.get_name()} can predict labels that are not in `labels`: "
+                    f"{', '.join(strange[:5])}. Add them there."
                 )
         if self.pruning is not None:
             self.pruning.check(self.task_labels)
@@ -184,8 +184,8 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
             labels = getattr(part, "labels", None)
             if labels and set(labels) != set(fusion.labels):
                 raise ConfigurationError(
-                    f"The fusion was fitted on {len(fusion.labels)} labels that are not the {len(labels)} of "
-                    f"{part.get_name()}. Fit it again with the labels of this model."
+                    f"`fusion` was fitted on {len(fusion.labels)} labels, which differ from the {len(labels)} "
+                    f"labels of {part.get_name()}. Fit it again with the labels of this model."
                 )
         prompts = self.large.get_prompts()
         used = {name for prompt in prompts for name in (*prompt.input_variables, *prompt.optional_variables)}
@@ -196,53 +196,53 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
             told |= used & OPINION_VARIABLES
         if told:
             raise ConfigurationError(
-                f"The large prompt carries the small model's opinion ({', '.join(sorted(told))}), and fusion would "
-                f"count it a second time. Use pruning=NoPruning() with fusion, or no fusion."
+                f"The large prompt carries the small model's probabilities ({', '.join(sorted(told))}), which "
+                f"`fusion` would count a second time. Pass pruning=NoPruning(), or no fusion."
             )
 
     @property
     def policy_in_service(self) -> Policy:
-        """The policy that decides: `policy`, or the small model's own, with shadow mode and the fail-safe around it."""
+        """The policy in use, wrapped in the shadow mode and the fail-safe if these are set."""
         return self._policy
 
     @property
     def auditor(self) -> Auditor | None:
-        """The background audits, with counters and `flush()`; None if `audit_rate` is 0."""
+        """The background audits, with counters and `flush()`, or None if `audit_rate` is 0."""
         return self._auditor
 
     def reload(self) -> None:
-        """Make small models that follow a registry look for a newly promoted version now."""
+        """Check registries for newly promoted small models now."""
         for part in self._stages:
             if callable(again := getattr(part, "reload", None)):
                 again()
 
     @property
     def task_labels(self) -> tuple[str, ...] | None:
-        """All labels of the task; None if they are not known before the first call."""
+        """All labels of the task, or None if they are not known before the first call."""
         return self.labels or getattr(self.small, "labels", None)
 
     def _check_prompt(self, pruning: Pruning) -> None:
         if isinstance(self.large, BaseLanguageModel):
             raise ConfigurationError(
-                f"`large` is a bare {type(self.large).__name__}, which takes no mapping. Give prompt | model | "
-                f"parser, use ConfidenceRouterChain.from_models(small, model), or set pruning=None to hand the "
-                f"input on as it is."
+                f"Expected a Runnable that takes a mapping for `large`, got {type(self.large).__name__}. Pass "
+                f"prompt | model | parser, use ConfidenceRouterChain.from_models(small, model), or set "
+                f"pruning=None to pass the input on unchanged."
             )
         prompts = self.large.get_prompts()
         used = {name for prompt in prompts for name in (*prompt.input_variables, *prompt.optional_variables)}
         if prompts and pruning.variables and not used & pruning.variables:
             raise ConfigurationError(
-                f"The prompt of `large` uses {sorted(used)} and none of what {type(pruning).__name__} fills: "
-                f"{sorted(pruning.variables)}. Use one of these in the template (all there are: "
-                f"{', '.join(PRUNING_VARIABLES)}), or set pruning=NoPruning() or None."
+                f"The prompt of `large` uses {sorted(used)}, but none of the variables that "
+                f"{type(pruning).__name__} fills: {sorted(pruning.variables)}. Use one of them in the "
+                f"template (all pruning variables: {', '.join(PRUNING_VARIABLES)}), or set pruning=NoPruning() or None."
             )
 
     @cached_property
     def _reader(self) -> InputReader:
-        """How inputs are read for prompts and records: as the small model reads them."""
+        """Reader of inputs for prompts and records: the small model's own, or a text reader."""
         try:
             own = getattr(self.small, "reader", None)
-        except Exception:  # the bundle cannot be read: the small model's own call raises that error
+        except Exception:  # an unreadable bundle: the call of the small model reports that error
             own = None
         return own.model_copy(update={"input_key": self.input_key}) if own else text_reader(self.input_key)
 

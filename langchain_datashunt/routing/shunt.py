@@ -1,4 +1,4 @@
-"""ShuntRunnable: answer locally when the small model is confident, and ask the large model otherwise."""
+"""ShuntRunnable: answer locally if the small model is confident, and defer to the large model otherwise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SMALL_OUTPUT_TAG = "shunt:small_output"
 
 
 class ShuntRunnable(ShuntSettings):
-    """Answer with a small model when it is confident, and ask a large model otherwise.
+    """Answer with a small model if it is confident, and defer to a large model otherwise.
 
     ```python
     shunt = ShuntRunnable(small=load_small_model("bundle"), large=prompt | ChatOpenAI() | StrOutputParser())
@@ -57,14 +57,14 @@ class ShuntRunnable(ShuntSettings):
     `candidates`, `candidate_probabilities`, `small_label` and `small_confidence`. Its prompt must use at least one
     variable that the pruning strategy fills. With `pruning=None` it gets the caller's input unchanged.
 
-    An input is deferred (reason "small_error") if the small model fails. If the large model fails, it is retried as
-    `retry` says. Then the call raises, or returns the small model's answer (reason "large_error") with
-    `on_large_error="small"`.
+    An input is deferred (reason "small_error") if the small model fails. If the large model fails, `retry` decides
+    whether its call is repeated. After the last attempt the shunt raises the error. With `on_large_error="small"` it
+    returns the small model's answer instead (reason "large_error").
 
-    One call can use another threshold: `config={"configurable": {"shunt_threshold": 0.8}}`.
+    To change the threshold for one call, pass `config={"configurable": {"shunt_threshold": 0.8}}`.
     """
 
-    # Every call goes the same way: `_route` decides, answers locally or asks the large model, and concludes. It is
+    # Every call takes the same steps: `_route` decides, answers locally or calls the large model, and concludes. It is
     # written once for sync and async, as a generator of effects that `trace` and `atrace` perform.
 
     @override
@@ -107,7 +107,7 @@ class ShuntRunnable(ShuntSettings):
         runs = Runs(self, inputs, config, asynchronous=True)
         return raise_first_error(await atrace(runs, self._route(inputs, runs, kwargs)), return_exceptions)
 
-    # The way of a call
+    # Steps of a call
 
     def _route(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
         """Return the outputs of all inputs, errors among them."""
@@ -118,7 +118,7 @@ class ShuntRunnable(ShuntSettings):
         return [outputs[i] for i in range(len(values))]
 
     def _decide(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[RoutedInputs]:
-        """Ask the small models, each about the inputs that are still deferred."""
+        """Call each small model about the inputs that are still deferred, and return the routed inputs."""
         started = time.perf_counter()
         thresholds = self._thresholds_of_calls(runs)
         plan = Plan.undecided(len(values), self._policy_name)
@@ -137,7 +137,7 @@ class ShuntRunnable(ShuntSettings):
         return RoutedInputs(values, runs, kwargs, plan, time.perf_counter() - started)
 
     def _thresholds_of_calls(self, runs: Runs) -> FloatArray | None:
-        """Return the thresholds that the configs set, shape `[n]`, NaN for none; None if no config sets one."""
+        """Return the thresholds that the configs set, shape `[n]`, NaN for none, or None if no config sets one."""
         if runs.shared is not None and self.threshold_id not in runs.shared.get("configurable", {}):
             return None
         given = [runs.config(i).get("configurable", {}).get(self.threshold_id) for i in range(runs.n)]
@@ -147,7 +147,7 @@ class ShuntRunnable(ShuntSettings):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
             if value is not None and not number:
                 raise ConfigurationError(
-                    f"Expected a number for configurable[{self.threshold_id!r}], got {value!r}. Pass for example 0.9."
+                    f"Expected a number for configurable[{self.threshold_id!r}], got {value!r}. Pass one such as 0.9."
                 )
         return np.array([np.nan if value is None else float(value) for value in given])
 
@@ -187,7 +187,7 @@ class ShuntRunnable(ShuntSettings):
         return outputs
 
     def _audit(self, auditor: Auditor, inputs: RoutedInputs, rows: list[int]) -> None:
-        """Ask the large model about a random sample of `rows` in the background, without the predictions."""
+        """Audit a random sample of `rows` in the background, without the predictions in the prompt."""
         for i in auditor.chosen(rows):
             (prediction,) = inputs.plan.predictions([i])
             if self._must_stay(prediction) is not None:
@@ -206,10 +206,10 @@ class ShuntRunnable(ShuntSettings):
             label = prediction.label if prediction.answer is None else answer_text(prediction.answer)
             auditor.submit(asked, finished, label, inputs.runs.config(i).get("configurable"))
 
-    # Ask the large model
+    # Call the large model
 
     def _ask_large(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
-        """Return the outputs of deferred `rows`, errors among them; a batch is one grouped call."""
+        """Return the outputs of deferred `rows`, errors among them. A batch is one grouped call."""
         if not rows:
             return []
         calls = yield from self._defer(inputs, rows)
@@ -228,7 +228,7 @@ class ShuntRunnable(ShuntSettings):
         return (yield from self._conclude(calls, answers, latency))
 
     def _ask_singly(self, inputs: RoutedInputs, i: int) -> Steps[Any]:
-        """Return the output of one deferred row of a batch, asked on its own."""
+        """Return the output of one deferred row of a batch, from a large call of its own."""
         (call,) = yield from self._defer(inputs, [i])
         started = time.perf_counter()
         answer = yield from self._ask_one(call)
@@ -240,7 +240,7 @@ class ShuntRunnable(ShuntSettings):
         return perform(partial(self._caller.invoke, *given), partial(self._caller.ainvoke, *given))
 
     def _defer(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[DeferredCall]]:
-        """Prepare what the large model gets for each of `rows`, and the configs of its calls."""
+        """Prepare the large model's input and config for each of `rows`."""
         plan, runs = inputs.plan, inputs.runs
         yield from runs.note(rows, plan.decision)
         asked = yield from self._off_the_loop(partial(self._large_inputs, inputs, rows))
@@ -258,7 +258,7 @@ class ShuntRunnable(ShuntSettings):
         return calls
 
     def _large_inputs(self, inputs: RoutedInputs, rows: list[int]) -> list[Any]:
-        """Return the input of the large model for each of `rows`; an error if it cannot be read or must not leave."""
+        """Return the large model's input for each of `rows`, or an error if it is unreadable or must stay local."""
         values = [inputs.values[i] for i in rows]
         if self.guard is not None and self.guard.local_labels:
             stays = [self._must_stay(inputs.plan.prediction(i)) for i in rows]
@@ -276,13 +276,13 @@ class ShuntRunnable(ShuntSettings):
         return asked
 
     def _must_stay(self, prediction: Prediction | None) -> LocalOnlyError | None:
-        """Return the reason why an input with this prediction must not leave; None if it may."""
+        """Return the error for an input that must stay local because of its prediction, or None if it may be sent."""
         if self.guard is None or not self.guard.local_labels:
             return None
         return self.guard.check_prediction(prediction)
 
     def _off_the_loop(self, work: Callable[[], T]) -> Steps[T]:
-        """Do work that reads inputs; in a thread if it is slow, as with images."""
+        """Do work that reads inputs. Inputs other than text, such as images, are read in a thread if async."""
         if isinstance(self._reader, TextReader):
             return work()
         return (yield from perform(work, partial(run_in_executor, None, work)))
@@ -294,8 +294,8 @@ class ShuntRunnable(ShuntSettings):
 
         Args:
             calls: The calls.
-            answers: What the large model answered to each, or its error.
-            latency: Wall time of both models.
+            answers: Answer of the large model to each, or its error.
+            latency: Wall time of both models, in seconds.
         """
         outputs, log = [], []
         for call, answer in zip(calls, answers, strict=True):
@@ -308,7 +308,7 @@ class ShuntRunnable(ShuntSettings):
     def _conclude_one(
         self, call: DeferredCall, raw_answer: Any, latency: Latency
     ) -> Steps[tuple[Any, list[FinishedCall]]]:
-        """Return the output of a deferred call, and what to log.
+        """Return the output of a deferred call, and its records for the log.
 
         The output is an error if the large model failed and nothing replaces its answer.
         """
@@ -339,7 +339,7 @@ class ShuntRunnable(ShuntSettings):
             if not fell_back:
                 return failed, log
             (answer,) = yield from self._small_outputs(inputs, [i])
-            if isinstance(answer, Exception):  # no small answer either: the large model's error is the one to report
+            if isinstance(answer, Exception):  # without a small answer, report the error of the large model
                 failed.__context__ = answer
                 return failed, log
         if not self.return_decision:
@@ -351,14 +351,14 @@ class ShuntRunnable(ShuntSettings):
         return result, log
 
     def _fused(self, call: DeferredCall, answer: Any) -> Any:
-        """Return the fusion of both answers; the large model's own answer if one of them is missing."""
+        """Return the fusion of both answers, or the large model's own answer if one of them is missing."""
         unparsable = isinstance(answer, UnparsableAnswerError)
         if self.fusion is None or call.prediction is None or (isinstance(answer, Exception) and not unparsable):
             return answer
         answer = answer.output if isinstance(answer, ShuntResult) else answer
         if not unparsable and not isinstance(answer, str):
             return ConfigurationError(
-                f"Expected a label from `large`, since `fusion` is set, got {type(answer).__name__}. End "
+                f"Expected a label from `large`, because `fusion` is set, got {type(answer).__name__}. End "
                 f"`large` with a parser that returns a label, as ConfidenceRouterChain.from_models does."
             )
         return self.fusion.fuse(call.prediction, None if unparsable else answer)
@@ -381,7 +381,7 @@ class ShuntRunnable(ShuntSettings):
         )  # fmt: skip
 
     def _record(self, log: list[FinishedCall]) -> Steps[None]:
-        """Hand finished calls to the recorder, which never makes a call fail."""
+        """Pass finished calls to the recorder, whose failures never affect the call."""
         if not log:
             return
         if not isinstance(self._reader, TextReader):  # the caller may change a file or a buffer after the call
@@ -494,7 +494,7 @@ class ShuntRunnable(ShuntSettings):
         run(runs.end({0: total.value}))
 
     def _stream_large(self, call: DeferredCall) -> Generator[Any]:
-        """Yield the large model's chunks. It is retried, or replaced, only as long as nothing was shown."""
+        """Yield the large model's chunks. Retries and fallbacks are possible only before the first chunk."""
         started, total = time.perf_counter(), _Total()
         with ExitStack() as held:
             try:
@@ -563,7 +563,7 @@ class ShuntRunnable(ShuntSettings):
 
 
 class _Total:
-    """The sum of a stream's chunks, as the output of its run; the last chunk if they cannot be added."""
+    """The sum of a stream's chunks, as the output of its run, or the last chunk if they cannot be added."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -594,7 +594,7 @@ def _raised(output: Any, return_exceptions: bool = False) -> Any:
 def _result(
     decision: ShuntDecision, output: Any, record_id: str, latency: Latency, watcher: LargeCallWatcher | None
 ) -> Any:
-    """Return the `ShuntResult` of one input; an error stays one."""
+    """Return the `ShuntResult` of one input, or its error unchanged."""
     if isinstance(output, Exception):
         return output
     inner = output if isinstance(output, ShuntResult) else None

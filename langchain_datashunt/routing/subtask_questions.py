@@ -1,4 +1,4 @@
-"""Sub-tasks and what a large model is asked of them; nothing is routed here."""
+"""Sub-tasks, and the questions about them that the large prompt carries."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ _FENCE = re.compile(r"^\s*```(?:json)?\s*(.*?)\s*```\s*$", re.S)
 
 
 class Subtask(Configured):
-    """One part of a task: what is asked, and who may answer.
+    """One part of a task, with its question, labels and small model.
 
     Args:
-        name: A word by which answers, prompts and records call it.
-        question: What is asked, in words, for the large model.
-        small: The small model that answers where it is sure; None leaves it to the large model always.
-        labels: What may be answered; None takes the small model's labels, or any text where there are none.
-        policy: When the small answer is kept; None for the small model's own, or `Threshold` at its own or at 0.9.
-        hint: Whether the large model is told what the small one thinks where that is not sure.
+        name: Name in answers, prompts and records: letters, digits and _, not starting with a digit.
+        question: The question in words, for the large prompt.
+        small: Small model that answers if it is confident. None always defers to the large model.
+        labels: Accepted labels. None uses the small model's labels, or accepts any text if it has none.
+        policy: Decides when the small model is confident. None uses the small model's policy, then its threshold, then
+            `Threshold(0.9)`.
+        hint: Whether the large prompt carries the small model's prediction if the sub-task is deferred.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -53,14 +54,17 @@ class Subtask(Configured):
         try:
             return None if value is None else coerce_to_runnable(value)
         except TypeError as error:
-            raise ConfigurationError(f"A {type(value).__name__} is no Runnable; give a small model.") from error
+            raise ConfigurationError(
+                f"Expected a Runnable for `small`, got {type(value).__name__}. Pass a small model."
+            ) from error
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check the name, and take the labels."""
+        """Check the name, and use the small model's labels if none are given."""
         super().model_post_init(context)
         if not _NAME.fullmatch(self.name):
             raise ConfigurationError(
-                f"{self.name!r} cannot be the name of a sub-task: use letters, digits and _, beginning with a letter."
+                f"Expected a word of letters, digits and _ for `name`, not starting with a digit, got {self.name!r}. "
+                f"Rename the sub-task."
             )
         own = getattr(self.small, "labels", None)
         writes = own is not None and tuple(own) == ANSWER_LABELS
@@ -68,19 +72,19 @@ class Subtask(Configured):
             self.labels = tuple(own)
         strange = sorted(set(own or ()) - set(self.labels or ())) if self.labels is not None else []
         if strange:
-            told = "writes its answers" if writes else f"can answer {', '.join(strange[:5])}"
+            told = "writes free text" if writes else f"can answer {', '.join(strange[:5])}"
             raise ConfigurationError(
-                f"The small model of the sub-task {self.name!r} {told}, and the labels are "
-                f"{', '.join((self.labels or ())[:5])}. Give it a small model over these labels, or other labels."
+                f"The small model of sub-task {self.name!r} {told}, but the sub-task's labels are "
+                f"{', '.join((self.labels or ())[:5])}. Pass a small model over these labels, or change `labels`."
             )
 
 
 class OpenQuestion(NamedTuple):
-    """What a large model is asked about one input.
+    """One deferred sub-task of one input, formatted as a line of the prompt.
 
     Attributes:
-        subtask: Of which sub-task.
-        hint: The likeliest answers of its small model with their probabilities, likeliest first; empty for none.
+        subtask: The sub-task.
+        hint: Most probable answers of its small model with their probabilities, in descending order. Empty for none.
     """
 
     subtask: Subtask
@@ -95,10 +99,10 @@ class OpenQuestion(NamedTuple):
 
 
 class OpenQuestions(tuple[OpenQuestion, ...]):
-    """What is asked; formats as one line a question."""
+    """The deferred sub-tasks of one input, formatted as one line each."""
 
     def redacted_with(self, redact: Callable[[Any], Any]) -> OpenQuestions:
-        """The same with what small models wrote as a guard lets it pass; the questions themselves are yours."""
+        """Return a copy with redacted hints. The questions themselves come from the developer and stay."""
         return OpenQuestions(question._replace(hint=tuple(redact(one) for one in question.hint)) for question in self)
 
     def __str__(self) -> str:
@@ -106,7 +110,7 @@ class OpenQuestions(tuple[OpenQuestion, ...]):
 
 
 class KnownAnswers(dict[str, Any]):
-    """What small models have answered already; formats as one line an answer."""
+    """The confident answers of small models, formatted as one line each."""
 
     def __str__(self) -> str:
         return "\n".join(f"- {name}: {answer}" for name, answer in self.items()) or "(nothing)"
@@ -116,13 +120,18 @@ class KnownAnswers(dict[str, Any]):
 
 
 QUESTION_VARIABLES = ("known", "open")
-"""The prompt variables that a large model of sub-tasks gets beside the input."""
+"""Prompt variables that the large model of a `SubtaskShunt` gets in addition to the input."""
 
 
 def default_question_prompt(
     input_key: str = DEFAULT_INPUT_KEY, reader: InputReader | None = None
 ) -> ChatPromptTemplate:
-    """Instructions, what is known, what is open, and the input."""
+    """Return the default prompt: instructions, known answers, open questions, history and input.
+
+    Args:
+        input_key: Name of the input.
+        reader: Reader of the inputs. An input that is not text, such as an image, becomes a message of its own.
+    """
     text = reader is None or isinstance(reader, TextReader)
     return ChatPromptTemplate.from_messages(
         [
@@ -139,7 +148,7 @@ def default_question_prompt(
 
 
 class SubtaskQuestion(Question):
-    """Asks for one JSON object with the answers to all open questions (`value["open"]`)."""
+    """Request one JSON object with the answers to all open questions (`value["open"]`)."""
 
     @override
     def json_schema(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +175,7 @@ class SubtaskQuestion(Question):
 
 
 def _all_answers(answers: Sequence[str], questions: Sequence[OpenQuestion]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what all answers so far contain, the first answer to a question counting, and what is still wrong."""
+    """Return the first valid answer to each question in all replies so far, and the remaining problems."""
     found: dict[str, Any] = {}
     wrong: dict[str, str] = {}
     for text in answers:
@@ -176,7 +185,7 @@ def _all_answers(answers: Sequence[str], questions: Sequence[OpenQuestion]) -> t
 
 
 def answer_schema(questions: OpenQuestions) -> dict[str, Any]:
-    """The JSON schema of answers to questions."""
+    """Return the JSON schema of an object that answers all questions."""
     properties = {
         question.subtask.name: {
             "type": "string",
@@ -196,15 +205,25 @@ def answer_schema(questions: OpenQuestions) -> dict[str, Any]:
 
 
 def read_answers(text: str, questions: Sequence[OpenQuestion]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a text answers to each question, and what was wrong with the others; a label only where it is one."""
+    """Read the answers from the text of a reply.
+
+    Args:
+        text: A JSON object, possibly in a code fence. Plain text is accepted if there is only one question.
+        questions: The open questions.
+
+    Returns:
+        Valid answers by sub-task, and for every other sub-task a description of the problem.
+    """
     if fenced := _FENCE.match(text):
         text = fenced.group(1)
     try:
-        said = json.loads(text, strict=False)  # models write line breaks into strings
+        said = json.loads(text, strict=False)  # models put raw line breaks into strings
     except ValueError:
         said = None
     if not isinstance(said, dict):
-        if len(questions) == 1 and said is None and not _JSON_LIKE.search(text):  # one may be answered plainly
+        if (
+            len(questions) == 1 and said is None and not _JSON_LIKE.search(text)
+        ):  # a single question may be answered in plain text
             said = {questions[0].subtask.name: text}
         else:
             return {}, {question.subtask.name: "there was no JSON object" for question in questions}

@@ -1,4 +1,4 @@
-"""SubtaskShunt: a task in parts, each with a small model of its own; the large model answers what is left."""
+"""SubtaskShunt: split a task into sub-tasks, each with its own small model, and defer the rest in one LLM call."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ from langchain_datashunt.routing.subtask_questions import (
 from langchain_datashunt.routing.sync_async import Steps, arun, perform, run
 
 SHOWN = 3
-"""How many labels of an unconfident prediction the large prompt shows."""
+"""Maximum labels of an unconfident prediction that the large prompt lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubtaskResult:
-    """The answers to one input with their decisions.
+    """The answers to one input, with the decision about each sub-task.
 
     Attributes:
-        outputs: Answer by sub-task; None where the large model failed and no small one had anything to say.
-        decisions: Who answered each, and why.
-        usage: Tokens that the large model counted, by model name.
-        cost_usd: Price of `usage`; 0.0 where it was not asked, None where the price is not known.
-        latency: Wall time of all small models together, and of the large call.
+        outputs: Answers by sub-task, or None if the large model failed and the sub-task has no small prediction.
+        decisions: Decisions by sub-task.
+        usage: Token counts of the large model, by model name.
+        cost_usd: Price of `usage` in USD; 0.0 if no sub-task was deferred, None if the price is unknown.
+        latency: Wall time of all small models together, and of the large call, in seconds.
         record_id: Id of the run.
-        record_ids: Under which each sub-task's call is recorded.
+        record_ids: Ids in the call log, by sub-task.
     """
 
     outputs: Mapping[str, Any]
@@ -91,64 +91,67 @@ class SubtaskResult:
 
 
 class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
-    """Prompt Transferring: small models do the sub-tasks that they are sure of; the large model does the rest.
+    """Answer sub-tasks with small models if they are confident, and the others with one large-model call.
 
     ```python
     triage = SubtaskShunt.from_chat_model(
         [
             Subtask(name="language", question="Which language is it in?", small=languages),
             Subtask(name="product", question="Which product is it about?", small=products),
-            Subtask(name="reply", question="What do we answer?"),          # no small model: always asked
+            Subtask(name="reply", question="What do we answer?"),          # no small model: always deferred
         ],
         ChatOpenAI(model="gpt-4o"),
     )
     triage.invoke("Mon colis n'est pas arrivé")     # {"language": "French", "product": ..., "reply": ...}
     ```
 
-    Each sub-task has its own policy, and its own records (task "<recorder's task>/<name>") to learn from. What a small
-    model is sure of is filled into the large prompt as `known`; the prompt is asked for `open`. Where nothing is open,
-    the large model is not asked. A small model that fails leaves its question open. Streams give the known answers
-    first, then the others. PT is only sketched in the DS+ paper; this is our reading of it.
+    Each sub-task has its own policy, and its own records in the call log (task "<recorder's task>/<name>"). The large
+    prompt gets two variables: `known` holds the confident answers, and `open` lists the deferred sub-tasks. If no
+    sub-task is open, the large model is not called. A sub-task stays open if its small model fails. Streams yield the
+    known answers first, then the others.
+
+    This implements Prompt Transferring, which the DS+ paper only sketches.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     subtasks: tuple[Subtask, ...] = Field(min_length=1)
-    """The parts, in the order of the answers."""
+    """The sub-tasks, in the order of the answers."""
 
     large: Runnable[Any, Any]
-    """From the mapping (the input, `known`, `open`) to a mapping of answers to all open questions."""
+    """Maps the input, `known` and `open` to a mapping that answers every open sub-task by its name."""
 
     on_large_error: Literal["raise", "small"] = "raise"
-    """What to do when the large model has failed for good: raise, or take what small models think (None without)."""
+    """Whether a large model that has finally failed raises, or gives way to the small models' predictions. Sub-tasks
+    without a prediction are then answered with None."""
 
     return_decision: bool = False
     """Whether to return a `SubtaskResult` instead of the answers."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
-    """Large calls at once at the most."""
+    """Maximum concurrent large calls. None means unlimited."""
 
     retry: Retry = Retry()
-    """Around each input's large call."""
+    """How the large call of each input is retried."""
 
     input_key: str = DEFAULT_INPUT_KEY
-    """The name of the input in the mapping that `large` gets."""
+    """Name of the input in the mapping that `large` gets."""
 
     decimals: int = Field(default=2, ge=0, le=6)
-    """Digits of probabilities in prompts."""
+    """Decimal places of probabilities in the large prompt."""
 
     recorder: Any = Field(default=None, exclude=True, repr=False)
-    """A `distillation.Recorder`; None records nothing."""
+    """A `call_log.Recorder` that logs calls. None logs nothing."""
 
     breaker: Any = Field(default=None, exclude=True, repr=False)
-    """A `circuit.CircuitBreaker`, which leaves a large model alone that keeps failing."""
+    """A `large_models.CircuitBreaker`, which fails fast while the large model is down."""
 
     max_pending: int | None = Field(default=None, ge=1)
-    """Large calls that wait or are under way at the most."""
+    """Maximum large calls that wait or run. None means unlimited. A call beyond it fails with `QueueFullError`."""
 
     guard: PrivacyGuard | None = None
-    """What may leave for the large model, and how; None lets everything pass. An input that stays has what its small
-    models think and None for other parts, or raises (`on_local="raise"`)."""
+    """Decides which data may be sent to the large model, and in which form. None sends everything. An input that must
+    stay local gets its small models' predictions, and None for other sub-tasks. With `on_local="raise"` it raises."""
 
     _caller: LargeCaller = PrivateAttr()
 
@@ -159,15 +162,17 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             return coerce_to_runnable(value)
         except TypeError as error:
             raise ConfigurationError(
-                f"A {type(value).__name__} is no Runnable. Give a Runnable or a function."
+                f"Expected a Runnable or a function for `large`, got {type(value).__name__}."
             ) from error
 
     def model_post_init(self, context: Any, /) -> None:
-        """Check the names, and get ready to ask."""
+        """Check the names and policies, and build the caller of the large model."""
         super().model_post_init(context)
         names = [subtask.name for subtask in self.subtasks]
         if len(set(names)) < len(names):
-            raise ConfigurationError(f"Two sub-tasks have one name; their names are {', '.join(names)}. Rename one.")
+            raise ConfigurationError(
+                f"Expected unique names for `subtasks`, got {', '.join(names)}. Rename the duplicates."
+            )
         for subtask in self.subtasks:
             if subtask.small is not None:
                 policy_for(subtask.small, subtask.policy).check(getattr(subtask.small, "labels", None))
@@ -185,13 +190,13 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         max_reasks: int = 1,
         **settings: Any,
     ) -> Self:
-        """Put a shunt together whose large side is a chat model.
+        """Create a shunt whose large side is a chat model.
 
         Args:
-            subtasks: The parts.
-            chat_model: Any chat model; its structured output is used where it offers that.
-            prompt: A template over the input, `known` and `open`; None for the default prompt.
-            max_reasks: How often a model is asked again whose answer lacks something.
+            subtasks: The sub-tasks.
+            chat_model: Any chat model. Its structured output is used if it offers that.
+            prompt: Template over the input, `known` and `open`. None uses the default prompt.
+            max_reasks: Maximum follow-up calls after an incomplete or invalid answer.
             **settings: Any other field.
         """
         reader = reader_of(subtasks)
@@ -223,7 +228,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """Answer `n` inputs with one call of each small model and one grouped large call for all that is open."""
+        """Answer `n` inputs with one call of each small model, and one grouped large call for all open sub-tasks."""
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
@@ -239,7 +244,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """Answer `n` inputs with one call of each small model and one grouped large call for all that is open."""
+        """Async version of `batch`."""
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
@@ -248,7 +253,10 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        """Yield the answers that small models are sure of, then the others; the chunks add up to one mapping."""
+        """Yield the confident answers of small models, then the others.
+
+        The chunks add up to one mapping. With `return_decision` there is a single chunk, the `SubtaskResult`.
+        """
         runs = Runs(self, [input], config)
         run(runs.start())
         try:
@@ -264,7 +272,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        """Yield the answers that small models are sure of, then the others; the chunks add up to one mapping."""
+        """Async version of `stream`."""
         runs = Runs(self, [input], config, asynchronous=True)
         await arun(runs.start())
         try:
@@ -279,7 +287,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         await arun(runs.end({0: output}))
 
     def _rest(self, output: Any, work: SubtaskWork) -> Any:
-        """What a stream has not yielded yet."""
+        """Return the part of the output that the stream has not yielded yet."""
         if self.return_decision:
             return output
         if not work.open:
@@ -293,7 +301,11 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         return (yield from self._finish(values, plans, works, runs, seconds, kwargs))
 
     def _plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[dict[str, Plan], list[SubtaskWork], float]]:
-        """Ask each small model about all inputs; where each question goes, and the seconds that took."""
+        """Call each small model once for all inputs.
+
+        Returns:
+            The plan of each sub-task that has a small model, the work left per input, and the elapsed seconds.
+        """
         started, plans = time.perf_counter(), {}
         for subtask in self.subtasks:
             if subtask.small is None:
@@ -335,7 +347,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         seconds: float,
         kwargs: dict[str, Any],
     ) -> Steps[list[Any]]:
-        """Ask the large model for what is open, and put the answers together."""
+        """Call the large model for the open sub-tasks, and return the outputs of all inputs, errors among them."""
         rows = [i for i, work in enumerate(works) if work.open]
         started = time.perf_counter()
         if rows:
@@ -440,7 +452,11 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         i: int,
         latency: Latency,
     ) -> FinishedCall:
-        """What one sub-task leaves behind; a large call's tokens and cost stand in the record of its first question."""
+        """Return the record of one sub-task.
+
+        Only the record of an input's first open sub-task has the tokens and cost of its large call, so that sums over
+        records count the call once.
+        """
         watcher = None
         if said is not None and work.watcher is not None:
             watcher = LargeCallWatcher()
@@ -458,7 +474,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
 
     @property
     def reader(self) -> InputReader:
-        """How inputs are laid out for the prompt and written down: as the first small model reads them."""
+        """The reader of inputs for the prompt and the call log: that of the first small model which has one."""
         return (reader_of(self.subtasks) or text_reader()).model_copy(update={"input_key": self.input_key})
 
     @property
@@ -496,7 +512,14 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
 
 @dataclass
 class SubtaskWork:
-    """One input on its way: what is known, what is open, and how the large model's part went."""
+    """The state of one input during a call.
+
+    Attributes:
+        known: Confident answers of small models, by sub-task.
+        open: Sub-tasks that are deferred to the large model.
+        answer: Answers of the large model by sub-task, or its error.
+        watcher: Records usage and text of the large call, or None if neither a result nor a log needs them.
+    """
 
     known: dict[str, Any]
     open: OpenQuestions
@@ -505,25 +528,32 @@ class SubtaskWork:
 
 
 def announced(decisions: Mapping[int, Mapping[str, ShuntDecision]], name: str, i: int) -> dict[str, Any]:
-    """What a sub-task's decision is announced as."""
+    """Return the data of the decision event of one sub-task."""
     return {"shunt_subtask": name, **decisions[i][name].to_metadata()}
 
 
 def reader_of(subtasks: Sequence[Subtask]) -> InputReader | None:
-    """The reader of the first small model that has one."""
+    """Return the reader of the first small model that has one, or None if none has."""
     found = (getattr(subtask.small, "reader", None) for subtask in subtasks)
     return next((reader for reader in found if reader is not None), None)
 
 
 def answer_of(prediction: Prediction | None) -> Any:
-    """What a small model answers; None where it said nothing."""
+    """Return the answer, or else the label, of a prediction, or None without a prediction."""
     if prediction is None:
         return None
     return prediction.label if prediction.answer is None else prediction.answer
 
 
 def decision_of(plan: Plan | None, i: int, failed: Exception | None, fell_back: bool) -> ShuntDecision:
-    """Who answers one sub-task of one input, and why."""
+    """Return the decision about one sub-task of one input.
+
+    Args:
+        plan: The plan of the sub-task, or None if it has no small model.
+        i: Position of the input.
+        failed: Error of the large model, if it failed.
+        fell_back: Whether small predictions replace the large model's answers because of that.
+    """
     if plan is not None:
         return plan.decision(i, failed, fell_back=fell_back and plan.prediction(i) is not None)
     if failed is None:
@@ -534,13 +564,13 @@ def decision_of(plan: Plan | None, i: int, failed: Exception | None, fell_back: 
 
 
 def checked_answers(answer: Any, questions: OpenQuestions) -> Any:
-    """The large model's answers, or an error where one is missing."""
+    """Return the large model's answers, or an error if an answer is missing or not among the labels."""
     if isinstance(answer, Exception):
         return answer
     names = [question.subtask.name for question in questions]
     if not isinstance(answer, Mapping):
         return ConfigurationError(
-            f"`large` gave a {type(answer).__name__}; a mapping with {', '.join(names)} is needed."
+            f"Expected a mapping with {', '.join(names)} from `large`, got {type(answer).__name__}. Parse its output."
         )
     missing = [name for name in names if answer.get(name) is None]
     for question in questions:

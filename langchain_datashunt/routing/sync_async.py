@@ -1,6 +1,7 @@
 """Write a computation once for sync and async: a generator yields effects, and a driver performs them.
 
-Decisions stay free of `await`. Each action on the outside world is an `Effect` with a sync and an async form.
+The generator itself never awaits. Each call to a model, a callback or a log is an `Effect` with a sync and an async
+form.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 class Effect(NamedTuple):
-    """One action, in its sync and its async form."""
+    """An action in a sync and an async form."""
 
     sync: Callable[[], Any]
     asynchronous: Callable[[], Awaitable[Any]]
@@ -47,7 +48,7 @@ def run(steps: Steps[T]) -> T:
 
 
 async def arun(steps: Steps[T]) -> T:
-    """Perform the steps in this event loop and return their result."""
+    """Async version of `run`."""
     try:
         effect = next(steps)
         while True:
@@ -63,7 +64,10 @@ async def arun(steps: Steps[T]) -> T:
 
 
 async def to_the_end(work: Awaitable[T]) -> T:
-    """Await short work to its end, even if this task is cancelled meanwhile; the cancellation is raised afterwards."""
+    """Await work to its end, even if this task is cancelled meanwhile, and raise the cancellation afterwards.
+
+    Meant for short work such as callbacks, which delay the cancellation.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -72,5 +76,5 @@ async def to_the_end(work: Awaitable[T]) -> T:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # retrieved, so that asyncio does not log it; the cancellation is raised instead
+            task.exception()  # mark the error as retrieved, or asyncio logs it, although the cancellation is raised
         raise

@@ -500,7 +500,7 @@ def test_chat_model_changed_settings_apply_and_invalid_ones_raise(server: Script
         model.policy = AlwaysSmall()
     with pytest.raises(ConfigurationError, match="labels that the small model does not have: cancle"):
         shunt(server, answers={"cancle": "?"})
-    with pytest.raises(ConfigurationError, match="give the chat model itself"):
+    with pytest.raises(ConfigurationError, match="Pass the settings to the chat model itself"):
         shunt(server, small=server.chat_model().bind(logprobs=True))
     good, bad = shunt(server).batch([SURE, 42], return_exceptions=True)  # type: ignore[list-item]
     assert (good.content, type(bad)) == ("cancel", ValueError)

@@ -166,7 +166,7 @@ def test_shunt_records_large_answer_before_fusion(tmp_path: Any) -> None:
 
 
 def test_shunt_fusion_with_probabilities_in_prompt_raises() -> None:
-    with pytest.raises(ConfigurationError, match="count it a second time"):
+    with pytest.raises(ConfigurationError, match="count a second time"):
         chain("refund", pruning=SoftPruning())
     prompt = ChatPromptTemplate.from_template("{input} {candidates} {small_label}")
     with pytest.raises(ConfigurationError, match="small_label"):
@@ -178,7 +178,7 @@ def test_shunt_fusion_with_probabilities_in_prompt_raises() -> None:
         )  # fmt: skip
     assert isinstance(chain("refund").pruning, NoPruning), "default with fusion"
     narrowed = ConformalPruning(alpha=0.1, quantile=0.5, n_calibration=100)
-    with pytest.raises(ConfigurationError, match=r"opinion \(candidates\)"):
+    with pytest.raises(ConfigurationError, match=r"probabilities \(candidates\)"):
         chain("refund", pruning=narrowed)
 
 
@@ -191,7 +191,7 @@ def test_value_of_asking_is_zero_if_no_answer_changes_the_label() -> None:
 
 
 def test_shunt_fusion_over_other_labels_raises() -> None:
-    with pytest.raises(ConfigurationError, match="not the 3 of WordModel"):
+    with pytest.raises(ConfigurationError, match="the 3 labels of WordModel"):
         ShuntRunnable(small=WordModel(), large=lambda _: "cancel", pruning=None, fusion=fitted())
 
 

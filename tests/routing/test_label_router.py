@@ -41,7 +41,7 @@ from tests.support.models import LABELS, CountingLarge, WordModel, predict_words
 
 
 class Scripted(FakeListChatModel):
-    """Answers by the last human message; remembers all it was asked."""
+    """Chat model with scripted answers by the first human message, which records all requests."""
 
     responses: list[str] = ["refund"]
     script: dict[str, list[str]] = {}
@@ -61,7 +61,7 @@ def chain(script: dict[str, list[str]] | None = None, **settings: Any) -> tuple[
     return ConfidenceRouterChain.from_models(WordModel(), model, **settings), model
 
 
-def test_both_sides_answer_with_a_label() -> None:
+def test_router_every_call_method_returns_label() -> None:
     router, model = chain({"where?": ["Status."]})
     assert router.invoke("surely cancel") == "cancel"
     assert router.invoke("where?") == "status"
@@ -72,7 +72,7 @@ def test_both_sides_answer_with_a_label() -> None:
     assert len(model._asked) == 7
 
 
-def test_the_default_prompt_holds_candidates_hint_history_and_input() -> None:
+def test_default_prompt_contains_candidates_probabilities_history_and_input() -> None:
     router, model = chain(labels={"cancel": "stop it", "refund": "", "status": "where it is"})
     router.invoke([HumanMessage("hello"), AIMessage("hi"), HumanMessage("my refund {x}")])
     system, *rest = model._asked[0]
@@ -90,7 +90,7 @@ def test_the_default_prompt_holds_candidates_hint_history_and_input() -> None:
         (NoPruning(), "- status", "probability"),
     ],
 )
-def test_each_strategy_writes_its_own_prompt(pruning: Pruning, there: str, absent: str) -> None:
+def test_default_prompt_contains_paragraph_of_pruning_strategy(pruning: Pruning, there: str, absent: str) -> None:
     router, model = chain(pruning=pruning)
     router.invoke("refund")
     system = str(model._asked[0][0].content)
@@ -98,7 +98,7 @@ def test_each_strategy_writes_its_own_prompt(pruning: Pruning, there: str, absen
     assert absent not in system
 
 
-def test_a_users_own_prompt_may_have_examples_and_placeholders() -> None:
+def test_router_custom_prompt_keeps_examples_and_variables() -> None:
     examples = FewShotChatMessagePromptTemplate(
         examples=[{"q": "stop it", "a": "cancel"}],
         example_prompt=ChatPromptTemplate.from_messages([("human", "{q}"), ("ai", "{a}")]),
@@ -118,12 +118,12 @@ def test_a_users_own_prompt_may_have_examples_and_placeholders() -> None:
     assert contents[0].endswith("the small model: refund (0.48). Tone: dry")
 
 
-def test_a_prompt_without_the_strategys_variables_is_refused() -> None:
+def test_router_prompt_without_pruning_variable_raises() -> None:
     with pytest.raises(ConfigurationError, match="candidate_probabilities"):
         chain(prompt=ChatPromptTemplate.from_template("{candidates} {input}"))
 
 
-def test_an_answer_that_is_no_label_is_asked_for_again() -> None:
+def test_router_invalid_answer_is_reasked_until_max_reasks() -> None:
     script = {"a": ["Hard to say.", "Well: status?", "status"], "b": ["refund"], "c": ["nonsense"]}
     router, model = chain(script, max_reasks=2)
     outputs = router.batch(["a", "b", "c"], return_exceptions=True)
@@ -137,14 +137,14 @@ def test_an_answer_that_is_no_label_is_asked_for_again() -> None:
         router.invoke("c")
 
 
-def test_no_reask_means_one_call() -> None:
+def test_router_zero_max_reasks_makes_one_call() -> None:
     router, model = chain({"c": ["nonsense"]}, max_reasks=0)
     with pytest.raises(UnparsableAnswerError):
         asyncio.run(router.ainvoke("c"))
     assert len(model._asked) == 1
 
 
-def test_an_unparsable_answer_is_not_retried_but_may_give_way() -> None:
+def test_router_unparsable_answer_falls_back_without_retry() -> None:
     router, model = chain({"refund": ["?"]}, on_large_error="small", max_reasks=0, return_decision=True)
     result = router.invoke("refund")
     assert (result.output, result.reason) == ("refund", "large_error")
@@ -152,13 +152,13 @@ def test_an_unparsable_answer_is_not_retried_but_may_give_way() -> None:
     assert len(model._asked) == 1
 
 
-def test_aliases_are_accepted() -> None:
+def test_router_alias_in_answer_maps_to_label() -> None:
     router, _ = chain({"x": ["money back"]}, aliases={"refund": ["Money back"]})
     assert router.invoke("x") == "refund"
 
 
-def test_labels_must_be_known_and_cover_the_small_model() -> None:
-    with pytest.raises(ConfigurationError, match="not known before its first call"):
+def test_router_unknown_or_missing_labels_raise() -> None:
+    with pytest.raises(ConfigurationError, match="unknown before its first call"):
         ConfidenceRouterChain.from_models(RunnableLambda(predict_words), Scripted())
     with pytest.raises(ConfigurationError, match="not in `labels`: status"):
         chain(labels=["cancel", "refund"])
@@ -168,7 +168,7 @@ def test_labels_must_be_known_and_cover_the_small_model() -> None:
 
 
 class Structured(Scripted):
-    """Offers structured output, like models of large providers."""
+    """Scripted model with structured output, like the models of large providers."""
 
     def with_structured_output(self, schema: Any, *, include_raw: bool = False, **kwargs: Any) -> Any:
         assert include_raw
@@ -183,7 +183,7 @@ class Structured(Scripted):
         return RunnableLambda(structured)
 
 
-def test_structured_output_is_used_where_it_is_offered() -> None:
+def test_router_uses_structured_output_if_model_offers_it() -> None:
     assert offers_structured_output(Structured())
     assert not offers_structured_output(Scripted())
     assert not offers_structured_output(RunnableLambda(str))
@@ -198,7 +198,7 @@ def test_structured_output_is_used_where_it_is_offered() -> None:
         chain(answer_format="structured")
 
 
-def test_any_runnable_can_be_the_chat_model() -> None:
+def test_router_accepts_any_runnable_as_chat_model() -> None:
     router = ConfidenceRouterChain.from_models(WordModel(), RunnableLambda(lambda prompt: "status"))
     assert router.invoke("x") == "status"
     assert ConfidenceRouterChain.from_models(WordModel(), lambda prompt: 7, max_reasks=0).invoke is not None
@@ -206,7 +206,7 @@ def test_any_runnable_can_be_the_chat_model() -> None:
         ConfidenceRouterChain.from_models(WordModel(), 7)  # type: ignore[arg-type]
 
 
-def test_an_error_of_the_chat_model_is_not_a_label() -> None:
+def test_router_chat_model_error_is_raised() -> None:
     def broken(prompt: Any) -> str:
         raise ValueError("down")
 
@@ -217,7 +217,7 @@ def test_an_error_of_the_chat_model_is_not_a_label() -> None:
         asyncio.run(router.ainvoke("x"))
 
 
-async def test_small_large_model_and_parser_are_runs_of_one_tree() -> None:
+async def test_router_reask_creates_two_model_runs_in_one_tree() -> None:
     for way in ("invoke", "ainvoke", "batch", "abatch"):
         book = RunBook()
         router, _ = chain({"x": ["?", "status"]})
@@ -236,7 +236,7 @@ async def test_small_large_model_and_parser_are_runs_of_one_tree() -> None:
         assert not book.failed
 
 
-async def test_events_of_a_streamed_chain_show_the_tokens_of_its_model() -> None:
+async def test_router_astream_events_contain_model_tokens() -> None:
     model = GenericFakeChatModel(messages=iter([AIMessage("status")]))
     router = ConfidenceRouterChain.from_models(WordModel(), model, answer_format="text")
     events = [event async for event in router.astream_events("x", version="v2")]
@@ -245,13 +245,13 @@ async def test_events_of_a_streamed_chain_show_the_tokens_of_its_model() -> None
     assert events[-1]["data"]["output"] == "status"
 
 
-def test_another_input_key_is_used_throughout() -> None:
+def test_router_custom_input_key_accepts_mapping_and_text() -> None:
     model = Scripted(script={"my refund": ["status"]})
     router = ConfidenceRouterChain.from_models(WordModel(input_key="question"), model, input_key="question")
     assert router.invoke({"question": "my refund"}) == router.invoke("my refund") == "status"
 
 
-def test_prompts_may_give_text_messages_or_nonsense() -> None:
+def test_asker_prompt_output_of_wrong_type_returns_error() -> None:
     for give in (lambda m: "abc", lambda m: HumanMessage("abc"), lambda m: [HumanMessage("abc")]):
         model = Scripted()
         asker = ChatAsker.from_labels(LABELS, model, RunnableLambda(give))
@@ -261,10 +261,10 @@ def test_prompts_may_give_text_messages_or_nonsense() -> None:
     asker = ChatAsker.from_labels(LABELS, Scripted(), picky)
     outcomes = asker.batch([{"bad": False}, {"bad": True}], return_exceptions=True)
     assert outcomes[0] == "refund"
-    assert "from the prompt, got NoneType" in str(outcomes[1])
+    assert "from `prompt`, got NoneType" in str(outcomes[1])
 
 
-def test_the_asker_describes_itself() -> None:
+def test_asker_reports_schemas_graph_and_rejects_empty_labels() -> None:
     asker = ChatAsker.from_labels(LABELS, Scripted(), default_prompt(None))
     assert asker.OutputType is str
     assert "object" in str(asker.get_input_jsonschema())
@@ -283,7 +283,7 @@ OURS = [
 ]  # fmt: skip
 
 
-def test_langchains_own_serialisation_keeps_policies_and_strategies() -> None:
+def test_langchain_serialisation_round_trips_policies_and_prunings() -> None:
     policy = Threshold(0.8, score=Margin()) & (Threshold(0.9) | AlwaysLarge())
     for value in (policy, SoftPruning(top_k=3), HardPruning(proficient=("a",)), Retry(attempts=5)):
         again = loads(
@@ -294,7 +294,7 @@ def test_langchains_own_serialisation_keeps_policies_and_strategies() -> None:
         assert again == value
 
 
-def test_langchains_own_serialisation_keeps_a_chain_over_a_bundle(tmp_path: Any, shop_messages: Any) -> None:
+def test_langchain_serialisation_round_trips_shunt_with_bundle(tmp_path: Any, shop_messages: Any) -> None:
     from langchain_datashunt.small_models import BundledSmallModel, TextCNN, TrainingSettings
 
     texts, labels = shop_messages
@@ -338,7 +338,7 @@ def _prompt_parts() -> list[type]:
     return [HumanMessagePromptTemplate, PromptTemplate, SystemMessagePromptTemplate, MessagesPlaceholder]
 
 
-def test_a_shunt_of_unsaved_parts_is_dumped_without_failing() -> None:
+def test_langchain_serialisation_marks_unsaved_parts_not_implemented() -> None:
     dumped = dumpd(ShuntRunnable(small=predict_words, large=CountingLarge()))
     assert dumped["kwargs"]["small"]["type"] == "not_implemented"
     assert dumpd(WordModel())["type"] == "not_implemented"

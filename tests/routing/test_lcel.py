@@ -1,4 +1,4 @@
-"""Recipes: the shunt inside whatever people build of LangChain, against a real ChatOpenAI on a local server."""
+"""Shunts composed with other LangChain and LangGraph components, with a real ChatOpenAI on a local server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def router(server: Any, **given: Any) -> ConfidenceRouterChain:
     return ConfidenceRouterChain.from_models(WordModel(), chat, labels=LABELS, answer_format="text", **given)
 
 
-async def test_in_a_sequence_with_assign_and_parallel(server: ScriptedServer) -> None:
+async def test_router_in_sequence_and_parallel_returns_labels(server: ScriptedServer) -> None:
     chain = (
         {"input": RunnablePassthrough(), "length": RunnableLambda(len)}
         | RunnablePassthrough.assign(intent=router(server))
@@ -60,7 +60,7 @@ async def test_in_a_sequence_with_assign_and_parallel(server: ScriptedServer) ->
     assert both.invoke(SURE) == {"first": "refund", "second": "REFUND"}
 
 
-async def test_mapped_with_fallbacks_and_configured(server: ScriptedServer) -> None:
+async def test_router_supports_map_fallbacks_and_config(server: ScriptedServer) -> None:
     assert router(server).map().invoke([SURE, UNSURE]) == ["refund", "status"]
     assert await router(server).map().ainvoke([SURE, UNSURE]) == ["refund", "status"]
     with FaultyServer(lambda messages: "x", lambda number, body: "500") as broken:
@@ -76,7 +76,7 @@ async def test_mapped_with_fallbacks_and_configured(server: ScriptedServer) -> N
     assert "mine" in root["tags"]
 
 
-async def test_events_show_small_large_and_parser_under_one_parent(server: ScriptedServer) -> None:
+async def test_shunt_astream_events_form_one_tree(server: ScriptedServer) -> None:
     chat = server.chat_model(http_async_client=httpx.AsyncClient())
     prompt = ChatPromptTemplate.from_template("Sort {input}: {candidate_probabilities}")
     shunt = ShuntRunnable(small=WordModel(), large=prompt | chat | StrOutputParser())
@@ -88,7 +88,7 @@ async def test_events_show_small_large_and_parser_under_one_parent(server: Scrip
     assert started["WordModel"] == [root]
     assert started["RunnableSequence"] == [root]
     for name in ("ChatPromptTemplate", "ChatOpenAI", "StrOutputParser"):
-        assert started[name][0] == root, "the root stands first"
+        assert started[name][0] == root, "the root is the first parent"
     assert len(started) == 6
     ended = [event["name"] for event in events if event["event"].endswith("_end")]
     assert sorted(ended) == sorted(started)
@@ -99,7 +99,7 @@ async def test_events_show_small_large_and_parser_under_one_parent(server: Scrip
 
 
 class Collector(ThreadingHTTPServer):
-    """Takes LangSmith's runs, as its API does."""
+    """Server that accepts runs like the LangSmith API."""
 
     def __init__(self) -> None:
         posted: list[dict[str, Any]] = []
@@ -131,7 +131,7 @@ class Collector(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
 
 
-def test_langsmith_gets_one_tree_with_the_decision(server: ScriptedServer) -> None:
+def test_langsmith_trace_is_one_tree_with_decision(server: ScriptedServer) -> None:
     collector = Collector()
     thread = threading.Thread(target=collector.serve_forever, daemon=True)
     thread.start()
@@ -156,17 +156,17 @@ def test_langsmith_gets_one_tree_with_the_decision(server: ScriptedServer) -> No
     assert ended["end_time"] is not None
     assert ended["extra"]["metadata"]["shunt_route"] == "large"
     assert "shunt_route:large" in ended["tags"]
-    assert all(changed[one["id"]]["end_time"] for one in created), "every run ended"
+    assert all(changed[one["id"]]["end_time"] for one in created), "every run must end"
 
 
 class State(TypedDict):
-    """What the graph works on."""
+    """State of the graph."""
 
     question: str
     answers: Annotated[list[str], operator.add]
 
 
-async def test_a_graph_goes_where_the_decision_says(server: ScriptedServer) -> None:
+async def test_langgraph_node_routes_by_decision(server: ScriptedServer) -> None:
     shunt = router(server, return_decision=True)
 
     def route(state: State) -> Command[Literal["refund", "human"]]:
@@ -186,7 +186,7 @@ async def test_a_graph_goes_where_the_decision_says(server: ScriptedServer) -> N
     assert (await app.ainvoke({"question": UNSURE, "answers": []}))["answers"] == ["large", "asked a human"]
 
 
-def test_with_a_message_history(server: ScriptedServer) -> None:
+def test_message_history_contains_answers_of_both_models(server: ScriptedServer) -> None:
     histories: dict[str, InMemoryChatMessageHistory] = {}
     prompt = ChatPromptTemplate.from_messages(
         [
@@ -204,10 +204,10 @@ def test_with_a_message_history(server: ScriptedServer) -> None:
     assert talk.invoke({"input": SURE}, config) == "refund"
     assert talk.invoke({"input": UNSURE}, config) == "status"
     said = [message.content for message in histories["1"].messages]
-    assert said == [SURE, "refund", UNSURE, "status"], "answers of both sides are remembered"
+    assert said == [SURE, "refund", UNSURE, "status"], "the history contains the answers of both models"
     sent = [message["content"] for message in server.bodies[0]["messages"]]
     assert sent[0].startswith("Hint: - refund with probability")
-    assert sent[1:] == [SURE, "refund", UNSURE], "the large model knows what the small one said"
+    assert sent[1:] == [SURE, "refund", UNSURE], "the large model gets the small model's earlier answer"
     model = RunnableWithMessageHistory(
         ShuntChatModel(small=WordModel(), large=server.chat_model()), lambda session_id: histories["1"]
     )
@@ -221,15 +221,15 @@ FAULTS = st.sampled_from([None, None, "400", "malformed", "cut", "wrong", "cance
 
 TEXTS = st.sampled_from(["surely cancel", "refund", "status", "nan"])
 OURS = ("ShuntRunnable", "ShuntChatModel", "WordModel")
-"""Runs of LangChain's own Runnables are lost where they are cancelled while they tell of their start."""
+"""Names of our own runs. LangChain's own Runnables lose a run that is cancelled while it starts."""
 
 WAYS = st.sampled_from(["ainvoke", "astream", "abatch", "as_completed", "chat"])
 
 
 @given(st.lists(st.tuples(TEXTS, FAULTS), min_size=1, max_size=5), WAYS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_run_that_starts_ends_and_usage_adds_up(calls: list[tuple[str, str | None]], way: str) -> None:
-    """Whatever the inputs, faults and cancellations, in the middle of a stream too."""
+def test_runs_end_once_under_faults_and_cancellations(calls: list[tuple[str, str | None]], way: str) -> None:
+    """Runs end exactly once for all inputs, faults and cancellations, including those during a stream."""
     faults = {f"{text} {i}": fault for i, (text, fault) in enumerate(calls) if fault not in (None, "cancel")}
 
     def plan(number: int, body: Mapping[str, Any]) -> str | None:
@@ -272,15 +272,15 @@ def test_every_run_that_starts_ends_and_usage_adds_up(calls: list[tuple[str, str
     closed = [*book.ended, *book.failed]
     assert len(closed) == len(set(closed)), "a run ended twice"
     ours = {run_id for run_id, run in book.started.items() if run["name"] in OURS}
-    assert ours <= set(closed), "each run of ours ends"
+    assert ours <= set(closed), "each of our own runs must end"
     whole = sum(1 for run in book.started.values() if run["name"] == "ChatOpenAI")
     assert whole <= len(calls)
     counted = sum(each["total_tokens"] for each in usage.usage_metadata.values())
     assert (counted > 0) <= (whole > 0)
 
 
-async def test_runs_of_ours_end_whenever_a_call_is_cancelled(server: ScriptedServer) -> None:
-    """Also with handlers that LangChain calls in a thread, where a cancellation can come in between."""
+async def test_runs_end_at_any_time_of_cancellation(server: ScriptedServer) -> None:
+    """Sync handlers run in a thread, so a cancellation can occur while they run."""
     shunt, model = router(server), ShuntChatModel(small=WordModel(), large=server.chat_model())
 
     class Slow(RunBook):

@@ -1,4 +1,4 @@
-"""Every modality, every way to call, recorded and distilled, through the one ShuntRunnable."""
+"""Every modality through a ShuntRunnable: all call methods, logging and distillation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def modality(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def middle(modality: Modality) -> float:
-    """A threshold that keeps about half of the inputs."""
+    """Return a threshold at which about half of the inputs are answered locally."""
     return float(np.median(modality.small.predict_batch(modality.inputs).confidence))
 
 
@@ -47,7 +47,7 @@ async def called(shunt: ShuntRunnable, way: str, inputs: list[Any]) -> list[Any]
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_every_way_to_call_gives_the_same(modality: Modality, way: str) -> None:
+async def test_modality_every_call_method_returns_same_outputs(modality: Modality, way: str) -> None:
     threshold = middle(modality)
     batch = modality.small.predict_batch(modality.inputs)
     shunt = ShuntRunnable(
@@ -56,13 +56,13 @@ async def test_every_way_to_call_gives_the_same(modality: Modality, way: str) ->
     found = await called(shunt, way, list(modality.inputs))
     kept = batch.confidence >= threshold
     assert 0 < kept.sum() < len(kept)
-    near = np.abs(batch.confidence - threshold) < 1e-5  # a batch of one may round otherwise
+    near = np.abs(batch.confidence - threshold) < 1e-5  # rounding may differ between a batch and a single input
     for i, own in enumerate(batch.outputs()):
         if not near[i]:
             assert found[i] == (own if kept[i] else modality.truth(i))
 
 
-def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) -> None:
+def test_modality_logged_calls_distill_into_better_model(modality: Modality, tmp_path: Path) -> None:
     threshold = middle(modality)
     with CallLog(f"sqlite:///{tmp_path / 'calls.db'}") as store:
         with Recorder(store, task="t", sample_small=1.0) as recorder:
@@ -104,7 +104,7 @@ def test_calls_are_recorded_and_learnt_from(modality: Modality, tmp_path: Path) 
     assert again.predict_batch(modality.inputs).outputs() == distilled.model.predict_batch(modality.inputs).outputs()
 
 
-def test_a_student_of_the_same_modality_is_asked_second(modality: Modality) -> None:
+def test_modality_student_answers_after_small_model(modality: Modality) -> None:
     surer = {"intercept": 12.0} if isinstance(modality.small, GeneratingModel) else {"temperature": 0.01}
     shunt = ShuntRunnable(
         small=modality.small, student=modality.small.model_copy(update=surer), large=modality.large,

@@ -1,4 +1,4 @@
-"""Budgets that hold under drift, audits, monitors, shadow mode."""
+"""Budgets under drift, monitors, background audits and shadow mode."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ NAMES = ("a", "b")
 
 
 def traffic(n: int, seed: int, easy: float) -> PredictionBatch:
-    """Confidences in [0.5, 1], the higher the easier the traffic."""
+    """Return `n` predictions with confidences in [0.5, 1], higher for larger `easy`."""
     rng = np.random.default_rng(seed)
     p = 0.5 + 0.5 * rng.beta(easy, 1.0, n)
     return PredictionBatch.from_arrays(NAMES, np.column_stack([p, 1 - p]))
 
 
 def decided(policy: Any, batch: PredictionBatch) -> Any:
-    """Which are kept, with the policy told what came of it, as a shunt does."""
+    """Return which predictions are answered locally, and report the result to the policy, like a shunt."""
     verdict = policy.evaluate(batch)
     policy.observe(int((~verdict.keep).sum()), len(batch))
     return verdict.keep
@@ -53,14 +53,14 @@ def decided(policy: Any, batch: PredictionBatch) -> Any:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.9, 1.0])
-def test_a_share_is_kept_while_traffic_drifts(share: float) -> None:
+def test_deferral_budget_holds_rate_under_drift(share: float) -> None:
     policy = DeferralBudget(rate=share)
     asked = [~decided(policy, traffic(50, day, easy)) for day, easy in enumerate(np.linspace(0.3, 8.0, 120))]
     assert np.concatenate(asked).mean() == pytest.approx(share, abs=0.02)
     assert np.concatenate(asked[-20:]).mean() == pytest.approx(share, abs=0.06)
 
 
-def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
+def test_deferral_budget_holds_rate_for_single_calls_after_jumps() -> None:
     policy = DeferralBudget(rate=0.2, gain=0.05)
     asked = []
     for day, easy in enumerate((6.0, 0.2, 6.0)):
@@ -70,16 +70,16 @@ def test_a_share_is_kept_when_traffic_jumps_and_one_by_one() -> None:
     assert np.mean(asked) == pytest.approx(0.2, abs=0.03)
 
 
-def test_a_threshold_of_a_call_does_not_stop_the_budget() -> None:
+def test_deferral_budget_call_threshold_overrides_own() -> None:
     policy, batch = DeferralBudget(rate=0.5), traffic(64, 0, 1.0)
     verdict = policy.evaluate(batch, np.where(np.arange(64) < 2, 0.0, np.nan))
     assert verdict.keep[:2].all()
     assert (verdict.threshold[:2] == 0.0).all()
 
 
-def test_spending_follows_the_clock() -> None:
+def test_cost_budget_holds_rate_and_limits_burst_after_pause() -> None:
     now = [0.0]
-    policy = CostBudget(usd_per_hour=3.6, usd_per_call=0.01, clock=lambda: now[0])  # one call in ten seconds
+    policy = CostBudget(usd_per_hour=3.6, usd_per_call=0.01, clock=lambda: now[0])  # one call per ten seconds
     asked = 0
     for i in range(2000):
         now[0] += 1.0
@@ -87,10 +87,10 @@ def test_spending_follows_the_clock() -> None:
     assert asked == pytest.approx(200, rel=0.15)
     now[0] += 1e6
     burst = sum(int((~decided(policy, traffic(1, i, 0.5))).sum()) for i in range(300))
-    assert burst < 120, "a long pause does not pay for a flood"
+    assert burst < 120, "a long pause must not allow a flood of calls"
 
 
-def test_threads_share_one_threshold() -> None:
+def test_deferral_budget_shared_by_threads_holds_rate() -> None:
     policy, asked = DeferralBudget(rate=0.25), []
 
     def work(seed: int) -> None:
@@ -105,7 +105,7 @@ def test_threads_share_one_threshold() -> None:
     assert np.mean(asked) == pytest.approx(0.25, abs=0.03)
 
 
-def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
+def test_shared_threshold_is_shared_through_store_without_lost_updates(tmp_path: Path) -> None:
     url = tmp_path / "calls.db"
     one, two = (DeferralBudget(rate=0.3, control=SharedThreshold(url, "support")) for _ in range(2))
     for i in range(150):
@@ -124,11 +124,11 @@ def test_processes_share_a_threshold_through_the_store(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert one.current == pytest.approx(before + 0.08), "no change is lost"
+    assert one.current == pytest.approx(before + 0.08), "no update may be lost"
 
 
 class CutStore(CallLog):
-    """A store whose database can be taken away."""
+    """Call log whose database can be made unavailable."""
 
     away = False
     asked = 0
@@ -151,7 +151,7 @@ class CutStore(CallLog):
             raise StoreError("the database is away")
 
 
-def test_a_shared_budget_goes_on_while_the_database_is_away(tmp_path: Path, caplog: Any) -> None:
+def test_shared_threshold_works_locally_while_database_is_down(tmp_path: Path, caplog: Any) -> None:
     store, other = CutStore(tmp_path / "c.db"), SharedThreshold(tmp_path / "c.db", "support")
     control = SharedThreshold(store, "support", retry_seconds=0.2)
     control.add(0.5, 0.1)
@@ -161,7 +161,7 @@ def test_a_shared_budget_goes_on_while_the_database_is_away(tmp_path: Path, capl
     assert len(shunt.batch(["x"] * 5)) == 5
     moved = control.get(0.5) - 0.6
     assert moved != 0
-    assert store.asked == 1, "a database that is away is not asked each time"
+    assert store.asked == 1, "an unavailable database must not be queried by every call"
     assert "until the database is back" in caplog.text
     other.add(0.5, 0.05)
     store.away = False
@@ -170,7 +170,7 @@ def test_a_shared_budget_goes_on_while_the_database_is_away(tmp_path: Path, capl
     assert other.get(0.5) == pytest.approx(0.65 + moved)
 
 
-def test_readers_and_writers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_call_log_open_read_does_not_block_write(tmp_path: Path) -> None:
     with CallLog(tmp_path / "c.db") as reader, CallLog(tmp_path / "c.db") as writer:
         with reader.reading() as connection:
             connection.exec_driver_sql("SELECT count(*) FROM calls").scalar()
@@ -180,14 +180,14 @@ def test_readers_and_writers_do_not_wait_for_each_other(tmp_path: Path) -> None:
         assert reader.count() == 1
 
 
-def test_looking_at_predictions_does_not_move_a_budget() -> None:
+def test_deferral_budget_evaluate_alone_keeps_threshold() -> None:
     policy = DeferralBudget(rate=0.1)
     policy.evaluate(traffic(500, 0, 0.5))
     assert policy.current == 0.9
 
 
 @pytest.mark.parametrize("student", [False, True])
-def test_a_shunt_keeps_the_budget_also_with_a_second_small_model(student: bool) -> None:
+def test_shunt_deferral_budget_holds_rate_with_and_without_student(student: bool) -> None:
     def guess(text: str) -> Prediction:
         p = 0.5 + 0.5 * np.random.default_rng(int(text)).beta(2.0, 1.0)
         return Prediction.from_probabilities({"a": p, "b": 1 - p})
@@ -202,7 +202,7 @@ def test_a_shunt_keeps_the_budget_also_with_a_second_small_model(student: bool) 
     assert np.mean([route == "large" for route in routes]) == pytest.approx(0.2, abs=0.04)
 
 
-def test_budgets_are_copied_and_pickled_with_their_threshold() -> None:
+def test_budget_copy_and_pickle_keep_threshold() -> None:
     for policy in (DeferralBudget(rate=0.2), CostBudget(usd_per_hour=1.0, usd_per_call=0.01)):
         decided(policy, traffic(300, 0, 1.0))
         for again in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
@@ -212,7 +212,7 @@ def test_budgets_are_copied_and_pickled_with_their_threshold() -> None:
     assert copy.deepcopy(shunt).policy == shunt.policy
 
 
-def test_a_bundle_refuses_a_policy_that_it_could_not_give_back(tmp_path: Path) -> None:
+def test_bundle_save_with_budget_policy_raises(tmp_path: Path) -> None:
     from langchain_datashunt.small_models import TextCNN, TrainingSettings
 
     small = TextCNN.train(["a b", "c d"] * 4, ["x", "y"] * 4, settings=TrainingSettings(epochs=1, progress=False))
@@ -221,7 +221,7 @@ def test_a_bundle_refuses_a_policy_that_it_could_not_give_back(tmp_path: Path) -
         small.save(tmp_path / "bundle")
 
 
-def test_an_audit_reads_the_answer_of_a_nested_shunt() -> None:
+def test_audit_reads_answer_of_nested_shunt() -> None:
     monitor = Monitor()
     inner = ShuntRunnable(small=WordModel(), large=lambda _: "refund", pruning=None, policy=AlwaysSmall())
     shunt = ShuntRunnable(
@@ -233,7 +233,7 @@ def test_an_audit_reads_the_answer_of_a_nested_shunt() -> None:
     assert monitor.report()["disagreement"]["mean"] == 0.0
 
 
-def test_an_audit_lists_the_labels_and_never_fails_the_call() -> None:
+def test_audit_prompt_lists_labels_and_errors_do_not_fail_call() -> None:
     def known(text: Any) -> Prediction:
         return Prediction.from_probabilities({"refund": 0.9, "status": 0.1})
 
@@ -246,7 +246,7 @@ def test_an_audit_lists_the_labels_and_never_fails_the_call() -> None:
     assert shunt.auditor.counters.failed == 1
 
 
-def test_a_local_control_begins_where_it_is_told() -> None:
+def test_local_control_starts_at_first_given_value() -> None:
     control = LocalControl()
     assert control.get(0.7) == 0.7
     assert control.add(0.7, 0.1) == pytest.approx(0.8)
@@ -256,7 +256,7 @@ def test_a_local_control_begins_where_it_is_told() -> None:
 # Monitor
 
 
-def test_an_error_above_the_bound_gives_one_alarm() -> None:
+def test_monitor_error_above_bound_raises_one_alarm() -> None:
     alarms: list[Alarm] = []
     monitor, rng = Monitor(max_error=0.05, on_alarm=alarms.append), np.random.default_rng(0)
     for wrong in rng.random(600) < 0.25:
@@ -272,17 +272,17 @@ def test_an_error_above_the_bound_gives_one_alarm() -> None:
     assert monitor.report()["disagreement"]["mean"] is None
 
 
-def test_false_alarms_are_as_rare_as_promised() -> None:
+def test_monitor_false_alarm_rate_matches_level() -> None:
     rng, alarmed = np.random.default_rng(1), 0
     for _ in range(100):
         monitor = Monitor(max_error=0.1, level=0.9)
         for wrong in (rng.random(200) < 0.1).tolist():
             monitor.labelled("a", "b" if wrong else "a")
         alarmed += monitor.alarmed
-    assert alarmed <= 10 + 9, "1 in 10 at the most, and three standard errors"
+    assert alarmed <= 10 + 9, "at most 1 in 10, plus three standard errors"
 
 
-def test_drift_is_found_and_steadiness_is_not() -> None:
+def test_monitor_detects_drift_once_and_ignores_stable_traffic() -> None:
     rng = np.random.default_rng(0)
     steady = Monitor(reference=rng.beta(5, 1, 2000), window=200)
     steady.saw(rng.beta(5, 1, 20_000))
@@ -296,7 +296,7 @@ def test_drift_is_found_and_steadiness_is_not() -> None:
     assert len(drifting.alarms) == 1
 
 
-def test_a_monitor_survives_a_bad_callback_and_pickling(caplog: pytest.LogCaptureFixture) -> None:
+def test_monitor_failing_callback_is_logged_and_pickle_keeps_report(caplog: pytest.LogCaptureFixture) -> None:
     def fails(alarm: Alarm) -> None:
         raise RuntimeError("pager is off")
 
@@ -310,7 +310,7 @@ def test_a_monitor_survives_a_bad_callback_and_pickling(caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("settings", [{"max_error": 0.0}, {"max_error": 2.0}, {"window": 5}])
-def test_a_senseless_monitor_is_refused(settings: dict[str, Any]) -> None:
+def test_monitor_invalid_settings_raise(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         Monitor(**settings)
 
@@ -319,7 +319,7 @@ def test_a_senseless_monitor_is_refused(settings: dict[str, Any]) -> None:
 
 
 class Asked:
-    """A large model that answers "refund" and remembers what it was given."""
+    """Large model that answers "refund" and records its inputs."""
 
     def __init__(self, error: Exception | None = None, seconds: float = 0.0) -> None:
         self.seen: list[Any] = []
@@ -338,17 +338,19 @@ def audited(large: Any, **settings: Any) -> ShuntRunnable:
     return ShuntRunnable(small=WordModel(), large=large, **given)
 
 
-def test_confident_answers_are_audited_behind_the_callers_back(tmp_path: Path) -> None:
+def test_audit_runs_in_background_and_is_logged(tmp_path: Path) -> None:
     large, monitor = Asked(seconds=0.2), Monitor()
     with Recorder(tmp_path / "calls.db", sample_small=1.0) as recorder:
         shunt = audited(large, monitor=monitor, recorder=recorder)
         started = time.perf_counter()
         assert shunt.batch(["surely cancel it", "surely refund it"]) == ["cancel", "refund"]
         assert shunt.invoke("surely refund me") == "refund"
-        assert time.perf_counter() - started < 0.2, "the caller does not wait"
+        assert time.perf_counter() - started < 0.2, "the caller must not wait for audits"
         assert shunt.auditor is not None and shunt.auditor.flush()
     assert len(large.seen) == 3
-    assert all(not value["candidate_probabilities"] for value in large.seen), "the small model's opinion is kept back"
+    assert all(not value["candidate_probabilities"] for value in large.seen), (
+        "audit prompts must not carry probabilities"
+    )
     assert monitor.report()["disagreement"]["n"] == 3
     assert monitor.disagreement.mean == pytest.approx(1 / 3)
     with CallLog(tmp_path / "calls.db") as store:
@@ -357,7 +359,7 @@ def test_confident_answers_are_audited_behind_the_callers_back(tmp_path: Path) -
     assert all(call.answer_label == "refund" for call in calls if call.audit)
 
 
-async def test_audits_do_not_block_an_event_loop() -> None:
+async def test_audit_does_not_block_event_loop() -> None:
     large = Asked(seconds=0.2)
     shunt = audited(large)
     started = time.perf_counter()
@@ -367,19 +369,19 @@ async def test_audits_do_not_block_an_event_loop() -> None:
     assert len(large.seen) == 1
 
 
-def test_the_rate_is_kept_and_a_failed_audit_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_audit_samples_at_rate_and_failures_do_not_fail_calls(caplog: pytest.LogCaptureFixture) -> None:
     large = Asked(ValueError("down"))
     shunt = audited(large, audit_rate=0.2, monitor=(monitor := Monitor()))
     assert shunt.batch(["surely cancel it"] * 500) == ["cancel"] * 500
     assert shunt.auditor is not None and shunt.auditor.flush()
     counters = shunt.auditor.counters
     assert 60 <= counters.failed + counters.left_out <= 140
-    assert "An audit failed: down" in caplog.text
+    assert "Audit failed: down" in caplog.text
     assert monitor.report()["disagreement"]["n"] == 0
     assert ShuntRunnable(small=WordModel(), large=large, pruning=None).auditor is None
 
 
-def test_after_an_alarm_everything_can_go_to_the_large_model() -> None:
+def test_fail_safe_alarm_defers_every_input_until_reset() -> None:
     monitor = Monitor(max_error=0.05)
     shunt = audited(Asked(), monitor=monitor, fail_safe="large", audit_rate=0.0, return_decision=True)
     assert shunt.invoke("surely cancel it").route == "small"
@@ -397,7 +399,7 @@ def test_after_an_alarm_everything_can_go_to_the_large_model() -> None:
 # Shadow mode
 
 
-def test_in_shadow_mode_nothing_changes_and_everything_is_noted(tmp_path: Path) -> None:
+def test_shadow_mode_defers_all_and_logs_would_be_decisions(tmp_path: Path) -> None:
     large = Asked()
     with Recorder(tmp_path / "calls.db") as recorder:
         shunt = ShuntRunnable(
@@ -418,8 +420,8 @@ def test_in_shadow_mode_nothing_changes_and_everything_is_noted(tmp_path: Path) 
 
 @pytest.mark.parametrize("student", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_in_shadow_mode_a_budget_settles_where_it_will_in_earnest(student: bool, alone: bool) -> None:
-    """Each input counts once, also where a second small model, surer than the first, is asked about all of them."""
+def test_shadow_mode_budget_converges_to_same_threshold(student: bool, alone: bool) -> None:
+    """Each input counts once, even if a more confident student is called for all of them."""
 
     def guess(text: str, more: float = 0.0) -> Prediction:
         p = min(0.999, 0.5 + 0.4 * np.random.default_rng(int(text)).beta(2.0, 1.0) + more)
@@ -442,8 +444,8 @@ def test_in_shadow_mode_a_budget_settles_where_it_will_in_earnest(student: bool,
     assert raise_first_error[0] == pytest.approx(raise_first_error[1], abs=0.02)
 
 
-def test_what_the_threshold_did_not_cause_is_soon_forgotten() -> None:
-    """As where the small model was down, or an alarm sent everything to the large one."""
+def test_deferral_budget_recovers_after_forced_deferrals() -> None:
+    """Deferrals are forced if the small model is down, or if an alarm defers every input."""
     policy = DeferralBudget(rate=0.2)
     for day in range(40):
         decided(policy, traffic(32, day, 1.0))
@@ -453,28 +455,28 @@ def test_what_the_threshold_did_not_cause_is_soon_forgotten() -> None:
     assert np.concatenate(asked).mean() == pytest.approx(0.2, abs=0.05)
 
 
-def test_a_cost_budget_pays_for_long_batches_too() -> None:
+def test_cost_budget_holds_rate_for_large_batches() -> None:
     now = [0.0]
     policy = CostBudget(usd_per_hour=1.0, usd_per_call=0.01, clock=lambda: now[0])
     asked = 0
     for minute in range(12 * 60):
         now[0] = 60.0 * minute
         asked += int((~decided(policy, traffic(2000, minute % 50, 1.0))).sum())
-    assert 0.01 * asked < 1.3 * 12, "and not several times as much"
+    assert 0.01 * asked < 1.3 * 12, "large batches must not multiply the cost"
 
 
-def test_a_reference_without_numbers_is_refused() -> None:
+def test_monitor_empty_or_nan_reference_raises() -> None:
     for reference in ([], [0.5, float("nan")]):
         with pytest.raises(ConfigurationError, match="for `reference`"):
             Monitor(reference=reference)
 
 
-def test_an_audit_is_of_the_same_person_as_its_call() -> None:
+def test_audit_counts_towards_disclosure_budget_of_call_subject() -> None:
     large, guard = Asked(), PrivacyGuard(budget=DisclosureBudget(subject_calls=1), on_local="raise")
     shunt = audited(RunnableLambda(large), guard=guard)
     for i in range(4):
         shunt.invoke(f"surely refund {i}", {"configurable": {"shunt_subject": "jane"}})
     shunt.invoke("surely refund joe", {"configurable": {"shunt_subject": "joe"}})
     assert shunt.auditor is not None and shunt.auditor.flush()
-    assert len(large.seen) == 2, "one of each"
+    assert len(large.seen) == 2, "each subject may have only one call"
     assert shunt.auditor.counters.failed == 3

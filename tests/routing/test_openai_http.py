@@ -1,4 +1,4 @@
-"""Real `ChatOpenAI` against a local OpenAI-compatible server, on good days and bad ones."""
+"""A real `ChatOpenAI` with a local OpenAI-compatible server, with and without faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK = Retry(attempts=4, initial_wait=0.01, max_wait=0.2, jitter=0.01)
 
 
 def answer(messages: Any) -> str:
-    """Says the label whose word stands last in the first user message, or "status"."""
+    """Return the last label in the first user message, or "status"."""
     text = next(m["content"] for m in messages if m["role"] == "user")
     found = [label for label in LABELS if label in text.split()]
     return found[-1] if found else "status"
@@ -47,11 +47,11 @@ def router(serving: FaultyServer, **settings: Any) -> ConfidenceRouterChain:
 
 
 def faults(*names: str | None) -> Any:
-    """These faults for the first requests, none afterwards."""
+    """Return a plan with these faults for the first requests, and none afterwards."""
     return lambda number, body: names[number - 1] if number <= len(names) else None
 
 
-async def test_a_deferred_question_is_answered_over_http() -> None:
+async def test_router_deferred_input_is_answered_over_http_with_cost() -> None:
     with server() as serving:
         serving.keep_bodies = True
         chain = router(serving, return_decision=True)
@@ -64,7 +64,7 @@ async def test_a_deferred_question_is_answered_over_http() -> None:
         assert result.cost_usd == pytest.approx((result.usage["gpt-4"]["input_tokens"] * 30 + 2 * 60) / 1e6)
 
 
-async def test_probabilities_stand_in_the_request_itself() -> None:
+async def test_request_body_contains_pruned_probabilities() -> None:
     with server() as serving:
         serving.keep_bodies = True
         router(serving, pruning=SoftPruning(top_k=2)).invoke("refund")
@@ -79,8 +79,8 @@ async def test_probabilities_stand_in_the_request_itself() -> None:
         assert "- cancel" not in system
 
 
-async def test_structured_output_asks_for_the_label_as_an_enumeration() -> None:
-    for model in ("gpt-4", "gpt-4o"):  # by a forced function call, and by a response format
+async def test_structured_output_request_lists_labels_as_enum() -> None:
+    for model in ("gpt-4", "gpt-4o"):  # gpt-4 uses a forced function call, gpt-4o a response format
         with server() as serving:
             serving.keep_bodies = True
             chat_model = serving.chat_model(model=model)
@@ -97,7 +97,7 @@ async def test_structured_output_asks_for_the_label_as_an_enumeration() -> None:
 
 @pytest.mark.parametrize("fault", ["429", "500", "malformed", "html", "timeout"])
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "abatch"])
-async def test_passing_faults_are_retried(fault: str, way: str) -> None:
+async def test_router_transient_faults_are_retried(fault: str, way: str) -> None:
     with server(faults(fault, fault), hang=0.6) as serving:
         chain = router(serving, timeout=0.3)
         if way == "invoke":
@@ -112,7 +112,7 @@ async def test_passing_faults_are_retried(fault: str, way: str) -> None:
         assert serving.faults == [fault, fault]
 
 
-async def test_a_fault_that_stays_is_raised_or_gives_way() -> None:
+async def test_router_persistent_fault_raises_or_falls_back() -> None:
     with server(lambda number, body: "429") as serving:
         with pytest.raises(RateLimitError):
             await router(serving).ainvoke("refund")
@@ -124,10 +124,10 @@ async def test_a_fault_that_stays_is_raised_or_gives_way() -> None:
     with server(lambda number, body: "400") as serving:
         with pytest.raises(BadRequestError):
             router(serving).invoke("refund")
-        assert len(serving.faults) == 1, "what cannot pass is not repeated"
+        assert len(serving.faults) == 1, "a permanent error must not be retried"
 
 
-async def test_the_servers_retry_after_is_heeded() -> None:
+async def test_router_waits_for_retry_after_header() -> None:
     import time
 
     patient = Retry(attempts=2, initial_wait=0.0, jitter=0.0, max_wait=5.0)
@@ -137,7 +137,7 @@ async def test_the_servers_retry_after_is_heeded() -> None:
         assert time.perf_counter() - started >= 0.5
 
 
-async def test_an_answer_that_is_no_label_is_asked_again_over_http() -> None:
+async def test_router_invalid_answer_is_reasked_over_http() -> None:
     with server(faults("wrong")) as serving:
         serving.keep_bodies = True
         assert router(serving).invoke("refund") == "refund"
@@ -158,7 +158,7 @@ def streaming(serving: FaultyServer, **settings: Any) -> ShuntRunnable:
     )
 
 
-async def test_tokens_stream_through_with_their_usage() -> None:
+async def test_stream_yields_tokens_and_usage() -> None:
     with FaultyServer(lambda messages: "one two three") as serving:
         shunt = streaming(serving, return_decision=True)
         chunks = [chunk async for chunk in shunt.astream("refund")]
@@ -174,14 +174,14 @@ async def test_tokens_stream_through_with_their_usage() -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut-at-once", "500"])
-async def test_a_stream_that_breaks_before_its_first_token_starts_again(fault: str) -> None:
+async def test_stream_broken_before_first_token_is_retried(fault: str) -> None:
     with FaultyServer(lambda messages: "one two three", faults(fault)) as serving:
         assert "".join(streaming(serving).stream("refund")) == "one two three"
     with FaultyServer(lambda messages: "one two three", faults(fault)) as serving:
         assert "".join([c async for c in streaming(serving).astream("refund")]) == "one two three"
 
 
-async def test_a_stream_that_breaks_later_raises_and_its_runs_end() -> None:
+async def test_stream_broken_after_first_token_raises_and_ends_runs() -> None:
     with FaultyServer(lambda messages: "one two three", lambda number, body: "cut") as serving:
         for way in ("stream", "astream"):
             book, seen = RunBook(), []
@@ -193,11 +193,11 @@ async def test_a_stream_that_breaks_later_raises_and_its_runs_end() -> None:
                 else:
                     async for chunk in shunt.astream("refund", {"callbacks": [book]}):
                         seen.append(chunk)
-            assert "".join(seen) == "one two", "what was shown stays, and no small answer is mixed in"
+            assert "".join(seen) == "one two", "the yielded tokens must not be mixed with a small answer"
             book.assert_balanced()
 
 
-async def test_200_parallel_calls_with_faults_get_their_own_answers() -> None:
+async def test_router_200_concurrent_calls_with_faults_return_own_answers() -> None:
     rng = random.Random(0)
     kinds = ["429", "500", "malformed", "wrong", None, None, None]
     with server(lambda number, body: rng.choice(kinds) if number <= 300 else None) as serving:
@@ -218,7 +218,7 @@ async def test_200_parallel_calls_with_faults_get_their_own_answers() -> None:
         assert len({result.record_id for result in results}) == 200
 
 
-async def test_a_large_batch_keeps_its_order_over_http() -> None:
+async def test_router_batch_of_120_keeps_order_over_http() -> None:
     with server(lambda number, body: "500" if number % 7 == 0 else None) as serving:
         inputs = [f"{'surely ' if i % 3 else ''}x{i} {LABELS[i % 3]}" for i in range(120)]
         expected = [LABELS[i % 3] for i in range(120)]
@@ -228,7 +228,7 @@ async def test_a_large_batch_keeps_its_order_over_http() -> None:
         assert [pairs[i] for i in range(120)] == expected
 
 
-def test_the_replay_server_says_what_it_has_not(tmp_path: Any) -> None:
+def test_replay_server_unrecorded_input_raises(tmp_path: Any) -> None:
     from langchain_datashunt.large_models.replay import ChatServer, RecordedAnswers
 
     with ChatServer(RecordedAnswers({"refund": "refund"})) as serving:

@@ -34,7 +34,7 @@ EVERY_WAY = ["invoke", "ainvoke", "batch", "abatch", "stream", "astream", "as_co
 
 
 async def call(shunt: Any, way: str, value: Any, config: Any = None) -> Any:
-    """One input through any of a Runnable's entrances."""
+    """Return the output for one input, with any of the Runnable call methods."""
     if way == "invoke":
         return shunt.invoke(value, config)
     if way == "ainvoke":
@@ -60,14 +60,14 @@ def make(**settings: Any) -> ShuntRunnable:
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_what_the_small_model_is_sure_of_never_reaches_the_large_one(way: str) -> None:
+async def test_shunt_confident_input_is_answered_locally(way: str) -> None:
     large = CountingLarge()
     assert await call(make(large=large), way, "surely refund") == "refund"
     assert large.invoked == []
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_what_it_is_not_sure_of_goes_to_the_large_one_with_its_opinion(way: str) -> None:
+async def test_shunt_deferred_input_carries_prediction(way: str) -> None:
     large = CountingLarge()
     assert await call(make(large=large), way, "refund") == "L:refund"
     asked = large.invoked[0]
@@ -78,7 +78,7 @@ async def test_what_it_is_not_sure_of_goes_to_the_large_one_with_its_opinion(way
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_a_result_says_what_was_decided(way: str) -> None:
+async def test_shunt_result_contains_decision_cost_and_latency(way: str) -> None:
     shunt = make(return_decision=True)
     kept = await call(shunt, way, "surely refund")
     assert isinstance(kept, ShuntResult)
@@ -94,14 +94,14 @@ async def test_a_result_says_what_was_decided(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_a_plain_function_can_be_either_side(way: str) -> None:
+async def test_shunt_accepts_functions_as_models(way: str) -> None:
     shunt = make(small=predict_words, large=lambda asked: asked["input"].upper())
     assert await call(shunt, way, "surely refund") == "refund"
     assert await call(shunt, way, "refund") == "REFUND"
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_a_failing_small_model_lets_the_large_one_answer(way: str) -> None:
+async def test_shunt_small_error_defers(way: str) -> None:
     shunt = make(small=failing_word_model(RuntimeError("out of memory")), return_decision=True)
     result = await call(shunt, way, "surely refund")
     assert (result.output, result.route, result.reason) == ("L:surely refund", "large", "small_error")
@@ -111,13 +111,13 @@ async def test_a_failing_small_model_lets_the_large_one_answer(way: str) -> None
 
 @pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("small", [lambda text: "refund", lambda text: Prediction("a", 1.0, None, ("a",))])  # type: ignore[arg-type]
-async def test_a_small_model_that_gives_no_prediction_has_failed(way: str, small: Any) -> None:
+async def test_shunt_small_output_without_prediction_defers(way: str, small: Any) -> None:
     result = await call(make(small=small, return_decision=True), way, "x")
     assert (result.reason, result.output) == ("small_error", "L:x")
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_a_large_error_is_raised_or_gives_way_to_the_small_answer(way: str) -> None:
+async def test_shunt_large_error_raises_or_falls_back(way: str) -> None:
     def large() -> CountingLarge:
         return CountingLarge({"refund": [HttpError(400)]})
 
@@ -129,7 +129,7 @@ async def test_a_large_error_is_raised_or_gives_way_to_the_small_answer(way: str
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_where_both_fail_the_large_error_is_raised(way: str) -> None:
+async def test_shunt_both_models_fail_raises_large_error(way: str) -> None:
     large = CountingLarge({"x": [HttpError(400)]})
     shunt = make(small=failing_word_model(ValueError()), large=large, on_large_error="small")
     with pytest.raises(HttpError, match="400"):
@@ -137,14 +137,14 @@ async def test_where_both_fail_the_large_error_is_raised(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_the_large_call_is_retried(way: str) -> None:
+async def test_shunt_retryable_large_errors_are_retried(way: str) -> None:
     large = CountingLarge({"refund": [HttpError(500), HttpError(429)]})
     assert await call(make(large=large), way, "refund") == "L:refund"
     assert len(large.invoked) == 3
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_the_student_is_asked_before_the_large_one(way: str) -> None:
+async def test_shunt_student_answers_before_large_model(way: str) -> None:
     def learned(text: str) -> Prediction:
         sure = 0.97 if "seen" in text else 0.7
         return Prediction.from_probabilities({"cancel": 1 - sure, "refund": 0.0, "status": sure}, model_id="S2")
@@ -155,11 +155,11 @@ async def test_the_student_is_asked_before_the_large_one(way: str) -> None:
     assert (result.output, result.route, result.reason) == ("status", "student", "confident")
     asked = await call(shunt, way, "refund")
     assert asked.route == "large"
-    assert asked.prediction.model_id == "S2", "the surer opinion goes into the prompt"
+    assert asked.prediction.model_id == "S2", "the more confident prediction must be used"
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_the_threshold_can_be_changed_for_one_call(way: str) -> None:
+async def test_shunt_threshold_in_config_applies_to_one_call(way: str) -> None:
     shunt = make()
     config = {"configurable": {"shunt_threshold": 0.4}}
     assert await call(shunt, way, "refund", config) == "refund"
@@ -168,30 +168,30 @@ async def test_the_threshold_can_be_changed_for_one_call(way: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["high", float("nan"), True])
-def test_a_threshold_of_the_call_must_be_a_number(value: Any) -> None:
+def test_shunt_invalid_threshold_in_config_raises(value: Any) -> None:
     with pytest.raises(ConfigurationError, match="shunt_threshold"):
         make().invoke("x", {"configurable": {"shunt_threshold": value}})
 
 
-def test_configurable_fields_replace_the_policy() -> None:
+def test_shunt_configurable_policy_applies_to_one_call() -> None:
     shunt = make().configurable_fields(policy=ConfigurableField(id="policy"))
     assert shunt.invoke("refund", {"configurable": {"policy": AlwaysSmall()}}) == "refund"
     assert shunt.invoke("surely refund", {"configurable": {"policy": AlwaysLarge()}}) == "L:surely refund"
     assert shunt.invoke("surely refund") == "refund"
 
 
-def test_the_small_models_own_threshold_is_the_default() -> None:
+def test_shunt_without_policy_uses_threshold_of_small_model() -> None:
     shunt = make(small=WordModel(threshold=0.3334), return_decision=True)
     assert shunt.invoke("nothing known").threshold == 0.3334
     assert make(return_decision=True).invoke("x").threshold == 0.9
 
 
-def test_a_threshold_that_always_fires_warns_at_construction() -> None:
+def test_shunt_threshold_below_uniform_probability_warns() -> None:
     with pytest.warns(ThresholdWarning, match="over 3 labels"):
         make(policy=Threshold(0.3))
 
 
-def test_small_output_gives_both_routes_one_type() -> None:
+def test_shunt_small_output_maps_local_answers() -> None:
     shunt = make(
         small_output=lambda prediction: AIMessage(prediction.label), large=lambda asked: AIMessage("from large")
     )
@@ -200,7 +200,7 @@ def test_small_output_gives_both_routes_one_type() -> None:
     assert asyncio.run(shunt.ainvoke("surely refund")).content == "refund"
 
 
-def test_a_failing_small_output_is_an_error_of_its_input_alone() -> None:
+def test_shunt_small_output_error_fails_only_its_input() -> None:
     def broken(prediction: Prediction) -> str:
         if prediction.label == "refund":
             raise ValueError("no words for it")
@@ -214,7 +214,7 @@ def test_a_failing_small_output_is_an_error_of_its_input_alone() -> None:
     assert outputs[1] == "cancel"
 
 
-def test_without_pruning_the_large_model_gets_the_input_as_it_is() -> None:
+def test_shunt_without_pruning_passes_input_unchanged() -> None:
     large = CountingLarge()
     shunt = make(large=large, pruning=None)
     shunt.invoke("refund")
@@ -231,7 +231,7 @@ def test_without_pruning_the_large_model_gets_the_input_as_it_is() -> None:
         HumanMessage("refund"),
     ],
 )
-def test_inputs_of_every_kind_are_routed_and_left_alone(value: Any) -> None:
+def test_shunt_input_of_any_type_is_not_mutated(value: Any) -> None:
     large = CountingLarge()
     before = copy.deepcopy(value)
     assert make(large=large).invoke(value) == "L:refund"
@@ -242,7 +242,7 @@ def test_inputs_of_every_kind_are_routed_and_left_alone(value: Any) -> None:
         assert len(large.invoked[0]["history"]) == 2
 
 
-def test_an_input_that_nobody_can_read_is_named() -> None:
+def test_shunt_unreadable_input_raises_input_error() -> None:
     with pytest.raises(InputError, match="no human message"):
         make().invoke([AIMessage("only me")])
     outputs = make().batch([[AIMessage("only me")], "surely refund"], return_exceptions=True)
@@ -250,17 +250,19 @@ def test_an_input_that_nobody_can_read_is_named() -> None:
     assert outputs[1] == "refund"
 
 
-def test_a_bare_chat_model_as_the_large_side_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="bare FakeListChatModel"):
+def test_shunt_bare_chat_model_with_pruning_raises() -> None:
+    with pytest.raises(ConfigurationError, match="takes a mapping for `large`, got FakeListChatModel"):
         make(large=FakeListChatModel(responses=["x"]))
     plain = make(large=FakeListChatModel(responses=["x"]), pruning=None, small_output=lambda p: AIMessage(p.label))
     assert plain.invoke("refund").content == "x"
 
 
-def test_a_template_that_uses_no_pruning_variable_is_refused() -> None:
+def test_shunt_template_without_pruning_variable_raises() -> None:
     model = FakeListChatModel(responses=["x"]) | StrOutputParser()
     blind = ChatPromptTemplate.from_template("Classify: {input}") | model
-    with pytest.raises(ConfigurationError, match=r"none of what SoftPruning fills: \['candidate_probabilities'\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"none of the variables that SoftPruning fills: \['candidate_probabilities'\]"
+    ):
         make(large=blind)
     with pytest.raises(ConfigurationError, match="TopHint"):
         make(large=ChatPromptTemplate.from_template("{input} {candidates}") | model, pruning=TopHint())
@@ -268,7 +270,7 @@ def test_a_template_that_uses_no_pruning_variable_is_refused() -> None:
     make(large=ChatPromptTemplate.from_template("{input} {candidate_probabilities}") | model)
 
 
-def test_what_is_no_runnable_is_refused() -> None:
+def test_shunt_invalid_settings_raise() -> None:
     with pytest.raises(ConfigurationError, match="got int"):
         make(small=3)
     with pytest.raises(ConfigurationError, match="on_large_error"):
@@ -277,7 +279,7 @@ def test_what_is_no_runnable_is_refused() -> None:
         make(tresh=0.5)
 
 
-def test_three_tiers_show_all_their_decisions() -> None:
+def test_nested_shunt_result_contains_decisions_of_all_tiers() -> None:
     middle = make(small=predict_words, policy=Threshold(0.45), large=CountingLarge())
     outer = make(large=middle, return_decision=True)
     result = outer.invoke("refund")
@@ -291,17 +293,17 @@ def test_three_tiers_show_all_their_decisions() -> None:
     assert outer.batch(["refund", "surely refund"])[0].decisions == result.decisions
     streamed = list(outer.stream("refund"))
     assert streamed[0].inner is not None
-    assert not middle.return_decision, "the caller's own object is not changed"
+    assert not middle.return_decision, "the caller's own object must not change"
 
 
-def test_tiers_can_have_thresholds_of_their_own() -> None:
+def test_nested_shunt_threshold_id_sets_inner_threshold() -> None:
     middle = make(small=predict_words, threshold_id="middle_threshold")
     outer = make(large=middle)
     assert {spec.id for spec in outer.config_specs} == {"shunt_threshold", "middle_threshold"}
     assert outer.invoke("refund", {"configurable": {"middle_threshold": 0.4}}) == "refund"
 
 
-def test_it_composes_with_other_runnables() -> None:
+def test_shunt_composes_with_other_runnables() -> None:
     shunt = make()
     chain = {"question": RunnablePassthrough()} | RunnablePassthrough.assign(
         label=RunnableLambda(lambda x: x["question"]) | shunt
@@ -313,7 +315,7 @@ def test_it_composes_with_other_runnables() -> None:
     assert list(shunt.transform(iter(["sure", "ly refund"]))) == ["refund"]
 
 
-def test_schemas_specs_and_graph_describe_it() -> None:
+def test_shunt_schemas_specs_and_graph() -> None:
     shunt = make(student=predict_words)
     assert "string" in str(shunt.get_input_jsonschema())
     assert shunt.get_output_schema() is not None
@@ -330,7 +332,7 @@ def test_schemas_specs_and_graph_describe_it() -> None:
     assert "ChatPromptTemplate" in prompted.get_graph().draw_mermaid()
 
 
-def test_it_survives_pickling_and_copying() -> None:
+def test_shunt_pickle_and_copy_keep_behaviour() -> None:
     shunt = make(large=RunnableLambda(echo_input), max_concurrency=2, policy=Threshold(0.8))
     shunt.invoke("x")
     for again in (pickle.loads(pickle.dumps(shunt)), copy.deepcopy(shunt), shunt.model_copy()):
@@ -344,13 +346,13 @@ def echo_input(asked: dict[str, Any]) -> str:
     return f"echo {asked['input']}"
 
 
-def test_label_descriptions_reach_the_prompt() -> None:
+def test_shunt_label_descriptions_appear_in_candidates() -> None:
     large = CountingLarge()
     make(large=large, label_descriptions={"refund": "money back"}).invoke("refund")
     assert "- refund: money back" in str(large.invoked[0]["candidates"])
 
 
-def test_max_concurrency_bounds_large_calls() -> None:
+def test_shunt_max_concurrency_limits_large_calls() -> None:
     large = CountingLarge()
     shunt = make(large=large, max_concurrency=2)
     shunt.batch([f"x{i}" for i in range(12)])
@@ -366,7 +368,7 @@ def test_max_concurrency_bounds_large_calls() -> None:
     assert large.most_running <= 2
 
 
-def test_a_stream_in_the_making_does_not_block_its_own_thread() -> None:
+def test_shunt_call_inside_open_stream_does_not_deadlock() -> None:
     shunt = make(large=lambda asked: asked["input"], max_concurrency=1)
     for _ in shunt.stream("one"):
         assert shunt.invoke("two") == "two"
@@ -386,18 +388,18 @@ def test_a_stream_in_the_making_does_not_block_its_own_thread() -> None:
         Prediction("a", 0.99, np.array(["x", "y"]), ("a", "b")),  # type: ignore[arg-type]
     ],
 )
-def test_a_prediction_that_contradicts_itself_is_no_prediction(prediction: Prediction) -> None:
+def test_shunt_inconsistent_prediction_defers(prediction: Prediction) -> None:
     shunt = make(small=lambda _: prediction, return_decision=True)
     assert shunt.invoke("x").reason == "small_error"
     assert [r.reason for r in shunt.batch(["x", "y"])] == ["small_error"] * 2
 
 
-def test_probabilities_may_be_a_plain_list() -> None:
+def test_shunt_accepts_list_of_probabilities() -> None:
     shunt = make(small=lambda _: Prediction("a", 0.99, [0.99, 0.01], ("a", "b")))  # type: ignore[arg-type]
     assert shunt.invoke("x") == "a"
 
 
-def test_answers_outside_the_tasks_labels_are_never_given() -> None:
+def test_shunt_label_outside_task_raises_or_defers() -> None:
     with pytest.raises(ConfigurationError, match="not in `labels`: status"):
         make(labels=("cancel", "refund"))
     with pytest.raises(ConfigurationError, match="not in `labels`"):
@@ -407,7 +409,7 @@ def test_answers_outside_the_tasks_labels_are_never_given() -> None:
     assert "not in `labels`: zzz" in shunt.batch(["x", "y"])[0].decision.error
 
 
-def test_changed_settings_count_from_the_next_call() -> None:
+def test_shunt_model_copy_applies_settings_and_validates() -> None:
     shunt = make()
     assert shunt.invoke("surely refund") == "refund"
     always = shunt.model_copy(update={"policy": AlwaysLarge()})
@@ -422,9 +424,9 @@ def test_changed_settings_count_from_the_next_call() -> None:
         shunt.policy = AlwaysLarge()
 
 
-def test_interrupts_of_a_graph_pass_through() -> None:
+def test_shunt_graph_interrupt_from_either_model_is_raised() -> None:
     class GraphBubbleUp(Exception):
-        """Named as LangGraph names the base of its interrupts."""
+        """Has the name of the base class of LangGraph's interrupts."""
 
     def interrupt(_: Any) -> Any:
         raise GraphBubbleUp
@@ -438,7 +440,7 @@ def test_interrupts_of_a_graph_pass_through() -> None:
             asyncio.run(shunt.ainvoke("x"))
 
 
-def test_json_that_streams_in_parts_ends_as_its_last_part() -> None:
+def test_shunt_stream_of_partial_json_sums_to_last_chunk() -> None:
     from langchain_core.output_parsers import JsonOutputParser
 
     model = FakeListChatModel(responses=['{"a": 1, "b": [1, 2]}'])
@@ -450,7 +452,7 @@ def test_json_that_streams_in_parts_ends_as_its_last_part() -> None:
     assert total.output == {"a": 1, "b": [1, 2]}
 
 
-def test_nested_shunts_can_be_drawn() -> None:
+def test_nested_shunt_graph_can_be_drawn() -> None:
     prompted = ChatPromptTemplate.from_template("{candidate_probabilities}") | FakeListChatModel(responses=["x"])
     nested = make(large=make(large=prompted))
     assert nested.get_graph().draw_mermaid()
@@ -459,12 +461,12 @@ def test_nested_shunts_can_be_drawn() -> None:
     assert make(large=RunnablePassthrough()).get_graph().nodes
 
 
-def test_results_have_a_json_schema() -> None:
+def test_shunt_result_has_json_schema() -> None:
     assert "decision" in str(make(return_decision=True).get_output_jsonschema())
     assert "probabilities" in str(WordModel().get_output_jsonschema())
 
 
-def test_soft_prompt_is_the_default_and_nothing_else_is_disclosed() -> None:
+def test_shunt_soft_pruning_discloses_only_prompt_variables() -> None:
     large = CountingLarge()
     make(large=large, pruning=SoftPruning(top_k=1)).invoke("refund")
     assert set(large.invoked[0]) == {
@@ -474,9 +476,9 @@ def test_soft_prompt_is_the_default_and_nothing_else_is_disclosed() -> None:
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-async def test_what_is_a_message_to_the_framework_is_no_failure(way: str) -> None:
+async def test_shunt_graph_interrupt_does_not_fall_back(way: str) -> None:
     class GraphBubbleUp(Exception):
-        """Named as LangGraph names what interrupts are made of."""
+        """Has the name of the base class of LangGraph's interrupts."""
 
     def large(_: Any) -> str:
         raise GraphBubbleUp
@@ -486,7 +488,7 @@ async def test_what_is_a_message_to_the_framework_is_no_failure(way: str) -> Non
         await call(shunt, way, "refund")
 
 
-def test_a_setting_that_is_refused_leaves_the_shunt_as_it_was() -> None:
+def test_shunt_rejected_model_copy_leaves_original_unchanged() -> None:
     prompt = ChatPromptTemplate.from_template("{candidate_probabilities} {input}")
     shunt = make(large=prompt | FakeListChatModel(responses=["a"]) | StrOutputParser(), pruning=SoftPruning())
     with pytest.raises(ConfigurationError):

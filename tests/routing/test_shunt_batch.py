@@ -23,7 +23,7 @@ def run_batch(shunt: ShuntRunnable, way: str, inputs: list[Any], config: Any = N
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_a_batch_is_one_small_call_and_one_grouped_large_call(way: str) -> None:
+def test_batch_makes_one_small_and_one_grouped_large_call(way: str) -> None:
     small, large = WordModel(), CountingLarge()
     inputs = [f"surely refund {i}" if i % 4 else f"x{i}" for i in range(1000)]
     outputs = run_batch(ShuntRunnable(small=small, large=large, max_concurrency=64), way, inputs)
@@ -33,27 +33,27 @@ def test_a_batch_is_one_small_call_and_one_grouped_large_call(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_order_holds(way: str) -> None:
+def test_batch_keeps_order(way: str) -> None:
     assert run_batch(ShuntRunnable(small=WordModel(), large=CountingLarge()), way, MIXED) == EXPECTED
     assert run_batch(ShuntRunnable(small=predict_words, large=CountingLarge()), way, MIXED) == EXPECTED
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_an_empty_batch_calls_nobody(way: str) -> None:
+def test_batch_empty_makes_no_calls(way: str) -> None:
     small, large = WordModel(), CountingLarge()
     assert run_batch(ShuntRunnable(small=small, large=large), way, []) == []
     assert small._calls == large.batches == []
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_all_kept_makes_no_large_call(way: str) -> None:
+def test_batch_all_confident_makes_no_large_call(way: str) -> None:
     large = CountingLarge()
     run_batch(ShuntRunnable(small=WordModel(), large=large), way, ["surely refund"] * 5)
     assert large.batches == []
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_an_exception_stays_at_its_place(way: str) -> None:
+def test_batch_errors_keep_position_or_first_is_raised(way: str) -> None:
     def shunt() -> ShuntRunnable:
         large = CountingLarge({"x": [HttpError(400)], "y": [HttpError(401)]})
         return ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
@@ -67,7 +67,7 @@ def test_an_exception_stays_at_its_place(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_only_failed_items_are_retried_and_results_are_not_swapped(way: str) -> None:
+def test_batch_retries_only_failed_inputs_and_keeps_order(way: str) -> None:
     large = CountingLarge({"x": [HttpError(500)], "refund": [HttpError(429)]})
     shunt = ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
     assert run_batch(shunt, way, MIXED) == EXPECTED
@@ -76,7 +76,7 @@ def test_only_failed_items_are_retried_and_results_are_not_swapped(way: str) -> 
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_each_item_may_have_its_own_threshold(way: str) -> None:
+def test_batch_config_per_input_sets_threshold(way: str) -> None:
     shunt = ShuntRunnable(small=WordModel(), large=CountingLarge())
     configs = [{"configurable": {"shunt_threshold": t}} for t in (0.99999, 0.3, None)]
     assert run_batch(shunt, way, ["surely refund", "refund", "refund"], configs) == [
@@ -85,7 +85,7 @@ def test_each_item_may_have_its_own_threshold(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_one_bad_row_of_the_small_model_fails_alone(way: str) -> None:
+def test_batch_bad_prediction_defers_only_its_input(way: str) -> None:
     shunt = ShuntRunnable(small=WordModel(), large=CountingLarge(), return_decision=True)
     results = run_batch(shunt, way, ["surely refund", "nan", 7, "surely cancel"], return_exceptions=True)
     assert [r.reason for r in results[:2]] == ["confident", "small_error"]
@@ -95,13 +95,13 @@ def test_one_bad_row_of_the_small_model_fails_alone(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_a_failing_small_call_sends_the_whole_batch(way: str) -> None:
+def test_batch_small_call_error_defers_all_inputs(way: str) -> None:
     shunt = ShuntRunnable(small=failing_word_model(MemoryError("full")), large=CountingLarge(), return_decision=True)
     assert {r.reason for r in run_batch(shunt, way, MIXED)} == {"small_error"}
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_a_large_side_that_breaks_the_contract_of_batch_is_contained(way: str) -> None:
+def test_batch_large_batch_that_raises_falls_back(way: str) -> None:
     class Broken(CountingLarge):
         def batch(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
             raise ValueError("no batches here")
@@ -113,17 +113,17 @@ def test_a_large_side_that_breaks_the_contract_of_batch_is_contained(way: str) -
     assert run_batch(shunt, way, MIXED) == ["refund", "cancel", "status", "refund", "cancel", "cancel"]
 
 
-def test_predictions_over_different_label_sets_fail_alone() -> None:
+def test_batch_prediction_with_other_labels_defers_only_its_input() -> None:
     def small(text: str) -> Prediction:
         return Prediction.from_probabilities({"a": 0.99, "b": 0.01} if text != "odd" else {"z": 0.99, "b": 0.01})
 
     shunt = ShuntRunnable(small=small, large=lambda asked: "large", return_decision=True)
     results = shunt.batch(["one", "odd", "two"])
     assert [r.output for r in results] == ["a", "large", "a"]
-    assert "another label set" in results[1].decision.error
+    assert "differs from the first" in results[1].decision.error
 
 
-def test_as_completed_yields_small_answers_before_any_large_one() -> None:
+def test_batch_as_completed_yields_local_answers_first() -> None:
     large = CountingLarge()
     shunt = ShuntRunnable(small=WordModel(), large=large)
     pairs = shunt.batch_as_completed(MIXED)
@@ -131,14 +131,14 @@ def test_as_completed_yields_small_answers_before_any_large_one() -> None:
     assert sorted(pairs) == [(1, "L:x"), (3, "L:refund"), (4, "L:y")]
 
 
-async def test_async_as_completed_yields_small_answers_before_any_large_one() -> None:
+async def test_abatch_as_completed_yields_local_answers_first() -> None:
     shunt = ShuntRunnable(small=WordModel(), large=CountingLarge())
     pairs = [pair async for pair in shunt.abatch_as_completed(MIXED)]
     assert pairs[:3] == [(0, "refund"), (2, "status"), (5, "cancel")]
     assert sorted(pairs[3:]) == [(1, "L:x"), (3, "L:refund"), (4, "L:y")]
 
 
-async def test_as_completed_keeps_or_raises_exceptions() -> None:
+async def test_batch_as_completed_returns_or_raises_errors() -> None:
     def shunt() -> ShuntRunnable:
         return ShuntRunnable(small=WordModel(), large=CountingLarge({"x": [HttpError(400)]}), retry=QUICK)
 
@@ -163,8 +163,8 @@ async def test_as_completed_keeps_or_raises_exceptions() -> None:
         max_size=8,
     )
 )
-def test_a_batch_answers_what_single_calls_would(plan: list[tuple[str, list[int]]]) -> None:
-    """Whatever fails, and how often: batch, abatch and invoke agree item by item."""
+def test_batch_outputs_equal_single_calls_under_faults(plan: list[tuple[str, list[int]]]) -> None:
+    """`batch`, `abatch` and `invoke` return the same output for each input, for any sequence of errors."""
     inputs = [f"{text} #{i}" for i, (text, _) in enumerate(plan)]
 
     def shunt() -> ShuntRunnable:
@@ -185,7 +185,7 @@ def test_a_batch_answers_what_single_calls_would(plan: list[tuple[str, list[int]
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
-def test_labels_in_another_order_are_the_same_labels(way: str) -> None:
+def test_batch_predictions_with_permuted_labels_are_aligned(way: str) -> None:
     def small(text: str) -> Prediction:
         return Prediction.from_probabilities({"a": 0.95, "b": 0.05} if "a" in text else {"b": 0.95, "a": 0.05})
 
@@ -194,8 +194,8 @@ def test_labels_in_another_order_are_the_same_labels(way: str) -> None:
 
 
 @pytest.mark.parametrize("labels", [None, ("c", "a", "b")])
-def test_a_model_that_sorts_its_labels_by_score_tells_nothing_by_their_order(labels: Any) -> None:
-    """Prompts, answers and decisions are the same alone and in a batch, whoever is the first of it."""
+def test_batch_label_order_of_predictions_does_not_affect_prompts(labels: Any) -> None:
+    """Prompts, answers and decisions do not depend on the batch or on its first input."""
     scores = {
         "x": {"a": 0.5, "b": 0.3, "c": 0.2}, "y": {"c": 0.6, "b": 0.4, "a": 0.0}, "tie": {"c": 0.4, "b": 0.4, "a": 0.2},
     }  # fmt: skip
@@ -231,7 +231,7 @@ def test_a_model_that_sorts_its_labels_by_score_tells_nothing_by_their_order(lab
     assert keeping.batch(list(scores)[::-1]) == alone[::-1]
 
 
-def test_the_bound_on_large_calls_holds_over_concurrent_batches() -> None:
+def test_batch_max_concurrency_holds_across_concurrent_batches() -> None:
     import threading
 
     large = CountingLarge()
@@ -250,7 +250,7 @@ def test_the_bound_on_large_calls_holds_over_concurrent_batches() -> None:
     assert large.most_running <= 2
 
 
-async def test_retries_of_a_group_keep_to_the_callers_bound() -> None:
+async def test_batch_retries_respect_max_concurrency_of_config() -> None:
     inputs = [f"x{i}" for i in range(6)]
     large = CountingLarge({text: [HttpError(500)] for text in inputs})
     shunt = ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
@@ -258,7 +258,7 @@ async def test_retries_of_a_group_keep_to_the_callers_bound() -> None:
     assert large.most_running == 1
 
 
-def test_predict_batch_raises_where_the_shunt_would_defer() -> None:
+def test_predict_batch_invalid_distribution_raises() -> None:
     with pytest.raises(PredictionError, match="not a distribution"):
         WordModel().predict_batch(["nan"])
     assert len(WordModel().predict_batch([])) == 0

@@ -26,7 +26,7 @@ def talking(**settings: Any) -> ShuntRunnable:
     return ShuntRunnable(**{"small": WordModel(), "large": large, "retry": QUICK, **settings})
 
 
-async def test_small_large_and_parser_stand_under_one_parent() -> None:
+async def test_trace_small_and_large_runs_share_parent() -> None:
     for way in ("invoke", "ainvoke"):
         book = RunBook()
         shunt = talking()
@@ -42,7 +42,7 @@ async def test_small_large_and_parser_stand_under_one_parent() -> None:
         assert len(book.named("FakeListChatModel")) == len(book.named("StrOutputParser")) == 1
 
 
-async def test_the_decision_is_on_the_runs() -> None:
+async def test_trace_runs_carry_decision() -> None:
     book, collector = RunBook(), RunCollectorCallbackHandler()
     talking().invoke("x", {"callbacks": [book, collector], "metadata": {"mine": 1}})
     (large,) = book.named("RunnableSequence")
@@ -60,7 +60,7 @@ async def test_the_decision_is_on_the_runs() -> None:
 
 @pytest.mark.parametrize("way", ["batch", "abatch", "as_completed", "abatch_as_completed"])
 @pytest.mark.parametrize("fails", [False, True])
-async def test_every_input_of_a_batch_has_a_run_and_a_decision(way: str, fails: bool) -> None:
+async def test_trace_batch_has_run_and_decision_per_input(way: str, fails: bool) -> None:
     book = RunBook()
     large = CountingLarge({"x": [HttpError(400)], "refund": [HttpError(500)]} if fails else None)
     shunt = ShuntRunnable(small=WordModel(), large=large, retry=QUICK)
@@ -81,7 +81,7 @@ async def test_every_input_of_a_batch_has_a_run_and_a_decision(way: str, fails: 
 
 
 @pytest.mark.parametrize("way", ["invoke", "batch", "stream", "ainvoke", "abatch", "astream", "abatch_as_completed"])
-async def test_runs_end_where_the_large_model_raises(way: str) -> None:
+async def test_trace_large_error_ends_all_runs(way: str) -> None:
     book = RunBook()
     shunt = ShuntRunnable(
         small=failing_word_model(ValueError("small broke")),
@@ -107,7 +107,7 @@ async def test_runs_end_where_the_large_model_raises(way: str) -> None:
     book.assert_balanced()
 
 
-async def test_runs_end_where_a_caller_goes_away() -> None:
+async def test_trace_cancellation_ends_all_runs() -> None:
     async def slow(asked: Any) -> str:
         await asyncio.sleep(5)
         return "late"
@@ -130,7 +130,7 @@ async def test_runs_end_where_a_caller_goes_away() -> None:
     book.assert_balanced()
 
 
-async def test_runs_end_where_a_stream_is_left() -> None:
+async def test_trace_closed_stream_ends_all_runs() -> None:
     book = RunBook()
     shunt = talking()
     chunks = shunt.stream("x", {"callbacks": [book]})
@@ -143,11 +143,11 @@ async def test_runs_end_where_a_stream_is_left() -> None:
     next(pairs)
     pairs.close()
     assert not [run for id, run in book.started.items() if run["parent"] is None and id not in book.ended + book.failed]
-    await asyncio.sleep(0.05)  # LangChain's own sequence ends its inner runs one turn of the event loop later
+    await asyncio.sleep(0.05)  # LangChain's RunnableSequence ends its inner runs one turn of the event loop later
     book.assert_balanced()
 
 
-async def test_events_show_the_decision_and_the_large_tokens() -> None:
+async def test_trace_events_show_decision_before_tokens() -> None:
     shunt = talking()
     events = [event async for event in shunt.astream_events("x", version="v2")]
     kinds = [event["event"] for event in events]
@@ -156,19 +156,19 @@ async def test_events_show_the_decision_and_the_large_tokens() -> None:
     assert (decision["name"], decision["data"]["shunt_route"]) == ("shunt_decision", "large")
     tokens = [event["data"]["chunk"].content for event in events if event["event"] == "on_chat_model_stream"]
     assert "".join(tokens) == "one two three"
-    assert kinds.index("on_custom_event") < kinds.index("on_chat_model_stream"), "nothing is shown before the decision"
+    assert kinds.index("on_custom_event") < kinds.index("on_chat_model_stream"), "the decision must precede the tokens"
     roots = [event for event in events if event["name"] == "ShuntRunnable" and event["event"] == "on_chain_end"]
     assert roots[0]["data"]["output"] == "one two three"
 
 
-async def test_a_stream_passes_tokens_on_as_they_come() -> None:
+async def test_stream_yields_large_tokens_one_by_one() -> None:
     shunt = talking()
     assert len(list(shunt.stream("x"))) > 3
     assert "".join([chunk async for chunk in shunt.astream("x")]) == "one two three"
     assert list(shunt.stream("surely refund")) == ["refund"]
 
 
-def test_names_ids_and_tags_of_the_call_belong_to_its_own_run() -> None:
+def test_trace_run_name_id_and_tags_apply_to_root_run() -> None:
     book, run_id = RunBook(), uuid4()
     shunt = ShuntRunnable(small=predict_words, large=CountingLarge(), return_decision=True)
     result = shunt.invoke(
@@ -184,7 +184,7 @@ def test_names_ids_and_tags_of_the_call_belong_to_its_own_run() -> None:
         assert shunt.batch(["surely refund", "x"], {"run_id": run_id})[0].record_id == str(run_id)
 
 
-def test_nested_runnables_without_config_join_the_run() -> None:
+def test_trace_nested_call_without_config_joins_run() -> None:
     inner = RunnableLambda(lambda x: x, name="inner").with_config(run_name="inner")
     book = RunBook()
     shunt = ShuntRunnable(small=WordModel(), large=lambda asked: inner.invoke(asked["input"]))
@@ -193,7 +193,7 @@ def test_nested_runnables_without_config_join_the_run() -> None:
     book.assert_balanced()
 
 
-def test_a_decision_that_changed_replaces_the_first_on_its_run() -> None:
+def test_trace_fallback_decision_replaces_first_tags() -> None:
     collector = RunCollectorCallbackHandler()
     large = CountingLarge({"x": [HttpError(400)]})
     shunt = ShuntRunnable(small=WordModel(), large=large, on_large_error="small")
@@ -202,7 +202,7 @@ def test_a_decision_that_changed_replaces_the_first_on_its_run() -> None:
     assert [tag for tag in tags if tag.startswith("shunt_")] == ["shunt_route:small", "shunt_reason:large_error"]
 
 
-def test_a_handler_that_raises_leaves_no_other_run_open() -> None:
+def test_trace_raising_handler_ends_other_runs() -> None:
     class Angry(RunBook):
         raise_error = True
 
@@ -224,7 +224,7 @@ def test_a_handler_that_raises_leaves_no_other_run_open() -> None:
         assert set(roots) <= set(book.ended)
 
 
-def test_usage_is_counted_once_and_priced() -> None:
+def test_result_usage_is_counted_once_and_priced() -> None:
     usage = {"input_tokens": 1000, "output_tokens": 10, "total_tokens": 1010}
     reply = AIMessage("x", usage_metadata=usage, response_metadata={"model_name": "gpt-4"})  # type: ignore[arg-type]
 
@@ -248,7 +248,7 @@ def test_usage_is_counted_once_and_priced() -> None:
         assert asked.usage["gpt-4"]["input_tokens"] == 1000
 
 
-def test_an_error_that_quotes_a_text_is_told_by_its_kind() -> None:
+def test_decision_metadata_hides_error_text_that_quotes_answers() -> None:
     told = [
         ShuntDecision("large", "small_error", error=error).to_metadata()["shunt_error"]
         for error in ("UnparsableAnswerError: the model said 'jane's number is 4711'", "PredictionError: NaN", None)

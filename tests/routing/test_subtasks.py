@@ -35,7 +35,7 @@ NO_RETRY = Retry(attempts=1)
 
 
 class Scripted(BaseChatModel):
-    """Answers what it is told to, one after the other; remembers what it was asked."""
+    """Chat model that returns scripted answers in order, and records its prompts."""
 
     answers: list[Any]
     asked: list[str] = Field(default_factory=list)
@@ -70,7 +70,7 @@ def triage(*answers: Any, **settings: Any) -> tuple[SubtaskShunt, Scripted]:
 SURE, UNSURE, HALF = "surely refund and surely kind", "refund and kind", "surely refund"
 
 
-def test_what_is_known_is_filled_in_and_the_rest_is_asked() -> None:
+def test_subtasks_prompt_contains_known_answers_and_open_questions() -> None:
     shunt, model = triage({"reply": "Here it is."}, {"tone": "cross", "reply": "Sorry."})
     assert shunt.invoke(SURE) == {"intent": "refund", "tone": "kind", "reply": "Here it is."}
     assert "- intent: refund\n- tone: kind" in model.asked[0]
@@ -83,7 +83,7 @@ def test_what_is_known_is_filled_in_and_the_rest_is_asked() -> None:
     )
 
 
-async def test_every_way_to_call_gives_the_same() -> None:
+async def test_subtasks_every_call_method_returns_same_answers() -> None:
     replies = [{"reply": "A"}, {"intent": "refund", "tone": "kind", "reply": "B"}]
     expected = [
         {"intent": "refund", "tone": "kind", "reply": "A"},
@@ -106,7 +106,7 @@ async def test_every_way_to_call_gives_the_same() -> None:
     assert await shunt.abatch([]) == []
 
 
-def test_nothing_is_asked_where_nothing_is_open() -> None:
+def test_subtasks_without_open_question_make_no_large_call() -> None:
     model = Scripted(answers=[])
     shunt = SubtaskShunt.from_chat_model([Subtask(name="intent", small=WordModel())], model, return_decision=True)
     result = shunt.invoke("surely refund")
@@ -118,7 +118,7 @@ def test_nothing_is_asked_where_nothing_is_open() -> None:
     assert list(plain.stream("surely refund")) == [{"intent": "refund"}]
 
 
-def test_each_part_has_its_own_policy_and_decision() -> None:
+def test_subtasks_policies_decide_independently() -> None:
     model = Scripted(answers=[{"intent": "cancel"}])
     parts = [
         Subtask(name="intent", small=WordModel(), policy=Threshold(0.999)),
@@ -135,7 +135,7 @@ def test_each_part_has_its_own_policy_and_decision() -> None:
     assert result.record_id
 
 
-def test_an_answer_that_lacks_something_is_asked_for_again() -> None:
+def test_subtasks_incomplete_answer_is_reasked() -> None:
     shunt, model = triage(
         {"tone": "angry", "reply": "R"}, "```json\n" + json.dumps({"tone": "cross", "reply": "S"}) + "\n```"
     )
@@ -144,11 +144,11 @@ def test_an_answer_that_lacks_something_is_asked_for_again() -> None:
     shunt, model = triage("what?", "what?")
     with pytest.raises(UnparsableAnswerError, match="tried 2 times"):
         shunt.invoke(HALF)
-    shunt, _ = triage("Just this.")  # one open question may be answered plainly
+    shunt, _ = triage("Just this.")  # a single open question may be answered in plain text
     assert shunt.invoke(SURE)["reply"] == "Just this."
 
 
-def test_reading_answers_believes_nothing() -> None:
+def test_read_answers_rejects_invalid_values_and_broken_json() -> None:
     questions = OpenQuestions(
         [OpenQuestion(Subtask(name="tone", labels=("kind", "cross"))), OpenQuestion(Subtask(name="n"))]
     )
@@ -171,7 +171,7 @@ def test_reading_answers_believes_nothing() -> None:
     assert str(questions[1]) == "- n: n"
 
 
-def test_a_small_model_that_fails_leaves_its_question_open() -> None:
+def test_subtasks_small_error_defers_question() -> None:
     model = Scripted(answers=[{"intent": "status", "words": "w"}])
     parts = [
         Subtask(name="intent", small=failing_word_model(RuntimeError("broken"))),
@@ -183,7 +183,7 @@ def test_a_small_model_that_fails_leaves_its_question_open() -> None:
     assert "broken" in str(result.decisions["intent"].error)
 
 
-def test_a_large_model_that_fails_raises_or_gives_way() -> None:
+def test_subtasks_large_error_raises_or_falls_back() -> None:
     shunt, _ = triage(RuntimeError("down"))
     with pytest.raises(RuntimeError, match="down"):
         shunt.invoke(HALF)
@@ -201,7 +201,7 @@ def test_a_large_model_that_fails_raises_or_gives_way() -> None:
     assert "down" in str(result.decisions["reply"].error)
 
 
-def test_any_large_side_that_gives_a_mapping_will_do() -> None:
+def test_subtasks_large_runnable_must_return_complete_mapping() -> None:
     parts = [Subtask(name="intent", small=WordModel()), Subtask(name="reply")]
 
     def answer(mapping: Any) -> Any:
@@ -212,13 +212,13 @@ def test_any_large_side_that_gives_a_mapping_will_do() -> None:
     assert shunt.invoke({"input": "x", "given": "refund"}) == {"intent": "refund", "reply": "refund"}
     with pytest.raises(UnparsableAnswerError):
         shunt.invoke({"input": "x", "given": "no label"})
-    with pytest.raises(ConfigurationError, match="a mapping with intent, reply is needed"):
+    with pytest.raises(ConfigurationError, match="Expected a mapping with intent, reply from `large`, got str"):
         SubtaskShunt(subtasks=tuple(parts), large=RunnableLambda(lambda _: "text")).invoke("x")
     with pytest.raises(UnparsableAnswerError):
         SubtaskShunt(subtasks=tuple(parts), large=RunnableLambda(lambda _: {"intent": "refund"})).invoke("x")
 
 
-def test_a_prompt_of_ones_own() -> None:
+def test_subtasks_custom_prompt_is_formatted() -> None:
     model = Scripted(answers=[{"reply": "R"}])
     prompt = ChatPromptTemplate.from_messages([("human", "KNOWN {known} OPEN {open} TEXT {input}")])
     parts = [Subtask(name="intent", small=WordModel()), Subtask(name="reply")]
@@ -226,10 +226,10 @@ def test_a_prompt_of_ones_own() -> None:
     assert model.asked == ["KNOWN - intent: refund OPEN - reply: reply TEXT surely refund"]
 
 
-def test_parts_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="cannot be the name"):
+def test_subtasks_invalid_names_or_models_raise() -> None:
+    with pytest.raises(ConfigurationError, match="got 'two words'"):
         Subtask(name="two words")
-    with pytest.raises(ConfigurationError, match="one name"):
+    with pytest.raises(ConfigurationError, match="Expected unique names for `subtasks`, got a, a"):
         SubtaskShunt(subtasks=(Subtask(name="a"), Subtask(name="a")), large=str)
     with pytest.raises(ConfigurationError, match="subtasks"):
         SubtaskShunt(subtasks=(), large=str)
@@ -237,7 +237,7 @@ def test_parts_that_cannot_work_are_refused() -> None:
         Subtask(name="a", small=3)  # type: ignore[arg-type]
 
 
-def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Path) -> None:
+def test_subtasks_are_logged_as_own_tasks_and_can_be_distilled(tmp_path: Path) -> None:
     texts = [f"refund case {i}" for i in range(30)] + [f"surely status {i}" for i in range(10)]
     answers = [{"intent": "cancel", "tone": "kind", "reply": f"R{i}"} for i in range(30)]
     answers += [{"tone": "kind", "reply": "S"} for _ in range(10)]
@@ -256,7 +256,9 @@ def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Pa
         assert {call.answer for call in asked} == {"cancel"}
         assert {call.labels for call in asked} == {LABELS}
         assert all(call.large_model == "gpt-4" and call.input_tokens == 10 for call in asked)
-        assert all(call.input_tokens is None for call in by_task["reply"][:30])  # counted once, at the first question
+        assert all(
+            call.input_tokens is None for call in by_task["reply"][:30]
+        )  # counted once, in the record of the first question
         total = sum(call.input_tokens or 0 for found in by_task.values() for call in found)
         assert total == 10 * len(texts)
         assert {call.answer for call in by_task["reply"]} >= {"R0", "R29", "S"}
@@ -272,14 +274,14 @@ def test_each_part_is_recorded_under_its_own_task_and_can_be_learnt(tmp_path: Pa
     assert (report.stage_a, report.stage_b) == (30, 10)
 
 
-def test_labels_that_a_small_model_does_not_have_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="can answer cancel, refund, status"):
+def test_subtask_labels_that_differ_from_small_model_raise() -> None:
+    with pytest.raises(ConfigurationError, match="can answer cancel, refund, status, but"):
         Subtask(name="intent", small=WordModel(), labels=("yes", "no"))
-    with pytest.raises(ConfigurationError, match="writes its answers"):
+    with pytest.raises(ConfigurationError, match="writes free text"):
         Subtask(name="intent", small=ScriptedSmall(), labels=("yes", "no"))
 
 
-def test_changed_settings_are_followed_and_copies_and_pickles_work() -> None:
+def test_subtasks_copies_and_pickles_keep_or_change_settings() -> None:
     part = Subtask(name="reply")
     first, second = (FakeListChatModel(responses=[text]) for text in ("A", "B"))
     for shunt in (
@@ -299,7 +301,7 @@ def test_changed_settings_are_followed_and_copies_and_pickles_work() -> None:
     assert asker.model_copy(update={"chat_model": second}).invoke(asked) == {"reply": "B"}
 
 
-def test_a_score_that_cannot_be_had_defers(tmp_path: Path) -> None:
+def test_subtasks_score_without_token_logprobs_defers(tmp_path: Path) -> None:
     policy = Threshold(0.9, score=MeanTokenProbability())
     shunt = SubtaskShunt(
         subtasks=(Subtask(name="reply", small=ScriptedSmall(), policy=policy),),
@@ -313,7 +315,7 @@ def test_a_score_that_cannot_be_had_defers(tmp_path: Path) -> None:
     assert plain.batch(["surely a", "b"]) == ["large", "large"]
 
 
-def test_records_are_found_by_their_ids_and_hold_what_each_model_read(tmp_path: Path) -> None:
+def test_subtasks_records_have_own_ids_and_inputs(tmp_path: Path) -> None:
     parts = (
         Subtask(name="subject", small=WordModel(), policy=Threshold(0.9)),
         Subtask(name="body", small=WordModel(input_key="body"), policy=Threshold(0.9)),
@@ -332,7 +334,7 @@ def test_records_are_found_by_their_ids_and_hold_what_each_model_read(tmp_path: 
     assert calls["t/body"].gold == "status"
 
 
-def test_what_the_shunt_says_of_itself() -> None:
+def test_subtasks_graph_schemas_and_config_specs() -> None:
     shunt, _ = triage()
     drawn = shunt.get_graph()
     names = {node.name for node in drawn.nodes.values()}
@@ -344,7 +346,7 @@ def test_what_the_shunt_says_of_itself() -> None:
     assert [spec.id for spec in free.config_specs] == ["said"]
 
 
-async def test_runs_start_and_end_and_carry_each_decision() -> None:
+async def test_subtasks_runs_end_and_emit_all_decisions() -> None:
     for asynchronous in (False, True):
         shunt, _ = triage({"reply": "A"}, RuntimeError("down"), max_concurrency=1)
         book = RunBook()
