@@ -1,4 +1,4 @@
-"""`python -m langchain_datashunt`, the same as `datashunt`."""
+"""Entry point of `python -m langchain_datashunt`, equivalent to the `datashunt` command."""
 
 from langchain_datashunt.cli import main
 

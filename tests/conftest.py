@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("LANGSMITH_TRACING", None)
 
-settings.register_profile("datashunt", deadline=None)  # how long an example takes is the machine's affair
+settings.register_profile("datashunt", deadline=None)  # run times differ between machines
 settings.load_profile("datashunt")
 
 DATA_DIR = os.environ.get("DATASHUNT_DATA_DIR")
@@ -18,15 +18,15 @@ DATA_DIR = os.environ.get("DATASHUNT_DATA_DIR")
 
 @pytest.fixture(scope="session")
 def banking77() -> Path:
-    """The folder of Banking77 with recorded answers; skips where the environment has none."""
+    """Folder of Banking77 with recorded LLM answers. Tests are skipped if it is not available."""
     if not DATA_DIR or not (Path(DATA_DIR) / "banking77_gpt4").is_dir():
-        pytest.skip("DATASHUNT_DATA_DIR names no folder with banking77_gpt4 (see docs/data.md)")
+        pytest.skip("DATASHUNT_DATA_DIR does not contain banking77_gpt4 (see docs/data.md)")
     return Path(DATA_DIR) / "banking77_gpt4"
 
 
 @pytest.fixture(scope="session")
 def shop_messages() -> tuple[list[str], list[str]]:
-    """Four intents of the shipped messages: texts and labels, enough to train on in a second."""
+    """Texts and labels of four intents of the demo messages, small enough to train on in a second."""
     from langchain_datashunt.cli.demo.benchmark_task import load_messages
 
     task = load_messages()

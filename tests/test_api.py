@@ -1,7 +1,7 @@
-"""The public surface, name by name: a change of it is seen here before a user sees it.
+"""Tests of the public API and the command line against snapshots.
 
-`DATASHUNT_UPDATE_SNAPSHOTS=1 pytest tests/test_api.py` writes it down anew; read the difference before you
-commit it, and tell it in CHANGELOG.md.
+After an intended change, run `DATASHUNT_UPDATE_SNAPSHOTS=1 pytest tests/test_api.py` to update the snapshots. Review
+the difference before committing it, and describe the change in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MODULES = (
 
 
 def written(value: Any) -> str:
-    """A default as it stands in code, without addresses."""
+    """Return the source form of a default, or "..." if it is long or depends on the run."""
     text = repr(value)
     return "..." if " at 0x" in text or len(text) > 60 or "/" in text else text
 
 
 def field_lines(model: type[BaseModel]) -> Iterator[str]:
-    """A line for each setting that a class of ours has."""
+    """Yield one line for each setting that is defined in this package."""
     ours = [base for base in model.__mro__ if base.__module__.startswith("langchain_datashunt")]
     names = {name for base in ours for name in vars(base).get("__annotations__", {})}
     for name, field in model.model_fields.items():
@@ -84,7 +84,7 @@ def public_names() -> set[str]:
 
 
 def methods(cls: type) -> Iterator[str]:
-    """The methods that a class of ours defines, itself or by a base that is not public, and what they take."""
+    """Yield the signatures of methods defined by a class or by its private bases in this package."""
     known = public_names()
     own = [
         base for base in cls.__mro__
@@ -144,15 +144,15 @@ def commands() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("name", "lines"), [("api.txt", public_surface), ("cli.txt", commands)])
-def test_the_public_surface_is_as_it_was(name: str, lines: Any) -> None:
+def test_public_api_matches_snapshot(name: str, lines: Any) -> None:
     text, file = "\n".join(lines()) + "\n", SNAPSHOTS / name
     if os.environ.get("DATASHUNT_UPDATE_SNAPSHOTS"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8"), f"see the docstring of {Path(__file__).name}"
 
 
-def test_every_name_is_there_and_told_in_one_place() -> None:
-    """`__all__` of the lazily loaded modules names what they can give, in order."""
+def test_public_names_exist_and_have_docstrings() -> None:
+    """Every name in `__all__` of a public module exists, once, and has a docstring."""
     for module_name in MODULES:
         module = importlib.import_module(module_name)
         names = list(getattr(module, "__all__", []))

@@ -1,4 +1,4 @@
-"""Whatever a file or an answer holds, readers give an error of ours or a value, and nothing else."""
+"""Property tests: for arbitrary input, readers return a value or raise one of the package's errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from langchain_datashunt.routing.subtask_questions import OpenQuestion, OpenQues
 from langchain_datashunt.small_models import TextCNN, TrainingSettings
 
 EXAMPLES = int(os.environ.get("DATASHUNT_FUZZ_EXAMPLES", "60"))
-"""Examples of each test; `make fuzz` takes many more."""
+"""Examples per test. `make fuzz` sets a larger number."""
 
 LABELS = ("cancel", "refund", "order status")
 SEAL = Seal([Fernet.generate_key()])
@@ -45,7 +45,7 @@ JSON = st.recursive(
 @given(
     st.text(max_size=300) | st.sampled_from(LABELS).flatmap(lambda label: st.text(max_size=20).map(lambda t: t + label))
 )
-def test_an_answer_is_a_label_or_unparsable(text: str) -> None:
+def test_label_parser_any_answer_gives_label_or_unparsable_error(text: str) -> None:
     try:
         assert LabelParser(labels=LABELS).parse(text) in LABELS
     except UnparsableAnswerError as error:
@@ -54,7 +54,7 @@ def test_an_answer_is_a_label_or_unparsable(text: str) -> None:
 
 @FUZZ
 @given(st.text(max_size=200) | JSON.map(lambda value: json.dumps(value)))
-def test_answers_to_questions_are_texts_and_labels(text: str) -> None:
+def test_read_answers_any_text_gives_valid_answers_or_errors(text: str) -> None:
     questions = OpenQuestions([OpenQuestion(Subtask(name="a", labels=LABELS)), OpenQuestion(Subtask(name="b"))])
     found, wrong = read_answers(text, questions)
     assert set(found) | set(wrong) == {"a", "b"}
@@ -65,7 +65,7 @@ def test_answers_to_questions_are_texts_and_labels(text: str) -> None:
 
 @FUZZ
 @given(st.binary(max_size=400), st.sampled_from(["csv", "jsonl", "parquet", "txt"]))
-def test_any_file_is_read_or_refused(tmp_path: Path, data: bytes, ending: str) -> None:
+def test_read_rows_any_bytes_gives_rows_or_shunt_error(tmp_path: Path, data: bytes, ending: str) -> None:
     file = tmp_path / f"f.{ending}"
     file.write_bytes(data)
     for read in (lambda: list(read_rows(file)), lambda: labelled_texts(file, "text", "label")):
@@ -77,7 +77,7 @@ def test_any_file_is_read_or_refused(tmp_path: Path, data: bytes, ending: str) -
 
 @FUZZ
 @given(st.lists(JSON, max_size=5))
-def test_any_json_lines_are_read_or_refused(tmp_path: Path, values: list[Any]) -> None:
+def test_labelled_texts_any_json_lines_gives_texts_or_shunt_error(tmp_path: Path, values: list[Any]) -> None:
     file = tmp_path / "f.jsonl"
     file.write_text("\n".join(json.dumps(value) for value in values), encoding="utf-8")
     try:
@@ -96,8 +96,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @FUZZ
 @given(st.data())
-def test_a_changed_bundle_is_refused_or_the_same(bundle: Path, data: st.DataObject) -> None:
-    """Bytes of any of its files are changed, cut or added; what loads must predict, and everything else is an error."""
+def test_load_small_model_changed_bytes_predicts_or_raises_shunt_error(bundle: Path, data: st.DataObject) -> None:
+    """Changes, truncates, extends or replaces a random file of a bundle. If it still loads, it must predict."""
     file = data.draw(st.sampled_from(sorted(path for path in bundle.iterdir() if path.is_file())))
     good = file.read_bytes()
     how = data.draw(st.sampled_from(["flip", "cut", "add", "replace"]))
@@ -119,7 +119,7 @@ def test_a_changed_bundle_is_refused_or_the_same(bundle: Path, data: st.DataObje
 
 @FUZZ
 @given(st.sampled_from(["labels", "temperature", "threshold", "policy", "fusion", "settings", "kind", "files"]), JSON)
-def test_any_value_in_a_bundles_settings_is_refused_or_works(bundle: Path, name: str, value: Any) -> None:
+def test_load_small_model_changed_config_predicts_or_raises_shunt_error(bundle: Path, name: str, value: Any) -> None:
     file = bundle / "config.json"
     good = file.read_text(encoding="utf-8")
     config = json.loads(good)
@@ -142,7 +142,7 @@ def test_any_value_in_a_bundles_settings_is_refused_or_works(bundle: Path, name:
     st.none() | st.text(max_size=50),
     st.booleans(),
 )
-def test_row_of_any_record_reads_back(
+def test_call_log_row_any_record_round_trips(
     text: str, raw: str | None, label: str | None, written: str | None, encrypted: bool
 ) -> None:
     labels = ("answer", "other") if written is not None else LABELS
@@ -164,7 +164,7 @@ def test_row_of_any_record_reads_back(
 
 @FUZZ
 @given(st.binary(max_size=60), st.sampled_from(["input", "probabilities", "label_set", "answer"]))
-def test_record_of_a_damaged_row_is_an_error_or_a_record(noise: bytes, column: str) -> None:
+def test_call_log_row_damaged_gives_record_or_error(noise: bytes, column: str) -> None:
     record = CallRecord(input="a text", labels=LABELS, probabilities=(0.5, 0.25, 0.25))
     row = dict(zip(COLUMNS, row_of(record, 1, SEAL, sqlite=False), strict=True))
     row[column] = noise if column == "probabilities" else noise.decode("latin-1")
@@ -178,7 +178,7 @@ def test_record_of_a_damaged_row_is_an_error_or_a_record(noise: bytes, column: s
 
 @FUZZ
 @given(JSON)
-def test_any_structure_passes_the_gate_unchanged_where_nothing_is_found(value: Any) -> None:
+def test_privacy_guard_value_without_findings_is_unchanged(value: Any) -> None:
     guard = PrivacyGuard()
     out, placeholders = guard.outbound(value)
     if not placeholders:

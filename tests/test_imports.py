@@ -26,11 +26,11 @@ def loaded_by(statement: str) -> set[str]:
         "from langchain_datashunt import ShuntRunnable, ConfidenceRouterChain, Threshold, SoftPruning, SmallModel",
     ],
 )
-def test_importing_loads_nothing_heavy(statement: str) -> None:
+def test_import_loads_no_heavy_dependency(statement: str) -> None:
     assert not loaded_by(statement) & set(HEAVY)
 
 
-def test_every_public_name_is_there() -> None:
+def test_public_names_can_be_imported() -> None:
     for name in langchain_datashunt.__all__:
         assert getattr(langchain_datashunt, name) is not None
     assert set(langchain_datashunt._MODULE_OF) == set(langchain_datashunt.__all__) - {"__version__"}
@@ -40,16 +40,14 @@ def test_every_public_name_is_there() -> None:
             import_module(module).nothing  # noqa: B018
 
 
-def test_a_missing_extra_names_the_command_that_brings_it() -> None:
+def test_require_missing_package_error_gives_pip_command() -> None:
     with pytest.raises(MissingExtraError, match=r"pip install 'langchain-datashunt\[torch\]'"):
         require("a_package_that_is_not_there.module", "torch")
     with pytest.raises(ImportError):
         require("a_package_that_is_not_there", "torch")
 
 
-def test_an_import_that_fails_inside_a_package_is_not_called_a_missing_extra(
-    tmp_path: object, monkeypatch: object
-) -> None:
+def test_require_import_error_inside_package_is_raised_unchanged(tmp_path: object, monkeypatch: object) -> None:
     from pathlib import Path
 
     folder = Path(str(tmp_path))
@@ -59,7 +57,7 @@ def test_an_import_that_fails_inside_a_package_is_not_called_a_missing_extra(
         require("broken_package", "torch")
 
 
-def test_the_licences_of_all_dependencies_were_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dependencies_have_reviewed_licences(capsys: pytest.CaptureFixture[str]) -> None:
     from tests.support.licences import main
 
     assert main() == 0, capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of routing: settings, sync and async drivers, files, forks, prices."""
+"""Helpers that do not depend on routing: settings, lazy imports, files, locks after a fork, prices."""

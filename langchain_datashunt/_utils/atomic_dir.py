@@ -1,4 +1,4 @@
-"""Folders that take another's place whole, while others may be reading it or taking it too."""
+"""Atomic replacement of folders that other processes may be reading or replacing."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 _TRIES = 100
 _LOOKS = 4
 _WAIT_SECONDS = 2.0
-"""How long a reader waits for the end of a replacement."""
+"""Maximum seconds that a reader waits for the end of a replacement."""
 
 
 def put_in_place(staging: Path, folder: Path) -> None:
-    """Put a folder in another's place; where two do so at once, that of the last one stays, whole.
+    """Replace a folder by another one. If several processes do so, the last one wins.
 
     Args:
-        staging: What is to stand there, on the same file system.
-        folder: Where; what stands there now is removed.
+        staging: New folder, on the same file system. It is moved.
+        folder: Target path. An existing folder is removed.
     """
     with tempfile.TemporaryDirectory(prefix=_aside(folder), dir=folder.parent, ignore_cleanup_errors=True) as aside:
         for i in range(_TRIES):
@@ -42,14 +42,14 @@ def put_in_place(staging: Path, folder: Path) -> None:
 
 
 def unless_replaced(folder: Path, read: Callable[[], T]) -> T:
-    """What is read of a folder that others may be replacing: all of it is of one of them.
+    """Return the result of `read`, repeating it if the folder was replaced during the call.
 
     Args:
-        folder: Which.
-        read: Reads it, and may be called several times.
+        folder: Folder that other processes may replace.
+        read: Function that reads the folder. It may be called several times.
 
     Raises:
-        Exception: As `read` raises it, where nobody replaced the folder meanwhile.
+        Exception: The exception that `read` raised, if the folder was not replaced during the call.
     """
     for _ in range(_TRIES):
         before = _identity(folder)
@@ -69,9 +69,10 @@ def _aside(folder: Path) -> str:
 
 
 def _comes_back(folder: Path) -> bool:
-    """Whether a folder that is not in its place is between the two renames of a replacement; waits for its end."""
+    """Wait for a running replacement of a missing folder, and return whether the folder exists afterwards."""
     give_up, aside = time.monotonic() + _WAIT_SECONDS, f"{glob.escape(_aside(folder))}*"
-    alone = 0  # looks at which nobody was replacing it: one may fall between two writers, or miss a new entry
+    # Several looks in a row, because one may fall between two writers or miss a new directory entry.
+    alone = 0
     while alone < _LOOKS and time.monotonic() < give_up:
         if folder.exists():
             return True

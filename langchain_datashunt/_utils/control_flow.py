@@ -1,4 +1,4 @@
-"""When an exception is raised: control flow of frameworks at once, errors of a batch on request."""
+"""Rules for raising exceptions: control flow of frameworks, and errors in the outputs of a batch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 
 def raise_control_flow(error: Exception) -> None:
-    """Raise what is no failure but a message to the caller's framework, such as LangGraph's interrupts."""
+    """Raise the exception if it is a control-flow signal of LangGraph, such as an interrupt, and not a failure."""
+    # Compared by name, so that LangGraph need not be installed.
     if any(kind.__name__ == "GraphBubbleUp" for kind in type(error).__mro__):
         raise error
 
 
 def raise_first_error(outputs: list[Any], return_exceptions: bool) -> list[Any]:
-    """Return outputs that may contain errors; raise the first error unless `return_exceptions`."""
+    """Return outputs that may contain errors, or raise the first error unless `return_exceptions`."""
     if not return_exceptions:
         for output in outputs:
             if isinstance(output, Exception):

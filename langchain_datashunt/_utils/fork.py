@@ -1,4 +1,4 @@
-"""What a forked child begins anew: locks that another thread of the parent may have held, threads and connections."""
+"""Reset of locks, threads and connections in forked child processes."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from typing import Any, Protocol
 
 
 class Forked(Protocol):
-    """Something that begins anew in a forked child."""
+    """Object with state that a forked child must reset."""
 
     def after_fork(self) -> None:
-        """Begin anew."""
+        """Reset the state."""
 
 
 AFTER_FORK: weakref.WeakSet[Forked] = weakref.WeakSet()
-"""Whatever is to begin anew."""
+"""Objects whose `after_fork` runs in a forked child."""
 
 LEFT_ALONE: list[Any] = []
-"""What a forked child has of its parent and must not end: threads that it would wait for, the parent's connections."""
+"""Objects of the parent that a forked child keeps alive.
+
+Destroying them would wait for threads that do not exist in the child, or close connections of the parent."""
 
 
 class Mutex:
-    """A lock that nobody holds in a forked child, and that copies and pickles of its owner have anew."""
+    """Lock that is released in a forked child, and that is replaced by a new one in copies and pickles."""
 
     def __init__(self) -> None:
         self.after_fork()
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
-        """Begin anew."""
+        """Replace the lock, which another thread of the parent may have held."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
@@ -49,7 +51,7 @@ class Mutex:
 
 def _begin_anew() -> None:
     one_thread = getattr(sys.modules.get("torch"), "set_num_threads", None)
-    if one_thread is not None:  # the team of threads that OpenMP would wait for is not here
+    if one_thread is not None:  # OpenMP would wait for worker threads that do not exist in the child
         one_thread(1)
     for one in list(AFTER_FORK):
         one.after_fork()

@@ -11,8 +11,8 @@ def lazy_names(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[st
     """Return a package's `__getattr__` and `__dir__`.
 
     Args:
-        package: The package's `__name__`.
-        module_of: The module of each public name, relative to the package.
+        package: `__name__` of the package.
+        module_of: Module of each public name, relative to the package.
     """
 
     def get(name: str) -> Any:

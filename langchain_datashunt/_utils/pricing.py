@@ -1,4 +1,4 @@
-"""What tokens cost, by the public price list of genai-prices; no prices of our own."""
+"""Token prices from the public price list of genai-prices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from langchain_core.messages.ai import UsageMetadata
 
 
 def cost_usd(usage: Mapping[str, UsageMetadata]) -> float | None:
-    """Price of token counts by model name, in USD; None where a model's price, or genai-prices, is missing."""
+    """Return the price in USD of token counts by model name.
+
+    Return None if the price of a model is unknown, or if genai-prices is not installed.
+    """
     total = 0.0
     for model, counts in usage.items():
         details = counts.get("input_token_details") or {}
@@ -30,14 +33,14 @@ def _installed() -> bool:
 def token_price(
     model: str, input_tokens: int, output_tokens: int, cached_tokens: int = 0, written_tokens: int = 0
 ) -> float | None:
-    """Price in USD of one model's tokens, None where it is not known.
+    """Return the price in USD of one model's tokens, or None if it is unknown.
 
     Args:
-        model: Name as the provider's API says it.
-        input_tokens: All input tokens, cached ones included.
+        model: Model name in the provider's API.
+        input_tokens: All input tokens, including cached ones.
         output_tokens: Output tokens.
-        cached_tokens: Input tokens that were read from the provider's cache.
-        written_tokens: Input tokens that were written to it.
+        cached_tokens: Input tokens read from the provider's cache.
+        written_tokens: Input tokens written to the provider's cache.
     """
     if not _installed():
         return None

@@ -1,4 +1,4 @@
-"""The base of everything that a user configures: serialisable, strict, and with errors of our own type."""
+"""Base classes of configurable objects, which are serializable and reject unknown settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from langchain_datashunt.exceptions import ConfigurationError
 
 
 class Configured(ShortRepr, Serializable):
-    """A pydantic object that LangChain can serialise, that refuses unknown settings, and names what is wrong."""
+    """Pydantic object that LangChain can serialize. It rejects unknown settings with a `ConfigurationError`."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
     def __init__(self, **settings: Any) -> None:
-        """Check the settings.
+        """Validate the settings.
 
         Raises:
-            ConfigurationError: A setting is unknown, missing, of a wrong type or out of range.
+            ConfigurationError: If a setting is unknown, missing, of the wrong type or out of range.
         """
         try:
             super().__init__(**settings)
@@ -32,15 +32,15 @@ class Configured(ShortRepr, Serializable):
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
-        """True: LangChain's `dumps` and `loads` keep it."""
+        """Return True, so that LangChain's `dumps` and `loads` support this class."""
         return True
 
 
 class Frozen(Configured):
-    """Settings that never change. A copy, also one that is unpickled, is made from the settings like a new object.
+    """Object with immutable settings. Copying and unpickling create a new object from the settings.
 
-    Runtime state that is derived from the settings (locks, pools, call pipelines) is therefore always the copy's own,
-    and `model_copy(update=...)` checks what it is given.
+    A copy therefore has its own runtime state, such as locks, pools and call pipelines, and `model_copy(update=...)`
+    validates the new settings.
     """
 
     _built: bool = PrivateAttr(default=False)
@@ -55,10 +55,10 @@ class Frozen(Configured):
 
         Args:
             update: New values by setting.
-            deep: Whether the other settings are copied too.
+            deep: Whether to copy the values of the other settings, too.
 
         Raises:
-            ConfigurationError: A setting is unknown, of a wrong type or out of range.
+            ConfigurationError: If a setting is unknown, of the wrong type or out of range.
         """
         settings = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**(copy.deepcopy(settings) if deep else settings), **(update or {})})
@@ -86,7 +86,7 @@ def _from_settings(cls: type[Frozen], settings: dict[str, Any]) -> Frozen:
 
 
 class Strategy(Configured):
-    """A small immutable object with one idea: a policy, a score, a pruning strategy."""
+    """Base class of small immutable strategies, such as policies, scores and pruning strategies."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -101,7 +101,7 @@ class Strategy(Configured):
 
 
 def to_dict(value: Configured) -> dict[str, Any]:
-    """A configured object as JSON-ready values: its class's name and its settings, nested ones likewise."""
+    """Return a configured object as JSON-ready values: the name of its class, and its settings recursively."""
 
     def plain(inner: Any) -> Any:
         if isinstance(inner, Configured):
@@ -114,10 +114,10 @@ def to_dict(value: Configured) -> dict[str, Any]:
 
 
 def from_dict(value: Any, classes: Mapping[str, type[Configured]]) -> Any:
-    """What `to_dict` wrote, made of the given classes only.
+    """Create the object that `to_dict` wrote, allowing the given classes only.
 
     Raises:
-        ConfigurationError: It names another class, or its settings are wrong.
+        ConfigurationError: If it names another class, or if its settings are invalid.
     """
     if isinstance(value, list):
         return tuple(from_dict(one, classes) for one in value)
@@ -127,18 +127,18 @@ def from_dict(value: Any, classes: Mapping[str, type[Configured]]) -> Any:
     if "is" not in value:
         return inner
     if value["is"] not in classes:
-        raise ConfigurationError(f"{value['is']!r} is none of what is known here: {', '.join(sorted(classes))}.")
+        raise ConfigurationError(f"Unknown class {value['is']!r}. Use one of: {', '.join(sorted(classes))}.")
     return classes[value["is"]](**inner)
 
 
 def in_words(owner: str, error: ValidationError) -> str:
-    """What pydantic found wrong with `owner`, as one sentence: setting, complaint, value."""
+    """Return pydantic's validation errors of `owner` as one sentence with setting, problem and value."""
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"]) or "settings"
-        seen = "" if problem["type"] == "missing" else f" (given: {_short(problem.get('input'))})"
+        seen = "" if problem["type"] == "missing" else f" (got {_short(problem.get('input'))})"
         lines.append(f"{where}: {problem['msg']}{seen}")
-    return f"{owner} cannot be made so: " + "; ".join(lines) + "."
+    return f"Invalid settings of {owner}: " + "; ".join(lines) + "."
 
 
 def _short(value: Any) -> str:

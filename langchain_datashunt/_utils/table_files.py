@@ -1,4 +1,4 @@
-"""CSV, JSONL and Parquet files, row by row in constant memory; a wrong column or a broken row is named."""
+"""Readers of CSV, JSONL and Parquet files, row by row in constant memory, with errors that name the row."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Row = dict[str, Any]
 
 
 def read_rows(file: str | Path) -> Iterator[Row]:
-    """The rows of a file by its ending: .csv, .jsonl (or .ndjson), .parquet.
+    """Return an iterator over the rows of a .csv, .jsonl, .ndjson or .parquet file.
 
     Raises:
-        DataError: The file is missing, of another kind, or a row cannot be read; the message names the row.
+        DataError: If the file is missing or has another extension, or, during iteration, if a row is invalid.
     """
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"There is no file {path}. Check the path.")
+        raise DataError(f"No such file: {path}. Check the path.")
     readers = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path.name} is of no kind that is read here; use one of {', '.join(readers)}.")
+        raise DataError(f"Unsupported file type of {path.name}. Use one of {', '.join(readers)}.")
     return reader(path)
 
 
 def columns_of(file: str | Path) -> list[str]:
-    """Names of a file's columns, read from its first row.
+    """Return the column names of a file, read from its first row.
 
     Raises:
-        DataError: The file has no rows.
+        DataError: If the file has no rows.
     """
     first = next(read_rows(file), None)
     if first is None:
@@ -44,18 +44,24 @@ def columns_of(file: str | Path) -> list[str]:
 
 
 def require_columns(file: str | Path, *names: str) -> None:
-    """Raise a `DataError` unless the file has these columns; the message names those that there are."""
+    """Raise a `DataError` unless the file has the given columns. The message lists the existing columns."""
     there = columns_of(file)
     for name in names:
         if name not in there:
-            raise DataError(f"{Path(file).name} has no column {name!r}; it has: {', '.join(there)}.")
+            raise DataError(f"{Path(file).name} has no column {name!r}. Available columns: {', '.join(there)}.")
 
 
 def cell(file: str | Path, i: int, row: Row, name: str) -> Any:
-    """What a row says in a column.
+    """Return the value of a column in a row.
+
+    Args:
+        file: File of the row, for the error message.
+        i: Number of the row, from 1, for the error message.
+        row: Row.
+        name: Column.
 
     Raises:
-        DataError: The row, the `i`-th of the file from 1 on, has no such column, or nothing in it.
+        DataError: If the row does not have the column, or if its value is None.
     """
     if row.get(name) is None:
         what = "is empty" if name in row else "is missing"
@@ -64,10 +70,10 @@ def cell(file: str | Path, i: int, row: Row, name: str) -> Any:
 
 
 def labelled_texts(file: str | Path, text: str, label: str) -> tuple[list[str], list[str]]:
-    """Texts and labels of a file; labels become strings.
+    """Return the texts and labels of a file, both as strings.
 
     Raises:
-        DataError: A column is missing, or a row has no text or no label; the message names the row.
+        DataError: If a column is missing, or if a row has no text or no label. The message names the row.
     """
     require_columns(file, text, label)
     texts: list[str] = []
@@ -82,10 +88,10 @@ def labelled_texts(file: str | Path, text: str, label: str) -> tuple[list[str], 
 
 
 def texts_of(file: str | Path, text: str) -> list[str]:
-    """The texts of a file.
+    """Return the texts of a file.
 
     Raises:
-        DataError: The column is missing, or empty in a row; the message names the row.
+        DataError: If the column is missing, or empty in a row. The message names the row.
     """
     require_columns(file, text)
     texts = [row.get(text) for row in read_rows(file)]
@@ -102,20 +108,24 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             names = reader.fieldnames or ()
             if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-                raise DataError(f"{path.name} has more than one column {twice[0]!r}. Give each a name of its own.")
+                raise DataError(f"{path.name} has more than one column {twice[0]!r}. Rename the duplicates.")
             for i, row in enumerate(reader, start=1):
                 if None in row or None in row.values():
-                    raise DataError(f"{path.name}, row {i}: it has not the {len(names)} fields that the header has.")
+                    raise DataError(
+                        f"{path.name}, row {i}: expected {len(names)} fields as in the header. Check commas and quotes."
+                    )
                 yield row
-        except UnicodeDecodeError as error:  # found in a block that is read ahead, so the reader's line is another
+        except UnicodeDecodeError as error:  # raised for a block read ahead, so reader.line_num is wrong
             where = _undecodable_line(path)
-            raise DataError(f"{path.name}, line {where}, is no UTF-8. Save the file as UTF-8.") from error
+            raise DataError(f"{path.name}, line {where}: invalid UTF-8. Save the file as UTF-8.") from error
         except csv.Error as error:
-            raise DataError(f"{path.name} cannot be read after line {reader.line_num}: {error}.") from error
+            raise DataError(
+                f"{path.name}: invalid CSV after line {reader.line_num}: {error}. Check commas and quotes."
+            ) from error
 
 
 def _undecodable_line(path: Path) -> int:
-    """The first line that is no UTF-8."""
+    """Return the number of the first line that is not valid UTF-8, or 0 if there is none."""
     with path.open("rb") as stream:
         for i, line in enumerate(stream, start=1):
             try:
@@ -132,10 +142,12 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
-                raise DataError(f"{path.name}, line {i} is no JSON: {error}.") from error
+            except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8
+                raise DataError(f"{path.name}, line {i}: invalid JSON: {error}. Fix or remove the line.") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path.name}, line {i} is a {type(row).__name__}; each line must be an object.")
+                raise DataError(
+                    f"{path.name}, line {i}: expected a JSON object, got {type(row).__name__}. Fix or remove it."
+                )
             yield row
 
 
@@ -144,18 +156,18 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path.name} is no Parquet file: {error}.") from error
+        raise DataError(f"{path.name} is not a valid Parquet file: {error}.") from error
     try:
         for batch in file.iter_batches():
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path.name} is damaged: {error}.") from error
+        raise DataError(f"Reading {path.name} failed, the file may be damaged: {error}.") from error
 
 
 def sample_per_label(
     texts: Sequence[str], labels: Sequence[str], per_label: int, seed: int
 ) -> tuple[list[str], list[str]]:
-    """A random sample of at most so many examples of each label, in a stable order."""
+    """Return a random sample of at most `per_label` examples of each label, in a reproducible order."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

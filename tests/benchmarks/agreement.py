@@ -1,11 +1,11 @@
-"""How far the engine's probabilities are from transformers' own, on real texts under trained heads.
+"""Agreement of the padding-free engine with transformers on real texts, with trained classification heads.
 
     python -m tests.benchmarks.agreement [--json F]
 
-3,080 questions of Banking77 under a head of 77 labels (few examples each), and 3,000 headlines under one of four (4,000
-examples, so that it is surer, and an equal change of a text's embedding moves its probabilities further). Each text's
-largest difference of a probability: at its highest, of 99 texts of 100, and the share of texts where it is above 0.01;
-how often the label is the same, and the route at a threshold of 0.7.
+The data are 3,080 questions of Banking77 with a head of 77 labels (few examples each), and 3,000 headlines with a head
+of four labels (4,000 examples). The second head is more confident, so an equal change of an embedding changes its
+probabilities more. Reported per text is the largest difference of a probability: its maximum, its 99% quantile, and the
+share of texts above 0.01. Also reported are the shares of equal labels, and of equal routes at a threshold of 0.7.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.benchmarks.headlines import load_headlines
 
 
 def compared(train: Labelled, texts: list[str]) -> dict[str, dict[str, float]]:
-    """By number format."""
+    """Return the agreement figures by dtype."""
     settings = TrainingSettings(progress=False)
     own = EmbeddingClassifier.train(
         train.texts, train.labels, settings=settings, embeddings=SentenceEncoder(engine="plain")
@@ -51,7 +51,7 @@ def main() -> None:
     asked = parser.parse_args()
     folder = Path(os.environ.get(DATA_DIR_VARIABLE, ""))
     if not (folder / "headlines" / "train.csv").is_file():
-        raise SystemExit(f"{DATA_DIR_VARIABLE} names no folder with headlines/train.csv; see docs/data.md.")
+        raise SystemExit(f"{DATA_DIR_VARIABLE} does not contain headlines/train.csv. See docs/data.md.")
     questions = load_banking77(folder / "banking77_gpt4")
     headlines, others = (load_headlines(folder / "headlines" / name) for name in ("train.csv", "test.csv"))
     result = {

@@ -1,15 +1,16 @@
-"""What distillation gains: S1 from three labels per class, one half of the test stream, S2, the other half.
+"""Accuracy gained by distillation from a small model (S1) to its student (S2).
 
     python -m tests.benchmarks.distillation [--json F] [--seeds N]
 
-Banking77 with GPT-4's recorded answers. S1 is trained on 3 examples per label of train.csv. A random half of test.csv
-is routed; GPT-4's answer is recorded where S1 is not sure, and no true label is used. S2 is distilled from that log,
-and both are scored on the other half with the same rule (keep where the calibrated probability reaches 0.7).
-Compared: plain fine-tuning on GPT-4's answers, the paper's 2CD (bare answers, 7 epochs, 1e-4), ours.
+The data are Banking77 with GPT-4's recorded answers. S1 is trained on 3 examples per label of train.csv. A random half
+of test.csv is routed. GPT-4's answer is recorded if S1 is not confident, and no true label is used. S2 is distilled
+from that log. Both are scored on the other half with the same rule: answer locally if the calibrated probability is at
+least 0.7. Compared are plain fine-tuning on GPT-4's answers, the paper's 2CD (bare answers, 7 epochs, 1e-4), and ours.
 
-Then the gate: S1 from 10 examples per label, and 0, 10 or 50% of GPT-4's answers replaced before they are learnt, by a
-random label each, or label by label (all answers of some labels become another label's, as a wrong prompt or a changed
-large model would have it); each candidate is tested on dev.csv, against S1 and against the S2 of untouched answers.
+The second part tests the promotion gate. S1 is trained on 10 examples per label, and 0, 10 or 50% of GPT-4's answers
+are replaced before training. Either each one gets a random label, or all answers of some labels become another label,
+as after an error in the prompt or a change of the large model. Each candidate is tested on dev.csv, against S1 and
+against the S2 of the unchanged answers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ QUIET = TrainingSettings(progress=False)
 
 
 def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[CallRecord]:
-    """What a shunt would have recorded: the large model's answer only where the small one was not sure."""
+    """Return the records of a shunt, with the large model's answer only if the small model is not confident."""
     predictions = small.predict_batch(texts)
     calls = []
     for text, answer, prediction in zip(texts, answers, predictions, strict=True):
@@ -57,7 +58,7 @@ def records_of(small: SmallModel, texts: list[str], answers: list[str]) -> list[
 
 
 def plain_fine_tuning(small: EmbeddingClassifier, records: list[CallRecord]) -> SmallModel:
-    """The head trained on with Adam on GPT-4's answers alone: what many would try first."""
+    """Train the head further with Adam on GPT-4's answers alone, as the baseline."""
     import torch
 
     asked = [call for call in records if call.answer_label is not None]
@@ -77,7 +78,7 @@ def plain_fine_tuning(small: EmbeddingClassifier, records: list[CallRecord]) -> 
 
 
 def paper_2cd(small: EmbeddingClassifier, records: list[CallRecord]) -> SmallModel:
-    """The authors' recipe on the head: bare answers of both teachers, batches of 64 in turn, 7 epochs, Adam 1e-4."""
+    """Train the head as in the paper: bare answers of both teachers, alternating batches of 64, 7 epochs, Adam 1e-4."""
     import torch
 
     sure = [call for call in records if call.answer_label is None]
@@ -104,7 +105,7 @@ def paper_2cd(small: EmbeddingClassifier, records: list[CallRecord]) -> SmallMod
 
 
 def scored(model: SmallModel, texts: list[str], labels: list[str], answers: list[str]) -> dict[str, Any]:
-    """Accuracy, share asked, the shunt's accuracy, and who was right on each text."""
+    """Return the accuracy, the deferral rate, the accuracy of the shunt, and the correctness of each text."""
     predictions = model.predict_batch(texts)
     right = np.array([a == b for a, b in zip(predictions.label_names(), labels, strict=True)])
     large = np.array([a == b for a, b in zip(answers, labels, strict=True)])
@@ -137,7 +138,7 @@ def one_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) -> 
 
 
 def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds, and paired bootstrap intervals of the gains over S1, over all seeds' test texts."""
+    """Return means over seeds, and paired bootstrap intervals of the gains over S1 on all test texts."""
     rows = {}
     for name in runs[0]:
         pooled = {key: np.concatenate([run[name][key] for run in runs]) for key in runs[0][name]}
@@ -174,7 +175,7 @@ FLIPPED = (("none", 0.0), ("random", 0.1), ("random", 0.5), ("by label", 0.1), (
 
 
 def flipped(answers: list[str], asked: list[str], how: str, share: float, rng: np.random.Generator) -> list[str]:
-    """Answers with a share of those that were asked for replaced: each by a random label, or label by label."""
+    """Return answers with a share of the deferred ones replaced, each by a random label, or label by label."""
     names = sorted(set(asked))
     if how == "random":
         return [str(rng.choice(names)) if rng.random() < share else answer for answer in answers]
@@ -188,7 +189,7 @@ def flipped(answers: list[str], asked: list[str], how: str, share: float, rng: n
 
 
 def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) -> list[dict[str, Any]]:
-    """What the gate says of candidates that learnt from answers of which a part was replaced."""
+    """Return the gate's decisions about candidates trained on partly replaced answers."""
     texts, labels = sample_per_label(task.train.texts, task.train.labels, GATE_PER_LABEL, seed)
     s1 = EmbeddingClassifier.train(texts, labels, settings=QUIET, embeddings=encoder)
     rng, found = np.random.default_rng(seed), []
@@ -228,7 +229,7 @@ def gate_seed(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int) ->
 
 
 def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean gain and number of promotions over the seeds."""
+    """Return the mean gain and the number of promotions over the seeds."""
     return [
         {
             "candidate": same[0]["candidate"],
@@ -245,7 +246,7 @@ def gate_summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def compared(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dict[str, int]:
-    """How many logs the comparison of answers refuses: untouched ones, and such with 10% replaced by random labels."""
+    """Count the logs that the teacher check rejects, unchanged and with 10% of the answers replaced at random."""
     refused, ours = {"logs": 0, "untouched": 0, "replaced": 0}, TwoStageDistiller(DistillationSettings(training=QUIET))
     for seed in range(seeds):
         for per_label in (PER_LABEL, GATE_PER_LABEL):
@@ -300,7 +301,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = banking77_folder()
     if folder is None:
-        raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
+        raise SystemExit("DATASHUNT_DATA_DIR does not contain banking77_gpt4. See docs/data.md.")
     task = load_banking77(folder)
     samples = [
         sample_per_label(task.train.texts, task.train.labels, count, seed)[0]

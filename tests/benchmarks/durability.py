@@ -1,11 +1,11 @@
-"""What survives: SIGKILL under load, and a database that cannot be reached.
+"""Records lost when the process is killed, or when the database is unreachable.
 
     python -m tests.benchmarks.durability [--json F] [--repetitions N] [--outage SECONDS]
 
-Kill: a process answers 200 concurrent calls at a time through a shunt with a recorder on a SQLite file, and says each
-call that has returned; it is killed at a random moment, the file is opened again, and what is missing is counted.
-Outage: a proxy between the recorder and PostgreSQL is cut under load and restored; lost records and the calls' latency
-before and during the cut are counted. The server itself is left alone.
+Kill: a process answers 200 concurrent calls at a time through a shunt that records to a SQLite file, and prints each
+call that has returned. It is killed at a random moment. Then the file is opened and the missing records are counted.
+Outage: a proxy between the recorder and PostgreSQL is cut under load and restored. Lost records and the latency of
+calls before, during and after the outage are measured. The server keeps running.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ asyncio.run(main())
 
 
 def killed_once(durability: str, rng: random.Random, folder: Path) -> dict[str, int]:
-    """Kill a process at a random moment; how many calls had returned, and how many of them are missing."""
+    """Kill a process at a random moment, and count the returned calls, the missing records and the damaged ones."""
     url = folder / f"{uuid4().hex}.db"
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(url), durability, str(CLIENTS)], stdout=subprocess.PIPE, text=True
@@ -82,7 +82,7 @@ def killed_once(durability: str, rng: random.Random, folder: Path) -> dict[str, 
 
 
 class Proxy:
-    """A TCP proxy on loopback that can be cut."""
+    """TCP proxy on the loopback interface that can be interrupted."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -129,7 +129,7 @@ class Proxy:
 
 
 def outage(seconds: float, folder: Path) -> dict[str, Any]:
-    """Cut the line to PostgreSQL under load; what is lost, and what calls cost before and meanwhile."""
+    """Interrupt the connection to PostgreSQL under load, and measure lost records and latencies."""
     engine, schema = create_engine(POSTGRES), f"datashunt_{uuid4().hex[:12]}"
     with engine.begin() as connection:
         connection.execute(text(f"CREATE SCHEMA {schema}"))
@@ -140,7 +140,7 @@ def outage(seconds: float, folder: Path) -> dict[str, Any]:
     latencies: dict[str, list[float]] = {"before": [], "during": [], "after": []}
     asked = 0
     gc.collect()
-    gc.freeze()  # a full collection looks at all that was imported, and holds a call up for 100 ms at any time
+    gc.freeze()  # a full collection scans all imported modules and can delay a call by 100 ms
     try:
         for phase, length in (("before", 3.0), ("during", seconds), ("after", 3.0)):
             (proxy.cut if phase == "during" else proxy.restore)()

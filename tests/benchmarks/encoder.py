@@ -1,11 +1,12 @@
-"""How fast texts are embedded: without padding, as transformers computes sorted batches, and one by one.
+"""Speed of embedding texts without padding, in sorted batches with transformers, and one by one.
 
     python -m tests.benchmarks.encoder [--json F] [--texts N] [--rounds N] [--threads N] [--architectures]
 
-MiniLM; short texts (gold-price headlines, or the shipped messages where DATASHUNT_DATA_DIR names none) and long ones
-(these joined, up to 256 tokens). Rounds are interleaved; medians and ratios of them are told, with the largest
-difference of a component against transformers in float32. With `--architectures`: how much quicker than transformers
-the packed form of each is, in float32, at MiniLM's size (6 layers, 384 wide) and with weights made up.
+The encoder is MiniLM. Short texts are gold-price headlines, or the demo messages if DATASHUNT_DATA_DIR does not contain
+them. Long texts are short ones joined, up to 256 tokens. Rounds are interleaved. Reported are medians, ratios, and the
+largest difference of a component from transformers in float32. With `--architectures`, the speedup of the padding-free
+encoder over transformers is measured for each architecture, in float32, at MiniLM's size (6 layers, 384 wide) and with
+random weights.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def short_texts(n: int) -> list[str]:
 
 
 def long_texts(short: list[str], n: int) -> list[str]:
-    """Log-normal lengths, mean about 90 tokens."""
+    """Return texts with log-normal lengths and a mean of about 90 tokens."""
     rng = np.random.default_rng(0)
     words = " ".join(short).split()
     lengths = np.clip(rng.lognormal(4.1, 0.6, n), 8, 180).astype(int)
@@ -78,13 +79,13 @@ def compare(texts: list[str], rounds: int) -> dict[str, Any]:
 
 
 def network_of(kind: str) -> Any:
-    """An encoder of MiniLM's size with made-up weights."""
+    """Return an encoder of MiniLM's size with random weights."""
     more: dict[str, Any] = {"num_attention_heads": 12, "pad_token_id": 0}
     if kind == "distilbert":
         more = {"dim": 384, "n_layers": 6, "n_heads": 12, "hidden_dim": 1536, "pad_token_id": 0}
     elif kind == "modernbert":
         more |= {"cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102}
-    elif kind == "deberta-v2":  # as version 3 is laid out
+    elif kind == "deberta-v2":  # the settings of DeBERTa v3
         more |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 256}
         more |= {
             "share_att_key": True,
@@ -98,7 +99,7 @@ def network_of(kind: str) -> Any:
 
 
 def architectures(texts: list[str], rounds: int) -> dict[str, Any]:
-    """Rates of the packed form over transformers', by architecture and length."""
+    """Return the speedup of the padding-free encoder over transformers, by architecture and length."""
     encoder = SentenceEncoder(engine="plain")
     found: dict[str, Any] = {}
     for kind in ARCHITECTURES:

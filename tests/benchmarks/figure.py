@@ -1,8 +1,9 @@
-"""The figure of the README: accuracy by the share of questions that are asked, on Banking77 with GPT-4's answers.
+"""Figure of the README: accuracy by deferral rate on Banking77 with GPT-4's answers.
 
     python -m tests.benchmarks.figure [--out docs/figures/banking77.svg]
 
-The demo's small model (10 examples a label, seed 0), temperature and threshold from dev.csv; the curve is test.csv's.
+The small model is that of the demo (10 examples per label, seed 0), with temperature and threshold from dev.csv. The
+curve is measured on test.csv.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.benchmarks.thresholds import calibrated
 
 
 def plain_colours(svg: str) -> str:
-    """An SVG whose colours are no CSS variables, which some viewers do not know."""
+    """Return an SVG with plain colours instead of CSS variables, which some viewers do not support."""
     colours: dict[str, str] = {}
     for name, colour in re.findall(r"(--[\w-]+):\s*(#[0-9a-fA-F]{3,8})", svg):
         colours.setdefault(name, colour)
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = banking77_folder()
     if folder is None:
-        raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
+        raise SystemExit("DATASHUNT_DATA_DIR does not contain banking77_gpt4. See docs/data.md.")
     task = load_banking77(folder)
     texts, labels = sample_per_label(task.train.texts, task.train.labels, 10, seed=0)
     small = EmbeddingClassifier.train(texts, labels, settings=TrainingSettings(progress=False))

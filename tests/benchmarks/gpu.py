@@ -1,11 +1,11 @@
-"""The small model on a GPU: texts a second in half precision, share of the matrix product's limit, single requests.
+"""Speed of a small model on a GPU: throughput in half precision, and latency of single requests.
 
     python -m tests.benchmarks.gpu [--json F] [--device cuda] [--texts N] [--rounds N]
 
-P12: texts of 128 tokens through `batch` (tokenising and all), against the time of the same linear layers' products
-alone on the same device (without attention's own, so the share is if anything too small); and single requests by
-`invoke`, by transformers itself ("auto" on a GPU) and by the padding-free form. Rounds are interleaved; figures are
-medians.
+P12 compares two times: texts of 128 tokens through `batch`, including tokenization, and the matrix products of the same
+linear layers alone. The products of attention are not counted, so the reported share is a lower bound. Single requests
+by `invoke` are measured with transformers ("auto" on a GPU) and with the padding-free encoder. Rounds are interleaved,
+and figures are medians.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ TOKENS = 128
 
 
 def texts_of(tokens: int, n: int) -> list[str]:
-    """Different texts of so many tokens each: one-token words between the two special tokens."""
+    """Return different texts of `tokens` tokens each: one-token words between the two special tokens."""
     words = ["card", "money", "bank", "account", "transfer", "payment", "when", "where", "lost", "new"]
     rng = np.random.default_rng(0)
     return [" ".join(rng.choice(words, tokens - 2)) for _ in range(n)]
 
 
 def seconds_of(work: Callable[[], Any], device: str) -> float:
-    """How long it takes until the device has done it."""
+    """Return the seconds until the device has finished the work."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -49,7 +49,7 @@ def seconds_of(work: Callable[[], Any], device: str) -> float:
 
 
 def products(config: Any, tokens: int, device: str) -> Callable[[], None]:
-    """The products of the encoder's linear layers with so many tokens, in batches as large as ours."""
+    """Return a function that computes the products of the encoder's linear layers, in batches of the engine's size."""
     d, inner, step = config.hidden_size, config.intermediate_size, min(tokens, 65_536)
     given: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     inputs = {size: torch.randn(step, size, **given) for size in (d, inner)}
@@ -66,7 +66,7 @@ def products(config: Any, tokens: int, device: str) -> Callable[[], None]:
 
 
 def measure(device: str, n: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """All figures of one device."""
+    """Return all figures of one device."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     auto = transformers.AutoModelForSequenceClassification

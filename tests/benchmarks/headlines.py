@@ -1,9 +1,9 @@
-"""How good each kind of small model is on a task with many labelled examples.
+"""Accuracy and calibration of each kind of small model on a task with many labelled examples.
 
     python -m tests.benchmarks.headlines [--json F] [--limit N] [--kinds KIND ...]
 
-Gold-price headlines (4 labels, as FrugalGPT published them): trained on train.csv, of which each kind holds a tenth out
-to stop in time and to fit its temperature; scored once on test.csv. There are no recorded answers of a large model.
+The data are gold-price headlines (4 labels, as published with FrugalGPT). Models are trained on train.csv, holding out
+a tenth for early stopping and for the temperature, and scored once on test.csv. There are no recorded LLM answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ERROR_BOUND = 0.05
 
 
 def load_headlines(file: Path) -> Labelled:
-    """Texts without the "Q:" and "A:" of the prompt that they were published in, and their labels."""
+    """Return texts without the "Q:" and "A:" of the published prompt, and their labels."""
     with file.open(encoding="utf-8", newline="") as stream:
         rows = [(row[0], row[1]) for row in csv.reader(stream)]
     texts = [text.removeprefix("Q:").removesuffix("A:").strip() for text, _ in rows]
@@ -63,12 +63,12 @@ def measure(kind: str, train: Labelled, test: Labelled, encoder: PrecomputedEmbe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--limit", type=int, help="rows of each file at the most")
+    parser.add_argument("--limit", type=int, help="maximum rows per file")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     options = parser.parse_args()
     folder = Path(os.environ.get(DATA_DIR_VARIABLE, "")) / "headlines"
     if not (folder / "train.csv").is_file():
-        raise SystemExit(f"{DATA_DIR_VARIABLE} names no folder with headlines/train.csv; see docs/data.md.")
+        raise SystemExit(f"{DATA_DIR_VARIABLE} does not contain headlines/train.csv. See docs/data.md.")
     train, test = (load_headlines(folder / name) for name in ("train.csv", "test.csv"))
     if options.limit:
         train, test = train.head(options.limit), test.head(options.limit)

@@ -1,4 +1,4 @@
-"""The resident memory of a process."""
+"""Resident memory of the current process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 
 def peak_mib() -> float:
-    """The highest resident memory of this process so far, in MiB.
+    """Return the peak resident memory of this process, in MiB.
 
-    On Linux of its own program alone: what `getrusage` tells begins with what the process was before it became this
-    program, a copy of its parent.
+    On Linux this reads `/proc`, because the value of `getrusage` includes that of the parent process before `exec`.
     """
     status = Path("/proc/self/status")
     if status.exists():

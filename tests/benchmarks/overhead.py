@@ -1,12 +1,12 @@
-"""What the router itself costs: ShuntRunnable over its parts, beside RunnableBranch over its own, in one run.
+"""Overhead of ShuntRunnable and of RunnableBranch over the Runnables that they call.
 
     python -m tests.benchmarks.overhead [--json F] [--rounds N]
 
-Both routers do the same job with the same trivial parts: a small model (a RunnableLambda that returns a ready
-prediction), a condition on its confidence, and a large model (a RunnableLambda). Both hand the input on as it is
-(`pruning=None`); what the prompt variables of `SoftPruning` cost on top stands in rows of its own. "Over its parts" is
-the router's time less that of the Runnables which it has to call for this input, called alone in the same round.
-Rounds are interleaved; medians over rounds are reported, in microseconds, with minimum and maximum.
+Both routers use the same trivial parts: a small model (a RunnableLambda that returns a ready prediction), a condition
+on its confidence, and a large model (a RunnableLambda). Both pass the input on unchanged (`pruning=None`). Separate
+rows show the additional cost of the prompt variables of `SoftPruning`. "Over its parts" is the time of the router minus
+that of the Runnables that it calls for the input, called alone in the same round. Rounds are interleaved. Reported are
+medians over rounds in microseconds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def parts() -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any], repeat: int) -> float:
-    """Microseconds a call, over `repeat` calls."""
+    """Return the microseconds per call, averaged over `repeat` calls."""
     started = time.perf_counter()
     for _ in range(repeat):
         call()
@@ -92,7 +92,7 @@ def contestants(config: Any) -> dict[str, Callable[[], float]]:
 
 
 def rows(medians: dict[str, float]) -> list[dict[str, Any]]:
-    """Own overhead of both routers, and their ratio."""
+    """Return the overhead of both routers, and the ratio of their total times."""
     found = []
     for way in ("invoke", "ainvoke"):
         for word in ("kept", "deferred"):

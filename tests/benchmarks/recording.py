@@ -1,12 +1,12 @@
-"""What recording costs, and what a large store does to memory.
+"""Cost of recording calls, and memory use of a large call log.
 
     python -m tests.benchmarks.recording [--records N] [--large N] [--json F]
 
-Records have a 400-character input, a 200-character answer and 20 probabilities, all different; SQLite with
-synchronous=FULL, groups of 32,768, as the recorder makes them of records that come faster than a disk takes them. In
-turn with it, the same texts are inserted into a bare table without keys, segments or compression; and the recorder
-writes while another thread computes. With --large a store of so many records is written, and as many random keys alone;
-a fresh process reads the store's statistics and exports it: its resident memory before, and at its highest.
+Records have an input of 400 characters, an answer of 200 characters and 20 probabilities, all different. SQLite uses
+synchronous=FULL and groups of 32,768 records, the size that the recorder uses if records arrive faster than the disk
+writes them. For comparison, the same texts are inserted into a bare table without an index, and the recorder writes
+while another thread computes. With --large, a log of that many records is written, and as many random keys alone. A
+fresh process then reads its statistics and exports it, and its resident memory before and at the peak is reported.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ ROUNDS = 5
 
 
 def made(n: int, seed: int = 0) -> list[CallRecord]:
-    """Different records of natural text."""
+    """Return different records of natural text."""
     return list(stream(n, seed))
 
 
 def stream(n: int, seed: int = 0) -> Iterator[CallRecord]:
-    """The same, one by one."""
+    """Yield such records one by one."""
     task, rng = load_messages(), random.Random(seed)
     sentences = [*task.train.texts, *task.dev.texts, *task.test.texts]
 
@@ -71,7 +71,7 @@ def stream(n: int, seed: int = 0) -> Iterator[CallRecord]:
 
 
 def written(file: Path, records: list[CallRecord]) -> tuple[float, float]:
-    """Records a second, and bytes a record."""
+    """Return the records written per second, and the bytes per record."""
     with CallLog(file, durability="record") as store:
         started = time.perf_counter()
         for start in range(0, len(records), GROUP):
@@ -81,7 +81,7 @@ def written(file: Path, records: list[CallRecord]) -> tuple[float, float]:
 
 
 def plainly_inserted(file: Path, records: list[CallRecord]) -> float:
-    """Records a second of the least that SQLite can be asked for: texts and probabilities as they are, no index."""
+    """Return the records per second of the simplest SQLite table, with plain values and no index."""
     connection = sqlite3.connect(file, isolation_level=None)
     for pragma in ("journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}")
@@ -101,7 +101,7 @@ def plainly_inserted(file: Path, records: list[CallRecord]) -> float:
 
 
 def keys_alone(file: Path, n: int) -> dict[str, float]:
-    """Records a second of the least that finds repeats, a unique random key: over all, and of the last ones."""
+    """Return the records per second of a table with a unique random key only, overall and at the end."""
     connection = sqlite3.connect(file, isolation_level=None)
     for pragma in (*PRAGMAS, "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}")
@@ -128,7 +128,7 @@ def keys_alone(file: Path, n: int) -> dict[str, float]:
 
 
 def on_the_callers_path(file: Path, records: list[CallRecord]) -> float:
-    """Seconds that `Recorder.record` takes of the caller."""
+    """Return the seconds per call of `Recorder.record` in the calling thread."""
     with Recorder(file) as recorder:
         makers: list[Callable[[], CallRecord]] = [lambda record=record: record for record in records]  # type: ignore[misc]
         started = time.perf_counter()
@@ -138,7 +138,7 @@ def on_the_callers_path(file: Path, records: list[CallRecord]) -> float:
 
 
 def beside_a_busy_thread(file: Path, records: list[CallRecord]) -> float:
-    """Records a second of the writer while this thread computes without a pause."""
+    """Return the records per second of the writer while this thread computes without a pause."""
     with CallLog(file, durability="record") as store, Recorder(store) as recorder:
         makers: list[Callable[[], CallRecord]] = [lambda record=record: record for record in records]  # type: ignore[misc]
         started = time.perf_counter()
@@ -150,7 +150,7 @@ def beside_a_busy_thread(file: Path, records: list[CallRecord]) -> float:
 
 
 def read_large(file: Path, out: Path) -> dict[str, Any]:
-    """Statistics and exports of a store, with the memory that they took; for a process of its own."""
+    """Read the statistics of a log and export it, and return the memory used. This runs in its own process."""
     figures: dict[str, Any] = {}
     with CallLog(file) as store:
         next(store.iterate(batch_size=10))
@@ -169,7 +169,7 @@ def read_large(file: Path, out: Path) -> dict[str, Any]:
 
 
 def large_store(n: int, folder: Path) -> dict[str, Any]:
-    """Write a large store here, read it in another process."""
+    """Write a large log in this process, and read it in another one."""
     file, seconds = folder / "large.db", 0.0
     with CallLog(file, durability="record") as store:
         coming = stream(n, seed=1)

@@ -1,8 +1,9 @@
-"""Time and memory of choosing a threshold and scoring it on very many rows.
+"""Time and memory of selecting and scoring a threshold on many rows.
 
     python -m tests.benchmarks.selection [--rows N] [--labels K] [--json F]
 
-Synthetic predictions over K labels. Resident memory is the process's highest, beside what the rows themselves take.
+The predictions are synthetic, over K labels. Reported are the peak resident memory of the process and the size of the
+rows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.benchmarks.memory import peak_mib
 
 
 def made(n: int, k: int) -> tuple[PredictionBatch, list[str], list[str]]:
-    """Predictions, true labels, and large answers that are right in 83%."""
+    """Return predictions, true labels, and large answers that are correct for 83% of the rows."""
     rng, names = np.random.default_rng(0), [f"label_{i}" for i in range(k)]
     truth = rng.integers(k, size=n)
     logits = rng.standard_normal((n, k), dtype=np.float32).astype(np.float64)

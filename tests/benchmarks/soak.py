@@ -1,17 +1,17 @@
-"""Many clients for a long time, with faults: does anything leak, get lost or get mixed up?
+"""Soak test with many clients and faults, for memory leaks, lost records and mixed-up answers.
 
     python -m tests.benchmarks.soak [--minutes 10] [--clients 500] [--json F]
 
-Clients call one `ConfidenceRouterChain` at once, one call after the other, each about a text of its own: a TextCNN on
-the shipped messages answers what it is sure of, `ChatOpenAI` asks a local HTTP server in a process of its own about the
-rest. The server fails now and then: 429, 500, a cut reply, a page of HTML, an answer that is no label, a reply that
-takes two seconds. Everything is recorded in a SQLite file, a gate replaces addresses, and the small model answers where
-the large one has failed for good.
+Concurrent clients call one `ConfidenceRouterChain`, each with its own texts and one call at a time. A TextCNN trained
+on the demo messages answers locally if it is confident. Otherwise `ChatOpenAI` calls a local HTTP server in another
+process. The server sometimes fails with 429, 500, a truncated reply, an HTML page, an answer that is not a label, or a
+reply after two seconds. All calls are recorded in a SQLite file, a privacy guard replaces addresses, and the small
+model answers if the large model fails finally.
 
-The database's cache is kept small, so that its filling up does not pass for a leak.
+The cache of the database is kept small, so that filling it is not mistaken for a leak.
 
-Counted: answers that belong to another text, calls that raised, records that are missing, the growth of the process's
-memory after the first fifth of the time (MB a minute, by a line fitted to one sample a second), and the latency of the
+Reported are the answers that belong to another text, the calls that raised, the missing records, the growth of memory
+after the first fifth of the time (MB per minute, by a line fitted to one sample per second), and the latency of the
 small route.
 """
 
@@ -46,12 +46,12 @@ LABELS = tuple(load_messages().labels)
 
 
 def right_answer(text: str) -> str:
-    """The label that belongs to a text: any other answer of the large model is another text's."""
+    """Return the label of a text. Any other answer of the large model belongs to another text."""
     return LABELS[hashlib.sha256(text.encode()).digest()[0] % len(LABELS)]
 
 
 def serve(pipe: Connection) -> None:
-    """The large model: answers each text with its own label, and fails as often as `FAULTS` says."""
+    """Serve the large model, which answers each text with its label and fails at the rates in `FAULTS`."""
     from tests.support.faulty_server import FaultyServer
 
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def serve(pipe: Connection) -> None:
 
 
 class Soak:
-    """The clients and what they count."""
+    """Clients with their counters."""
 
     def __init__(self, chain: ConfidenceRouterChain, small: SmallModel, texts: list[str]) -> None:
         self.chain, self.texts = chain, texts
@@ -82,7 +82,7 @@ class Soak:
 
     @staticmethod
     def about(text: str, number: int) -> str:
-        """A text of its own, which to the small model is the same: it knows none of the added words."""
+        """Return a unique text that is equivalent for the small model, because it does not know the added words."""
         return f"{text} (case x{number}x, user{number}q@example.com)"
 
     async def client(self, until: float) -> None:
@@ -111,7 +111,7 @@ class Soak:
 
 
 def store_without_cache(file: Path) -> CallLog:
-    """A store whose database cache is 2 MiB instead of 64: filling it up is no leak, and would look like one."""
+    """Return a log with a database cache of 2 MiB instead of 64, because filling it would look like a leak."""
     store = CallLog(file)
     event.listen(store.engine, "connect", lambda connection, _: connection.execute("PRAGMA cache_size=-2048"))
     store.engine.dispose()

@@ -1,25 +1,25 @@
-"""How fast all of it is, against named targets: a key for each, with its value, its target, and whether it is met.
+"""Speed of the package against named targets, with value, target and result for each key.
 
     python -m tests.benchmarks.speed [--json F] [--markdown F] [--only P1,P4] [--texts N] [--rounds N] [--rows N]
 
-P1  offline, short texts, one thread, through `batch`: against a transformers pipeline one by one, against a loop that
-    tokenises and predicts prompt by prompt (as RouteLLM's BERT router does), and against semantic-router if installed
-P2  the same with long texts; bf16 also against the pipeline with batches of 32
-P3  share of the engine's own rate, on token ids that lie ready, which `batch` reaches; and of the rate of its matrix
-    products alone, which nothing can exceed
-P4  256 concurrent `ainvoke` against a thread-pool call of the plain model for each
-P5  what one idle `ShuntRunnable.ainvoke` adds to the bare forward pass, in milliseconds
+P1  offline, short texts, one thread, through `batch`: compared with a transformers pipeline one by one, with a loop
+    that tokenizes and predicts prompt by prompt (as RouteLLM's BERT router does), and with semantic-router if installed
+P2  the same with long texts, and bf16 compared with the pipeline with batches of 32
+P3  rate of `batch` as a share of the engine's rate on ready token ids, and of the rate of its matrix products alone,
+    which is the upper bound
+P4  256 concurrent `ainvoke` calls, compared with a thread-pool call of the plain model for each
+P5  time that one idle `ShuntRunnable.ainvoke` adds to the bare forward pass, in milliseconds
 P6  ShuntRunnable over the sum of its parts, as a share of RunnableBranch's whole call
-P7  a batch of 1,000 with trivial models, an item: share of RunnableBranch.batch, without and with a callback handler;
-    with models that take batches, and with the same RunnableLambda as large model on both sides ("same parts")
-P8  recording: on the caller's path, the writer's rate, bytes a record
+P7  time per item of a batch of 1,000 with trivial models, as a share of RunnableBranch.batch: without and with a
+    callback handler, with batch models, and with the same RunnableLambda as large model on both sides ("same parts")
+P8  recording: time in the calling thread, rate of the writer, bytes per record
 P9  import times
-P10 choosing a threshold on a million rows of 77 labels
-P11 resident memory of `datashunt run` over a million rows, above what it is when the first answers are there
-P12 where there is a GPU: share of the matrix products' time, and single requests (`python -m tests.benchmarks.gpu`)
+P10 selecting a threshold on a million rows of 77 labels
+P11 growth of the resident memory of `datashunt run` over a million rows, from the first answers on
+P12 with a GPU: share of the matrix products' time, and single requests (`python -m tests.benchmarks.gpu`)
 
-MiniLM with a head of four classes. Contestants are interleaved; medians are told, with their spread. Ratios travel to
-other machines; rates do not.
+The model is MiniLM with a head of four classes. Measurements are interleaved, and medians are reported with their
+spread. Ratios are comparable between machines, and rates are not.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ Work = Callable[[], Any]
 
 
 def verdict(values: dict[str, float], targets: dict[str, tuple[str, float]], **more: Any) -> PromotionResult:
-    """What was measured beside what was wanted: `targets` has ">=" or "<=" and a number for some of `values`.
+    """Compare measured values with their targets.
 
-    What was not measured is not met.
+    A target is ">=" or "<=" with a number. A target without a measured value is not met.
     """
     values = {**dict.fromkeys(targets, float("nan")), **values}
     met = {
@@ -94,7 +94,7 @@ def verdict(values: dict[str, float], targets: dict[str, tuple[str, float]], **m
 
 
 def interleaved(ways: dict[str, tuple[Work, int]], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Rates of each way in each round, after one to warm up, and their medians."""
+    """Return the rate of each function in each round after a warm-up round, and the medians."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, (work, n) in ways.items():
@@ -106,12 +106,12 @@ def interleaved(ways: dict[str, tuple[Work, int]], rounds: int) -> tuple[dict[st
 
 
 def ratio(rates: dict[str, list[float]], name: str, other: str) -> float:
-    """Median over rounds of one way's rate over another's."""
+    """Return the median over rounds of the ratio of two rates."""
     return float(np.median(np.array(rates[name]) / np.array(rates[other])))
 
 
 class Models:
-    """One MiniLM with a head: as transformers has it, and as ours in two number formats."""
+    """MiniLM with a head, as a transformers model and as our model in two dtypes."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ class Models:
         self.bf16 = TransformersClassifier(model=str(folder), dtype="bfloat16", max_length=256)
 
     def loop(self, texts: list[str]) -> list[Any]:
-        """Prompt by prompt."""
+        """Predict prompt by prompt."""
         found = []
         for text in texts:
             inputs = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
@@ -141,7 +141,7 @@ class Models:
 
 
 def _train_head(network: Any, tokenizer: Any) -> list[str]:
-    """A head that has learnt something: four of the shipped messages' intents; returns those it did not learn from."""
+    """Train a head on four intents of the demo messages, and return the messages not used for training."""
     task = load_messages()
     wanted = sorted(set(task.train.labels))[:4]
     pairs = [pair for pair in zip(task.train.texts, task.train.labels, strict=True) if pair[1] in wanted]
@@ -156,7 +156,7 @@ def _train_head(network: Any, tokenizer: Any) -> list[str]:
 
 
 def agreement(models: Models, texts: list[str]) -> dict[str, float]:
-    """How far the engine's probabilities are from transformers', and how often the label is the same."""
+    """Return the difference of the probabilities from transformers, and the share of equal labels."""
     own = models.plain.predict_batch(texts).probabilities
     found = {}
     for name, model in (("fp32", models.fp32), ("bf16", models.bf16)):
@@ -204,7 +204,7 @@ def offline(models: Models, texts: list[str], rounds: int, *, long: bool) -> Pro
 
 
 def semantic_router() -> Callable[[str], Any] | None:
-    """semantic-router's route layer on the same encoder, where it is installed."""
+    """Measure the route layer of semantic-router with the same encoder, if it is installed."""
     if importlib.util.find_spec("semantic_router") is None:
         return None
     from semantic_router import Route
@@ -246,7 +246,7 @@ def engine_share(models: Models, texts: list[str], rounds: int) -> PromotionResu
 
 
 def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
-    """The products of the model's linear layers alone, as the engine computes them, for batches of so many tokens."""
+    """Return a function that computes only the products of the model's linear layers, as the engine does."""
     config, dtype = model._network.config, model._packing.dtype
     d, inner = config.hidden_size, config.intermediate_size
     shapes = ((3 * d, d), (d, d), (inner, d), (d, inner))
@@ -264,7 +264,7 @@ def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
 
 
 def concurrent(models: Models, texts: list[str], rounds: int) -> PromotionResult:
-    """Clients that each ask again as soon as they are answered."""
+    """Run clients that each send the next request as soon as they receive an answer."""
 
     async def clients(n: int, ask: Callable[[str], Any]) -> list[float]:
         waiting, seconds = iter(texts), []
@@ -342,7 +342,7 @@ def idle_request(models: Models, texts: list[str], rounds: int) -> PromotionResu
 
     async def all_of_them() -> None:
         for turn in range(rounds + 1):
-            for text in few:  # the ways in turn, so that each is compared with its neighbours
+            for text in few:  # interleaved, so that drift of the machine affects all alike
                 for name, way in ways.items():
                     started = time.perf_counter()
                     await way(text)
@@ -370,7 +370,7 @@ def router_overhead(rounds: int) -> PromotionResult:
 
 
 class Trivial(SmallModel):
-    """Sure of all but "no"."""
+    """Small model that is confident about every input except "no"."""
 
     labels: tuple[str, ...] = ("a", "b")
 
@@ -379,7 +379,7 @@ class Trivial(SmallModel):
 
 
 class Echo(Runnable[Any, Any]):
-    """A large model that costs nothing."""
+    """Large model without cost."""
 
     def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> str:
         return "L"
@@ -412,7 +412,7 @@ def trivial_batch(rounds: int) -> PromotionResult:
 
 
 def child(*words: str) -> dict[str, Any]:
-    """What another benchmark prints, run in a process of its own."""
+    """Run another benchmark in its own process, and return its output."""
     done = subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -433,7 +433,7 @@ def recording() -> PromotionResult:
 
 
 def imports(rounds: int) -> PromotionResult:
-    """With bytecode on disk, as an installed package has it: the first round, which does not count, writes it."""
+    """Measure import times with cached bytecode, which a first, uncounted round writes."""
     programs = {"nothing": "pass", "package": "import langchain_datashunt"}
     programs["shunt"] = "from langchain_datashunt import ShuntRunnable"
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -456,7 +456,7 @@ def selection() -> PromotionResult:
 
 
 def bulk(rows: int, folder: Path) -> PromotionResult:
-    """A model of n-grams, so that the file's length, not the model, is what is measured."""
+    """Measure `datashunt run` with a cheap n-gram model, so that the length of the file dominates."""
     task = load_messages().train
     words = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
     quiet = TrainingSettings(progress=False)
@@ -481,7 +481,7 @@ def bulk(rows: int, folder: Path) -> PromotionResult:
         )  # fmt: skip
         watched = psutil.Process(process.pid)
         while process.poll() is None:
-            if (folder / "out.jsonl.part").exists() or (folder / "out.jsonl").exists():  # the first answers are there
+            if (folder / "out.jsonl.part").exists() or (folder / "out.jsonl").exists():  # the first answers are written
                 resident.append(watched.memory_info().rss / 2**20)
             time.sleep(0.1)
         seconds = time.perf_counter() - started
@@ -546,7 +546,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="for example P1,P4")
     parser.add_argument("--texts", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the file of P11")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the file in P11")
     options = parser.parse_args()
     rounds, wanted = options.rounds, {name for name in options.only.split(",") if name}
     with tempfile.TemporaryDirectory() as name:

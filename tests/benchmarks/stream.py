@@ -1,13 +1,14 @@
-"""One pass over a stream that teaches as it goes: from three labels per class, no true label ever.
+"""Accuracy of one pass over a stream with continual distillation, without any true labels of the stream.
 
     python -m tests.benchmarks.stream [--json F] [--orders N]
 
-Banking77's test.csv in random order. S1 is trained on few_shot.csv (3 examples per label). Where the model in service
-is not sure, GPT-4's recorded answer is taken and recorded; after every 75 answers S2 is distilled from S1 and the
-whole log and put into service (without a gate, since nothing labelled is held out). Accuracy is over the whole stream,
-the asked answers in it; these are fused with the small model's probabilities for a large model that is right in 85%
-and errs evenly, since no true label is there to count by. Each threshold gives one point of accuracy and share asked,
-the mean of the orders; accuracy at 15, 25 and 35% asked is read off the line between neighbouring points.
+The stream is test.csv of Banking77 in random order. S1 is trained on few_shot.csv (3 examples per label). If the
+current model is not confident, GPT-4's recorded answer is used and recorded. After every 75 answers, S2 is distilled
+from S1 and the whole log, and replaces the current model. No promotion gate is used, because no labelled data are held
+out. Accuracy is measured over the whole stream, including deferred inputs. Their answers are fused with the small
+model's probabilities, assuming a large model that is correct for 85% and errs evenly, because no true label is
+available to estimate it. Each threshold gives one point of accuracy and deferral rate, averaged over the orders. The
+accuracy at deferral rates of 15, 25 and 35% is interpolated linearly.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ QUIET = TrainingSettings(progress=False)
 def one_pass(
     task: BenchmarkTask, s1: SmallModel, examples: tuple[list[str], list[str]], threshold: float, order: int
 ) -> tuple[float, float]:
-    """Accuracy and share asked of one pass in a random order."""
+    """Return the accuracy and the deferral rate of one pass in a random order."""
     distiller = TwoStageDistiller(DistillationSettings(training=QUIET, threshold=SURE))
     fusion = AnswerFusion.uniform(s1.labels, LARGE_ACCURACY)
     rows = np.random.default_rng(order).permutation(len(task.test)).tolist()
@@ -68,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = banking77_folder()
     if folder is None:
-        raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
+        raise SystemExit("DATASHUNT_DATA_DIR does not contain banking77_gpt4. See docs/data.md.")
     task = load_banking77(folder)
     examples = labelled_texts(folder / "few_shot.csv", "text", "label_name")
     encoder = PrecomputedEmbeddings(shared_encoder(), [*task.test.texts, *examples[0]])

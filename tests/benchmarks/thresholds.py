@@ -1,14 +1,14 @@
-"""What thresholds, fusion and guarantees give on recorded answers of real large models.
+"""Accuracy of thresholds and fusion, and validity of guarantees, on recorded answers of real LLMs.
 
     python -m tests.benchmarks.thresholds [--json F] [--seeds N] [--risk-seeds N]
 
-Banking77 with GPT-4's answers: 10 examples per label of train.csv, a linear head and kernel neighbours on MiniLM
-embeddings before and after contrastive fine-tuning that also learn each label's name, and the other texts of train.csv
-without their labels (`--labelled-only`: not these; `--frozen`: without tuning, and without these);
-temperature, fusion and threshold from dev.csv alone; scored once on test.csv. Risk: 20 training samples, at most 5%
-wrong among the kept with 95% confidence, shown on dev.csv and checked on test.csv. MMLU and GSM8K of RouteLLM
-(Mixtral-8x7B, GPT-4): who is right is learnt from the question's embedding, 5-fold cross-validated, read as APGR and
-CPT.
+Banking77 with GPT-4's answers: the small model is a linear head and kernel neighbours on MiniLM embeddings before and
+after contrastive fine-tuning. It is trained on 10 examples per label of train.csv, the label names, and the other texts
+of train.csv without their labels. `--labelled-only` omits those texts, and `--frozen` omits them and the fine-tuning.
+Temperature, fusion and threshold come from dev.csv alone, and the score is measured once on test.csv. Risk: for 20
+training samples, a selective risk of at most 5% with 95% confidence is certified on dev.csv and checked on test.csv.
+MMLU and GSM8K of RouteLLM (Mixtral-8x7B, GPT-4): the correct model is predicted from the embedding of the question,
+5-fold cross-validated, and reported as APGR and CPT.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FOLDS = 5
 
 
 def calibrated(small: SmallModel, texts: list[str], labels: list[str]) -> SmallModel:
-    """The model with its temperature fitted on these examples."""
+    """Return the model with its temperature fitted on the given examples."""
     logits = small.predict_scores(texts).logits
     truth = np.array([small.labels.index(label) for label in labels])
     return small.model_copy(update={"temperature": fit_temperature(np.asarray(logits, np.float64), truth)})
@@ -66,7 +66,7 @@ def right(names: list[Any], labels: list[str]) -> BoolArray:
 def one_seed(
     task: BenchmarkTask, encoder: PrecomputedEmbeddings, seed: int, contrastive: bool, unlabelled: list[str]
 ) -> dict[str, Any]:
-    """Everything chosen on dev.csv, scored on test.csv."""
+    """Select all settings on dev.csv, and return the scores on test.csv."""
     texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
     names = {label: label.replace("_", " ") for label in set(labels)}
     settings = QUIET.model_copy(update={"seed": seed})
@@ -139,7 +139,7 @@ def banking(
 
 
 def risk(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dict[str, Any]:
-    """How often the promise about the kept answers holds on test.csv."""
+    """Return how often the guarantee for locally answered texts holds on test.csv."""
     selective_risks, shares = [], []
     for seed in range(seeds):
         texts, labels = sample_per_label(task.train.texts, task.train.labels, PER_LABEL, seed)
@@ -160,7 +160,7 @@ def risk(task: BenchmarkTask, encoder: PrecomputedEmbeddings, seeds: int) -> dic
 
 
 def routing(files: list[Path]) -> dict[str, float]:
-    """APGR and CPT of a learned score: who is right, from the question's embedding."""
+    """Return APGR and CPT of a score that is learned from the embedding of the question."""
     csv.field_size_limit(10**8)
     rows = [row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))]
     weak = np.array([row["mistralai/Mixtral-8x7B-Instruct-v0.1"] == "True" for row in rows])
@@ -192,12 +192,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--risk-seeds", type=int, default=20)
-    parser.add_argument("--frozen", action="store_true", help="an ensemble on the encoder as it is")
+    parser.add_argument("--frozen", action="store_true", help="an ensemble on the encoder without fine-tuning")
     parser.add_argument("--labelled-only", action="store_true", help="without the unlabelled texts of train.csv")
     options = parser.parse_args()
     folder = banking77_folder()
     if folder is None:
-        raise SystemExit("DATASHUNT_DATA_DIR names no folder with banking77_gpt4; see docs/data.md.")
+        raise SystemExit("DATASHUNT_DATA_DIR does not contain banking77_gpt4. See docs/data.md.")
     task = load_banking77(folder)
     names = {label.replace("_", " ") for label in task.train.labels}
     encoder = PrecomputedEmbeddings(

@@ -1,12 +1,13 @@
-"""An agent's 199 tools, shortlisted by a small model.
+"""Shortlisting of an agent's 199 tools by a small model.
 
     python -m tests.benchmarks.tools [--json F] [--epochs N] [--limit N] [--agent N] [--bundle DIR]
 
-Questions of MetaTool's ToolE (one right tool each), split by seed: 68% to train, 6% to stop and weigh on, 6% to fit
-the conformal set, 20% to test on; questions of the same words are in one part. The small model pools a fine-tuned
-MiniLM, a linear head and neighbours on frozen MiniLM embeddings, and logistic regression on n-grams. The prompt's tool
-list is counted in WordPiece tokens of the tools' OpenAI schemas. At the end a real agent (`create_agent`, `ChatOpenAI`
-on a local server) is asked some of the test's questions, and what it was sent is counted.
+The data are the questions of MetaTool's ToolE with one correct tool each. They are split by seed: 68% for training, 6%
+for early stopping and weights, 6% for the conformal set, and 20% for testing. Questions with the same words are in one
+part. The small model pools a fine-tuned MiniLM, a linear head and neighbours on frozen MiniLM embeddings, and logistic
+regression on n-grams. The tool list of a prompt is counted in WordPiece tokens of the tools' OpenAI schemas. Finally, a
+real agent (`create_agent`, `ChatOpenAI` on a local server) gets some of the test questions, and the tools in its
+requests are counted.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PARTS = {"train": 0.68, "stop": 0.06, "calibrate": 0.06, "test": 0.2}
 
 
 def load_questions(folder: Path) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """(question, tool) pairs and what each tool is for."""
+    """Return (question, tool) pairs and the description of each tool."""
     with (folder / "all_clean_data.csv").open(encoding="utf-8", newline="") as stream:
         rows = [(row["Query"], row["Tool"]) for row in csv.DictReader(stream)]
     descriptions: dict[str, str] = json.loads((folder / "plugin_des.json").read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ def load_questions(folder: Path) -> tuple[list[tuple[str, str]], dict[str, str]]
 
 
 def split(rows: list[tuple[str, str]], seed: int) -> dict[str, Labelled]:
-    """Parts by seed; questions of the same words stay in one part."""
+    """Split the questions by seed, keeping questions with the same words in one part."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for question, tool in rows:
         groups.setdefault(" ".join(question.lower().split()), []).append((question, tool))
@@ -141,7 +142,7 @@ def measure(router: ToolRouter, test: Labelled, tools: dict[str, BaseTool]) -> d
 
 
 def ask_agent(router: ToolRouter, test: Labelled, tools: dict[str, BaseTool], n: int) -> dict[str, Any]:
-    """What a real agent was sent for the first `n` questions."""
+    """Run a real agent on the first `n` questions, and return figures of its requests."""
     found, sizes, characters = [], [], []
     whole = len(json.dumps([convert_to_openai_tool(tool) for tool in tools.values()]))
     with ScriptedServer() as server:
@@ -166,13 +167,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="questions at the most")
+    parser.add_argument("--limit", type=int, help="maximum number of questions")
     parser.add_argument("--agent", type=int, default=200, help="questions for the real agent")
-    parser.add_argument("--bundle", type=Path, help="keep the trained model there, or use the one that is there")
+    parser.add_argument(
+        "--bundle", type=Path, help="folder to save the trained model to, or to load it from if it exists"
+    )
     options = parser.parse_args()
     folder = Path(os.environ.get(DATA_DIR_VARIABLE, "")) / "toole"
     if not (folder / "all_clean_data.csv").is_file():
-        raise SystemExit(f"{DATA_DIR_VARIABLE} names no folder with toole/all_clean_data.csv; see docs/data.md.")
+        raise SystemExit(f"{DATA_DIR_VARIABLE} does not contain toole/all_clean_data.csv. See docs/data.md.")
     rows, descriptions = load_questions(folder)
     parts = split(rows[:: max(1, len(rows) // options.limit)] if options.limit else rows, options.seed)
     started = time.perf_counter()

@@ -58,16 +58,16 @@ def test_read_rows_every_format_gives_same_rows(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.csv", "text,label\na\n", "row 1: it has not the 2 fields"),
-        ("x.csv", 'text,label\n"a,1\n', "cannot be read after line"),
-        ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
-        ("x.jsonl", "[1]\n", "line 1 is a list"),
-        ("x.parquet", "nonsense", "is no Parquet file"),
-        ("x.txt", "a", "no kind that is read here"),
+        ("x.csv", "text,label\na\n", "row 1: expected 2 fields"),
+        ("x.csv", 'text,label\n"a,1\n', "invalid CSV after line"),
+        ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: invalid JSON"),
+        ("x.jsonl", "[1]\n", "line 1: expected a JSON object, got list"),
+        ("x.parquet", "nonsense", "is not a valid Parquet file"),
+        ("x.txt", "a", "Unsupported file type of x.txt"),
         ("x.csv", "text,label\n", "has no rows"),
         ("x.csv", "text,label,text\na,1,b\n", "more than one column 'text'"),
-        ("x.csv", "text,label\n" + "a,1\n" * 5000 + "\udcff,1\n", "line 5002, is no UTF-8"),
-        ("x.jsonl", '{"text": "\udcff"}\n', "line 1 is no JSON"),
+        ("x.csv", "text,label\n" + "a,1\n" * 5000 + "\udcff,1\n", "line 5002: invalid UTF-8"),
+        ("x.jsonl", '{"text": "\udcff"}\n', "line 1: invalid JSON"),
     ],
 )
 def test_read_rows_broken_file_error_names_location(name: str, content: str, words: str, tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_read_rows_broken_file_error_names_location(name: str, content: str, wor
 
 
 def test_read_rows_missing_file_column_or_value_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="There is no file"):
+    with pytest.raises(DataError, match="No such file"):
         read_rows(tmp_path / "nothing.csv")
     file = write(tmp_path, "csv")
-    with pytest.raises(DataError, match="no column 'intent'; it has: text, label"):
+    with pytest.raises(DataError, match="no column 'intent'. Available columns: text, label"):
         require_columns(file, "text", "intent")
     (tmp_path / "e.csv").write_text("text,label\na,1\n ,2\n")
     with pytest.raises(DataError, match="row 2: column 'text' is empty"):

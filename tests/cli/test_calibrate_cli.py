@@ -155,7 +155,11 @@ def test_evaluate_json_has_stable_keys_with_intervals(folder: Path, bundle: str,
         ("dev.csv", ["--objective", "risk=high"], "Expected a number for --objective, got 'risk=high'"),
         ("dev.csv", ["--objective", "max-accuracy"], "`large` is None"),
         ("dev.csv", ["--objective", "max-accuracy", "--fusion"], "Pass --large-label"),
-        ("dev.csv", ["--objective", "max-accuracy", "--large-label", "gpt"], "no column 'gpt'; it has: text, label"),
+        (
+            "dev.csv",
+            ["--objective", "max-accuracy", "--large-label", "gpt"],
+            "no column 'gpt'. Available columns: text, label",
+        ),
         (
             "dev.csv",
             ["--objective", "cost=1", "--large-label", "large", "--large-cost", "text"],

@@ -109,8 +109,8 @@ def test_run_unanswered_rows_exit_with_status_1(work: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "nothing.csv"], "There is no file"),
-        (["--text", "body"], "no column 'body'; it has: text, label"),
+        (["--data", "nothing.csv"], "No such file"),
+        (["--text", "body"], "no column 'body'. Available columns: text, label"),
         (["--large", "oracle"], "openai:MODEL or replay:FILE"),
         (["--out", "answers.txt"], "Expected a .jsonl or .csv file for --out"),
         (["--bundle", "nowhere"], "config.json is missing"),
@@ -652,7 +652,7 @@ def test_distill_and_summary_missing_log_is_not_created(words: list[str], work: 
         (["export", "--out", "x.xyz"], "Expected an export kind of jsonl, openai, parquet, datasets, got 'xyz'"),
         (["export", "--out", "x.jsonl", "--since", "yesterday"], "Expected an ISO date or time, got 'yesterday'"),
         (["export", "--out", "x.jsonl", "--route", "up"], "Expected one of small, student, large for --route"),
-        (["label", "--from", "nothing.csv"], "There is no file"),
+        (["label", "--from", "nothing.csv"], "No such file"),
     ],
 )
 def test_log_invalid_options_exit_with_status_2(tmp_path: Path, words: list[str], message: str) -> None:

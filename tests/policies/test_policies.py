@@ -91,7 +91,7 @@ def test_per_label_threshold_nan_for_one_label_raises() -> None:
 
 
 def test_threshold_invalid_setting_is_named_in_error() -> None:
-    with pytest.raises(ConfigurationError, match="Threshold cannot be made so: threshold"):
+    with pytest.raises(ConfigurationError, match="Invalid settings of Threshold: threshold"):
         Threshold("high")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="treshold"):
         Threshold(0.9, treshold=0.8)

@@ -1,4 +1,4 @@
-"""Attention without padding is what softmax gives for each text alone: whatever lengths, order, and size of scores."""
+"""Tests of attention without padding against a softmax of each text, for any lengths, order and size of scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokens_of(lengths: list[int]) -> Tokens:
 
 
 def text_by_text(qkv: torch.Tensor, lengths: list[int], window: int | None = None) -> torch.Tensor:
-    """In double precision."""
+    """Return the reference attention, computed text by text in float64."""
     q, k, v = qkv.double().view(len(qkv), 3, HEADS, WIDTH).permute(1, 2, 0, 3)
     found, start = [], 0
     for length in lengths:
@@ -44,7 +44,7 @@ def text_by_text(qkv: torch.Tensor, lengths: list[int], window: int | None = Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=30)
 @given(lengths=LENGTHS, seed=st.integers(0, 1000), larger=st.sampled_from([1.0, 4.0]))
-def test_each_text_attends_to_itself_alone(
+def test_attention_agrees_with_softmax_of_each_text(
     dtype: torch.dtype, window: int | None, lengths: list[int], seed: int, larger: float
 ) -> None:
     torch.manual_seed(seed)
@@ -59,8 +59,8 @@ def test_each_text_attends_to_itself_alone(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [13, 30])
 @pytest.mark.parametrize("shift", [-400.0, 400.0])
-def test_scores_beyond_what_a_power_holds_are_no_trouble(dtype: torch.dtype, length: int, shift: float) -> None:
-    """All scores of a text at 2^400 times, or a 2^400th, of what is usual: only what they differ by counts."""
+def test_attention_extreme_scores_do_not_overflow(dtype: torch.dtype, length: int, shift: float) -> None:
+    """Scores are shifted so far that exponentials overflow or underflow. Softmax depends on differences only."""
     torch.manual_seed(0)
     lengths = [length, length - 2, length - 1, length]
     qkv = torch.randn(sum(lengths), 3, HEADS, WIDTH)
@@ -71,11 +71,13 @@ def test_scores_beyond_what_a_power_holds_are_no_trouble(dtype: torch.dtype, len
     found = Attention(HEADS)(qkv, tokens_of(lengths)).double()
     far = (found - text_by_text(qkv, lengths)).abs().max()
     assert far <= (1e-3 if dtype == torch.float32 else 1.0)
-    assert found.abs().max() <= qkv.view(len(qkv), 3, -1)[:, 2].abs().max() + 0.05, "a mean of values"
+    assert found.abs().max() <= qkv.view(len(qkv), 3, -1)[:, 2].abs().max() + 0.05, (
+        "the output is a weighted mean of the values"
+    )
 
 
-def test_what_a_token_must_not_see_may_be_anything() -> None:
-    """Neighbours in the batch change nothing, whatever they hold."""
+def test_attention_ignores_values_of_other_texts() -> None:
+    """Huge, infinite or NaN values in one text do not change the others."""
     torch.manual_seed(1)
     lengths = [9, 11, 10]
     qkv = torch.randn(30, 3 * HEADS * WIDTH)
@@ -88,8 +90,8 @@ def test_what_a_token_must_not_see_may_be_anything() -> None:
         assert torch.allclose(found[20:], alone[20:], atol=1e-5), strange
 
 
-def test_texts_are_computed_in_few_calls(monkeypatch: Any) -> None:
-    """Sorted or not: 200 texts of 5 to 24 tokens are three buckets of lengths, in groups that a core's cache holds."""
+def test_attention_many_texts_takes_few_calls(monkeypatch: Any) -> None:
+    """200 texts of 5 to 24 tokens form three length buckets, whether sorted or not, in groups of at most 512 tokens."""
     calls = []
 
     def counted(texts: torch.Tensor, *rest: Any) -> None:
@@ -110,8 +112,8 @@ def test_texts_are_computed_in_few_calls(monkeypatch: Any) -> None:
     assert torch.allclose(again, found[rows], atol=1e-6)
 
 
-def test_equal_texts_are_taken_as_they_stand(monkeypatch: Any) -> None:
-    """Without a copy by indices, and without a token that stands in for another."""
+def test_attention_equal_lengths_need_no_copy_or_mask(monkeypatch: Any) -> None:
+    """Consecutive texts of equal length are read as a view, without padding."""
     seen: list[Any] = []
     monkeypatch.setattr(
         packed_attention, "attend_by_products", lambda texts, real, out: seen.append((tuple(texts.shape[:2]), real))
@@ -121,8 +123,8 @@ def test_equal_texts_are_taken_as_they_stand(monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[32], [10, 10, 12], [40, 40, 20, 50]])
-def test_few_tokens_are_torchs_own(lengths: list[int], monkeypatch: Any) -> None:
-    """A short text alone, or the only one of its length among others, is not worth the calls that a group takes."""
+def test_attention_few_tokens_uses_torch(lengths: list[int], monkeypatch: Any) -> None:
+    """A short text alone, or the only one of its length, is faster with torch's attention than as a group."""
     grouped = []
 
     def noted(texts: torch.Tensor, *rest: Any) -> None:
@@ -136,8 +138,8 @@ def test_few_tokens_are_torchs_own(lengths: list[int], monkeypatch: Any) -> None
     assert (found.double() - text_by_text(qkv, lengths)).abs().max() <= HOW_FAR[torch.float32]
 
 
-def test_long_texts_are_torchs_own(monkeypatch: Any) -> None:
-    """Which never holds all scores of a text; in bfloat16 only where they are very many."""
+def test_attention_long_texts_uses_torch(monkeypatch: Any) -> None:
+    """Texts of more than 64 tokens in float32, or 1024 in bfloat16, use torch's attention."""
     calls = []
     own = functional.scaled_dot_product_attention
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""No result depends on the speed path: routes, answers and records are the same with the engine on and off."""
+"""Tests that routes, answers and records do not depend on the engine, batching or cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHOLE = pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
 @pytest.mark.parametrize("n", [400, WHOLE])
-def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tmp_path: Path, n: int | None) -> None:
+def test_engine_changes_no_route_answer_or_record(banking77: Path, tmp_path: Path, n: int | None) -> None:
     task = load_banking77(banking77)
     texts = list(task.test.texts)[:n]
     answers = dict(zip(task.test.texts, task.test.large, strict=True))
@@ -62,18 +62,18 @@ def test_the_engine_changes_no_route_no_answer_and_no_record(banking77: Path, tm
         for one, two in zip(records, kept, strict=True):
             same = ("input", "route", "reason", "answer_label", "answer", "small_label", "threshold")
             assert [getattr(one, field) for field in same] == [getattr(two, field) for field in same], name
-            assert one.confidence == pytest.approx(two.confidence, abs=1e-3)  # half-precision on disk
+            assert one.confidence == pytest.approx(two.confidence, abs=1e-3)  # stored in half precision
     assert remembering.cache is not None
 
 
 @pytest.mark.parametrize("n", [600, WHOLE])
 @pytest.mark.parametrize(("dtype", "furthest", "of_a_hundred"), [("float32", 1e-4, 1e-5), ("bfloat16", 0.01, 0.007)])
-def test_the_engine_agrees_with_transformers_on_real_questions(
+def test_padding_free_agrees_with_transformers_on_banking77(
     banking77: Path, n: int | None, dtype: str, furthest: float, of_a_hundred: float
 ) -> None:
-    """The largest difference of a probability, for all questions and for 99 of 100; and the labels."""
+    """Bounds the difference of probabilities, at most and at the 99% quantile, and the share of equal labels."""
     if dtype == "bfloat16" and not cpu_has_bfloat16():
-        pytest.skip("this processor has no bfloat16 arithmetic, and emulates it too slowly")
+        pytest.skip("this processor has no bfloat16 instructions, and the emulation is too slow")
     task = load_banking77(banking77)
     texts = list(task.test.texts)[:n]
     plain = EmbeddingClassifier.train(

@@ -434,7 +434,7 @@ def test_caption_model_invalid_training_data_raises() -> None:
         CaptionModel.train(images, ["a", "b"])
     with pytest.raises(DataError, match="Image 1 cannot be used"):
         CaptionModel.train([images[0], b"x"], ["a", "b"])
-    with pytest.raises(DataError, match="no captioned images"):
+    with pytest.raises(DataError, match="Expected captioned images"):
         CaptionModel.train([], [])
     with pytest.raises(ConfigurationError, match="vocabulary"):
         CaptionModel()

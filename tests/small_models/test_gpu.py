@@ -1,4 +1,4 @@
-"""Small models on a real GPU; run with `make test-gpu`."""
+"""Tests of small models on a real GPU, run by `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.modalities import MODALITIES  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"),
 ]
 
 

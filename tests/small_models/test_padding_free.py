@@ -103,11 +103,13 @@ def texts(shop_messages: Any) -> list[str]:
         "deberta shared",
     ],
 )
-def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts: list[str], tmp_path: Path) -> None:
+def test_padding_free_classifier_agrees_with_transformers(
+    kind: str, dtype: str, texts: list[str], tmp_path: Path
+) -> None:
     folder = saved(kind, tmp_path)
     if kind.startswith("modernbert") and not hasattr(network(kind).config, "sliding_window"):
         assert packed(network(kind).base_model) is None
-        pytest.skip("this version of transformers lays ModernBERT out otherwise, and computes it itself")
+        pytest.skip("this version of transformers has a different ModernBERT implementation")
     plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
     quick = TransformersClassifier(model=folder, engine="padding-free", dtype=dtype, max_length=100)
     one, two = plain.predict_batch(texts), quick.predict_batch(texts)
@@ -117,8 +119,8 @@ def test_packed_classifiers_agree_with_transformers(kind: str, dtype: str, texts
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "deberta"])
-def test_only_products_are_rounded_on_a_cpu(kind: str, texts: list[str], tmp_path: Path) -> None:
-    """So that half precision is nearer to float32 than a network that is rounded as a whole."""
+def test_padding_free_bfloat16_on_cpu_rounds_products_only(kind: str, texts: list[str], tmp_path: Path) -> None:
+    """Rounding the products only is more accurate than rounding the whole network."""
     folder = saved(kind, tmp_path)
     exact = TransformersClassifier(model=folder, engine="plain", max_length=100)
     whole = TransformersClassifier(model=folder, engine="plain", dtype="bfloat16", max_length=100)
@@ -126,11 +128,11 @@ def test_only_products_are_rounded_on_a_cpu(kind: str, texts: list[str], tmp_pat
     wanted = exact.predict_batch(texts).probabilities
     far = [np.abs(one.predict_batch(texts).probabilities - wanted).mean() for one in (whole, products)]
     assert 0 < far[1] < 0.9 * far[0]
-    assert products._network.dtype == torch.float32, "what is saved or learns further is not rounded"
+    assert products._network.dtype == torch.float32, "saved and further trained weights keep float32"
     assert whole._network.dtype == torch.bfloat16
 
 
-def test_where_transformers_computes_all_is_in_the_format_that_was_asked_for(texts: list[str]) -> None:
+def test_packing_without_engine_converts_network_to_dtype(texts: list[str]) -> None:
     base = network("electra").base_model
     packing = pickle.loads(pickle.dumps(Packing("auto", torch.bfloat16)))
     assert packing.engine_for(base) is None
@@ -143,7 +145,7 @@ def test_where_transformers_computes_all_is_in_the_format_that_was_asked_for(tex
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
-def test_padding_tokens_inside_a_text_are_placed_as_transformers_does(kind: str) -> None:
+def test_padding_free_padding_tokens_in_text_agree_with_transformers(kind: str) -> None:
     base = network(kind).base_model
     made, padding = packed(base), int(base.config.pad_token_id)
     assert made is not None
@@ -152,7 +154,7 @@ def test_padding_tokens_inside_a_text_are_placed_as_transformers_does(kind: str)
     assert (made(ids).states - own).abs().max() / own.abs().max() < 1e-5
 
 
-def test_copies_with_another_network_or_engine_have_their_own(tmp_path: Path, texts: list[str]) -> None:
+def test_model_copy_with_other_network_or_engine_has_own_packing(tmp_path: Path, texts: list[str]) -> None:
     model = TransformersClassifier(model=saved("bert", tmp_path), engine="padding-free")
     own = model.predict_batch(texts[:4])
     other = model.model_copy()
@@ -163,13 +165,13 @@ def test_copies_with_another_network_or_engine_have_their_own(tmp_path: Path, te
     assert other._packing is not model._packing
     first = model._packing.engine_for(model._network.base_model)
     assert np.array_equal(model.predict_batch(texts[:4]).probabilities, own.probabilities)
-    assert model._packing.engine_for(model._network.base_model) is first, "made once"
+    assert model._packing.engine_for(model._network.base_model) is first, "the engine is built once"
     plain = model.model_copy(update={"engine": "plain"})
     assert np.abs(plain.predict_batch(texts[:4]).probabilities - own.probabilities).max() < 1e-4
     assert plain._packing.engine == "plain"
 
 
-def test_a_text_without_tokens_gets_one(texts: list[str]) -> None:
+def test_tokenizer_text_without_tokens_gets_padding_token(texts: list[str]) -> None:
     encoder = SentenceEncoder(engine="padding-free")
     encoder.tokenizer.backend.post_processor = None
     assert encoder.tokenizer(["", "card"])[0][0] == [encoder.tokenizer.pad_id]
@@ -178,7 +180,7 @@ def test_a_text_without_tokens_gets_one(texts: list[str]) -> None:
     assert np.allclose(one[2], two[0], atol=1e-5)
 
 
-def test_an_architecture_that_is_not_known_is_left_to_transformers(
+def test_packing_unknown_architecture_uses_transformers(
     texts: list[str], tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr(packed_module, "_SAID", set())
@@ -188,28 +190,28 @@ def test_an_architecture_that_is_not_known_is_left_to_transformers(
         model = TransformersClassifier(model=folder)
         assert model.predict_batch(texts).sound.all()
         model.predict_batch(texts[:2])
-    assert ["'electra' has no packed form" in record.message for record in caplog.records] == [True]
+    assert ["architecture 'electra'" in record.message for record in caplog.records] == [True]
     for engine in ("padding-free", "onnx"):
         with pytest.raises(ConfigurationError, match="ElectraForSequenceClassification does not support engine="):
             TransformersClassifier(model=folder, engine=engine).predict_batch(texts)  # type: ignore[arg-type]
     assert packed(network("electra").base_model) is None
-    with pytest.raises(ConfigurationError, match="'electra' has no packed form here"):
+    with pytest.raises(ConfigurationError, match="does not support this 'electra' network"):
         Packing("padding-free").engine_for(network("electra").base_model)
-    with pytest.raises(ConfigurationError, match="no engine 'quick'"):
+    with pytest.raises(ConfigurationError, match="Unknown engine 'quick'"):
         SentenceEncoder(engine="quick")  # type: ignore[arg-type]
 
 
-def test_results_that_differ_are_not_used(monkeypatch: Any) -> None:
+def test_packed_self_check_fails_warns_and_returns_none(monkeypatch: Any) -> None:
     base = network("bert").base_model
     monkeypatch.setattr(packed_module, "_difference", lambda network, made: float("nan"))
     with pytest.warns(ShuntWarning, match="differs from transformers"):
         assert packed(base) is None
     monkeypatch.setitem(packed_module.ARCHITECTURES, "bert", lambda network, config: network.nothing)
-    with pytest.warns(ShuntWarning, match="cannot be made"):
+    with pytest.warns(ShuntWarning, match="encoder failed"):
         assert packed(base) is None
 
 
-def test_without_onednn_torchs_own_product_is_used(monkeypatch: Any) -> None:
+def test_packed_without_onednn_uses_torch_products(monkeypatch: Any) -> None:
     class Nothing:
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(name)
@@ -220,7 +222,7 @@ def test_without_onednn_torchs_own_product_is_used(monkeypatch: Any) -> None:
     assert made.parts.layers[0].qkv.packed is None
 
 
-def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
+def test_packing_changed_weights_rebuild_engine_and_copies_start_empty() -> None:
     base, packing = network("bert").base_model, Packing("padding-free")
     first = packing.engine_for(base)
     assert first is not None
@@ -232,7 +234,7 @@ def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
     assert again is not first, "the weights have changed"
     ids = [[5, 6, 7], [8, 9]]
     assert not torch.allclose(first(ids).states, again(ids).states)
-    assert packing.engine_for(base.train()) is None, "what is being trained is left to transformers"
+    assert packing.engine_for(base.train()) is None, "transformers runs a network in training mode"
     assert packing.engine_for(base.eval()) is again
     base.load_state_dict(network("bert").base_model.state_dict(), assign=True)
     assert packing.engine_for(base) is not again, "the weights were replaced"
@@ -243,14 +245,14 @@ def test_a_packing_follows_its_network_and_no_copy_shares_it() -> None:
     packing.forget()
     assert packing.engine_for(base) is not fourth
     base.register_forward_hook(lambda *_: None)
-    assert packed(base) is None, "a hook wants to see the network's calls"
+    assert packed(base) is None, "a forward hook needs transformers"
     assert packed(network("bert").base_model.double()) is None
     assert Packing("plain").engine_for(base) is None
     for copied in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
         assert (copied.engine, copied._made) == ("padding-free", None)
 
 
-def test_the_encoder_embeds_the_same_packed_and_plain(texts: list[str]) -> None:
+def test_sentence_encoder_padding_free_agrees_with_plain(texts: list[str]) -> None:
     plain = SentenceEncoder(engine="plain").encode(texts)[0]
     quick = SentenceEncoder(engine="padding-free")
     assert np.abs(quick.encode(texts)[0] - plain).max() < 1e-5
@@ -262,7 +264,7 @@ def test_the_encoder_embeds_the_same_packed_and_plain(texts: list[str]) -> None:
     assert np.array_equal(pickle.loads(pickle.dumps(quick)).encode(texts[:3])[0], quick.encode(texts[:3])[0])
 
 
-def test_routes_and_labels_are_the_same_with_either_engine(shop_messages: Any) -> None:
+def test_embedding_classifier_engine_changes_no_label_or_route(shop_messages: Any) -> None:
     texts, labels = shop_messages
     small = EmbeddingClassifier.train(texts, labels, settings=TrainingSettings(progress=False))
     assert small.embeddings is shared_encoder()
@@ -281,7 +283,7 @@ class TestOnnx:
         pytest.importorskip("onnx")
 
     @pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
-    def test_it_agrees_with_transformers(self, kind: str, texts: list[str], tmp_path: Path) -> None:
+    def test_onnx_classifier_agrees_with_transformers(self, kind: str, texts: list[str], tmp_path: Path) -> None:
         folder = saved(kind, tmp_path)
         plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
         quick = TransformersClassifier(model=folder, engine="onnx", max_length=100)
@@ -289,45 +291,47 @@ class TestOnnx:
         assert np.abs(one.probabilities - two.probabilities).max() <= 1e-4
         assert (one.best == two.best).all()
 
-    def test_eight_bits_are_asked_for_by_name_and_their_agreement_is_told(self, texts: list[str], caplog: Any) -> None:
+    def test_onnx_int8_differs_and_logs_difference_once(self, texts: list[str], caplog: Any) -> None:
         plain, quick = SentenceEncoder(engine="plain"), SentenceEncoder(engine="onnx-int8")
         own, other = plain.encode(texts)[0], quick.encode(texts)[0]
         cosine = (own * other).sum(axis=1)
-        assert 0.8 < cosine.min() < 0.99999, "8 bits are not the same, and not far"
-        assert sum("8-bit weights" in record.message for record in caplog.records) == 1, "when it is made"
+        assert 0.8 < cosine.min() < 0.99999, "8-bit weights change the states slightly"
+        assert sum("8-bit weights" in record.message for record in caplog.records) == 1, (
+            "logged when the engine is built"
+        )
         found = quick.packing.difference(quick.network, [quick.tokenizer([text])[0][0] for text in texts[:5]])
         assert 0.001 < found < 0.5
         assert plain.packing.difference(plain.network, [[5, 6, 7]]) == 0.0
 
-    def test_what_it_cannot_compute_is_said(self, tmp_path: Path) -> None:
+    def test_onnx_bfloat16_raises(self, tmp_path: Path) -> None:
         half = SentenceEncoder(engine="onnx", dtype="bfloat16")
-        with pytest.raises(ConfigurationError, match=r"float32 on the CPU here.*bfloat16"):
+        with pytest.raises(ConfigurationError, match=r"require a float32 model on the CPU, got .*bfloat16"):
             half.encode(["a"])
 
 
-def test_auto_is_half_precision_on_a_gpu_alone(monkeypatch: Any) -> None:
+def test_choose_dtype_auto_is_bfloat16_on_gpu_only(monkeypatch: Any) -> None:
     assert choose_dtype("auto") is torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert choose_dtype("auto", torch.device("cpu")) is torch.float32
     assert cpu_workers(torch.device("cuda")) == 1
     assert 1 <= cpu_workers("cpu") <= 4
-    with pytest.raises(ConfigurationError, match="'int4' is no number format"):
+    with pytest.raises(ConfigurationError, match="Unknown dtype 'int4'"):
         choose_dtype("int4")
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_bfloat16_on_a_processor_without_it_is_said_once(there: bool, monkeypatch: Any, caplog: Any) -> None:
+def test_choose_dtype_bfloat16_without_cpu_support_logs_once(there: bool, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(devices_module, "cpu_has_bfloat16", lambda: there)
     devices_module._say_that_it_is_slow.cache_clear()
     for _ in range(2):
         assert choose_dtype("bfloat16", "cpu") is torch.bfloat16
         choose_dtype("bfloat16", torch.device("cuda"))
         choose_dtype("float32", "cpu")
-    assert ["no bfloat16 arithmetic" in record.message for record in caplog.records] == [True] * (not there)
+    assert ["no bfloat16 instructions" in record.message for record in caplog.records] == [True] * (not there)
 
 
-def test_whether_a_processor_has_bfloat16_is_torchs_word(monkeypatch: Any) -> None:
+def test_cpu_has_bfloat16_follows_torch(monkeypatch: Any) -> None:
     for found in (True, False):
         devices_module.cpu_has_bfloat16.cache_clear()
         monkeypatch.setattr("platform.machine", lambda: "x86_64")
@@ -340,7 +344,7 @@ def test_whether_a_processor_has_bfloat16_is_torchs_word(monkeypatch: Any) -> No
     devices_module.cpu_has_bfloat16.cache_clear()
 
 
-def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
+def test_packing_auto_selects_fastest_engine_of_trial(monkeypatch: Any) -> None:
     def finds(**seconds: float) -> None:
         monkeypatch.setattr(packed_module, "_TRIALS", {})
         monkeypatch.setattr(packed_module, "trial", lambda encoders, n: seconds)
@@ -351,20 +355,20 @@ def test_auto_takes_what_a_trial_finds_quicker(monkeypatch: Any) -> None:
     assert taken.engine_for(base) is None
     assert taken.seconds == {"padding-free": 1.0, "plain": 0.5}
     monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"padding-free": 0.1, "plain": 0.9})
-    assert Packing("auto").engine_for(network("bert").base_model) is None, "networks of one form are computed alike"
+    assert Packing("auto").engine_for(network("bert").base_model) is None, "networks of the same shape share the trial"
     finds(packed=1.0, plain=0.9, onnx=0.85)
     assert isinstance(Packing("auto").engine_for(base), packed_module.PaddingFreeEncoder), (
-        "a little slower may be a busy moment"
+        "a small difference may be measurement noise"
     )
     finds(packed=2.0, plain=1.1, onnx=1.0)
-    assert Packing("auto").engine_for(base) is None, "ONNX Runtime must win by half"
+    assert Packing("auto").engine_for(base) is None, "ONNX Runtime needs a speedup of 1.5"
     finds(packed=1.6, plain=1.6, onnx=1.0)
     monkeypatch.setattr(packed_module, "_onnx", lambda network: "made")
     assert Packing("auto").engine_for(base) == "made"
     assert Packing("padding-free").engine_for(base) is not None
 
 
-def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
+def test_packing_auto_measures_available_engines(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     own = Packing("auto")
     own.engine_for(network("bert").base_model)
@@ -372,13 +376,11 @@ def test_auto_really_tries_what_can_be_had(monkeypatch: Any) -> None:
     assert all(0 < seconds < 60 for seconds in own.seconds.values())
     half = Packing("auto")
     half.engine_for(network("bert").base_model.bfloat16())
-    assert set(half.seconds) == {"padding-free", "plain"}, "ONNX Runtime computes float32 here"
+    assert set(half.seconds) == {"padding-free", "plain"}, "the ONNX engine requires float32"
 
 
 @pytest.mark.parametrize(("kind", "gains"), [("bert", True), ("bert", False), ("electra", False)])
-def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
-    kind: str, gains: bool, monkeypatch: Any
-) -> None:
+def test_packing_auto_measures_onnx_only_if_padding_free_gains_little(kind: str, gains: bool, monkeypatch: Any) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     tried: list[set[str]] = []
@@ -403,11 +405,11 @@ def test_onnx_runtime_is_tried_where_the_packed_form_is_missing_or_gains_little(
     assert (made([[5, 6, 7]]).states - own).abs().max() < 1e-4
     monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
     monkeypatch.setattr(packed_module, "_TRIALS", {})
-    assert not isinstance(Packing("auto").engine_for(base), OnnxEncoder), "too large to be exported"
+    assert not isinstance(Packing("auto").engine_for(base), OnnxEncoder), "the network is too large to export"
 
 
-def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any) -> None:
-    """A network with fewer places than a trial's texts have tokens, and one with fewer words than it says."""
+def test_packing_auto_trial_respects_position_and_vocabulary_limits(tmp_path: Path, monkeypatch: Any) -> None:
+    """Covers a network with fewer positions than the trial texts, and one with fewer embeddings than its vocabulary."""
     import transformers as t
 
     monkeypatch.setattr(packed_module, "_TRIALS", {})
@@ -424,7 +426,7 @@ def test_auto_tries_what_a_network_can_compute(tmp_path: Path, monkeypatch: Any)
     assert set(packing.seconds) >= {"padding-free", "plain"}
 
 
-def test_an_export_that_holds_for_short_texts_alone_is_not_taken(monkeypatch: Any) -> None:
+def test_packing_auto_rejects_export_wrong_for_long_texts(monkeypatch: Any) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     import transformers as t
@@ -433,10 +435,10 @@ def test_an_export_that_holds_for_short_texts_alone_is_not_taken(monkeypatch: An
     monkeypatch.setattr(packed_module, "trial", lambda encoders, ids: {name: len(name) for name in encoders})
     own = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
     network = t.DebertaModel(t.DebertaConfig(**{**SMALL, **own})).eval()
-    assert Packing("auto").engine_for(network) is None, "the export fails from 30 tokens on"
+    assert Packing("auto").engine_for(network) is None, "the export is wrong from 30 tokens on"
 
 
-def test_a_network_for_another_task_is_refused(tmp_path: Path) -> None:
+def test_transformers_classifier_network_of_other_task_raises(tmp_path: Path) -> None:
     import transformers as t
 
     t.AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(tmp_path)
@@ -449,7 +451,7 @@ def test_a_network_for_another_task_is_refused(tmp_path: Path) -> None:
             TransformersClassifier(model=str(tmp_path))
 
 
-def test_an_engine_that_fails_in_the_trial_is_not_taken() -> None:
+def test_trial_leaves_out_failing_engine() -> None:
     base = network("bert").base_model
 
     def broken(ids: Any) -> Any:
@@ -459,7 +461,7 @@ def test_an_engine_that_fails_in_the_trial_is_not_taken() -> None:
     assert list(found) == ["plain"]
 
 
-def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
+def test_packing_added_hook_or_layer_is_detected(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     monkeypatch.setattr(packed_module, "_SAID", set())
     monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
@@ -470,16 +472,16 @@ def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
         base, packing = network("bert").base_model, Packing("padding-free")
         assert packing.engine_for(base) is packing.engine_for(base)
         handle = add(base)
-        assert Packing("auto").engine_for(base) is None, "it wants to see the network's calls"
-        with pytest.raises(ConfigurationError, match="has hooks"):
+        assert Packing("auto").engine_for(base) is None, "a forward hook needs transformers"
+        with pytest.raises(ConfigurationError, match="no forward hooks"):
             packing.engine_for(base)
         handle.remove()
         assert packing.engine_for(base) is not None
-    assert "bert" not in packed_module._SAID, "the architecture has a packed form"
+    assert "bert" not in packed_module._SAID, "hooks say nothing about the architecture"
     assert Packing("auto").seconds == {}
     own = Packing("auto")
     own.engine_for(network("bert").base_model)
-    assert "padding-free" in own.seconds, "that a network with a hook had none says nothing of others"
+    assert "padding-free" in own.seconds, "a hook on one network does not affect others"
     base, packing = network("bert").base_model, Packing("padding-free")
     first = packing.engine_for(base)
     base.encoder.layer.append(copy.deepcopy(base.encoder.layer[0]))
@@ -489,7 +491,7 @@ def test_a_hook_or_a_part_that_is_added_is_noticed(monkeypatch: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_trial_that_is_under_way_at_a_fork_keeps_no_child_waiting(monkeypatch: Any) -> None:
+def test_packing_fork_during_trial_does_not_block_child(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed_module, "_TRIALS", {})
     base = network("bert").base_model
     with packed_module._TRIALS_LOCK:
@@ -500,7 +502,7 @@ def test_a_trial_that_is_under_way_at_a_fork_keeps_no_child_waiting(monkeypatch:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_threads_that_load_at_once_leave_the_librarys_settings_as_they_were() -> None:
+def test_quiet_transformers_concurrent_threads_restore_settings() -> None:
     from transformers.utils import logging as library
 
     before, together = (library.get_verbosity(), library.is_progress_bar_enabled()), threading.Barrier(4)
@@ -518,7 +520,7 @@ def test_threads_that_load_at_once_leave_the_librarys_settings_as_they_were() ->
     assert (library.get_verbosity(), library.is_progress_bar_enabled()) == before
 
 
-def test_one_encoder_however_it_is_asked_for() -> None:
+def test_shared_encoder_equivalent_arguments_return_same_encoder() -> None:
     own = shared_encoder()
     assert shared_encoder(None, None, "float32") is own
     assert shared_encoder(device=str(own.device), engine="auto") is own
@@ -526,21 +528,21 @@ def test_one_encoder_however_it_is_asked_for() -> None:
         SentenceEncoder(max_length=-5)
 
 
-def test_a_form_that_is_missing_is_said_once(monkeypatch: Any, caplog: Any) -> None:
+def test_packing_unsupported_variant_logs_once(monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(packed_module, "_SAID", set())
     monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
     base = network("deberta convolution").base_model
     for _ in range(2):
         assert Packing("auto").engine_for(base) is None
     assert [record.message for record in caplog.records if "'deberta-v2'" in record.message] == [
-        "The architecture 'deberta-v2' has no packed form here; transformers or ONNX Runtime computes it. "
-        "engine='plain' says that this is known."
+        "The padding-free encoder does not support the architecture 'deberta-v2', so transformers or ONNX Runtime "
+        "computes it. Set engine='plain' to silence this warning."
     ]
     assert Packing("plain").engine_for(base) is None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_onnx_runtime_computes_in_a_forked_child() -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_packing_onnx_in_forked_child_is_rebuilt() -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     base, packing = network("bert").base_model, Packing("onnx")

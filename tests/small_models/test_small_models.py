@@ -303,11 +303,11 @@ def test_transformers_unknown_dtype_or_device_raises(tmp_path: Path) -> None:
     plain = TransformersClassifier(model=path).predict_batch(["hello"]).probabilities
     coarse = TransformersClassifier(model=path, dtype="bfloat16", device="cpu").predict_batch(["hello"]).probabilities
     assert 0 < np.abs(plain - coarse).max() < 0.05
-    with pytest.raises(ConfigurationError, match="no number format"):
+    with pytest.raises(ConfigurationError, match="Unknown dtype"):
         TransformersClassifier(model=path, dtype="int8")
-    with pytest.raises(ConfigurationError, match="no torch device"):
+    with pytest.raises(ConfigurationError, match="Expected a torch device"):
         TransformersClassifier(model=path, device="abacus")
-    with pytest.raises(ConfigurationError, match="not available here; there is: cpu"):
+    with pytest.raises(ConfigurationError, match="not available on this machine. Use one of: cpu"):
         TransformersClassifier(model=path, device="mps")
 
 

@@ -19,7 +19,7 @@ def tokenize(texts: Sequence[str]) -> tuple[list[list[int]], Any]:
 
 
 @pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 95])
-def test_values_stand_in_the_order_of_the_texts(n: int, monkeypatch: Any) -> None:
+def test_compute_texts_returns_values_in_input_order(n: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(text_batches, "CHUNK", 10)
     texts, batches = [str(i) for i in np.random.default_rng(n).permutation(n)], []
 
@@ -34,7 +34,7 @@ def test_values_stand_in_the_order_of_the_texts(n: int, monkeypatch: Any) -> Non
     assert all(len(one) * max(one) <= 20 and len(one) <= 4 for one in batches)
 
 
-def test_the_next_texts_are_tokenized_while_these_are_computed(monkeypatch: Any) -> None:
+def test_compute_texts_tokenizes_next_chunk_in_background(monkeypatch: Any) -> None:
     monkeypatch.setattr(text_batches, "CHUNK", 3)
     ahead, computing = threading.Event(), threading.current_thread()
     begun: list[int] = []
@@ -47,7 +47,7 @@ def test_the_next_texts_are_tokenized_while_these_are_computed(monkeypatch: Any)
         return tokenize(texts)
 
     def forward(ids: list[list[int]]) -> torch.Tensor:
-        assert ahead.wait(10), "the second chunk is tokenized before the first one is done"
+        assert ahead.wait(10), "the second chunk was not tokenized while the first one was computed"
         return torch.tensor([[float(one[0])] for one in ids])
 
     found, _ = compute_texts(in_turn, [str(i) for i in range(8)], forward, 1, budget=100)
@@ -55,20 +55,20 @@ def test_the_next_texts_are_tokenized_while_these_are_computed(monkeypatch: Any)
     assert begun == [0, 3, 6]
 
 
-def test_an_error_of_a_later_chunk_is_raised(monkeypatch: Any) -> None:
+def test_compute_texts_error_in_later_chunk_raises(monkeypatch: Any) -> None:
     monkeypatch.setattr(text_batches, "CHUNK", 2)
     with pytest.raises(ValueError, match="invalid literal"):
         compute_texts(tokenize, ["1", "2", "3", "no"], lambda ids: torch.zeros(len(ids), 1), 1, budget=100)
 
 
-def test_a_budget_is_of_tokens_with_their_padding() -> None:
+def test_token_budget_batches_counts_padding() -> None:
     assert list(token_budget_batches([5, 1, 1, 9, 1], 9)) == [[1, 2, 4], [0], [3]]
     assert list(token_budget_batches([1, 1, 1], 100, 2)) == [[0, 1], [2]]
-    assert list(token_budget_batches([50], 9)) == [[0]], "a text that is longer stands alone"
+    assert list(token_budget_batches([50], 9)) == [[0]], "a text over the budget forms its own batch"
     assert token_budget(torch.device("cpu")) < token_budget(torch.device("cuda")) == token_budget("cuda")
 
 
-def test_texts_of_a_training_step_are_embedded_by_turns_to_the_same_gradients(monkeypatch: Any) -> None:
+def test_embed_ids_in_parts_or_at_once_gives_same_gradients(monkeypatch: Any) -> None:
     encoder = SentenceEncoder()
     texts = [" ".join(["card"] * (1 + 3 * (i % 7))) for i in range(40)]
     ids = encoder.tokenizer(texts)[0]

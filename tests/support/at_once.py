@@ -1,4 +1,4 @@
-"""How many calls are under way at once, for tests of limits."""
+"""Counter of concurrent calls, for tests of concurrency limits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import threading
 
 
 class AtOnce:
-    """Around each call, from any thread.
+    """Context manager around each call that counts concurrent calls from any thread.
 
     Attributes:
-        most: The most that ever were under way.
+        most: Highest number of concurrent calls so far.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A training that is killed in the middle."""
+"""Simulation of training that is killed before it ends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from langchain_datashunt.small_models.training import fitting
 
 
 class Killed(Exception):
-    """Stands for a kill."""
+    """Raised in place of a kill."""
 
 
 @contextmanager
 def killed_after(steps: int) -> Iterator[None]:
-    """Around a training that dies before its next step, after so many."""
+    """Raise `Killed` inside the `with` block before training step `steps` + 1, and expect it."""
     real, left = fitting._Fit._step, [steps]
 
     def step(self: Any, stage: int, rows: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""The package's chat server with faults: what real APIs do on bad days, on request."""
+"""Chat server that produces the faults of real APIs on request."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from langchain_datashunt.large_models.replay import ChatServer
 from langchain_datashunt.large_models.replay.server import stream_events
 
 Plan = Callable[[int, Mapping[str, Any]], str | None]
-"""From a request's number and body to the name of a fault, or None."""
+"""Function from the number and body of a request to the name of a fault, or None."""
 
 
 class FaultyServer(ChatServer):
-    """Serves answers, but misbehaves where its plan says so.
+    """Chat server that answers requests, except those for which `plan` returns a fault.
 
-    Faults: "429" (with Retry-After), "500", "400", "timeout", "malformed" (cut JSON), "html", "cut" (a stream that
-    breaks off), "cut-at-once" (before its first chunk), "wrong" (an answer that is no label), "empty", "slow-loris" (a
-    byte every tenth of a second for `hang` seconds), "page" and "error-body" (a web page, or an error, as a reply of
-    status 200).
+    Faults: "429" (with Retry-After), "500", "400", "timeout", "malformed" (truncated JSON), "html" (a web page with
+    status 502), "cut" (a stream that breaks off), "cut-at-once" (the same before the first chunk), "wrong" (an answer
+    that is not a label), "empty", "slow-loris" (one byte every 0.1 s for `hang` seconds), "page" and "error-body" (a
+    web page or an error with status 200).
     """
 
     def __init__(self, answer: Any, plan: Plan | None = None, *, retry_after: str = "0", hang: float = 1.0) -> None:
@@ -86,7 +86,7 @@ class FaultyServer(ChatServer):
         handler.wfile.write(data)
 
     def _cut(self, body: Any, handler: Any, events: int = 2) -> None:
-        """A chunked reply whose connection closes without the closing chunk."""
+        """Send a chunked reply and close the connection without the closing chunk."""
         handler.send_response(200)
         handler.send_header("content-type", "text/event-stream")
         handler.send_header("transfer-encoding", "chunked")

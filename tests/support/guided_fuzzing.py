@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing of what reads other people's bytes, for a bounded time.
+"""Coverage-guided fuzzing of the readers of untrusted input, for a limited time.
 
     python -m tests.support.guided_fuzzing [--seconds N] [--target answers|bundle|row] [--corpus DIR]
 
-Needs atheris (`pip install --group audit`). Each target must give a value or an error of this package, whatever it is
-given; anything else ends the run with exit status 1, and atheris writes the input down. Memory is bounded at 4 GiB.
+Requires atheris (`pip install --group audit`). For any input, each target must return a value or raise an error of this
+package. Otherwise the run exits with status 1, and atheris saves the input. Memory is limited to 4 GiB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARSER = LabelParser(labels=LABELS)
 
 
 def answers(data: bytes) -> None:
-    """A large model's answer is one of the labels, or unparsable."""
+    """Parse an LLM answer, which must give a label or an `UnparsableAnswerError`."""
     text = atheris.FuzzedDataProvider(data).ConsumeUnicode(sys.maxsize)
     try:
         assert PARSER.parse(text) in LABELS
@@ -41,7 +41,7 @@ def answers(data: bytes) -> None:
 
 
 def row(data: bytes) -> None:
-    """A row of the call log is read, or damaged."""
+    """Read a call log row, which must give a record, a `ShuntError` or a `ValueError`."""
     labels = ("a", "b")
     values = row_of(CallRecord(input="text", labels=labels, probabilities=(0.5, 0.5)), 1, None, sqlite=False)
     found = dict(zip(COLUMNS, values, strict=True)) | {"probabilities": data, "answer": data.decode("latin-1")}
@@ -50,7 +50,7 @@ def row(data: bytes) -> None:
 
 
 class Bundle:
-    """A sound bundle of which one file is another's, from an offset on."""
+    """Target that overwrites part of one file of a valid bundle."""
 
     def __init__(self, folder: Path) -> None:
         texts, labels = ["where is it", "money back"] * 8, ["status", "refund"] * 8
@@ -58,7 +58,7 @@ class Bundle:
         self.folder, self.sound = folder, {file: file.read_bytes() for file in folder.iterdir()}
 
     def __call__(self, data: bytes) -> None:
-        """A bundle is loaded, or refused."""
+        """Load the bundle, which must succeed or raise a `ShuntError`."""
         choice = atheris.FuzzedDataProvider(data)
         file = choice.PickValueInList(sorted(self.sound))
         content = self.sound[file]
@@ -77,7 +77,7 @@ TARGETS = ("answers", "row", "bundle")
 
 
 def fuzz(target: str, seconds: int, corpus: Path | None) -> None:
-    """Fuzz one target until the time is up; leaves the process."""
+    """Fuzz one target until the time limit, then exit the process."""
     chosen: dict[str, Callable[[], Any]] = {
         "answers": lambda: answers,
         "row": lambda: row,
@@ -90,14 +90,14 @@ def fuzz(target: str, seconds: int, corpus: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="of each target")
-    parser.add_argument("--target", choices=TARGETS, help="all, one after the other, where none is given")
-    parser.add_argument("--corpus", type=Path, help="folder of inputs to begin with, which grows")
+    parser.add_argument("--seconds", type=int, default=60, help="time limit per target")
+    parser.add_argument("--target", choices=TARGETS, help="target to fuzz, by default all in turn")
+    parser.add_argument("--corpus", type=Path, help="folder of initial inputs, which atheris extends")
     options = parser.parse_args()
     if options.target is not None:
         fuzz(options.target, options.seconds, options.corpus)
         return
-    for target in TARGETS:  # each in a process of its own: atheris ends the process when it is done
+    for target in TARGETS:  # each in its own process, because atheris exits the process when it is done
         print(f"{target}: {options.seconds} s", flush=True)
         words = ["--target", target, "--seconds", str(options.seconds)]
         done = subprocess.run(

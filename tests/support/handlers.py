@@ -1,4 +1,4 @@
-"""Callback handlers that remember what they saw, to prove that every run that starts also ends."""
+"""Callback handlers that record runs, for tests that every started run also ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 
 
 class RunBook(BaseCallbackHandler):
-    """Notes each run's name, parent, tags, metadata, end, and the custom events."""
+    """Callback handler that records name, parent, tags, metadata and end of each run, and custom events."""
 
     def __init__(self) -> None:
         self.started: dict[UUID, dict[str, Any]] = {}
@@ -49,7 +49,7 @@ class RunBook(BaseCallbackHandler):
         self.events.append((name, data, run_id))
 
     def assert_balanced(self) -> None:
-        """Every run that started ended exactly once."""
+        """Assert that every run that started ended exactly once."""
         closed = self.ended + self.failed
         assert len(closed) == len(set(closed)), "a run ended twice"
         assert set(closed) == set(self.started), "a run did not end, or ended without a start"

@@ -1,4 +1,4 @@
-"""The licences of everything that the package, with all its extras, brings along; fails where one was not looked at.
+"""Check of the licences of all dependencies, including those of extras. It fails if one was not reviewed.
 
 python -m tests.support.licences
 """
@@ -16,18 +16,18 @@ PERMISSIVE = re.compile(
     r"zpl|historical permission",
     re.IGNORECASE,
 )
-"""What may stand beside software of any licence. (The MPL asks to publish changes of its own files.)"""
+"""Licences that are compatible with software of any licence. (The MPL requires publishing changes to its own files.)"""
 
 LOOKED_AT = {
-    "psycopg": "LGPL-3.0: only used as it is, by the extra `postgres`",
-    "skops": "MIT, by its LICENSE file; its metadata do not say",
-    "psycopg-binary": "LGPL-3.0: only used as it is, by the extra `postgres`",
+    "psycopg": "LGPL-3.0: used unmodified, by the extra `postgres`",
+    "skops": "MIT according to its LICENSE file, missing in its metadata",
+    "psycopg-binary": "LGPL-3.0: used unmodified, by the extra `postgres`",
 }
-"""Other licences, and why they do no harm."""
+"""Other reviewed packages, with the reason why their licence is acceptable."""
 
 
 def brought_along(root: str) -> dict[str, Distribution]:
-    """The installed distributions that a package requires with all its extras, those that they require, and so on."""
+    """Return the installed direct and indirect dependencies of a package with all its extras."""
     found: dict[str, Distribution] = {}
     waiting: list[tuple[str, frozenset[str]]] = [
         (root, frozenset(distribution(root).metadata.get_all("Provides-Extra") or ()))
@@ -37,7 +37,7 @@ def brought_along(root: str) -> dict[str, Distribution]:
         name, extras = waiting.pop()
         try:
             one = distribution(name)
-        except PackageNotFoundError:  # for another system, or an extra that is not installed here
+        except PackageNotFoundError:  # for another platform, or of an extra that is not installed
             continue
         found[name] = one
         for line in one.requires or ():
@@ -52,7 +52,7 @@ def brought_along(root: str) -> dict[str, Distribution]:
 
 
 def licence(one: Distribution) -> str:
-    """What a distribution says of its licence: expression, classifiers, or the first line of its text."""
+    """Return the licence of a distribution: its expression, classifiers, or the first line of its text."""
     said = one.metadata.get("License-Expression")
     classes = [line for line in one.metadata.get_all("Classifier") or () if line.startswith("License ::")]
     text = (one.metadata.get("License") or "").strip().splitlines()
@@ -60,7 +60,7 @@ def licence(one: Distribution) -> str:
 
 
 def main() -> int:
-    """Print a line for each package; 1 where a licence was not looked at."""
+    """Print one line per package. Return 1 if a licence was not reviewed, otherwise 0."""
     strange = 0
     for name, one in sorted(brought_along("langchain-datashunt").items()):
         said = licence(one)

@@ -1,4 +1,4 @@
-"""Small models of every modality, made in seconds, with inputs and a large model for each."""
+"""Small models of every modality that train in seconds, with inputs and a large model for each."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ WORDS = ("cat", "dog", "owl", "fox", "elk", "ant", "bee", "cow")
 
 @dataclass
 class Modality:
-    """One kind of input and output.
+    """Kind of input and output, with models and data for tests.
 
     Attributes:
-        small: Its small model.
+        small: Small model.
         inputs: At least 24 inputs.
-        large: From the mapping that a shunt hands over to an answer.
-        truth: The right answer to an input.
+        large: Large model, from the mapping that a shunt passes to it to the correct answer.
+        truth: Function from the index of an input to the correct answer.
     """
 
     small: Any
@@ -39,7 +39,7 @@ class Modality:
 
 
 def word_level_tokenizer(folder: Path, words: Sequence[str]) -> int:
-    """A tokenizer of whole words, saved to a folder; returns the size of its vocabulary."""
+    """Save a tokenizer of whole words to a folder, and return the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def word_level_tokenizer(folder: Path, words: Sequence[str]) -> int:
 
 
 def tiny_gpt2(folder: Path) -> str:
-    """A GPT-2 of one layer with fresh weights that knows the words of `echoes`."""
+    """Save a GPT-2 of one layer with random weights and the vocabulary of `echoes`, and return its folder."""
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
     n = word_level_tokenizer(folder, [*WORDS, *COLOURS, "say", "twice", "?"])
@@ -82,7 +82,7 @@ def tiny_t5(folder: Path) -> str:
 
 
 def tiny_vision_pair(folder: Path) -> str:
-    """A ViT that hands over to a GPT-2, with fresh weights."""
+    """Save a ViT encoder with a GPT-2 decoder and random weights, and return its folder."""
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, set_seed
 
     n = word_level_tokenizer(folder, [*WORDS, *COLOURS])
@@ -109,13 +109,13 @@ def preprocessor(folder: Path, side: int = 16) -> None:
 
 
 def echoes() -> tuple[list[str], list[str]]:
-    """Questions and answers that a tiny generator learns: a word is to be said twice."""
+    """Return questions and answers that a tiny generator can learn: repeat a word twice."""
     questions = [f"say {word} {colour} twice ?" for word in WORDS for colour in COLOURS]
     return questions, [f"{word} {word}" for word in WORDS for _ in COLOURS]
 
 
 def squares(n: int, seed: int = 0) -> tuple[list[Any], list[str]]:
-    """Noisy pictures in one of two colours."""
+    """Return noisy images in one of two colours, with the colours as labels."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(["blue", "red"], n).tolist()
     images = []
@@ -131,7 +131,7 @@ def quiet(epochs: int, **more: Any) -> TrainingSettings:
 
 
 def answering(truth: dict[bytes, str], small: Any) -> Runnable[Any, Any]:
-    """A large model that knows the right answer to each input, found by what the prompt got of it."""
+    """Return a large model that looks up the correct answer of the input in its prompt variables."""
 
     def answer(mapping: Any) -> str:
         reader = small.reader
@@ -189,7 +189,7 @@ def local(model: Any) -> LocalLargeModel:
 
 
 class ScriptedSmall(Runnable[Any, Prediction]):
-    """A small model that writes, sure where its input says so."""
+    """Generative small model that is confident if the input contains "surely"."""
 
     labels = ("answer", "other")
 

@@ -1,4 +1,4 @@
-"""Small and large models for tests: real Runnables whose behaviour a test can state in one line."""
+"""Small and large models for tests, as Runnables with simple, predictable behaviour."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = ("cancel", "refund", "status")
 
 
 class WordModel(SmallModel):
-    """Knows a label by a word of it in the text: sure with "surely", unsure otherwise, NaN with "nan"."""
+    """Small model that predicts the label named in the text, confidently with "surely", and NaN with "nan"."""
 
     labels: tuple[str, ...] = LABELS
     model_id: str = "words"
@@ -44,7 +44,7 @@ def failing_word_model(error: Exception) -> WordModel:
 
 
 class LetterEmbeddings(Embeddings):
-    """Counts letters: a custom encoder that needs no weights."""
+    """Custom encoder without weights that counts letters."""
 
     def __init__(self, shift: int = 0) -> None:
         self.shift = shift
@@ -58,7 +58,7 @@ class LetterEmbeddings(Embeddings):
 
 
 class CountingLarge(Runnable[Any, Any]):
-    """Answers "L:<input>"; counts single and grouped calls; fails as often as it is told, per input."""
+    """Large model that answers "L:<input>", counts single and batch calls, and raises the given errors by input."""
 
     def __init__(self, failures: dict[str, list[Exception]] | None = None) -> None:
         self.failures = failures or {}
@@ -98,7 +98,7 @@ class CountingLarge(Runnable[Any, Any]):
 
 
 class HttpError(Exception):
-    """An error with a status code and headers, as API clients raise it."""
+    """Error with a status code and headers, as raised by API clients."""
 
     def __init__(self, status: int, headers: dict[str, str] | None = None) -> None:
         super().__init__(f"status {status}")
@@ -107,7 +107,7 @@ class HttpError(Exception):
 
 
 def predict_words(value: Any) -> Prediction:
-    """A plain function as a small model."""
+    """Predict as a plain function, to be used as a small model."""
     text = text_of(value)
     sure = 0.96 if "surely" in text else 0.5
     label = next((label for label in LABELS if label in text), LABELS[0])

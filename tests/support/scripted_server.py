@@ -1,4 +1,4 @@
-"""A chat server that behaves like a model with tools, structured output and log-probabilities, by simple rules."""
+"""Chat server that imitates a model with tools, structured output and log-probabilities by simple rules."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 from langchain_datashunt.large_models.replay import ChatServer, estimate_message_tokens, estimate_tokens
 
 Reply = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
-"""From a request's body to the reply: `content`, `tool_calls` [(name, args)], `logprob`; None for the rules below."""
+"""Function from a request body to a reply with `content`, `tool_calls` [(name, args)] and `logprob`.
+
+If it returns None, the rules below apply."""
 
 
 class ScriptedServer(ChatServer):
-    """Answers with text; with tools it calls the one that is named or the first; with a schema it fills it.
+    """Chat server that answers with text, a tool call or structured output.
 
-    Integers in arguments are the first of the user's text, other values follow from the schema.
+    If the request has tools, it calls the tool that the user names, or the first one. If the request has a schema, it
+    returns a matching value. Integers are the first number in the user's text, and other values follow from the schema.
     """
 
     def __init__(self, reply: Reply | None = None, *, model: str = "scripted", text: str = "Good day to you.") -> None:
@@ -44,7 +47,7 @@ class ScriptedServer(ChatServer):
 
 
 def rule(body: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """What the scripted model says to a request."""
+    """Return the scripted reply to a request."""
     last = body["messages"][-1]
     question = _text(last) if last["role"] == "user" else ""
     wanted = (body.get("response_format") or {}).get("json_schema")
@@ -63,7 +66,7 @@ def rule(body: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def instance(schema: Mapping[str, Any], text: str, root: Mapping[str, Any] | None = None, name: str = "") -> Any:
-    """A value that fits a JSON schema."""
+    """Return a value that matches a JSON schema."""
     root = root if root is not None else schema
     if "$ref" in schema:
         return instance(root["$defs"][schema["$ref"].rsplit("/", 1)[1]], text, root, name)
@@ -122,7 +125,7 @@ def _logprobs(message: Mapping[str, Any], body: Mapping[str, Any]) -> Any:
 
 
 def _next(told: Any, delta: Mapping[str, Any]) -> Any:
-    """The log-probability of one streamed word."""
+    """Return the log-probability of one streamed word."""
     token = next(told, None) if delta.get("content") else None
     return None if token is None else {"content": [token]}
 

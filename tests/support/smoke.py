@@ -1,4 +1,4 @@
-"""A question and an answer with an installed package, as a newcomer would ask it; needs no test tools."""
+"""Smoke test of an installed package, without test dependencies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from langchain_datashunt import EmbeddingClassifier, ShuntRunnable, load_small_m
 from langchain_datashunt.call_log import CallLog, Recorder
 from langchain_datashunt.small_models import TrainingSettings
 
-assert "site-packages" in str(Path(langchain_datashunt.__file__)), "the installed package is what is tested"
+assert "site-packages" in str(Path(langchain_datashunt.__file__)), "the smoke test must import the installed package"
 
 texts = ["where is my parcel", "has it shipped yet", "I want my money back", "please refund me"]
 small = EmbeddingClassifier.train(

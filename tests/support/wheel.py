@@ -1,4 +1,4 @@
-"""What the built files hold: the package and its licence, and no tests, no caches, no large data.
+"""Check that built distributions contain the package and its licence, but no tests, caches or large data.
 
 python -m tests.support.wheel dist/*.whl dist/*.tar.gz
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 
 FORBIDDEN = ("tests/", "cookbook/", "docs/", "__pycache__", ".pyc", ".env", ".db")
 LARGEST = 300_000
-"""Bytes of one file in a wheel: the shipped messages are the largest that belongs there."""
+"""Maximum bytes of one file in a wheel. The demo messages are the largest file."""
 
 
 def names_and_sizes(file: Path) -> dict[str, int]:
-    """The files of a wheel or of an sdist."""
+    """Return the files of a wheel or an sdist with their sizes in bytes."""
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as wheel:
             return {one.filename: one.file_size for one in wheel.infolist()}
@@ -25,7 +25,7 @@ def names_and_sizes(file: Path) -> dict[str, int]:
 
 
 def complaints(file: Path) -> list[str]:
-    """What does not belong into it, or is missing."""
+    """Return descriptions of unexpected and missing files."""
     found = names_and_sizes(file)
     wrong = []
     if file.suffix == ".whl":
@@ -41,7 +41,7 @@ def complaints(file: Path) -> list[str]:
 
 
 def main() -> int:
-    """Print what is wrong; 1 where something is."""
+    """Print the problems of each file. Return 1 if there are any, otherwise 0."""
     failed = 0
     for file in map(Path, sys.argv[1:]):
         wrong = complaints(file)

@@ -1,1 +1,1 @@
-"""How networks are computed: devices, tokenisation, batches and the padding-free encoder."""
+"""Computation of networks: devices, tokenization, token batches and the padding-free encoder."""

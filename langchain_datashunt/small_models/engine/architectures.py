@@ -1,7 +1,7 @@
-"""The architectures that have a packed form: each a function from the transformers network to its `Parts`.
+"""Architectures that the padding-free encoder supports.
 
-The function is given the network, its configuration, and what makes its products; a new one has a line in
-`ARCHITECTURES`.
+One function per architecture takes a transformers network, its configuration and a `Products` factory, and returns the
+network as `Parts`. Register a new architecture in `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """A network in parts.
+    """Parts of a network that the padding-free encoder runs in order.
 
     Attributes:
-        embed: From tokens to states `[tokens, d]`.
-        layers: One after the other.
-        finish: Of the last states; None for nothing.
-        window: How near a token attention is of its own kind, so that what is further is checked too; 0 for everywhere.
+        embed: Function from tokens to states of shape `[tokens, d]`.
+        layers: Layers in order.
+        finish: Function applied to the last states, or None.
+        window: Distance in tokens beyond which attention works differently, 0 if it never does. The self-check
+            includes a longer text to cover both cases.
     """
 
     embed: Callable[[Tokens], torch.Tensor]
@@ -43,7 +44,10 @@ class Parts:
 
 
 def _embedder(words: torch.Tensor, places: torch.Tensor, norm: Any, padding: int | None = None) -> Any:
-    """The sum of a token's own and its place's embedding; with a padding id, places are counted from after it."""
+    """Return a function that sums token and position embeddings and normalizes them.
+
+    With `padding`, positions are counted from `padding` + 1, as RoBERTa does.
+    """
     functional = require("torch.nn.functional", "torch")
     words, places = words.detach(), places.detach()
 
@@ -56,22 +60,24 @@ def _embedder(words: torch.Tensor, places: torch.Tensor, norm: Any, padding: int
 
 
 def _places_after(tokens: Tokens, padding: int) -> torch.Tensor:
-    """Places as RoBERTa counts them: from `padding` + 1; a padding token inside a text has the place `padding`."""
+    """Return positions as RoBERTa counts them, from `padding` + 1. Padding tokens inside a text get `padding`."""
     if not tokens.may_contain(padding):
         return tokens.places + padding + 1
     torch_ = require("torch", "torch")
     real = tokens.ids != padding
     counted = real.cumsum(0)
-    first = torch_.arange(len(real), device=real.device) - tokens.places  # of each token's text
+    first = (
+        torch_.arange(len(real), device=real.device) - tokens.places
+    )  # index of the first token of each token's text
     before = (counted - real.long())[first]
     found: torch.Tensor = torch_.where(real, counted - before + padding, padding)
     return found
 
 
 def _bert(network: Any, config: Any, products: Products) -> Parts:
-    """BERT, RoBERTa and XLM-RoBERTa: the same parts, but RoBERTa counts places from after the padding's."""
+    """Return the parts of BERT, RoBERTa or XLM-RoBERTa, which differ only in how they count positions."""
     if getattr(config, "position_embedding_type", "absolute") != "absolute" or getattr(config, "is_decoder", False):
-        raise TypeError("only absolute places, and no decoder")
+        raise TypeError("Expected an encoder with absolute position embeddings, got a decoder or relative positions.")
     own = network.embeddings
     padding = getattr(own, "padding_idx", None) if "roberta" in config.model_type else None
     attention = Attention(int(config.num_attention_heads))
@@ -112,9 +118,9 @@ def _distilbert(network: Any, config: Any, products: Products) -> Parts:
 
 
 def _modernbert(network: Any, config: Any, products: Products) -> Parts | None:
-    """ModernBERT: rotated queries and keys, and a window in most layers."""
+    """Return the parts of ModernBERT, with rotary positions and sliding-window attention in most layers."""
     if not hasattr(config, "layer_types") or not hasattr(config, "sliding_window"):
-        return None  # this version of transformers lays it out otherwise
+        return None  # this version of transformers has a different ModernBERT implementation
     own, functional = network.embeddings, require("torch.nn.functional", "torch")
     words = own.tok_embeddings.weight.detach()
     heads, far = int(config.num_attention_heads), int(config.sliding_window)
@@ -160,7 +166,7 @@ def _rotation(rotary: Any, kind: str) -> Rotation:
 
 
 def _deberta(network: Any, config: Any, products: Products) -> Parts | None:
-    """DeBERTa v2 and v3: attention by content and by relative place; not the convolution of the largest ones."""
+    """Return the parts of DeBERTa v2 or v3, or None if it has absolute attention only or a convolution layer."""
     if not config.relative_attention or network.encoder.conv is not None:
         return None
     relative = network.encoder.get_rel_embedding().detach()
@@ -201,4 +207,4 @@ ARCHITECTURES: dict[str, Callable[[Any, Any, Products], Parts | None]] = {
     "modernbert": _modernbert,
     "deberta-v2": _deberta,
 }
-"""By transformers' name of the architecture; None where this version of it lays one out otherwise."""
+"""Functions by transformers `model_type`. A function returns None if it does not support the given network."""

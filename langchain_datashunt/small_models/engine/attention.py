@@ -1,8 +1,8 @@
-"""Attention of a padding-free encoder: each text attends to itself, over tokens that follow one another.
+"""Self-attention of the padding-free encoder over concatenated texts.
 
-On a CPU, texts of similar length form small groups. A group's scores, their exponentials and the sums are one call
-each of the matrix library or of torch's vector functions. For texts of ten or twenty tokens, torch's own attention
-works head by head and takes two or three times as long.
+On a CPU, texts of similar length form small groups. The scores of a group, their exponentials and the sums take one
+vectorized call each. For texts of ten or twenty tokens, torch's `scaled_dot_product_attention` works head by head and
+takes two or three times as long.
 """
 
 from __future__ import annotations
@@ -21,35 +21,39 @@ if TYPE_CHECKING:
     import torch
 
 Rotation: TypeAlias = Callable[["torch.Tensor", Tokens], "torch.Tensor"]
-"""Turns queries or keys `[tokens, heads, width]` by their places."""
+"""Function that rotates queries or keys `[tokens, heads, width]` by their positions."""
 
 _STEP = 8
-"""Lengths of one group differ by less: few shapes, for the matrix library prepares itself for each of them."""
+"""Multiple that lengths are rounded up to within a group.
+
+Few distinct shapes matter, because the matrix library prepares a kernel for each shape."""
 
 _GROUP_TOKENS = 512
-"""Tokens of one group at the most, so that its scores stay in a core's own cache."""
+"""Maximum tokens per group, so that its scores fit into the cache of one core."""
 
 _LONGEST_BY_PRODUCTS, _LONGEST_ROUNDED = 64, 1024
-"""In single precision, in bfloat16; above it torch's own attention, which never holds all scores, is as quick."""
+"""Maximum text length for `attend_by_products`, in float32 and in bfloat16.
+
+For longer texts, torch's attention is as fast and does not store all scores."""
 
 _FEW_TOKENS = 32
-"""Up to so many in a group, as of a short text alone, torch's own attention is quicker, being fewer calls."""
+"""Number of tokens up to which torch's attention is faster, because it takes fewer calls."""
 
 _LONGEST_IN_SINGLE = 24
-"""Up to this length single precision costs hardly more than bfloat16, and is that much nearer to the truth."""
+"""Text length up to which float32 costs hardly more than bfloat16, so the more accurate float32 is used."""
 
 _SAFE_SUMS = (2.0**-100, 2.0**115)
-"""Between these a sum of powers, also times values of some thousands, is far from the ends of a number format."""
+"""Range of sums of exponentials that neither overflows nor underflows, even multiplied by values of some thousands."""
 
 
 class Group(NamedTuple):
     """Texts whose attention is computed together.
 
     Attributes:
-        rows: Which tokens: a slice, or their indices `[texts * length]`, the first token standing in for missing ones.
-        texts: How many.
-        length: Tokens of each, missing ones counted.
-        real: Which tokens there are, `[texts, 1, 1, length]`; None where none is missing.
+        rows: Tokens as a slice, or as indices `[texts * length]` in which the first token of a text fills the padding.
+        texts: Number of texts.
+        length: Tokens per text, including padding.
+        real: Mask of real tokens, shape `[texts, 1, 1, length]`, or None without padding.
     """
 
     rows: slice | torch.Tensor
@@ -63,8 +67,8 @@ class Groups:
     """All texts of a batch in groups.
 
     Attributes:
-        groups: One after the other.
-        order: Where each token of the batch stands in the groups, `[tokens]`; None where they have its order.
+        groups: Groups in the order in which they are computed.
+        order: Row of each batch token in the concatenated groups, shape `[tokens]`, or None if both have one order.
     """
 
     groups: Sequence[Group]
@@ -72,7 +76,7 @@ class Groups:
 
     @classmethod
     def from_runs(cls, runs: Sequence[Run], longest: int) -> Groups:
-        """Texts up to a length with others that are little shorter or longer, those above it with equal ones alone."""
+        """Group texts of up to `longest` tokens by similar length, and longer texts by equal length."""
         torch_ = require("torch", "torch")
         alike: dict[int, list[Run]] = {}
         for run in runs:
@@ -107,7 +111,7 @@ def _portions(texts: int, length: int) -> Iterator[slice]:
 
 
 def _group_of(starts: Any, lengths: Any) -> tuple[Group, Any]:
-    """Texts that begin there, as a group; and which token each of its rows is, -1 for a missing one."""
+    """Return a group of the texts at `starts`, and the batch token of each of its rows, -1 for padding."""
     torch_, texts, longest = require("torch", "torch"), len(starts), int(lengths.max())
     equal = bool((lengths == longest).all())
     if equal and (np.diff(starts) == longest).all():
@@ -123,12 +127,12 @@ def _group_of(starts: Any, lengths: Any) -> tuple[Group, Any]:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention of each text to itself.
+    """Self-attention within each text.
 
     Attributes:
-        heads: How many.
-        window: How far a token sees to either side; None for the whole text.
-        rotation: What is done with queries and keys first; None for nothing.
+        heads: Number of heads.
+        window: Tokens that are visible to either side, or None for the whole text.
+        rotation: Rotary position embedding of queries and keys, or None.
     """
 
     heads: int
@@ -136,7 +140,15 @@ class Attention:
     rotation: Rotation | None = None
 
     def __call__(self, qkv: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """From queries, keys and values side by side, `[tokens, 3 * d]`, to `[tokens, d]`."""
+        """Compute attention from concatenated queries, keys and values.
+
+        Args:
+            qkv: Queries, keys and values, shape `[tokens, 3 * d]`.
+            tokens: Tokens of the batch.
+
+        Returns:
+            Attention output, shape `[tokens, d]`.
+        """
         torch_, width = require("torch", "torch"), qkv.shape[1] // 3
         three = qkv.view(len(qkv), 3, self.heads, width // self.heads)
         if self.rotation is not None:
@@ -148,7 +160,7 @@ class Attention:
         return parts[0] if len(parts) == 1 else torch_.cat(parts)
 
     def _in_groups(self, three: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """From `[tokens, 3, heads, width]` to `[tokens, heads, width]`."""
+        """Compute attention by groups, from `[tokens, 3, heads, width]` to `[tokens, heads, width]`."""
         rounded = three.dtype == require("torch", "torch").bfloat16
         longest = _LONGEST_ROUNDED if rounded else _LONGEST_BY_PRODUCTS
         if self.window is not None:
@@ -172,7 +184,10 @@ class Attention:
         return seen if plan.order is None else seen.index_select(0, plan.order)
 
     def _by_torch(self, texts: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """Of texts of one length, from `[texts, length, 3, heads, width]` to `[texts, length, heads, width]`."""
+        """Compute attention of texts of one length with torch.
+
+        The shape changes from `[texts, length, 3, heads, width]` to `[texts, length, heads, width]`.
+        """
         functional = require("torch.nn.functional", "torch")
         mask = self._mask(texts.shape[1], tokens, texts.device)
         q, k, v = texts.permute(2, 0, 3, 1, 4)
@@ -195,15 +210,16 @@ def _texts_of(three: torch.Tensor, run: Run) -> torch.Tensor:
 
 
 def attend_by_products(texts: torch.Tensor, real: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Attention by plain products, exponentials of all scores at once, and a division by their sums at the end.
+    """Compute attention by matrix products, with one vectorized exponential, and write the result to `out`.
 
-    Weights are powers of the scores as they are, without their row's largest being taken off first, which for short
-    rows costs more than all else; where sums come near to the ends of what a number holds, it is taken off.
+    A usual softmax subtracts the maximum of each row first, which costs more than all other steps for short rows. This
+    function omits it, and repeats the computation with it if a sum is close to overflow or underflow.
 
     Args:
         texts: Queries, keys and values, shape `[texts, length, 3, heads, width]`.
-        real: Which tokens there are, shape `[texts, 1, 1, length]`, at most 7 of a text missing; None for all.
-        out: Is given what is seen, shape `[texts, length, heads, width]`.
+        real: Mask of real tokens, shape `[texts, 1, 1, length]`, with at most 7 padding tokens per text, or None
+            without padding.
+        out: Output tensor, shape `[texts, length, heads, width]`.
     """
     torch_ = require("torch", "torch")
     n, length, _, heads, width = texts.shape
@@ -211,7 +227,7 @@ def attend_by_products(texts: torch.Tensor, real: torch.Tensor | None, out: torc
     dtype = torch_.bfloat16 if rounded else torch_.float32
     own = torch_.empty((3, n, heads, length, width), dtype=dtype).copy_(texts.permute(2, 0, 3, 1, 4))
     q, k, v = own.view(3, n * heads, length, width)
-    q.mul_(width**-0.5 / math.log(2))
+    q.mul_(width**-0.5 / math.log(2))  # scaled to base 2, because `_powers` uses exp2
     weights = torch_.bmm(q, k.transpose(1, 2))
     by_text = weights.view(n, heads, length, length)
     sums = _powers(by_text, real)
@@ -225,8 +241,11 @@ def attend_by_products(texts: torch.Tensor, real: torch.Tensor | None, out: torc
 
 
 def _powers(scores: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """Powers of two in their place, 0 for what is missing, and their sums `[texts, heads, length, 1]`."""
+    """Replace scores by powers of two in place, and return their sums, shape `[texts, heads, length, 1]`.
+
+    Padding gets the weight 0.
+    """
     scores.exp2_()
-    if real is not None:
+    if real is not None:  # only the last tokens of a row can be padding
         scores[..., -_STEP:].mul_(real[..., -_STEP:])
     return scores.sum(-1, keepdim=True)

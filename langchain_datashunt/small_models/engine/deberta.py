@@ -1,4 +1,4 @@
-"""DeBERTa's attention without padding: content to content, content to place, and place to content."""
+"""Disentangled attention of DeBERTa without padding."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DisentangledAttention:
-    """Attention with scores by relative places (He et al. 2021, eq. 4).
+    """Attention by content and by relative position (He et al. 2021, eq. 4).
 
-    What relative places are projected to depends on weights alone, so it is computed once and not for every batch.
+    The projections of relative positions depend on the weights alone, so they are computed once and not per batch.
 
     Attributes:
-        heads: How many.
-        span: Relative places to either side that are told apart.
-        buckets: Into how many far places are put together, on a logarithmic scale; 0 for none.
-        furthest: The furthest place of that scale.
-        place_keys: What contents ask of places, `[heads, width, 2 * span]`; None where they do not.
-        place_queries: What places ask of contents, `[heads, width, 2 * span]`; None where they do not.
+        heads: Number of heads.
+        span: Number of distinct relative positions to either side.
+        buckets: Number of buckets of relative positions, logarithmic for distant ones; 0 disables bucketing.
+        furthest: Largest relative position of the logarithmic scale, in tokens.
+        place_keys: Keys of the content-to-position scores, shape `[heads, width, 2 * span]`, or None if unused.
+        place_queries: Queries of the position-to-content scores, shape `[heads, width, 2 * span]`, or None if unused.
     """
 
     heads: int
@@ -36,7 +36,13 @@ class DisentangledAttention:
 
     @classmethod
     def from_attention(cls, own: Any, relative: torch.Tensor, dtype: torch.dtype) -> Self:
-        """That of a layer of transformers, with the embeddings of relative places `[2 * span, d]`, for such queries."""
+        """Create the attention of one transformers layer.
+
+        Args:
+            own: Attention module of the layer.
+            relative: Embeddings of relative positions, shape `[2 * span, d]`.
+            dtype: Dtype of the queries and keys.
+        """
         heads, span = int(own.num_attention_heads), int(own.pos_ebd_size)
         shared = own.share_att_key
 
@@ -50,7 +56,15 @@ class DisentangledAttention:
         return cls(heads, span, max(0, int(own.position_buckets)), int(own.max_relative_positions), keys, queries)
 
     def __call__(self, qkv: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """From queries, keys and values side by side, `[tokens, 3 * d]`, to `[tokens, d]`."""
+        """Compute attention from concatenated queries, keys and values.
+
+        Args:
+            qkv: Queries, keys and values, shape `[tokens, 3 * d]`.
+            tokens: Tokens of the batch.
+
+        Returns:
+            Attention output, shape `[tokens, d]`.
+        """
         width = qkv.shape[1] // 3
         parts = [self._run(qkv, run, tokens).reshape(-1, width) for run in tokens.runs]
         return parts[0] if len(parts) == 1 else require("torch", "torch").cat(parts)
@@ -73,7 +87,10 @@ class DisentangledAttention:
         return seen.transpose(1, 2)
 
     def _index(self, length: int, tokens: Tokens, kind: str, device: torch.device) -> torch.Tensor:
-        """Which relative place stands between two tokens, `[length, length]`: computed once for a batch."""
+        """Return the index of the relative position of each pair of tokens, shape `[length, length]`.
+
+        The index is computed once per batch, length and kind.
+        """
         key = ("relative", kind, self.span, self.buckets, self.furthest, length)
         if key not in tokens.kept:
             torch_ = require("torch", "torch")
@@ -87,11 +104,11 @@ class DisentangledAttention:
         return found
 
     def _in_buckets(self, between: torch.Tensor) -> torch.Tensor:
-        """Near places as they are, far ones on a logarithmic scale."""
+        """Keep small relative positions and map larger ones to a logarithmic scale."""
         torch_ = require("torch", "torch")
         half = self.buckets // 2
         far = between.abs().clamp(min=half).float()
-        widest = float(torch_.log(torch_.tensor((self.furthest - 1) / half)))  # rounded as transformers rounds it
+        widest = float(torch_.log(torch_.tensor((self.furthest - 1) / half)))  # a tensor, to round as transformers does
         steps = torch_.ceil(torch_.log(far / half) / widest * (half - 1)) + half
         found: torch.Tensor = torch_.where(between.abs() <= half, between, (steps * between.sign()).long())
         return found

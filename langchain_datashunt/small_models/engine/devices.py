@@ -1,4 +1,4 @@
-"""Where a torch model runs, in which number format, and with how many threads."""
+"""Device, dtype and thread count of torch models."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ _LOG = logging.getLogger(__name__)
 
 
 def choose_device(device: str | None = None) -> torch.device:
-    """The device that was asked for, else the first there is of cuda, mps, cpu.
+    """Return the given device, or the first available of cuda, mps and cpu.
+
+    Args:
+        device: Torch device name; None or "auto" selects the device.
 
     Raises:
-        ConfigurationError: The device that was asked for is not there.
+        ConfigurationError: If the device is unknown or not available.
     """
     torch_ = require("torch", "torch")
     there = {"cuda": torch_.cuda.is_available(), "mps": torch_.backends.mps.is_available(), "cpu": True}
@@ -38,20 +41,25 @@ def choose_device(device: str | None = None) -> torch.device:
     try:
         chosen: torch.device = torch_.device(device)
     except RuntimeError as error:
-        raise ConfigurationError(f"{device!r} is no torch device: {error}. Use 'cuda', 'mps' or 'cpu'.") from error
+        raise ConfigurationError(
+            f"Expected a torch device for `device`, got {device!r}: {error}. Use 'cuda', 'mps' or 'cpu'."
+        ) from error
     if not there.get(chosen.type, False):
         found = ", ".join(name for name, yes in there.items() if yes)
-        raise ConfigurationError(f"The device {device!r} is not available here; there is: {found}.")
+        raise ConfigurationError(f"The device {device!r} is not available on this machine. Use one of: {found}.")
     return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """The torch dtype of a name: float32, bfloat16, float16, or auto.
+    """Return the torch dtype of a name, and warn once if it is slow on this processor.
 
-    "auto" is bfloat16 on a GPU that computes it, and float32 elsewhere.
+    Args:
+        dtype: One of float32, bfloat16, float16 and auto. "auto" is bfloat16 on a GPU with native support for it, and
+            float32 otherwise.
+        device: Device of the model.
 
     Raises:
-        ConfigurationError: Any other name.
+        ConfigurationError: If the name is unknown.
     """
     names = ("float32", "bfloat16", "float16")
     if dtype == "auto":
@@ -61,16 +69,16 @@ def choose_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
     if dtype == "bfloat16" and getattr(device, "type", device) == "cpu" and not cpu_has_bfloat16():
         _say_that_it_is_slow()
     if dtype not in names:
-        raise ConfigurationError(f"{dtype!r} is no number format for inference; use one of {', '.join(names)}, auto.")
+        raise ConfigurationError(f"Unknown dtype {dtype!r}. Use one of {', '.join(names)}, auto.")
     chosen: torch.dtype = getattr(require("torch", "torch"), dtype)
     return chosen
 
 
 def kept_dtype(dtype: torch.dtype, device: torch.device | str, engine: str) -> torch.dtype:
-    """The number format that a network is kept in which an engine computes in another.
+    """Return the dtype of a network's weights in memory, if an engine is to compute in `dtype`.
 
-    On a CPU the packed form takes float32 and computes products alone in bfloat16: it is as quick, and half as far
-    from float32.
+    On a CPU, the padding-free encoder keeps a float32 network and computes only the matrix products in bfloat16. This
+    is as fast as bfloat16 weights and halves the difference from float32.
     """
     torch_, on_cpu = require("torch", "torch"), getattr(device, "type", device) == "cpu"
     kept: torch.dtype = (
@@ -81,7 +89,7 @@ def kept_dtype(dtype: torch.dtype, device: torch.device | str, engine: str) -> t
 
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
-    """Whether an x86 processor multiplies bfloat16 itself; True for others, where torch does not tell."""
+    """Return whether an x86 processor has bfloat16 instructions. Return True if torch cannot detect it."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     cpu = require("torch", "torch").cpu
@@ -91,18 +99,23 @@ def cpu_has_bfloat16() -> bool:
 
 @lru_cache(maxsize=1)
 def _say_that_it_is_slow() -> None:
-    _LOG.warning("This processor has no bfloat16 arithmetic, so it is several times slower than dtype='float32' here.")
+    _LOG.warning(
+        "This processor has no bfloat16 instructions, so dtype='bfloat16' is several times slower than dtype='float32'."
+    )
 
 
 MAX_WORKERS = 4
-"""Batches of one model computed at once on a CPU at the most."""
+"""Maximum concurrent batches of one model on a CPU."""
 
 _ONE_SHARES = Mutex()
-"""Torch's number of threads for threads to come is changed, and put back, by one thread at a time."""
+"""Lock for changing and restoring torch's default number of threads."""
 
 
 def cpu_workers(device: torch.device | str) -> int:
-    """How many batches are best computed at once: short ones leave threads idle, so as many as there are threads."""
+    """Return how many batches to compute concurrently on a device.
+
+    Short batches leave CPU threads idle, so this is the number of threads, up to `MAX_WORKERS`. On a GPU it is 1.
+    """
     if getattr(device, "type", device) != "cpu":
         return 1
     with _ONE_SHARES:
@@ -110,7 +123,7 @@ def cpu_workers(device: torch.device | str) -> int:
 
 
 class _Quiet:
-    """How many threads want transformers to be quiet, and what its settings were before the first of them."""
+    """Reference count of threads that silence transformers, with the settings to restore."""
 
     def __init__(self) -> None:
         self.mutex = Mutex()
@@ -120,7 +133,7 @@ class _Quiet:
         AFTER_FORK.add(self)
 
     def begin(self) -> None:
-        """Of one thread."""
+        """Silence transformers if this is the first thread."""
         with self.mutex:
             if not self.threads:
                 self.library = log = require("transformers.utils.logging", "torch")
@@ -130,14 +143,14 @@ class _Quiet:
             self.threads += 1
 
     def end(self) -> None:
-        """Of one thread; the last one puts the settings back."""
+        """Restore the settings if this is the last thread."""
         with self.mutex:
             self.threads -= 1
             if self.threads == 0:
                 self._put_back()
 
     def after_fork(self) -> None:
-        """Put the settings back: the threads that wanted them otherwise are the parent's."""
+        """Restore the settings, because the threads that changed them run in the parent process only."""
         if self.threads > 0:
             self._put_back()
         self.threads = 0
@@ -153,9 +166,9 @@ _QUIET = _Quiet()
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the transformers library's own progress bars and reports.
+    """Disable progress bars and log messages of transformers below the error level inside the `with` block.
 
-    Its settings are put back afterwards, by the last of several threads.
+    If several threads are inside such a block, the last one restores the settings.
     """
     _QUIET.begin()
     try:
@@ -165,11 +178,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def share_of_threads(workers: int) -> None:
-    """Have this thread's torch and BLAS products use its share of the process's threads, where several work.
+    """Limit the torch and BLAS threads of the calling thread to its share among `workers` threads.
 
-    Torch's number of threads is the calling thread's own, for OpenMP and for MKL, and what threads to come begin with;
-    so another thread puts the latter back. OpenMP alone would not do: once somebody has set torch's number, MKL has
-    every small product of attention shared among as many threads, which then wait for each other.
+    `torch.set_num_threads` sets both the number of the calling thread and the default of threads started later, so a
+    helper thread restores the default. Limiting OpenMP alone is not enough. After any call of `set_num_threads`, MKL
+    splits every small attention product among that many threads, which then wait for each other.
     """
     torch = sys.modules.get("torch")
     if workers == 1 or torch is None:
@@ -181,12 +194,12 @@ def share_of_threads(workers: int) -> None:
         restoring = threading.Thread(target=torch.set_num_threads, args=(every,))
         restoring.start()
         restoring.join()
-    with suppress(MissingExtraError):  # what else computes by OpenMP
+    with suppress(MissingExtraError):  # other libraries that use OpenMP
         require("threadpoolctl", "torch").threadpool_limits(each, user_api="openmp")
 
 
 def on_host(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
-    """Batches one after the other on the host, by one copy."""
+    """Concatenate batches and return them as one host array, with one device transfer."""
     together = parts[0] if len(parts) == 1 else require("torch", "torch").cat(list(parts))
     array: NDArray[np.float32] = together.cpu().numpy()
     return array

@@ -1,4 +1,4 @@
-"""What a packed encoder is built of: tokens without padding, products, and layers; attention is a module of its own."""
+"""Building blocks of the padding-free encoder: tokens, linear layers and transformer layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PACKING_ROWS = 1024
 
 @dataclass(frozen=True)
 class PackedStates:
-    """Last hidden states of `n` texts.
+    """Last hidden states of `n` texts without padding.
 
     Attributes:
-        states: Shape `[tokens, d]`, the texts' one after the other.
+        states: States of all texts, concatenated, shape `[tokens, d]`.
         lengths: Tokens of each text, shape `[n]`.
     """
 
@@ -32,13 +32,13 @@ class PackedStates:
     lengths: torch.Tensor
 
     def first(self) -> torch.Tensor:
-        """The first token's state of each text, shape `[n, d]`."""
+        """Return the state of the first token of each text, shape `[n, d]`."""
         if len(self.lengths) == 1:
             return self.states[:1]
         return self.states[self.lengths.cumsum(0) - self.lengths]
 
     def mean(self) -> torch.Tensor:
-        """The mean state of each text, shape `[n, d]`."""
+        """Return the mean state of each text, shape `[n, d]`."""
         states = self.states.float()
         if len(self.lengths) == 1:
             return states.mean(0, keepdim=True)
@@ -48,7 +48,13 @@ class PackedStates:
 
 
 class Run(NamedTuple):
-    """Texts of one length that stand together."""
+    """Consecutive texts of equal length.
+
+    Attributes:
+        start: Index of the first token.
+        texts: Number of texts.
+        length: Tokens per text.
+    """
 
     start: int
     texts: int
@@ -57,15 +63,15 @@ class Run(NamedTuple):
 
 @dataclass
 class Tokens:
-    """Where the tokens of `n` texts stand, one text after the other.
+    """Concatenated tokens of `n` texts on a device.
 
     Attributes:
         ids: Token ids, shape `[tokens]`.
-        places: The place of each in its text, from 0, shape `[tokens]`.
+        places: Position of each token in its text, from 0, shape `[tokens]`.
         lengths: Tokens of each text, shape `[n]`.
-        runs: Texts of one length that stand together.
-        host_ids: The ids in host memory, shape `[tokens]`.
-        kept: What layers compute once for the batch.
+        runs: Consecutive texts of equal length.
+        host_ids: Token ids in host memory, shape `[tokens]`.
+        kept: Values that layers compute once per batch and share, such as masks.
     """
 
     ids: torch.Tensor
@@ -77,7 +83,7 @@ class Tokens:
 
     @classmethod
     def from_ids(cls, ids: Sequence[Sequence[int]], device: torch.device) -> Tokens:
-        """The tokens of texts in their order; they reach a device by one copy."""
+        """Create the tokens from the ids of each text, with one device transfer."""
         n = len(ids)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=n)
         total = int(lengths.sum())
@@ -93,12 +99,20 @@ class Tokens:
         return cls(there[:total], there[total : 2 * total], there[2 * total :], runs, host[:total])
 
     def may_contain(self, token: int) -> bool:
-        """Return whether a token is among the ids, without asking the device."""
+        """Return whether a token is among the ids, without a device synchronization."""
         return bool((self.host_ids == token).any())
 
 
 class Linear:
-    """A linear layer with its weight reordered for oneDNN on the CPU; with GELU after it, if so asked."""
+    """Linear layer with an optional activation. On a CPU, its weight is reordered once for oneDNN.
+
+    A GELU activation is fused into the oneDNN call. Without oneDNN, torch's `linear` is used.
+
+    Args:
+        weight: Weight, shape `[out, in]`.
+        bias: Bias, shape `[out]`, or None.
+        activation: Function applied to the product, or None.
+    """
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, activation: Callable[[Any], Any] | None = None
@@ -117,14 +131,14 @@ class Linear:
             self.packed = None
             return
         if bias is not None and bias.dtype != weight.dtype:
-            try:  # what is added needs not be rounded as what is multiplied
+            try:  # some versions accept a bias of higher precision than the weight
                 self._product(self.weight[:1], self.packed, bias.detach(), "none", [], "")
                 self.bias = bias.detach().contiguous()
             except RuntimeError:
                 pass
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product, `[n, out]` of `[n, in]`, in the weight's number format."""
+        """Apply the layer to `[n, in]` and return `[n, out]` in the dtype of the weight."""
         x = x.to(self.weight.dtype)
         if self.packed is not None:
             after, algorithm = ("gelu", "none") if self.fused else ("none", "")
@@ -136,20 +150,20 @@ class Linear:
 
 @dataclass(frozen=True)
 class Products:
-    """Makes linear layers of a number format from those of a network.
+    """Factory of linear layers with a given dtype.
 
     Attributes:
-        dtype: The format of their weights, inputs and results; sums and norms between them stay in the network's.
+        dtype: Dtype of weights, inputs and outputs. Sums and norms between the layers keep the dtype of the network.
     """
 
     dtype: torch.dtype
 
     def pack(self, layer: torch.nn.Linear, activation: Callable[[Any], Any] | None = None) -> Linear:
-        """That of a torch layer."""
+        """Convert a torch layer."""
         return self._made(layer.weight, layer.bias, activation)
 
     def joined(self, layers: Sequence[torch.nn.Linear]) -> Linear:
-        """Several of the same input as one."""
+        """Merge several layers with the same input into one."""
         torch_ = require("torch", "torch")
         biases = [layer.bias for layer in layers]
         weight = torch_.cat([layer.weight for layer in layers])
@@ -160,15 +174,15 @@ class Products:
 
 
 SelfAttention: TypeAlias = Callable[["torch.Tensor", Tokens], "torch.Tensor"]
-"""From queries, keys and values side by side, `[tokens, 3 * d]`, to `[tokens, d]`: each text attends to itself."""
+"""Function from concatenated queries, keys and values `[tokens, 3 * d]` to the attention output `[tokens, d]`."""
 
 Layer: TypeAlias = "Callable[[torch.Tensor, Tokens], torch.Tensor]"
-"""From the states `[tokens, d]` of texts to the next; may overwrite the former."""
+"""Function from states `[tokens, d]` to the next states, which may overwrite its input."""
 
 
 @dataclass(frozen=True)
 class PostNormLayer:
-    """Of BERT and its kin: attention, then a feed-forward part, each normalised after it was added."""
+    """Layer of BERT and similar models, with a norm after each residual sum."""
 
     qkv: Linear
     attention: SelfAttention
@@ -179,7 +193,7 @@ class PostNormLayer:
     norm2: Any
 
     def __call__(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """Compute it."""
+        """Compute the next states."""
         x = self.norm1(x.add_(self.out(self.attention(self.qkv(x), tokens))))
         found: torch.Tensor = self.norm2(x.add_(self.down(self.up(x))))
         return found
@@ -187,7 +201,7 @@ class PostNormLayer:
 
 @dataclass(frozen=True)
 class PreNormGatedLayer:
-    """Of ModernBERT: normalised before attention and before a gated feed-forward part."""
+    """Layer of ModernBERT, with a norm before attention and before the gated feed-forward block."""
 
     norm1: Any
     qkv: Linear
@@ -199,7 +213,7 @@ class PreNormGatedLayer:
     down: Linear
 
     def __call__(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """Compute it."""
+        """Compute the next states."""
         x = x + self.out(self.attention(self.qkv(self.norm1(x)), tokens))
         value, gate = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(self.activation(value) * gate)

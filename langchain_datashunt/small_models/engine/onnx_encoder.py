@@ -1,4 +1,4 @@
-"""OnnxEncoder: a transformers encoder computed by ONNX Runtime, in float32 or with 8-bit weights."""
+"""OnnxEncoder: runs a transformers encoder with ONNX Runtime, in float32 or with 8-bit weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _OPSET = 17
 
 
 class OnnxEncoder:
-    """An encoder exported to ONNX; texts are padded to the longest of their batch.
+    """Encoder exported to ONNX, which pads the texts of a batch to the longest one.
 
     Args:
-        network: A transformers encoder on the CPU in float32.
-        int8: Whether weights are kept, and products computed, in 8 bits: quicker, and no longer the same results.
+        network: Transformers encoder on the CPU in float32.
+        int8: Whether to quantize the weights to 8 bits. This is faster, but changes the results.
 
     Raises:
-        ConfigurationError: The network is not on the CPU in float32, or cannot be exported.
-        MissingExtraError: onnxruntime or onnx is not installed.
+        ConfigurationError: If the network is not on the CPU in float32, or cannot be exported.
+        MissingExtraError: If onnxruntime or onnx is not installed.
     """
 
     def __init__(self, network: torch.nn.Module, *, int8: bool = False) -> None:
@@ -39,7 +39,7 @@ class OnnxEncoder:
         one = next(network.parameters())
         if one.device.type != "cpu" or one.dtype != torch_.float32:
             raise ConfigurationError(
-                f"ONNX Runtime computes float32 on the CPU here, and the model is {one.dtype} on {one.device}; use "
+                f"The ONNX engines require a float32 model on the CPU, got {one.dtype} on {one.device}. Use "
                 f"device='cpu' and dtype='float32', or another engine."
             )
         with tempfile.TemporaryDirectory() as name:
@@ -59,7 +59,7 @@ class OnnxEncoder:
             self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> PackedStates:
-        """States of texts, given as token ids, in their order."""
+        """Return the last hidden states of texts, given as token ids."""
         torch_ = require("torch", "torch")
         tokens, mask = pad(ids, 0, "cpu")
         (states,) = self.session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
@@ -68,7 +68,7 @@ class OnnxEncoder:
 
 @contextmanager
 def _root_kept() -> Iterator[None]:
-    """Without a handler that the quantiser's logging would give the root logger, which is the application's affair."""
+    """Prevent the quantizer from adding a handler to the root logger, which belongs to the application."""
     root, nothing = logging.getLogger(), logging.NullHandler()
     root.addHandler(nothing)
     try:
@@ -101,5 +101,5 @@ def _export(network: Any, file: Path) -> None:
     except Exception as error:
         kind = getattr(network.config, "model_type", "?")
         raise ConfigurationError(
-            f"The architecture {kind!r} cannot be exported to ONNX: {type(error).__name__}: {error}. Use engine='auto'."
+            f"Exporting the architecture {kind!r} to ONNX failed: {type(error).__name__}: {error}. Use engine='auto'."
         ) from error

@@ -1,9 +1,8 @@
-"""PaddingFreeEncoder: encoders without padding, on the CPU with weights laid out for the matrix library.
+"""PaddingFreeEncoder: runs transformers encoders without padding, and `Packing` selects the fastest engine.
 
-Tokens of all texts of a batch stand one after the other, so that nothing is computed for padding; texts of one length
-share an attention call. Products go through oneDNN with weights that are reordered once; by torch's own product where
-that is not there. An architecture that is not known, or an encoder whose results differ from the library's own, is
-computed by transformers as ever.
+The tokens of all texts of a batch are concatenated, so no time is spent on padding. On a CPU, matrix products use
+oneDNN with weights that are reordered once, or torch if oneDNN is not available. If an architecture is not supported,
+or if the results differ from transformers, transformers computes the encoder.
 """
 
 from __future__ import annotations
@@ -31,49 +30,49 @@ if TYPE_CHECKING:
     import torch
 
 Engine: TypeAlias = Literal["auto", "padding-free", "plain", "onnx", "onnx-int8"]
-"""What computes an encoder."""
+"""Name of an engine, see `Packing`."""
 
 AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], PackedStates]
-"""From token ids of `n` texts to their last states."""
+"""Function from the token ids of `n` texts to their last hidden states."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-"""How far a state of the packed encoder may be from the library's own, relative to the largest, by number format."""
+"""Maximum difference from the states of transformers, relative to the largest state, by dtype."""
 
 _LARGEST_EXPORT = 400_000_000
-"""Parameters of a network that is exported to ONNX unasked, at the most."""
+"""Maximum parameters of a network that engine "auto" exports to ONNX."""
 
 _PROBE_LENGTHS = (3, 7, 7, 12)
 _LONGEST_PROBE = 512
 _TRIAL_LENGTHS = (8, 10, 10, 12, 14, 16, 18, 20)
 _TRIAL_ROUNDS = 3
 _MUCH_SLOWER, _MUCH_SLOWER_THAN_ONNX = 1.2, 1.5
-"""By how much the packed form must lose the trial to be left, to transformers and to ONNX Runtime."""
+"""Minimum speedup in the trial at which transformers and ONNX Runtime replace the padding-free encoder."""
 
 _LOG = logging.getLogger(__name__)
 
 _EIGHT_BITS = (
-    "With 8-bit weights an encoder's states differ by up to %.1f%% of the largest, on made-up tokens. `datashunt "
-    "agreement` tells how often labels and routes stay the same; choose the threshold under it."
+    "8-bit weights change the encoder's states by up to %.1f%% of the largest state on random tokens. Run `datashunt "
+    "compare-engines` to measure how many labels and routes change, and calibrate the threshold with this engine."
 )
 
 _SAID: set[str] = set()
-"""Architectures of which it was said that they have no packed form."""
+"""Architectures that were logged as not supported by the padding-free encoder."""
 
 
 class PaddingFreeEncoder:
-    """The packed form of a transformers encoder; made by `packed`."""
+    """Padding-free version of a transformers encoder, created by `packed`."""
 
     def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
         self.parts, self.device, self.dtype = parts, device, dtype
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> PackedStates:
-        """States of texts, given as token ids, in their order; quickest where texts of one length stand together."""
+        """Return the last hidden states of texts, given as token ids. Sorting the texts by length is faster."""
         with require("torch", "torch").inference_mode():
             tokens = Tokens.from_ids(ids, self.device)
             return PackedStates(self.states_of(tokens), tokens.lengths)
 
     def states_of(self, tokens: Tokens) -> torch.Tensor:
-        """States of tokens that are on the device, shape `[tokens, d]`."""
+        """Return the states of tokens on the device, shape `[tokens, d]`."""
         x = self.parts.embed(tokens)
         for layer in self.parts.layers:
             x = layer(x, tokens)
@@ -81,54 +80,60 @@ class PaddingFreeEncoder:
 
 
 class Packing:
-    """The engine of one network, made when it is first needed, and anew when the network's weights have changed.
+    """Engine of one network, built at the first use and rebuilt if the weights of the network change.
 
     Args:
-        engine: "plain" is transformers, "padding-free" computes no padding, "onnx" and "onnx-int8" are ONNX Runtime;
-            "auto" takes the quickest of the first three that agree, measured on a few texts at first use.
-        dtype: The number format of matrix products; None is the network's own. Of a network in float32 the packed form
-            computes products alone in another format, and sums, norms and embeddings as they are.
+        engine: "plain" is transformers, "padding-free" avoids padding, and "onnx" and "onnx-int8" are ONNX Runtime.
+            "auto" measures "plain", "padding-free" and "onnx" at the first use and selects the fastest one that agrees
+            with transformers. On a GPU, "auto" is transformers.
+        dtype: Dtype of matrix products; None means the dtype of the network. The padding-free encoder of a float32
+            network uses `dtype` for products only, and float32 for sums, norms and embeddings.
+
+    Raises:
+        ConfigurationError: If the engine is unknown.
     """
 
     def __init__(self, engine: Engine = "auto", dtype: torch.dtype | None = None) -> None:
         if engine not in get_args(Engine):
-            raise ConfigurationError(f"There is no engine {engine!r}; use one of {', '.join(get_args(Engine))}.")
+            raise ConfigurationError(f"Unknown engine {engine!r}. Use one of {', '.join(get_args(Engine))}.")
         self.engine: Engine = engine
         self.dtype = dtype
         self.seconds: dict[str, float] = {}
-        """What each engine took for the texts of the trial, where "auto" had a choice."""
+        """Seconds by engine in the trial of "auto", empty if there was no trial."""
         self._made: AnyEncoder | None = None
         self.network: torch.nn.Module | None = None
-        """Whose engine it is; None before the first use."""
+        """Network that the engine was built for, or None before the first use."""
         self._watched = _Watched([], [], [])
         self._stamp: tuple[int, ...] | None = None
         self.after_fork()
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
-        """Begin with a lock that nobody holds; what has threads of its own, which a child has not, is made anew."""
+        """Replace the lock, and drop an ONNX session, because its threads do not exist in the forked child."""
         self._lock = threading.Lock()
         if isinstance(self._made, OnnxEncoder):
-            LEFT_ALONE.append(self._made)  # its end would wait for these threads
+            LEFT_ALONE.append(self._made)  # destroying it would wait for these threads
             self._made = self.network = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without what was made, which no pickle holds; copies make their own."""
+        """Pickle the settings only, because an engine cannot be pickled."""
         return Packing, (self.engine, self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Packing:
         return Packing(self.engine, self.dtype)
 
     def engine_for(self, network: torch.nn.Module, whole: torch.nn.Module | None = None) -> AnyEncoder | None:
-        """The engine, None where transformers is to compute, to whose number format the network is brought then.
+        """Return the engine of a network, or None if transformers is to run it.
+
+        If transformers runs the network for an engine other than "plain", the network is converted to `dtype` first.
 
         Args:
-            network: The encoder.
-            whole: What it is a part of, and is computed with; None for nothing.
+            network: Encoder.
+            whole: Model that contains the encoder and is converted with it, or None.
 
         Raises:
-            ConfigurationError: The engine that was asked for cannot compute this network.
-            MissingExtraError: It is not installed.
+            ConfigurationError: If the requested engine does not support this network.
+            MissingExtraError: If the requested engine is not installed.
         """
         if self.engine == "plain" or network.training:
             return None
@@ -145,32 +150,32 @@ class Packing:
                     self.network, self._stamp = network, stamp
         if self._made is None and self.engine == "padding-free":
             raise ConfigurationError(
-                f"This network of the architecture {getattr(network.config, 'model_type', '?')!r} has no packed form "
-                f"here: it is none of {', '.join(ARCHITECTURES)}, runs on neither CPU nor CUDA, has hooks, or a "
-                f"warning said what else. Use engine='auto'."
+                f"engine='padding-free' does not support this {getattr(network.config, 'model_type', '?')!r} network. "
+                f"It requires one of the architectures {', '.join(ARCHITECTURES)}, a CPU or CUDA device, and no "
+                f"forward hooks. Check for earlier warnings, or use engine='auto'."
             )
         return self._made
 
     def difference(self, network: torch.nn.Module, ids: Sequence[Sequence[int]]) -> float:
-        """How far this engine's states of texts are from transformers' own, relative to the largest state.
+        """Return the largest difference of this engine's states from transformers, relative to the largest state.
 
-        What that does to answers is for labelled texts to tell: see how often labels agree before a format of lower
-        precision is used, and choose the threshold under it.
+        The difference of states does not show how many answers change. Before using a lower precision, measure the
+        agreement of labels, and calibrate the threshold with that precision.
         """
         encoder = self.engine_for(network)
         own = plain_encoder(network)(ids).states.float()
         return 0.0 if encoder is None else float((encoder(ids).states.float() - own).abs().max() / own.abs().max())
 
     def forget(self) -> None:
-        """Make the engine anew at the next call.
+        """Rebuild the engine at the next call.
 
-        Weights that an optimizer or `load_state_dict` writes, moves or replaces are noticed; what writes behind
-        torch's back (a fused optimizer, `weight.data`) is not.
+        Changes of weights by an optimizer, `load_state_dict` or a move are detected automatically. Call this method
+        after in-place changes that torch does not track, such as a fused optimizer or a write to `weight.data`.
         """
         self.network = None
 
     def _stamp_now(self) -> tuple[Any, ...]:
-        """Changes when a part of the network is replaced or added, has a hook, or a weight is written to or moved."""
+        """Return a value that changes with the modules, hooks and weights of the network."""
         held, parameters, sizes = self._watched
         same = all(where.get(name) is one for where, name, one in held)
         return (same, *map(len, sizes), *(one.data_ptr() for one in parameters), *map(_version, parameters))
@@ -183,7 +188,7 @@ class Packing:
             return session
         device = next(network.parameters()).device.type
         if self.engine == "auto" and device != "cpu":
-            return None  # on a GPU the padding-free form is used only by name, after its self-check there
+            return None  # on a GPU, the padding-free encoder is used only if requested by name
         made = packed(network, self.dtype)
         if self.engine == "padding-free":
             return made
@@ -197,9 +202,10 @@ class Packing:
 
 
 def _chosen(seconds: dict[str, float]) -> str:
-    """The packed form, unless another is so much quicker that a busy moment does not explain it.
+    """Return the name of the padding-free engine, unless another one is faster by a clear margin.
 
-    ONNX Runtime must win by more: it keeps the weights twice and takes seconds to be made anew.
+    The margin guards against measurement noise. It is larger for ONNX Runtime, which stores the weights a second time
+    and takes seconds to rebuild.
     """
     best, taken = "", float("inf")
     for name, must_win in (("padding-free", 1.0), ("plain", _MUCH_SLOWER), ("onnx", _MUCH_SLOWER_THAN_ONNX)):
@@ -209,18 +215,18 @@ def _chosen(seconds: dict[str, float]) -> str:
 
 
 def say_once(kind: str) -> None:
-    """That an architecture has no packed form is no failure, and worth knowing where speed counts."""
+    """Log once per architecture that the padding-free encoder does not support it."""
     if kind not in _SAID:
         _SAID.add(kind)
         _LOG.warning(
-            "The architecture %r has no packed form here; transformers or ONNX Runtime computes it. engine='plain' "
-            "says that this is known.",
+            "The padding-free encoder does not support the architecture %r, so transformers or ONNX Runtime computes "
+            "it. Set engine='plain' to silence this warning.",
             kind,
         )
 
 
 def _onnx(network: torch.nn.Module) -> OnnxEncoder | None:
-    """ONNX Runtime, where it is installed, can compute the network, and agrees with transformers."""
+    """Return an ONNX encoder if ONNX Runtime is installed, supports the network and agrees with transformers."""
     one, torch_ = next(network.parameters()), require("torch", "torch")
     if one.device.type != "cpu" or one.dtype != torch_.float32:
         return None
@@ -231,8 +237,8 @@ def _onnx(network: torch.nn.Module) -> OnnxEncoder | None:
     try:
         made = OnnxEncoder(network)
         return made if _difference(network, made, longest=True) <= TOLERANCE["float32"] else None
-    except Exception as error:  # whatever exporting and a runtime may raise: the others compute it
-        _LOG.info("ONNX Runtime does not compute this %s: %s", type(network).__name__, error)
+    except Exception as error:  # export and runtime raise many types, and other engines remain
+        _LOG.info("ONNX Runtime does not support this %s: %s", type(network).__name__, error)
         return None
 
 
@@ -243,10 +249,13 @@ _TRIALS_LOCK = Mutex()
 def _tried(
     network: torch.nn.Module, made: AnyEncoder | None, dtype: torch.dtype | None
 ) -> tuple[dict[str, float], dict[str, AnyEncoder]]:
-    """What each takes, tried once in a process for networks of one form, so that equal ones are computed alike.
+    """Measure the engines of a network, once per process for networks of the same shape.
 
-    ONNX Runtime, which takes seconds to be made, is tried where the packed form is missing or gains little over
-    transformers. Also what was made for the trial.
+    Networks of the same shape share the result, so that equal networks use the same engine. ONNX Runtime takes seconds
+    to build, so it is measured only if the padding-free encoder is missing or hardly faster than transformers.
+
+    Returns:
+        Seconds by engine, and the engines built in this call, empty if the result was already available.
     """
     one, torch_ = next(network.parameters()), require("torch", "torch")
     sizes = ("model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "intermediate_size", "hidden_dim")
@@ -273,9 +282,9 @@ def _tried(
 
 
 def trial(encoders: dict[str, AnyEncoder], ids: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Seconds that each takes for these texts and the first of them alone: the least of some rounds, in turn.
+    """Return the seconds that each encoder takes for a batch of texts and then for the first text alone.
 
-    One that fails is not among them.
+    The encoders take turns for some rounds, and the fastest round counts. An encoder that fails is left out.
     """
     found = dict.fromkeys(encoders, float("inf"))
     for _ in range(_TRIAL_ROUNDS):
@@ -283,9 +292,9 @@ def trial(encoders: dict[str, AnyEncoder], ids: Sequence[Sequence[int]]) -> dict
             started = time.perf_counter()
             try:
                 encoders[name](ids)
-                encoders[name](ids[:1]).states.sum().item()  # a GPU has computed it only when something is asked of it
-            except Exception as error:  # texts that are asked for will tell whether it fails at those, too
-                _LOG.info("The engine %s failed at made-up tokens: %s", name, error)
+                encoders[name](ids[:1]).states.sum().item()  # waits for a GPU to finish
+            except Exception as error:  # a failure on random tokens only excludes the engine
+                _LOG.info("The engine %s failed on random tokens: %s", name, error)
                 del found[name]
                 continue
             found[name] = min(found[name], time.perf_counter() - started)
@@ -293,7 +302,7 @@ def trial(encoders: dict[str, AnyEncoder], ids: Sequence[Sequence[int]]) -> dict
 
 
 def made_up(network: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]:
-    """Made-up tokens of texts, of such lengths or the longest that the network takes."""
+    """Return random token ids of texts with the given lengths, at most the length that the network supports."""
     words = getattr(network.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
     size = min(int(getattr(network.config, "vocab_size", 2)), int(words or 2**31))
     rng, longest = np.random.default_rng(0), usable_length(network.config)
@@ -301,7 +310,7 @@ def made_up(network: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]
 
 
 def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
-    """Transformers itself, as the others are called."""
+    """Return transformers' own computation of a network as an encoder function."""
 
     def encode(ids: Sequence[Sequence[int]]) -> PackedStates:
         with require("torch", "torch").inference_mode():
@@ -313,40 +322,46 @@ def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
 
 
 def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> PaddingFreeEncoder | None:
-    """The packed form of an encoder that transformers made, its products in a format, None where it cannot be had.
+    """Return the padding-free version of a transformers encoder, or None if it is not supported.
 
-    It is had for what `ARCHITECTURES` names, on the CPU and on CUDA, after its states were compared with the
-    library's own. That it is not had for another architecture is no failure; that results differ is a warning.
+    Before the encoder is returned, its states are compared with transformers. If they differ, or if the encoder cannot
+    be built, this warns and returns None.
+
+    Args:
+        network: Transformers encoder in evaluation mode, on the CPU or on CUDA, without forward hooks.
+        dtype: Dtype of matrix products; None means the dtype of the network.
     """
     kind, one = str(getattr(network.config, "model_type", "")), next(network.parameters())
     if kind not in ARCHITECTURES or one.device.type not in ("cpu", "cuda") or network.training:
         return None
     dtype = dtype or one.dtype
     if str(dtype).removeprefix("torch.") not in TOLERANCE or _has_hooks(network):
-        return None  # hooks want to see every layer's call
+        return None  # hooks would not be called
     try:
         parts = ARCHITECTURES[kind](network, network.config, Products(dtype))
         if parts is None:
             return None
         made = PaddingFreeEncoder(parts, one.device, dtype)
         far = _difference(network, made)
-    except Exception as error:  # whatever a network that is laid out otherwise leads to: transformers knows it
-        warnings.warn(f"The packed form of {kind} cannot be made ({error}); transformers computes it.", ShuntWarning, 2)
+    except Exception as error:  # a differently built network can fail in any way
+        warnings.warn(
+            f"Building the padding-free {kind} encoder failed: {error}. Transformers computes it.", ShuntWarning, 2
+        )
         return None
     if not far <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        told = f"The packed form of {kind} differs from transformers by {far:.2g}; transformers computes it."
+        told = f"The padding-free {kind} encoder differs from transformers by {far:.2g}. Transformers computes it."
         warnings.warn(told, ShuntWarning, 2)
         return None
     return made
 
 
 class _Watched(NamedTuple):
-    """What of a network tells that it has changed.
+    """Parts of a network that are compared to detect changes.
 
     Attributes:
-        held: Where each part and each parameter is held, under what name.
-        parameters: The parameters.
-        sizes: What would grow by a part that is added, or by a hook.
+        held: Owning dict, name and value of each submodule and parameter.
+        parameters: Parameters of the network.
+        sizes: Collections that grow if a submodule or a hook is added.
     """
 
     held: list[tuple[dict[str, Any], str, Any]]
@@ -370,14 +385,15 @@ def _has_hooks(network: torch.nn.Module) -> bool:
 
 
 def _version(parameter: torch.Tensor) -> int:
-    """How often a parameter was written to; those made in inference mode do not count."""
+    """Return how often a parameter was written to, or 0 for inference tensors, which do not count writes."""
     return 0 if parameter.is_inference() else parameter._version
 
 
 def _difference(network: torch.nn.Module, made: AnyEncoder, *, longest: bool = False) -> float:
-    """The largest difference of a state on made-up tokens, relative to the largest state.
+    """Return the largest difference from transformers on random tokens, relative to the largest state.
 
-    With `longest` one of the texts is about as long as the network takes, for an export may hold for short ones alone.
+    With `longest`, one text is as long as the network supports, up to 512 tokens, because an export can be correct for
+    short texts only.
     """
     window = made.parts.window if isinstance(made, PaddingFreeEncoder) else 0
     more = (min(usable_length(network.config), _LONGEST_PROBE),) if longest else (window + 9,) if window else ()

@@ -1,4 +1,4 @@
-"""How many texts are computed: in batches by a budget of tokens, the next ones tokenised while these are computed."""
+"""Computation of many texts in batches by token budget, with tokenization in a background thread."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 2048
-"""Texts that are tokenised, and sorted by length, at once."""
+"""Number of texts that are tokenized and sorted by length together."""
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], tuple[list[list[int]], BoolArray]]
-"""From `n` texts to their token ids, and which of them were cut, shape `[n]`."""
+"""Function from `n` texts to their token ids, and a mask of the truncated texts, shape `[n]`."""
 
 
 def token_budget(device: Any) -> int:
-    """Tokens of one batch at the most: what fills a GPU, and what stays in the caches of a CPU."""
+    """Return the maximum tokens per batch: enough to fill a GPU, or few enough for the caches of a CPU."""
     return 65_536 if getattr(device, "type", device) == "cuda" else 4_096
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `budget` padded tokens and `max_rows` texts."""
+    """Yield batches of indices of texts of similar length.
+
+    A text longer than `budget` forms a batch of its own.
+
+    Args:
+        lengths: Tokens of each text.
+        budget: Maximum tokens per batch, including padding.
+        max_rows: Maximum texts per batch; None means no limit.
+    """
     rows: list[int] = []
     for i in np.argsort(np.asarray(lengths), kind="stable").tolist():
         if rows and (lengths[i] * (len(rows) + 1) > budget or len(rows) == max_rows):
@@ -49,21 +57,24 @@ def compute_texts(
     budget: int,
     batch_size: int | None = None,
 ) -> tuple[NDArray[np.float32], BoolArray]:
-    """What a network computes of texts, in their order, shape `[n, width]`, and which were cut, shape `[n]`.
+    """Compute one vector per text with a network, in batches of similar length.
 
     Args:
-        tokenize: Gives token ids.
+        tokenize: Function from texts to token ids.
         texts: `n` texts.
-        forward: From the token ids of `m` texts to `[m, width]` on any device. What a GPU computes stays there until a
-            chunk is done, so that nothing waits for a batch.
-        width: Values of a text.
-        budget: Tokens of one batch at the most, padding counted.
-        batch_size: Texts of one batch at the most; None for no bound but the budget.
+        forward: Function from the token ids of `m` texts to values of shape `[m, width]` on any device. They stay on
+            the device until a chunk is complete, which avoids a synchronization per batch.
+        width: Values per text.
+        budget: Maximum tokens per batch, including padding.
+        batch_size: Maximum texts per batch; None means no limit besides the budget.
+
+    Returns:
+        The values in the order of `texts`, shape `[n, width]`, and a mask of the truncated texts, shape `[n]`.
     """
-    if len(texts) == 1:  # each step of what follows is slow after a network has filled the caches
+    if len(texts) == 1:  # a shortcut, because the steps below are slow once a network has filled the caches
         ids, cut = tokenize(texts)
         with require("torch", "torch").inference_mode():
-            return on_host([forward(ids).float()]).copy(), cut  # it may be a part of all states
+            return on_host([forward(ids).float()]).copy(), cut  # a copy, because the array may be a view of all states
     found, cut = np.empty((len(texts), width), dtype=np.float32), np.zeros(len(texts), dtype=np.bool_)
     for start, ids, cut_here in _tokenized(tokenize, texts):
         chunk = slice(start, start + len(ids))
@@ -79,7 +90,7 @@ def compute_texts(
 
 
 def _tokenized(tokenize: Tokenize, texts: Sequence[str]) -> Iterator[tuple[int, list[list[int]], BoolArray]]:
-    """Chunks in turn: where each begins, its ids, and which were cut; another thread does the next one meanwhile."""
+    """Yield the start, token ids and truncation mask of each chunk, tokenizing the next one in another thread."""
     if len(texts) <= CHUNK:
         if texts:
             yield 0, *tokenize(texts)

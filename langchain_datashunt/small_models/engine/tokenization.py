@@ -1,4 +1,4 @@
-"""Token ids without padding or silent truncation, from a tokenizer of our own that nobody else reconfigures."""
+"""Tokenization without padding or silent truncation, using a private copy of the tokenizer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class TextTokenizer:
-    """A fast tokenizer with padding and truncation off, and the pad id.
+    """Fast tokenizer that reports truncated texts instead of truncating them silently.
 
     Args:
-        backend: A `tokenizers.Tokenizer`; this object owns it.
-        pad_id: Id that fills batches up; masked.
-        max_length: Tokens of one text at the most, special tokens counted.
+        backend: A `tokenizers.Tokenizer`, owned by this object. Its padding and truncation are disabled.
+        pad_id: Token id of padding. It also stands for a text without tokens.
+        max_length: Maximum tokens per text, including special tokens.
     """
 
     def __init__(self, backend: Any, pad_id: int, max_length: int) -> None:
@@ -35,23 +35,31 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, model: str, max_length: int | None = None) -> TextTokenizer:
-        """From a transformers folder or hub id; `max_length` is lowered to what the tokenizer allows."""
+        """Load the tokenizer of a transformers folder or hub id.
+
+        Args:
+            model: Folder or hub id.
+            max_length: Maximum tokens per text, at most the limit of the tokenizer; None means that limit.
+        """
         return cls.from_auto(require("transformers", "torch").AutoTokenizer.from_pretrained(model), max_length)
 
     @classmethod
     def from_auto(cls, auto: Any, max_length: int | None = None) -> TextTokenizer:
-        """From a fast tokenizer of transformers, which is not changed."""
+        """Create the tokenizer from a copy of a fast transformers tokenizer."""
         limit = min(n for n in (max_length, auto.model_max_length) if n is not None)
         backend = require("tokenizers", "torch").Tokenizer.from_str(auto.backend_tokenizer.to_str())
         return cls(backend, auto.pad_token_id or 0, int(limit))
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], BoolArray]:
-        """Ids of each text, and which texts were cut, shape `[n]`; the closing special token is kept."""
+        """Return the token ids of each text and a mask of the truncated texts, shape `[n]`.
+
+        Truncation keeps the closing special tokens.
+        """
         try:
-            encodings = self.backend.encode_batch_fast(list(texts))  # which keeps no places of tokens in the text
-        except TypeError:  # half of a character, as where a text was cut within an emoji
+            encodings = self.backend.encode_batch_fast(list(texts))  # fast, because it computes no character offsets
+        except TypeError:  # a lone surrogate, as in a text that was cut within an emoji
             encodings = self.backend.encode_batch_fast([text.encode(errors="replace").decode() for text in texts])
-        ids = [encoding.ids or [self.pad_id] for encoding in encodings]  # no text is without a token
+        ids = [encoding.ids or [self.pad_id] for encoding in encodings]  # an encoder needs at least one token per text
         cut = np.zeros(len(ids), dtype=np.bool_)
         for i, one in enumerate(ids):
             if len(one) > self.max_length:
@@ -62,7 +70,7 @@ class TextTokenizer:
         return ids[: self.max_length - self._closing] + ids[len(ids) - self._closing :]
 
     def save(self, file: Path) -> None:
-        """Write the tokenizer as one JSON file."""
+        """Save the tokenizer as one JSON file."""
         self.backend.save(str(file))
 
 
@@ -81,14 +89,14 @@ _KEPT_FOR_PADDING = frozenset(
         "xmod",
     }
 )
-"""Kinds of networks whose positions are counted from behind the padding token's id."""
+"""Values of transformers `model_type` whose positions start after the id of the padding token."""
 
 _UNLIMITED = 512
-"""Tokens of a text where a network has no limit, and nobody gave one."""
+"""Maximum tokens per text if neither the network nor the caller sets a limit."""
 
 
 def usable_length(config: Any, asked: int | None = None) -> int:
-    """Tokens of a text that a network of transformers takes, or that were asked for where that is fewer."""
+    """Return the maximum tokens per text that a transformers network supports, at most `asked` if given."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return asked or _UNLIMITED
@@ -98,7 +106,7 @@ def usable_length(config: Any, asked: int | None = None) -> int:
 
 
 def _closing_tokens(backend: Any) -> int:
-    """How many special tokens stand behind a text."""
+    """Return the number of special tokens after a text."""
     text, whole = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
     for start in range(len(whole) - len(text) + 1):
         if text and whole[start : start + len(text)] == text:
@@ -107,7 +115,7 @@ def _closing_tokens(backend: Any) -> int:
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and attention mask, both `[n, longest]`."""
+    """Return right-padded token ids and the attention mask, both of shape `[n, longest]`."""
     longest = max(1, *(len(one) for one in ids)) if ids else 1
     array = np.full((len(ids), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(ids), longest), dtype=np.int64)

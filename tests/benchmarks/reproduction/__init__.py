@@ -1,1 +1,1 @@
-"""The paper's tables and figures, at a scale that two cores compute; see `__main__`."""
+"""Small-scale reproduction of the paper's tables and figures, see `__main__`."""

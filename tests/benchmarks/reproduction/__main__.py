@@ -1,18 +1,17 @@
-"""The paper's tables and Figure 3, at a scale that two cores compute.
+"""Small-scale reproduction of the paper's tables and Figure 3 that runs on two CPU cores.
 
     python -m tests.benchmarks.reproduction --table 1|2|3|4|figure3 [--json F] [--seeds N] [--docs DIR]
 
-1: text classification (Banking77 with GPT-4's recorded answers; headlines with a stand-in), three small models
-2: images: digits with a long tail; head, medium, tail
-3: captions of drawn scenes; BLEU-1..4
+1: text classification with three small models (Banking77 with GPT-4's recorded answers, headlines with a stand-in)
+2: images: long-tailed digits, by head, medium and tail labels
+3: captions of drawn scenes, BLEU-1 to BLEU-4
 4: the ablation of Table 2: without 2CD and PP, with 2CD, with both
-figure3: accuracy and share asked against the threshold, on both text tasks
+figure3: accuracy and deferral rate by threshold, on both text tasks
 
-Each writes its table between its marks in DIR/reproduction.md, and its plots to DIR/reproduction/; without --docs it
-prints only. `--clip FOLDER` adds rows with an image-text model of transformers as the large one to tables 2 and 4;
-`--cifar FOLDER` takes CIFAR-100 (its Parquet files from Hugging Face, uoft-cs/cifar100) in the place of digits;
-`--amazon FILE` takes Amazon reviews (JSONL with reviewText and overall, or CSV with text and label) in the place of
-headlines in table 1.
+Each run writes its table between its marks in DIR/reproduction.md, and its plots to DIR/reproduction/. Without --docs,
+it only prints. `--clip FOLDER` adds rows with a transformers image-text model as the large model to tables 2 and 4.
+`--cifar FOLDER` uses CIFAR-100 (Parquet files from Hugging Face, uoft-cs/cifar100) instead of digits. `--amazon FILE`
+uses Amazon reviews (JSONL with reviewText and overall, or CSV with text and label) instead of headlines in table 1.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--docs", type=Path)
-    parser.add_argument("--clip", help="folder of a CLIP model of transformers (tables 2 and 4)")
+    parser.add_argument("--clip", help="folder of a transformers CLIP model (tables 2 and 4)")
     parser.add_argument("--cifar", type=Path, help="folder with the Parquet files of CIFAR-100 (tables 2 and 4)")
     parser.add_argument("--amazon", type=Path, help="file of Amazon reviews (table 1)")
-    parser.add_argument("--reuse", type=Path, help="JSON of a run of table 1, whose models figure3 then takes")
-    parser.add_argument("--small-run", action="store_true", help="a run of seconds, to see that all works")
+    parser.add_argument("--reuse", type=Path, help="JSON output of table 1, whose results figure3 reuses")
+    parser.add_argument("--small-run", action="store_true", help="a smoke test of some seconds")
     options = parser.parse_args()
     started = time.perf_counter()
     runs: dict[str, Any] = {

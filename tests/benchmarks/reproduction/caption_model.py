@@ -1,4 +1,4 @@
-"""CaptionModel: a ResNet with an attending LSTM that describes images (Xu et al. 2015), trained here."""
+"""CaptionModel: an image captioner from a ResNet and an LSTM with attention (Xu et al. 2015)."""
 
 from __future__ import annotations
 
@@ -45,67 +45,67 @@ RESNET_101 = {
     "layer_type": "bottleneck",
     "embedding_size": 64,
 }
-"""ResNet-101, as transformers' ResNetConfig takes it."""
+"""Arguments of transformers' ResNetConfig for ResNet-101."""
 
 
 class CaptionModel(GeneratingModel):
-    """Describes images: a ResNet, soft attention over its map of features, and an LSTM.
+    """Image captioner with a ResNet, soft attention over its feature map, and an LSTM.
 
     ```python
     small = CaptionModel.train(images, captions)
     small.invoke(Path("scene.png")).answer      # "a red circle above a blue square"
     ```
 
-    Its confidence is the mean probability of the words (Data Shunt, eq. 8).
+    The confidence is the mean probability of the words (Data Shunt, eq. 8).
     """
 
     reads_text: ClassVar[bool] = False
 
     vocabulary: tuple[str, ...] = Field(default=(), repr=False)
-    """Known words; their ids start at 4, after padding, start, end and unknown."""
+    """Known words. Their ids start at 4, after padding, start, end and unknown."""
 
     eye: dict[str, Any] = Field(default_factory=lambda: {"kind": "small", "depth": 14, "width": 16, "channels": 3})
-    """The image network: `{"kind": "small", depth, width, channels}`, or `{"kind": "resnet", "config": {...}}`."""
+    """Image network: `{"kind": "small", depth, width, channels}`, or `{"kind": "resnet", "config": {...}}`."""
 
     embedding_size: int = Field(default=128, ge=1)
-    """Numbers per word."""
+    """Dimensions of a word embedding."""
 
     hidden_size: int = Field(default=256, ge=1)
     """Units of the LSTM."""
 
     dropout: float = Field(default=0.3, ge=0.0, lt=1.0)
-    """Share of features dropped in training."""
+    """Dropout rate in training."""
 
     evenness: float = Field(default=0.05, ge=0.0)
-    """How strongly attention is drawn over all places by the end of a caption, in training."""
+    """Weight of the training loss that spreads attention over all positions of the image."""
 
     max_words: int = Field(default=30, ge=1)
-    """Words of a caption at the most."""
+    """Maximum words per caption."""
 
     beams: int = Field(default=1, ge=1, le=32)
-    """Captions that are followed at once; 1 is greedy."""
+    """Beam width. 1 is greedy decoding."""
 
     images: ImageReader = ImageReader()
-    """How images are read."""
+    """Reader of images."""
 
     scale: ImageScale | None = None
-    """What the network takes of them."""
+    """Size, channels and normalization of the network's input."""
 
     device: str | None = None
-    """cuda, mps or cpu; None chooses."""
+    """Torch device: cuda, mps or cpu. None selects it automatically."""
 
     batch_size: int = Field(default=64, ge=1)
-    """Images computed at once at the most."""
+    """Maximum images per batch."""
 
     _network: Any = PrivateAttr(default=None)
     _ids: dict[str, int] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Build the network with fresh weights."""
+        """Build the network with random weights."""
         super().model_post_init(context)
         if not self.vocabulary or self.scale is None:
             raise ConfigurationError(
-                "A CaptionModel needs a vocabulary and a scale; make it with CaptionModel.train(...) or "
+                "A CaptionModel requires a vocabulary and a scale. Create it with CaptionModel.train(...) or "
                 "load_small_model(folder)."
             )
         from tests.benchmarks.reproduction.caption_modules import AttendingWriter
@@ -130,7 +130,7 @@ class CaptionModel(GeneratingModel):
     def workers(self) -> int:
         return cpu_workers(choose_device(self.device))
 
-    # Writing
+    # Captioning
 
     @override
     def generate(self, inputs: Sequence[Picture]) -> list[Generated]:
@@ -160,10 +160,10 @@ class CaptionModel(GeneratingModel):
         assert self.scale is not None
         return self.scale.tensor(pixels, next(self._network.parameters()).device)
 
-    # Learning
+    # Training
 
     def features(self, examples: AnswerExamples) -> list[Any]:
-        """(Pixels, word ids with END) of examples; words that are not known are UNKNOWN."""
+        """Return (pixels, word ids with END) of examples. Unknown words become UNKNOWN."""
         read, known = self.reader.read, self._ids
         seen: dict[str, Any] = {}
         found = []
@@ -175,7 +175,7 @@ class CaptionModel(GeneratingModel):
         return found
 
     def losses_of(self, network: Any, features: list[Any]) -> Any:
-        """Loss of each caption, shape `[n, 1]`."""
+        """Return the loss of each caption, shape `[n, 1]`."""
         torch = require("torch", "torch")
         images = self._tensor([pixels for pixels, _ in features]).to(next(network.parameters()).device)
         words = torch.zeros(len(features), max(len(ids) for _, ids in features), dtype=torch.long)
@@ -205,24 +205,24 @@ class CaptionModel(GeneratingModel):
         """Train on images and their captions, with early stopping on the held-out loss.
 
         Args:
-            images: `n` images, as `reader` reads them.
-            captions: One or several captions for each.
-            validation: Images and captions to stop on; None holds a part of the images out.
-            settings: How to train; None for 30 epochs, batches of 32, 1e-3.
+            images: `n` images that `reader` can read.
+            captions: One or several captions per image.
+            validation: Images and captions for early stopping; None holds out part of the images.
+            settings: Training settings; None means 30 epochs, batches of 32 and a learning rate of 1e-3.
             eye: "small", a ResNet for small images, or "resnet101", as in the paper.
             depth: Layers of the small ResNet, 6 n + 2.
             width: Channels of its first group.
-            base: Folder or hub id of a ResNet of transformers, whose weights the eye begins with; its form replaces
-                `eye`.
-            size: Height and width that the network takes; None for those of the first image, 224 for ResNet-101.
-            vocabulary_size: The most frequent words that are kept.
+            base: Folder or hub id of a transformers ResNet that provides the architecture and initial weights instead
+                of `eye`.
+            size: Height and width of the network's input; None means those of the first image, 224 for ResNet-101.
+            vocabulary_size: Number of most frequent words in the vocabulary.
             model_id: Name of the model in predictions and records.
-            input_key: Where mappings hold the image.
-            reader: How images are read, and the limits on them.
+            input_key: Key of the image in mappings.
+            reader: Reader of images, with its limits.
             **network: embedding_size, hidden_size, dropout, evenness, max_words, beams, device.
 
         Raises:
-            DataError: The training set cannot be used; the message says why.
+            DataError: If the training set is unusable. The message gives the reason.
         """
         read = reader or ImageReader()
         chosen = (settings or TrainingSettings()).filled(epochs=30, batch_size=32, learning_rate=1e-3, patience=5)
@@ -325,9 +325,9 @@ class CaptionModel(GeneratingModel):
 def _pairs(
     reader: ImageReader, images: Sequence[Any], captions: Sequence[str | Sequence[str]]
 ) -> tuple[list[str], list[str]]:
-    """Data URLs and captions, one pair for each caption."""
+    """Return data URLs and captions, one pair per caption."""
     if len(images) != len(captions):
-        raise DataError(f"{len(images)} images and {len(captions)} captions: give at least one for each image.")
+        raise DataError(f"Expected captions for each image, got {len(images)} images and {len(captions)} captions.")
     urls: list[str] = []
     answers: list[str] = []
     for i, (image, said) in enumerate(zip(images, captions, strict=True)):
@@ -339,7 +339,7 @@ def _pairs(
         urls += [url] * len(mine)
         answers += mine
     if not urls:
-        raise DataError("There are no captioned images to learn from; give some.")
+        raise DataError("Expected captioned images for training, got none. Pass at least one image with a caption.")
     return urls, answers
 
 
@@ -352,11 +352,11 @@ def _eye(
     first: Picture,
     pictures: Sequence[Picture],
 ) -> tuple[dict[str, Any], ImageScale]:
-    """The image network's form and what it takes."""
+    """Return the settings of the image network, and the scale of its input."""
     if base is not None:
         config = require("transformers", "torch").AutoConfig.from_pretrained(base)
         if config.model_type != "resnet":
-            raise ConfigurationError(f"{base} is a {config.model_type!r}; the eye must be a 'resnet'.")
+            raise ConfigurationError(f"Expected a 'resnet' model for `base`, got {base} of type {config.model_type!r}.")
         names = (*RESNET_101, "num_channels", "hidden_act", "downsample_in_first_stage", "downsample_in_bottleneck")
         kept = {name: getattr(config, name) for name in names if hasattr(config, name)}
         return {"kind": "resnet", "config": kept}, ImageScale.from_transformers(base)
@@ -366,7 +366,7 @@ def _eye(
     if eye == "resnet101":
         return {"kind": "resnet", "config": RESNET_101}, scale
     if depth < 8 or (depth - 2) % 6:
-        raise ConfigurationError(f"A ResNet for small images has 6 n + 2 layers; {depth} is none of 8, 14, 20, ...")
+        raise ConfigurationError(f"Expected 6 n + 2 layers for `depth` (8, 14, 20, ...), got {depth}.")
     return {"kind": "small", "depth": depth, "width": width, "channels": channels}, scale
 
 

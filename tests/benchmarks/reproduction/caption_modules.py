@@ -1,4 +1,4 @@
-"""The torch modules of the captioner: an image network, soft attention over its map, and an LSTM that writes."""
+"""Torch modules of the captioner: an image network, soft attention over its feature map, and an LSTM."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 PAD, START, END, UNKNOWN = 0, 1, 2, 3
-"""Word ids that every vocabulary has."""
+"""Word ids that every vocabulary contains."""
 
 
 class Eye(nn.Module):
-    """An image network without its last layer: images to a map of features, one vector a place."""
+    """Image network without its last layer, from images to feature maps with one vector per position."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Eye(nn.Module):
             self.size = int(config.hidden_sizes[-1])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[n, c, h, w]` to features `[n, places, size]`."""
+        """Return features `[n, places, size]` of images `[n, c, h, w]`."""
         found = self.network(images)
         states: torch.Tensor = getattr(found, "last_hidden_state", found)
         return states.flatten(2).transpose(1, 2)
@@ -41,8 +41,8 @@ class Eye(nn.Module):
 class AttendingWriter(nn.Module):
     """Show, attend and tell (Xu et al. 2015) with soft attention.
 
-    At each word the LSTM looks at all places of the image, weighted by how well they fit its state; a gate says how
-    much of what it sees it uses. The next word follows from the last word, the state and what is seen (deep output).
+    For each word, attention weights all positions of the image by the state of the LSTM, and a gate scales the result.
+    The next word is predicted from the last word, the state and the attention output (deep output).
     """
 
     def __init__(self, architecture: dict[str, Any], words: int, embedding: int, units: int, dropout: float) -> None:
@@ -60,7 +60,7 @@ class AttendingWriter(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def begin(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images `[n, c, h, w]` to places `[n, p, s]`, the same projected, and the first state and cell `[n, u]`."""
+        """Return features `[n, p, s]` of images, their projection, and the initial state and cell `[n, u]`."""
         places = self.eye(images)
         mean = places.mean(1)
         return (
@@ -78,7 +78,7 @@ class AttendingWriter(nn.Module):
         state: torch.Tensor,
         cell: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One word `[n]` further: logits `[n, words]`, state, cell, and the attention `[n, p]`."""
+        """Process one word `[n]`, and return logits `[n, words]`, state, cell and attention `[n, p]`."""
         scores = self.fit(torch.tanh(projected + self.of_state(state)[:, None])).squeeze(-1)
         attention = scores.softmax(-1)
         seen = torch.sigmoid(self.gate(state)) * (attention[..., None] * places).sum(1)
@@ -88,12 +88,14 @@ class AttendingWriter(nn.Module):
         return self.output(self.dropout(torch.tanh(deep))), state, cell, attention
 
     def losses(self, images: torch.Tensor, words: torch.Tensor, evenness: float) -> torch.Tensor:
-        """Loss of each caption, `[n, 1]`: mean negative log-likelihood, and a pull to look at all places in the end.
+        """Return the loss of each caption, shape `[n, 1]`.
+
+        It is the mean negative log-likelihood. In training, a penalty for uneven attention is added.
 
         Args:
             images: Shape `[n, c, h, w]`.
-            words: Ids `[n, t]`, ended by END and padded; without START.
-            evenness: Weight of the pull, the doubly stochastic regularisation of the paper.
+            words: Ids `[n, t]` with END and padding, without START.
+            evenness: Weight of the penalty, the doubly stochastic regularization of the paper.
         """
         places, projected, state, cell = self.begin(images)
         word = torch.full_like(words[:, 0], START)
@@ -110,7 +112,7 @@ class AttendingWriter(nn.Module):
         return (losses + evenness * pull if self.training else losses)[:, None]
 
     def greedy(self, images: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest word at each step: ids `[n, t]`, padded after END, and log-probabilities `[n, t]`."""
+        """Decode greedily, and return ids `[n, t]`, padded after END, and log-probabilities `[n, t]`."""
         places, projected, state, cell = self.begin(images)
         word = torch.full((len(places),), START, device=places.device)
         done = torch.zeros_like(word, dtype=torch.bool)
@@ -128,7 +130,7 @@ class AttendingWriter(nn.Module):
         return torch.stack(ids, 1), torch.stack(logs, 1)
 
     def beam(self, images: torch.Tensor, most: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest caption of `width` that are followed, by mean log-probability a word; as `greedy` gives it."""
+        """Decode with `width` beams, ranked by mean log-probability per word, and return the same as `greedy`."""
         n = len(images)
         places, projected, state, cell = (part.repeat_interleave(width, 0) for part in self.begin(images))
         word = torch.full((n * width,), START, device=places.device)
@@ -160,7 +162,9 @@ class AttendingWriter(nn.Module):
 
 
 def _sayable(logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of all words, without padding and start."""
+    """Return the log-probabilities of all words, excluding padding and start."""
     held = logits.float().clone()
-    held[:, PAD] = held[:, START] = -torch.inf  # each by itself: a list would be copied to a GPU at every word
+    held[:, PAD] = held[
+        :, START
+    ] = -torch.inf  # assigned separately, because a list index would be copied to the GPU for every word
     return held.log_softmax(-1)

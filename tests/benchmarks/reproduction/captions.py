@@ -1,4 +1,4 @@
-"""Table 3: captions of drawn scenes, a small captioner, a larger one, and the shunt between them; BLEU by sacrebleu."""
+"""Table 3: BLEU of a small captioner, a larger one and the shunt between them, on drawn scenes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORDERS = (1, 2, 3, 4)
 
 
 def bleu(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
-    """BLEU-1 to BLEU-4 of a corpus against all five captions of each scene, in [0, 1]."""
+    """Return BLEU-1 to BLEU-4 of a corpus against all five captions of each scene, in [0, 1]."""
     from sacrebleu.metrics import BLEU
 
     references = [list(one) for one in zip(*(scene.captions() for scene in scenes), strict=True)]
@@ -31,7 +31,7 @@ def bleu(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
 
 
 def train(scenes: list[Scene], seed: int, quick: bool, *, large: bool) -> CaptionModel:
-    """The small captioner learns one way to say it; the larger one has a wider eye and learns more scenes."""
+    """Train a captioner on the first caption of each scene. The larger one has a wider image network and LSTM."""
     settings = TrainingSettings(
         progress=False, seed=seed, epochs=2 if quick else 40, patience=12, learning_rate=3e-3, batch_size=32
     )
@@ -63,7 +63,9 @@ def one_seed(options: Namespace, seed: int) -> dict[str, Any]:
     grid = np.unique(np.quantile(held.confidence, np.linspace(0.0, 1.0, 41)))
     mixed = [(score(mix(held, said, float(t)), held_out), float(t)) for t in grid]
     best = max(value for value, _ in mixed)
-    threshold = min(t for value, t in mixed if value >= best - 0.002)  # as few calls as the best allows
+    threshold = min(
+        t for value, t in mixed if value >= best - 0.002
+    )  # the fewest LLM calls within 0.002 of the best score
     shunt = ShuntRunnable(
         small=small, large=LocalLargeModel(model=large), pruning=NoPruning(), policy=Threshold(threshold),
         return_decision=True,
@@ -104,7 +106,7 @@ def score(captions: list[str], scenes: list[Scene]) -> float:
 
 
 def table_3(options: Namespace) -> Found:
-    """Small, large and the shunt, with the sweep of the threshold as a plot."""
+    """Return the table of small model, large model and shunt, with a plot by threshold."""
     seeds = options.seeds or (1 if options.small_run else 3)
     each = [one_seed(options, seed) for seed in range(seeds)]
     names, keys = ("small", "large", "DS"), (*(f"bleu{n}" for n in ORDERS), "asked")

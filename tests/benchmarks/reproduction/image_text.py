@@ -1,4 +1,4 @@
-"""ImageTextModel: CLIP as the large side, which reads the prompt of Prompt Pruning as the paper writes it."""
+"""ImageTextModel: CLIP as the large model, with the paper's prompts of Prompt Pruning."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from tests.benchmarks.reproduction.local_large import Told, told_by
 
 
 class ImageTextModel(Configured, RunnableSerializable[Any, str]):
-    """A model that says how well a text fits an image, as the large side: it answers with the label whose prompt fits.
+    """Image-text model as the large model, which answers with the label whose prompt matches the image best.
 
-    Each candidate's prompt is "This is a photo of a cat.", and where the small model's probability is told, "This is a
-    photo of a cat with probability 0.31." (Data Shunt, section on Prompt Pruning).
+    The prompt of a candidate is "This is a photo of a cat.", or "This is a photo of a cat with probability 0.31." if
+    the small model's probability is given (Data Shunt, section on Prompt Pruning).
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     model: str
-    """Folder or hub id of a CLIP model of transformers."""
+    """Folder or hub id of a transformers CLIP model."""
 
     labels: tuple[str, ...] = Field(min_length=1)
-    """All labels; candidates are some of them."""
+    """All labels. Candidates are a subset of them."""
 
     template: str = "This is a photo of a {label}."
-    """The prompt of a label."""
+    """Prompt of a label."""
 
     told_template: str = "This is a photo of a {label} with probability {probability}."
-    """The same where the small model's probability is told."""
+    """Prompt of a label if the small model's probability is given."""
 
     input_key: str = "input"
-    """The name of the input in the mapping."""
+    """Key of the input in the mapping."""
 
     images: ImageReader = ImageReader()
-    """How images are read."""
+    """Reader of images."""
 
     device: str | None = None
-    """cuda, mps or cpu; None chooses."""
+    """Torch device: cuda, mps or cpu. None selects it automatically."""
 
     _network: Any = PrivateAttr(default=None)
     _tokenizer: Any = PrivateAttr(default=None)
@@ -61,7 +61,7 @@ class ImageTextModel(Configured, RunnableSerializable[Any, str]):
         super().model_post_init(context)
         for name in ("template", "told_template"):
             if "{label}" not in getattr(self, name):
-                raise ConfigurationError(f"The {name} {getattr(self, name)!r} has no {{label}}.")
+                raise ConfigurationError(f"Expected {{label}} in `{name}`, got {getattr(self, name)!r}.")
         transformers = require("transformers", "torch")
         with quiet_transformers():
             network = transformers.CLIPModel.from_pretrained(self.model)
@@ -85,10 +85,10 @@ class ImageTextModel(Configured, RunnableSerializable[Any, str]):
         return self._batch_with_config(self._many, inputs, config, return_exceptions=return_exceptions)
 
     def predict(self, value: Any) -> Prediction:
-        """The probabilities of the candidates for one input, over all labels.
+        """Return the probabilities over all labels for one input, which are zero for labels that are not candidates.
 
         Raises:
-            InputError: There is no image in it.
+            InputError: If the input has no image.
         """
         found = self._probabilities([told_by(value, self.input_key)])[0]
         if isinstance(found, Exception):
@@ -103,7 +103,7 @@ class ImageTextModel(Configured, RunnableSerializable[Any, str]):
         return [one if isinstance(one, Exception) else self.labels[int(one.argmax())] for one in found]
 
     def _probabilities(self, told: Sequence[Told]) -> list[Any]:
-        """Probabilities `[k]` for each input, or what is wrong with it."""
+        """Return probabilities `[k]` or an error for each input."""
         torch = require("torch", "torch")
         assert self._scale is not None
         found: list[Any] = [None] * len(told)
@@ -130,7 +130,7 @@ class ImageTextModel(Configured, RunnableSerializable[Any, str]):
         names = [label for label in self.labels if not told.candidates or label in told.candidates]
         if not names:
             raise ConfigurationError(
-                f"None of the candidates {', '.join(told.candidates[:5])} is a label of this model."
+                f"None of the candidates {', '.join(told.candidates[:5])} is a label of this model. Use its labels."
             )
         texts = [self._prompt(label, told.probabilities.get(label)) for label in names]
         fits = (self._embedded(texts) @ vector * self._network.logit_scale.exp()).double().cpu().numpy()
@@ -144,7 +144,7 @@ class ImageTextModel(Configured, RunnableSerializable[Any, str]):
         return self.told_template.replace("{label}", label).replace("{probability}", str(probability))
 
     def _embedded(self, texts: Sequence[str]) -> Any:
-        """Unit vectors `[n, d]` of prompts; those of plain labels are remembered."""
+        """Return unit vectors `[n, d]` of prompts. Those of plain labels are cached."""
         torch = require("torch", "torch")
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         made: dict[str, Any] = {}

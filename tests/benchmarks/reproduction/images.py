@@ -1,4 +1,4 @@
-"""Tables 2 and 4: images with a long tail, by the shunt itself, its recorder and its distiller."""
+"""Tables 2 and 4: long-tailed images with the shunt, its recorder and distillation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = ("all", "head", "medium", "tail")
 
 @dataclass
 class Material:
-    """Images and labels of each use; `parts` says which labels are head, medium and tail."""
+    """Images and labels of each split, with the labels of the parts head, medium and tail."""
 
     small: tuple[list[Any], list[str]]
     large: tuple[list[Any], list[str]]
@@ -43,7 +43,7 @@ class Material:
 
 
 def digits_with_a_long_tail(seed: int) -> Material:
-    """scikit-learn's 8x8 digits: the n-th label has 100, 60, 36, ... 1 training images for the small model."""
+    """Return scikit-learn's 8x8 digits, with 100, 60, 36, ... 1 training images per label for the small model."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -52,19 +52,17 @@ def digits_with_a_long_tail(seed: int) -> Material:
 
 
 def cifar_with_a_long_tail(folder: Path, seed: int) -> Material:
-    """CIFAR-100 in the Parquet files of its page on Hugging Face; from 400 to 4 images a label for the small model."""
+    """Return CIFAR-100 from its Parquet files, with 400 to 4 training images per label for the small model."""
     import pyarrow.parquet as parquet
     from PIL import Image
 
     files = sorted(folder.rglob("*.parquet"))
     if not files:
-        raise SystemExit(
-            f"{folder} holds no Parquet file; get them with: hf download --repo-type dataset uoft-cs/cifar100"
-        )
+        raise SystemExit(f"{folder} contains no Parquet file. Run: hf download --repo-type dataset uoft-cs/cifar100")
     rows = [row for file in files for row in parquet.read_table(file, columns=["img", "fine_label"]).to_pylist()]
     images = np.stack([np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")) for row in rows])
     labels = np.array([row["fine_label"] for row in rows])
-    most = len(labels) // len(set(labels.tolist()))  # 600 a label, as published
+    most = len(labels) // len(set(labels.tolist()))  # 600 per label in the published data
     sizes = {"most": 400, "large": 50, "held_out": 10, "stream": 40, "test": 100}
     return split_long_tail(images, labels, seed, **{use: max(1, n * most // 600) for use, n in sizes.items()})
 
@@ -73,7 +71,7 @@ def split_long_tail(
     images: NDArray[Any], target: NDArray[Any], seed: int, *, most: int, large: int, held_out: int, stream: int,
     test: int,
 ) -> Material:  # fmt: skip
-    """Split each label's images; which label is frequent is a matter of the seed."""
+    """Split the images of each label. The seed determines which labels are frequent."""
     rng = np.random.default_rng(seed)
     names = rng.permutation(np.unique(target))
     counts = {str(name): max(1, round(most * IMBALANCE ** (-i / (len(names) - 1)))) for i, name in enumerate(names)}
@@ -93,7 +91,7 @@ def split_long_tail(
 
 
 def train(material: Material, seed: int, quick: bool, big: bool) -> tuple[ImageClassifier, ImageClassifier]:
-    """The small ResNet on the long tail, and a larger one on few, balanced images."""
+    """Train a small ResNet on the long-tailed images, and a larger one on balanced images."""
     high = material.small[0][0].shape[0]
     quiet = TrainingSettings(progress=False, seed=seed, epochs=3 if quick else 80, patience=20)
     depth = 32 if big else 8
@@ -111,7 +109,7 @@ def by_part(answers: list[str], material: Material) -> dict[str, float]:
 
 
 def one_seed(options: Namespace, seed: int) -> dict[str, dict[str, float]]:
-    """All rows of both tables, for one split."""
+    """Return all rows of both tables for one split."""
     material = cifar_with_a_long_tail(options.cifar, seed) if options.cifar else digits_with_a_long_tail(seed)
     small, large_model = train(material, seed, options.small_run, bool(options.cifar))
     larges: dict[str, Any] = {"": LocalLargeModel(model=large_model, opinion="heed")}
@@ -141,7 +139,7 @@ def one_seed(options: Namespace, seed: int) -> dict[str, dict[str, float]]:
 
 
 def chosen(held: PredictionBatch, labels: list[str], said: list[str]) -> float:
-    """The threshold of the highest held-out accuracy; 0.9 where a large model says the same to all images."""
+    """Return the threshold with the highest held-out accuracy, or 0.9 if the selection fails."""
     try:
         return select_threshold(held, labels, large=said, objective=MaxAccuracy()).threshold
     except DataError as error:
@@ -154,12 +152,12 @@ def labels_of(model: SmallModel, images: list[Any]) -> list[str]:
 
 
 def asked_alone(large: Any, small: SmallModel, images: list[Any]) -> list[str]:
-    """What the large model says without the small one's opinion."""
+    """Return the large model's answers without the small model's probabilities."""
     return [str(answer) for answer in large.batch([small.reader.lay_out(image) for image in images])]
 
 
 def distilled(s1: SmallModel, large: Any, material: Material, threshold: float, seed: int, quick: bool) -> SmallModel:
-    """S2 after a stream of inputs through the recorded shunt; no true label is used."""
+    """Return S2, distilled from a recorded stream of inputs without true labels."""
     with tempfile.TemporaryDirectory() as folder, CallLog(f"sqlite:///{folder}/calls.db") as store:
         with Recorder(store, task="images", sample_small=1.0) as recorder:
             ShuntRunnable(small=s1, large=large, pruning=NoPruning(), recorder=recorder).batch(material.stream[0])
@@ -193,7 +191,7 @@ def _table(rows: dict[str, dict[str, list[float]]], names: list[str]) -> str:
 
 
 def table_2(options: Namespace) -> Found:
-    """Small, large and the shunt, by the frequency of the label."""
+    """Return the table of small model, large model and shunt, by label frequency."""
     rows = measured(options)
     names = [name for name in rows if name.split(" (")[0] in ("small", "large", "DS", "DS-2CD", "DS-PP-2CD")]
     beats = {
@@ -204,7 +202,7 @@ def table_2(options: Namespace) -> Found:
 
 
 def table_4(options: Namespace) -> Found:
-    """The ablation."""
+    """Return the table of the ablation."""
     rows = measured(options)
     names = [name for name in rows if name.startswith("DS")]
     return Found(_figures(rows), _table(rows, names))

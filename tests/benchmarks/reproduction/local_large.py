@@ -1,4 +1,4 @@
-"""LocalLargeModel: a larger model on one's own machine as the large side, which heeds what Prompt Pruning tells it."""
+"""LocalLargeModel: a local model as the large model, which supports the prompt variables of Prompt Pruning."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from langchain_datashunt.prediction import FloatArray
 from langchain_datashunt.small_models.base import SmallModel
 
 _LEAST = 1e-3
-"""What a rounded probability of 0 counts for."""
+"""Value used for a rounded probability of 0."""
 
 
 class Told(NamedTuple):
-    """What the prompt variables say of one input.
+    """Prompt variables of one input.
 
     Attributes:
-        value: The input.
-        candidates: The labels that may be answered; empty for all.
-        probabilities: What the small model thinks, by label.
+        value: Input.
+        candidates: Labels that are allowed as an answer; empty means all.
+        probabilities: Probabilities of the small model by label.
     """
 
     value: Any
@@ -35,7 +35,7 @@ class Told(NamedTuple):
 
 
 def told_by(mapping: Any, input_key: str) -> Told:
-    """The prompt variables of a mapping that a shunt hands to its large side; anything else is a bare input."""
+    """Return the prompt variables of a mapping from a shunt. Any other value is a bare input."""
     if not isinstance(mapping, Mapping) or input_key not in mapping:
         return Told(mapping, (), {})
     return Told(
@@ -44,12 +44,12 @@ def told_by(mapping: Any, input_key: str) -> Told:
 
 
 def weigh(own: FloatArray, labels: Sequence[str], told: Told, *, heed: bool) -> FloatArray:
-    """Own probabilities `[k]` with what was told: candidates only, and times the small model's probabilities.
+    """Return probabilities `[k]` restricted to the candidates and, with `heed`, times those of the small model.
 
-    Labels whose probability was not told share what is left.
+    Labels without a probability of the small model share the remaining probability.
 
     Raises:
-        ConfigurationError: None of the candidates is a label of this model.
+        ConfigurationError: If no candidate is a label of this model.
     """
     p = np.array(own, dtype=np.float64)
     if told.candidates:
@@ -72,26 +72,26 @@ def weigh(own: FloatArray, labels: Sequence[str], told: Told, *, heed: bool) -> 
 
 
 class LocalLargeModel(Configured, RunnableSerializable[Any, Any]):
-    """Any model of this package as the large side of a shunt.
+    """Small model of this package as the large model of a shunt.
 
     ```python
     shunt = ShuntRunnable(small=resnet, large=LocalLargeModel(model=big_vision_model), pruning=SoftPruning())
     ```
 
-    It answers with a label (or with what it writes). `candidates` bound what it may answer; with `opinion="heed"` the
-    probabilities of `candidate_probabilities` multiply its own, which is what a soft prompt is to a language model.
+    It answers with a label or a generated text. `candidates` restrict its answers. With `opinion="heed"`, its
+    probabilities are multiplied by `candidate_probabilities`, which corresponds to soft pruning with an LLM.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     model: SmallModel
-    """The larger model."""
+    """Model that answers."""
 
     opinion: Literal["heed", "ignore"] = "heed"
-    """What is made of the small model's probabilities."""
+    """Whether to use the small model's probabilities."""
 
     input_key: str = "input"
-    """The name of the input in the mapping."""
+    """Key of the input in the mapping."""
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:

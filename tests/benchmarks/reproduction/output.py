@@ -1,4 +1,4 @@
-"""Tables as Markdown between marks of a page, plots as SVG files that stand alone."""
+"""Output of tables as Markdown between marks of a page, and of plots as standalone SVG files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _STYLE = (
 
 @dataclass
 class Found:
-    """What a run found.
+    """Result of a run.
 
     Attributes:
-        figures: JSON-ready.
-        markdown: The table.
+        figures: JSON-ready figures.
+        markdown: Table as Markdown.
         plots: Charts by file name.
     """
 
@@ -40,7 +40,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(values: Sequence[float]) -> str:
-    """The mean over seeds, with half the width of its 95% interval (Student's t) where there are several."""
+    """Return the mean in percent, with half the width of its 95% interval (Student's t) if there are several seeds."""
     from scipy.stats import t
 
     mean, n = float(np.nanmean(values)), len(values)
@@ -51,12 +51,12 @@ def percent(values: Sequence[float]) -> str:
 
 
 def write(found: Found, folder: Path, name: str) -> None:
-    """Put the table between its marks, and the plots beside the page."""
+    """Write the table between its marks, and the plots to the folder of the page."""
     page = folder / "reproduction.md"
     text = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: made by the command above -->", f"<!-- {name}: end -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"{page} has no marks {begin} and {end}.")
+        raise SystemExit(f"Expected the marks {begin} and {end} in {page}. Add them.")
     before, after = text.split(begin)[0], text.split(end)[1]
     page.write_text(f"{before}{begin}\n{found.markdown}\n{end}{after}", encoding="utf-8")
     (folder / "reproduction").mkdir(exist_ok=True)
@@ -65,7 +65,7 @@ def write(found: Found, folder: Path, name: str) -> None:
 
 
 def standalone(chart: Chart) -> str:
-    """A chart as an SVG file: with its style, its title and a legend below."""
+    """Return a chart as a standalone SVG with style, title and legend."""
     inner = chart.svg().removesuffix("</svg>").split(">", 1)[1]
     high = HEIGHT + 22 * ((len(chart.lines) + 2) // 3) + 24
     legend = []

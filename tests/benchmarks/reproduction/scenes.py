@@ -1,4 +1,4 @@
-"""Drawn scenes with captions by a grammar: material for captioners where no photographs are at hand."""
+"""Synthetic scenes with captions from a grammar, as training data for captioners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.images import Pixels
 
 SIDE = 48
-"""Pixels of a scene's side."""
+"""Height and width of a scene in pixels."""
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -22,12 +22,12 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 RELATIONS = {"above": "below", "left of": "right of"}
-"""How the first thing lies to the second, and the second to the first."""
+"""Relations of the first thing to the second, with their inverse."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene."""
+    """Coloured shape in a scene."""
 
     shape: str
     colour: str
@@ -39,13 +39,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two things and how they lie.
+    """Image of two things and their relation.
 
     Attributes:
-        pixels: Shape `[48, 48, 3]`.
-        first: One thing.
-        relation: How the first lies to the second.
-        second: The other.
+        pixels: Image, shape `[48, 48, 3]`.
+        first: First thing.
+        relation: Relation of the first thing to the second.
+        second: Second thing.
     """
 
     pixels: Pixels
@@ -54,7 +54,7 @@ class Scene:
     second: Thing
 
     def captions(self) -> list[str]:
-        """Five ways to say it, the plainest first."""
+        """Return five captions, the simplest first."""
         one, other, back = self.first, self.second, RELATIONS[self.relation]
         told = {"above": "over", "below": "under", "left of": "to the left of", "right of": "to the right of"}
         return [
@@ -70,12 +70,12 @@ def draw_scenes(n: int, *, seed: int = 0, noise: float = 0.0) -> list[Scene]:
     """Draw random scenes.
 
     Args:
-        n: How many.
-        seed: Of what is drawn.
-        noise: Standard deviation of the noise on each pixel, in units of the full range; more is harder to see.
+        n: Number of scenes.
+        seed: Random seed.
+        noise: Standard deviation of the pixel noise, relative to the full range.
     """
     if noise < 0.0:
-        raise ConfigurationError(f"The noise is {noise}; give 0 or more.")
+        raise ConfigurationError(f"Expected `noise` of at least 0, got {noise}.")
     rng = np.random.default_rng(seed)
     return [_scene(rng, noise) for _ in range(n)]
 

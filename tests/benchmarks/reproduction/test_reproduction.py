@@ -1,4 +1,4 @@
-"""The commands of docs/reproduction.md, as runs of seconds: their figures mean nothing, their parts do."""
+"""Smoke tests of the commands in docs/reproduction.md. Their small runs check the code, not the figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dic
     return found
 
 
-def test_digits_have_a_long_tail_and_no_part_shares_an_image() -> None:
+def test_digits_parts_are_long_tailed_and_disjoint() -> None:
     material = digits_with_a_long_tail(3)
     assert sorted(material.counts.values(), reverse=True) == [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
     assert [len(material.parts[part]) for part in ("all", "head", "medium", "tail")] == [10, 3, 3, 4]
@@ -41,11 +41,11 @@ def test_digits_have_a_long_tail_and_no_part_shares_an_image() -> None:
         for part in ("small", "large", "held_out", "stream", "test")
         for image in getattr(material, part)[0]
     ]
-    assert len(seen) - len(set(seen)) <= 4  # scikit-learn's digits hold hardly a picture twice
+    assert len(seen) - len(set(seen)) <= 4  # scikit-learn's digits contain few duplicates
     assert {name: material.test[1].count(name) for name in material.counts} == dict.fromkeys(material.counts, 40)
 
 
-def test_tables_2_and_4_run_with_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tables_2_and_4_run_on_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = ran(monkeypatch, tmp_path, "--table", "2")
     assert found["small"]["asked"]["mean"] == 0.0
     assert found["large"]["asked"]["mean"] == 1.0
@@ -54,7 +54,7 @@ def test_tables_2_and_4_run_with_digits(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert {"DS", "DS-2CD", "DS-PP-2CD"} <= set(found)
 
 
-def test_an_image_text_model_and_cifar_can_take_their_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_table_2_runs_on_cifar_with_image_text_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, set_seed
 
     rng = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def test_an_image_text_model_and_cifar_can_take_their_place(monkeypatch: pytest.
         text_config={**part, **text}, vision_config={**part, "image_size": 16, "patch_size": 8}, projection_dim=16
     )
     network = CLIPModel(config)
-    with torch.no_grad():  # so that what is seen outweighs what is the same for all pictures
+    with torch.no_grad():  # amplifies the image content over the bias shared by all images
         network.vision_model.embeddings.patch_embedding.weight.mul_(100.0)
     network.save_pretrained(clip)
     preprocessor(clip)
@@ -89,7 +89,7 @@ def test_an_image_text_model_and_cifar_can_take_their_place(monkeypatch: pytest.
         ran(monkeypatch, tmp_path, "--table", "2", "--cifar", str(clip))
 
 
-def test_table_3_runs_and_its_plot_stands_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_table_3_writes_table_and_standalone_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "reproduction.md").write_text((ROOT / "docs" / "reproduction.md").read_text())
@@ -103,7 +103,7 @@ def test_table_3_runs_and_its_plot_stands_alone(monkeypatch: pytest.MonkeyPatch,
     assert "<style>" in svg
 
 
-def test_amazon_reviews_are_read(tmp_path: Path) -> None:
+def test_amazon_reviews_give_two_sentiment_labels(tmp_path: Path) -> None:
     reviews = [
         {"reviewText": f"I like it {i}" if i % 3 else f"bad thing {i}", "overall": 5.0 if i % 3 else 1.0}
         for i in range(120)
@@ -119,7 +119,7 @@ def test_amazon_reviews_are_read(tmp_path: Path) -> None:
     assert np.mean(right) > 0.9
 
 
-def test_squares_are_what_they_say() -> None:
+def test_squares_have_labelled_colour() -> None:
     images, labels = squares(20)
     assert all(
         (image[..., 0].mean() > image[..., 2].mean()) == (label == "red")

@@ -1,4 +1,4 @@
-"""Table 1 and Figure 3: text classification with three small models of the paper."""
+"""Table 1 and Figure 3: text classification with three of the paper's small models."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ KINDS = {"TextCNN": "textcnn", "LSTM": "lstm", "fine-tuned encoder": "transforme
 BANKING_PER_LABEL = 10
 HEADLINES_SMALL = 500
 SCORED = 2500
-"""Test headlines (and reviews) at the most."""
+"""Maximum number of test headlines or reviews."""
 GRID = np.linspace(0.0, 1.0, 41)
 
 
 @dataclass
 class Task:
-    """What the small models learn from, and held-out and test texts with the large model's answers.
+    """Training, held-out and test texts, with the large model's answers.
 
     Attributes:
-        name: In tables.
-        large: Who the large model is.
-        train: Of one seed.
-        held_out: The threshold is chosen here.
-        held_out_said: The large model's answers to it.
-        test: Scored once.
-        test_said: The large model's answers to it.
+        name: Name in tables.
+        large: Description of the large model.
+        train: Training texts and labels of one seed.
+        held_out: Texts and labels for selecting the threshold.
+        held_out_said: Answers of the large model to `held_out`.
+        test: Texts and labels for the final score.
+        test_said: Answers of the large model to `test`.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Task:
 def banking(seed: int, quick: bool) -> Task:
     folder = banking77_folder()
     if folder is None:
-        raise SystemExit(f"{DATA_DIR_VARIABLE} names no folder with banking77_gpt4; see docs/data.md.")
+        raise SystemExit(f"{DATA_DIR_VARIABLE} does not contain banking77_gpt4. See docs/data.md.")
     task = load_banking77(folder)
     train = sample_per_label(task.train.texts, task.train.labels, 3 if quick else BANKING_PER_LABEL, seed)
     dev = Labelled(task.dev.texts, task.dev.labels)
@@ -68,17 +68,17 @@ def banking(seed: int, quick: bool) -> Task:
 
 
 def headlines(seed: int, quick: bool) -> Task:
-    """The large model is a stand-in: a classifier on MiniLM embeddings that learnt nine tenths of the training set."""
+    """Return the headlines, with a classifier trained on nine tenths of the training set as the large model."""
     folder = Path(os.environ.get(DATA_DIR_VARIABLE, "")) / "headlines"
     if not (folder / "train.csv").is_file():
-        raise SystemExit(f"{DATA_DIR_VARIABLE} names no folder with headlines/train.csv; see docs/data.md.")
+        raise SystemExit(f"{DATA_DIR_VARIABLE} does not contain headlines/train.csv. See docs/data.md.")
     return with_stand_in(
         "headlines", load_headlines(folder / "train.csv"), load_headlines(folder / "test.csv"), seed, quick
     )
 
 
 def amazon(file: Path, seed: int, quick: bool) -> Task:
-    """Reviews of Amazon: positive from 4 stars, negative up to 2; half of them to learn from, half to be scored."""
+    """Return Amazon reviews, positive above 3 stars and negative below, half for training and half for testing."""
     if file.suffix == ".csv":
         texts, labels = labelled_texts(file, "text", "label")
     else:
@@ -111,20 +111,20 @@ def with_stand_in(name: str, train: Labelled, test: Labelled, seed: int, quick: 
 
 @lru_cache
 def _encoder() -> CachedEmbeddings:
-    """MiniLM, with a memory of all texts: each seed embeds nearly the same ones."""
+    """Return MiniLM with a cache, because the seeds embed nearly the same texts."""
     return CachedEmbeddings(shared_encoder(), 50_000)
 
 
 def trained(kind: str, task: Task, seed: int, quick: bool) -> Any:
     cls: Any = small_model_class(kind)
-    epochs = 1 if quick else 8 if kind == "transformers" else None  # what two cores do in a quarter of an hour
+    epochs = 1 if quick else 8 if kind == "transformers" else None  # about 15 minutes on two cores
     settings = TrainingSettings(progress=False, seed=seed, epochs=epochs)
     return cls.train(*task.train, settings=settings)
 
 
 @dataclass
 class Scored:
-    """One small model on one task and seed: the row of the table, and the sweep."""
+    """Table row and threshold sweep of one small model on one task and seed."""
 
     row: dict[str, float]
     sweep: list[list[float]]
@@ -154,7 +154,7 @@ def scored(model: Any, task: Task) -> Scored:
 
 
 def measured(options: Namespace) -> dict[str, dict[str, list[Scored]]]:
-    """By task and small model, over the seeds; as an earlier run's JSON has them, where one is given."""
+    """Return the results by task and small model, one per seed, or those of an earlier run if given."""
     if options.reuse:
         told = json.loads(options.reuse.read_text(encoding="utf-8"))["runs"]
         return {
@@ -174,7 +174,7 @@ def measured(options: Namespace) -> dict[str, dict[str, list[Scored]]]:
 
 
 def table_1(options: Namespace) -> Found:
-    """Small, large, shunt and share asked, by small model."""
+    """Return the table of small model, large model, shunt and deferral rate, by small model."""
     found = measured(options)
     keys = ("small", "large", "DS", "asked")
     rows = [
@@ -195,7 +195,7 @@ def table_1(options: Namespace) -> Found:
 
 
 def figure_3(options: Namespace) -> Found:
-    """Accuracy and share asked against the threshold, the mean over the seeds."""
+    """Plot accuracy and deferral rate by threshold, averaged over the seeds."""
     found = measured(options)
     colours = ("--a", "--b", "--d")
     plots: dict[str, Chart] = {}
