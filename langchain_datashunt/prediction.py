@@ -93,8 +93,8 @@ class Prediction:
         """
         if answer is None or not 0.0 <= confidence <= 1.0:
             raise PredictionError(
-                f"Expected an answer and a confidence in [0, 1], got {answer!r} with confidence {confidence} from "
-                f"{model_id or 'the small model'}."
+                f"Expected an answer and a confidence in [0, 1], got {type(answer).__name__} with confidence "
+                f"{confidence} from {model_id or 'the small model'}."
             )
         p = np.array([confidence, 1.0 - confidence])
         return cls(

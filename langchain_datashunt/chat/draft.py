@@ -82,7 +82,10 @@ class DraftingModel(Runnable[Any, Prediction]):
         structured = self.form.structured
         message, answer = (said["raw"], said["parsed"]) if structured else (said, said)
         if structured and answer is None:
-            raise PredictionError(f"The draft of {self.model_id} does not fit the schema: {said['parsing_error']}")
+            error = said["parsing_error"]
+            raise PredictionError(
+                f"The draft of {self.model_id} does not fit the schema ({type(error).__name__})."
+            ) from error
         if not structured and not self.form.allows(message):
             raise PredictionError(f"The draft of {self.model_id} does not have the requested form.")
         sure = self.confidence(message)

@@ -294,6 +294,7 @@ def test_langchain_serialisation_round_trips_policies_and_prunings() -> None:
         assert again == value
 
 
+@pytest.mark.heavy
 def test_langchain_serialisation_round_trips_shunt_with_bundle(tmp_path: Any, shop_messages: Any) -> None:
     from langchain_datashunt.small_models import BundledSmallModel, TextCNN, TrainingSettings
 

@@ -12,7 +12,8 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
-from langchain_datashunt import Retry, ShuntDecision, ShuntRunnable
+from langchain_datashunt import Prediction, Retry, ShuntDecision, ShuntRunnable
+from langchain_datashunt.exceptions import PredictionError
 from tests.support.handlers import RunBook
 from tests.support.models import CountingLarge, HttpError, WordModel, failing_word_model, predict_words
 
@@ -254,3 +255,6 @@ def test_decision_metadata_hides_error_text_that_quotes_answers() -> None:
         for error in ("UnparsableAnswerError: the model said 'jane's number is 4711'", "PredictionError: NaN", None)
     ]
     assert told == ["UnparsableAnswerError", "PredictionError: NaN", None]
+    with pytest.raises(PredictionError) as caught:
+        Prediction.from_answer("jane's number is 4711", 1.5)
+    assert "4711" not in str(caught.value)

@@ -237,6 +237,7 @@ def test_subtasks_invalid_names_or_models_raise() -> None:
         Subtask(name="a", small=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 def test_subtasks_are_logged_as_own_tasks_and_can_be_distilled(tmp_path: Path) -> None:
     texts = [f"refund case {i}" for i in range(30)] + [f"surely status {i}" for i in range(10)]
     answers = [{"intent": "cancel", "tone": "kind", "reply": f"R{i}"} for i in range(30)]
@@ -315,6 +316,7 @@ def test_subtasks_score_without_token_logprobs_defers(tmp_path: Path) -> None:
     assert plain.batch(["surely a", "b"]) == ["large", "large"]
 
 
+@pytest.mark.heavy
 def test_subtasks_records_have_own_ids_and_inputs(tmp_path: Path) -> None:
     parts = (
         Subtask(name="subject", small=WordModel(), policy=Threshold(0.9)),

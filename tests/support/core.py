@@ -1,7 +1,7 @@
 """The rules of `make test-core`: no torch, no subprocess, no database. A pytest plugin (`-p tests.support.core`).
 
-Torch and transformers cannot be imported. A test that starts a process or opens a database fails, and says that it needs
-the mark `heavy`, with which it is left out.
+Torch and transformers cannot be imported. A test that starts a process or opens a database fails, with a
+message that it needs the mark `heavy`, which leaves it out.
 """
 
 from __future__ import annotations
