@@ -162,7 +162,7 @@ def test_shared_threshold_works_locally_while_database_is_down(tmp_path: Path, c
     moved = control.get(0.5) - 0.6
     assert moved != 0
     assert store.asked == 1, "an unavailable database must not be queried by every call"
-    assert "until the database is back" in caplog.text
+    assert "until the database can be reached again" in caplog.text
     other.add(0.5, 0.05)
     store.away = False
     time.sleep(0.3)

@@ -990,7 +990,7 @@ class TestCache:
         assert inner.asked == [["a", "bb"], ["c"], ["zz"]]
         again = pickle.loads(pickle.dumps(CachedEmbeddings(LetterEmbeddings())))
         np.testing.assert_allclose(again.embed_documents(["a"]), own[:1], rtol=1e-6)
-        with pytest.raises(ConfigurationError, match="size of 1 or more"):
+        with pytest.raises(ConfigurationError, match="`size` of at least 1"):
             CachedEmbeddings(inner, size=0)
 
     def test_cached_embeddings_classifier_saves_encoder_name(self, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_processes_weighted_parts_equal_whole_batch(count: int, n: int) -> None:
 
 def routed(i: int) -> CallRecord:
     text, label = TEXTS[i % len(TEXTS)] + f" again {i}", TRUTH[i % len(TRUTH)]
-    return CallRecord(input=text, labels=LABELS, large_model="gpt", label=label, threshold=0.9)
+    return CallRecord(input=text, labels=LABELS, large_model="gpt", answer_label=label, threshold=0.9)
 
 
 @pytest.fixture

@@ -912,9 +912,9 @@ def test_predict_batch_lone_surrogate_leaves_other_texts_unchanged(shop_messages
 def test_train_invalid_validation_set_raises() -> None:
     texts, labels = ["a", "b"] * 4, ["x", "y"] * 4
     wrong: list[tuple[Any, str]] = [
-        ((["a", "b", "c"], ["x", "y"]), "3 validation texts and 2 labels"),
+        ((["a", "b", "c"], ["x", "y"]), "got 3 texts and 2 labels"),
         ((["a", None], ["x", "y"]), "Validation text 1 is empty"),
-        ((["a", "b"], ["x", None]), "label of validation text 1 is None"),
+        ((["a", "b"], ["x", None]), "Expected a string as the label of validation text 1"),
     ]
     for validation, message in wrong:
         with pytest.raises(DataError, match=message):
