@@ -158,7 +158,7 @@ def test_call_log_row_any_record_round_trips(
         one and as_text(one) for one in expected
     )
     assert back.time == record.time
-    if encrypted and text.strip():
+    if encrypted and len(text.strip()) > 8:  # shorter ones occur in ciphertext by chance
         assert text not in str(row["input"])
 
 

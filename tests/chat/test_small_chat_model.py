@@ -111,7 +111,7 @@ async def test_shunt_small_chat_model_and_llm_routes_and_records(tmp_path: Path)
             assert shunt.invoke("nothing") == server.text
         calls = {call.input: call for part in store.iterate() for call in part if call.route == "large"}
         assert calls["x"].small_answer == "A small answer."
-        assert calls["x"].label == server.text
+        assert calls["x"].answer_label == server.text
         assert calls["x"].confidence == pytest.approx(0.4, abs=1e-3)
         assert calls["nothing"].reason == "small_error"
 

@@ -581,7 +581,9 @@ def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, s
     assert all(row["answer_label"] == row["small_label"] for row in agreeing)
 
     with (tmp_path / "feedback.csv").open("w") as stream:
-        stream.write("id,label\n" + "".join(f"{line['id']},{line['answer_label']}\n" for line in lines[:3]) + "nobody,x\n")
+        stream.write(
+            "id,label\n" + "".join(f"{line['id']},{line['answer_label']}\n" for line in lines[:3]) + "nobody,x\n"
+        )
     noted = command("log", "label", "--store", url, "--from", tmp_path / "feedback.csv")
     assert (noted.exit_code, "3 labels saved, 1 ids not found" in noted.output) == (1, True)
     assert json.loads(command("log", "stats", "--store", url, "--json").stdout)["labelled"] == 3
