@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from langchain_datashunt._utils.atomic_dir import put_in_place
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.call_log.filters import EVERYTHING, CallFilter
-from langchain_datashunt.call_log.record import CallRecord
+from langchain_datashunt.call_log.record import HASHED, LEFT_OUT, CallRecord
 from langchain_datashunt.call_log.store import CallLog
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.prediction import ANSWER_LABELS
@@ -78,11 +78,11 @@ def chats(store: CallLog, which: CallFilter, instruction: str) -> Iterator[dict[
     """Yield one chat for each record, in the format of OpenAI fine-tuning.
 
     The answer is the true label if it is known, else the large model's label. Records without either are skipped, and
-    so are those whose input was hashed or left out.
+    so are those whose input or answer was hashed or left out.
     """
     for call in _calls(store, which):
         answer = call.gold or call.answer_label
-        if answer is not None and call.readable:
+        if answer is not None and call.readable and not answer.startswith((HASHED, LEFT_OUT)):
             written = call.labels == ANSWER_LABELS
             system = WRITTEN_INSTRUCTION if written else instruction.replace("{labels}", ", ".join(call.labels))
             yield {

@@ -96,7 +96,7 @@ class SharedLedger:
             since: Earliest time, in seconds since 1970 UTC.
         """
         names = [disclosures.c[name] for name in Disclosure._fields]
-        with self.store.connection() as connection:
+        with self.store.reading() as connection:
             rows = connection.execute(
                 select(*names).where(disclosures.c.time >= since).order_by(disclosures.c.number)
             ).all()
@@ -111,7 +111,7 @@ class SharedLedger:
             since: Earliest time, in seconds since 1970 UTC.
         """
         left = disclosures.c.refused == ""
-        with self.store.connection() as connection:
+        with self.store.reading() as connection:
             row = connection.execute(
                 select(
                     func.count().filter(left),

@@ -27,23 +27,24 @@ class Writes(Protocol):
 
 
 _living: weakref.WeakSet[Writes] = weakref.WeakSet()
-_installed = False
+_at_exit = False
+_on_sigterm = False
 
 
 def written_at_the_end(one: Writes) -> None:
     """Close an object at exit, and flush it on SIGTERM before the previous signal handler runs.
 
-    The object is held by a weak reference. The signal handler is installed only if the first call comes from the main
-    thread, because Python allows no other.
+    The object is held by a weak reference. The signal handler is installed by the first call from the main thread,
+    because Python allows no other thread to install one.
     """
-    global _installed
+    global _at_exit, _on_sigterm
     _living.add(one)
-    if _installed:
-        return
-    _installed = True
-    atexit.register(_close_all)
-    at_the_end_of_a_worker()
-    if threading.current_thread() is threading.main_thread():
+    if not _at_exit:
+        _at_exit = True
+        atexit.register(_close_all)
+        at_the_end_of_a_worker()
+    if not _on_sigterm and threading.current_thread() is threading.main_thread():
+        _on_sigterm = True
         previous = signal.getsignal(signal.SIGTERM)
 
         def flush_then(number: int, frame: FrameType | None) -> None:

@@ -135,6 +135,7 @@ class Recorder:
         self._spool_file = Path(spool) if spool is not None else spool_of(store)
         self._spool: CallLog | None = None
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         self._counters = RecorderCounters()
         self._closed = False
         self._away_until = 0.0
@@ -146,11 +147,12 @@ class Recorder:
         AFTER_FORK.add(self)
 
     def after_fork(self) -> None:
-        """Replace the lock in a forked child, because a thread of the parent may have held it.
+        """Replace the locks in a forked child, because a thread of the parent may have held them.
 
         The next record starts the writer thread of the child.
         """
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
 
     def _start(self) -> None:
         """Create the queue and start the writer thread of this process."""
@@ -200,8 +202,11 @@ class Recorder:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.001)
-        self._open.add(group)
-        self._queue.put(group)
+        with self._closing:  # nothing may be queued behind the end marker of `close`, because no thread would read it
+            if self._closed:
+                return False
+            self._open.add(group)
+            self._queue.put(group)
         return True
 
     # Called in the writer thread
@@ -361,8 +366,9 @@ class Recorder:
         if self._closed or os.getpid() != self._pid:
             return
         self.flush(timeout)
-        self._closed = True
-        self._queue.put(None)
+        with self._closing:
+            self._closed = True
+            self._queue.put(None)
         self._thread.join(timeout)
         for store in (self._store, self._spool):
             if store is not None:

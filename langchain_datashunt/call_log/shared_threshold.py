@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,5 @@ class SharedThreshold:
             return float(connection.execute(moved).scalar_one())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SharedThreshold, (self.store.url.render_as_string(hide_password=False), self.name)
+        make = partial(SharedThreshold, retry_seconds=self.retry_seconds)
+        return make, (self.store.url.render_as_string(hide_password=False), self.name)

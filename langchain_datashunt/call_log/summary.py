@@ -147,7 +147,7 @@ def _calls(store: CallLog, by: str, which: CallFilter) -> Iterator[tuple[float, 
         func.count().filter(c.agrees.isnot(None)).label("compared"),
         func.count().filter(c.agrees.is_(True)).label("agreeing"),
     )
-    with store.connection() as connection:
+    with store.reading() as connection:
         for row in connection.execute(statement.where(which.where()).group_by(number)).mappings().all():
             yield _start(row["number"], by), dict(row)
 
@@ -174,7 +174,7 @@ def _left(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, A
         [d.time < which.until] if which.until is not None else []
     ):
         statement = statement.where(edge)
-    with store.connection() as connection:
+    with store.reading() as connection:
         for number, refused, characters, replaced_kinds, plain in connection.execute(statement):
             start = _start(number, by)
             found[start]["refused" if refused else "sent"] += 1

@@ -5,19 +5,17 @@
 Records have an input of 400 characters, an answer of 200 characters and 20 probabilities, all different. SQLite uses
 synchronous=FULL and groups of 32,768 records, the size that the recorder uses if records arrive faster than the disk
 writes them. For comparison, the same texts are inserted into a bare table without an index, and the recorder writes
-while another thread computes. With --large, a log of that many records is written, and as many random keys alone. A
-fresh process then reads its statistics and exports it, and its resident memory before and at the peak is reported.
+while another thread computes. With --large, a log of that many records is written. A fresh process then reads its
+statistics and exports it, and its resident memory before and at the peak is reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sqlite3
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -30,7 +28,6 @@ from typing import Any
 
 from langchain_datashunt.call_log import CallLog, CallRecord, Recorder
 from langchain_datashunt.call_log.export import export
-from langchain_datashunt.call_log.store import PRAGMAS
 from langchain_datashunt.cli.demo.benchmark_task import load_messages
 from tests.benchmarks.memory import peak_mib
 
@@ -100,33 +97,6 @@ def plainly_inserted(file: Path, records: list[CallRecord]) -> float:
     return len(records) / seconds
 
 
-def keys_alone(file: Path, n: int) -> dict[str, float]:
-    """Return the records per second of a table with a unique random key only, overall and at the end."""
-    connection = sqlite3.connect(file, isolation_level=None)
-    for pragma in (*PRAGMAS, "synchronous=FULL"):
-        connection.execute(f"PRAGMA {pragma}")
-    connection.execute(
-        "CREATE TABLE keys (number INTEGER PRIMARY KEY, high INTEGER NOT NULL, low INTEGER NOT NULL, "
-        "UNIQUE (high, low))"
-    )
-    statement = f"INSERT INTO keys (high, low) VALUES {', '.join(['(?, ?)'] * 512)}"
-    seconds = []
-    for _ in range(-(-n // GROUP)):
-        keys = struct.unpack(f"{2 * GROUP}q", os.urandom(16 * GROUP))
-        started = time.perf_counter()
-        connection.execute("BEGIN IMMEDIATE")
-        for start in range(0, 2 * GROUP, 1024):
-            connection.execute(statement, keys[start : start + 1024])
-        connection.execute("COMMIT")
-        seconds.append(time.perf_counter() - started)
-    connection.close()
-    last = seconds[-max(1, 100_000 // GROUP) :]
-    return {
-        "keys_alone_records_per_second": round(GROUP * len(seconds) / sum(seconds)),
-        "keys_alone_records_per_second_at_the_end": round(GROUP * len(last) / sum(last)),
-    }
-
-
 def on_the_callers_path(file: Path, records: list[CallRecord]) -> float:
     """Return the seconds per call of `Recorder.record` in the calling thread."""
     with Recorder(file) as recorder:
@@ -178,7 +148,6 @@ def large_store(n: int, folder: Path) -> dict[str, Any]:
             store.append(group)
             seconds += time.perf_counter() - started
     figures = {"records": n, "records_per_second": round(n / seconds), "bytes_per_record": file.stat().st_size / n}
-    figures |= keys_alone(folder / "keys.db", n)
     command = [sys.executable, "-m", "tests.benchmarks.recording", "--read", str(file)]
     return {**figures, **json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)}
 

@@ -60,9 +60,16 @@ def test_export_failure_keeps_previous_file(store: CallLog, tmp_path: Path) -> N
         export(store, tmp_path, kind="jsonl")
 
 
-def test_export_openai_skips_unreadable_inputs(store: CallLog, tmp_path: Path) -> None:
+def test_export_openai_skips_unreadable_texts(store: CallLog, tmp_path: Path) -> None:
     written = call(2, labels=("answer", "other"), probabilities=(0.4, 0.6), answer_label="It is on its way.")
-    store.append([call(1), written, call(3, input="hashed:sha256:" + "0" * 64)])
+    store.append(
+        [
+            call(1),
+            written,
+            call(3, input="hashed:sha256:" + "0" * 64),
+            call(4, labels=("answer", "other"), probabilities=(0.4, 0.6), answer_label="left out: 20 characters"),
+        ]
+    )
     assert export(store, tmp_path / "chats.jsonl", kind="openai") == 2
     told = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").open()]
     assert [one[0]["content"][:20] for one in told] == ["Sort the message int", "Answer the message."]

@@ -456,6 +456,48 @@ def test_recorder_pending_records_are_written_at_exit_and_on_sigterm(tmp_path: P
         assert store.count() == 3000
 
 
+def test_recorder_created_in_thread_first_is_written_on_sigterm(tmp_path: Path) -> None:
+    other = (
+        "import threading\n"
+        "from langchain_datashunt.call_log import Recorder\n"
+        "opened = []\n"
+        f"thread = threading.Thread(target=lambda: opened.append(Recorder({str(tmp_path / 'other.db')!r})))\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    words = [str(tmp_path / "c.db"), "group", "3000", "wait"]
+    program = subprocess.Popen([sys.executable, "-c", other + PROGRAM, *words], stdout=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    for line in program.stdout:
+        if line.strip() == "done":
+            break
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(30) == -signal.SIGTERM
+    with CallLog(tmp_path / "c.db") as store:
+        assert store.count() == 3000
+
+
+def test_recorder_closed_during_records_loses_none(tmp_path: Path) -> None:
+    for turn in range(10):
+        recorder = Recorder(tmp_path / f"{turn}.db", durability="record", spool=tmp_path / f"{turn}.spool")
+
+        def record_many(recorder: Recorder = recorder) -> None:
+            for i in range(40):
+                recorder.record([lambda i=i: call(i, id=str(uuid4()))])  # type: ignore[misc]
+
+        threads = [threading.Thread(target=record_many, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.02)
+        recorder.close()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive(), "a record queued behind the end of the writer waits forever"
+        counters = recorder.counters
+        assert counters.written + counters.spooled == 160
+        assert counters.failed == counters.pending == 0
+
+
 def test_recorder_sigkill_with_record_durability_keeps_returned_calls(tmp_path: Path) -> None:
     program = run_program(tmp_path / "c.db", "record", 100_000, "wait")
     assert program.stdout is not None

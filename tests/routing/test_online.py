@@ -112,8 +112,9 @@ def test_shared_threshold_is_shared_through_store_without_lost_updates(tmp_path:
         for policy in (one, two):
             decided(policy, traffic(10, i, 1.0))
     assert one.current == two.current != 0.9
-    copied = pickle.loads(pickle.dumps(SharedThreshold(url, "support")))
+    copied = pickle.loads(pickle.dumps(SharedThreshold(url, "support", retry_seconds=0.5)))
     assert copied.get(0.9) == one.current
+    assert copied.retry_seconds == 0.5
     assert SharedThreshold(url, "other").get(0.4) == 0.4
     before = one.current
     threads = [

@@ -560,7 +560,7 @@ def test_image_text_model_uses_candidates_and_probabilities(tmp_path: Path) -> N
     assert found[0] == plain.label
     assert isinstance(found[1], InputError)
     assert isinstance(found[2], ConfigurationError)
-    with pytest.raises(ConfigurationError, match=r"no \{label\}"):
+    with pytest.raises(ConfigurationError, match=r"\{label\} in `template`"):
         ImageTextModel(model=str(folder), labels=("red",), template="x")
     assert json.loads(json.dumps(plain.to_dict()))["label"] == plain.label
 

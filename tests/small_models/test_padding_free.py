@@ -197,6 +197,10 @@ def test_packing_unknown_architecture_uses_transformers(
     assert packed(network("electra").base_model) is None
     with pytest.raises(ConfigurationError, match="does not support this 'electra' network"):
         Packing("padding-free").engine_for(network("electra").base_model)
+    base = network("electra").base_model
+    with pytest.raises(ConfigurationError, match="does not support this 'electra' network"):
+        Packing("padding-free", torch.bfloat16).engine_for(base)
+    assert base.dtype == torch.float32, "a refused call must not convert the caller's model"
     with pytest.raises(ConfigurationError, match="Unknown engine 'quick'"):
         SentenceEncoder(engine="quick")  # type: ignore[arg-type]
 

@@ -143,7 +143,8 @@ class Packing:
                     self._watched = _parts_of(network)
                     stamp = self._stamp_now()
                     self._made = self._engine_of(network)
-                    if self._made is None and self.dtype not in (None, next(network.parameters()).dtype):
+                    plain = self._made is None and self.engine != "padding-free"  # else it raises below
+                    if plain and self.dtype not in (None, next(network.parameters()).dtype):
                         (whole or network).to(self.dtype)
                         self._watched = _parts_of(network)
                         stamp = self._stamp_now()
