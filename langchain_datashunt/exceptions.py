@@ -8,7 +8,7 @@
   * QueueFullError             the queue of a model is full
   * LargeTimeoutError          one attempt of an LLM call timed out (also a TimeoutError)
   * CircuitOpenError           the circuit breaker is open after repeated LLM failures
-  * UnparsableAnswerError      the LLM's answer is not one of the labels
+  * UnparsableAnswerError      the LLM's answer is not one of the labels (also an OutputParserException)
   * LocalOnlyError             the privacy guard keeps an input on this machine
   * DataError                  a data file, a column or a training set is not usable
   * BundleError                a saved small model cannot be loaded
@@ -30,6 +30,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from langchain_core.exceptions import OutputParserException
 
 
 class ShuntError(Exception):
@@ -103,7 +105,7 @@ class CircuitOpenError(ShuntError):
         )
 
 
-class UnparsableAnswerError(ShuntError):  # noqa: N818
+class UnparsableAnswerError(ShuntError, OutputParserException):
     """Raised if the LLM's answer is not one of the labels.
 
     Attributes:
@@ -113,7 +115,8 @@ class UnparsableAnswerError(ShuntError):  # noqa: N818
     """
 
     def __init__(self, raw: str, labels: Sequence[str], attempts: int = 1) -> None:
-        super().__init__(raw, tuple(labels), attempts)
+        OutputParserException.__init__(self, self, llm_output=raw)
+        self.args = (raw, tuple(labels), attempts)  # its own, for pickling
         self.raw = raw
         self.labels = tuple(labels)
         self.attempts = attempts
@@ -129,7 +132,7 @@ class UnparsableAnswerError(ShuntError):  # noqa: N818
         )
 
 
-class LocalOnlyError(ShuntError):  # noqa: N818
+class LocalOnlyError(ShuntError):
     """Raised if the privacy guard keeps an input on this machine, so the LLM is not called.
 
     Attributes:

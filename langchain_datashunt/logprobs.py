@@ -20,7 +20,7 @@ def message_of(response: LLMResult) -> AIMessage | None:
     return message if isinstance(message, AIMessage) else None
 
 
-def said(message: AIMessage) -> str:
+def message_text(message: AIMessage) -> str:
     """Return the text of a message, or the arguments of its tool calls as JSON if it has no text."""
     text = str(message.text)
     return text if text or not message.tool_calls else json.dumps([call["args"] for call in message.tool_calls])

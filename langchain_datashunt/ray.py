@@ -150,8 +150,8 @@ def _maker(chain: ShuntRunnable | Callable[[], ShuntRunnable]) -> Callable[[], S
 def _made(make: Callable[[], ShuntRunnable]) -> ShuntRunnable:
     found = make()
     if not isinstance(found, ShuntRunnable):
-        told = f"Expected a ShuntRunnable from the chain function, got {type(found).__name__}"
-        raise ConfigurationError(f"{told}. Return the chain from the function.")
+        message = f"Expected a ShuntRunnable from the chain function, got {type(found).__name__}"
+        raise ConfigurationError(f"{message}. Return the chain from the function.")
     if not found.task_labels:
         raise ConfigurationError("The chain has no labels before its first call. Create it with labels=(...).")
     return found
@@ -291,17 +291,17 @@ class _GivenPredictions(SmallModel):
     def _given(self, row: int) -> Prediction | Exception:
         own = {name: values[row] for name, values in self._cells.items()}
         if own["error"] is not None:
-            kind, _, said = own["error"].partition(": ")
+            kind, _, detail = own["error"].partition(": ")
             failed: PredictionError = type(kind, (PredictionError,), {})(
-                said
+                detail
             )  # keeps the class name of the original error
             return failed
         arrays = {name: None if own[name] is None else np.frombuffer(own[name]) for name in _ARRAYS}
         p = arrays.pop("probabilities")
         assert p is not None
         labels, best = tuple(json.loads(own["labels"])), int(p.argmax()) if own["answer"] is None else 0
-        told: dict[str, Any] = {**arrays, "truncated": own["truncated"], "answer": own["answer"]}
-        return Prediction(labels[best], float(p[best]), p, labels, model_id=own["model"], **told)
+        fields: dict[str, Any] = {**arrays, "truncated": own["truncated"], "answer": own["answer"]}
+        return Prediction(labels[best], float(p[best]), p, labels, model_id=own["model"], **fields)
 
     @override
     def predict_scores(self, texts: Sequence[str]) -> Scores:
@@ -378,8 +378,8 @@ def _answered(result: Any) -> tuple[Any, ...]:
         return (None, "large", "large_error", None, None, None, None, f"{type(result).__name__}: {result}")
     label, confidence = (None, None) if (p := result.prediction) is None else (p.label, p.confidence)
     output = answer_text(result.output)
-    told = (result.route, result.reason, label, confidence, result.cost_usd, result.record_id, result.decision.error)
-    return (output, *told)
+    fields = (result.route, result.reason, label, confidence, result.cost_usd, result.record_id, result.decision.error)
+    return (output, *fields)
 
 
 def _array(values: list[Any], kind: str) -> Any:

@@ -164,10 +164,10 @@ class ShuntTelemetry(BaseCallbackHandler):
         if name != DECISION_EVENT or run is None:
             return
         run.decision = {key.removeprefix("shunt_"): value for key, value in data.items() if value is not None}
-        told = {f"datashunt.{key}": value for key, value in run.decision.items() if key != "error"}
+        attributes = {f"datashunt.{key}": value for key, value in run.decision.items() if key != "error"}
         if "error" in run.decision:  # the message may quote the input
-            told["datashunt.error"] = str(run.decision["error"]).partition(":")[0]
-        self._open(run).set_attributes(told)
+            attributes["datashunt.error"] = str(run.decision["error"]).partition(":")[0]
+        self._open(run).set_attributes(attributes)
 
     @override
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -238,15 +238,15 @@ class ShuntTelemetry(BaseCallbackHandler):
         shunt = self._shunt_above(parent_run_id)
         if shunt is None:
             return
-        told, given = metadata or {}, kwargs.get("invocation_params") or {}
-        model = str(told.get("ls_model_name") or given.get("model") or given.get("model_name") or "unknown")
+        request, given = metadata or {}, kwargs.get("invocation_params") or {}
+        model = str(request.get("ls_model_name") or given.get("model") or given.get("model_name") or "unknown")
         run = self._begin(run_id, parent_run_id, f"chat {model}")
         attributes = {
             "gen_ai.operation.name": "chat",
-            "gen_ai.provider.name": str(told.get("ls_provider") or "unknown"),
+            "gen_ai.provider.name": str(request.get("ls_provider") or "unknown"),
             "gen_ai.request.model": model,
-            "gen_ai.request.temperature": told.get("ls_temperature"),
-            "gen_ai.request.max_tokens": told.get("ls_max_tokens"),
+            "gen_ai.request.temperature": request.get("ls_temperature"),
+            "gen_ai.request.max_tokens": request.get("ls_max_tokens"),
         }
         run.attributes = {key: value for key, value in attributes.items() if value is not None}
         self._open(run, self._trace.SpanKind.CLIENT).set_attributes(run.attributes)
@@ -269,18 +269,18 @@ class ShuntTelemetry(BaseCallbackHandler):
     def _describe(self, run: _Run, message: Any, shared: dict[str, Any]) -> None:
         """Add the reply's metadata to the span, the token metrics and the cost of the enclosing calls."""
         assert run.span is not None
-        told, usage = message.response_metadata, getattr(message, "usage_metadata", None)
+        metadata, usage = message.response_metadata, getattr(message, "usage_metadata", None)
         attributes = {
-            "gen_ai.response.model": told.get("model_name"),
-            "gen_ai.response.id": told.get("id"),
-            "gen_ai.response.finish_reasons": [told["finish_reason"]] if told.get("finish_reason") else None,
+            "gen_ai.response.model": metadata.get("model_name"),
+            "gen_ai.response.id": metadata.get("id"),
+            "gen_ai.response.finish_reasons": [metadata["finish_reason"]] if metadata.get("finish_reason") else None,
         }
         cached = usage is not None and usage.get("total_cost") == 0  # LangChain marks cached answers this way
         if usage and not cached and "input_tokens" in usage:
             for kind in ("input", "output"):
                 attributes[f"gen_ai.usage.{kind}_tokens"] = usage[f"{kind}_tokens"]
                 self._tokens.record(usage[f"{kind}_tokens"], {**shared, "gen_ai.token.type": kind})
-            model = str(told.get("model_name") or shared["gen_ai.request.model"])
+            model = str(metadata.get("model_name") or shared["gen_ai.request.model"])
             if (price := cost_usd({model: usage})) is not None:
                 self._cost.add(price, {"gen_ai.response.model": model})
                 self._charge(run.parent, price)

@@ -75,8 +75,8 @@ class PrivacyGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         return self._restored(await handler(asked), placeholders)
 
     def _outbound(self, request: ModelRequest[Any]) -> tuple[ModelRequest[Any], Placeholders]:
-        told = {"system": request.system_message, "messages": list(request.messages)}
-        out, placeholders = self.guard.outbound(told, subject_of(ensure_config()))
+        payload = {"system": request.system_message, "messages": list(request.messages)}
+        out, placeholders = self.guard.outbound(payload, subject_of(ensure_config()))
         return request.override(system_message=out["system"], messages=out["messages"]), placeholders
 
     @staticmethod

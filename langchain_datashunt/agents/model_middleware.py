@@ -117,8 +117,8 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         raise_control_flow(error)
         with self._lock:
             self.stats.small_errors += 1
-        told = f"{type(error).__name__}: {error}"
-        return False, ShuntDecision("large", "small_error", policy=str(self.policy), error=told)
+        reason = f"{type(error).__name__}: {error}"
+        return False, ShuntDecision("large", "small_error", policy=str(self.policy), error=reason)
 
     def _taken(self, response: ModelResponse[Any], decision: ShuntDecision) -> ModelResponse[Any]:
         self.policy.observe(int(decision.route == "large"), 1)

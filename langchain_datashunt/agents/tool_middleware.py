@@ -67,7 +67,7 @@ class _Turn:
 
     request: ModelRequest[Any]
     ranking: ToolRanking | None = None
-    told: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     direct: AIMessage | None = None
 
 
@@ -203,22 +203,22 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         if isinstance(error, ConfigurationError):
             raise error
         self._add(model_calls=1, router_errors=1)
-        return _Turn(request, told={"error": f"{type(error).__name__}: {error}"})
+        return _Turn(request, metadata={"error": f"{type(error).__name__}: {error}"})
 
     def _prepared(self, request: ModelRequest[Any], text: str, ranking: ToolRanking) -> _Turn:
-        told = {"label": ranking.best, "confidence": round(ranking.confidence, 4), "mode": self.router.mode}
+        metadata = {"label": ranking.best, "confidence": round(ranking.confidence, 4), "mode": self.router.mode}
         if (direct := self._direct(request, text, ranking)) is not None:
             self._add(direct_calls=1)
-            return _Turn(request, ranking, told, _noted(direct, self.name, {**told, "route": "small"}))
-        told["route"] = "large"
+            return _Turn(request, ranking, metadata, _noted(direct, self.name, {**metadata, "route": "small"}))
+        metadata["route"] = "large"
         if self.router.mode == "soft":
             self._add(model_calls=1)
-            return _Turn(request.override(system_message=self._with_hint(request, ranking)), ranking, told)
+            return _Turn(request.override(system_message=self._with_hint(request, ranking)), ranking, metadata)
         offered, pruned = self._split(request, ranking)
         saved = sum(self._tokens_of(tool) for tool in pruned)
         self._add(model_calls=1, tools_pruned=len(pruned), tokens_saved=saved)
-        told |= {"offered": [_name(tool) for tool in offered], "of": len(request.tools), "tokens_saved": saved}
-        return _Turn(request.override(tools=offered), ranking, told)
+        metadata |= {"offered": [_name(tool) for tool in offered], "of": len(request.tools), "tokens_saved": saved}
+        return _Turn(request.override(tools=offered), ranking, metadata)
 
     def _split(self, request: ModelRequest[Any], ranking: ToolRanking) -> tuple[list[Any], list[Any]]:
         """Return the offered tools (unknown ones first, then by probability) and the removed tools."""
@@ -284,7 +284,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     def _finished(self, turn: _Turn, response: ModelResponse[Any]) -> ModelResponse[Any]:
         """Return the response with the decision attached to its messages."""
         result = [
-            _noted(message, self.name, turn.told) if isinstance(message, AIMessage) else message
+            _noted(message, self.name, turn.metadata) if isinstance(message, AIMessage) else message
             for message in response.result
         ]
         return replace(response, result=result)
@@ -325,13 +325,13 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     def _refusal(self, request: ToolCallRequest) -> ToolMessage | None:
         """Return a refusal message if the called tool was not offered, else None."""
         name, call_id = request.tool_call["name"], request.tool_call["id"]
-        told = _told_with(_messages(request.state), call_id).get(self.name, {})
-        if request.tool is None or "offered" not in told or name in told["offered"]:
+        metadata = _metadata_with(_messages(request.state), call_id).get(self.name, {})
+        if request.tool is None or "offered" not in metadata or name in metadata["offered"]:
             return None
         self._add(refused=1)
         return ToolMessage(
-            f"The tool {name} was not among those offered for this message ({', '.join(told['offered'])}), so it was "
-            f"not called. Use one of these, or call {name} once more if nothing else fits: it is offered now.",
+            f"The tool {name} was not among those offered for this message ({', '.join(metadata['offered'])}), so it "
+            f"was not called. Use one of these, or call {name} once more if nothing else fits: it is offered now.",
             name=name,
             tool_call_id=str(call_id),
             status="error",
@@ -375,10 +375,10 @@ def _forced(choice: Any) -> str | None:
     return choice if isinstance(choice, str) and choice not in ("auto", "any", "required", "none") else None
 
 
-def _noted(message: AIMessage, name: str, told: Mapping[str, Any]) -> AIMessage:
+def _noted(message: AIMessage, name: str, metadata: Mapping[str, Any]) -> AIMessage:
     """Return a copy of the message that carries a middleware's decision next to those of other middleware."""
-    all_told = {**message.response_metadata.get(METADATA_KEY, {}), name: dict(told)}
-    return message.model_copy(update={"response_metadata": {**message.response_metadata, METADATA_KEY: all_told}})
+    all_metadata = {**message.response_metadata.get(METADATA_KEY, {}), name: dict(metadata)}
+    return message.model_copy(update={"response_metadata": {**message.response_metadata, METADATA_KEY: all_metadata}})
 
 
 def _messages(state: Any) -> Sequence[BaseMessage]:
@@ -386,10 +386,10 @@ def _messages(state: Any) -> Sequence[BaseMessage]:
     return list(found)
 
 
-def _told_with(messages: Sequence[BaseMessage], call_id: str | None) -> Mapping[str, Any]:
+def _metadata_with(messages: Sequence[BaseMessage], call_id: str | None) -> Mapping[str, Any]:
     """Return the middleware decisions attached to the message that made a tool call."""
     for message in reversed(messages):
         if isinstance(message, AIMessage) and any(call["id"] == call_id for call in message.tool_calls):
-            told: Mapping[str, Any] = message.response_metadata.get(METADATA_KEY, {})
-            return told
+            metadata: Mapping[str, Any] = message.response_metadata.get(METADATA_KEY, {})
+            return metadata
     return {}

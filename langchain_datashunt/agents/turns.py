@@ -34,5 +34,5 @@ def is_draft() -> bool:
 
 def called_directly(message: AIMessage) -> bool:
     """Return whether a tool router made this message without calling a chat model."""
-    told = message.response_metadata.get(METADATA_KEY, {})
-    return any(one.get("route") == "small" for one in told.values())
+    metadata = message.response_metadata.get(METADATA_KEY, {})
+    return any(one.get("route") == "small" for one in metadata.values())

@@ -46,8 +46,8 @@ class Seal:
     def from_key(cls, key: str | bytes | Sequence[str | bytes] | None) -> Seal | None:
         """Create a seal from one or more keys, or from the environment. Return None without keys."""
         if key is None:
-            told = os.environ.get(KEY_VARIABLE, "").strip()
-            key = [part.strip() for part in told.split(",") if part.strip()]
+            value = os.environ.get(KEY_VARIABLE, "").strip()
+            key = [part.strip() for part in value.split(",") if part.strip()]
         keys = [key] if isinstance(key, str | bytes) else list(key)
         return cls(keys) if keys else None
 

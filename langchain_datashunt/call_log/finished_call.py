@@ -51,7 +51,7 @@ class FinishedCall(NamedTuple):
         """Return the record of the call."""
         prediction, watcher = self.decision.prediction, self.watcher
         labels = prediction.labels if prediction is not None else tuple(self.labels or ())
-        said = _said(self.answer, watcher)
+        text = _answer_text(self.answer, watcher)
         label = self._large_label()
         written = None if prediction is None else prediction.answer
         distribution, confidence = (None, None) if watcher is None else large_sureness(watcher, labels, label)
@@ -71,7 +71,7 @@ class FinishedCall(NamedTuple):
             route=self.decision.route,
             reason=self.decision.reason,
             large_model="" if watcher is None else watcher.model or "unknown",
-            answer=said,
+            answer=text,
             answer_label=label,
             large_probabilities=distribution,
             large_confidence=confidence,
@@ -96,7 +96,7 @@ def now() -> float:
     return time.time()
 
 
-def _said(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
+def _answer_text(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
     if watcher is None:
         return None
     if watcher.text is not None:

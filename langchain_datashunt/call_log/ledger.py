@@ -101,8 +101,10 @@ class SharedLedger:
                 select(*names).where(disclosures.c.time >= since).order_by(disclosures.c.number)
             ).all()
         for row in rows:
-            told = dict(row._mapping)
-            yield Disclosure(**{**told, "replaced": json.loads(told["replaced"]), "plain": json.loads(told["plain"])})
+            values = dict(row._mapping)
+            yield Disclosure(
+                **{**values, "replaced": json.loads(values["replaced"]), "plain": json.loads(values["plain"])}
+            )
 
     def summary(self, since: float = 0.0) -> dict[str, int]:
         """Return the numbers of requests sent and refused, and of characters sent.

@@ -277,7 +277,7 @@ class Recorder:
         """Return a callback that counts and logs a rejected record, and adds its id to `refused`."""
 
         def refuse(record: CallRecord, error: Exception) -> None:
-            logger.error("The database rejected the record %s: %s", record.id, _said_of(error))
+            logger.error("The database rejected the record %s: %s", record.id, _cause_of(error))
             self._count(failed=1)
             refused.add(record.id)
 
@@ -391,8 +391,8 @@ class Recorder:
         Raises:
             ConfigurationError: If the log is encrypted and the environment does not hold the same key.
         """
-        seal, told = None if self._store is None else self._store.seal, Seal.from_key(None)
-        if seal is not None and (told is None or told.hashes(b"") != seal.hashes(b"")):
+        seal, own = None if self._store is None else self._store.seal, Seal.from_key(None)
+        if seal is not None and (own is None or own.hashes(b"") != seal.hashes(b"")):
             raise ConfigurationError(
                 f"{self!r} cannot be pickled, because its key was passed to CallLog and keys are not pickled. Set the "
                 f"environment variable {KEY_VARIABLE} instead, in this process and in the other one."
@@ -417,7 +417,7 @@ class Recorder:
         )
 
 
-def _said_of(error: Exception) -> str:
+def _cause_of(error: Exception) -> str:
     """Return the message of a rejection, but only the type of other errors, whose messages may quote a text."""
     return str(error) if isinstance(error, RecordRefusedError) else type(error).__name__
 

@@ -86,8 +86,8 @@ class RedactionRules(Configured):
             kept["answer_label"] = self._kept(record.answer_label, self.answer, names, None)
         if not self.subject:
             kept["subject"] = None
-        said = record.answer is not None or record.answer_label is not None
-        if self.outputs is not None and said and not self.outputs.admits(record):
+        answered = record.answer is not None or record.answer_label is not None
+        if self.outputs is not None and answered and not self.outputs.admits(record):
             kept |= {"answer": None, "answer_label": None, "large_probabilities": None, "large_confidence": None}
         return record.model_copy(update=kept)
 

@@ -26,7 +26,10 @@ def spool_of(store: CallLog | str | Path) -> Path:
     """
     url = make_url(url_of(store.url.render_as_string() if isinstance(store, CallLog) else store))
     if url.get_backend_name() == "sqlite":
-        return Path(f"{url.database}.spool")
+        if url.database and url.database != ":memory:":
+            return Path(f"{url.database}.spool")
+        digest = hashlib.sha256(f"memory {os.getpid()}".encode()).hexdigest()[:16]  # no other process can drain it
+        return _state_folder() / f"spool-{digest}.db"
     digest = hashlib.sha256(url.render_as_string(hide_password=True).encode()).hexdigest()[:16]
     return _state_folder() / f"spool-{digest}.db"
 

@@ -182,16 +182,18 @@ def _left(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, A
                 found[start]["characters"] += characters
                 kinds[start]["replaced"].update(json.loads(replaced_kinds))
                 kinds[start]["plain"].update(json.loads(plain))
-    return {start: {**told, **{name: dict(n) for name, n in kinds[start].items()}} for start, told in found.items()}
+    return {
+        start: {**counted, **{name: dict(n) for name, n in kinds[start].items()}} for start, counted in found.items()
+    }
 
 
 def _right(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, Any]]:
-    told = defaultdict[float, Counter[str]](Counter)
+    counted = defaultdict[float, Counter[str]](Counter)
     for batch in store.iterate(replace(which, labelled=True)):
         for call in batch:
             if call.route == "large" and call.reason == "large_error":
                 continue  # the call has no answer
-            now = told[_start(int((call.time - _offset(by)) // _SECONDS[by]), by)]
+            now = counted[_start(int((call.time - _offset(by)) // _SECONDS[by]), by)]
             answer = call.answer_label if call.route == "large" and call.answer_label is not None else call.small_label
             now["labelled"] += 1
             now["right"] += answer == call.gold
@@ -205,5 +207,5 @@ def _right(store: CallLog, by: str, which: CallFilter) -> dict[float, dict[str, 
             "small_accuracy": now["small"] / now["labelled"],
             "large_accuracy": now["large"] / now["asked"] if now["asked"] else None,
         }
-        for start, now in told.items()
+        for start, now in counted.items()
     }

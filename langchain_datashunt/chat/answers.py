@@ -111,9 +111,9 @@ class SmallAnswers(Configured):
     model_id: str = ""
     """Name of the small model in message metadata."""
 
-    def answerable(self, said: str, form: AnswerForm) -> bool:
+    def answerable(self, text: str, form: AnswerForm) -> bool:
         """Return whether a label or a written answer has a local answer in this form."""
-        return self._find(said, form) is not None
+        return self._find(text, form) is not None
 
     def give(self, label: str, form: AnswerForm) -> Any:
         """Return the answer for a label: a message, or an object if the form has a schema.
@@ -150,9 +150,9 @@ class SmallAnswers(Configured):
             answer = AIMessage(answer)
         if not isinstance(answer, AIMessage):
             return None
-        return self.told(answer) if form.allows(answer) else None
+        return self.as_returned(answer) if form.allows(answer) else None
 
-    def told(self, answer: AIMessage) -> AIMessage:
+    def as_returned(self, answer: AIMessage) -> AIMessage:
         """Return a copy with its own id, the small model's name and zero token usage."""
         none = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
         metadata = {**answer.response_metadata, "model_name": self.model_id, "finish_reason": "stop"}
@@ -183,7 +183,7 @@ class Answerable(Policy):
             among = np.array([self._known_label(label) for label in batch.labels], dtype=np.bool_)
             keep = among[batch.best]
         else:
-            keep = np.array([self.answers.answerable(said, self.form) for said in map(answer_text, batch.answers)])
+            keep = np.array([self.answers.answerable(text, self.form) for text in map(answer_text, batch.answers)])
         nothing = np.full(len(batch), np.nan)
         return PolicyDecision(keep.astype(np.bool_), nothing, nothing)
 
@@ -201,11 +201,11 @@ class Answering:
 
     def __call__(self, prediction: Prediction) -> Any:
         """Return the answer. If `raw` is set, return it together with its raw message."""
-        said = prediction.label if prediction.answer is None else answer_text(prediction.answer)
-        found = self.answers.give(said, self.form)
+        text = prediction.label if prediction.answer is None else answer_text(prediction.answer)
+        found = self.answers.give(text, self.form)
         if not self.raw:
             return found
-        return {"raw": self.answers.told(AIMessage(said)), "parsed": found, "parsing_error": None}
+        return {"raw": self.answers.as_returned(AIMessage(text)), "parsed": found, "parsing_error": None}
 
 
 def fitted(schema: Any, fields: Any) -> Any:

@@ -78,11 +78,11 @@ class DraftingModel(Runnable[Any, Prediction]):
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Prediction:
         return self._draft(await self.chat.ainvoke(input, merge_configs(config, {"tags": SILENT_TAGS}), **kwargs))
 
-    def _draft(self, said: Any) -> Prediction:
+    def _draft(self, reply: Any) -> Prediction:
         structured = self.form.structured
-        message, answer = (said["raw"], said["parsed"]) if structured else (said, said)
+        message, answer = (reply["raw"], reply["parsed"]) if structured else (reply, reply)
         if structured and answer is None:
-            error = said["parsing_error"]
+            error = reply["parsing_error"]
             raise PredictionError(
                 f"The draft of {self.model_id} does not fit the schema ({type(error).__name__})."
             ) from error
@@ -97,6 +97,6 @@ class DraftingModel(Runnable[Any, Prediction]):
                 f"message to [0, 1]."
             )
         return Prediction.from_answer(
-            said if self.give_raw else answer, sure, model_id=self.model_id,
+            reply if self.give_raw else answer, sure, model_id=self.model_id,
             token_logprobs=token_logprobs(tokens) if tokens and not message.tool_calls else None,
         )  # fmt: skip

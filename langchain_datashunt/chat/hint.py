@@ -72,18 +72,18 @@ class HintedModel(Runnable[Any, Any]):
         Without a hint, for example because the small model failed, the conversation is unchanged.
         """
         messages: list[BaseMessage] = list(asked["messages"])
-        if not (told := self.hint.text(asked)):
+        if not (paragraph := self.hint.text(asked)):
             return messages
         first = messages[0] if messages else None
         if isinstance(first, SystemMessage):
             blocks = [first.content] if isinstance(first.content, str) else list(first.content)
             content: Any = (
-                f"{first.content}\n\n{told}"
+                f"{first.content}\n\n{paragraph}"
                 if isinstance(first.content, str)
-                else [*blocks, {"type": "text", "text": told}]
+                else [*blocks, {"type": "text", "text": paragraph}]
             )
             return [first.model_copy(update={"content": content}), *messages[1:]]
-        return [SystemMessage(told), *messages]
+        return [SystemMessage(paragraph), *messages]
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:

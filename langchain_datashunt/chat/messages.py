@@ -23,7 +23,7 @@ def answered(result: ShuntResult) -> AIMessage:
     Raises:
         LocalOnlyError: The input must stay local, and no small model could answer.
     """
-    message: AIMessage = marked(said_by(result), result.decision)
+    message: AIMessage = marked(answer_of(result), result.decision)
     return message
 
 
@@ -44,7 +44,7 @@ def each_answered(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
     return found
 
 
-def said_by(result: ShuntResult) -> Any:
+def answer_of(result: ShuntResult) -> Any:
     """Return the output of a result.
 
     Raises:
@@ -62,8 +62,8 @@ def marked(message: Any, decision: ShuntDecision | None) -> Any:
     """
     if decision is None or not isinstance(message, BaseMessage):
         return message
-    told = {key.removeprefix("shunt_"): value for key, value in decision.to_metadata().items() if value is not None}
-    return message.model_copy(update={"response_metadata": {**message.response_metadata, "shunt": told}})
+    metadata = {key.removeprefix("shunt_"): value for key, value in decision.to_metadata().items() if value is not None}
+    return message.model_copy(update={"response_metadata": {**message.response_metadata, "shunt": metadata}})
 
 
 def text_alone(message: BaseMessage) -> bool:

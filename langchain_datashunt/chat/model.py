@@ -94,10 +94,10 @@ class ShuntChatModel(ShuntChatSettings):
             with self._direct.place():
                 chunk, chunks = self._direct.open(messages, config, settings)
                 with closing(chunks):
-                    told: ShuntDecision | None = NO_QUESTION
+                    mark: ShuntDecision | None = NO_QUESTION
                     while chunk is not END:
-                        yield marked(chunk, told)
-                        chunk, told = next(chunks, END), None
+                        yield marked(chunk, mark)
+                        chunk, mark = next(chunks, END), None
             return
         begun = False
         with closing(self._shunt_for(settings).stream(messages, config, **settings)) as results:  # type: ignore[type-var]
@@ -120,10 +120,10 @@ class ShuntChatModel(ShuntChatSettings):
             async with self._direct.aplace():
                 chunk, chunks = await self._direct.aopen(messages, config, settings)
                 async with aclosing(chunks):
-                    told: ShuntDecision | None = NO_QUESTION
+                    mark: ShuntDecision | None = NO_QUESTION
                     while chunk is not END:
-                        yield marked(chunk, told)
-                        chunk, told = await anext(chunks, END), None
+                        yield marked(chunk, mark)
+                        chunk, mark = await anext(chunks, END), None
             return
         begun = False
         async with aclosing(self._shunt_for(settings).astream(messages, config, **settings)) as results:  # type: ignore[type-var]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from langchain_core.language_models import BaseChatModel
@@ -15,7 +15,7 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
-from langchain_datashunt._utils.settings import Configured
+from langchain_datashunt._utils.settings import Frozen
 from langchain_datashunt.chat.draft import SILENT_TAGS
 from langchain_datashunt.chat.messages import model_name
 from langchain_datashunt.exceptions import ConfigurationError, PredictionError
@@ -23,12 +23,12 @@ from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInpu
 from langchain_datashunt.large_models.chat_asker import default_prompt
 from langchain_datashunt.large_models.label_parser import LabelParser
 from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning
-from langchain_datashunt.logprobs import label_distribution, said, token_logprobs
+from langchain_datashunt.logprobs import label_distribution, message_text, token_logprobs
 from langchain_datashunt.policies.scores import MeanTokenProbability, TokenScore
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
 
-class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
+class SmallChatModel(Frozen, RunnableSerializable[Any, Prediction]):
     """Small chat model that derives its confidence from log-probabilities.
 
     ```python
@@ -73,7 +73,6 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
 
     _chain: Runnable[Any, Any] = PrivateAttr()
     _parser: LabelParser | None = PrivateAttr(default=None)
-    _own_name: str = PrivateAttr(default="")
 
     @field_validator("chat_model", "prompt", mode="before")
     @classmethod
@@ -87,15 +86,9 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
     def model_post_init(self, context: Any, /) -> None:
         """Build the chain of prompt and model."""
         super().model_post_init(context)
-        self._build()
-
-    def _build(self) -> None:
-        if self.model_id in ("", self._own_name):  # not named explicitly
-            self._own_name = _name_of(self.chat_model)
-            super().__setattr__("model_id", self._own_name)
-        reader = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
-        super().__setattr__("reader", reader)
-        self._parser = None
+        # written past pydantic, so that a copy with another chat model or input key derives both again
+        self.__dict__["model_id"] = self.model_id or _name_of(self.chat_model)
+        self.__dict__["reader"] = (self.reader or text_reader()).model_copy(update={"input_key": self.input_key})
         prompt = self.prompt
         if self.chooses:
             self._parser = LabelParser(labels=self.labels, aliases=self.aliases)
@@ -228,7 +221,7 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
         if self._parser is None:
             sure = float(np.clip(self.score.of_tokens(logs), 0.0, 1.0))
             return Prediction.from_answer(text, sure, model_id=self.model_id, token_logprobs=logs)
-        label = self._parser.parse(said(message))
+        label = self._parser.parse(message_text(message))
         found = label_distribution(tokens, self.labels, label)
         if found is None:
             raise PredictionError(f"The log-probabilities of {self.model_id} do not cover its answer {label!r}.")
@@ -256,18 +249,6 @@ class SmallChatModel(Configured, RunnableSerializable[Any, Prediction]):
     @override
     def get_graph(self, config: RunnableConfig | None = None) -> Graph:
         return self._chain.get_graph(config)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field and rebuild the chain if it depends on the field."""
-        super().__setattr__(name, value)
-        if name in ("chat_model", "prompt", "labels", "aliases", "top_logprobs", "input_key"):
-            self._build()
-
-    @override
-    def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        copied._build()
-        return copied
 
 
 _CANDIDATES: Pruning = NoPruning()

@@ -12,7 +12,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.utils import ConfigurableFieldSpec
 from typing_extensions import override
 
-from langchain_datashunt.chat.messages import marked, said_by
+from langchain_datashunt.chat.messages import answer_of, marked
 from langchain_datashunt.chat.settings import NO_QUESTION, BoundSides, ShuntChatSettings
 from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.large_models.caller import END
@@ -94,7 +94,7 @@ class StructuredChat(Runnable[Any, Any]):
 
 def parsed(result: ShuntResult) -> Any:
     """Return the object of a result. With `include_raw`, the raw message of the mapping carries the decision."""
-    output = said_by(result)
+    output = answer_of(result)
     if isinstance(output, dict) and isinstance(output.get("raw"), BaseMessage) and "parsing_error" in output:
         return {**output, "raw": marked(output["raw"], result.decision)}
     return output

@@ -65,8 +65,8 @@ class LabelledFile:
         costs: list[float] = []
         for i, row in enumerate(read_rows(self.data) if more else (), start=1):
             if self.large_label is not None:
-                said = row.get(self.large_label)
-                answers.append(None if said is None or not str(said).strip() else str(said).strip())
+                value = row.get(self.large_label)
+                answers.append(None if value is None or not str(value).strip() else str(value).strip())
             if self.large_cost in more:
                 usd = _number(row.get(self.large_cost))
                 if usd is None:
@@ -141,13 +141,13 @@ def calibrate_bundle(
     # `small.threshold` applies to the maximum probability, so a threshold on another score is not stored in it.
     plain = isinstance(choice.policy, Threshold) and isinstance(choice.policy.score, MaxProbability)
     small.threshold = choice.threshold if plain else None
-    told = choice.to_dict()
+    settings = choice.to_dict()
     ece_after = _ece(small, predictions.take(known), [labels[i] for i in known])
     summary = {
-        **told, "temperature": small.temperature, "ece_before": ece_before, "ece_after": ece_after,
+        **settings, "temperature": small.temperature, "ece_before": ece_before, "ece_after": ece_after,
         "fusion": fitted is not None, "bundle": str(bundle),
     }  # fmt: skip
-    small.lineage = {**small.lineage, "calibration": {**told, "data": file.data.name}}
+    small.lineage = {**small.lineage, "calibration": {**settings, "data": file.data.name}}
     small.save(bundle)
     return summary
 

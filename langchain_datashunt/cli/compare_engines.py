@@ -38,8 +38,8 @@ def compare_bundle(
     small, trusted = load_small_model(bundle, **computed), load_small_model(bundle, **{**REFERENCE, **on})
     (found, seconds), (wanted, seconds_of_reference) = _predicted(small, texts), _predicted(trusted, texts)
     policy = policy_for(small, None if threshold is None else Threshold(threshold))
-    told = agreement(found, wanted, policy).to_dict()
-    return {**told, "texts_per_second": len(texts) / seconds, "times_as_fast": seconds_of_reference / seconds}
+    figures = agreement(found, wanted, policy).to_dict()
+    return {**figures, "texts_per_second": len(texts) / seconds, "times_as_fast": seconds_of_reference / seconds}
 
 
 def _predicted(model: SmallModel, texts: list[str]) -> tuple[PredictionBatch, float]:

@@ -104,10 +104,10 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
     distilled = TwoStageDistiller(task.settings()).distill(small, task.records())
 
     def consider() -> dict[str, Any]:
-        registry, told = ModelRegistry(task.out), vars(distilled.report)
+        registry, figures = ModelRegistry(task.out), vars(distilled.report)
         version, verdict = registry.consider(
             distilled.model, held.texts, held.labels,
-            metrics={"distillation": told}, teacher=task.teacher(registry, held),
+            metrics={"distillation": figures}, teacher=task.teacher(registry, held),
         )  # fmt: skip
         return {
             "version": version,
@@ -117,7 +117,7 @@ def distill_bundle(task: DistillTask) -> dict[str, Any]:
             "old_accuracy": round(verdict.old_accuracy, 6),
             "new_accuracy": round(verdict.new_accuracy, 6),
             **({} if verdict.teacher is None else {"answers": verdict.teacher.reason}),
-            **told,
+            **figures,
             "bundle": str(registry.bundle(version)),
             "processes": processes().count,
             "seconds": round(time.perf_counter() - started, 2),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from langchain_datashunt.cli.output import console, errors, report, say_json
+from langchain_datashunt.cli.output import console, errors, report, say_json, write_json
 from langchain_datashunt.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ def summary(
         which = CallFilter(task=task, since=moment(since), until=moment(until))
         with opened_store(store) as opened:
             rows = summarize(opened, by=by, sample_small=sample_small, which=which)  # type: ignore[arg-type]
+            found = [row.to_dict() for row in rows]
+        write_json(json_out, found)
     if as_json:
-        say_json([row.to_dict() for row in rows])
+        say_json(found)
     else:
         print_summary(rows, by)

@@ -16,9 +16,9 @@ def summary_table(rows: Sequence[SummaryRow], by: str) -> Table:
     """Return a table of outbound data, cost and quality, one row for each period."""
     table = Table(title="Outbound data, cost and quality", caption="- : not available")
     table.add_column("since" if by == "all" else by)
-    for name in ("calls", "asked", "sent (characters)", "held back", "replaced", "sent unmasked"):
+    for name in ("calls", "deferral rate", "sent (characters)", "held back", "replaced", "sent unmasked"):
         table.add_column(name, justify="right")
-    for name in ("USD", "USD / 1,000", "all deferred", "agree", "right", "small", "large"):
+    for name in ("USD", "USD / 1,000", "all deferred", "agreement", "accuracy", "small", "large"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

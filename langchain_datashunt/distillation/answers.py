@@ -48,16 +48,16 @@ def prepare_answers(
             _add(gold, call.input, call.gold)
     own, sure = _of_small(settings, small, silent)
     for call, answer, kept in zip(silent, own, sure, strict=True):
-        said = call.answer_label or call.answer
+        given = call.answer_label or call.answer
         trusted = settings.large_accuracy if call.large_confidence is None else call.large_confidence
         if kept and answer is not None:
             _add(stage_b, call.input, answer)
         elif not call.large_model or trusted <= settings.large_threshold:
             report.unsure += 1
-        elif not said or not said.strip():
+        elif not given or not given.strip():
             report.unparsable += 1
         else:
-            _add(stage_a, call.input, said)
+            _add(stage_a, call.input, given)
     report.stage_a, report.stage_b, report.gold = len(stage_a), len(stage_b), len(gold)
     if report.stage_a + report.gold == 0 or report.stage_a + report.stage_b + report.gold < settings.min_pairs:
         raise DataError(
@@ -100,8 +100,8 @@ def _sure(
     """
     if settings.threshold is None and small.policy is not None:
         return np.asarray(small.policy.evaluate(batch).keep)
-    told = [call for call in calls if call.threshold is not None and "MaxProbability" in call.policy]
-    newest = max(told, key=lambda call: call.time).threshold if told else None
+    scored = [call for call in calls if call.threshold is not None and "MaxProbability" in call.policy]
+    newest = max(scored, key=lambda call: call.time).threshold if scored else None
     given = (settings.threshold, small.threshold, newest, 0.9)
     return np.asarray(batch.confidence >= next(one for one in given if one is not None))
 

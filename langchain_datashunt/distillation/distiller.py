@@ -277,14 +277,14 @@ class TwoStageDistiller:
         n, k = own.shape if own.ndim == 2 else (0, 0)
         if not n:
             return np.zeros((0, k))
-        said: FloatArray = np.eye(k)[answers]
+        hard: FloatArray = np.eye(k)[answers]
         if self.settings.mode == "paper":
-            return said
-        likelihood = np.where(said > 0, trust[:, None], (1.0 - trust[:, None]) / max(1, k - 1))
+            return hard
+        likelihood = np.where(hard > 0, trust[:, None], (1.0 - trust[:, None]) / max(1, k - 1))
         for i, call in enumerate(calls):
-            told = call.large_probabilities
-            if told is not None and len(told) == len(call.labels) and set(call.labels) == set(labels):
-                likelihood[i] = [told[call.labels.index(label)] for label in labels]
+            logged = call.large_probabilities
+            if logged is not None and len(logged) == len(call.labels) and set(call.labels) == set(labels):
+                likelihood[i] = [logged[call.labels.index(label)] for label in labels]
         if self.settings.mode == "posterior":
             likelihood = likelihood * own
         return np.asarray(likelihood / likelihood.sum(axis=1, keepdims=True), dtype=np.float64)

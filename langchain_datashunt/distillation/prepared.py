@@ -83,7 +83,7 @@ class Prepared(Generic[Taught]):
         """
         folder.mkdir(parents=True, exist_ok=True)
         parts: list[Examples | AnswerExamples] = [*self.stages, self.held_out]
-        told: dict[str, Any] = {
+        state: dict[str, Any] = {
             "about": about,
             "report": vars(self.report),
             "texts": [part.texts for part in parts],
@@ -94,7 +94,7 @@ class Prepared(Generic[Taught]):
         }
         partial = folder / f"{PREPARED_FILE}.partial"
         with partial.open("wb") as stream:
-            np.savez_compressed(stream, told=np.frombuffer(json.dumps(told).encode(), dtype=np.uint8), **arrays)
+            np.savez_compressed(stream, state=np.frombuffer(json.dumps(state).encode(), dtype=np.uint8), **arrays)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(folder / PREPARED_FILE)
@@ -111,17 +111,17 @@ class Prepared(Generic[Taught]):
             return None
         try:
             with np.load(file, allow_pickle=False) as kept:
-                told = json.loads(kept["told"].tobytes())
+                state = json.loads(kept["state"].tobytes())
                 parts: list[Any] = [
                     Examples(texts, kept[f"targets_{i}"]) if answers is None else AnswerExamples(texts, answers)
-                    for i, (texts, answers) in enumerate(zip(told["texts"], told["answers"], strict=True))
+                    for i, (texts, answers) in enumerate(zip(state["texts"], state["answers"], strict=True))
                 ]
-                report = DistillationReport(**told["report"])
+                report = DistillationReport(**state["report"])
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"The training data in {file} cannot be read: {error}. Delete the file to start over."
             ) from error
-        if told["about"] != json.loads(json.dumps(about)):
+        if state["about"] != json.loads(json.dumps(about)):
             raise DataError(
                 f"{file} belongs to a distillation with other settings or another small model. To resume, use the "
                 f"same settings and small model. To start over, delete the file or use another checkpoint folder."

@@ -263,10 +263,10 @@ class ModelRegistry:
     def stamp(self) -> int:
         """Return a hash that changes when another version is put into service. Hashes have no order."""
         try:
-            said = (self.folder / "current.json").read_bytes()
+            content = (self.folder / "current.json").read_bytes()
         except FileNotFoundError:
             return 0
-        return int.from_bytes(sha256(said).digest()[:8], "big")
+        return int.from_bytes(sha256(content).digest()[:8], "big")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

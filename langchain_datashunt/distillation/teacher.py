@@ -95,15 +95,17 @@ class TeacherCheck:
         difference, deviation = found
         lower = difference - NormalDist().inv_cdf(self.level) * deviation
         surprising, expected = float(taught[:, 1].mean()), float(held[:, 1].mean())
-        told = f"{100 * surprising:.0f}% of the large model's logged answers and {100 * expected:.0f}% of its held-out "
-        told += "answers surprise the small model"
+        reason = (
+            f"{100 * surprising:.0f}% of the large model's logged answers and {100 * expected:.0f}% of its held-out "
+        )
+        reason += "answers surprise the small model"
         passed = not lower > self.margin
         if not passed:
-            told += (
+            reason += (
                 ": the large model, its prompt or the log has changed. Review the logged answers, collect the held-out "
                 "answers again, or distil without held-out answers of the large model"
             )
-        return TeacherCheckResult(passed, told, len(taught), len(held), surprising, expected, lower)
+        return TeacherCheckResult(passed, reason, len(taught), len(held), surprising, expected, lower)
 
     def _nothing(self, taught: int, held: int) -> TeacherCheckResult:
         words = (
@@ -126,8 +128,8 @@ def _of_call(call: CallRecord) -> tuple[float, bool] | None:
 def _of_examples(small: SmallModel, texts: Sequence[str], answers: Sequence[str]) -> FloatArray:
     """Return the confidence and whether the answer is surprising for held-out examples, shape `[n, 2]`."""
     p = small.predict_batch(texts).probabilities
-    said = p[np.arange(len(texts)), [small.labels.index(answer) for answer in answers]]
-    return np.column_stack([p.max(axis=1), said < 1.0 / p.shape[1]])
+    of_answer = p[np.arange(len(texts)), [small.labels.index(answer) for answer in answers]]
+    return np.column_stack([p.max(axis=1), of_answer < 1.0 / p.shape[1]])
 
 
 def _stratified(taught: FloatArray, held: FloatArray, limits: FloatArray) -> tuple[float, float] | None:

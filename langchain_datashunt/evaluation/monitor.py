@@ -171,15 +171,15 @@ class Monitor:
     def report(self) -> dict[str, Any]:
         """Return the estimates so far as a JSON-serialisable dictionary."""
 
-        def told(sequence: ConfidenceSequence) -> dict[str, Any]:
+        def as_dict(sequence: ConfidenceSequence) -> dict[str, Any]:
             low, high = sequence.interval
             mean = None if math.isnan(sequence.mean) else sequence.mean
             return {"n": sequence.n, "mean": mean, "low": low, "high": high}
 
         with self._lock:
             return {
-                "disagreement": told(self.disagreement),
-                "error": told(self.error),
+                "disagreement": as_dict(self.disagreement),
+                "error": as_dict(self.error),
                 "drift_tests": self._tests,
                 "alarms": [vars(alarm) for alarm in self.alarms],
             }

@@ -120,12 +120,12 @@ class Evaluation:
         - `cost_usd_per_1000`: Cost of both models in USD per 1,000 inputs.
         - `savings_usd_per_1000`: Savings against always deferring in USD per 1,000 inputs.
         """
-        told: dict[str, Any] = {"n": self.n, "policy": self.policy, "guarantee": self.guarantee}
+        result: dict[str, Any] = {"n": self.n, "policy": self.policy, "guarantee": self.guarantee}
         for name, found in self.figures.items():
             known = np.isfinite(found.value)
-            told[name] = found.value if known else None
-            told[f"{name}_interval"] = [found.low, found.high] if known and np.isfinite(found.low) else None
-        return told
+            result[name] = found.value if known else None
+            result[f"{name}_interval"] = [found.low, found.high] if known and np.isfinite(found.low) else None
+        return result
 
 
 def positions(labels: tuple[str, ...], names: Sequence[str | None]) -> IntArray:

@@ -71,8 +71,12 @@ def is_retryable(error: BaseException) -> bool:
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status of an error from any of the attributes that client libraries use, or None."""
     response = getattr(error, "response", None)
-    said = (getattr(error, "status_code", None), getattr(response, "status_code", None), getattr(error, "status", None))
-    return next((status for status in said if isinstance(status, int) and status), None)
+    statuses = (
+        getattr(error, "status_code", None),
+        getattr(response, "status_code", None),
+        getattr(error, "status", None),
+    )
+    return next((status for status in statuses if isinstance(status, int) and status), None)
 
 
 def retry_after(error: BaseException | None) -> float | None:

@@ -10,7 +10,7 @@ from langchain_core.outputs import LLMResult
 from typing_extensions import override
 
 from langchain_datashunt._utils.pricing import cost_usd
-from langchain_datashunt.logprobs import label_distribution, message_of, said, stated_confidence, token_logprobs
+from langchain_datashunt.logprobs import label_distribution, message_of, message_text, stated_confidence, token_logprobs
 from langchain_datashunt.policies.scores import MeanTokenProbability
 from langchain_datashunt.prediction import ANSWER_LABELS
 
@@ -31,7 +31,7 @@ class LargeCallWatcher(UsageMetadataCallbackHandler):
         if (message := message_of(response)) is None:
             return
         self.model = str(message.response_metadata.get("model_name") or self.model)
-        self.text = said(message)
+        self.text = message_text(message)
         self.tokens = list((message.response_metadata.get("logprobs") or {}).get("content") or [])
 
     def fields(self) -> dict[str, Any]:

@@ -91,32 +91,34 @@ class Decider:
     def tell(self, decision: ShuntDecision) -> dict[str, Any]:
         """Send the decision to the dispatcher and the policy, and return it as a JSON-serializable mapping."""
         self.policy.observe(int(decision.route == "large"), 1)
-        told = {key.removeprefix("shunt_"): value for key, value in decision.to_metadata().items() if value is not None}
-        dispatcher.event(ShuntDecisionEvent(**told))
-        return told
+        metadata = {
+            key.removeprefix("shunt_"): value for key, value in decision.to_metadata().items() if value is not None
+        }
+        dispatcher.event(ShuntDecisionEvent(**metadata))
+        return metadata
 
     def finished(
-        self, text: str, decision: ShuntDecision, said: str | None, model: str, seconds: tuple[float, float]
+        self, text: str, decision: ShuntDecision, answer: str | None, model: str, seconds: tuple[float, float]
     ) -> list[Any]:
         """Return the log record of one question, or an empty list if nothing is to be logged.
 
         Args:
             text: The question.
             decision: The routing decision.
-            said: Answer of the large model, a label if it chose one. None if it was not called.
+            answer: Answer of the large model, a label if it chose one. None if it was not called.
             model: Name of the large model.
             seconds: Wall times of the small and the large model, in seconds.
         """
-        if self.recorder is None or (said is None and not self.recorder.wants("small")):
+        if self.recorder is None or (answer is None and not self.recorder.wants("small")):
             return []
         watcher = None
-        if said is not None:
+        if answer is not None:
             watcher = LargeCallWatcher()
-            watcher.text, watcher.model = said, model
+            watcher.text, watcher.model = answer, model
         labels = self.labels
         return [
             FinishedCall(
-                self.recorder.task, str(uuid7()), text, decision, said, watcher, Latency(*seconds), labels, None,
+                self.recorder.task, str(uuid7()), text, decision, answer, watcher, Latency(*seconds), labels, None,
                 text_reader(), now(),
             )
         ]  # fmt: skip

@@ -71,8 +71,8 @@ class GuardedLLM(LLM):
     # Redaction
 
     def _out(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], Placeholders]:
-        told = [{"blocks": list(one.blocks), "more": one.additional_kwargs} for one in messages]
-        out, found = self.guard.outbound(told)
+        payload = [{"blocks": list(one.blocks), "more": one.additional_kwargs} for one in messages]
+        out, found = self.guard.outbound(payload)
         changed = [
             one.model_copy(update={"blocks": new["blocks"], "additional_kwargs": new["more"]})
             for one, new in zip(messages, out, strict=True)

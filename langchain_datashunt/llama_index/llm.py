@@ -44,6 +44,8 @@ from langchain_datashunt.prediction import answer_text
 _REQUIRED = "_shunt_tool_required"
 """Key of a prepared call that requires a tool call, independent of the format of each LLM."""
 
+_SETTINGS = frozenset({"small", "large", "answers", "policy", "pruning", "hint", "question_of", "recorder"})
+
 _NO_QUESTION = ShuntDecision("large", "deferred", policy="the conversation does not end with a user's message")
 
 
@@ -96,12 +98,9 @@ class ShuntLLM(LLM):
                 f"Expected a Pruning or None for `pruning`, got {type(self.pruning).__name__}. "
                 f"Pass SoftPruning(), for example."
             )
-        self._build()
-        self._share_callbacks()
-
-    def _build(self) -> None:
         self._decider = Decider(self.small, self.policy, self.recorder)
         self._hint = None if self.pruning is None else Hint(self.pruning, self.hint)
+        self._share_callbacks()
 
     def _share_callbacks(self) -> None:
         """Give this LLM's callback manager to the large LLM if that has no handlers of its own."""
@@ -110,20 +109,19 @@ class ShuntLLM(LLM):
             self.large.callback_manager = mine
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field and rebuild the state derived from it."""
+        """Set a field of LlamaIndex, such as `callback_manager`. The shunt's own settings are frozen."""
+        if name in _SETTINGS and "_decider" in (self.__pydantic_private__ or {}):
+            raise ConfigurationError(
+                f"The settings of a {type(self).__name__} are frozen. Use model_copy(update={{{name!r}: ...}})."
+            )
         super().__setattr__(name, value)
-        if "_decider" in (self.__pydantic_private__ or {}):
-            if name in ("small", "policy", "pruning", "hint", "recorder"):
-                self._build()
-            elif name in ("callback_manager", "large"):
-                self._share_callbacks()
+        if name == "callback_manager" and "_decider" in (self.__pydantic_private__ or {}):
+            self._share_callbacks()
 
     @override
     def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
-        copied = super().model_copy(update=update, deep=deep)
-        copied._build()
-        copied._share_callbacks()
-        return copied
+        fields = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**(deepcopy(fields) if deep else fields), **(update or {})})
 
     @classmethod
     @override
@@ -170,23 +168,23 @@ class ShuntLLM(LLM):
         return None
 
     def _hinted(self, messages: Sequence[ChatMessage], decision: ShuntDecision) -> list[ChatMessage]:
-        told = "" if self._hint is None else self._hint.paragraph_for(decision.prediction)
-        if not told:
+        paragraph = "" if self._hint is None else self._hint.paragraph_for(decision.prediction)
+        if not paragraph:
             return list(messages)
         if messages[0].role == MessageRole.SYSTEM:
-            first = messages[0].model_copy(update={"blocks": [*messages[0].blocks, TextBlock(text=f"\n\n{told}")]})
+            first = messages[0].model_copy(update={"blocks": [*messages[0].blocks, TextBlock(text=f"\n\n{paragraph}")]})
             return [first, *messages[1:]]
-        return [ChatMessage(role=MessageRole.SYSTEM, content=told), *messages]
+        return [ChatMessage(role=MessageRole.SYSTEM, content=paragraph), *messages]
 
     def _hinted_prompt(self, prompt: str, decision: ShuntDecision) -> str:
-        told = "" if self._hint is None else self._hint.paragraph_for(decision.prediction)
-        return f"{told}\n\n{prompt}" if told else prompt
+        paragraph = "" if self._hint is None else self._hint.paragraph_for(decision.prediction)
+        return f"{paragraph}\n\n{prompt}" if paragraph else prompt
 
     def _kept(self, text: str, decision: ShuntDecision, seconds: float) -> tuple[dict[str, Any], list[Any]]:
         return self._decider.tell(decision), self._decider.finished(text, decision, None, "", (seconds, 0.0))
 
-    def _asked(self, text: str, decision: ShuntDecision, said: str, seconds: tuple[float, float]) -> list[Any]:
-        return self._decider.finished(text, decision, said, self.large.metadata.model_name, seconds)
+    def _asked(self, text: str, decision: ShuntDecision, answer: str, seconds: tuple[float, float]) -> list[Any]:
+        return self._decider.finished(text, decision, answer, self.large.metadata.model_name, seconds)
 
     # Chat
 
@@ -197,16 +195,16 @@ class ShuntLLM(LLM):
             return with_decision(self.large.chat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
         decision, seconds = self._decider.decide(text)
         if (message := self._small_message(decision, kwargs, required)) is not None:
-            told, log = self._kept(text, decision, seconds)
+            metadata, log = self._kept(text, decision, seconds)
             self._decider.record(log)
-            return with_decision(ChatResponse(message=message), told)
+            return with_decision(ChatResponse(message=message), metadata)
         decision, started = self._decider.deferred(decision), time.perf_counter()
-        told = self._decider.tell(decision)
+        metadata = self._decider.tell(decision)
         response = self.large.chat(self._hinted(messages, decision), **kwargs)
         self._decider.record(
             self._asked(text, decision, text_of_response(response), (seconds, time.perf_counter() - started))
         )
-        return with_decision(response, told)
+        return with_decision(response, metadata)
 
     @override
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -215,15 +213,15 @@ class ShuntLLM(LLM):
             return with_decision(await self.large.achat(messages, **kwargs), self._decider.tell(_NO_QUESTION))
         decision, seconds = await self._decider.adecide(text)
         if (message := self._small_message(decision, kwargs, required)) is not None:
-            told, log = self._kept(text, decision, seconds)
+            metadata, log = self._kept(text, decision, seconds)
             await self._decider.arecord(log)
-            return with_decision(ChatResponse(message=message), told)
+            return with_decision(ChatResponse(message=message), metadata)
         decision, started = self._decider.deferred(decision), time.perf_counter()
-        told = self._decider.tell(decision)
+        metadata = self._decider.tell(decision)
         response = await self.large.achat(self._hinted(messages, decision), **kwargs)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._asked(text, decision, text_of_response(response), took))
-        return with_decision(response, told)
+        return with_decision(response, metadata)
 
     @override
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse]:
@@ -236,13 +234,15 @@ class ShuntLLM(LLM):
                 return
             decision, seconds = self._decider.decide(text)
             if (message := self._small_message(decision, kwargs, required)) is not None:
-                told, log = self._kept(text, decision, seconds)
+                metadata, log = self._kept(text, decision, seconds)
                 self._decider.record(log)
-                yield with_decision(ChatResponse(message=message, delta=message.content or ""), told)
+                yield with_decision(ChatResponse(message=message, delta=message.content or ""), metadata)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
-            told = self._decider.tell(decision)
-            for last in each_with_decision(self.large.stream_chat(self._hinted(messages, decision), **kwargs), told):
+            metadata = self._decider.tell(decision)
+            for last in each_with_decision(
+                self.large.stream_chat(self._hinted(messages, decision), **kwargs), metadata
+            ):
                 yield last
             if last is not None:
                 took = (seconds, time.perf_counter() - started)
@@ -255,20 +255,20 @@ class ShuntLLM(LLM):
         async def chunks() -> AsyncGenerator[ChatResponse]:
             text, required = self._question(messages), kwargs.pop(_REQUIRED, False)
             if text is None:
-                told = self._decider.tell(_NO_QUESTION)
+                metadata = self._decider.tell(_NO_QUESTION)
                 async for one in await self.large.astream_chat(messages, **kwargs):
-                    yield with_decision(one, told)
+                    yield with_decision(one, metadata)
                 return
             decision, seconds = await self._decider.adecide(text)
             if (message := self._small_message(decision, kwargs, required)) is not None:
-                told, log = self._kept(text, decision, seconds)
+                metadata, log = self._kept(text, decision, seconds)
                 await self._decider.arecord(log)
-                yield with_decision(ChatResponse(message=message, delta=message.content or ""), told)
+                yield with_decision(ChatResponse(message=message, delta=message.content or ""), metadata)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
-            told = self._decider.tell(decision)
+            metadata = self._decider.tell(decision)
             async for last in await self.large.astream_chat(self._hinted(messages, decision), **kwargs):
-                yield with_decision(last, told)
+                yield with_decision(last, metadata)
             if last is not None:
                 took = (seconds, time.perf_counter() - started)
                 await self._decider.arecord(self._asked(text, decision, text_of_response(last), took))
@@ -304,29 +304,29 @@ class ShuntLLM(LLM):
         text = self.question_of(prompt) if self.question_of else prompt
         decision, seconds = self._decider.decide(text)
         if (message := self._small_message(decision, kwargs)) is not None:
-            told, log = self._kept(text, decision, seconds)
+            metadata, log = self._kept(text, decision, seconds)
             self._decider.record(log)
-            return completion_with_decision(CompletionResponse(text=message.content or ""), told)
+            return completion_with_decision(CompletionResponse(text=message.content or ""), metadata)
         decision, started = self._decider.deferred(decision), time.perf_counter()
-        told = self._decider.tell(decision)
+        metadata = self._decider.tell(decision)
         response = self.large.complete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
         self._decider.record(self._asked(text, decision, response.text, (seconds, time.perf_counter() - started)))
-        return completion_with_decision(response, told)
+        return completion_with_decision(response, metadata)
 
     @override
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         text = self.question_of(prompt) if self.question_of else prompt
         decision, seconds = await self._decider.adecide(text)
         if (message := self._small_message(decision, kwargs)) is not None:
-            told, log = self._kept(text, decision, seconds)
+            metadata, log = self._kept(text, decision, seconds)
             await self._decider.arecord(log)
-            return completion_with_decision(CompletionResponse(text=message.content or ""), told)
+            return completion_with_decision(CompletionResponse(text=message.content or ""), metadata)
         decision, started = self._decider.deferred(decision), time.perf_counter()
-        told = self._decider.tell(decision)
+        metadata = self._decider.tell(decision)
         response = await self.large.acomplete(self._hinted_prompt(prompt, decision), formatted, **kwargs)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._asked(text, decision, response.text, took))
-        return completion_with_decision(response, told)
+        return completion_with_decision(response, metadata)
 
     @override
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Generator[CompletionResponse]:
@@ -334,15 +334,15 @@ class ShuntLLM(LLM):
             text = self.question_of(prompt) if self.question_of else prompt
             decision, seconds = self._decider.decide(text)
             if (message := self._small_message(decision, kwargs)) is not None:
-                told, log = self._kept(text, decision, seconds)
+                metadata, log = self._kept(text, decision, seconds)
                 self._decider.record(log)
-                said = message.content or ""
-                yield completion_with_decision(CompletionResponse(text=said, delta=said), told)
+                answer = message.content or ""
+                yield completion_with_decision(CompletionResponse(text=answer, delta=answer), metadata)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
-            told = self._decider.tell(decision)
+            metadata = self._decider.tell(decision)
             for last in self.large.stream_complete(self._hinted_prompt(prompt, decision), formatted, **kwargs):
-                yield completion_with_decision(last, told)
+                yield completion_with_decision(last, metadata)
             if last is not None:
                 self._decider.record(self._asked(text, decision, last.text, (seconds, time.perf_counter() - started)))
 
@@ -356,16 +356,16 @@ class ShuntLLM(LLM):
             text = self.question_of(prompt) if self.question_of else prompt
             decision, seconds = await self._decider.adecide(text)
             if (message := self._small_message(decision, kwargs)) is not None:
-                told, log = self._kept(text, decision, seconds)
+                metadata, log = self._kept(text, decision, seconds)
                 await self._decider.arecord(log)
-                said = message.content or ""
-                yield completion_with_decision(CompletionResponse(text=said, delta=said), told)
+                answer = message.content or ""
+                yield completion_with_decision(CompletionResponse(text=answer, delta=answer), metadata)
                 return
             decision, started, last = self._decider.deferred(decision), time.perf_counter(), None
-            told = self._decider.tell(decision)
+            metadata = self._decider.tell(decision)
             asked = self._hinted_prompt(prompt, decision)
             async for last in await self.large.astream_complete(asked, formatted, **kwargs):
-                yield completion_with_decision(last, told)
+                yield completion_with_decision(last, metadata)
             if last is not None:
                 took = (seconds, time.perf_counter() - started)
                 await self._decider.arecord(self._asked(text, decision, last.text, took))

@@ -85,13 +85,13 @@ class ShuntQueryEngine(BaseQueryEngine):
                 found = found.query(query_bundle)
             if found is not None:
                 self._decider.record(self._decider.finished(text, decision, None, "", (seconds, 0.0)))
-                return _told(found, self._decider.tell(decision))
+                return _with_metadata(found, self._decider.tell(decision))
             decision = self._decider.deferred(decision)
-        told, started = self._decider.tell(decision), time.perf_counter()
+        decided, started = self._decider.tell(decision), time.perf_counter()
         response = self._large.query(query_bundle)
         took = (seconds, time.perf_counter() - started)
         self._decider.record(self._decider.finished(text, decision, _text(response), _name(self._large), took))
-        return _told(response, told)
+        return _with_metadata(response, decided)
 
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         text = query_bundle.query_str
@@ -102,13 +102,13 @@ class ShuntQueryEngine(BaseQueryEngine):
                 found = await found.aquery(query_bundle)
             if found is not None:
                 await self._decider.arecord(self._decider.finished(text, decision, None, "", (seconds, 0.0)))
-                return _told(found, self._decider.tell(decision))
+                return _with_metadata(found, self._decider.tell(decision))
             decision = self._decider.deferred(decision)
-        told, started = self._decider.tell(decision), time.perf_counter()
+        decided, started = self._decider.tell(decision), time.perf_counter()
         response = await self._large.aquery(query_bundle)
         took = (seconds, time.perf_counter() - started)
         await self._decider.arecord(self._decider.finished(text, decision, _text(response), _name(self._large), took))
-        return _told(response, told)
+        return _with_metadata(response, decided)
 
     def _find(self, text: str, prediction: Prediction) -> Any:
         if isinstance(self._local, Mapping):
@@ -140,14 +140,14 @@ class ShuntQueryEngine(BaseQueryEngine):
         return await self._large.asynthesize(query_bundle, nodes, additional_source_nodes)
 
 
-def _told(found: Any, told: dict[str, Any]) -> RESPONSE_TYPE:
+def _with_metadata(found: Any, decided: dict[str, Any]) -> RESPONSE_TYPE:
     """Return a response with the decision attached. A `Response` is copied, since it may be shared."""
     if isinstance(found, str):
-        return Response(response=found, metadata={"shunt": told})
+        return Response(response=found, metadata={"shunt": decided})
     if isinstance(found, Response):
-        return Response(found.response, found.source_nodes, {**(found.metadata or {}), "shunt": told})
+        return Response(found.response, found.source_nodes, {**(found.metadata or {}), "shunt": decided})
     response: RESPONSE_TYPE = found
-    response.metadata = {**(response.metadata or {}), "shunt": told}
+    response.metadata = {**(response.metadata or {}), "shunt": decided}
     return response
 
 

@@ -136,8 +136,8 @@ class ShuntSelector(BaseSelector):
             decision = replace(decision, route="small", reason="confident", policy=words)
         if decision.route != "small":
             return None, candidates, decision
-        told = self._decider.tell(decision)
-        return self._selection(prediction, place, len(choices), best, told), [], decision
+        metadata = self._decider.tell(decision)
+        return self._selection(prediction, place, len(choices), best, metadata), [], decision
 
     def _places(self, choices: Sequence[ToolMetadata], prediction: Prediction | None) -> dict[str, int]:
         """Return the position of the choice for each known label of the small model.
@@ -186,11 +186,13 @@ class ShuntSelector(BaseSelector):
         return scores
 
     def _selection(
-        self, prediction: Prediction, place: Mapping[str, int], n: int, chosen: int, told: dict[str, Any]
+        self, prediction: Prediction, place: Mapping[str, int], n: int, chosen: int, metadata: dict[str, Any]
     ) -> ShuntSelection:
         scores = self._scores(prediction, place, n)
         reason = f"The small model {prediction.model_id} chose it with probability {scores[chosen]:.2f}."
-        return ShuntSelection(selections=[SingleSelection(index=chosen, reason=reason)], scores=scores, decision=told)
+        return ShuntSelection(
+            selections=[SingleSelection(index=chosen, reason=reason)], scores=scores, decision=metadata
+        )
 
     def _asked(
         self, found: SelectorResult, candidates: list[int], choices: Sequence[ToolMetadata], decision: ShuntDecision
@@ -215,6 +217,6 @@ class ShuntSelector(BaseSelector):
         if len(result.selections) != 1:
             return []
         label_of = {position: label for label, position in self._places(choices, decision.prediction).items()}
-        said = label_of.get(result.selections[0].index)
+        chosen = label_of.get(result.selections[0].index)
         model = type(self._large).__name__
-        return [] if said is None else self._decider.finished(query.query_str, decision, said, model, seconds)
+        return [] if chosen is None else self._decider.finished(query.query_str, decision, chosen, model, seconds)

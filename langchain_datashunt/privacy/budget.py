@@ -153,8 +153,8 @@ class PeriodBudget(Configured):
         Returns:
             Name of the first exceeded limit (nothing is added then), or "".
         """
-        told = {**amounts, **({} if person is None else {f"subject_{name}": n for name, n in amounts.items()})}
-        wanted = {bound: amount for bound, amount in told.items() if getattr(self, bound, None) is not None}
+        all_amounts = {**amounts, **({} if person is None else {f"subject_{name}": n for name, n in amounts.items()})}
+        wanted = {bound: amount for bound, amount in all_amounts.items() if getattr(self, bound, None) is not None}
         period, names = int(self.clock() // self.period_seconds), dict[str, str]()
         for bound in wanted:
             whose = f":{person.hex()}" if person is not None and bound.startswith("subject") else ""

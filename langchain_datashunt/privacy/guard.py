@@ -281,5 +281,5 @@ class GuardedModel(Runnable[Any, Any]):
 
 def subject_of(config: RunnableConfig | None) -> str | None:
     """Return the id of the data subject from a call's config, or None if it has none."""
-    told = ((config or {}).get("configurable") or {}).get(SUBJECT_KEY)
-    return None if told is None else str(told)
+    subject = ((config or {}).get("configurable") or {}).get(SUBJECT_KEY)
+    return None if subject is None else str(subject)

@@ -100,8 +100,8 @@ class Placeholders:
         if (own := getattr(value, "redacted_with", None)) is not None:
             return own(self.redact)
         if isinstance(value, Candidates):
-            told = {self._replaced(k): self._replaced(v) for k, v in value.descriptions.items()}
-            return Candidates([self._replaced(one) for one in value], told)
+            descriptions = {self._replaced(k): self._replaced(v) for k, v in value.descriptions.items()}
+            return Candidates([self._replaced(one) for one in value], descriptions)
         if isinstance(value, BaseMessage):
             return self._redact_message(value)
         if isinstance(value, PromptValue):
@@ -349,11 +349,11 @@ class StreamRestorer:
 
 def _chunks_of(calls: Sequence[Any], invalid: Sequence[Any]) -> list[dict[str, Any]]:
     """Return the tool call chunks of a message with these calls."""
-    told = [(call, json.dumps(call["args"], ensure_ascii=False)) for call in calls]
-    told += [(call, call.get("args") or "") for call in invalid]
+    texts = [(call, json.dumps(call["args"], ensure_ascii=False)) for call in calls]
+    texts += [(call, call.get("args") or "") for call in invalid]
     return [
         {"name": call.get("name"), "args": args, "id": call.get("id"), "index": i, "type": "tool_call_chunk"}
-        for i, (call, args) in enumerate(told)
+        for i, (call, args) in enumerate(texts)
     ]
 
 

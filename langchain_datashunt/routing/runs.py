@@ -192,9 +192,9 @@ class Runs:
 
         def send(i: int) -> Any:
             own, data = self._managers[i], data_of(i)  # `note` adds tags and metadata here, so they are read afterwards
-            told = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
+            identity = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
             tell = ahandle_event if self._asynchronous else handle_event
-            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data, **told)
+            return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data, **identity)
 
         yield _for_all(send, rows)
 
@@ -309,7 +309,7 @@ class ChildRuns(Runs):
         self._pending: set[int] = set()
         self._above, self._rows = parents, rows
         self._hooked: list[BaseCallbackHandler] | None = None
-        self._told: dict[str, Any] = {"name": owner.get_name(), "run_type": run_type}
+        self._about: dict[str, Any] = {"name": owner.get_name(), "run_type": run_type}
         self._tag = tag
 
     @override
@@ -320,7 +320,7 @@ class ChildRuns(Runs):
             self._hooked = [one for one in configured.handlers if one not in child.handlers]
         for handler in self._hooked:
             child.add_handler(handler, inherit=False)
-        return child.on_chain_start(None, self._inputs[i], **self._told)
+        return child.on_chain_start(None, self._inputs[i], **self._about)
 
     def within(self, i: int) -> RunnableConfig:
         """Return the config of calls made inside run `i`."""

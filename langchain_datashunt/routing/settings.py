@@ -189,14 +189,14 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
                 )
         prompts = self.large.get_prompts()
         used = {name for prompt in prompts for name in (*prompt.input_variables, *prompt.optional_variables)}
-        told = frozenset[str]()
+        disclosed = frozenset[str]()
         if self.pruning is not None:
-            told = self.pruning.variables if self.pruning.narrows else self.pruning.variables - {"candidates"}
+            disclosed = self.pruning.variables if self.pruning.narrows else self.pruning.variables - {"candidates"}
         if self.pruning is not None and self.pruning.variables:
-            told |= used & OPINION_VARIABLES
-        if told:
+            disclosed |= used & OPINION_VARIABLES
+        if disclosed:
             raise ConfigurationError(
-                f"The large prompt carries the small model's probabilities ({', '.join(sorted(told))}), which "
+                f"The large prompt carries the small model's probabilities ({', '.join(sorted(disclosed))}), which "
                 f"`fusion` would count a second time. Pass pruning=NoPruning(), or no fusion."
             )
 

@@ -72,9 +72,9 @@ class Subtask(Configured):
             self.labels = tuple(own)
         strange = sorted(set(own or ()) - set(self.labels or ())) if self.labels is not None else []
         if strange:
-            told = "writes free text" if writes else f"can answer {', '.join(strange[:5])}"
+            kind = "writes free text" if writes else f"can answer {', '.join(strange[:5])}"
             raise ConfigurationError(
-                f"The small model of sub-task {self.name!r} {told}, but the sub-task's labels are "
+                f"The small model of sub-task {self.name!r} {kind}, but the sub-task's labels are "
                 f"{', '.join((self.labels or ())[:5])}. Pass a small model over these labels, or change `labels`."
             )
 
@@ -91,11 +91,11 @@ class OpenQuestion(NamedTuple):
     hint: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
-        told = self.subtask.question or self.subtask.name
+        question = self.subtask.question or self.subtask.name
         choices = f" One of: {', '.join(self.subtask.labels)}." if self.subtask.labels else ""
         thought = ", ".join(f"{label} with probability {p}" for label, p in self.hint)
         opinion = f" (A small model thinks: {thought}; it is not sure.)" if thought else ""
-        return f"- {self.subtask.name}: {told}{choices}{opinion}"
+        return f"- {self.subtask.name}: {question}{choices}{opinion}"
 
 
 class OpenQuestions(tuple[OpenQuestion, ...]):
@@ -217,21 +217,21 @@ def read_answers(text: str, questions: Sequence[OpenQuestion]) -> tuple[dict[str
     if fenced := _FENCE.match(text):
         text = fenced.group(1)
     try:
-        said = json.loads(text, strict=False)  # models put raw line breaks into strings
+        reply = json.loads(text, strict=False)  # models put raw line breaks into strings
     except ValueError:
-        said = None
-    if not isinstance(said, dict):
+        reply = None
+    if not isinstance(reply, dict):
         if (
-            len(questions) == 1 and said is None and not _JSON_LIKE.search(text)
+            len(questions) == 1 and reply is None and not _JSON_LIKE.search(text)
         ):  # a single question may be answered in plain text
-            said = {questions[0].subtask.name: text}
+            reply = {questions[0].subtask.name: text}
         else:
             return {}, {question.subtask.name: "there was no JSON object" for question in questions}
     found: dict[str, Any] = {}
     wrong: dict[str, str] = {}
     for question in questions:
         name, labels = question.subtask.name, question.subtask.labels
-        value = said.get(name)
+        value = reply.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or not value.strip():

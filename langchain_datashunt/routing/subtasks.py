@@ -355,13 +355,13 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         latency = Latency(seconds, time.perf_counter() - started if rows else 0.0)
         outputs: list[Any] = []
         log: list[FinishedCall] = []
-        told: dict[int, dict[str, ShuntDecision]] = {}
+        decisions_of: dict[int, dict[str, ShuntDecision]] = {}
         for i, work in enumerate(works):
-            told[i] = {}
-            outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, told[i]))
+            decisions_of[i] = {}
+            outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, decisions_of[i]))
         for subtask in self.subtasks:
             name = subtask.name
-            yield from runs.announce(list(told), partial(announced, told, name))
+            yield from runs.announce(list(decisions_of), partial(announced, decisions_of, name))
         if log:
             log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
             yield from perform(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
@@ -387,8 +387,8 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             stays = None if self.guard is None else self.guard.check_predictions(labelled)
             configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
             try:
-                told = {"known": KnownAnswers(work.known), "open": work.open}
-                asked.append(stays or {**reader.lay_out(values[i]), **told})
+                variables = {"known": KnownAnswers(work.known), "open": work.open}
+                asked.append(stays or {**reader.lay_out(values[i]), **variables})
             except InputError as error:
                 asked.append(error)
         answers = yield from perform(
@@ -426,10 +426,12 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
                 outputs[name] = None if plan is None else answer_of(plan.prediction(i))
             decisions[name] = decision_of(plan, i, None if kept else failed, fell_back)
             if self.recorder is not None and (not kept or self.recorder.wants("small")):
-                said = None if kept else failed or outputs[name]
+                raw_answer = None if kept else failed or outputs[name]
                 first = bool(work.open) and name == work.open[0].subtask.name
                 log.append(
-                    self._finished(subtask, ids[name], value, decisions[name], said, work, first, runs, i, latency)
+                    self._finished(
+                        subtask, ids[name], value, decisions[name], raw_answer, work, first, runs, i, latency
+                    )
                 )
         if failed is not None and not fell_back:
             return failed
@@ -445,7 +447,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         record_id: str,
         value: Any,
         decision: ShuntDecision,
-        said: Any,
+        raw_answer: Any,
         work: SubtaskWork,
         first: bool,
         runs: Runs,
@@ -458,15 +460,15 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         records count the call once.
         """
         watcher = None
-        if said is not None and work.watcher is not None:
+        if raw_answer is not None and work.watcher is not None:
             watcher = LargeCallWatcher()
             watcher.model = work.watcher.model
-            watcher.text = work.watcher.text if isinstance(said, Exception) else str(said)
+            watcher.text = work.watcher.text if isinstance(raw_answer, Exception) else str(raw_answer)
             if first:
                 watcher.usage_metadata = work.watcher.usage_metadata
         subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
         return FinishedCall(
-            f"{self.recorder.task}/{subtask.name}", record_id, value, decision, said, watcher, latency,
+            f"{self.recorder.task}/{subtask.name}", record_id, value, decision, raw_answer, watcher, latency,
             subtask.labels or ANSWER_LABELS, subject, reader_of([subtask]) or self.reader, now(),
         )  # fmt: skip
 

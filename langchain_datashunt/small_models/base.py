@@ -208,13 +208,13 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             if logits.ndim != 2 or len(logits) != len(new):
                 raise PredictionError(self._misshapen(logits, len(new)))
             cut = np.zeros(len(new), dtype=np.bool_) if scores.truncated is None else scores.truncated
-            seen, said, tokens = scores.features, scores.answers, scores.token_logprobs
+            seen, generated, tokens = scores.features, scores.answers, scores.token_logprobs
             return [
                 Remembered(
                     logits[i].copy(),
                     bool(cut[i]),
                     None if seen is None else seen[i].copy(),
-                    None if said is None else copy.deepcopy(said[i]),
+                    None if generated is None else copy.deepcopy(generated[i]),
                     None if tokens is None else np.array(tokens[i]),
                     scores.errors.get(i),
                 )

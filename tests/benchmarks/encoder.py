@@ -26,7 +26,7 @@ import transformers
 
 from langchain_datashunt.cli.demo.benchmark_task import DATA_DIR_VARIABLE, load_messages
 from langchain_datashunt.small_models.engine.architectures import ARCHITECTURES
-from langchain_datashunt.small_models.engine.padding_free import Packing, plain_encoder
+from langchain_datashunt.small_models.engine.padding_free import EngineSelector, plain_encoder
 from langchain_datashunt.small_models.engine.text_batches import token_budget, token_budget_batches
 from langchain_datashunt.small_models.kinds.encoder import SentenceEncoder
 
@@ -50,13 +50,13 @@ def long_texts(short: list[str], n: int) -> list[str]:
 
 
 def compare(texts: list[str], rounds: int) -> dict[str, Any]:
-    plain, packed = SentenceEncoder(engine="plain"), SentenceEncoder(engine="padding-free")
+    plain, padding_free = SentenceEncoder(engine="plain"), SentenceEncoder(engine="padding-free")
     half_plain, half = (SentenceEncoder(engine=engine, dtype="bfloat16") for engine in ("plain", "padding-free"))  # type: ignore[arg-type]
     few = texts[: max(1, len(texts) // 8)]
     ways: dict[str, tuple[Callable[[], Any], int]] = {
         "one_by_one": (lambda: [plain.encode([text]) for text in few], len(few)),
         "plain": (lambda: plain.encode(texts), len(texts)),
-        "padding-free": (lambda: packed.encode(texts), len(texts)),
+        "padding-free": (lambda: padding_free.encode(texts), len(texts)),
         "plain_bf16": (lambda: half_plain.encode(texts), len(texts)),
         "packed_bf16": (lambda: half.encode(texts), len(texts)),
     }
@@ -73,7 +73,7 @@ def compare(texts: list[str], rounds: int) -> dict[str, Any]:
     found["packed_over_plain"] = float(np.median(np.array(rates["padding-free"]) / np.array(rates["plain"])))
     found["packed_bf16_over_plain_bf16"] = float(np.median(np.array(rates["packed_bf16"]) / rates["plain_bf16"]))
     own = plain.encode(texts)[0]
-    found["largest_difference"] = float(np.abs(packed.encode(texts)[0] - own).max())
+    found["largest_difference"] = float(np.abs(padding_free.encode(texts)[0] - own).max())
     found["largest_difference_bf16"] = float(np.abs(half.encode(texts)[0] - own).max())
     return found
 
@@ -105,7 +105,8 @@ def architectures(texts: list[str], rounds: int) -> dict[str, Any]:
     for kind in ARCHITECTURES:
         network = network_of(kind)
         engines = {
-            name: Packing(name).engine_for(network) or plain_encoder(network) for name in ("padding-free", "plain")
+            name: EngineSelector(name).engine_for(network) or plain_encoder(network)
+            for name in ("padding-free", "plain")
         }  # type: ignore[arg-type]
         found[kind] = {}
         for name, some in (("short", texts), ("long", long_texts(texts, len(texts) // 4)), ("single", texts[:50])):

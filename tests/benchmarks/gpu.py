@@ -76,16 +76,16 @@ def measure(device: str, n: int, rounds: int, folder: Path) -> dict[str, Any]:
     def model(dtype: str, **more: Any) -> TransformersClassifier:
         return TransformersClassifier(model=str(folder), device=device, dtype=dtype, max_length=256, **more)
 
-    packed, plain = model("bfloat16", engine="padding-free"), model("bfloat16")
+    padding_free, plain = model("bfloat16", engine="padding-free"), model("bfloat16")
     full = model("float32", engine="plain")
     long, short = texts_of(TOKENS, n), short_texts(200)
     own = full.predict_batch(short).probabilities
-    half = packed.predict_batch(short).probabilities
-    encoder = packed._packing.engine_for(packed._network.base_model)
+    half = padding_free.predict_batch(short).probabilities
+    encoder = padding_free._engine_selector.engine_for(padding_free._network.base_model)
     ways: dict[str, Callable[[], Any]] = {
-        "batch": lambda: packed.batch(long),
+        "batch": lambda: padding_free.batch(long),
         "plain_batch": lambda: plain.batch(long),
-        "products": products(packed._network.config, TOKENS * n, device),
+        "products": products(padding_free._network.config, TOKENS * n, device),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     singles: dict[str, list[float]] = {"single": [], "single_plain": []}
@@ -95,7 +95,7 @@ def measure(device: str, n: int, rounds: int, folder: Path) -> dict[str, Any]:
             if turn:
                 taken[name].append(seconds)
         for text in short[: 100 if turn else 20]:
-            for name, one in zip(singles, (packed, plain), strict=True):
+            for name, one in zip(singles, (padding_free, plain), strict=True):
                 seconds = seconds_of(lambda one=one, text=text: one.invoke(text), device)  # type: ignore[misc]
                 if turn:
                     singles[name].append(seconds)

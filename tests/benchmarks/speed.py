@@ -70,11 +70,11 @@ from tests.benchmarks.encoder import long_texts, short_texts
 from tests.benchmarks.gpu import measure as measure_gpu
 from tests.benchmarks.overhead import measure as measure_overhead
 
-PromotionResult = dict[str, Any]
+Verdict = dict[str, Any]
 Work = Callable[[], Any]
 
 
-def verdict(values: dict[str, float], targets: dict[str, tuple[str, float]], **more: Any) -> PromotionResult:
+def verdict(values: dict[str, float], targets: dict[str, tuple[str, float]], **more: Any) -> Verdict:
     """Compare measured values with their targets.
 
     A target is ">=" or "<=" with a number. A target without a measured value is not met.
@@ -166,7 +166,7 @@ def agreement(models: Models, texts: list[str]) -> dict[str, float]:
     return found
 
 
-def offline(models: Models, texts: list[str], rounds: int, *, long: bool) -> PromotionResult:
+def offline(models: Models, texts: list[str], rounds: int, *, long: bool) -> Verdict:
     few = texts[: max(8, len(texts) // 8)]
     ways: dict[str, tuple[Work, int]] = {
         "pipeline_1": (lambda: [models.pipeline(text) for text in few], len(few)),
@@ -220,19 +220,19 @@ def semantic_router() -> Callable[[str], Any] | None:
     return SemanticRouter(encoder=encoder, routes=routes, auto_sync="local")
 
 
-def engine_share(models: Models, texts: list[str], rounds: int) -> PromotionResult:
+def engine_share(models: Models, texts: list[str], rounds: int) -> Verdict:
     values: dict[str, float] = {}
     for name, model in (("fp32", models.fp32), ("bf16", models.bf16)):
         ids = model.features(texts)
         lengths = [len(one) for one in ids]
         batches = [[ids[i] for i in rows] for rows in token_budget_batches(lengths, token_budget("cpu"))]
-        packed = model._packing.engine_for(model._network.base_model)
-        if packed is None:
-            return verdict({}, {"fp32_share": (">=", 0.95)}, note="no packed engine here")
+        padding_free = model._engine_selector.engine_for(model._network.base_model)
+        if padding_free is None:
+            return verdict({}, {"fp32_share": (">=", 0.95)}, note="no padding-free engine here")
 
-        def raw(packed: Any = packed, batches: Any = batches) -> None:
+        def raw(padding_free: Any = padding_free, batches: Any = batches) -> None:
             for batch in batches:
-                packed(batch).first()
+                padding_free(batch).first()
 
         ways: dict[str, tuple[Work, int]] = {
             "raw": (raw, len(texts)),
@@ -247,7 +247,7 @@ def engine_share(models: Models, texts: list[str], rounds: int) -> PromotionResu
 
 def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
     """Return a function that computes only the products of the model's linear layers, as the engine does."""
-    config, dtype = model._network.config, model._packing.dtype
+    config, dtype = model._network.config, model._engine_selector.dtype
     d, inner = config.hidden_size, config.intermediate_size
     shapes = ((3 * d, d), (d, d), (inner, d), (d, inner))
     layers = [Linear(torch.randn(shape, dtype=dtype), torch.zeros(shape[0], dtype=dtype)) for shape in shapes]
@@ -263,7 +263,7 @@ def products_of(model: TransformersClassifier, tokens: list[int]) -> Work:
     return work
 
 
-def concurrent(models: Models, texts: list[str], rounds: int) -> PromotionResult:
+def concurrent(models: Models, texts: list[str], rounds: int) -> Verdict:
     """Run clients that each send the next request as soon as they receive an answer."""
 
     async def clients(n: int, ask: Callable[[str], Any]) -> list[float]:
@@ -313,11 +313,11 @@ def concurrent(models: Models, texts: list[str], rounds: int) -> PromotionResult
     return verdict(values, targets, clients=latencies)
 
 
-def idle_request(models: Models, texts: list[str], rounds: int) -> PromotionResult:
+def idle_request(models: Models, texts: list[str], rounds: int) -> Verdict:
     shunt = ShuntRunnable(small=models.fp32, large=RunnableLambda(str), policy=AlwaysSmall(), pruning=None)
     few = texts[:100]
 
-    packed: Any = models.fp32._packing.engine_for(models.fp32._network.base_model)
+    padding_free: Any = models.fp32._engine_selector.engine_for(models.fp32._network.base_model)
     ids = {text: models.fp32.features([text]) for text in few}
 
     def bare(text: str) -> None:
@@ -357,10 +357,10 @@ def idle_request(models: Models, texts: list[str], rounds: int) -> PromotionResu
     values["bare_forward_ms"] = 1e3 * statistics.median(seconds["bare"])
     parts = {name: round(float(np.median(each)), 3) for name, each in added.items() if name != "bare"}
     targets = {"ainvoke_adds_ms": ("<=", 0.5), "invoke_adds_ms": ("<=", 0.5)}
-    return verdict(values, targets, packed=packed is not None, adds_ms=parts)
+    return verdict(values, targets, padding_free=padding_free is not None, adds_ms=parts)
 
 
-def router_overhead(rounds: int) -> PromotionResult:
+def router_overhead(rounds: int) -> Verdict:
     found = measure_overhead(None, rounds)
     values = {}
     for row in found["rows"]:
@@ -388,7 +388,7 @@ class Echo(Runnable[Any, Any]):
         return ["L"] * len(inputs)
 
 
-def trivial_batch(rounds: int) -> PromotionResult:
+def trivial_batch(rounds: int) -> Verdict:
     small = Trivial()
     shunt = ShuntRunnable(small=small, large=Echo(), policy=Threshold(0.9), pruning=None)
     lambdas = ShuntRunnable(small=small, large=RunnableLambda(lambda _: "L"), policy=Threshold(0.9), pruning=None)
@@ -418,7 +418,7 @@ def child(*words: str) -> dict[str, Any]:
     return found
 
 
-def recording() -> PromotionResult:
+def recording() -> Verdict:
     found = child("tests.benchmarks.recording", "--records", "10000")
     values = {
         name: float(found[name])
@@ -432,7 +432,7 @@ def recording() -> PromotionResult:
     return verdict(values, targets)
 
 
-def imports(rounds: int) -> PromotionResult:
+def imports(rounds: int) -> Verdict:
     """Measure import times with cached bytecode, which a first, uncounted round writes."""
     programs = {"nothing": "pass", "package": "import langchain_datashunt"}
     programs["shunt"] = "from langchain_datashunt import ShuntRunnable"
@@ -449,13 +449,13 @@ def imports(rounds: int) -> PromotionResult:
     return verdict(values, {"package_s": ("<=", 0.1), "shunt_s": ("<=", 0.6)}, python_itself_s=base)
 
 
-def selection() -> PromotionResult:
+def selection() -> Verdict:
     found = child("tests.benchmarks.selection")
     values = {"select_seconds": found["select_seconds"], "select_peak_gib": found["select_peak_gib"]}
     return verdict(values, {"select_seconds": ("<=", 20.0), "select_peak_gib": ("<=", 4.0)}, details=found)
 
 
-def bulk(rows: int, folder: Path) -> PromotionResult:
+def bulk(rows: int, folder: Path) -> Verdict:
     """Measure `datashunt run` with a cheap n-gram model, so that the length of the file dominates."""
     task = load_messages().train
     words = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
@@ -521,7 +521,7 @@ def _lines(file: str) -> list[str]:
         return []
 
 
-def on_a_gpu(rounds: int, folder: Path) -> PromotionResult:
+def on_a_gpu(rounds: int, folder: Path) -> Verdict:
     found = measure_gpu("cuda", 16_384, rounds, folder)
     values = {name: found.pop(name) for name in ("share_of_products", "single_p50_ms", "texts_per_second")}
     return verdict(values, {"share_of_products": (">=", 0.6), "single_p50_ms": ("<=", 1.5)}, **found)
@@ -555,7 +555,7 @@ def main() -> None:
         long = long_texts(short, options.texts // 4)
         models = Models(folder / "model") if not wanted or wanted & {"P1", "P2", "P3", "P4", "P5"} else None
 
-        def one_thread(work: Callable[[], PromotionResult]) -> PromotionResult:
+        def one_thread(work: Callable[[], Verdict]) -> Verdict:
             before = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
@@ -563,7 +563,7 @@ def main() -> None:
             finally:
                 torch.set_num_threads(before)
 
-        steps: dict[str, Callable[[], PromotionResult]] = {
+        steps: dict[str, Callable[[], Verdict]] = {
             "P1": lambda: one_thread(lambda: offline(models, short, rounds, long=False)),  # type: ignore[arg-type]
             "P2": lambda: one_thread(lambda: offline(models, long, rounds, long=True)),  # type: ignore[arg-type]
             "P3": lambda: one_thread(lambda: engine_share(models, short, rounds)),  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def test_calibrate_every_objective_is_saved_in_bundle(
         assert isinstance(small.policy, Threshold)
         assert small.policy.threshold == told["threshold"] == small.threshold
     assert (small.fusion is not None) == ("--fusion" in more)
-    if objective.startswith("budget"):
+    if objective.startswith("deferral"):
         assert told["deferral_rate"] <= 0.2 + 1e-9
     if objective.startswith("cost"):
         assert told["usd_per_1000"] <= 1.5 + 1e-9

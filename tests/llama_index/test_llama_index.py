@@ -200,7 +200,9 @@ async def test_shunt_llm_structured_output_and_required_tools_defer(listener: Li
     assert llm.chat_with_tools([tool], user_msg=SURE).message.content == "It is cancelled."
     picture = ChatMessage(role="user", blocks=[TextBlock(text=SURE), ImageBlock(url="http://127.0.0.1/x.png")])
     assert llm.chat([picture]).additional_kwargs["shunt"]["route"] == "large", "the classifier cannot see the image"
-    llm.policy = AlwaysLarge()
+    with pytest.raises(ConfigurationError, match="frozen"):
+        llm.policy = AlwaysLarge()
+    llm = llm.model_copy(update={"policy": AlwaysLarge()})
     assert llm.chat(user(SURE)).additional_kwargs["shunt"]["route"] == "large"
     broken: Any = ShuntLLM(small=WordModel(), large=MockFunctionCallingLLM(response_generator=lambda *a, **k: 1 / 0))
     listener.seen.clear()

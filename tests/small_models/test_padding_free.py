@@ -17,10 +17,10 @@ from langchain_datashunt import EmbeddingClassifier, TransformersClassifier
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models import TrainingSettings
 from langchain_datashunt.small_models.engine import devices as devices_module
-from langchain_datashunt.small_models.engine import padding_free as packed_module
+from langchain_datashunt.small_models.engine import padding_free as padding_free_module
 from langchain_datashunt.small_models.engine.devices import choose_dtype, cpu_workers
 from langchain_datashunt.small_models.engine.onnx_encoder import OnnxEncoder
-from langchain_datashunt.small_models.engine.padding_free import Packing, packed
+from langchain_datashunt.small_models.engine.padding_free import EngineSelector, padding_free_encoder
 from langchain_datashunt.small_models.kinds.encoder import SentenceEncoder, bundled_encoder_path, shared_encoder
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -108,7 +108,7 @@ def test_padding_free_classifier_agrees_with_transformers(
 ) -> None:
     folder = saved(kind, tmp_path)
     if kind.startswith("modernbert") and not hasattr(network(kind).config, "sliding_window"):
-        assert packed(network(kind).base_model) is None
+        assert padding_free_encoder(network(kind).base_model) is None
         pytest.skip("this version of transformers has a different ModernBERT implementation")
     plain = TransformersClassifier(model=folder, engine="plain", max_length=100)
     quick = TransformersClassifier(model=folder, engine="padding-free", dtype=dtype, max_length=100)
@@ -134,27 +134,27 @@ def test_padding_free_bfloat16_on_cpu_rounds_products_only(kind: str, texts: lis
 
 def test_packing_without_engine_converts_network_to_dtype(texts: list[str]) -> None:
     base = network("electra").base_model
-    packing = pickle.loads(pickle.dumps(Packing("auto", torch.bfloat16)))
-    assert packing.engine_for(base) is None
+    selector = pickle.loads(pickle.dumps(EngineSelector("auto", torch.bfloat16)))
+    assert selector.engine_for(base) is None
     assert base.dtype == torch.bfloat16
-    assert packing.engine_for(base) is None
+    assert selector.engine_for(base) is None
     whole = network("bert")
     whole.base_model.register_forward_hook(lambda *_: None)
-    assert Packing("auto", torch.bfloat16).engine_for(whole.base_model, whole) is None
+    assert EngineSelector("auto", torch.bfloat16).engine_for(whole.base_model, whole) is None
     assert {parameter.dtype for parameter in whole.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_padding_free_padding_tokens_in_text_agree_with_transformers(kind: str) -> None:
     base = network(kind).base_model
-    made, padding = packed(base), int(base.config.pad_token_id)
+    made, padding = padding_free_encoder(base), int(base.config.pad_token_id)
     assert made is not None
     ids = [[50, 60, padding, 70, 80], [51, 61], [padding], [52, padding, padding, 62]]
-    own = packed_module.plain_encoder(base)(ids).states
+    own = padding_free_module.plain_encoder(base)(ids).states
     assert (made(ids).states - own).abs().max() / own.abs().max() < 1e-5
 
 
-def test_model_copy_with_other_network_or_engine_has_own_packing(tmp_path: Path, texts: list[str]) -> None:
+def test_model_copy_with_other_network_or_engine_has_own_selector(tmp_path: Path, texts: list[str]) -> None:
     model = TransformersClassifier(model=saved("bert", tmp_path), engine="padding-free")
     own = model.predict_batch(texts[:4])
     other = model.model_copy()
@@ -162,13 +162,13 @@ def test_model_copy_with_other_network_or_engine_has_own_packing(tmp_path: Path,
     with torch.no_grad():
         other._network.classifier.weight.mul_(2.0)
     assert not np.array_equal(other.predict_batch(texts[:4]).probabilities, own.probabilities)
-    assert other._packing is not model._packing
-    first = model._packing.engine_for(model._network.base_model)
+    assert other._engine_selector is not model._engine_selector
+    first = model._engine_selector.engine_for(model._network.base_model)
     assert np.array_equal(model.predict_batch(texts[:4]).probabilities, own.probabilities)
-    assert model._packing.engine_for(model._network.base_model) is first, "the engine is built once"
+    assert model._engine_selector.engine_for(model._network.base_model) is first, "the engine is built once"
     plain = model.model_copy(update={"engine": "plain"})
     assert np.abs(plain.predict_batch(texts[:4]).probabilities - own.probabilities).max() < 1e-4
-    assert plain._packing.engine == "plain"
+    assert plain._engine_selector.engine == "plain"
 
 
 def test_tokenizer_text_without_tokens_gets_padding_token(texts: list[str]) -> None:
@@ -183,7 +183,7 @@ def test_tokenizer_text_without_tokens_gets_padding_token(texts: list[str]) -> N
 def test_packing_unknown_architecture_uses_transformers(
     texts: list[str], tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    monkeypatch.setattr(packed_module, "_SAID", set())
+    monkeypatch.setattr(padding_free_module, "_LOGGED", set())
     folder = saved("electra", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -194,12 +194,12 @@ def test_packing_unknown_architecture_uses_transformers(
     for engine in ("padding-free", "onnx"):
         with pytest.raises(ConfigurationError, match="ElectraForSequenceClassification does not support engine="):
             TransformersClassifier(model=folder, engine=engine).predict_batch(texts)  # type: ignore[arg-type]
-    assert packed(network("electra").base_model) is None
+    assert padding_free_encoder(network("electra").base_model) is None
     with pytest.raises(ConfigurationError, match="does not support this 'electra' network"):
-        Packing("padding-free").engine_for(network("electra").base_model)
+        EngineSelector("padding-free").engine_for(network("electra").base_model)
     base = network("electra").base_model
     with pytest.raises(ConfigurationError, match="does not support this 'electra' network"):
-        Packing("padding-free", torch.bfloat16).engine_for(base)
+        EngineSelector("padding-free", torch.bfloat16).engine_for(base)
     assert base.dtype == torch.float32, "a refused call must not convert the caller's model"
     with pytest.raises(ConfigurationError, match="Unknown engine 'quick'"):
         SentenceEncoder(engine="quick")  # type: ignore[arg-type]
@@ -207,12 +207,12 @@ def test_packing_unknown_architecture_uses_transformers(
 
 def test_packed_self_check_fails_warns_and_returns_none(monkeypatch: Any) -> None:
     base = network("bert").base_model
-    monkeypatch.setattr(packed_module, "_difference", lambda network, made: float("nan"))
+    monkeypatch.setattr(padding_free_module, "_difference", lambda network, made: float("nan"))
     with pytest.warns(ShuntWarning, match="differs from transformers"):
-        assert packed(base) is None
-    monkeypatch.setitem(packed_module.ARCHITECTURES, "bert", lambda network, config: network.nothing)
+        assert padding_free_encoder(base) is None
+    monkeypatch.setitem(padding_free_module.ARCHITECTURES, "bert", lambda network, config: network.nothing)
     with pytest.warns(ShuntWarning, match="encoder failed"):
-        assert packed(base) is None
+        assert padding_free_encoder(base) is None
 
 
 def test_packed_without_onednn_uses_torch_products(monkeypatch: Any) -> None:
@@ -221,38 +221,38 @@ def test_packed_without_onednn_uses_torch_products(monkeypatch: Any) -> None:
             raise AttributeError(name)
 
     monkeypatch.setattr(torch.ops, "mkldnn", Nothing(), raising=False)
-    made = packed(network("bert").base_model)
+    made = padding_free_encoder(network("bert").base_model)
     assert made is not None
-    assert made.parts.layers[0].qkv.packed is None
+    assert made.parts.layers[0].qkv.reordered is None
 
 
 def test_packing_changed_weights_rebuild_engine_and_copies_start_empty() -> None:
-    base, packing = network("bert").base_model, Packing("padding-free")
-    first = packing.engine_for(base)
+    base, selector = network("bert").base_model, EngineSelector("padding-free")
+    first = selector.engine_for(base)
     assert first is not None
-    assert packing.engine_for(base) is first
+    assert selector.engine_for(base) is first
     with torch.no_grad():
         base.encoder.layer[0].output.dense.weight.mul_(1.5)
-    again = packing.engine_for(base)
+    again = selector.engine_for(base)
     assert again is not None
     assert again is not first, "the weights have changed"
     ids = [[5, 6, 7], [8, 9]]
     assert not torch.allclose(first(ids).states, again(ids).states)
-    assert packing.engine_for(base.train()) is None, "transformers runs a network in training mode"
-    assert packing.engine_for(base.eval()) is again
+    assert selector.engine_for(base.train()) is None, "transformers runs a network in training mode"
+    assert selector.engine_for(base.eval()) is again
     base.load_state_dict(network("bert").base_model.state_dict(), assign=True)
-    assert packing.engine_for(base) is not again, "the weights were replaced"
-    third = packing.engine_for(base)
+    assert selector.engine_for(base) is not again, "the weights were replaced"
+    third = selector.engine_for(base)
     base.encoder.layer[1].output.dense.weight.data = torch.zeros_like(base.encoder.layer[1].output.dense.weight)
-    assert packing.engine_for(base) is not third, "a weight was moved"
-    fourth = packing.engine_for(base)
-    packing.forget()
-    assert packing.engine_for(base) is not fourth
+    assert selector.engine_for(base) is not third, "a weight was moved"
+    fourth = selector.engine_for(base)
+    selector.forget()
+    assert selector.engine_for(base) is not fourth
     base.register_forward_hook(lambda *_: None)
-    assert packed(base) is None, "a forward hook needs transformers"
-    assert packed(network("bert").base_model.double()) is None
-    assert Packing("plain").engine_for(base) is None
-    for copied in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
+    assert padding_free_encoder(base) is None, "a forward hook needs transformers"
+    assert padding_free_encoder(network("bert").base_model.double()) is None
+    assert EngineSelector("plain").engine_for(base) is None
+    for copied in (copy.deepcopy(selector), pickle.loads(pickle.dumps(selector))):
         assert (copied.engine, copied._made) == ("padding-free", None)
 
 
@@ -303,9 +303,9 @@ class TestOnnx:
         assert sum("8-bit weights" in record.message for record in caplog.records) == 1, (
             "logged when the engine is built"
         )
-        found = quick.packing.difference(quick.network, [quick.tokenizer([text])[0][0] for text in texts[:5]])
+        found = quick.selector.difference(quick.network, [quick.tokenizer([text])[0][0] for text in texts[:5]])
         assert 0.001 < found < 0.5
-        assert plain.packing.difference(plain.network, [[5, 6, 7]]) == 0.0
+        assert plain.selector.difference(plain.network, [[5, 6, 7]]) == 0.0
 
     def test_onnx_bfloat16_raises(self, tmp_path: Path) -> None:
         half = SentenceEncoder(engine="onnx", dtype="bfloat16")
@@ -349,37 +349,39 @@ def test_cpu_has_bfloat16_follows_torch(monkeypatch: Any) -> None:
 
 
 def test_packing_auto_selects_fastest_engine_of_trial(monkeypatch: Any) -> None:
-    def finds(packed: float, **others: float) -> None:
-        seconds = {"padding-free": packed, **others}
-        monkeypatch.setattr(packed_module, "_TRIALS", {})
-        monkeypatch.setattr(packed_module, "trial", lambda encoders, n: seconds)
+    def finds(padding_free: float, **others: float) -> None:
+        seconds = {"padding-free": padding_free, **others}
+        monkeypatch.setattr(padding_free_module, "_TRIALS", {})
+        monkeypatch.setattr(padding_free_module, "trial", lambda encoders, n: seconds)
 
     base = network("bert").base_model
-    taken = Packing("auto")
-    finds(packed=1.0, plain=0.5)
+    taken = EngineSelector("auto")
+    finds(padding_free=1.0, plain=0.5)
     assert taken.engine_for(base) is None
     assert taken.seconds == {"padding-free": 1.0, "plain": 0.5}
-    monkeypatch.setattr(packed_module, "trial", lambda encoders, n: {"padding-free": 0.1, "plain": 0.9})
-    assert Packing("auto").engine_for(network("bert").base_model) is None, "networks of the same shape share the trial"
-    finds(packed=1.0, plain=0.9, onnx=0.85)
-    assert isinstance(Packing("auto").engine_for(base), packed_module.PaddingFreeEncoder), (
+    monkeypatch.setattr(padding_free_module, "trial", lambda encoders, n: {"padding-free": 0.1, "plain": 0.9})
+    assert EngineSelector("auto").engine_for(network("bert").base_model) is None, (
+        "networks of the same shape share the trial"
+    )
+    finds(padding_free=1.0, plain=0.9, onnx=0.85)
+    assert isinstance(EngineSelector("auto").engine_for(base), padding_free_module.PaddingFreeEncoder), (
         "a small difference may be measurement noise"
     )
-    finds(packed=2.0, plain=1.1, onnx=1.0)
-    assert Packing("auto").engine_for(base) is None, "ONNX Runtime needs a speedup of 1.5"
-    finds(packed=1.6, plain=1.6, onnx=1.0)
-    monkeypatch.setattr(packed_module, "_onnx", lambda network: "made")
-    assert Packing("auto").engine_for(base) == "made"
-    assert Packing("padding-free").engine_for(base) is not None
+    finds(padding_free=2.0, plain=1.1, onnx=1.0)
+    assert EngineSelector("auto").engine_for(base) is None, "ONNX Runtime needs a speedup of 1.5"
+    finds(padding_free=1.6, plain=1.6, onnx=1.0)
+    monkeypatch.setattr(padding_free_module, "_onnx", lambda network: "made")
+    assert EngineSelector("auto").engine_for(base) == "made"
+    assert EngineSelector("padding-free").engine_for(base) is not None
 
 
 def test_packing_auto_measures_available_engines(monkeypatch: Any) -> None:
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
-    own = Packing("auto")
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
+    own = EngineSelector("auto")
     own.engine_for(network("bert").base_model)
     assert set(own.seconds) >= {"padding-free", "plain"}
     assert all(0 < seconds < 60 for seconds in own.seconds.values())
-    half = Packing("auto")
+    half = EngineSelector("auto")
     half.engine_for(network("bert").base_model.bfloat16())
     assert set(half.seconds) == {"padding-free", "plain"}, "the ONNX engine requires float32"
 
@@ -395,29 +397,29 @@ def test_packing_auto_measures_onnx_only_if_padding_free_gains_little(kind: str,
         seconds = {"plain": 1.0, "padding-free": 0.5 if gains else 0.95, "onnx": 0.1}
         return {name: seconds[name] for name in encoders}
 
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
-    monkeypatch.setattr(packed_module, "trial", trial)
-    packing, base = Packing("auto"), network(kind).base_model
-    made = packing.engine_for(base)
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
+    monkeypatch.setattr(padding_free_module, "trial", trial)
+    selector, base = EngineSelector("auto"), network(kind).base_model
+    made = selector.engine_for(base)
     there = {"plain"} | ({"padding-free"} if kind == "bert" else set())
     if gains:
         assert tried == [there]
-        assert isinstance(made, packed_module.PaddingFreeEncoder)
+        assert isinstance(made, padding_free_module.PaddingFreeEncoder)
         return
     assert tried[-1] == {*there, "onnx"}
     assert isinstance(made, OnnxEncoder)
-    own = packed_module.plain_encoder(base)([[5, 6, 7]]).states
+    own = padding_free_module.plain_encoder(base)([[5, 6, 7]]).states
     assert (made([[5, 6, 7]]).states - own).abs().max() < 1e-4
-    monkeypatch.setattr(packed_module, "_LARGEST_EXPORT", 10)
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
-    assert not isinstance(Packing("auto").engine_for(base), OnnxEncoder), "the network is too large to export"
+    monkeypatch.setattr(padding_free_module, "_LARGEST_EXPORT", 10)
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
+    assert not isinstance(EngineSelector("auto").engine_for(base), OnnxEncoder), "the network is too large to export"
 
 
 def test_packing_auto_trial_respects_position_and_vocabulary_limits(tmp_path: Path, monkeypatch: Any) -> None:
     """Covers a network with fewer positions than the trial texts, and one with fewer embeddings than its vocabulary."""
     import transformers as t
 
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
     t.BertForSequenceClassification(t.BertConfig(**{**SMALL, "max_position_embeddings": 16})).save_pretrained(tmp_path)
     t.AutoTokenizer.from_pretrained(bundled_encoder_path()).save_pretrained(tmp_path)
     asked = ["where is my card", "word " * 14]
@@ -426,9 +428,9 @@ def test_packing_auto_trial_respects_position_and_vocabulary_limits(tmp_path: Pa
     assert np.abs(plain.probabilities - quick.probabilities).max() < 1e-4
     base = network("bert").base_model
     base.embeddings.word_embeddings = torch.nn.Embedding(50, 48)
-    packing = Packing("auto")
-    packing.engine_for(base)
-    assert set(packing.seconds) >= {"padding-free", "plain"}
+    selector = EngineSelector("auto")
+    selector.engine_for(base)
+    assert set(selector.seconds) >= {"padding-free", "plain"}
 
 
 def test_packing_auto_rejects_export_wrong_for_long_texts(monkeypatch: Any) -> None:
@@ -436,11 +438,11 @@ def test_packing_auto_rejects_export_wrong_for_long_texts(monkeypatch: Any) -> N
     pytest.importorskip("onnx")
     import transformers as t
 
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
-    monkeypatch.setattr(packed_module, "trial", lambda encoders, ids: {name: len(name) for name in encoders})
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
+    monkeypatch.setattr(padding_free_module, "trial", lambda encoders, ids: {name: len(name) for name in encoders})
     own = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
     network = t.DebertaModel(t.DebertaConfig(**{**SMALL, **own})).eval()
-    assert Packing("auto").engine_for(network) is None, "the export is wrong from 30 tokens on"
+    assert EngineSelector("auto").engine_for(network) is None, "the export is wrong from 30 tokens on"
 
 
 def test_transformers_classifier_network_of_other_task_raises(tmp_path: Path) -> None:
@@ -462,48 +464,50 @@ def test_trial_leaves_out_failing_engine() -> None:
     def broken(ids: Any) -> Any:
         raise IndexError("no such token")
 
-    found = packed_module.trial({"padding-free": broken, "plain": packed_module.plain_encoder(base)}, [[5, 6], [7]])
+    found = padding_free_module.trial(
+        {"padding-free": broken, "plain": padding_free_module.plain_encoder(base)}, [[5, 6], [7]]
+    )
     assert list(found) == ["plain"]
 
 
 def test_packing_added_hook_or_layer_is_detected(monkeypatch: Any) -> None:
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
-    monkeypatch.setattr(packed_module, "_SAID", set())
-    monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
+    monkeypatch.setattr(padding_free_module, "_LOGGED", set())
+    monkeypatch.setattr(padding_free_module, "_onnx", lambda network: None)
     for add in (
         lambda base: base.encoder.layer[1].register_forward_hook(lambda *_: None),
         lambda base: base.encoder.layer[1].register_forward_pre_hook(lambda *_: None),
     ):
-        base, packing = network("bert").base_model, Packing("padding-free")
-        assert packing.engine_for(base) is packing.engine_for(base)
+        base, selector = network("bert").base_model, EngineSelector("padding-free")
+        assert selector.engine_for(base) is selector.engine_for(base)
         handle = add(base)
-        assert Packing("auto").engine_for(base) is None, "a forward hook needs transformers"
+        assert EngineSelector("auto").engine_for(base) is None, "a forward hook needs transformers"
         with pytest.raises(ConfigurationError, match="no forward hooks"):
-            packing.engine_for(base)
+            selector.engine_for(base)
         handle.remove()
-        assert packing.engine_for(base) is not None
-    assert "bert" not in packed_module._SAID, "hooks say nothing about the architecture"
-    assert Packing("auto").seconds == {}
-    own = Packing("auto")
+        assert selector.engine_for(base) is not None
+    assert "bert" not in padding_free_module._LOGGED, "hooks say nothing about the architecture"
+    assert EngineSelector("auto").seconds == {}
+    own = EngineSelector("auto")
     own.engine_for(network("bert").base_model)
     assert "padding-free" in own.seconds, "a hook on one network does not affect others"
-    base, packing = network("bert").base_model, Packing("padding-free")
-    first = packing.engine_for(base)
+    base, selector = network("bert").base_model, EngineSelector("padding-free")
+    first = selector.engine_for(base)
     base.encoder.layer.append(copy.deepcopy(base.encoder.layer[0]))
-    assert packing.engine_for(base) is not first
-    assert packing.difference(base, [[5, 6, 7]]) < 1e-5
+    assert selector.engine_for(base) is not first
+    assert selector.difference(base, [[5, 6, 7]]) < 1e-5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_packing_fork_during_trial_does_not_block_child(monkeypatch: Any) -> None:
-    monkeypatch.setattr(packed_module, "_TRIALS", {})
+    monkeypatch.setattr(padding_free_module, "_TRIALS", {})
     base = network("bert").base_model
-    with packed_module._TRIALS_LOCK:
+    with padding_free_module._TRIALS_LOCK:
         child = os.fork()
         if child == 0:
             signal.alarm(60)
-            os._exit(0 if Packing("auto").engine_for(base) is not None else 1)
+            os._exit(0 if EngineSelector("auto").engine_for(base) is not None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -534,24 +538,24 @@ def test_shared_encoder_equivalent_arguments_return_same_encoder() -> None:
 
 
 def test_packing_unsupported_variant_logs_once(monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(packed_module, "_SAID", set())
-    monkeypatch.setattr(packed_module, "_onnx", lambda network: None)
+    monkeypatch.setattr(padding_free_module, "_LOGGED", set())
+    monkeypatch.setattr(padding_free_module, "_onnx", lambda network: None)
     base = network("deberta convolution").base_model
     for _ in range(2):
-        assert Packing("auto").engine_for(base) is None
+        assert EngineSelector("auto").engine_for(base) is None
     assert [record.message for record in caplog.records if "'deberta-v2'" in record.message] == [
         "The padding-free encoder does not support the architecture 'deberta-v2', so transformers or ONNX Runtime "
         "computes it. Set engine='plain' to silence this warning."
     ]
-    assert Packing("plain").engine_for(base) is None
+    assert EngineSelector("plain").engine_for(base) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_packing_onnx_in_forked_child_is_rebuilt() -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    base, packing = network("bert").base_model, Packing("onnx")
-    own = packing.engine_for(base)
+    base, selector = network("bert").base_model, EngineSelector("onnx")
+    own = selector.engine_for(base)
     assert own is not None
     ids = [[5, 6, 7], [8, 9]]
     expected = own(ids).states.numpy()
@@ -559,10 +563,10 @@ def test_packing_onnx_in_forked_child_is_rebuilt() -> None:
     if not child:
         signal.alarm(60)
         try:
-            made = packing.engine_for(base)
+            made = selector.engine_for(base)
             same = made is not own and made is not None and np.allclose(made(ids).states.numpy(), expected, atol=1e-5)
             os._exit(0 if same else 3)
         except BaseException:
             os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert packing.engine_for(base) is own
+    assert selector.engine_for(base) is own

@@ -189,8 +189,8 @@ class BundledSmallModel(SmallModel):
         """Input reader of the bundled model. Loads the weights only if the bundle's settings do not determine it."""
         if self._model is None:
             info = _info(self.path)
-            if (told := small_model_class(info.kind).reader_of(info)) is not None:
-                return told.model_copy(update={"input_key": self.input_key})
+            if (own := small_model_class(info.kind).reader_of(info)) is not None:
+                return own.model_copy(update={"input_key": self.input_key})
         return self.loaded.reader.model_copy(update={"input_key": self.input_key})
 
     @override

@@ -35,7 +35,7 @@ def unique_labels(names: list[str]) -> tuple[str, ...]:
     seen: set[str] = set()
     found = []
     for i, name in enumerate(names):
-        told = name if name not in seen else f"{name} ({i})"
-        seen.add(told)
-        found.append(told)
+        unique = name if name not in seen else f"{name} ({i})"
+        seen.add(unique)
+        found.append(unique)
     return tuple(found)

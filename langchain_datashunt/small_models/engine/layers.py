@@ -16,11 +16,11 @@ from langchain_datashunt.small_models.engine.devices import on_device
 if TYPE_CHECKING:
     import torch
 
-_PACKING_ROWS = 1024
+_REORDERING_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class PackedStates:
+class TokenStates:
     """Last hidden states of `n` texts without padding.
 
     Attributes:
@@ -121,18 +121,18 @@ class Linear:
         self.weight, self.activation = weight.detach().contiguous(), activation
         self.bias = None if bias is None else bias.detach().to(weight.dtype).contiguous()
         self.fused = isinstance(activation, own.nn.Module) and type(activation).__name__ == "GELUActivation"
-        self.packed: Any = None
+        self.reordered: Any = None
         if weight.device.type != "cpu":
             return
         try:
-            self.packed = own.ops.mkldnn._reorder_linear_weight(self.weight, _PACKING_ROWS)
+            self.reordered = own.ops.mkldnn._reorder_linear_weight(self.weight, _REORDERING_ROWS)
             self._product: Any = own.ops.mkldnn._linear_pointwise
         except (AttributeError, RuntimeError):
-            self.packed = None
+            self.reordered = None
             return
         if bias is not None and bias.dtype != weight.dtype:
             try:  # some versions accept a bias of higher precision than the weight
-                self._product(self.weight[:1], self.packed, bias.detach(), "none", [], "")
+                self._product(self.weight[:1], self.reordered, bias.detach(), "none", [], "")
                 self.bias = bias.detach().contiguous()
             except RuntimeError:
                 pass
@@ -140,9 +140,9 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to `[n, in]` and return `[n, out]` in the dtype of the weight."""
         x = x.to(self.weight.dtype)
-        if self.packed is not None:
+        if self.reordered is not None:
             after, algorithm = ("gelu", "none") if self.fused else ("none", "")
-            found: torch.Tensor = self._product(x, self.packed, self.bias, after, [], algorithm)
+            found: torch.Tensor = self._product(x, self.reordered, self.bias, after, [], algorithm)
             return found if self.fused or self.activation is None else self.activation(found)
         plain: torch.Tensor = require("torch.nn.functional", "torch").linear(x, self.weight, self.bias)
         return plain if self.activation is None else self.activation(plain)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.exceptions import ConfigurationError
-from langchain_datashunt.small_models.engine.layers import PackedStates
+from langchain_datashunt.small_models.engine.layers import TokenStates
 from langchain_datashunt.small_models.engine.tokenization import pad
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class OnnxEncoder:
             options.log_severity_level = 3
             self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, ids: Sequence[Sequence[int]]) -> PackedStates:
+    def __call__(self, ids: Sequence[Sequence[int]]) -> TokenStates:
         """Return the last hidden states of texts, given as token ids."""
         torch_ = require("torch", "torch")
         tokens, mask = pad(ids, 0, "cpu")
         (states,) = self.session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
-        return PackedStates(torch_.from_numpy(states)[mask.bool()], mask.sum(1))
+        return TokenStates(torch_.from_numpy(states)[mask.bool()], mask.sum(1))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""PaddingFreeEncoder: runs transformers encoders without padding, and `Packing` selects the fastest engine.
+"""PaddingFreeEncoder: runs transformers encoders without padding, and `EngineSelector` selects the fastest engine.
 
 The tokens of all texts of a batch are concatenated, so no time is spent on padding. On a CPU, matrix products use
 oneDNN with weights that are reordered once, or torch if oneDNN is not available. If an architecture is not supported,
@@ -22,7 +22,7 @@ from langchain_datashunt._utils.fork import AFTER_FORK, LEFT_ALONE, Mutex
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
 from langchain_datashunt.small_models.engine.architectures import ARCHITECTURES, Parts
-from langchain_datashunt.small_models.engine.layers import PackedStates, Products, Tokens
+from langchain_datashunt.small_models.engine.layers import Products, Tokens, TokenStates
 from langchain_datashunt.small_models.engine.onnx_encoder import OnnxEncoder
 from langchain_datashunt.small_models.engine.tokenization import pad, usable_length
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 Engine: TypeAlias = Literal["auto", "padding-free", "plain", "onnx", "onnx-int8"]
-"""Name of an engine, see `Packing`."""
+"""Name of an engine, see `EngineSelector`."""
 
-AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], PackedStates]
+AnyEncoder: TypeAlias = Callable[[Sequence[Sequence[int]]], TokenStates]
 """Function from the token ids of `n` texts to their last hidden states."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -55,21 +55,21 @@ _EIGHT_BITS = (
     "compare-engines` to measure how many labels and routes change, and calibrate the threshold with this engine."
 )
 
-_SAID: set[str] = set()
+_LOGGED: set[str] = set()
 """Architectures that were logged as not supported by the padding-free encoder."""
 
 
 class PaddingFreeEncoder:
-    """Padding-free version of a transformers encoder, created by `packed`."""
+    """Padding-free version of a transformers encoder, created by `padding_free_encoder`."""
 
     def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
         self.parts, self.device, self.dtype = parts, device, dtype
 
-    def __call__(self, ids: Sequence[Sequence[int]]) -> PackedStates:
+    def __call__(self, ids: Sequence[Sequence[int]]) -> TokenStates:
         """Return the last hidden states of texts, given as token ids. Sorting the texts by length is faster."""
         with require("torch", "torch").inference_mode():
             tokens = Tokens.from_ids(ids, self.device)
-            return PackedStates(self.states_of(tokens), tokens.lengths)
+            return TokenStates(self.states_of(tokens), tokens.lengths)
 
     def states_of(self, tokens: Tokens) -> torch.Tensor:
         """Return the states of tokens on the device, shape `[tokens, d]`."""
@@ -79,7 +79,7 @@ class PaddingFreeEncoder:
         return x if self.parts.finish is None else self.parts.finish(x)
 
 
-class Packing:
+class EngineSelector:
     """Engine of one network, built at the first use and rebuilt if the weights of the network change.
 
     Args:
@@ -117,10 +117,10 @@ class Packing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings only, because an engine cannot be pickled."""
-        return Packing, (self.engine, self.dtype)
+        return EngineSelector, (self.engine, self.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Packing:
-        return Packing(self.engine, self.dtype)
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> EngineSelector:
+        return EngineSelector(self.engine, self.dtype)
 
     def engine_for(self, network: torch.nn.Module, whole: torch.nn.Module | None = None) -> AnyEncoder | None:
         """Return the engine of a network, or None if transformers is to run it.
@@ -190,11 +190,11 @@ class Packing:
         device = next(network.parameters()).device.type
         if self.engine == "auto" and device != "cpu":
             return None  # on a GPU, the padding-free encoder is used only if requested by name
-        made = packed(network, self.dtype)
+        made = padding_free_encoder(network, self.dtype)
         if self.engine == "padding-free":
             return made
         if made is None and not _has_hooks(network):
-            say_once(str(getattr(network.config, "model_type", "?")))
+            log_once(str(getattr(network.config, "model_type", "?")))
         self.seconds, engines = _tried(network, made, self.dtype)
         name = _chosen(self.seconds)
         if name == "onnx":
@@ -215,10 +215,10 @@ def _chosen(seconds: dict[str, float]) -> str:
     return best
 
 
-def say_once(kind: str) -> None:
+def log_once(kind: str) -> None:
     """Log once per architecture that the padding-free encoder does not support it."""
-    if kind not in _SAID:
-        _SAID.add(kind)
+    if kind not in _LOGGED:
+        _LOGGED.add(kind)
         _LOG.warning(
             "The padding-free encoder does not support the architecture %r, so transformers or ONNX Runtime computes "
             "it. Set engine='plain' to silence this warning.",
@@ -313,16 +313,16 @@ def made_up(network: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]
 def plain_encoder(network: torch.nn.Module) -> AnyEncoder:
     """Return transformers' own computation of a network as an encoder function."""
 
-    def encode(ids: Sequence[Sequence[int]]) -> PackedStates:
+    def encode(ids: Sequence[Sequence[int]]) -> TokenStates:
         with require("torch", "torch").inference_mode():
             tokens, mask = pad(ids, 0, next(network.parameters()).device)
             states = network(input_ids=tokens, attention_mask=mask).last_hidden_state
-            return PackedStates(states[mask.bool()], mask.sum(1))
+            return TokenStates(states[mask.bool()], mask.sum(1))
 
     return encode
 
 
-def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> PaddingFreeEncoder | None:
+def padding_free_encoder(network: torch.nn.Module, dtype: torch.dtype | None = None) -> PaddingFreeEncoder | None:
     """Return the padding-free version of a transformers encoder, or None if it is not supported.
 
     Before the encoder is returned, its states are compared with transformers. If they differ, or if the encoder cannot
@@ -350,8 +350,8 @@ def packed(network: torch.nn.Module, dtype: torch.dtype | None = None) -> Paddin
         )
         return None
     if not far <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        told = f"The padding-free {kind} encoder differs from transformers by {far:.2g}. Transformers computes it."
-        warnings.warn(told, ShuntWarning, 2)
+        message = f"The padding-free {kind} encoder differs from transformers by {far:.2g}. Transformers computes it."
+        warnings.warn(message, ShuntWarning, 2)
         return None
     return made
 

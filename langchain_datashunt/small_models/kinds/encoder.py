@@ -17,7 +17,7 @@ from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.prediction import BoolArray
 from langchain_datashunt.small_models.bundles.networks import safe_config
 from langchain_datashunt.small_models.engine.devices import choose_device, choose_dtype, kept_dtype, quiet_transformers
-from langchain_datashunt.small_models.engine.padding_free import Engine, Packing
+from langchain_datashunt.small_models.engine.padding_free import Engine, EngineSelector
 from langchain_datashunt.small_models.engine.text_batches import compute_texts, token_budget
 from langchain_datashunt.small_models.engine.tokenization import TextTokenizer, pad, usable_length
 from langchain_datashunt.small_models.serving.caching import ResultCache
@@ -81,7 +81,7 @@ class SentenceEncoder(Embeddings):
         self.device = choose_device(device)
         self.dtype = dtype
         products = choose_dtype(dtype, self.device)
-        self.packing = Packing(engine, products)
+        self.selector = EngineSelector(engine, products)
         self.batch_size = batch_size
         self.pooling = _pooling(self.path)
         transformers = require("transformers", "torch")
@@ -117,9 +117,9 @@ class SentenceEncoder(Embeddings):
         )
 
     def _forward(self, ids: list[list[int]]) -> torch.Tensor:
-        if (packed := self.packing.engine_for(self.network)) is None:
+        if (engine := self.selector.engine_for(self.network)) is None:
             return self._embed_padded(self.network, ids)  # `compute_texts` already groups texts of similar length
-        states = packed(ids)
+        states = engine(ids)
         pooled = states.first().float() if self.pooling == "cls" else states.mean()
         unit: torch.Tensor = require("torch", "torch").nn.functional.normalize(pooled, dim=-1)
         return unit

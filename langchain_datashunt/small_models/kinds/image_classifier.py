@@ -238,8 +238,8 @@ class ImageClassifier(SmallModel):
             colours = channels or first.pixels.shape[2]
             pixels = [reader.read(url).resized(high, wide, colours) for url in split.train.texts]
             model.scale = ImageScale.fitted(pixels, high, wide, colours)
-            told = {"model_type": RESNET, "depth": depth, "width": width, "channels": colours}
-            model._take(_network_of(told, len(split.labels)), told)
+            described = {"model_type": RESNET, "depth": depth, "width": width, "channels": colours}
+            model._take(_network_of(described, len(split.labels)), described)
         else:
             model.scale = ImageScale.from_transformers(base)
             with quiet_transformers():

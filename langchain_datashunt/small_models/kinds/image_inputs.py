@@ -132,9 +132,9 @@ class ImageScale(Strategy):
             )
         strange = [name for name in _NOT_DONE if config.get(name)]
         if strange or config.get("do_rescale") is False or config.get("do_resize") is False:
-            told = ", ".join(strange) or "no resizing or no rescaling"
+            steps = ", ".join(strange) or "no resizing or no rescaling"
             raise ConfigurationError(
-                f"{PREPROCESSOR_FILE} requests {told}, which is not supported. Pass `scale=ImageScale(...)` instead."
+                f"{PREPROCESSOR_FILE} requests {steps}, which is not supported. Pass `scale=ImageScale(...)` instead."
             )
         if isinstance(size, int):
             edge = config.get("do_center_crop") or kind == "ConvNext"

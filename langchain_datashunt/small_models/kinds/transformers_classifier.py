@@ -24,8 +24,8 @@ from langchain_datashunt.small_models.engine.devices import (
     kept_dtype,
     quiet_transformers,
 )
-from langchain_datashunt.small_models.engine.layers import PackedStates
-from langchain_datashunt.small_models.engine.padding_free import Engine, Packing, say_once
+from langchain_datashunt.small_models.engine.layers import TokenStates
+from langchain_datashunt.small_models.engine.padding_free import Engine, EngineSelector, log_once
 from langchain_datashunt.small_models.engine.text_batches import compute_texts, token_budget
 from langchain_datashunt.small_models.engine.tokenization import TextTokenizer, pad, usable_length
 from langchain_datashunt.small_models.kinds.encoder import BUNDLED_ENCODER, bundled_encoder_path
@@ -43,14 +43,14 @@ from langchain_datashunt.small_models.training.training import (
 _ARCHITECTURE = "architecture"
 
 
-def _modernbert_head(network: Any, states: PackedStates) -> Any:
+def _modernbert_head(network: Any, states: TokenStates) -> Any:
     """Return the logits of a ModernBERT head, which pools by the mean or by the first token."""
     first = network.config.classifier_pooling == "cls"
     pooled = states.first() if first else states.mean().to(states.states.dtype)
     return network.classifier(network.head(pooled))
 
 
-HEADS: dict[str, Callable[[Any, PackedStates], Any]] = {
+HEADS: dict[str, Callable[[Any, TokenStates], Any]] = {
     "BertForSequenceClassification": lambda own, states: own.classifier(own.bert.pooler(states.first()[:, None])),
     "RobertaForSequenceClassification": lambda own, states: own.classifier(states.first()[:, None]),
     "XLMRobertaForSequenceClassification": lambda own, states: own.classifier(states.first()[:, None]),
@@ -111,13 +111,13 @@ class TransformersClassifier(SmallModel):
     by speed."""
 
     _network: Any = PrivateAttr(default=None)
-    _packing: Packing = PrivateAttr()
+    _engine_selector: EngineSelector = PrivateAttr()
     _tokenizer: TextTokenizer | None = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
         """Load the network and its labels if `model` is given."""
         super().model_post_init(context)
-        self._packing = Packing(self.engine)
+        self._engine_selector = EngineSelector(self.engine)
         if self.model is None:
             return
         auto = require("transformers", "torch").AutoModelForSequenceClassification
@@ -139,7 +139,7 @@ class TransformersClassifier(SmallModel):
         device, engine = choose_device(self.device), self.engine if type(network).__name__ in HEADS else "plain"
         products = choose_dtype(self.dtype, device)
         self._network = network.to(device, kept_dtype(products, device, engine)).eval()
-        self._packing = Packing(self.engine, products)
+        self._engine_selector = EngineSelector(self.engine, products)
         self._tokenizer = tokenizer
 
     def _ready(self) -> TextTokenizer:
@@ -178,20 +178,20 @@ class TransformersClassifier(SmallModel):
                     f"Other engines support: {', '.join(HEADS)}."
                 )
             if self.engine == "auto":
-                say_once(str(self._network.config.model_type))
+                log_once(str(self._network.config.model_type))
             return self.logits_of(self._network, ids)
-        encoder = self._own_packing().engine_for(self._network.base_model, self._network)
+        encoder = self._own_selector().engine_for(self._network.base_model, self._network)
         return self.logits_of(self._network, ids) if encoder is None else head(self._network, encoder(ids))
 
-    def _own_packing(self) -> Packing:
+    def _own_selector(self) -> EngineSelector:
         """Return the engine of this model's network.
 
         A copy of the model shares the engine object, so a new one is created if network or engine differ.
         """
-        packing = self._packing
-        if packing.engine != self.engine or packing.network not in (None, self._network.base_model):
-            packing = self._packing = Packing(self.engine, packing.dtype)
-        return packing
+        selector = self._engine_selector
+        if selector.engine != self.engine or selector.network not in (None, self._network.base_model):
+            selector = self._engine_selector = EngineSelector(self.engine, selector.dtype)
+        return selector
 
     @classmethod
     def train(

@@ -210,8 +210,8 @@ class TransformersGenerator(GeneratingModel):
             text = text[: min(found)]
             while length and len(self._tokenizer.decode(tokens[: length - 1], skip_special_tokens=True)) >= len(text):
                 length -= 1
-        said = ~np.isin(tokens[:length], self._tokenizer.all_special_ids)
-        return Generated(text.strip(), logprobs[:length][said], cut)
+        is_text = ~np.isin(tokens[:length], self._tokenizer.all_special_ids)
+        return Generated(text.strip(), logprobs[:length][is_text], cut)
 
     def _asked(self, network: Any, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[bool]]:
         """Return the arguments of `generate`, and a truncation flag for each input."""
@@ -371,9 +371,9 @@ class TransformersGenerator(GeneratingModel):
                 f"The bundle {folder} of kind 'generator' has no tokenizer. Copy the complete bundle again."
             )
         torch, transformers = require("torch", "torch"), require("transformers", "torch")
-        said = info.settings
-        architecture = safe_config(said["architecture"])
-        auto = getattr(transformers, auto_class(architecture, said["form"]))
+        stored = info.settings
+        architecture = safe_config(stored["architecture"])
+        auto = getattr(transformers, auto_class(architecture, stored["form"]))
         own = hasattr(auto, "base_model_prefix")
 
         def build() -> Any:
@@ -383,18 +383,18 @@ class TransformersGenerator(GeneratingModel):
         network = build()
         network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
         network.tie_weights()
-        network.generation_config = transformers.GenerationConfig.from_dict(said["generation"])
+        network.generation_config = transformers.GenerationConfig.from_dict(stored["generation"])
         names = ("form", "template", "chat", "max_new_tokens", "slope", "intercept")
         model = cls(
             **info.shared(),
-            **{name: said[name] for name in names},
-            stop=tuple(said["stop"]),
-            score=from_dict(said["score"], PLAIN_CLASSES),
-            scale=None if said["scale"] is None else ImageScale(**said["scale"]),
-            images=ImageReader(**said["images"]),
+            **{name: stored[name] for name in names},
+            stop=tuple(stored["stop"]),
+            score=from_dict(stored["score"], PLAIN_CLASSES),
+            scale=None if stored["scale"] is None else ImageScale(**stored["scale"]),
+            images=ImageReader(**stored["images"]),
             device=overrides.get("device"),
-            dtype=overrides.get("dtype") or said["dtype"],
-            batch_size=overrides.get("batch_size") or said["batch_size"],
+            dtype=overrides.get("dtype") or stored["dtype"],
+            batch_size=overrides.get("batch_size") or stored["batch_size"],
         )
         with quiet_transformers():
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))

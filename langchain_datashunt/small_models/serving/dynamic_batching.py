@@ -131,7 +131,7 @@ class DynamicBatcher:
             QueueFullError: If the queue is full.
         """
         if getattr(self._here, "computing", False):
-            return _told(self._compute([value])[0])
+            return _raised(self._compute([value])[0])
         request: _ThreadRequest | None = None
         alone: _Shift | None = None
         with self._mutex:
@@ -146,7 +146,7 @@ class DynamicBatcher:
                 answers = self._computed([value])
             finally:
                 self._freed()
-            return _told(answers.pop())
+            return _raised(answers.pop())
         if alone is not None:
             self._serve(alone)
         try:
@@ -350,12 +350,12 @@ class DynamicBatcher:
 
 def _wrapped(error: BaseException) -> PredictionError:
     """Return a `PredictionError` caused by `error`, so that a SystemExit does not end the waiting callers."""
-    told = PredictionError(f"The small model raised {type(error).__name__}: {error}.")
-    told.__cause__ = error
-    return told
+    failure = PredictionError(f"The small model raised {type(error).__name__}: {error}.")
+    failure.__cause__ = error
+    return failure
 
 
-def _told(answer: Any) -> Any:
+def _raised(answer: Any) -> Any:
     """Return an answer, or raise it if it is an error, without a reference cycle through this frame."""
     if not isinstance(answer, BaseException):
         return answer
@@ -398,7 +398,7 @@ class _ThreadRequest(_Request):
         self._ready.acquire()
         answer, self._answer = self._answer, None
         try:
-            return _told(answer)
+            return _raised(answer)
         finally:
             del answer
 

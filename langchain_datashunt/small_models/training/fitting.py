@@ -205,13 +205,13 @@ class _Fit:
         self.network.eval()
         total, n = self.processes.total(self._validation_loss())
         (learnt,) = self.processes.total([float(self.learnt) / self.processes.count])
-        told = {
+        progress = {
             "step": self.step,
             "epoch": self.step // self.steps_an_epoch,
             "train_loss": round(learnt / self.steps_an_epoch, 6),
             "learning_rate": self.schedule.get_last_lr()[0],
         }
-        if self.report.note(total / max(1.0, n), **told) or self.keep == "last":
+        if self.report.note(total / max(1.0, n), **progress) or self.keep == "last":
             self.best = copy.deepcopy(self.network.state_dict())
         self.learnt = 0.0
         if self.processes.first:

@@ -67,16 +67,16 @@ class Launched(Processes):
 
     @override
     def share(self, make: Callable[[], T]) -> T:
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.first:
             try:
-                told = [make(), None]
+                outcome = [make(), None]
             except Exception as error:
-                told = [None, error]
-        self._share(told)
-        if told[1] is not None:
-            raise told[1]
-        value: T = told[0]
+                outcome = [None, error]
+        self._share(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        value: T = outcome[0]
         return value
 
     @override

@@ -387,9 +387,9 @@ def write_metrics(settings: TrainingSettings, report: TrainingReport, what: str)
     if settings.log is None:
         return
     settings.log.mkdir(parents=True, exist_ok=True)
-    told = {"what": what, "points": report.points, "best_step": report.best_step, "best_loss": report.best_loss}
+    progress = {"what": what, "points": report.points, "best_step": report.best_step, "best_loss": report.best_loss}
     partial = settings.log / "metrics.json.partial"
-    partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
     partial.replace(settings.log / "metrics.json")
 
 
