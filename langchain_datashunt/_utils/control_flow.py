@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def raise_control_flow(error: Exception) -> None:
+def raise_if_control_flow(error: Exception) -> None:
     """Raise the exception if it is a control-flow signal of LangGraph, such as an interrupt, and not a failure."""
     # Compared by name, so that LangGraph need not be installed.
     if any(kind.__name__ == "GraphBubbleUp" for kind in type(error).__mro__):

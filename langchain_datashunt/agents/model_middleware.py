@@ -12,7 +12,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from typing_extensions import override
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.agents.turns import called_directly, drafting
 from langchain_datashunt.chat.draft import SILENT_TAGS, DraftConfidence, mean_token_probability
 from langchain_datashunt.chat.messages import marked, model_name
@@ -114,7 +114,7 @@ class ShuntModelRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         return decision.route == "small", decision
 
     def _failed(self, error: Exception) -> tuple[bool, ShuntDecision]:
-        raise_control_flow(error)
+        raise_if_control_flow(error)
         with self._lock:
             self.stats.small_errors += 1
         reason = f"{type(error).__name__}: {error}"

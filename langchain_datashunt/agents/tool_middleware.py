@@ -20,7 +20,7 @@ from langgraph.prebuilt.tool_node import ToolCallRequest
 from langgraph.types import Command
 from typing_extensions import override
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.agents.arguments import ArgumentExtractor, NoArguments, extracted
 from langchain_datashunt.agents.tool_router import Mode, ToolRanking, ToolRouter
 from langchain_datashunt.agents.turns import METADATA_KEY, is_draft
@@ -199,7 +199,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _unrouted(self, request: ModelRequest[Any], error: Exception) -> _Turn:
         """Return a turn that offers all tools, after the small model failed."""
-        raise_control_flow(error)
+        raise_if_control_flow(error)
         if isinstance(error, ConfigurationError):
             raise error
         self._add(model_calls=1, router_errors=1)

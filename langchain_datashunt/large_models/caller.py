@@ -11,7 +11,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from langchain_core.runnables.utils import gather_with_concurrency
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.large_models.circuit_breaker import CircuitBreaker
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.retry import Retry, is_retryable
@@ -78,7 +78,7 @@ class LargeCaller:
             with self.limiter.admitted(1, self.max_pending):
                 return self.retry.call(attempt, failed)
         except Exception as error:
-            raise_control_flow(error)
+            raise_if_control_flow(error)
             return error
 
     async def ainvoke(
@@ -100,7 +100,7 @@ class LargeCaller:
             with self.limiter.admitted(1, self.max_pending):
                 return await self.retry.acall(attempt, failed)
         except Exception as error:
-            raise_control_flow(error)
+            raise_if_control_flow(error)
             return error
 
     def _watched(self) -> AbstractContextManager[None]:
@@ -273,7 +273,7 @@ class _Group:
         """Store the results of the latest calls."""
         for j, value in zip(self.asking, results, strict=True):
             if isinstance(value, Exception):
-                raise_control_flow(value)
+                raise_if_control_flow(value)
             self.results[j] = value
 
     def config_of(self, j: int) -> RunnableConfig:

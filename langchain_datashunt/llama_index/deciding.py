@@ -12,7 +12,7 @@ from langchain_core.utils.uuid import uuid7
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.decision import Latency, ShuntDecision
 from langchain_datashunt.inputs import text_reader
@@ -70,7 +70,7 @@ class Decider:
         try:
             answer = self.small.invoke(text)
         except Exception as error:
-            raise_control_flow(error)
+            raise_if_control_flow(error)
             answer = error
         return decide_one(answer, self.policy), time.perf_counter() - started
 
@@ -80,7 +80,7 @@ class Decider:
         try:
             answer = await self.small.ainvoke(text)
         except Exception as error:
-            raise_control_flow(error)
+            raise_if_control_flow(error)
             answer = error
         return decide_one(answer, self.policy), time.perf_counter() - started
 

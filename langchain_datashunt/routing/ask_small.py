@@ -10,7 +10,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import run_in_executor, set_config_context
 from langchain_core.runnables.utils import coro_with_context
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.routing.plan import failed_outcome, in_task_order, outcome_of
 from langchain_datashunt.routing.runs import ChildRuns, Runs
 from langchain_datashunt.routing.sync_async import Effect, Steps, perform
@@ -56,7 +56,7 @@ def ask_small(
                 partial(model.abatch, given, configs, return_exceptions=True),
             )
     except Exception as error:
-        raise_control_flow(error)
+        raise_if_control_flow(error)
         return failed_outcome(len(values), error)
     allowed = frozenset(labels) if strict and labels is not None else None
     return outcome_of(answers, allowed, None if isinstance(model, SmallModel) else partial(in_task_order, labels))

@@ -38,20 +38,20 @@ class DeferredCall:
     """One deferred input and its large call.
 
     Attributes:
-        inputs: The call that it belongs to.
-        row: Its position among the inputs.
-        asked: Input of the large model, or the error that prevents the call.
+        routed: The inputs of the shunt's call that it belongs to.
+        row: Its position among these inputs.
+        large_input: Input of the large model, or the error that prevents the call.
         config: Config of the large call.
         watcher: Records usage and text of the large call, or None if neither a result nor a log needs them.
     """
 
-    inputs: RoutedInputs
+    routed: RoutedInputs
     row: int
-    asked: Any
+    large_input: Any
     config: RunnableConfig
     watcher: LargeCallWatcher | None
 
     @property
     def prediction(self) -> Prediction | None:
         """The small model's prediction, or None if it failed."""
-        return self.inputs.plan.prediction(self.row)
+        return self.routed.plan.prediction(self.row)

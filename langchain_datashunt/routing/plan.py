@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from langchain_datashunt._utils.control_flow import raise_control_flow
+from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import LocalOnlyError, PredictionError
 from langchain_datashunt.large_models.prompt_pruning import Pruning
@@ -31,8 +31,9 @@ class Plan:
     Attributes:
         policy: Name of the policy, for decisions.
         batches: Predictions of each stage (0 small, 1 student), or None if the whole stage failed.
-        stage: Stage of the prediction that decided, shape `[n]`.
-        row: Its row in that stage's batch, shape `[n]`, or -1 without a prediction.
+        stage: Stage of the prediction that the plan keeps, shape `[n]`: the confident one, else the one with the
+            highest score.
+        batch_row: Its row in that stage's batch, shape `[n]`, or -1 without a prediction.
         local: Whether a small model answers, shape `[n]`.
         score: Confidence score, shape `[n]`, or NaN without a prediction.
         limit: Threshold that the score was compared with, shape `[n]`.
@@ -41,7 +42,7 @@ class Plan:
 
     policy: str
     stage: IntArray
-    row: IntArray
+    batch_row: IntArray
     local: BoolArray
     score: FloatArray
     limit: FloatArray
@@ -51,14 +52,19 @@ class Plan:
     @classmethod
     def undecided(cls, n: int, policy: Policy | str) -> Plan:
         """Return a plan without predictions, in which every input is deferred."""
-        stage = np.zeros(n, dtype=np.intp)
-        nothing = np.full(n, np.nan)
-        return cls(str(policy), stage, stage - 1, stage.astype(np.bool_), nothing, nothing.copy())
+        return cls(
+            policy=str(policy),
+            stage=np.zeros(n, dtype=np.intp),
+            batch_row=np.full(n, -1, dtype=np.intp),
+            local=np.zeros(n, dtype=np.bool_),
+            score=np.full(n, np.nan),
+            limit=np.full(n, np.nan),
+        )
 
     @property
     def n(self) -> int:
         """Number of inputs."""
-        return len(self.row)
+        return len(self.batch_row)
 
     @property
     def deferred(self) -> list[int]:
@@ -77,8 +83,8 @@ class Plan:
     ) -> None:
         """Decide by the predictions of one more stage.
 
-        A confident prediction is answered locally. Otherwise the plan keeps the prediction with the higher
-        score. If the policy cannot score the predictions, the stage counts as failed.
+        An input with a confident prediction is answered locally. Otherwise the plan keeps the prediction with the
+        higher score. If the policy cannot score the predictions, the stage counts as failed.
 
         Args:
             outcome: Predictions for `m` inputs, and errors.
@@ -87,7 +93,7 @@ class Plan:
             thresholds: Replacements of the policy's threshold, shape `[n]`. NaN and None keep it.
         """
         stage, batch, errors = len(self.batches), outcome.batch, outcome.errors
-        where = np.asarray(rows, dtype=np.intp)[outcome.rows]
+        where = np.asarray(rows, dtype=np.intp)[outcome.rows]  # `outcome.rows` are positions in `rows`
         found = None
         if batch is not None:
             try:
@@ -100,22 +106,24 @@ class Plan:
         if found is None:
             return
         confident, score, limit = found
-        better = confident | (self.row[where] < 0) | (score > self.score[where])
-        chosen = where[better]
+        # in shadow mode an earlier stage may have reached its threshold: without the shadow it would have answered
+        settled = self.score[where] >= self.limit[where]
+        replaces = confident | (self.batch_row[where] < 0) | ((score > self.score[where]) & ~settled)
+        chosen = where[replaces]
         self.stage[chosen] = stage
-        self.row[chosen] = np.flatnonzero(better)
-        self.local[chosen] = confident[better]
-        self.score[chosen] = score[better]
-        self.limit[chosen] = limit[better]
+        self.batch_row[chosen] = np.flatnonzero(replaces)
+        self.local[chosen] = confident[replaces]
+        self.score[chosen] = score[replaces]
+        self.limit[chosen] = limit[replaces]
 
     def count_unconfident(self) -> int:
         """Count inputs without a score at or above the threshold, even if shadow mode or an alarm defers all inputs."""
         return self.n - int(np.count_nonzero(self.score >= self.limit))
 
     def prediction(self, i: int) -> Prediction | None:
-        """Return the prediction that decided about input `i`, or None if the small model failed."""
-        batch = self.batches[self.stage[i]] if self.row[i] >= 0 else None
-        return None if batch is None else batch[int(self.row[i])]
+        """Return the prediction that the plan keeps for input `i`, or None if the small model failed."""
+        batch = self.batches[self.stage[i]] if self.batch_row[i] >= 0 else None
+        return None if batch is None else batch[int(self.batch_row[i])]
 
     def predictions(self, rows: Sequence[int]) -> list[Prediction]:
         """Return the predictions of those `rows` that have one."""
@@ -129,7 +137,7 @@ class Plan:
         for i in rows:
             of_stage = answers[self.stage[i]]
             assert of_stage is not None
-            found.append(of_stage[self.row[i]])
+            found.append(of_stage[self.batch_row[i]])
         return found
 
     def decision(self, i: int, error: Exception | None = None, *, fell_back: bool = False) -> ShuntDecision:
@@ -172,9 +180,9 @@ class Plan:
         """Return the pruning variables of deferred `rows`, in their order."""
         prepared: dict[int, dict[str, Any]] = {}
         for stage, batch in enumerate(self.batches):
-            mine = [i for i in rows if self.row[i] >= 0 and self.stage[i] == stage]
+            mine = [i for i in rows if self.batch_row[i] >= 0 and self.stage[i] == stage]
             if batch is not None and mine:
-                ready = pruning.prepare(batch.take(self.row[mine]), labels, descriptions)
+                ready = pruning.prepare(batch.take(self.batch_row[mine]), labels, descriptions)
                 prepared.update(zip(mine, ready, strict=True))
         if len(prepared) == len(rows):
             return [prepared[i] for i in rows]
@@ -231,7 +239,7 @@ def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Pr
         allowed: Labels of the task. None allows all.
     """
     if isinstance(answer, Exception):
-        raise_control_flow(answer)
+        raise_if_control_flow(answer)
         return answer
     if not isinstance(answer, Prediction):
         return PredictionError(

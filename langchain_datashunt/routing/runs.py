@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -30,13 +29,15 @@ from langchain_datashunt.routing.sync_async import Effect, Steps, arun, run, to_
 class Runs:
     """Configs and callback runs of `n` calls.
 
-    Without a callback handler no run is created and all calls share one config, which keeps large batches cheap.
+    Without a callback handler no run is created, which keeps large batches cheap. `traced` says whether a handler
+    observes the calls. `shared` is the config of all calls if they differ in nothing, and None otherwise.
 
     Args:
         owner: Runnable that the runs belong to.
         inputs: Its `n` inputs.
         config: One config for all calls, one for each, or None.
-        single: Whether the only input came through `invoke`. Child calls then use `invoke` instead of `batch`.
+        single: Whether the only input came through `invoke` or `stream`. The models are then called with `invoke`
+            instead of `batch`.
         asynchronous: Whether callbacks are awaited.
     """
 
@@ -62,10 +63,15 @@ class Runs:
         self._managers: list[Any] = []
         self._one_manager: Any = None
         self._pending: set[int] = set()
-        self.traced = self._take(config)
+        self.traced = self._read_configs(config)
 
-    def _take(self, config: Any) -> bool:
-        """Set the configs of all calls, and return whether any callback handler observes them."""
+    def _read_configs(self, config: Any) -> bool:
+        """Set the configs of all calls, and return whether any callback handler observes them.
+
+        * One config without a handler: `shared` holds it. If it has a `run_id` and there are several calls, `each`
+          holds their configs too, because only the first call may have that id.
+        * One config with a handler, or a list of configs: `each` holds them, and `shared` is None.
+        """
         one_for_all = config is None or isinstance(config, dict)
         if one_for_all:
             self.shared = ensure_config(config)
@@ -85,7 +91,10 @@ class Runs:
         return self.shared if self.shared is not None else self.each[i]
 
     def record_id(self, i: int) -> str:
-        """Return the id of call `i`: the id of its run, else the `run_id` of its config, else a new one."""
+        """Return the id of call `i`: the id of its run, else the `run_id` of its config, else a new one.
+
+        Use the result instead of calling this twice, because a new id differs each time.
+        """
         if self.traced:
             return str(self._managers[i].run_id)
         own = self.each[i] if self.each else self.config(i)
@@ -110,8 +119,9 @@ class Runs:
 
         Args:
             i: Position of the parent call.
-            tag: Tag of the child's run, such as "shunt:small" or "shunt:large".
-            decision: Decision that the child's run and all runs below it carry as metadata. None adds none.
+            tag: Tag of the child's run, such as "shunt:small" or "shunt:large". Unused if no handler observes it.
+            decision: Decision that the child's run and all runs below it carry as metadata. None adds none. Unused if
+                no handler observes it.
             handler: Additional callback handler of the child's run and all runs below it.
             max_concurrency: Limit on concurrent calls of the child. None keeps the caller's.
         """
@@ -175,7 +185,7 @@ class Runs:
             if isinstance(found, BaseException):  # all have started by now, so `fail_rest` ends every run that did
                 raise found
 
-    def note(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
+    def attach_decisions(self, rows: Sequence[int], decision_of: Callable[[int], ShuntDecision]) -> Steps[None]:
         """Attach decisions to the runs of `rows` as metadata and tags, and send them as custom events."""
 
         def data_of(i: int) -> dict[str, Any]:
@@ -183,15 +193,18 @@ class Runs:
             _mark(self._managers[i], decision, metadata)
             return metadata
 
-        return self.announce(rows, data_of)
+        return self.send_decisions(rows, data_of)
 
-    def announce(self, rows: Sequence[int], data_of: Callable[[int], dict[str, Any]]) -> Steps[None]:
+    def send_decisions(self, rows: Sequence[int], data_of: Callable[[int], dict[str, Any]]) -> Steps[None]:
         """Send decisions to all handlers as custom events, without changing the runs."""
         if not self.traced or not rows:
             return
 
         def send(i: int) -> Any:
-            own, data = self._managers[i], data_of(i)  # `note` adds tags and metadata here, so they are read afterwards
+            own, data = (
+                self._managers[i],
+                data_of(i),
+            )  # it may add tags and metadata, read below
             identity = {"run_id": own.run_id, "tags": own.tags, "metadata": own.metadata}
             tell = ahandle_event if self._asynchronous else handle_event
             return tell(own.handlers, "on_custom_event", "ignore_custom_event", DECISION_EVENT, data, **identity)
@@ -217,13 +230,13 @@ class Runs:
         yield from self.end(dict.fromkeys(sorted(self._pending), error))
 
 
-def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
+def perform_in_runs(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
     """Perform the steps of a call within its runs, and return its outputs, errors among them."""
     if not runs.traced:
         return run(steps)
     run(runs.start())
     try:
-        if runs.single:
+        if runs.single:  # as `Runnable.invoke` does, for parts that call a Runnable without passing the config on
             with set_config_context(runs.child(0)) as context:
                 outputs = context.run(run, steps)
         else:
@@ -235,8 +248,8 @@ def trace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
     return outputs
 
 
-async def atrace(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
-    """Async version of `trace`."""
+async def aperform_in_runs(runs: Runs, steps: Steps[list[Any]]) -> list[Any]:
+    """Async version of `perform_in_runs`."""
     if not runs.traced:
         return await arun(steps)
     await arun(runs.start())
@@ -269,12 +282,15 @@ def _for_all(act: Callable[[int], Any], rows: Sequence[int]) -> Effect:
         if first is not None:
             raise first
 
+    async def act_on(i: int) -> None:
+        await act(i)
+
     async def gathered() -> None:
-        for found in await to_the_end(asyncio.gather(*map(act, rows), return_exceptions=True)):
+        for found in await to_the_end(asyncio.gather(*map(act_on, rows), return_exceptions=True)):
             if isinstance(found, BaseException):
                 raise found
 
-    return Effect(each, partial(gathered))
+    return Effect(each, gathered)
 
 
 class ChildRuns(Runs):
@@ -331,15 +347,15 @@ def _mark(manager: Any, decision: ShuntDecision, metadata: dict[str, Any]) -> No
     """Add a decision's metadata and tags to a run that has already started, in every tracer that stores runs."""
     metadata = {key: value for key, value in metadata.items() if value is not None}
     tags = [f"shunt_route:{decision.route}", f"shunt_reason:{decision.reason}"]
-    manager.tags = [*_undecided(manager.tags), *tags]
+    manager.tags = [*_without_decision_tags(manager.tags), *tags]
     manager.metadata = {**manager.metadata, **metadata}
     for handler in manager.handlers:
         if isinstance(handler, BaseTracer) and (run := handler.run_map.get(str(manager.run_id))):
             extra = run.extra or {}
             run.extra = {**extra, "metadata": {**extra.get("metadata", {}), **metadata}}
-            run.tags = [*_undecided(run.tags or []), *tags]
+            run.tags = [*_without_decision_tags(run.tags or []), *tags]
 
 
-def _undecided(tags: Sequence[str]) -> list[str]:
+def _without_decision_tags(tags: Sequence[str]) -> list[str]:
     """Return the tags without those of an earlier decision about the same run."""
     return [tag for tag in tags if not tag.startswith(("shunt_route:", "shunt_reason:"))]

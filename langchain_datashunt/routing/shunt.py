@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,7 +18,7 @@ from langchain_core.runnables.config import get_executor_for_config, run_in_exec
 from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
-from langchain_datashunt._utils.control_flow import raise_control_flow, raise_first_error
+from langchain_datashunt._utils.control_flow import raise_first_error, raise_if_control_flow
 from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt.call_log.finished_call import FinishedCall, now, snapped
 from langchain_datashunt.decision import Latency, ShuntDecision, ShuntResult
@@ -30,17 +31,16 @@ from langchain_datashunt.privacy.guard import SUBJECT_KEY
 from langchain_datashunt.routing.ask_small import ask_small
 from langchain_datashunt.routing.audit import Auditor
 from langchain_datashunt.routing.deferred_call import DeferredCall, RoutedInputs
-from langchain_datashunt.routing.plan import Plan
-from langchain_datashunt.routing.runs import Runs, atrace, trace
+from langchain_datashunt.routing.plan import STAGES, Plan
+from langchain_datashunt.routing.runs import Runs, aperform_in_runs, perform_in_runs
 from langchain_datashunt.routing.settings import ShuntSettings
 from langchain_datashunt.routing.sync_async import Steps, arun, perform, run
 from langchain_datashunt.telemetry import instrument_if_asked
 
-instrument_if_asked()
+instrument_if_asked()  # records spans if an environment variable asks for telemetry
 
 T = TypeVar("T")
 
-_SMALL_TAGS = ("shunt:small", "shunt:student")
 _LARGE_TAG = "shunt:large"
 _SMALL_OUTPUT_TAG = "shunt:small_output"
 
@@ -57,25 +57,35 @@ class ShuntRunnable(ShuntSettings):
     `candidates`, `candidate_probabilities`, `small_label` and `small_confidence`. Its prompt must use at least one
     variable that the pruning strategy fills. With `pruning=None` it gets the caller's input unchanged.
 
-    An input is deferred (reason "small_error") if the small model fails. If the large model fails, `retry` decides
+    An input is deferred (reason "small_error") if no small model predicts it. If the large model fails, `retry` decides
     whether its call is repeated. After the last attempt the shunt raises the error. With `on_large_error="small"` it
     returns the small model's answer instead (reason "large_error").
 
-    To change the threshold for one call, pass `config={"configurable": {"shunt_threshold": 0.8}}`.
+    To change the threshold for one call, pass `config={"configurable": {"shunt_threshold": 0.8}}`. Other keyword
+    arguments of a call go to the large model.
     """
 
-    # Every call takes the same steps: `_route` decides, answers locally or calls the large model, and concludes. It is
-    # written once for sync and async, as a generator of effects that `trace` and `atrace` perform.
+    # How a call runs: `_route` asks the small models (`_decide`), answers the confident inputs (`_answer_locally`) and
+    # asks the large model about the others (`_ask_large`). `invoke` and `batch` perform it whole. `stream` and
+    # `batch_as_completed` perform its parts, because they yield in between.
+    #
+    # A method that returns `Steps[T]` is written once for sync and async: a generator of effects, each with a sync and
+    # an async form. `yield from` returns its T. `run` and `arun` perform the effects, and `perform_in_runs` also starts
+    # and ends the callback runs.
+    #
+    # `rows` are positions among the caller's inputs. Errors of single inputs are values in the lists of outputs, until
+    # `_raise_or_return` or `raise_first_error` raises them. `ShuntSettings` has the fields, and derives `_stages` (the
+    # small models in order), `_policy`, `_caller` (of the large model), `_auditor` and `_reader` from them.
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         runs = Runs(self, [input], config, single=True)
-        return _raised(trace(runs, self._route([input], runs, kwargs))[0])
+        return _raise_or_return(perform_in_runs(runs, self._route([input], runs, kwargs))[0])
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         runs = Runs(self, [input], config, single=True, asynchronous=True)
-        return _raised((await atrace(runs, self._route([input], runs, kwargs)))[0])
+        return _raise_or_return((await aperform_in_runs(runs, self._route([input], runs, kwargs)))[0])
 
     @override
     def batch(
@@ -86,11 +96,11 @@ class ShuntRunnable(ShuntSettings):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """Route `n` inputs with one small-model call, and one grouped large call for all deferred inputs."""
+        """Route `n` inputs with one call of each small model, and one grouped large call for all deferred inputs."""
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
-        return raise_first_error(trace(runs, self._route(inputs, runs, kwargs)), return_exceptions)
+        return raise_first_error(perform_in_runs(runs, self._route(inputs, runs, kwargs)), return_exceptions)
 
     @override
     async def abatch(
@@ -105,16 +115,15 @@ class ShuntRunnable(ShuntSettings):
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
-        return raise_first_error(await atrace(runs, self._route(inputs, runs, kwargs)), return_exceptions)
-
-    # Steps of a call
+        return raise_first_error(await aperform_in_runs(runs, self._route(inputs, runs, kwargs)), return_exceptions)
 
     def _route(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
         """Return the outputs of all inputs, errors among them."""
-        inputs = yield from self._decide(values, runs, kwargs)
-        local, deferred = inputs.plan.answered_locally, inputs.plan.deferred
-        outputs = dict(zip(local, (yield from self._answer_locally(inputs, local)), strict=True))
-        outputs.update(zip(deferred, (yield from self._ask_large(inputs, deferred)), strict=True))
+        routed = yield from self._decide(values, runs, kwargs)
+        local, deferred = routed.plan.answered_locally, routed.plan.deferred
+        small_outputs = yield from self._answer_locally(routed, local)
+        large_outputs = yield from self._ask_large(routed, deferred)
+        outputs = dict(zip([*local, *deferred], [*small_outputs, *large_outputs], strict=True))
         return [outputs[i] for i in range(len(values))]
 
     def _decide(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[RoutedInputs]:
@@ -124,15 +133,16 @@ class ShuntRunnable(ShuntSettings):
         plan = Plan.undecided(len(values), self._policy_name)
         for stage, model in enumerate(self._stages):
             rows = plan.deferred
-            given = values if len(rows) == len(values) else [values[i] for i in rows]
+            undecided = values if len(rows) == len(values) else [values[i] for i in rows]
             outcome = yield from ask_small(
-                model, given, rows, _SMALL_TAGS[stage], runs, self.task_labels, strict=self.labels is not None
+                model, undecided, rows, f"shunt:{STAGES[stage]}", runs, self.task_labels, strict=self.labels is not None
             )
             plan.add_stage(outcome, self._policy, rows, thresholds)
             if stage == 0 and self.monitor is not None and (batch := plan.batches[0]) is not None:
                 self.monitor.saw(batch.confidence)
             if plan.local.all():
                 break
+        # A budget adjusts its threshold to the deferral rate. Shadow mode defers everything, so count by the scores.
         self._policy.observe(plan.count_unconfident() if self.shadow else len(plan.deferred), plan.n)
         return RoutedInputs(values, runs, kwargs, plan, time.perf_counter() - started)
 
@@ -140,157 +150,161 @@ class ShuntRunnable(ShuntSettings):
         """Return the thresholds that the configs set, shape `[n]`, NaN for none, or None if no config sets one."""
         if runs.shared is not None and self.threshold_id not in runs.shared.get("configurable", {}):
             return None
-        given = [runs.config(i).get("configurable", {}).get(self.threshold_id) for i in range(runs.n)]
-        if all(value is None for value in given):
+        thresholds = [runs.config(i).get("configurable", {}).get(self.threshold_id) for i in range(runs.n)]
+        if all(value is None for value in thresholds):
             return None
-        for value in given:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        for value in thresholds:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
             if value is not None and not number:
                 raise ConfigurationError(
                     f"Expected a number for configurable[{self.threshold_id!r}], got {value!r}. Pass one such as 0.9."
                 )
-        return np.array([np.nan if value is None else float(value) for value in given])
+        return np.array([np.nan if value is None else float(value) for value in thresholds])
 
     # Answer locally
 
-    def _answer_locally(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
-        """Return the small models' outputs for `rows`."""
+    def _answer_locally(self, routed: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
+        """Return the outputs of confident `rows`, audit a sample of them, and log a sample of them."""
         if not rows:
             return []
-        plan, runs, latency = inputs.plan, inputs.runs, Latency(inputs.small_seconds)
-        yield from runs.note(rows, plan.decision)
-        outputs = yield from self._small_outputs(inputs, rows)
+        plan, runs, latency = routed.plan, routed.runs, Latency(routed.small_seconds)
+        yield from runs.attach_decisions(rows, plan.decision)
+        outputs = yield from self._small_outputs(routed, rows)
         if self._auditor is not None:
-            yield from self._off_the_loop(partial(self._audit, self._auditor, inputs, rows))
-        if not self.return_decision and self.recorder is None:
+            yield from self._reading_inputs(partial(self._audit, self._auditor, routed, rows))
+        if not self._observed:
             return outputs
         ids = {i: runs.record_id(i) for i in rows}
         if self.recorder is not None:
-            logged = [i for i in rows if self.recorder.wants("small")]
-            yield from self._record(
-                [self._finished(inputs, i, plan.decision(i), inputs.values[i], None, ids[i], latency) for i in logged]
-            )
+            sampled = [i for i in rows if self.recorder.wants("small")]  # `wants` draws at random, for each input
+            yield from self._record([self._finished(routed, i, plan.decision(i), ids[i], latency) for i in sampled])
         if not self.return_decision:
             return outputs
         return [
             _result(plan.decision(i), output, ids[i], latency, None) for i, output in zip(rows, outputs, strict=True)
         ]
 
-    def _small_outputs(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
+    def _small_outputs(self, routed: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
+        """Return the small models' outputs for `rows`, errors of `small_output` among them."""
         if self.small_output is None:
-            return inputs.plan.local_answers(rows)
-        predictions, config = inputs.plan.predictions(rows), inputs.runs.children(rows, _SMALL_OUTPUT_TAG)
+            return routed.plan.local_answers(rows)
+        predictions, config = routed.plan.predictions(rows), routed.runs.children(rows, _SMALL_OUTPUT_TAG)
         outputs: list[Any] = yield from perform(
             partial(self.small_output.batch, predictions, config, return_exceptions=True),
             partial(self.small_output.abatch, predictions, config, return_exceptions=True),
         )
         return outputs
 
-    def _audit(self, auditor: Auditor, inputs: RoutedInputs, rows: list[int]) -> None:
-        """Audit a random sample of `rows` in the background, without the predictions in the prompt."""
+    def _audit(self, auditor: Auditor, routed: RoutedInputs, rows: list[int]) -> None:
+        """Audit a random sample of `rows` in the background, without the predictions in the prompt.
+
+        An audit gets a record of its own, in addition to that of the local answer.
+        """
         for i in auditor.chosen(rows):
-            (prediction,) = inputs.plan.predictions([i])
-            if self._must_stay(prediction) is not None:
+            (prediction,) = routed.plan.predictions([i])
+            if self._local_only(prediction) is not None:
                 continue
-            asked, finished = inputs.values[i], None
+            large_input = routed.values[i]
             if self.pruning is not None:
                 blank = self.pruning.without_prediction(self.task_labels or prediction.labels, self.label_descriptions)
                 try:
-                    asked = {**self._reader.lay_out(asked), **blank}
+                    large_input = {**self._reader.lay_out(large_input), **blank}
                 except InputError as error:
-                    asked = error
+                    large_input = error
+            finished = None
             if self.recorder is not None:
-                decision, snapshot = inputs.plan.decision(i), self._reader.snapshot(inputs.values[i])
-                latency = Latency(inputs.small_seconds)
-                finished = self._finished(inputs, i, decision, snapshot, None, str(uuid7()), latency)
+                latency = Latency(routed.small_seconds)
+                finished = self._finished(routed, i, routed.plan.decision(i), str(uuid7()), latency)
+                finished = finished._replace(value=self._reader.snapshot(routed.values[i]))
             label = prediction.label if prediction.answer is None else answer_text(prediction.answer)
-            auditor.submit(asked, finished, label, inputs.runs.config(i).get("configurable"))
+            auditor.submit(large_input, finished, label, routed.runs.config(i).get("configurable"))
 
-    # Call the large model
+    # Ask the large model
 
-    def _ask_large(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
-        """Return the outputs of deferred `rows`, errors among them. A batch is one grouped call."""
+    def _ask_large(self, routed: RoutedInputs, rows: list[int]) -> Steps[list[Any]]:
+        """Return the outputs of deferred `rows`, errors among them, and log them. A batch is one grouped call."""
         if not rows:
             return []
-        calls = yield from self._defer(inputs, rows)
+        calls = yield from self._prepare_large(routed, rows)
         started = time.perf_counter()
-        if inputs.runs.single:
+        if routed.runs.single:
             answers = [(yield from self._ask_one(calls[0]))]
         else:
-            asked = [call.asked for call in calls]
-            shared = all(call.config is calls[0].config for call in calls)
-            config: Any = calls[0].config if shared else [call.config for call in calls]
+            large_inputs = [call.large_input for call in calls]
+            one_config = all(call.config is calls[0].config for call in calls)
+            config: Any = calls[0].config if one_config else [call.config for call in calls]
             answers = yield from perform(
-                partial(self._caller.batch, asked, config, inputs.kwargs),
-                partial(self._caller.abatch, asked, config, inputs.kwargs),
+                partial(self._caller.batch, large_inputs, config, routed.kwargs),
+                partial(self._caller.abatch, large_inputs, config, routed.kwargs),
             )
-        latency = Latency(inputs.small_seconds, time.perf_counter() - started)
-        return (yield from self._conclude(calls, answers, latency))
+        return (yield from self._conclude(calls, answers, _latency_since(started, routed)))
 
-    def _ask_singly(self, inputs: RoutedInputs, i: int) -> Steps[Any]:
+    def _ask_singly(self, routed: RoutedInputs, i: int) -> Steps[Any]:
         """Return the output of one deferred row of a batch, from a large call of its own."""
-        (call,) = yield from self._defer(inputs, [i])
+        (call,) = yield from self._prepare_large(routed, [i])
         started = time.perf_counter()
         answer = yield from self._ask_one(call)
-        latency = Latency(inputs.small_seconds, time.perf_counter() - started)
-        return (yield from self._conclude([call], [answer], latency))[0]
+        return (yield from self._conclude([call], [answer], _latency_since(started, routed)))[0]
 
     def _ask_one(self, call: DeferredCall) -> Steps[Any]:
-        given = (call.asked, call.config, call.inputs.kwargs)
+        """Return the large model's answer, or its error. An error as `large_input` is returned without a call."""
+        given = (call.large_input, call.config, call.routed.kwargs)
         return perform(partial(self._caller.invoke, *given), partial(self._caller.ainvoke, *given))
 
-    def _defer(self, inputs: RoutedInputs, rows: list[int]) -> Steps[list[DeferredCall]]:
-        """Prepare the large model's input and config for each of `rows`."""
-        plan, runs = inputs.plan, inputs.runs
-        yield from runs.note(rows, plan.decision)
-        asked = yield from self._off_the_loop(partial(self._large_inputs, inputs, rows))
+    def _prepare_large(self, routed: RoutedInputs, rows: list[int]) -> Steps[list[DeferredCall]]:
+        """Attach the decisions about `rows` to their runs, and prepare the large model's input and config for each."""
+        plan, runs = routed.plan, routed.runs
+        yield from runs.attach_decisions(rows, plan.decision)
+        large_inputs = yield from self._reading_inputs(partial(self._large_inputs, routed, rows))
         limit = self._caller.limiter.bound(runs.max_concurrency()) if len(rows) > 1 else None
-        watched = self.return_decision or self.recorder is not None
-        if not watched and not runs.traced and runs.shared is not None:
+        if not self._observed and not runs.traced and runs.shared is not None:
+            # the configs would all be equal, and one config for all is cheaper in large batches
             config = runs.child(0, _LARGE_TAG, max_concurrency=limit)
-            return [DeferredCall(inputs, i, value, config, None) for i, value in zip(rows, asked, strict=True)]
+            return [DeferredCall(routed, i, value, config, None) for i, value in zip(rows, large_inputs, strict=True)]
         calls = []
-        for i, value in zip(rows, asked, strict=True):
-            watcher = LargeCallWatcher() if watched else None
+        for i, value in zip(rows, large_inputs, strict=True):
+            watcher = LargeCallWatcher() if self._observed else None
             decision = plan.decision(i) if runs.traced else None
             config = runs.child(i, _LARGE_TAG, decision=decision, handler=watcher, max_concurrency=limit)
-            calls.append(DeferredCall(inputs, i, value, config, watcher))
+            calls.append(DeferredCall(routed, i, value, config, watcher))
         return calls
 
-    def _large_inputs(self, inputs: RoutedInputs, rows: list[int]) -> list[Any]:
+    def _large_inputs(self, routed: RoutedInputs, rows: list[int]) -> list[Any]:
         """Return the large model's input for each of `rows`, or an error if it is unreadable or must stay local."""
-        values = [inputs.values[i] for i in rows]
+        values = [routed.values[i] for i in rows]
+        errors: list[LocalOnlyError | None] = [None] * len(rows)
         if self.guard is not None and self.guard.local_labels:
-            stays = [self._must_stay(inputs.plan.prediction(i)) for i in rows]
-        else:
-            stays = [None] * len(rows)
+            errors = [self._local_only(routed.plan.prediction(i)) for i in rows]
         if self.pruning is None:
-            return [error or value for value, error in zip(values, stays, strict=True)]
-        variables = inputs.plan.prompt_variables(self.pruning, rows, self.task_labels, self.label_descriptions)
-        asked: list[Any] = []
-        for value, more, error in zip(values, variables, stays, strict=True):
+            return [error or value for value, error in zip(values, errors, strict=True)]
+        prompts = routed.plan.prompt_variables(self.pruning, rows, self.task_labels, self.label_descriptions)
+        large_inputs: list[Any] = []
+        for value, variables, error in zip(values, prompts, errors, strict=True):
             try:
-                asked.append(error or {**self._reader.lay_out(value), **more})
+                large_inputs.append(error or {**self._reader.lay_out(value), **variables})
             except InputError as unreadable:
-                asked.append(unreadable)
-        return asked
+                large_inputs.append(unreadable)
+        return large_inputs
 
-    def _must_stay(self, prediction: Prediction | None) -> LocalOnlyError | None:
-        """Return the error for an input that must stay local because of its prediction, or None if it may be sent."""
-        if self.guard is None or not self.guard.local_labels:
-            return None
-        return self.guard.check_prediction(prediction)
+    def _local_only(self, prediction: Prediction | None) -> LocalOnlyError | None:
+        """Return the error for an input whose predicted label must stay local, or None if it may be sent."""
+        return None if self.guard is None else self.guard.check_prediction(prediction)
 
-    def _off_the_loop(self, work: Callable[[], T]) -> Steps[T]:
-        """Do work that reads inputs. Inputs other than text, such as images, are read in a thread if async."""
+    def _reading_inputs(self, work: Callable[[], T]) -> Steps[T]:
+        """Do work that reads inputs. Text is read at once, and other inputs, such as images, in a thread if async."""
         if isinstance(self._reader, TextReader):
             return work()
         return (yield from perform(work, partial(run_in_executor, None, work)))
 
     # Conclude
 
+    @property
+    def _observed(self) -> bool:
+        """Whether ids, usage and latencies of calls are needed, for results or records."""
+        return self.return_decision or self.recorder is not None
+
     def _conclude(self, calls: list[DeferredCall], answers: Sequence[Any], latency: Latency) -> Steps[list[Any]]:
-        """Return the outputs of deferred calls, and log them.
+        """Return the outputs of deferred calls, errors among them, and log the calls.
 
         Args:
             calls: The calls.
@@ -308,47 +322,54 @@ class ShuntRunnable(ShuntSettings):
     def _conclude_one(
         self, call: DeferredCall, raw_answer: Any, latency: Latency
     ) -> Steps[tuple[Any, list[FinishedCall]]]:
-        """Return the output of a deferred call, and its records for the log.
-
-        The output is an error if the large model failed and nothing replaces its answer.
-        """
-        inputs, i, plan, runs = call.inputs, call.row, call.inputs.plan, call.inputs.runs
+        """Return the output of a deferred call, and its records for the log."""
         answer = self._fused(call, raw_answer)
-        failed = answer if isinstance(answer, Exception) else None
-        if failed is None and not self.return_decision and self.recorder is None:
+        if isinstance(answer, Exception):
+            answer, decision = yield from self._replaced(call, answer)
+        elif not self._observed:
             return answer, []
-        stays = failed if isinstance(failed, LocalOnlyError) else None
-        replaces = (
-            self.on_large_error == "small" if stays is None or self.guard is None else self.guard.on_local == "small"
-        )
-        fell_back = failed is not None and replaces and call.prediction is not None
-        decision, record_id = plan.decision(i, failed, fell_back=fell_back), runs.record_id(i)
+        else:
+            decision = call.routed.plan.decision(call.row)
+        record_id = call.routed.runs.record_id(call.row)
+        # nothing was sent if the input had to stay local, so no tokens and no cost are unknown
+        watcher = None if decision.reason == "local_only" else call.watcher
         log = []
         if self.recorder is not None:
-            watcher = call.watcher if stays is None else None
-            value = inputs.values[i]
-            finished = self._finished(inputs, i, decision, value, raw_answer, record_id, latency, watcher)
-            if self.pruning is not None and watcher is not None and isinstance(call.asked, dict):
-                finished = finished._replace(disclosed=partial(self.pruning.disclosed, call.asked, self.task_labels))
+            finished = self._finished(call.routed, call.row, decision, record_id, latency)
+            finished = finished._replace(answer=raw_answer, watcher=watcher)
+            if self.pruning is not None and watcher is not None and isinstance(call.large_input, dict):
+                disclosed = partial(self.pruning.disclosed, call.large_input, self.task_labels)
+                finished = finished._replace(disclosed=disclosed)
             log.append(finished)
-        if failed is not None:
-            yield from runs.note([i], lambda _: decision)
-        if stays is not None and self.guard is not None and not fell_back and self.guard.on_local != "raise":
-            answer = self.guard.abstained(stays, decision.prediction)
-        elif failed is not None:
-            if not fell_back:
-                return failed, log
-            (answer,) = yield from self._small_outputs(inputs, [i])
-            if isinstance(answer, Exception):  # without a small answer, report the error of the large model
-                failed.__context__ = answer
-                return failed, log
-        if not self.return_decision:
+        if not self.return_decision or isinstance(answer, Exception):
             return answer, log
-        result = _result(decision, answer, record_id, latency, call.watcher)
-        if self.fusion is not None and failed is None:
+        inner = raw_answer if isinstance(raw_answer, ShuntResult) else None
+        result = _result(decision, answer, record_id, latency, watcher, inner)
+        if self.fusion is not None and decision.reason != "large_error":
             unparsed = raw_answer.raw if isinstance(raw_answer, UnparsableAnswerError) else raw_answer
             result = replace(result, large_output=unparsed)
         return result, log
+
+    def _replaced(self, call: DeferredCall, error: Exception) -> Steps[tuple[Any, ShuntDecision]]:
+        """Return the output that replaces the large model's, or the error if nothing does, and the decision.
+
+        The small model's answer replaces it if the settings allow that and there is one. A privacy guard may abstain
+        from answering an input that must stay local.
+        """
+        plan, i = call.routed.plan, call.row
+        # without a guard here, a LocalOnlyError comes from a shunt inside `large`, and counts as an error of it
+        guard = self.guard if isinstance(error, LocalOnlyError) else None
+        allowed = self.on_large_error == "small" if guard is None else guard.on_local == "small"
+        output: Any = error
+        if allowed and call.prediction is not None:
+            (output,) = yield from self._small_outputs(call.routed, [i])
+            if isinstance(output, Exception):  # `small_output` failed too: report the error of the large model
+                error.__context__, output = output, error
+        decision = plan.decision(i, error, fell_back=output is not error)
+        yield from call.routed.runs.attach_decisions([i], lambda _: decision)
+        if output is error and guard is not None and guard.on_local != "raise":
+            output = guard.abstained(error, decision.prediction)
+        return output, decision
 
     def _fused(self, call: DeferredCall, answer: Any) -> Any:
         """Return the fusion of both answers, or the large model's own answer if one of them is missing."""
@@ -364,28 +385,29 @@ class ShuntRunnable(ShuntSettings):
         return self.fusion.fuse(call.prediction, None if unparsable else answer)
 
     def _finished(
-        self,
-        inputs: RoutedInputs,
-        i: int,
-        decision: ShuntDecision,
-        value: Any,
-        answer: Any,
-        record_id: str,
-        latency: Latency,
-        watcher: LargeCallWatcher | None = None,
+        self, routed: RoutedInputs, i: int, decision: ShuntDecision, record_id: str, latency: Latency
     ) -> FinishedCall:
-        subject = inputs.runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
+        """Return the record of a call that only the small model answered."""
         return FinishedCall(
-            self.recorder.task, record_id, value, decision, answer, watcher, latency, self.task_labels, subject,
-            self._reader, now(),
-        )  # fmt: skip
+            task=self.recorder.task,
+            record_id=record_id,
+            value=routed.values[i],
+            decision=decision,
+            answer=None,
+            watcher=None,
+            latency=latency,
+            labels=self.task_labels,
+            subject=routed.runs.config(i).get("configurable", {}).get(SUBJECT_KEY),
+            reader=self._reader,
+            ended=now(),
+        )
 
     def _record(self, log: list[FinishedCall]) -> Steps[None]:
         """Pass finished calls to the recorder, whose failures never affect the call."""
         if not log:
             return
         if not isinstance(self._reader, TextReader):  # the caller may change a file or a buffer after the call
-            log = yield from self._off_the_loop(partial(snapped, log))
+            log = yield from self._reading_inputs(partial(snapped, log))
         yield from perform(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
 
     # As completed
@@ -407,9 +429,6 @@ class ShuntRunnable(ShuntSettings):
         try:
             routed = run(self._decide(list(inputs), runs, kwargs))
             local, deferred = routed.plan.answered_locally, routed.plan.deferred
-            for i, output in zip(local, run(self._answer_locally(routed, local)), strict=True):
-                run(runs.end({i: output}))
-                yield i, _raised(output, return_exceptions)
             limit = self._caller.limiter.bound(runs.max_concurrency())
             with get_executor_for_config(RunnableConfig(max_concurrency=limit)) as executor:
                 waiting: dict[Future[Any], int] = {
@@ -417,11 +436,14 @@ class ShuntRunnable(ShuntSettings):
                     for i in deferred
                 }
                 try:
+                    for i, output in zip(local, run(self._answer_locally(routed, local)), strict=True):
+                        run(runs.end({i: output}))
+                        yield i, _raise_or_return(output, return_exceptions)
                     while waiting:
                         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                             i, output = waiting.pop(future), future.result()
                             run(runs.end({i: output}))
-                            yield i, _raised(output, return_exceptions)
+                            yield i, _raise_or_return(output, return_exceptions)
                 finally:
                     for future in waiting:
                         future.cancel()
@@ -447,9 +469,6 @@ class ShuntRunnable(ShuntSettings):
         try:
             routed = await arun(self._decide(list(inputs), runs, kwargs))
             local, deferred = routed.plan.answered_locally, routed.plan.deferred
-            for i, output in zip(local, await arun(self._answer_locally(routed, local)), strict=True):
-                await arun(runs.end({i: output}))
-                yield i, _raised(output, return_exceptions)
             places = asyncio.Semaphore(self._caller.limiter.bound(runs.max_concurrency()) or max(1, len(deferred)))
 
             async def ask(i: int) -> Any:
@@ -457,12 +476,15 @@ class ShuntRunnable(ShuntSettings):
                     return await arun(self._ask_singly(routed, i))
 
             waiting.update({asyncio.ensure_future(ask(i)): i for i in deferred})
+            for i, output in zip(local, await arun(self._answer_locally(routed, local)), strict=True):
+                await arun(runs.end({i: output}))
+                yield i, _raise_or_return(output, return_exceptions)
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=FIRST_COMPLETED)
                 for task in done:
                     i, output = waiting.pop(task), task.result()
                     await arun(runs.end({i: output}))
-                    yield i, _raised(output, return_exceptions)
+                    yield i, _raise_or_return(output, return_exceptions)
         except BaseException as error:
             for task in waiting:
                 task.cancel()
@@ -474,17 +496,20 @@ class ShuntRunnable(ShuntSettings):
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        """Decide first, then yield the small model's answer, or the large model's chunks as they arrive."""
+        """Decide first, then yield the small model's answer, or the large model's chunks as they arrive.
+
+        With `fusion`, the fused answer is one chunk.
+        """
         runs, total = Runs(self, [input], config, single=True), _Total()
         run(runs.start())
         try:
-            inputs = run(self._decide([input], runs, kwargs))
-            if inputs.plan.local[0]:
-                yield total.add(_raised(run(self._answer_locally(inputs, [0]))[0]))
+            routed = run(self._decide([input], runs, kwargs))
+            if routed.plan.local[0]:
+                yield total.add(_raise_or_return(run(self._answer_locally(routed, [0]))[0]))
             elif self.fusion is not None:
-                yield total.add(_raised(run(self._ask_large(inputs, [0]))[0]))
+                yield total.add(_raise_or_return(run(self._ask_large(routed, [0]))[0]))
             else:
-                (call,) = run(self._defer(inputs, [0]))
+                (call,) = run(self._prepare_large(routed, [0]))
                 with closing(self._stream_large(call)) as chunks:
                     for chunk in chunks:
                         yield total.add(chunk)
@@ -495,22 +520,26 @@ class ShuntRunnable(ShuntSettings):
 
     def _stream_large(self, call: DeferredCall) -> Generator[Any]:
         """Yield the large model's chunks. Retries and fallbacks are possible only before the first chunk."""
-        started, total = time.perf_counter(), _Total()
+        started, answer = time.perf_counter(), _Total()
+        failure: Exception | None = None
         with ExitStack() as held:
             try:
-                held.enter_context(self._caller.place())
-                first, chunks = self._caller.open(call.asked, call.config, call.inputs.kwargs)
+                held.enter_context(self._caller.place())  # held for the whole stream, as one concurrent call
+                first, chunks = self._caller.open(call.large_input, call.config, call.routed.kwargs)
             except Exception as error:
-                raise_control_flow(error)
-                yield _raised(run(self._conclude([call], [error], _latency_since(started, call)))[0])
-                return
-            with closing(chunks):
-                if first is not END:
-                    yield self._chunk(total.add(first), call)
-                    for chunk in chunks:
-                        yield self._chunk(total.add(chunk), call)
-        (last,) = run(self._conclude([call], [total.value], _latency_since(started, call)))
-        if isinstance(last, ShuntResult):
+                raise_if_control_flow(error)
+                failure = error
+            else:
+                with closing(chunks):
+                    if first is not END:
+                        yield self._chunk(answer.add(first), call)
+                        for chunk in chunks:
+                            yield self._chunk(answer.add(chunk), call)
+        latency = _latency_since(started, call.routed)
+        (last,) = run(self._conclude([call], [failure or answer.value], latency))
+        if failure is not None:
+            yield _raise_or_return(last)
+        elif isinstance(last, ShuntResult):  # the chunks had the output, and this one adds the id, usage and cost
             yield replace(last, output=None, inner=None)
 
     @override
@@ -519,13 +548,13 @@ class ShuntRunnable(ShuntSettings):
         runs, total = Runs(self, [input], config, single=True, asynchronous=True), _Total()
         await arun(runs.start())
         try:
-            inputs = await arun(self._decide([input], runs, kwargs))
-            if inputs.plan.local[0]:
-                yield total.add(_raised((await arun(self._answer_locally(inputs, [0])))[0]))
+            routed = await arun(self._decide([input], runs, kwargs))
+            if routed.plan.local[0]:
+                yield total.add(_raise_or_return((await arun(self._answer_locally(routed, [0])))[0]))
             elif self.fusion is not None:
-                yield total.add(_raised((await arun(self._ask_large(inputs, [0])))[0]))
+                yield total.add(_raise_or_return((await arun(self._ask_large(routed, [0])))[0]))
             else:
-                (call,) = await arun(self._defer(inputs, [0]))
+                (call,) = await arun(self._prepare_large(routed, [0]))
                 async with aclosing(self._astream_large(call)) as chunks:
                     async for chunk in chunks:
                         yield total.add(chunk)
@@ -535,22 +564,27 @@ class ShuntRunnable(ShuntSettings):
         await arun(runs.end({0: total.value}))
 
     async def _astream_large(self, call: DeferredCall) -> AsyncGenerator[Any]:
-        started, total = time.perf_counter(), _Total()
+        """Async version of `_stream_large`."""
+        started, answer = time.perf_counter(), _Total()
+        failure: Exception | None = None
         async with AsyncExitStack() as held:
             try:
                 await held.enter_async_context(self._caller.aplace())
-                first, chunks = await self._caller.aopen(call.asked, call.config, call.inputs.kwargs)
+                first, chunks = await self._caller.aopen(call.large_input, call.config, call.routed.kwargs)
             except Exception as error:
-                raise_control_flow(error)
-                yield _raised((await arun(self._conclude([call], [error], _latency_since(started, call))))[0])
-                return
-            async with aclosing(chunks):
-                if first is not END:
-                    yield self._chunk(total.add(first), call)
-                    async for chunk in chunks:
-                        yield self._chunk(total.add(chunk), call)
-        (last,) = await arun(self._conclude([call], [total.value], _latency_since(started, call)))
-        if isinstance(last, ShuntResult):
+                raise_if_control_flow(error)
+                failure = error
+            else:
+                async with aclosing(chunks):
+                    if first is not END:
+                        yield self._chunk(answer.add(first), call)
+                        async for chunk in chunks:
+                            yield self._chunk(answer.add(chunk), call)
+        latency = _latency_since(started, call.routed)
+        (last,) = await arun(self._conclude([call], [failure or answer.value], latency))
+        if failure is not None:
+            yield _raise_or_return(last)
+        elif isinstance(last, ShuntResult):
             yield replace(last, output=None, inner=None)
 
     def _chunk(self, chunk: Any, call: DeferredCall) -> Any:
@@ -559,7 +593,8 @@ class ShuntRunnable(ShuntSettings):
             return chunk
         inner = chunk if isinstance(chunk, ShuntResult) else None
         output = chunk if inner is None else inner.output
-        return ShuntResult(output, call.inputs.plan.decision(call.row), cost_usd=None, inner=inner)
+        # the cost is known only at the end, and the sum of all chunks has it
+        return ShuntResult(output, call.routed.plan.decision(call.row), cost_usd=None, inner=inner)
 
 
 class _Total:
@@ -581,25 +616,40 @@ class _Total:
         return chunk
 
 
-def _latency_since(started: float, call: DeferredCall) -> Latency:
-    return Latency(call.inputs.small_seconds, time.perf_counter() - started)
+def _latency_since(started: float, routed: RoutedInputs) -> Latency:
+    return Latency(routed.small_seconds, time.perf_counter() - started)
 
 
-def _raised(output: Any, return_exceptions: bool = False) -> Any:
+def _raise_or_return(output: Any, return_exceptions: bool = False) -> Any:
     if isinstance(output, Exception) and not return_exceptions:
         raise output
     return output
 
 
 def _result(
-    decision: ShuntDecision, output: Any, record_id: str, latency: Latency, watcher: LargeCallWatcher | None
+    decision: ShuntDecision,
+    output: Any,
+    record_id: str,
+    latency: Latency,
+    watcher: LargeCallWatcher | None,
+    inner: ShuntResult | None = None,
 ) -> Any:
-    """Return the `ShuntResult` of one input, or its error unchanged."""
+    """Return the `ShuntResult` of one input, or its error unchanged.
+
+    Args:
+        decision: Routing decision.
+        output: Output, or an error.
+        record_id: Id of the call.
+        latency: Wall time of the models.
+        watcher: Observed usage of the large model, or None if it was not called.
+        inner: Result of the large model if it is a shunt itself.
+    """
     if isinstance(output, Exception):
         return output
-    inner = output if isinstance(output, ShuntResult) else None
     usage = {} if watcher is None else dict(watcher.usage_metadata)
     cost: float | None = 0.0
     if watcher is not None:
         cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
-    return ShuntResult(output if inner is None else inner.output, decision, usage, cost, latency, record_id, inner)
+    return ShuntResult(
+        output.output if isinstance(output, ShuntResult) else output, decision, usage, cost, latency, record_id, inner
+    )

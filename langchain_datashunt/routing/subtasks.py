@@ -36,7 +36,7 @@ from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 from langchain_datashunt.privacy.guard import SUBJECT_KEY, PrivacyGuard
 from langchain_datashunt.routing.ask_small import ask_small
 from langchain_datashunt.routing.plan import Plan
-from langchain_datashunt.routing.runs import Runs, atrace, trace
+from langchain_datashunt.routing.runs import Runs, aperform_in_runs, perform_in_runs
 from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.routing.subtask_questions import (
     KnownAnswers,
@@ -232,7 +232,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
-        outputs = trace(runs, self._many(inputs, runs, kwargs))
+        outputs = perform_in_runs(runs, self._many(inputs, runs, kwargs))
         return raise_first_error(outputs, return_exceptions)
 
     @override
@@ -248,7 +248,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
-        outputs = await atrace(runs, self._many(inputs, runs, kwargs))
+        outputs = await aperform_in_runs(runs, self._many(inputs, runs, kwargs))
         return raise_first_error(outputs, return_exceptions)
 
     @override
@@ -361,7 +361,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, decisions_of[i]))
         for subtask in self.subtasks:
             name = subtask.name
-            yield from runs.announce(list(decisions_of), partial(announced, decisions_of, name))
+            yield from runs.send_decisions(list(decisions_of), partial(announced, decisions_of, name))
         if log:
             log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
             yield from perform(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
