@@ -75,6 +75,10 @@ class TextReader(InputReader):
         """Return the prompt variables (see `mapping_of`)."""
         return mapping_of(value, self.input_key)
 
+    def snapshot(self, value: Any) -> str:
+        """Return the text, because the caller may extend a conversation or change a mapping."""
+        return value if type(value) is str else self.write(value)
+
     def write(self, value: Any) -> str:
         """Return the text, or JSON if the value does not contain text."""
         try:

@@ -108,4 +108,4 @@ def _answer_text(answer: Any, watcher: LargeCallWatcher | None) -> str | None:
 
 def snapped(log: list[FinishedCall]) -> list[FinishedCall]:
     """Return the calls with snapshots of their inputs, because callers may modify the originals."""
-    return [call._replace(value=call.reader.snapshot(call.value)) for call in log]
+    return [call if type(call.value) is str else call._replace(value=call.reader.snapshot(call.value)) for call in log]

@@ -218,7 +218,7 @@ class ShadowOf(Policy):
         return verdict._replace(keep=np.zeros(len(batch), dtype=np.bool_))
 
     def observe(self, asked: int, total: int) -> None:
-        """Forward the number of inputs that the wrapped policy would have deferred (see `Plan.would_ask`)."""
+        """Forward the number of inputs that the wrapped policy would have deferred (see `Plan.count_unconfident`)."""
         self.policy.observe(asked, total)
 
     def check(self, labels: tuple[str, ...] | None) -> None:

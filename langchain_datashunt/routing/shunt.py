@@ -357,9 +357,11 @@ class ShuntRunnable(ShuntSettings):
         from answering an input that must stay local.
         """
         plan, i = call.routed.plan, call.row
-        # without a guard here, a LocalOnlyError comes from a shunt inside `large`, and counts as an error of it
+        # without a guard here, a LocalOnlyError comes from a shunt inside `large`, and `on_large_error` applies
         guard = self.guard if isinstance(error, LocalOnlyError) else None
         allowed = self.on_large_error == "small" if guard is None else guard.on_local == "small"
+        if isinstance(error, ConfigurationError):  # parts that do not fit together would be hidden forever
+            allowed = False
         output: Any = error
         if allowed and call.prediction is not None:
             (output,) = yield from self._small_outputs(call.routed, [i])
@@ -406,8 +408,7 @@ class ShuntRunnable(ShuntSettings):
         """Pass finished calls to the recorder, whose failures never affect the call."""
         if not log:
             return
-        if not isinstance(self._reader, TextReader):  # the caller may change a file or a buffer after the call
-            log = yield from self._reading_inputs(partial(snapped, log))
+        log = yield from self._reading_inputs(partial(snapped, log))  # the caller may change an input after the call
         yield from perform(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
 
     # As completed

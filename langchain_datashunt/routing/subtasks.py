@@ -12,6 +12,7 @@ from uuid import UUID, uuid5
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.base import coerce_to_runnable
+from langchain_core.runnables.config import run_in_executor
 from langchain_core.runnables.graph import Graph
 from langchain_core.runnables.utils import AddableDict, ConfigurableFieldSpec, get_unique_config_specs
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
@@ -22,11 +23,11 @@ from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt._utils.settings import Frozen
 from langchain_datashunt._utils.short_repr import short_repr
-from langchain_datashunt.call_log.finished_call import FinishedCall, now
+from langchain_datashunt.call_log.finished_call import FinishedCall, now, snapped
 from langchain_datashunt.call_log.record import id_bytes
 from langchain_datashunt.decision import Latency, ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError, InputError, LocalOnlyError, UnparsableAnswerError
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, TextReader, text_reader
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.chat_asker import ChatAsker
 from langchain_datashunt.large_models.limits import CallLimiter
@@ -232,7 +233,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config)
-        outputs = perform_in_runs(runs, self._many(inputs, runs, kwargs))
+        outputs = perform_in_runs(runs, self._route(inputs, runs, kwargs))
         return raise_first_error(outputs, return_exceptions)
 
     @override
@@ -248,7 +249,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         if not inputs:
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
-        outputs = await aperform_in_runs(runs, self._many(inputs, runs, kwargs))
+        outputs = await aperform_in_runs(runs, self._route(inputs, runs, kwargs))
         return raise_first_error(outputs, return_exceptions)
 
     @override
@@ -260,11 +261,12 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         runs = Runs(self, [input], config)
         run(runs.start())
         try:
-            plans, works, seconds = run(self._plan([input], runs))
-            if works[0].known and works[0].open and not self.return_decision:
-                yield AddableDict(works[0].known)
-            output = raise_first_error(run(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
-            yield self._rest(output, works[0])
+            routed = run(self._decide([input], runs, kwargs))
+            (work,) = routed.works
+            if work.known and work.open and not self.return_decision:
+                yield AddableDict(work.known)
+            (output,) = raise_first_error(run(self._answer(routed)), False)
+            yield self._rest(output, work)
         except BaseException as error:
             run(runs.fail_rest(error))
             raise
@@ -276,11 +278,12 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         runs = Runs(self, [input], config, asynchronous=True)
         await arun(runs.start())
         try:
-            plans, works, seconds = await arun(self._plan([input], runs))
-            if works[0].known and works[0].open and not self.return_decision:
-                yield AddableDict(works[0].known)
-            output = raise_first_error(await arun(self._finish([input], plans, works, runs, seconds, kwargs)), False)[0]
-            yield self._rest(output, works[0])
+            routed = await arun(self._decide([input], runs, kwargs))
+            (work,) = routed.works
+            if work.known and work.open and not self.return_decision:
+                yield AddableDict(work.known)
+            (output,) = raise_first_error(await arun(self._answer(routed)), False)
+            yield self._rest(output, work)
         except BaseException as error:
             await arun(runs.fail_rest(error))
             raise
@@ -294,19 +297,16 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             return AddableDict(output)
         return AddableDict({name: answer for name, answer in output.items() if name not in work.known})
 
-    # Steps
+    # Steps, written once for sync and async as in `ShuntRunnable`
 
-    def _many(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
-        plans, works, seconds = yield from self._plan(values, runs)
-        return (yield from self._finish(values, plans, works, runs, seconds, kwargs))
+    def _route(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[list[Any]]:
+        routed = yield from self._decide(values, runs, kwargs)
+        return (yield from self._answer(routed))
 
-    def _plan(self, values: Sequence[Any], runs: Runs) -> Steps[tuple[dict[str, Plan], list[SubtaskWork], float]]:
-        """Call each small model once for all inputs.
-
-        Returns:
-            The plan of each sub-task that has a small model, the work left per input, and the elapsed seconds.
-        """
-        started, plans = time.perf_counter(), {}
+    def _decide(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[RoutedSubtasks]:
+        """Call each small model once for all inputs."""
+        started = time.perf_counter()
+        plans: dict[str, Plan] = {}
         for subtask in self.subtasks:
             if subtask.small is None:
                 continue
@@ -318,7 +318,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             policy.observe(len(plan.deferred), plan.n)
             plans[subtask.name] = plan
         works = [self._work(i, plans) for i in range(len(values))]
-        return plans, works, time.perf_counter() - started
+        return RoutedSubtasks(values, runs, kwargs, plans, works, time.perf_counter() - started)
 
     def _work(self, i: int, plans: Mapping[str, Plan]) -> SubtaskWork:
         known: dict[str, Any] = {}
@@ -338,139 +338,120 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         likely = thought.top(SHOWN) if thought.answer is None else [(str(thought.answer), thought.confidence)]
         return tuple((label, round(p, self.decimals)) for label, p in likely)
 
-    def _finish(
-        self,
-        values: Sequence[Any],
-        plans: Mapping[str, Plan],
-        works: list[SubtaskWork],
-        runs: Runs,
-        seconds: float,
-        kwargs: dict[str, Any],
-    ) -> Steps[list[Any]]:
+    def _answer(self, routed: RoutedSubtasks) -> Steps[list[Any]]:
         """Call the large model for the open sub-tasks, and return the outputs of all inputs, errors among them."""
-        rows = [i for i, work in enumerate(works) if work.open]
+        rows = [i for i, work in enumerate(routed.works) if work.open]
         started = time.perf_counter()
         if rows:
-            yield from self._ask(values, plans, works, rows, runs, kwargs)
-        latency = Latency(seconds, time.perf_counter() - started if rows else 0.0)
+            yield from self._ask_large(routed, rows)
+        latency = Latency(routed.small_seconds, time.perf_counter() - started if rows else 0.0)
         outputs: list[Any] = []
         log: list[FinishedCall] = []
-        decisions_of: dict[int, dict[str, ShuntDecision]] = {}
-        for i, work in enumerate(works):
-            decisions_of[i] = {}
-            outputs.append(self._concluded(i, values[i], plans, work, runs, latency, log, decisions_of[i]))
+        decisions: list[dict[str, ShuntDecision]] = []
+        for i in range(len(routed.values)):
+            output, decided, records = self._conclude(routed, i, latency)
+            outputs.append(output)
+            decisions.append(decided)
+            log += records
         for subtask in self.subtasks:
-            name = subtask.name
-            yield from runs.send_decisions(list(decisions_of), partial(announced, decisions_of, name))
+            yield from routed.runs.send_decisions(range(len(decisions)), partial(announced, decisions, subtask.name))
         if log:
-            log = [call._replace(value=call.reader.snapshot(call.value)) for call in log]
+            if not all(isinstance(call.reader, TextReader) for call in log):
+                log = yield from perform(partial(snapped, log), partial(run_in_executor, None, snapped, log))
             yield from perform(partial(self.recorder.record, log), partial(self.recorder.arecord, log))
         return outputs
 
-    def _ask(
-        self,
-        values: Sequence[Any],
-        plans: Mapping[str, Plan],
-        works: list[SubtaskWork],
-        rows: list[int],
-        runs: Runs,
-        kwargs: dict[str, Any],
-    ) -> Steps[None]:
-        reader, configs = self.reader, []
+    def _ask_large(self, routed: RoutedSubtasks, rows: list[int]) -> Steps[None]:
+        """Ask the large model about the open sub-tasks of `rows`, and keep its answers with the work."""
+        reader, runs = self.reader, routed.runs
+        configs: list[RunnableConfig] = []
         asked: list[Any] = []
         limit = self._caller.limiter.bound(runs.max_concurrency())
         for i in rows:
-            work = works[i]
+            work = routed.works[i]
             if self.return_decision or self.recorder is not None:
                 work.watcher = LargeCallWatcher()
-            labelled = [plans[name].prediction(i) for name in plans if name not in work.known]
-            stays = None if self.guard is None else self.guard.check_predictions(labelled)
+            labelled = [plan.prediction(i) for name, plan in routed.plans.items() if name not in work.known]
+            local_only = None if self.guard is None else self.guard.check_predictions(labelled)
             configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
             try:
                 variables = {"known": KnownAnswers(work.known), "open": work.open}
-                asked.append(stays or {**reader.lay_out(values[i]), **variables})
+                asked.append(local_only or {**reader.lay_out(routed.values[i]), **variables})
             except InputError as error:
                 asked.append(error)
         answers = yield from perform(
-            partial(self._caller.batch, asked, configs, kwargs), partial(self._caller.abatch, asked, configs, kwargs)
+            partial(self._caller.batch, asked, configs, routed.kwargs),
+            partial(self._caller.abatch, asked, configs, routed.kwargs),
         )
         for i, answer in zip(rows, answers, strict=True):
-            works[i].answer = checked_answers(answer, works[i].open)
+            work = routed.works[i]
+            work.answer = checked_answers(answer, work.open)
+            if isinstance(work.answer, LocalOnlyError):  # nothing was sent, so there is no usage to record
+                work.watcher = None
 
-    def _concluded(
-        self,
-        i: int,
-        value: Any,
-        plans: Mapping[str, Plan],
-        work: SubtaskWork,
-        runs: Runs,
-        latency: Latency,
-        log: list[FinishedCall],
-        decisions: dict[str, ShuntDecision],
-    ) -> Any:
+    def _conclude(
+        self, routed: RoutedSubtasks, i: int, latency: Latency
+    ) -> tuple[Any, dict[str, ShuntDecision], list[FinishedCall]]:
+        """Return the output of one input, the decision about each sub-task, and the records for the log."""
+        work = routed.works[i]
         failed = work.answer if isinstance(work.answer, Exception) else None
-        stays = isinstance(failed, LocalOnlyError) and self.guard is not None
-        falls_back = self.guard.on_local != "raise" if stays and self.guard else self.on_large_error == "small"
+        guard = self.guard if isinstance(failed, LocalOnlyError) else None
+        falls_back = self.on_large_error == "small" if guard is None else guard.on_local != "raise"
         fell_back = failed is not None and falls_back
         outputs: dict[str, Any] = {}
-        record_id = runs.record_id(i)
-        ids = {subtask.name: str(uuid5(UUID(bytes=id_bytes(record_id)), subtask.name)) for subtask in self.subtasks}
+        decisions: dict[str, ShuntDecision] = {}
         for subtask in self.subtasks:
-            plan, name = plans.get(subtask.name), subtask.name
-            kept = name in work.known
-            if kept:
+            plan, name = routed.plans.get(subtask.name), subtask.name
+            if name in work.known:
                 outputs[name] = work.known[name]
             elif failed is None:
                 outputs[name] = work.answer[name]
             else:
                 outputs[name] = None if plan is None else answer_of(plan.prediction(i))
-            decisions[name] = decision_of(plan, i, None if kept else failed, fell_back)
-            if self.recorder is not None and (not kept or self.recorder.wants("small")):
-                raw_answer = None if kept else failed or outputs[name]
-                first = bool(work.open) and name == work.open[0].subtask.name
-                log.append(
-                    self._finished(
-                        subtask, ids[name], value, decisions[name], raw_answer, work, first, runs, i, latency
-                    )
-                )
+            decisions[name] = decision_of(plan, i, None if name in work.known else failed, fell_back)
+        record_id = routed.runs.record_id(i)
+        ids = {subtask.name: str(uuid5(UUID(bytes=id_bytes(record_id)), subtask.name)) for subtask in self.subtasks}
+        log: list[FinishedCall] = []
+        for subtask in self.subtasks:
+            known = subtask.name in work.known
+            if self.recorder is not None and (not known or self.recorder.wants("small")):
+                finished = self._finished(routed, i, subtask, decisions[subtask.name], ids[subtask.name], latency)
+                if not known:
+                    raw_answer = failed or outputs[subtask.name]
+                    watcher = watcher_of(work, subtask, raw_answer)
+                    finished = finished._replace(answer=raw_answer, watcher=watcher)
+                log.append(finished)
         if failed is not None and not fell_back:
-            return failed
+            return failed, decisions, log
         if not self.return_decision:
-            return outputs
+            return outputs, decisions, log
         usage = {} if work.watcher is None else dict(work.watcher.usage_metadata)
-        cost = (cost_usd(usage) if usage else None) if work.open else 0.0
-        return SubtaskResult(outputs, decisions, usage, cost, latency, record_id, ids)
+        cost = (cost_usd(usage) if usage else None) if work.watcher is not None else 0.0
+        return SubtaskResult(outputs, decisions, usage, cost, latency, record_id, ids), decisions, log
 
     def _finished(
         self,
-        subtask: Subtask,
-        record_id: str,
-        value: Any,
-        decision: ShuntDecision,
-        raw_answer: Any,
-        work: SubtaskWork,
-        first: bool,
-        runs: Runs,
+        routed: RoutedSubtasks,
         i: int,
+        subtask: Subtask,
+        decision: ShuntDecision,
+        record_id: str,
         latency: Latency,
     ) -> FinishedCall:
-        """Return the record of one sub-task.
-
-        Only the record of an input's first open sub-task has the tokens and cost of its large call, so that sums over
-        records count the call once.
-        """
-        watcher = None
-        if raw_answer is not None and work.watcher is not None:
-            watcher = LargeCallWatcher()
-            watcher.model = work.watcher.model
-            watcher.text = work.watcher.text if isinstance(raw_answer, Exception) else str(raw_answer)
-            if first:
-                watcher.usage_metadata = work.watcher.usage_metadata
-        subject = runs.config(i).get("configurable", {}).get(SUBJECT_KEY)
+        """Return the record of a sub-task that only its small model answered."""
         return FinishedCall(
-            f"{self.recorder.task}/{subtask.name}", record_id, value, decision, raw_answer, watcher, latency,
-            subtask.labels or ANSWER_LABELS, subject, reader_of([subtask]) or self.reader, now(),
-        )  # fmt: skip
+            task=f"{self.recorder.task}/{subtask.name}",
+            record_id=record_id,
+            value=routed.values[i],
+            decision=decision,
+            answer=None,
+            watcher=None,
+            latency=latency,
+            labels=subtask.labels or ANSWER_LABELS,
+            subject=routed.runs.config(i).get("configurable", {}).get(SUBJECT_KEY),
+            reader=reader_of([subtask]) or self.reader,
+            ended=now(),
+        )
 
     # Schemas and graph
 
@@ -529,7 +510,44 @@ class SubtaskWork:
     watcher: LargeCallWatcher | None = None
 
 
-def announced(decisions: Mapping[int, Mapping[str, ShuntDecision]], name: str, i: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class RoutedSubtasks:
+    """The `n` inputs of one call, with the plans that route their sub-tasks.
+
+    Attributes:
+        values: The inputs as the caller passed them.
+        runs: Their callback runs and configs.
+        kwargs: Keyword arguments for the large model.
+        plans: Plan of each sub-task that has a small model, by name.
+        works: State of each input.
+        small_seconds: Wall time of the small models, in seconds.
+    """
+
+    values: Sequence[Any]
+    runs: Runs
+    kwargs: dict[str, Any]
+    plans: Mapping[str, Plan]
+    works: list[SubtaskWork]
+    small_seconds: float
+
+
+def watcher_of(work: SubtaskWork, subtask: Subtask, raw_answer: Any) -> LargeCallWatcher | None:
+    """Return the part of an input's large call that belongs to the record of one open sub-task.
+
+    Only the record of the first open sub-task has the tokens and cost of the call, so that sums over records count the
+    call once.
+    """
+    if work.watcher is None or raw_answer is None:
+        return None
+    watcher = LargeCallWatcher()
+    watcher.model = work.watcher.model
+    watcher.text = work.watcher.text if isinstance(raw_answer, Exception) else str(raw_answer)
+    if subtask.name == work.open[0].subtask.name:
+        watcher.usage_metadata = work.watcher.usage_metadata
+    return watcher
+
+
+def announced(decisions: Sequence[Mapping[str, ShuntDecision]], name: str, i: int) -> dict[str, Any]:
     """Return the data of the decision event of one sub-task."""
     return {"shunt_subtask": name, **decisions[i][name].to_metadata()}
 

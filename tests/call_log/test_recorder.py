@@ -326,6 +326,13 @@ def test_spool_of_each_database_is_separate_and_private(tmp_path: Path, monkeypa
         spool_of(one)
 
 
+def test_spool_of_in_memory_log_is_not_in_working_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for memory in ("sqlite://", "sqlite:///:memory:", ":memory:"):
+        assert spool_of(memory).parent == tmp_path / "langchain-datashunt"
+
+
 def test_recorder_spool_of_earlier_process_is_drained(tmp_path: Path) -> None:
     with CallLog(tmp_path / "c.db.spool") as spool:
         spool.append([call(1), call(2, subject="jane")])

@@ -556,6 +556,11 @@ def test_cli_run_export_label_and_distill_promotes(work: Path, tmp_path: Path, s
     done = answer(work, tmp_path / "o.jsonl", "--threshold", "0.6", "--store", url, "--task", "shop")
     assert done.exit_code == 0, done.output
     asked = json.loads(done.stdout)["asked"]
+    rows = tmp_path / "rows.json"
+    assert command("log", "summary", "--store", url, "--by", "all", "--json-out", rows).exit_code == 0
+    assert json.loads(rows.read_text()) == json.loads(
+        command("log", "summary", "--store", url, "--by", "all", "--json").stdout
+    )
     stats = json.loads(command("log", "stats", "--store", url, "--json").stdout)
     assert (stats["calls"], stats["route_large"]) == (144, asked)
     assert command("log", "verify", "--store", url).exit_code == 0

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.exceptions import OutputParserException
+from langchain_core.runnables import RunnableLambda
 
 from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 from langchain_datashunt.large_models.label_parser import LabelParser, normalised
@@ -121,3 +126,15 @@ def test_unparsable_answer_error_long_answer_has_short_message() -> None:
 def test_normalised_twice_is_idempotent() -> None:
     assert normalised(" Lost__CARD-x ") == normalised(normalised(" Lost__CARD-x ")) == "lost card x"
     assert "exactly one" in LabelParser(labels=LABELS).get_format_instructions()
+
+
+def test_unparsable_answer_error_is_langchains_parser_error() -> None:
+    error = UnparsableAnswerError("perhaps", ["cancel", "refund"], attempts=2)
+    assert isinstance(error, OutputParserException)
+    assert error.llm_output == "perhaps"
+    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert (copied.raw, copied.labels, copied.attempts) == ("perhaps", ("cancel", "refund"), 2)
+        assert str(copied) == str(error)
+    parser = LabelParser(labels=("cancel", "refund"))
+    chain = parser.with_fallbacks([RunnableLambda(lambda _: "refund")], exceptions_to_handle=(OutputParserException,))
+    assert chain.invoke("perhaps") == "refund"

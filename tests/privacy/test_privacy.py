@@ -332,6 +332,7 @@ async def test_shunt_on_local_answers_abstains_or_raises() -> None:
         ]  # fmt: skip
         for result in results:
             assert (result.route, result.reason) == ("small", "local_only")
+            assert result.cost_usd == 0.0, "nothing was sent"
             assert "0532" not in str(result.decision.error)
             if expected:
                 assert result.output == expected

@@ -27,6 +27,7 @@ from langchain_datashunt import (
     TopHint,
 )
 from langchain_datashunt.exceptions import ConfigurationError, InputError, ThresholdWarning
+from langchain_datashunt.small_models import Scores
 from tests.support.models import LABELS, CountingLarge, HttpError, WordModel, failing_word_model, predict_words
 
 QUICK = Retry(attempts=3, initial_wait=0.0, jitter=0.0)
@@ -495,3 +496,86 @@ def test_shunt_rejected_model_copy_leaves_original_unchanged() -> None:
         shunt.model_copy(update={"pruning": TopHint()})
     assert isinstance(shunt.pruning, SoftPruning)
     assert shunt.invoke("refund") == "a"
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_shunt_failed_small_output_is_not_recorded_as_small_answer(way: str) -> None:
+    def broken(prediction: Any) -> Any:
+        raise KeyError("no template")
+
+    records: list[Any] = []
+    shunt = make(
+        large=CountingLarge({"refund": [ValueError("down")]}), small_output=broken, on_large_error="small",
+        recorder=Records(records),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="down"):
+        await call(shunt, way, "refund")
+    assert [(record.route, record.reason) for record in records] == [("large", "large_error")]
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_shunt_wiring_error_of_large_is_raised_despite_fallback(way: str) -> None:
+    def wired_wrongly(value: Any) -> Any:
+        raise ConfigurationError("Expected a label.")
+
+    with pytest.raises(ConfigurationError, match="Expected a label"):
+        await call(make(large=wired_wrongly, on_large_error="small"), way, "refund")
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_shunt_conversation_changed_after_call_is_recorded_as_it_was(way: str) -> None:
+    calls: list[Any] = []
+    talk = [HumanMessage("surely refund")]
+    assert await call(make(recorder=Records(calls, late=True)), way, talk) == "refund"
+    talk.append(HumanMessage("another question"))
+    assert [finished().input for finished in calls] == ["surely refund"]
+
+
+class Records:
+    """Recorder that keeps its records, or with `late` the calls that they are created from."""
+
+    task = "test"
+
+    def __init__(self, records: list[Any], late: bool = False) -> None:
+        self.records, self.late = records, late
+
+    def wants(self, route: str) -> bool:
+        return True
+
+    def record(self, calls: Any) -> None:
+        self.records += calls if self.late else [finished() for finished in calls]
+
+    async def arecord(self, calls: Any) -> None:
+        self.record(calls)
+
+
+async def test_batch_as_completed_large_calls_start_before_local_answers_are_taken() -> None:
+    large, inputs = CountingLarge(), ["surely refund", "status", "surely cancel"]
+    pairs = make(large=large).batch_as_completed(inputs)
+    assert next(pairs) == (0, "refund")
+    for _ in range(200):
+        if large.invoked:
+            break
+        await asyncio.sleep(0.01)
+    assert len(large.invoked) == 1, "the consumer has taken one local answer only"
+    assert dict(pairs) == {2: "cancel", 1: "L:status"}
+    large = CountingLarge()
+    apairs = make(large=large).abatch_as_completed(inputs)
+    assert await anext(apairs) == (0, "refund")
+    await asyncio.sleep(0.05)
+    assert len(large.invoked) == 1
+    assert {i: output async for i, output in apairs} == {2: "cancel", 1: "L:status"}
+
+
+def test_shunt_shadow_with_student_keeps_prediction_that_would_have_answered() -> None:
+    class Surer(WordModel):
+        model_id: str = "surer"
+
+        def predict_scores(self, texts: Any) -> Any:
+            return Scores(super().predict_scores(texts).logits * 3)
+
+    for shadow in (False, True):
+        shunt = make(small=WordModel(), student=Surer(), policy=Threshold(0.9), shadow=shadow, return_decision=True)
+        sure, unsure = shunt.batch(["surely refund", "refund"])
+        assert sure.decision.prediction.model_id == "words", "the student would not have been asked"
+        assert unsure.decision.prediction.model_id == "surer"

@@ -121,6 +121,8 @@ def test_padding_free_classifier_agrees_with_transformers(
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "deberta"])
 def test_padding_free_bfloat16_on_cpu_rounds_products_only(kind: str, texts: list[str], tmp_path: Path) -> None:
     """Rounding the products only is more accurate than rounding the whole network."""
+    if kind == "modernbert" and not hasattr(network(kind).config, "sliding_window"):
+        pytest.skip("this version of transformers has a different ModernBERT implementation")
     folder = saved(kind, tmp_path)
     exact = TransformersClassifier(model=folder, engine="plain", max_length=100)
     whole = TransformersClassifier(model=folder, engine="plain", dtype="bfloat16", max_length=100)
