@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from langchain_core.output_parsers import BaseOutputParser
@@ -15,16 +15,33 @@ from typing_extensions import override
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
 
-_LEAD = re.compile(r"^(?:the\s+)?(?:final\s+)?(?:label|answer|category|class|intent)\s*(?:is)?\s*[:=]\s*", re.I)
-_WRAPPING = " \t\r\n\"'`*“”‘’.,;:"
+_NAMES = (
+    "label|answer|category|class|intent|étiquette|réponse|catégorie|antwort|kategorie|klasse|etiqueta|respuesta|"
+    "categoría|rótulo|resposta|categoria|etichetta|risposta|метка|ответ|категория|标签|答案|类别|回答|分类|"
+    "ラベル|答え|カテゴリ|레이블|답변|답"
+)
+_LEAD = re.compile(rf"^(?:the\s+)?(?:final\s+)?(?:{_NAMES})\s*(?:is)?\s*[:=：]\s*", re.I)
+_BULLET = re.compile(r"^[-–—•‣*]\s+")
+_THOUGHT = re.compile(r"^\s*<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.I | re.S)
+_FENCE = re.compile(r"^(`{3,}|~{3,})[\w+-]*[ \t]*\n(.*?)\n?[ \t]*\1$", re.S)
+
+_WRAPPING = frozenset(".,;:!'\"*`_")
+"""ASCII characters that may surround a label, such as quotes, Markdown emphasis and final punctuation."""
+
+_STOPS = frozenset("。｡．、，；：！।॥။።۔։؛،…‥·¡´")
+"""Other characters that end or open a sentence. Question marks are missing, because they express doubt."""
+
+_MOST_STRIPPED = 12
+"""Maximum characters that are stripped on each side of a label."""
 
 
 class LabelParser(Configured, BaseOutputParser[str]):
     """Parse an answer that consists of one label or alias and nothing else.
 
-    Case is ignored, and spaces, `_` and `-` are equivalent. Quotes, Markdown emphasis, final punctuation and a lead
-    such as "Label:" may surround the label, and a JSON object may contain it under `label`. A sentence that merely
-    contains a label is rejected, since text that the model repeats from the input must not choose the label.
+    Case and the form of Unicode characters are ignored, and spaces, `_` and dashes are equivalent. Quotes, brackets,
+    Markdown, final punctuation of any script and a lead such as "Label:" may surround the label. A reasoning block in
+    `<think>` tags may precede it, and a JSON object may contain it under `label`. A sentence that merely contains a
+    label is rejected, since text that the model repeats from the input must not choose the label.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +54,7 @@ class LabelParser(Configured, BaseOutputParser[str]):
 
     _exact: dict[str, str] = PrivateAttr(default_factory=dict)
     _loose: dict[str, str] = PrivateAttr(default_factory=dict)
+    _bare: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any, /) -> None:
         """Index the wordings.
@@ -49,6 +67,7 @@ class LabelParser(Configured, BaseOutputParser[str]):
             raise ConfigurationError(f"`aliases` has labels that do not exist: {', '.join(unknown[:5])}. Remove them.")
         self._exact = {label: label for label in self.labels}
         self._loose = _index(self.labels, self.aliases)
+        self._bare = _without_punctuation(self._loose)
 
     @property
     @override
@@ -66,6 +85,10 @@ class LabelParser(Configured, BaseOutputParser[str]):
             label = self._exact.get(candidate) or self._loose.get(normalised(candidate))
             if label is not None and candidate:
                 return label
+        # the label's own final punctuation is missing, as in "U.S" for the label "U.S."
+        for candidate in _readings(text):
+            if (label := self._bare.get(normalised(candidate))) is not None and candidate:
+                return label
         raise UnparsableAnswerError(text, self.labels)
 
     @override
@@ -74,25 +97,87 @@ class LabelParser(Configured, BaseOutputParser[str]):
 
 
 def normalised(text: str) -> str:
-    """Return the text without differences in case, Unicode form and word separators. A sign as in "-1" stays."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    """Return the text without differences in case, Unicode form, dashes, apostrophes and word separators.
+
+    Invisible characters are removed. A sign as in "-1" stays.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_FOLDED)
+    folded = "".join(_folded(character) for character in folded)
     return re.sub(r"(?<=\w)[\s_\-]+(?=\w)", " ", folded.replace("_", " ")).strip()
 
 
-def _readings(text: str) -> Iterable[str]:
-    stripped = text.strip()
+_FOLDED = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "´": "'", "′": "'", "＇": "'", "−": "-"})
+
+
+def _folded(character: str) -> str:
+    if character.isascii():
+        return character
+    category = unicodedata.category(character)
+    return "-" if category == "Pd" else "" if category == "Cf" else character
+
+
+def _readings(text: str) -> Iterator[str]:
+    """Yield the texts that may be the label, from the whole answer to the most that is stripped from it."""
+    stripped = _THOUGHT.sub("", text).strip()
     yield stripped
-    if stripped.startswith("{"):
+    if (fenced := _FENCE.match(stripped)) is not None:
+        yield from _readings(fenced[2])
+        return
+    if stripped.startswith(("{", "[")):
         try:
             found = json.loads(stripped)
         except ValueError:
+            found = None
+        if isinstance(found, dict):
+            if isinstance(found.get("label"), str):
+                yield from _stepwise(found["label"])
             return
-        if isinstance(found, dict) and isinstance(found.get("label"), str):
-            yield found["label"].strip()
-        return
-    bare = stripped.strip(_WRAPPING)
-    yield bare
-    yield _LEAD.sub("", bare).strip(_WRAPPING)
+        if isinstance(found, list):
+            if len(found) == 1 and isinstance(found[0], str):
+                yield from _stepwise(found[0])
+            return
+        if stripped.startswith("{"):
+            return
+    yield from _stepwise(stripped)
+    for lead in (_BULLET, _LEAD):
+        for bare in (stripped, *_stepwise(stripped)):
+            if (rest := lead.sub("", bare)) != bare:
+                yield from _stepwise(rest)
+
+
+def _stepwise(text: str) -> Iterator[str]:
+    """Yield the text with ever more wrapping characters stripped on both sides, the least stripped first."""
+    text = text.strip()
+    lefts = [0, *_ends(text)]
+    rights = [0, *_ends(text[::-1])]
+    for total in range(len(lefts) + len(rights) - 1):
+        for left in range(max(0, total - len(rights) + 1), min(total, len(lefts) - 1) + 1):
+            start, end = lefts[left], len(text) - rights[total - left]
+            if start < end:
+                yield text[start:end].strip()
+
+
+def _ends(text: str) -> Iterator[int]:
+    """Yield the lengths of ever longer runs of wrapping characters at the start of a text."""
+    for n, character in enumerate(text[:_MOST_STRIPPED], 1):
+        if not (character in _WRAPPING or character in _STOPS or _wraps(character)):
+            return
+        yield n
+
+
+def _wraps(character: str) -> bool:
+    """Return whether a character is white space, invisible, a bracket or a quotation mark."""
+    return unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cc", "Cf", "Pi", "Pf", "Ps", "Pe")
+
+
+def _without_punctuation(index: Mapping[str, str]) -> dict[str, str]:
+    """Map wordings without their final punctuation to labels, except those that would be ambiguous."""
+    found: dict[str, str | None] = {}
+    for wording, label in index.items():
+        shorter = wording.rstrip(".!。")
+        if shorter and shorter != wording and shorter not in index:
+            found[shorter] = label if found.get(shorter, label) == label else None
+    return {wording: label for wording, label in found.items() if label is not None}
 
 
 def _index(labels: tuple[str, ...], aliases: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

@@ -138,3 +138,80 @@ def test_unparsable_answer_error_is_langchains_parser_error() -> None:
     parser = LabelParser(labels=("cancel", "refund"))
     chain = parser.with_fallbacks([RunnableLambda(lambda _: "refund")], exceptions_to_handle=(OutputParserException,))
     assert chain.invoke("perhaps") == "refund"
+
+
+WORLD = (
+    "退款",
+    "remboursement",
+    "check-in",
+    "U.S.",
+    "don't know",
+    "C",
+    "C#",
+    "درخواست بازپرداخت",
+    "возврат",
+    "A (new)",
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("退款。", "退款"),
+        ("答案：退款", "退款"),
+        ("「退款」", "退款"),
+        ("【退款】。", "退款"),
+        ("« remboursement »", "remboursement"),
+        ("« Remboursement\u00a0».", "remboursement"),
+        ("Réponse : remboursement", "remboursement"),
+        ("„возврат“", "возврат"),
+        ("Ответ: возврат.", "возврат"),
+        ("check‑in", "check-in"),
+        ("check–in", "check-in"),
+        ("ｃｈｅｃｋ－ｉｎ", "check-in"),
+        ("check\u200b-in\ufeff", "check-in"),
+        ("<think>It may be a refund. No.</think>\n\ncheck-in", "check-in"),
+        ("<THINK>\nhm\n</THINK> **U.S.**", "U.S."),
+        ('```json\n{"label": "U.S."}\n```', "U.S."),
+        ("```\ncheck-in\n```", "check-in"),
+        ('["check-in"]', "check-in"),
+        ("U.S.", "U.S."),
+        ("U.S..", "U.S."),
+        ("u.s", "U.S."),
+        ("“U.S.”", "U.S."),
+        ("don’t know", "don't know"),
+        ("Don't know!", "don't know"),
+        ("C#", "C#"),
+        ("**C**", "C"),
+        ("درخواست بازپرداخت۔", "درخواست بازپرداخت"),
+        ("- check-in", "check-in"),
+        ("• C#.", "C#"),
+        ("(A (new))", "A (new)"),
+        ("A (new).", "A (new)"),
+    ],
+)
+def test_label_parser_label_in_any_script_and_wrapping_is_found(answer: str, label: str) -> None:
+    assert LabelParser(labels=WORLD).parse(answer) == label
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<think>check-in</think>",
+        "<think>check-in",
+        "<think>a</think>check-in</think>C",
+        "不是退款",
+        "退款？",
+        "remboursement ou check-in",
+        "C++",
+        "C%",
+        "```\ncheck-in\nC\n```",
+        '{"label": "check-in", ',
+        '["check-in", "C"]',
+        "« remboursement » est faux",
+        "....................C",
+    ],
+)
+def test_label_parser_text_around_label_in_any_script_is_rejected(answer: str) -> None:
+    with pytest.raises(UnparsableAnswerError):
+        LabelParser(labels=WORLD).parse(answer)
