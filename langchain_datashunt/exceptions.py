@@ -3,18 +3,23 @@
 * ShuntError
   * ConfigurationError         components do not fit together, or a setting is out of range
     * MissingExtraError        an optional dependency is not installed (also an ImportError)
-  * InputError                 an input cannot be read in the form that the model requires
+  * InputError                 an input is missing, blank, too long, or not of the form that the model requires
+    * PartialInputError        an input has parts that the small model cannot read, such as an image
   * PredictionError            a small model returned an invalid prediction
+    * NotAPredictionError      its output cannot be used as a prediction over the labels
   * QueueFullError             the queue of a model is full
   * LargeTimeoutError          one attempt of an LLM call timed out (also a TimeoutError)
   * CircuitOpenError           the circuit breaker is open after repeated LLM failures
+  * StreamClosedError          the caller stopped reading a stream before its end (only in records)
   * UnparsableAnswerError      the LLM's answer is not one of the labels (also an OutputParserException)
+    * IncompleteAnswerError    the LLM's message was cut, filtered or refused, or is empty
   * LocalOnlyError             the privacy guard keeps an input on this machine
   * DataError                  a data file, a column or a training set is not usable
   * BundleError                a saved small model cannot be loaded
     * BundleTruncatedError     files are missing, truncated or changed
     * BundleTooNewError        the format is newer than this version supports
     * BundleMismatchError      labels, weights and encoder disagree
+  * SmallModelError            a small model failed on too many inputs in a row
   * TooManyFailuresError       stopped after too many consecutive LLM failures
   * ReplayError                recorded answers cannot be replayed
   * StoreError                 the call log cannot be used
@@ -55,11 +60,23 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 
 class InputError(ShuntError):
-    """Raised if an input cannot be read in the form that the model requires."""
+    """Raised if an input is missing, blank, too long, or not of the form that the model requires."""
+
+
+class PartialInputError(InputError):
+    """Raised if an input has parts that the small model cannot read, such as an image. A shunt defers such inputs."""
 
 
 class PredictionError(ShuntError):
     """Raised if a small model returns an invalid prediction (NaN, wrong shape, probabilities that do not sum to 1)."""
+
+
+class NotAPredictionError(PredictionError):
+    """Raised if the output of a small model cannot be used as a prediction over the labels of the task."""
+
+
+class SmallModelError(ShuntError):
+    """Raised if a small model failed on too many inputs in a row, each of which cost an LLM call."""
 
 
 class QueueFullError(ShuntError):
@@ -105,6 +122,13 @@ class CircuitOpenError(ShuntError):
         )
 
 
+class StreamClosedError(ShuntError):
+    """Error of a call in the log whose stream the caller closed before its end."""
+
+    def __init__(self) -> None:
+        super().__init__("The caller closed the stream before its end.")
+
+
 class UnparsableAnswerError(ShuntError, OutputParserException):
     """Raised if the LLM's answer is not one of the labels.
 
@@ -129,6 +153,27 @@ class UnparsableAnswerError(ShuntError, OutputParserException):
             f"The large model's answer {answer!r} is not one of the {len(self.labels)} labels ({shown}), "
             f"tried {times}. Add an alias for this wording, increase `max_reasks`, or set "
             f"on_large_error='small' to use the small model's answer instead."
+        )
+
+
+class IncompleteAnswerError(UnparsableAnswerError):
+    """Raised if the LLM's message was cut, filtered or refused, or is empty, even if its text is a label.
+
+    Attributes:
+        reason: Reason that the provider stated, such as "length" or "content_filter", or "empty".
+    """
+
+    def __init__(self, raw: str, labels: Sequence[str], attempts: int = 1, reason: str = "empty") -> None:
+        super().__init__(raw, labels, attempts)
+        self.args = (raw, tuple(labels), attempts, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        times = "once" if self.attempts == 1 else f"{self.attempts} times"
+        return (
+            f"The large model's message is incomplete ({self.reason}), so its text {self.raw[:80]!r} cannot be used, "
+            f"tried {times}. Raise the limit on output tokens, or set on_large_error='small' to use the small model's "
+            f"answer."
         )
 
 

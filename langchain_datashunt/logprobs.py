@@ -7,23 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from langchain_core.messages import AIMessage
-from langchain_core.outputs import ChatGeneration, LLMResult
 
 from langchain_datashunt.prediction import FloatArray
-
-
-def message_of(response: LLMResult) -> AIMessage | None:
-    """Return the message of a chat model's response, or None if the response is not a chat message."""
-    generation = response.generations[0][0] if response.generations and response.generations[0] else None
-    message = generation.message if isinstance(generation, ChatGeneration) else None
-    return message if isinstance(message, AIMessage) else None
-
-
-def message_text(message: AIMessage) -> str:
-    """Return the text of a message, or the arguments of its tool calls as JSON if it has no text."""
-    text = str(message.text)
-    return text if text or not message.tool_calls else json.dumps([call["args"] for call in message.tool_calls])
 
 
 def stated_confidence(text: str | None) -> float | None:

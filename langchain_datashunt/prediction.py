@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
-from langchain_datashunt.exceptions import PredictionError
+from langchain_datashunt.exceptions import NotAPredictionError, PredictionError
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -27,17 +27,23 @@ Route: TypeAlias = Literal["small", "student", "large"]
 ROUTES: tuple[Route, ...] = get_args(Route)
 """All routes."""
 
-Reason: TypeAlias = Literal["confident", "deferred", "small_error", "large_error", "local_only"]
+Reason: TypeAlias = Literal["confident", "deferred", "unreadable", "small_error", "large_error", "local_only"]
 """Reason for the route.
 
 "confident": the small model answered because the policy accepted its prediction. "deferred": the policy deferred.
-"small_error", "large_error": the named model failed. "local_only": the input must not leave this machine.
+"unreadable": the input has parts that the small model cannot read, such as an image. "small_error", "large_error": the
+named model failed. "local_only": the input must not leave this machine.
 """
 
 ANSWER_LABELS = ("answer", "other")
 """Labels of predictions by models that generate an answer: this answer is right, or another one is."""
 
 _SUM_TOLERANCE = 1e-3
+
+
+def label_text(label: Any) -> str:
+    """Return a label as text. Numbers, truth values and numpy scalars become their usual text."""
+    return label if type(label) is str else str(label.item() if isinstance(label, np.generic) else label)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -70,12 +76,16 @@ class Prediction:
     token_logprobs: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        if type(self.labels) is not tuple:  # serialisers such as LangGraph's give lists back
-            object.__setattr__(self, "labels", tuple(self.labels))
+        if type(self.labels) is not tuple or type(self.label) is not str:
+            # serialisers such as LangGraph's return lists, and labels may be numbers
+            object.__setattr__(self, "labels", tuple(map(label_text, self.labels)))
+            object.__setattr__(self, "label", label_text(self.label))
+        if type(self.probabilities) is not np.ndarray:
+            object.__setattr__(self, "probabilities", np.asarray(self.probabilities, dtype=np.float64))
 
     @classmethod
     def from_probabilities(cls, probabilities: Mapping[str, float], *, model_id: str = "") -> Prediction:
-        """Create a prediction from a mapping of labels to probabilities.
+        """Create a prediction from a mapping of labels to probabilities. Labels that are no strings become text.
 
         Raises:
             PredictionError: The probabilities are not a distribution.
@@ -220,7 +230,7 @@ class PredictionBatch(Sequence[Prediction]):
             PredictionError: The shape is not `[n, k]`, or a row is not a distribution. The message names the row.
         """
         batch = cls(
-            tuple(labels),
+            tuple(map(label_text, labels)),
             np.asarray(probabilities, dtype=np.float64),
             None if logits is None else np.asarray(logits, dtype=np.float64),
             model_id,
@@ -421,3 +431,86 @@ class CandidateProbabilities(dict[str, float]):
 
     def __format__(self, spec: str) -> str:
         return str(self)
+
+
+def prediction_from(output: Any, labels: Sequence[str] | None = None) -> Prediction:
+    """Return the output of another library's classifier as a prediction, if it holds a whole distribution.
+
+    These outputs are accepted:
+
+    * a mapping of labels to probabilities
+    * a list of (label, probability) pairs, or of `{"label": ..., "score": ...}` dicts as from a Hugging Face pipeline
+      with `top_k=None`
+    * one `{"label": ..., "score": ...}` dict, if there are two labels
+    * a row of `predict_proba`, if the labels are known
+    * an answer of a LangChain decision model to a `Choice`
+
+    Args:
+        output: The output.
+        labels: All labels of the task, or None if they are not known.
+
+    Raises:
+        NotAPredictionError: The output is none of these. The message names it and the remedy.
+        PredictionError: It contains NaN.
+    """
+    found = _probabilities_of(output, None if labels is None else [label_text(label) for label in labels])
+    if found is None:
+        raise NotAPredictionError(
+            f"Expected a Prediction or a distribution over labels from the small model, got {type(output).__name__}: "
+            f"{reprlib.repr(output)}. Return Prediction.from_probabilities({{label: probability, ...}}), with a "
+            f"probability for every label. For a Hugging Face pipeline, set top_k=None."
+        )
+    try:
+        return Prediction.from_probabilities(found)
+    except PredictionError as error:
+        if any(np.isnan(value) for value in found.values()):
+            raise
+        raise NotAPredictionError(f"{error} The small model returned {reprlib.repr(output)}.") from error
+
+
+def _probabilities_of(output: Any, labels: Sequence[str] | None) -> dict[str, float] | None:
+    choice = getattr(output, "probabilities", None)
+    if isinstance(choice, Mapping) and hasattr(output, "choice"):
+        return _numbers(choice.items())
+    if isinstance(output, Mapping):
+        if set(output) == {"label", "score"}:
+            return _of_two(output, labels)
+        return _numbers(output.items())
+    if isinstance(output, np.ndarray):
+        output = output.tolist()
+    if not isinstance(output, (list, tuple)) or not output:
+        return None
+    if len(output) == 1 and isinstance(output[0], (list, tuple)) and not isinstance(output[0][:1], str):
+        return _probabilities_of(list(output[0]), labels)
+    if all(isinstance(one, Mapping) and {"label", "score"} <= set(one) for one in output):
+        if len(output) == 1:
+            return _of_two(output[0], labels)
+        return _numbers((one["label"], one["score"]) for one in output)
+    if all(isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[0], str) for one in output):
+        return _numbers(tuple(one) for one in output)
+    if labels is not None and len(output) == len(labels):
+        return _numbers(zip(labels, output, strict=True))
+    return None
+
+
+def _of_two(top: Mapping[str, Any], labels: Sequence[str] | None) -> dict[str, float] | None:
+    """Return the distribution that the more probable of two labels determines."""
+    if labels is None or len(labels) != 2 or label_text(top["label"]) not in labels:
+        return None
+    found = _numbers([(top["label"], top["score"])])
+    if found is None:
+        return None
+    ((best, p),) = found.items()
+    return {label: p if label == best else 1.0 - p for label in labels}
+
+
+def _numbers(pairs: Iterable[tuple[Any, Any]]) -> dict[str, float] | None:
+    """Return pairs of labels and numbers as a mapping, or None if a value is not a number or a label comes twice."""
+    found: dict[str, float] = {}
+    for label, value in pairs:
+        name = label_text(label) if isinstance(label, (str, int, float, np.generic)) else None
+        number = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+        if name is None or not number or name in found:
+            return None
+        found[name] = float(value)
+    return found or None

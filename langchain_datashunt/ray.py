@@ -20,10 +20,10 @@ from typing_extensions import override
 
 from langchain_datashunt._utils.optional import require
 from langchain_datashunt.decision import ShuntResult
-from langchain_datashunt.exceptions import ConfigurationError, PredictionError, ShuntWarning
+from langchain_datashunt.exceptions import ConfigurationError, NotAPredictionError, PredictionError, ShuntWarning
 from langchain_datashunt.inputs import InputReader
 from langchain_datashunt.prediction import Prediction, answer_text, writable
-from langchain_datashunt.routing.plan import checked_prediction, in_task_order, outcome_of
+from langchain_datashunt.routing.plan import WIRING_ERRORS, checked_prediction, in_task_order, outcome_of
 from langchain_datashunt.routing.settings import policy_for
 from langchain_datashunt.routing.shunt import ShuntRunnable
 from langchain_datashunt.small_models.base import SmallModel
@@ -292,9 +292,8 @@ class _GivenPredictions(SmallModel):
         own = {name: values[row] for name, values in self._cells.items()}
         if own["error"] is not None:
             kind, _, detail = own["error"].partition(": ")
-            failed: PredictionError = type(kind, (PredictionError,), {})(
-                detail
-            )  # keeps the class name of the original error
+            base = NotAPredictionError if kind in WIRING_ERRORS else PredictionError
+            failed: PredictionError = type(kind, (base,), {})(detail)  # keeps the class name of the original error
             return failed
         arrays = {name: None if own[name] is None else np.frombuffer(own[name]) for name in _ARRAYS}
         p = arrays.pop("probabilities")
@@ -332,7 +331,7 @@ def _stages_of(chain: ShuntRunnable) -> dict[str, Any]:
 def _predictions(model: Any, texts: list[str], labels: Sequence[str] | None) -> list[Prediction | Exception]:
     """Return the prediction for each text, or the same error for all if the model fails as a whole."""
     try:
-        found = [checked_prediction(answer) for answer in model.batch(texts, return_exceptions=True)]
+        found = [checked_prediction(answer, labels=labels) for answer in model.batch(texts, return_exceptions=True)]
     except Exception as error:
         return [error] * len(texts)
     if isinstance(model, SmallModel):

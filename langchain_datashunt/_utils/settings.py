@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Self
 
 from langchain_core.load.serializable import Serializable
@@ -19,16 +20,21 @@ class Configured(ShortRepr, Serializable):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *args: Any, **settings: Any) -> None:
         """Validate the settings.
 
         Raises:
-            ConfigurationError: If a setting is unknown, missing, of the wrong type or out of range.
+            ConfigurationError: If a setting is unknown, missing, of the wrong type or out of range, or not named.
         """
+        if args:
+            names = ", ".join(f"{name}=..." for name in list(type(self).model_fields)[: len(args)])
+            raise ConfigurationError(
+                f"{type(self).__name__} takes its settings by name. Write {type(self).__name__}({names})."
+            )
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ConfigurationError(in_words(type(self).__name__, error)) from error
+            raise ConfigurationError(in_words(type(self).__name__, error, type(self).model_fields)) from error
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -45,8 +51,8 @@ class Frozen(Configured):
 
     _built: bool = PrivateAttr(default=False)
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self._built = True
 
     @override
@@ -131,12 +137,20 @@ def from_dict(value: Any, classes: Mapping[str, type[Configured]]) -> Any:
     return classes[value["is"]](**inner)
 
 
-def in_words(owner: str, error: ValidationError) -> str:
-    """Return pydantic's validation errors of `owner` as one sentence with setting, problem and value."""
+def in_words(owner: str, error: ValidationError, known: Iterable[str] = ()) -> str:
+    """Return pydantic's validation errors of `owner` as one sentence with setting, problem and value.
+
+    Args:
+        owner: Name of the class.
+        error: The validation errors.
+        known: Names of its settings, of which the closest to an unknown one is suggested.
+    """
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"]) or "settings"
         seen = "" if problem["type"] == "missing" else f" (got {_short(problem.get('input'))})"
+        if problem["type"] == "extra_forbidden" and (close := get_close_matches(where, list(known), 1)):
+            seen += f", did you mean {close[0]!r}?"
         lines.append(f"{where}: {problem['msg']}{seen}")
     return f"Invalid settings of {owner}: " + "; ".join(lines) + "."
 

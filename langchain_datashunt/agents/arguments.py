@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ValidationError
 
-from langchain_datashunt.chat.answers import of_json_type
+from langchain_datashunt._utils.json_schemas import schema_error
 from langchain_datashunt.exceptions import ConfigurationError
 
 
@@ -78,9 +78,7 @@ def extracted(extractor: ArgumentExtractor, tool: BaseTool, text: str) -> dict[s
             return None
         return args
     wanted = _parameters(tool)
-    known, needed = wanted.get("properties", {}), wanted.get("required", [])
-    fits = set(needed) <= set(args) <= set(known) and all(of_json_type(known[k], v) for k, v in args.items())
-    return args if fits else None
+    return args if set(args) <= set(wanted.get("properties", {})) and schema_error(wanted, args) is None else None
 
 
 def _parameters(tool: BaseTool) -> dict[str, Any]:

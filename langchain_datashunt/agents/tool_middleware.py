@@ -27,12 +27,12 @@ from langchain_datashunt.agents.turns import METADATA_KEY, is_draft
 from langchain_datashunt.call_log.finished_call import FinishedCall, now
 from langchain_datashunt.chat.messages import text_alone
 from langchain_datashunt.decision import Latency, ShuntDecision
-from langchain_datashunt.exceptions import ConfigurationError, ShuntWarning
-from langchain_datashunt.inputs import text_of, text_reader
+from langchain_datashunt.exceptions import ConfigurationError, PartialInputError, ShuntWarning
+from langchain_datashunt.inputs import is_blank, is_question, text_of, text_reader
 from langchain_datashunt.large_models.prompt_pruning import ConformalPruning
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.policies.thresholds import Policy
-from langchain_datashunt.routing.plan import decide_one
+from langchain_datashunt.routing.plan import decide_one, is_wiring_error
 
 REFUSED_KEY = "shunt_refused"
 """Key in `additional_kwargs` of a refusal message that holds the tool's name."""
@@ -193,14 +193,18 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
             )
         if not any(isinstance(tool, BaseTool) for tool in request.tools):
             return None
-        if not any(isinstance(message, HumanMessage) for message in request.messages):
+        if not any(map(is_question, request.messages)):
             return None
-        return text_of(request.messages)
+        try:
+            text = text_of(request.messages)
+        except PartialInputError:  # the small model cannot read an image, so all tools stay
+            return None
+        return None if is_blank(text) else text
 
     def _unrouted(self, request: ModelRequest[Any], error: Exception) -> _Turn:
         """Return a turn that offers all tools, after the small model failed."""
         raise_if_control_flow(error)
-        if isinstance(error, ConfigurationError):
+        if is_wiring_error(error):
             raise error
         self._add(model_calls=1, router_errors=1)
         return _Turn(request, metadata={"error": f"{type(error).__name__}: {error}"})
@@ -226,6 +230,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
         likeliest = [tool for tool in ranking.tools if tool in there][: self.router.keep]
         shortlist = frozenset(likeliest if self.router.mode == "hard" else ranking.shortlist)
         wanted = {message.additional_kwargs.get(REFUSED_KEY) for message in request.messages}
+        used = {call["name"] for message in request.messages for call in getattr(message, "tool_calls", None) or ()}
         forced = _forced(request.tool_choice)
         place = {tool: i for i, tool in enumerate(ranking.tools)}
         offered: list[Any] = []
@@ -238,6 +243,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
                 or name in shortlist
                 or name in self.always_include
                 or name in wanted
+                or name in used
                 or name == forced
             )
             (offered if stays else pruned).append(tool)
@@ -250,7 +256,7 @@ class ShuntToolRouterMiddleware(AgentMiddleware[Any, Any, Any]):
     def _direct(self, request: ModelRequest[Any], text: str, ranking: ToolRanking) -> AIMessage | None:
         """Return a direct call of the most likely tool, or None if the large model is needed."""
         last = request.messages[-1] if request.messages else None
-        if self.direct is None or not isinstance(last, HumanMessage) or request.response_format is not None:
+        if self.direct is None or not is_question(last) or last is None or request.response_format is not None:
             return None
         if not text_alone(last):  # a text classifier cannot see other content, such as images
             return None

@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.call_log.recorder import Recorder
-from langchain_datashunt.exceptions import InputError, ShuntError
-from langchain_datashunt.inputs import text_of
+from langchain_datashunt.exceptions import InputError, PartialInputError, ShuntError
+from langchain_datashunt.inputs import text_of, text_reader
+from langchain_datashunt.large_models.messages import message_of
 from langchain_datashunt.large_models.watcher import LargeCallWatcher, large_sureness
-from langchain_datashunt.logprobs import message_of
 from langchain_datashunt.privacy.guard import SUBJECT_KEY
 
 
@@ -54,6 +54,8 @@ class RecordingCallbackHandler(BaseCallbackHandler):
     ) -> None:
         try:
             text = text_of(messages[0])
+        except PartialInputError:
+            text = text_reader().write(messages[0])
         except (InputError, IndexError):
             return
         self._started[run_id] = (text, _subject_of(kwargs.get("metadata") or {}), time.perf_counter())
@@ -76,7 +78,7 @@ class RecordingCallbackHandler(BaseCallbackHandler):
     def _record(
         self, run_id: str, text: str, subject: str | None, seconds: float, watcher: LargeCallWatcher
     ) -> CallRecord:
-        label = self._label(watcher.text or "")
+        label = None if watcher.incomplete else self._label(watcher.text or "")
         distribution, confidence = large_sureness(watcher, self.labels, label)
         return CallRecord(
             id=run_id,

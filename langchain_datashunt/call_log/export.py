@@ -150,7 +150,10 @@ def _schema(pa: Any) -> Any:
                     "disclosed",
                 )
             ),
-            *((name, number) for name in ("time", "confidence", "score", "threshold", "large_confidence", "cost_usd")),
+            *(
+                (name, number)
+                for name in ("time", "confidence", "score", "threshold", "large_confidence", "cost_usd", "weight")
+            ),
             *((name, number) for name in ("small_seconds", "large_seconds")),
             *((name, pa.int64()) for name in ("schema_version", "input_tokens", "output_tokens")),
             ("audit", pa.bool_()),

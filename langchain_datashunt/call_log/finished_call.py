@@ -30,6 +30,7 @@ class FinishedCall(NamedTuple):
         reader: Input reader, which converts `value` to the text of the record.
         ended: End of the call, in seconds since 1970 UTC.
         audit: Whether the large model was called only to check a confident answer.
+        weight: Number of calls that the record stands for.
         disclosed: Function that returns the value of `CallRecord.disclosed`, or None if the large model was not called.
     """
 
@@ -45,6 +46,7 @@ class FinishedCall(NamedTuple):
     reader: InputReader
     ended: float
     audit: bool = False
+    weight: float = 1.0
     disclosed: Callable[[], str] | None = None
 
     def __call__(self) -> CallRecord:
@@ -79,10 +81,13 @@ class FinishedCall(NamedTuple):
             small_seconds=self.latency.small_seconds,
             large_seconds=self.latency.large_seconds,
             audit=self.audit,
+            weight=self.weight,
             disclosed=None if self.disclosed is None else self.disclosed(),
         )
 
     def _large_label(self) -> str | None:
+        if self.watcher is not None and self.watcher.incomplete:
+            return None  # a cut or filtered message is no answer
         answer = self.answer.output if isinstance(self.answer, ShuntResult) else self.answer
         return answer if self.watcher is not None and isinstance(answer, str) and self._is_label(answer) else None
 

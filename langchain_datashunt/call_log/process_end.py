@@ -22,6 +22,9 @@ class Writes(Protocol):
     def flush(self, timeout: float | None = ...) -> bool:
         """Write all pending records."""
 
+    def rescue(self) -> None:
+        """Write what is still pending elsewhere."""
+
     def close(self, timeout: float | None = ...) -> None:
         """Write all pending records and stop."""
 
@@ -49,7 +52,8 @@ def written_at_the_end(one: Writes) -> None:
 
         def flush_then(number: int, frame: FrameType | None) -> None:
             for living in list(_living):
-                living.flush(timeout=_SECONDS)
+                if not living.flush(timeout=_SECONDS):
+                    living.rescue()
             if callable(previous):
                 previous(number, frame)
             elif previous != signal.SIG_IGN:

@@ -94,6 +94,9 @@ class CallRecord(BaseModel):
     small_seconds: float = 0.0
     large_seconds: float = 0.0
 
+    weight: float = Field(default=1.0, ge=1.0)
+    """Number of calls that this record stands for: 1 / sampling rate of locally answered calls, 1 for others."""
+
     audit: bool = False
     """Whether the large model was called only to check a confident answer."""
 
@@ -127,7 +130,7 @@ class CallRecord(BaseModel):
 
     @property
     def input_hash(self) -> str:
-        """Hash of the input, ignoring case and outer white space, as 32 hex digits."""
+        """Hash of the input as 32 hex digits."""
         return hash_input(self.input).hex()
 
     @property
@@ -163,8 +166,11 @@ class CallRecord(BaseModel):
 
 
 def hash_input(text: str) -> bytes:
-    """Return the first 16 bytes of an input's SHA-256, ignoring case and outer white space."""
-    return sha256(text.strip().lower().encode("utf-8", "surrogatepass")).digest()[:16]
+    """Return the first 16 bytes of an input's SHA-256.
+
+    The text is hashed as it is, because a small model may tell texts apart that differ in case or white space.
+    """
+    return sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def hash_subject(subject: str) -> bytes:

@@ -57,14 +57,30 @@ class RecorderCounters:
     sampled_out: int = 0
 
 
-class _Group:
-    """Records passed in one call of `record`, and the event that the caller waits for, if any."""
+_STEP = 0.2
+"""Seconds between two looks at the writer thread while waiting for it."""
 
-    __slots__ = ("done", "makers")
+
+class _Group:
+    """Records passed in one call of `record`.
+
+    Attributes:
+        makers: Functions that return the records.
+        done: Event that the caller waits for, or None.
+        records: The records once they are created.
+        spooled: Whether the caller has written the records to the spool, because the writer thread took too long.
+        finished: Whether the writer thread has written the records.
+        lock: Guards the other attributes. A signal handler may take it again in the same thread.
+    """
+
+    __slots__ = ("done", "finished", "lock", "makers", "records", "spooled")
 
     def __init__(self, makers: Sequence[MakeRecord], done: threading.Event | None) -> None:
         self.makers = makers
         self.done = done
+        self.records: list[CallRecord] | None = None
+        self.spooled = self.finished = False
+        self.lock = threading.RLock()
 
 
 class Recorder:
@@ -91,6 +107,8 @@ class Recorder:
             only if calls arrive faster than the disk writes them.
         max_wait_ms: Maximum time that a caller waits if the queue is full, in milliseconds. After that, it writes its
             records to the spool itself.
+        record_seconds: Maximum time that a caller waits for the commit with durability "record", in seconds. After
+            that, it writes its records to the spool itself, which survives a crash too.
         spool: File of the spool. None uses a file next to a SQLite log. For other databases, None uses a file in the
             user's state folder (XDG_STATE_HOME, by default ~/.local/state), which all processes with this log share.
         retry_seconds: Pause between attempts to reach the database after a failure, in seconds.
@@ -111,6 +129,7 @@ class Recorder:
         queue_size: int = 10_000,
         group_size: int = 32_768,
         max_wait_ms: float = 50.0,
+        record_seconds: float = 5.0,
         spool: str | Path | None = None,
         retry_seconds: float = 5.0,
         seed: int | None = None,
@@ -126,6 +145,7 @@ class Recorder:
         self.queue_size = queue_size
         self.group_size = group_size
         self.max_wait_ms = max_wait_ms
+        self.record_seconds = record_seconds
         self.retry_seconds = retry_seconds
         self.keep = keep
         self._random = random.Random(seed)
@@ -134,7 +154,7 @@ class Recorder:
         self.spool = spool
         self._spool_file = Path(spool) if spool is not None else spool_of(store)
         self._spool: CallLog | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closing = threading.Lock()
         self._counters = RecorderCounters()
         self._closed = False
@@ -143,6 +163,8 @@ class Recorder:
         self._start()
         if self._store is None:
             self._try_open()
+        if self._spool_file.exists():  # of an earlier process
+            self._ensure_thread()
         written_at_the_end(self)
         AFTER_FORK.add(self)
 
@@ -151,16 +173,20 @@ class Recorder:
 
         The next record starts the writer thread of the child.
         """
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closing = threading.Lock()
 
     def _start(self) -> None:
-        """Create the queue and start the writer thread of this process."""
+        """Create the queue of this process. The writer thread starts with the first record, and ends when idle."""
         self._pid = os.getpid()
         self._open: set[_Group] = set()  # pending groups, changed only by atomic operations, so no lock is needed
         self._queue: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write_all, name="datashunt-recorder", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._write_all, name="datashunt-recorder", daemon=True)
+            self._thread.start()
 
     # Called in the caller's thread
 
@@ -171,15 +197,17 @@ class Recorder:
         self._count(sampled_out=1)
         return False
 
+    def weight(self, route: Route) -> float:
+        """Return the number of calls that a record stands for: 1 / `sample_small` for local answers, else 1."""
+        return 1.0 if route == "large" or not self.sample_small else 1.0 / self.sample_small
+
     def record(self, makers: Sequence[MakeRecord]) -> None:
         """Queue records for writing. Records that cannot be written are counted and logged instead of raising."""
         if not makers:
             return
         group = _Group(makers, threading.Event() if self.durability == "record" else None)
-        if not self._enqueue(group):
-            self._write(self._made(group), spool=True)
-        elif group.done is not None:
-            group.done.wait()
+        if not self._enqueue(group) or (group.done is not None and not group.done.wait(self.record_seconds)):
+            self._spool_now(group)
 
     async def arecord(self, makers: Sequence[MakeRecord]) -> None:
         """Async version of `record`."""
@@ -207,7 +235,16 @@ class Recorder:
                 return False
             self._open.add(group)
             self._queue.put(group)
+            self._ensure_thread()
         return True
+
+    def _spool_now(self, group: _Group) -> None:
+        """Write the records of a group to the spool in this thread, unless the writer thread has written them."""
+        with group.lock:
+            if group.finished or group.spooled:
+                return
+            group.spooled = True
+            self._to_spool(self._made(group))
 
     # Called in the writer thread
 
@@ -215,6 +252,7 @@ class Recorder:
         closing = False
         while not closing:
             groups: list[_Group] = []
+            first = None
             try:
                 first = self._queue.get(timeout=self.retry_seconds)
                 closing = first is None
@@ -227,45 +265,72 @@ class Recorder:
                         groups.append(more)
                         waiting += len(more.makers)
             except queue.Empty:
-                pass
-            records = [record for group in groups for record in self._made(group)]
-            self._write(records)
+                if first is None and not closing and self._ends_idle():
+                    return
+            self._write([group for group in groups if not group.spooled])
             self._open.difference_update(groups)
             for group in groups:
                 if group.done is not None:
                     group.done.set()
             self._drain()
 
+    def _ends_idle(self) -> bool:
+        """Return whether this thread may end, because nothing is queued or spooled."""
+        if self._spool is not None or self._spool_file.exists():
+            return False
+        with self._closing:
+            if not self._queue.empty():
+                return False
+            self._thread = None
+            return True
+
     def _made(self, group: _Group) -> list[CallRecord]:
         """Return the records of a group, except those that cannot be created, which are counted and logged."""
-        records = []
-        for make in group.makers:
-            try:
-                record = make()
-                records.append(record if self.keep is None else self.keep(record))
-            except Exception:
-                logger.exception("Failed to create the record of a call.")
-                self._count(failed=1)
-        return records
+        with group.lock:
+            if group.records is None:
+                group.records = []
+                for make in group.makers:
+                    try:
+                        record = make()
+                        group.records.append(record if self.keep is None else self.keep(record))
+                    except Exception:
+                        logger.exception("Failed to create the record of a call.")
+                        self._count(failed=1)
+            return group.records
 
-    def _write(self, records: list[CallRecord], *, spool: bool = False) -> None:
-        """Write records to the database, or to the spool if that fails. If both fail, count and log the loss."""
+    def _write(self, groups: list[_Group]) -> None:
+        """Write the records of groups to the database, or to the spool if that fails."""
+        records = [record for group in groups for record in self._made(group)]
         if not records:
             return
         refused: set[str] = set()
-        refuse = self._refusing(refused)
-        if not spool and self._reachable() and self._store is not None:
+        if self._reachable() and self._store is not None:
             try:
-                self._store.append_each(records, refuse)
+                self._store.append_each(records, self._refusing(refused))
             except ShuntError as error:
                 self._went_away(error)
-                records = [record for record in records if record.id not in refused]
-                refused.clear()
             else:
-                self._count(written=len(records) - len(refused))
+                for group in groups:
+                    with group.lock:
+                        group.finished = True
+                        if not group.spooled:  # else its records were counted as spooled, and are stored once
+                            self._count(written=sum(record.id not in refused for record in self._made(group)))
                 return
+        rest = []
+        for group in groups:
+            with group.lock:
+                if not group.spooled:
+                    group.spooled = True
+                    rest += [record for record in self._made(group) if record.id not in refused]
+        self._to_spool(rest)
+
+    def _to_spool(self, records: list[CallRecord]) -> None:
+        """Write records to the spool. If that fails, count and log the loss."""
+        if not records:
+            return
+        refused: set[str] = set()
         try:
-            self._spool_store().append_each(records, refuse)
+            self._spool_store().append_each(records, self._refusing(refused))
         except Exception as error:
             lost = len(records) - len(refused)
             logger.error("Lost %d records, log and spool failed: %s: %s", lost, type(error).__name__, error)
@@ -350,28 +415,50 @@ class Recorder:
         Returns:
             False if the timeout was reached, else True. Without a writer thread, whether the queue is empty.
         """
-        if self._closed or not self._thread.is_alive():
+        thread = self._thread
+        if self._closed or thread is None or not thread.is_alive():
             return self._queue.empty()
         marker = _Group((), threading.Event())
         self._queue.put(marker)
         assert marker.done is not None
-        return marker.done.wait(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not marker.done.wait(_STEP if deadline is None else max(0.0, min(_STEP, deadline - time.monotonic()))):
+            if self._thread is not thread and self._queue.qsize() <= 1:  # it ended idle before it saw the marker
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+        return True
+
+    def rescue(self) -> None:
+        """Write all pending records to the spool in this thread, because the writer thread takes too long."""
+        pending = tuple(self._open)
+        if pending:
+            logger.warning("%d groups of records are still pending, so they go to the spool.", len(pending))
+        for group in pending:
+            self._spool_now(group)
+            self._open.discard(group)
 
     def close(self, timeout: float | None = 30.0) -> None:
         """Write all pending records and stop the writer thread. Later records go to the spool.
 
+        Records that the database does not accept in time go to the spool too.
+
         Args:
-            timeout: Maximum time to wait for the pending records, and again for the thread, in seconds.
+            timeout: Maximum time to wait for the pending records, in seconds.
         """
         if self._closed or os.getpid() != self._pid:
             return
-        self.flush(timeout)
+        in_time = self.flush(timeout)
         with self._closing:
             self._closed = True
             self._queue.put(None)
-        self._thread.join(timeout)
+            thread = self._thread
+        if not in_time:
+            self.rescue()
+        elif thread is not None:
+            thread.join(timeout)
         for store in (self._store, self._spool):
-            if store is not None:
+            if store is not None and in_time:
                 store.close()
 
     def __enter__(self) -> Self:
@@ -409,6 +496,7 @@ class Recorder:
                     "queue_size",
                     "group_size",
                     "max_wait_ms",
+                    "record_seconds",
                     "spool",
                     "retry_seconds",
                     "keep",

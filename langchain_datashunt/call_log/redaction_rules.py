@@ -98,5 +98,5 @@ class RedactionRules(Configured):
         if form == "redacted":
             return str(names.redact(text))
         if form == "hashed":
-            return HASHED + hashlib.sha256(text.strip().lower().encode(errors="surrogatepass")).hexdigest()
+            return HASHED + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
         return None if record_id is None else LEFT_OUT + record_id

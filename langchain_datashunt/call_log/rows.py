@@ -27,7 +27,7 @@ _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 _SAME = (
     "task", "small_answer", "score", "threshold", "policy", "route", "reason", "small_model", "large_model", "answer",
     "answer_label", "large_confidence", "input_tokens", "output_tokens", "cost_usd", "small_seconds", "large_seconds",
-    "audit", "gold", "gold_source", "disclosed",
+    "weight", "audit", "gold", "gold_source", "disclosed",
 )  # fmt: skip
 """Fields of a record that are stored in columns of the same name, unchanged."""
 

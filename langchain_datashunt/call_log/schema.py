@@ -70,6 +70,7 @@ calls = Table(
     Column("output_tokens", BigInteger),
     Column("small_seconds", Float(53), nullable=False),
     Column("large_seconds", Float(53), nullable=False),
+    Column("weight", Float(53), nullable=False),
     Column("audit", Boolean, nullable=False),
     Column("disclosed", Text),
     Column("label_set", Integer),
@@ -82,7 +83,8 @@ calls = Table(
 """Calls, one row each, numbered in the order in which they were written.
 
 `time` is UTC. Probabilities are stored as 32-bit floats in the order of the label set. `agrees` is whether both models
-gave the same label, or NULL if one of them gave none. `in_label_set` is whether the large model's label is in the label
+gave the same label, or NULL if one of them gave none. `weight` is the number of calls that a row stands for, because
+locally answered calls may be sampled. `in_label_set` is whether the large model's label is in the label
 set, or NULL if one of these is missing or answers are generated."""
 
 by_input = Index("calls_by_input", calls.c.input_hash)
@@ -114,7 +116,7 @@ disclosures = Table(
 
 versions = Table("datashunt_schema", metadata, Column("version", Integer, primary_key=True))
 
-FIRST = 10
+FIRST = 11
 """First published version of the schema."""
 
 

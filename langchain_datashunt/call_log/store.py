@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from langchain_datashunt._utils.fork import AFTER_FORK, LEFT_ALONE
+from langchain_datashunt._utils.watchdog import WATCHDOG
 from langchain_datashunt.call_log.encryption import KEY_VARIABLE, Seal
 from langchain_datashunt.call_log.record import CallRecord
 from langchain_datashunt.exceptions import ConfigurationError, MissingExtraError, RecordRefusedError, StoreError
@@ -39,7 +42,7 @@ try:
         update,
     )
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
+    from sqlalchemy.exc import DataError, DisconnectionError, IntegrityError, SQLAlchemyError, StatementError
 
     from langchain_datashunt.call_log.filters import EVERYTHING, CallFilter
     from langchain_datashunt.call_log.rows import (
@@ -57,7 +60,7 @@ except ImportError as error:  # pragma: no cover - tested without the extra
     raise MissingExtraError("sqlalchemy", "store") from error
 
 
-PRAGMAS = ("journal_mode=WAL", "busy_timeout=30000", "cache_size=-65536", "secure_delete=ON", "temp_store=MEMORY")
+PRAGMAS = ("journal_mode=WAL", "cache_size=-65536", "secure_delete=ON", "temp_store=MEMORY")
 """Settings of each SQLite connection. Deleted content is overwritten, and temporary content stays in memory."""
 
 _LOG = logging.getLogger(__name__)
@@ -93,6 +96,8 @@ class CallLog:
         key: Fernet key, or several, of which the first encrypts. All texts and labels are then encrypted, and hashes
             of inputs and subjects are keyed. Tasks, models, policies, numbers and times are not encrypted. None reads
             DATASHUNT_STORE_KEY from the environment.
+        timeout_seconds: Maximum time to wait for a connection, a lock, or the answer to a statement, in seconds. A
+            connection that stays silent for longer is closed, and the operation fails.
 
     Raises:
         StoreError: If the database cannot be opened, or its schema version is not supported.
@@ -105,16 +110,21 @@ class CallLog:
         *,
         durability: str = "group",
         key: str | bytes | Sequence[str | bytes] | Seal | None = None,
+        timeout_seconds: float = 10.0,
     ) -> None:
+        if not timeout_seconds > 0.0:
+            raise ConfigurationError(f"Expected seconds above 0 for `timeout_seconds`, got {timeout_seconds}.")
+        self.timeout_seconds = timeout_seconds
         self.url = make_url(url_of(url))
         self.seal = key if isinstance(key, Seal) else Seal.from_key(key)
         self.durability = durability
         self._label_sets: dict[tuple[str, ...], int] = {}
         self._lock = threading.Lock()
+        self._identity: tuple[int, int] | None = None
         self.engine = self._open()
         AFTER_FORK.add(self)
         self._insert = _insert_of(self.engine)
-        with self.connection() as connection:
+        with self._own_errors(), self._transaction(False) as connection:
             migrate(connection)
 
     def after_fork(self) -> None:
@@ -128,26 +138,65 @@ class CallLog:
         return self.url.get_backend_name() == "sqlite"
 
     def _open(self) -> Engine:
-        if not self._on_sqlite:
+        if self._on_sqlite:
+            return self._open_sqlite()
+        seconds = max(1, round(self.timeout_seconds))
+        silent: dict[str, Any] = {"connect_timeout": seconds}
+        if self.url.get_backend_name() == "postgresql" and "psycopg" in self.url.get_driver_name():
+            silent |= {"keepalives_idle": seconds, "keepalives_interval": 2, "keepalives_count": 3}
+            silent |= {"tcp_user_timeout": 1000 * seconds}
+        try:
+            engine = create_engine(
+                self.url, pool_timeout=self.timeout_seconds, hide_parameters=True,
+                connect_args={name: value for name, value in silent.items() if name not in self.url.query},
+            )  # fmt: skip
+        except (ImportError, SQLAlchemyError) as error:  # unknown database, or driver not installed
+            shown = self.url.render_as_string(hide_password=True)
+            raise ConfigurationError(
+                f"The call log {shown} cannot be used: {type(error).__name__}: {error}. Pass a file, or a "
+                f"postgresql+psycopg:// URL."
+            ) from error
+        if engine.dialect.name == "postgresql":
+
+            @event.listens_for(engine, "connect")
+            def limit(connection: Any, _: Any) -> None:
+                with connection.cursor() as cursor:
+                    cursor.execute(f"SET statement_timeout = {int(1000 * self.timeout_seconds)}")
+                    cursor.execute(f"SET lock_timeout = {int(1000 * self.timeout_seconds)}")
+                connection.commit()
+
+        @event.listens_for(engine, "checkout")
+        def ping(connection: Any, *_: Any) -> None:
+            # instead of `pool_pre_ping`, which waits for a silent server forever
             try:
-                return create_engine(self.url, pool_pre_ping=True, hide_parameters=True)
-            except (ImportError, SQLAlchemyError) as error:  # unknown database, or driver not installed
-                shown = self.url.render_as_string(hide_password=True)
-                raise ConfigurationError(
-                    f"The call log {shown} cannot be used: {type(error).__name__}: {error}. Pass a file, or a "
-                    f"postgresql+psycopg:// URL."
+                with WATCHDOG.watching(self.timeout_seconds, partial(_cut, connection)):
+                    engine.dialect.do_ping(connection)
+            except Exception as error:
+                raise DisconnectionError("the connection was lost") from error
+
+        return engine
+
+    def _open_sqlite(self) -> Engine:
+        if (path := self._file) is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                self._identity = _identity_of(path)
+            except OSError as error:
+                raise StoreError(
+                    f"The call log {path} cannot be opened: {error.strerror}. Check its path and permissions."
                 ) from error
-        if self.url.database and self.url.database != ":memory:":
-            path = Path(self.url.database)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        engine = create_engine(self.url, connect_args={"timeout": 30}, hide_parameters=True)
+        engine = create_engine(
+            self.url, pool_timeout=self.timeout_seconds, connect_args={"timeout": self.timeout_seconds},
+            hide_parameters=True,
+        )  # fmt: skip
         synchronous = "FULL" if self.durability == "record" else "NORMAL"
+        busy = int(1000 * self.timeout_seconds)
 
         @event.listens_for(engine, "connect")
         def prepare(connection: Any, _: Any) -> None:
             connection.isolation_level = None
-            for pragma in (*PRAGMAS, f"synchronous={synchronous}"):
+            for pragma in (f"busy_timeout={busy}", *PRAGMAS, f"synchronous={synchronous}"):
                 connection.execute(f"PRAGMA {pragma}")
 
         @event.listens_for(engine, "begin")
@@ -156,6 +205,30 @@ class CallLog:
             connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
         return engine
+
+    @property
+    def _file(self) -> Path | None:
+        """File of a SQLite log, or None for other databases and logs in memory."""
+        name = self.url.database
+        return Path(name) if self._on_sqlite and name and name != ":memory:" else None
+
+    def _follow_file(self) -> None:
+        """Open the file again if it was removed or replaced, because records would otherwise vanish with the old one.
+
+        Raises:
+            StoreError: If it cannot be opened.
+        """
+        if (path := self._file) is None or _identity_of(path) == self._identity:
+            return
+        with self._lock:
+            if _identity_of(path) == self._identity:
+                return
+            _LOG.warning("The call log %s was removed or replaced, so it is opened again.", path)
+            self._label_sets.clear()
+            self.engine.dispose()
+            self.engine = self._open_sqlite()
+            with self._own_errors(), self._transaction(False) as connection:
+                migrate(connection)
 
     # Writing
 
@@ -496,10 +569,11 @@ class CallLog:
         """Open a connection in a write transaction, which also serves the other tables of the log.
 
         Raises:
-            StoreError: If the database cannot be used.
+            StoreError: If the database cannot be used, or does not answer within `timeout_seconds`.
             RecordRefusedError: If the database rejects a value.
         """
-        with self._own_errors(), self.engine.begin() as connection:
+        self._follow_file()
+        with self._own_errors(), self._transaction(False) as connection:
             yield connection
 
     @contextmanager
@@ -507,10 +581,25 @@ class CallLog:
         """Open a connection for reading, which neither blocks writers nor waits for them.
 
         Raises:
-            StoreError: If the database cannot be used.
+            StoreError: If the database cannot be used, or does not answer within `timeout_seconds`.
         """
-        with self._own_errors(), self.engine.connect() as connection:
-            yield connection.execution_options(**{_READS: True})
+        self._follow_file()
+        with self._own_errors(), self._transaction(True) as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, reads: bool) -> Iterator[Connection]:
+        """Open a transaction. A line that stays silent is cut, because drivers would wait for it forever."""
+        with closing(self.engine.connect()) as connection:
+            if reads:
+                connection = connection.execution_options(**{_READS: True})
+            if self._on_sqlite:
+                with connection.begin():
+                    yield connection
+                return
+            socket_of = connection.connection.driver_connection
+            with WATCHDOG.watching(2.0 * self.timeout_seconds, partial(_cut, socket_of)), connection.begin():
+                yield connection
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
@@ -538,6 +627,22 @@ class CallLog:
 
     def __repr__(self) -> str:
         return f"CallLog({self.url.render_as_string(hide_password=True)!r})"
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of a file, or None if it does not exist."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _cut(connection: Any) -> None:
+    """Shut a connection's socket down, so that a driver that waits for an answer gets an error."""
+    descriptor = os.dup(connection.fileno())
+    with closing(socket.socket(fileno=descriptor)) as line:
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def url_of(url: str | Path) -> str:

@@ -28,8 +28,8 @@ class SummaryRow:
 
     Attributes:
         start: Start of the period, in seconds since 1970 UTC. With `by="all"`, the time of the first record.
-        calls: Estimated number of calls, including repeats. Locally answered calls are scaled up by the sampling rate.
-            Audits are not counted.
+        calls: Estimated number of calls, including repeats. Locally answered calls count with the weights
+            of their records. Audits are not counted.
         deferral_rate: Share of the calls that were deferred to the large model, including those that failed.
         cost_usd: Cost of all recorded calls, including audits.
         usd_per_1000: Cost per 1,000 calls.
@@ -73,7 +73,6 @@ def summarize(
     store: CallLog,
     *,
     by: Period = "day",
-    sample_small: float = 0.1,
     which: CallFilter = CallFilter(),  # noqa: B008
 ) -> list[SummaryRow]:
     """Summarize disclosure, cost and quality of the calls by period.
@@ -82,23 +81,18 @@ def summarize(
         store: Call log. If a privacy guard uses it as its `SharedLedger`, its audit trail is summarized too. The trail
             holds no tasks, so only the times of `which` apply to it.
         by: Length of the periods, which begin in UTC.
-        sample_small: Sampling rate of the recorder, by which the sampled calls are scaled up.
         which: Filter of the calls. By default, all calls.
 
     Returns:
         One row for each period with data, oldest first.
 
     Raises:
-        ConfigurationError: If `by` or `sample_small` is invalid.
+        ConfigurationError: If `by` is invalid.
     """
     if by not in _SECONDS:
         raise ConfigurationError(f"Expected a period of {', '.join(_SECONDS)}, got {by!r}.")
-    if not 0.0 < sample_small <= 1.0:
-        raise ConfigurationError(
-            f"Expected a rate above 0 and at most 1 for `sample_small`, got {sample_small}. Pass the recorder's rate."
-        )
     rows = {
-        start: _counted(SummaryRow(start), counts, sample_small) for start, counts in _calls(store, by, which)
+        start: _counted(SummaryRow(start), counts) for start, counts in _calls(store, by, which)
     }  # fmt: skip
     for start, left in _left(store, by, which).items():
         rows[start] = replace(rows.get(start, SummaryRow(start)), **left)
@@ -140,7 +134,7 @@ def _calls(store: CallLog, by: str, which: CallFilter) -> Iterator[tuple[float, 
     statement = select(
         number,
         func.count().filter(asked).label("asked"),
-        func.count().filter(sampled).label("sampled"),
+        func.coalesce(func.sum(c.weight).filter(sampled), 0.0).label("sampled"),
         func.count().filter(~or_(asked, audited, sampled)).label("others"),
         func.coalesce(func.sum(c.cost_usd).filter(asked), 0.0).label("asked_usd"),
         func.coalesce(func.sum(c.cost_usd), 0.0).label("cost_usd"),
@@ -152,9 +146,9 @@ def _calls(store: CallLog, by: str, which: CallFilter) -> Iterator[tuple[float, 
             yield _start(row["number"], by), dict(row)
 
 
-def _counted(row: SummaryRow, counts: dict[str, Any], sample_small: float) -> SummaryRow:
+def _counted(row: SummaryRow, counts: dict[str, Any]) -> SummaryRow:
     asked, cost = float(counts["asked"]), float(counts["cost_usd"])
-    everything = asked + float(counts["sampled"]) / sample_small + float(counts["others"])
+    everything = asked + float(counts["sampled"]) + float(counts["others"])
     return replace(
         row,
         calls=everything,

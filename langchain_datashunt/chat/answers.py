@@ -16,6 +16,7 @@ from langchain_core.utils.uuid import uuid7
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from typing_extensions import override
 
+from langchain_datashunt._utils.json_schemas import schema_error
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.policies.thresholds import Policy, PolicyDecision
@@ -221,29 +222,30 @@ def fitted(schema: Any, fields: Any) -> Any:
         wanted = json_schema(schema)
     except (ValidationError, ValueError, TypeError):
         return None
-    known, needed = wanted.get("properties", {}), wanted.get("required", [])
-    if not set(needed) <= set(fields) <= set(known):
-        return None
-    return fields if all(of_json_type(known[name], value) for name, value in fields.items()) else None
+    known = wanted.get("properties", {})
+    return fields if set(fields) <= set(known) and schema_error(wanted, fields) is None else None
 
 
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
-    "object": (dict,), "null": (type(None),),
-}  # fmt: skip
+def check_tool_answers(answers: Mapping[str, Any], tools: Sequence[Any]) -> None:
+    """Check that the arguments of all tool answers fit the bound tools.
 
-
-def of_json_type(part: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a value has the JSON type and is among the `enum` values. Nested values are not checked."""
-    if "anyOf" in part:
-        return any(of_json_type(one, value) for one in part["anyOf"])
-    kinds = part.get("type")
-    named = [kinds] if isinstance(kinds, str) else list(kinds or ())
-    allowed = [_JSON_TYPES[kind] for kind in named if kind in _JSON_TYPES]
-    fits = not allowed or any(isinstance(value, kind) for kind in allowed)
-    if isinstance(value, bool) and kinds in ("integer", "number"):
-        fits = False
-    return fits and ("enum" not in part or value in part["enum"])
+    Raises:
+        ConfigurationError: Arguments do not fit. Such a call would fail in the tool.
+    """
+    schemas = {tool_name(tool): tool for tool in tools}
+    for label, given in answers.items():
+        for answer in given if isinstance(given, list) else [given]:
+            if not isinstance(answer, ToolAnswer) or answer.tool not in schemas:
+                continue
+            try:
+                wanted = json_schema(schemas[answer.tool])
+            except (ValueError, TypeError, KeyError):  # a tool of the provider, without a schema of its own
+                continue
+            if wanted and (problem := schema_error(wanted, answer.args)) is not None:
+                raise ConfigurationError(
+                    f"The arguments of the answer for {label!r} do not fit the tool {answer.tool!r}: {problem}. "
+                    f"Change `answers`."
+                )
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

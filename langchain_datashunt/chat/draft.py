@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from langchain_datashunt.chat.answers import AnswerForm
 from langchain_datashunt.exceptions import PredictionError
+from langchain_datashunt.large_models.messages import incomplete_reason
 from langchain_datashunt.logprobs import token_logprobs
 from langchain_datashunt.policies.scores import LengthNormalizedProbability, MinTokenProbability, TokenScore
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
@@ -86,6 +87,8 @@ class DraftingModel(Runnable[Any, Prediction]):
             raise PredictionError(
                 f"The draft of {self.model_id} does not fit the schema ({type(error).__name__})."
             ) from error
+        if (reason := incomplete_reason(message)) is not None:
+            raise PredictionError(f"The draft of {self.model_id} is incomplete ({reason}).")
         if not structured and not self.form.allows(message):
             raise PredictionError(f"The draft of {self.model_id} does not have the requested form.")
         sure = self.confidence(message)

@@ -16,7 +16,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, get_config_list
 from typing_extensions import override
 
-from langchain_datashunt.chat.answers import AnswerForm
+from langchain_datashunt.chat.answers import AnswerForm, check_tool_answers
 from langchain_datashunt.chat.messages import (
     answered,
     as_chunk,
@@ -260,6 +260,8 @@ class ShuntChatModel(ShuntChatSettings):
         given = {**kwargs, **({} if tool_choice is None else {"tool_choice": tool_choice})}
         large = self.large.bind_tools(tools, **given)
         small = self.small.bind_tools(tools, **given) if isinstance(self.small, BaseChatModel) else self.small
+        if not self.drafts:
+            check_tool_answers(self.answers or {}, tools)
         sides = BoundSides(small, large, AnswerForm.from_tools(tools, tool_choice, kwargs))
         return self.model_copy(update={"bound": sides}).bind()
 

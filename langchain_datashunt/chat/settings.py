@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
 from langchain_core.runnables.base import coerce_to_runnable
 from langchain_core.runnables.config import ensure_config, merge_configs
@@ -22,11 +22,12 @@ from langchain_datashunt.chat.hint import HintedModel
 from langchain_datashunt.chat.messages import model_name, text_alone
 from langchain_datashunt.decision import ShuntDecision
 from langchain_datashunt.exceptions import ConfigurationError
+from langchain_datashunt.inputs import is_question
 from langchain_datashunt.large_models.caller import LargeCaller
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.prompt_pruning import Pruning, SoftPruning
 from langchain_datashunt.large_models.retry import Retry
-from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.policies.thresholds import Policy, as_policy
 from langchain_datashunt.prediction import ANSWER_LABELS
 from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.routing.settings import policy_for
@@ -146,6 +147,8 @@ class ShuntChatSettings(Frozen, BaseChatModel):
     _direct: LargeCaller = PrivateAttr()
     _carried: dict[str, Any] = PrivateAttr(default_factory=dict)
 
+    _number_as_policy = field_validator("policy", mode="before")(as_policy)
+
     @field_validator("small", mode="before")
     @classmethod
     def _runnable(cls, value: Any) -> Any:
@@ -258,7 +261,7 @@ class ShuntChatSettings(Frozen, BaseChatModel):
 
     def _has_question(self, messages: Sequence[BaseMessage]) -> bool:
         """Return whether the small side can read the conversation. A classifier needs a final human message of text."""
-        return self.drafts or (bool(messages) and isinstance(messages[-1], HumanMessage) and text_alone(messages[-1]))
+        return self.drafts or (bool(messages) and is_question(messages[-1]) and text_alone(messages[-1]))
 
     def _config(self, config: RunnableConfig | None) -> RunnableConfig:
         own = RunnableConfig(tags=self.tags or [], metadata=self.metadata or {})

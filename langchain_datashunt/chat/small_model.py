@@ -22,8 +22,9 @@ from langchain_datashunt.exceptions import ConfigurationError, PredictionError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_models.chat_asker import default_prompt
 from langchain_datashunt.large_models.label_parser import LabelParser
+from langchain_datashunt.large_models.messages import incomplete_reason, message_text
 from langchain_datashunt.large_models.prompt_pruning import NoPruning, Pruning
-from langchain_datashunt.logprobs import label_distribution, message_text, token_logprobs
+from langchain_datashunt.logprobs import label_distribution, token_logprobs
 from langchain_datashunt.policies.scores import MeanTokenProbability, TokenScore
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 
@@ -204,9 +205,8 @@ class SmallChatModel(Frozen, RunnableSerializable[Any, Prediction]):
         if message.tool_calls or not text:
             what = "tool calls" if message.tool_calls else "an empty answer"
             raise PredictionError(f"{self.model_id} returned {what}, whose confidence is unknown.")
-        why = str(message.response_metadata.get("finish_reason") or "stop")
-        if why in ("length", "max_tokens", "content_filter"):
-            raise PredictionError(f"The answer of {self.model_id} is incomplete ({why}).")
+        if (reason := incomplete_reason(message)) is not None:
+            raise PredictionError(f"The answer of {self.model_id} is incomplete ({reason}).")
         if not tokens:
             raise PredictionError(
                 f"{self.model_id} returned no log-probabilities, so its confidence is unknown. Enable them with "

@@ -182,9 +182,6 @@ def summary(
     by: Annotated[str, typer.Option(help="Period of a row: day, week or all.")] = "day",
     since: Annotated[str | None, typer.Option(help="Only records from this date or time (UTC) on.")] = None,
     until: Annotated[str | None, typer.Option(help="Only records before this date or time (UTC).")] = None,
-    sample_small: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="The recorder's sampling rate for locally answered calls.")
-    ] = 0.1,
     as_json: AsJson = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -196,7 +193,7 @@ def summary(
     with errors():
         which = CallFilter(task=task, since=moment(since), until=moment(until))
         with opened_store(store) as opened:
-            rows = summarize(opened, by=by, sample_small=sample_small, which=which)  # type: ignore[arg-type]
+            rows = summarize(opened, by=by, which=which)  # type: ignore[arg-type]
             found = [row.to_dict() for row in rows]
         write_json(json_out, found)
     if as_json:

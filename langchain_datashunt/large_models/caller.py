@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from langchain_core.runnables.utils import gather_with_concurrency
 
 from langchain_datashunt._utils.control_flow import raise_if_control_flow
+from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.large_models.circuit_breaker import CircuitBreaker
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.retry import Retry, is_retryable
@@ -193,18 +195,34 @@ class LargeCaller:
                 yield
 
     def open(self, asked: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> tuple[Any, Generator[Any]]:
-        """Start a stream and wait for its first chunk, with retries.
+        """Start a stream and wait for its first chunk that says something, with retries.
 
-        Retries end with the first chunk, because the caller may have shown it.
+        Retries end with that chunk, because the caller may have shown it. Empty chunks before it, such as the one that
+        names the role, are held back until then. The circuit breaker hears of errors until the end of the stream.
 
         Returns:
             The first chunk (`END` if there is none), and a generator of the others that the caller must close.
         """
 
         def begin() -> tuple[Any, Generator[Any]]:
-            with self._watched():
-                chunks = _chunks(self.large.stream(asked, config, **kwargs))
-                return next(chunks, END), chunks
+            probe = self.breaker is not None and self.breaker.admit()
+            chunks = _chunks(self.large.stream(asked, config, **kwargs))
+
+            def until_it_begins() -> list[Any]:
+                held = []
+                for chunk in chunks:
+                    held.append(chunk)
+                    if says_something(chunk):
+                        break
+                return held
+
+            try:
+                held = until_it_begins()  # in this thread, as the rest of the stream
+            except BaseException as error:
+                self._note_end(error, probe)
+                raise
+            rest = self._rest(held, chunks, probe)
+            return next(rest, END), rest  # started, so that closing it closes the stream
 
         if isinstance(asked, Exception):
             raise asked
@@ -216,17 +234,69 @@ class LargeCaller:
         """Async version of `open`."""
 
         async def begin() -> tuple[Any, AsyncGenerator[Any]]:
+            probe = self.breaker is not None and self.breaker.admit()
             chunks = _achunks(self.large.astream(asked, config, **kwargs))
 
-            async def first() -> Any:
-                return await anext(chunks, END)
+            async def until_it_begins() -> list[Any]:
+                held = []
+                async for chunk in chunks:
+                    held.append(chunk)
+                    if says_something(chunk):
+                        break
+                return held
 
-            with self._watched():
-                return await self.retry.awithin(first), chunks
+            try:
+                held = await self.retry.awithin(until_it_begins)
+            except BaseException as error:
+                self._note_end(error, probe)
+                raise
+            rest = self._arest(held, chunks, probe)
+            return await anext(rest, END), rest
 
         if isinstance(asked, Exception):
             raise asked
         return await self.retry.acall(begin)
+
+    def _rest(self, held: list[Any], chunks: Generator[Any], probe: bool) -> Generator[Any]:
+        """Yield the held and the remaining chunks of a stream, and report its end to the breaker."""
+        ended: BaseException | None = None
+        try:
+            with closing(chunks):
+                yield from held
+                yield from chunks
+        except BaseException as error:
+            ended = error
+            raise
+        finally:
+            self._note_end(ended, probe)
+
+    async def _arest(self, held: list[Any], chunks: AsyncGenerator[Any], probe: bool) -> AsyncGenerator[Any]:
+        ended: BaseException | None = None
+        try:
+            async with aclosing(chunks):
+                for chunk in held:
+                    yield chunk
+                async for chunk in chunks:
+                    yield chunk
+        except BaseException as error:
+            ended = error
+            raise
+        finally:
+            self._note_end(ended, probe)
+
+    def _note_end(self, error: BaseException | None, probe: bool) -> None:
+        if self.breaker is not None:
+            self.breaker.note(error, probe=probe)
+
+
+def says_something(chunk: Any) -> bool:
+    """Return whether a chunk of a stream has content that a caller could show or act on."""
+    chunk = chunk.output if isinstance(chunk, ShuntResult) else chunk
+    if not isinstance(chunk, BaseMessage):
+        return bool(chunk)
+    if chunk.content or getattr(chunk, "tool_call_chunks", None) or getattr(chunk, "tool_calls", None):
+        return True
+    return bool(chunk.additional_kwargs)
 
 
 class _Group:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
@@ -18,14 +20,35 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Frozen, Strategy
-from langchain_datashunt.exceptions import ConfigurationError, InputError, UnparsableAnswerError
-from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of
+from langchain_datashunt.exceptions import (
+    ConfigurationError,
+    IncompleteAnswerError,
+    InputError,
+    ShuntWarning,
+    UnparsableAnswerError,
+)
+from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, TextReader, messages_of, other_parts
 from langchain_datashunt.large_models.label_parser import LabelParser
+from langchain_datashunt.large_models.messages import incomplete_reason
 from langchain_datashunt.large_models.prompt_pruning import Pruning
+from langchain_datashunt.large_models.retry import status_of
+
+_LOG = logging.getLogger(__name__)
+
+MOST_ENUM_VALUES = 1000
+"""Maximum labels in a schema. Servers refuse larger ones."""
+
+_REFUSING = frozenset({400, 404, 415, 422, 501})
+"""HTTP statuses with which servers refuse a schema."""
 
 
 class Question(Strategy):
     """Base class of questions to a chat model: the schema of an answer, its parser, and the correction message."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All accepted answers, or an empty tuple if they depend on the input."""
+        return ()
 
     @abstractmethod
     def json_schema(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +92,11 @@ class LabelQuestion(Question):
         """Build the parser."""
         super().model_post_init(context)
         self._parser = LabelParser(labels=self.labels, aliases=self.aliases)
+
+    @property
+    @override
+    def accepted(self) -> tuple[str, ...]:
+        return self.labels
 
     @override
     def json_schema(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,13 +150,14 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
     """The question, which defines valid answers."""
 
     answer_format: Literal["auto", "structured", "text"] = "auto"
-    """"structured" uses the model's structured output, "text" plain text, "auto" structured output if the model offers
-    it."""
+    """"structured" uses the model's structured output, "text" plain text. "auto" uses structured output if the model
+    offers it, and plain text from the first time on that the server refuses a schema and answers without it."""
 
     max_reasks: int = Field(default=1, ge=0)
     """Maximum follow-up calls after an invalid answer."""
 
     _structured: dict[str, Runnable[Any, Any]] = PrivateAttr(default_factory=dict)
+    _schemas_refused: bool = PrivateAttr(default=False)
 
     @classmethod
     def from_labels(
@@ -232,16 +261,36 @@ class ChatAsker(Frozen, RunnableSerializable[Any, Any]):
                 rounds.answer(rows, await _aeach(model, rounds.messages(rows), configs, kwargs))
         return rounds.outcomes
 
-    def model_for(self, value: Any) -> Runnable[Any, Any]:
-        """Return the chat model, bound to the question's schema if it offers structured output."""
-        model = self.chat_model
-        if self.answer_format == "text" or not isinstance(model, BaseChatModel) or not offers_structured_output(model):
+    def model_for(self, value: Any, *, text: bool = False) -> Runnable[Any, Any]:
+        """Return the chat model, bound to the question's schema if it offers structured output.
+
+        Args:
+            value: The input.
+            text: Whether to return the chat model without a schema in any case.
+        """
+        model, auto = self.chat_model, self.answer_format == "auto"
+        if text or self.answer_format == "text" or not isinstance(model, BaseChatModel):
+            return model
+        if not offers_structured_output(model) or (auto and self._schemas_refused):
+            return model
+        if auto and len(self.question.accepted) > MOST_ENUM_VALUES:
             return model
         schema = self.question.json_schema(value)
         key = json.dumps(schema)
         if key not in self._structured:
             self._structured[key] = model.with_structured_output(schema, include_raw=True)
         return self._structured[key]
+
+    def schema_refused(self, error: Exception) -> None:
+        """Use plain text from now on, because the server refuses the schema, and warn once."""
+        if not self._schemas_refused:
+            self._schemas_refused = True
+            message = (
+                f"The server of the large model refuses a JSON schema ({type(error).__name__}), so answers are "
+                f"requested as plain text from now on. Set answer_format='text' to silence this warning."
+            )
+            _LOG.warning(message)
+            warnings.warn(message, ShuntWarning, stacklevel=2)
 
     # Schemas and graph
 
@@ -270,18 +319,23 @@ class _Rounds:
 
     def __init__(self, asker: ChatAsker, values: Sequence[Any], prompts: Sequence[Any]) -> None:
         self.asker, self.values = asker, values
-        self.outcomes: list[Any] = [one if isinstance(one, Exception) else _messages(one) for one in prompts]
+        self.outcomes: list[Any] = [
+            one if isinstance(one, Exception) else _with_other_parts(_messages(one), value)
+            for one, value in zip(prompts, values, strict=True)
+        ]
         self.conversations: dict[int, list[BaseMessage]] = {
             i: one for i, one in enumerate(self.outcomes) if not isinstance(one, Exception)
         }
         self.answers: dict[int, list[str]] = {i: [] for i in self.conversations}
         self.open = list(self.conversations)
+        self.refusals: dict[int, Exception] = {}
+        """Errors of calls with a schema, by input, which are repeated without one."""
 
     def models(self) -> list[tuple[Runnable[Any, Any], list[int]]]:
         """Return the models to call in this round, each with its inputs."""
         groups: dict[int, tuple[Runnable[Any, Any], list[int]]] = {}
         for i in self.open:
-            model = self.asker.model_for(self.values[i])
+            model = self.asker.model_for(self.values[i], text=i in self.refusals)
             groups.setdefault(id(model), (model, []))[1].append(i)
         return list(groups.values())
 
@@ -296,10 +350,17 @@ class _Rounds:
             self.open.remove(i)
             if isinstance(reply, Exception):
                 self.outcomes[i] = reply
+                if self.may_be_of_schema(i, reply):
+                    self.refusals[i] = reply
+                    self.open.append(i)
                 continue
+            if i in self.refusals:
+                self.asker.schema_refused(self.refusals[i])
             answers = self.answers[i]
             answers.append(_text(reply, question))
             try:
+                if (reason := incomplete_reason(_message(reply))) is not None:
+                    raise IncompleteAnswerError(answers[-1], question.accepted, len(answers), reason)
                 self.outcomes[i] = question.read(answers, self.values[i])
             except UnparsableAnswerError as error:
                 self.outcomes[i] = error
@@ -309,6 +370,13 @@ class _Rounds:
                         *self.conversations[i], AIMessage(answers[-1] or "(empty)"), correction
                     ]  # fmt: skip
                     self.open.append(i)
+
+    def may_be_of_schema(self, i: int, error: Exception) -> bool:
+        """Return whether a call failed because of its schema, as far as its error tells."""
+        asker = self.asker
+        if asker.answer_format != "auto" or i in self.refusals or asker.model_for(self.values[i]) is asker.chat_model:
+            return False
+        return isinstance(error, NotImplementedError) or status_of(error) in _REFUSING
 
 
 def default_prompt(
@@ -358,6 +426,26 @@ def _messages(value: Any) -> list[BaseMessage] | InputError:
             f"Expected messages or text from `prompt`, got {type(value).__name__}. Use a prompt template."
         )
     return list(found)
+
+
+def _with_other_parts(messages: list[BaseMessage] | InputError, value: Any) -> list[BaseMessage] | InputError:
+    """Return the prompt with the parts of the caller's message that a template leaves out, such as images."""
+    if isinstance(messages, InputError) or not isinstance(value, Mapping) or "messages" not in value:
+        return messages
+    parts = other_parts(value["messages"])
+    last = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
+    if not parts or last is None:
+        return messages
+    content = messages[last].content
+    blocks: list[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    missing = [part for part in parts if part not in blocks]
+    messages[last] = messages[last].model_copy(update={"content": [*blocks, *missing]})
+    return messages
+
+
+def _message(reply: Any) -> Any:
+    """Return the message of a reply, which may be structured output with its raw message."""
+    return reply.get("raw") if isinstance(reply, Mapping) and "parsed" in reply else reply
 
 
 def _text(reply: Any, question: Question) -> str:

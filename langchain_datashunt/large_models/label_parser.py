@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from langchain_core.output_parsers import BaseOutputParser
+from langchain_core.outputs import ChatGeneration, Generation
 from pydantic import ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from langchain_datashunt._utils.settings import Configured
-from langchain_datashunt.exceptions import ConfigurationError, UnparsableAnswerError
+from langchain_datashunt.exceptions import ConfigurationError, IncompleteAnswerError, UnparsableAnswerError
+from langchain_datashunt.large_models.messages import incomplete_reason
 
 _NAMES = (
     "label|answer|category|class|intent|étiquette|réponse|catégorie|antwort|kategorie|klasse|etiqueta|respuesta|"
@@ -73,6 +75,19 @@ class LabelParser(Configured, BaseOutputParser[str]):
     @override
     def _type(self) -> str:
         return "datashunt_label"
+
+    @override
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> str:
+        """Return the label in a message.
+
+        Raises:
+            IncompleteAnswerError: The message was cut, filtered or refused, or is empty.
+            UnparsableAnswerError: The answer is not one of the labels.
+        """
+        message = result[0].message if isinstance(result[0], ChatGeneration) else None
+        if (reason := incomplete_reason(message)) is not None:
+            raise IncompleteAnswerError(result[0].text, self.labels, reason=reason)
+        return self.parse(result[0].text)
 
     @override
     def parse(self, text: str) -> str:

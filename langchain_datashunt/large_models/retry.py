@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -60,6 +60,8 @@ def is_retryable(error: BaseException) -> bool:
     The HTTP status decides if there is one, otherwise the type of the error. Connection errors, time-outs and truncated
     replies are retryable. Errors of client libraries are matched by class name, so that no library is imported here.
     """
+    if _FINAL_CODES & {str(value).lower() for value in _body_of(error).values() if isinstance(value, str)}:
+        return False
     status = status_of(error)
     if status is not None and status >= 400:  # an unreadable reply has status 200, so its type decides
         return status in RETRYABLE_STATUS
@@ -68,15 +70,50 @@ def is_retryable(error: BaseException) -> bool:
     return any(kind.__name__ in _RETRYABLE_NAMES for kind in type(error).__mro__)
 
 
+_FINAL_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "account_deactivated",
+        "access_terminated",
+    }
+)
+"""Error codes after which the same request cannot succeed, although their HTTP status is that of a rate limit."""
+
+
 def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status of an error from any of the attributes that client libraries use, or None."""
+    """Return the HTTP status of an error, from the attributes that client libraries use or from its body, or None.
+
+    Gateways report errors of their upstream in the body of a reply with status 200, so an error status in the body
+    takes precedence over that.
+    """
     response = getattr(error, "response", None)
-    statuses = (
+    stated = (
         getattr(error, "status_code", None),
         getattr(response, "status_code", None),
         getattr(error, "status", None),
     )
-    return next((status for status in statuses if isinstance(status, int) and status), None)
+    status = next((status for status in stated if isinstance(status, int) and status), None)
+    if status is not None and status >= 400:
+        return status
+    body = _body_of(error)
+    for name in ("status", "status_code", "code", "http_code"):
+        value = str(body.get(name, ""))
+        if value.isdecimal() and 400 <= int(value) <= 599:
+            return int(value)
+    return status
+
+
+def _body_of(error: BaseException) -> Mapping[str, Any]:
+    """Return the error object in the body of a reply, or an empty mapping."""
+    candidates = (getattr(error, "body", None), *error.args)
+    for body in candidates:
+        if isinstance(body, Mapping):
+            inner = body.get("error")
+            return inner if isinstance(inner, Mapping) else body
+    code = getattr(error, "code", None)
+    return {"code": code} if isinstance(code, (int, str)) else {}
 
 
 def retry_after(error: BaseException | None) -> float | None:

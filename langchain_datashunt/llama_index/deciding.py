@@ -43,6 +43,10 @@ class ShuntDecisionEvent(BaseEvent):
         return "ShuntDecisionEvent"
 
 
+MAX_INPUT_CHARACTERS = 100_000
+"""Maximum length of a question, in characters."""
+
+
 class Decider:
     """Decide by a small model and a policy whether a question is answered locally.
 
@@ -65,8 +69,14 @@ class Decider:
         return found
 
     def decide(self, text: str) -> tuple[ShuntDecision, float]:
-        """Return the decision about a question, and the wall time of the small model in seconds."""
+        """Return the decision about a question, and the wall time of the small model in seconds.
+
+        Raises:
+            InputError: The question is blank or too long.
+            Exception: The error of a small model that cannot work as it is set up.
+        """
         started = time.perf_counter()
+        self._check(text)
         try:
             answer = self.small.invoke(text)
         except Exception as error:
@@ -77,12 +87,17 @@ class Decider:
     async def adecide(self, text: str) -> tuple[ShuntDecision, float]:
         """Async version of `decide`."""
         started = time.perf_counter()
+        self._check(text)
         try:
             answer = await self.small.ainvoke(text)
         except Exception as error:
             raise_if_control_flow(error)
             answer = error
         return decide_one(answer, self.policy), time.perf_counter() - started
+
+    def _check(self, text: str) -> None:
+        if (refusal := text_reader().refusal(text, MAX_INPUT_CHARACTERS)) is not None:
+            raise refusal
 
     def deferred(self, decision: ShuntDecision) -> ShuntDecision:
         """Return the decision, changed to deferred if the confident prediction turned out to have no local answer."""
@@ -119,7 +134,7 @@ class Decider:
         return [
             FinishedCall(
                 self.recorder.task, str(uuid7()), text, decision, answer, watcher, Latency(*seconds), labels, None,
-                text_reader(), now(),
+                text_reader(), now(), weight=self.recorder.weight("small" if answer is None else "large"),
             )
         ]  # fmt: skip
 

@@ -38,7 +38,7 @@ from langchain_datashunt.llama_index.responses import (
     text_of_response,
     with_decision,
 )
-from langchain_datashunt.policies.thresholds import Policy
+from langchain_datashunt.policies.thresholds import Policy, as_policy
 from langchain_datashunt.prediction import answer_text
 
 _REQUIRED = "_shunt_tool_required"
@@ -88,6 +88,7 @@ class ShuntLLM(LLM):
         return super().__new__(cls)
 
     def __init__(self, **settings: Any) -> None:
+        settings["policy"] = as_policy(settings.get("policy"))
         super().__init__(**settings)
         if self.policy is not None and not isinstance(self.policy, Policy):
             raise ConfigurationError(

@@ -70,6 +70,12 @@ class Policy(Strategy):
         return AnyOf(policies=(*_parts(AnyOf, self), *_parts(AnyOf, other)))
 
 
+def as_policy(value: Any) -> Any:
+    """Return a number as a `Threshold`, and any other value unchanged. For validators of settings."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Threshold(float(value)) if number else value
+
+
 class Threshold(Policy):
     """Answer locally if `score >= threshold`, as in Data Shunt.
 

@@ -58,8 +58,8 @@ def ask_small(
     except Exception as error:
         raise_if_control_flow(error)
         return failed_outcome(len(values), error)
-    allowed = frozenset(labels) if strict and labels is not None else None
-    return outcome_of(answers, allowed, None if isinstance(model, SmallModel) else partial(in_task_order, labels))
+    order = None if isinstance(model, SmallModel) else partial(in_task_order, labels)
+    return outcome_of(answers, labels, order, strict=strict)
 
 
 def _one(model: Runnable[Any, Any], value: Any, tag: str, runs: Runs) -> Steps[Any]:

@@ -42,7 +42,8 @@ class DeferredCall:
         row: Its position among these inputs.
         large_input: Input of the large model, or the error that prevents the call.
         config: Config of the large call.
-        watcher: Records usage and text of the large call, or None if neither a result nor a log needs them.
+        watcher: Records usage and text of the large call, and whether its message is whole. None if nothing needs
+            them.
     """
 
     routed: RoutedInputs

@@ -70,7 +70,7 @@ class ConfidenceRouterChain(ShuntRunnable):
         # fusion already uses the small model's probabilities, and a placeholder has none
         quiet = settings.get("fusion") is not None or getattr(small, "is_placeholder", False)
         strategy = pruning if pruning is not None else NoPruning() if quiet else SoftPruning()
-        key = settings.get("input_key", DEFAULT_INPUT_KEY)
+        key = settings.get("input_key", getattr(small, "input_key", DEFAULT_INPUT_KEY))
         asker = ChatAsker.from_labels(
             names,
             chat_model,

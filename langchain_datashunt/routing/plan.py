@@ -15,10 +15,27 @@ import numpy as np
 
 from langchain_datashunt._utils.control_flow import raise_if_control_flow
 from langchain_datashunt.decision import ShuntDecision
-from langchain_datashunt.exceptions import LocalOnlyError, PredictionError
+from langchain_datashunt.exceptions import (
+    BundleError,
+    ConfigurationError,
+    InputError,
+    LocalOnlyError,
+    NotAPredictionError,
+    PartialInputError,
+    PredictionError,
+)
 from langchain_datashunt.large_models.prompt_pruning import Pruning
 from langchain_datashunt.policies.thresholds import Policy
-from langchain_datashunt.prediction import BoolArray, FloatArray, IntArray, Prediction, PredictionBatch, Reason, Route
+from langchain_datashunt.prediction import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Prediction,
+    PredictionBatch,
+    Reason,
+    Route,
+    prediction_from,
+)
 from langchain_datashunt.small_models.scores import Outcome
 
 STAGES: tuple[Route, ...] = ("small", "student")
@@ -26,7 +43,7 @@ STAGES: tuple[Route, ...] = ("small", "student")
 
 @dataclass
 class Plan:
-    """The routes of `n` inputs. An input is deferred until the policy finds a stage's prediction confident.
+    """The routes of `n` inputs. An input is deferred until the policy finds a stage's prediction confident, or refused.
 
     Attributes:
         policy: Name of the policy, for decisions.
@@ -37,7 +54,9 @@ class Plan:
         local: Whether a small model answers, shape `[n]`.
         score: Confidence score, shape `[n]`, or NaN without a prediction.
         limit: Threshold that the score was compared with, shape `[n]`.
-        errors: Errors of the small model, by input.
+        errors: Errors of the first small model, by input.
+        refused: Errors of the inputs that no model answers, because they are no valid input or because the small
+            model cannot work as it is set up.
     """
 
     policy: str
@@ -48,6 +67,7 @@ class Plan:
     limit: FloatArray
     batches: list[PredictionBatch | None] = field(default_factory=list)
     errors: dict[int, Exception] = field(default_factory=dict)
+    refused: dict[int, Exception] = field(default_factory=dict)
 
     @classmethod
     def undecided(cls, n: int, policy: Policy | str) -> Plan:
@@ -70,7 +90,7 @@ class Plan:
     def deferred(self) -> list[int]:
         """Inputs that go to the large model."""
         rows: list[int] = np.flatnonzero(~self.local).tolist()
-        return rows
+        return [i for i in rows if i not in self.refused] if self.refused else rows
 
     @property
     def answered_locally(self) -> list[int]:
@@ -101,6 +121,7 @@ class Plan:
             except PredictionError as error:
                 batch, errors = None, dict.fromkeys(range(len(rows)), error)
         self.batches.append(batch)
+        self.refused.update({rows[i]: error for i, error in errors.items() if is_wiring_error(error)})
         if stage == 0:
             self.errors.update({rows[i]: error for i, error in errors.items()})
         if found is None:
@@ -118,7 +139,19 @@ class Plan:
 
     def count_unconfident(self) -> int:
         """Count inputs without a score at or above the threshold, even if shadow mode or an alarm defers all inputs."""
-        return self.n - int(np.count_nonzero(self.score >= self.limit))
+        return self.n - len(self.refused) - int(np.count_nonzero(self.score >= self.limit))
+
+    def count_answered(self) -> int:
+        """Count inputs that the first small model predicted."""
+        return self.n - len(self.errors.keys() | self.refused.keys())
+
+    def failures(self) -> dict[int, Exception]:
+        """Return the passing errors of inputs that no small model predicted, without those that it cannot read."""
+        return {
+            i: error
+            for i, error in self.errors.items()
+            if self.batch_row[i] < 0 and i not in self.refused and not isinstance(error, PartialInputError)
+        }
 
     def prediction(self, i: int) -> Prediction | None:
         """Return the prediction that the plan keeps for input `i`, or None if the small model failed."""
@@ -132,6 +165,9 @@ class Plan:
 
     def local_answers(self, rows: Sequence[int]) -> list[Any]:
         """Return the small models' answers to `rows`, each of which must have a prediction."""
+        if len(rows) == 1:
+            (prediction,) = self.predictions(rows)
+            return [prediction.label if prediction.answer is None else prediction.answer]
         answers = [None if batch is None else batch.outputs() for batch in self.batches]
         found = []
         for i in rows:
@@ -158,7 +194,7 @@ class Plan:
         elif error is not None:
             route, reason = (stage if fell_back else "large"), "large_error"
         elif prediction is None:
-            reason = "small_error"
+            reason = "unreadable" if isinstance(self.errors.get(i), PartialInputError) else "small_error"
         cause = error or (self.errors.get(i) if prediction is None else None)
         return ShuntDecision(
             route,
@@ -196,29 +232,56 @@ def decide_one(answer: Any, policy: Policy) -> ShuntDecision:
     Args:
         answer: Return value of the small model, or the exception that it raised.
         policy: Decides whether the prediction is confident.
+
+    Raises:
+        Exception: The error of a small model that cannot work as it is set up.
     """
     plan = Plan.undecided(1, policy)
     plan.add_stage(outcome_of([answer]), policy, [0])
+    if plan.refused:
+        raise plan.refused[0]
     return plan.decision(0)
+
+
+_WIRING_ERRORS = (
+    ConfigurationError, InputError, BundleError, NotAPredictionError, TypeError, AttributeError, NameError, KeyError,
+    ImportError, NotImplementedError,
+)  # fmt: skip
+
+
+WIRING_ERRORS = frozenset({kind.__name__ for kind in _WIRING_ERRORS} | {"MissingExtraError", "BundleTruncatedError"})
+"""Names of these errors, for predictions from another process."""
+
+
+def is_wiring_error(error: Exception) -> bool:
+    """Return whether an error shows a mistake in the set-up of a small model, rather than a failure that may pass."""
+    if isinstance(error, PartialInputError):
+        return False
+    cause = error.__cause__ if type(error) is PredictionError else None  # a worker thread wraps what it raises
+    return isinstance(error, _WIRING_ERRORS) or isinstance(cause, _WIRING_ERRORS)
 
 
 def outcome_of(
     answers: Sequence[Any],
-    allowed: frozenset[str] | None = None,
+    labels: Sequence[str] | None = None,
     order: Callable[[Prediction], Prediction] | None = None,
+    *,
+    strict: bool = False,
 ) -> Outcome:
     """Separate the return values of a small model into predictions, in one label order, and errors.
 
     Args:
         answers: Return values for `n` inputs. Exceptions stand for inputs that failed.
-        allowed: Labels of the task. None allows all.
+        labels: Labels of the task, in order, or None if they are not known.
         order: Reorders the labels of a prediction. None keeps the order of the first prediction.
+        strict: Whether a prediction over other labels is an error.
     """
+    allowed = frozenset(labels) if strict and labels is not None else None
     errors: dict[int, Exception] = {}
     good: list[Prediction] = []
     rows: list[int] = []
     for i, answer in enumerate(answers):
-        checked = checked_prediction(answer, allowed)
+        checked = checked_prediction(answer, allowed, labels)
         if isinstance(checked, Prediction) and order is not None:
             checked = order(checked)
         if isinstance(checked, Prediction) and good:
@@ -231,38 +294,45 @@ def outcome_of(
     return Outcome(PredictionBatch.stack(good) if good else None, np.array(rows, dtype=np.intp), errors)
 
 
-def checked_prediction(answer: Any, allowed: frozenset[str] | None = None) -> Prediction | Exception:
+def checked_prediction(
+    answer: Any, allowed: frozenset[str] | None = None, labels: Sequence[str] | None = None
+) -> Prediction | Exception:
     """Return the prediction if it is a distribution over its labels, or else an error.
 
     Args:
-        answer: Return value of the small model, or the exception that it raised.
-        allowed: Labels of the task. None allows all.
+        answer: Return value of the small model, or the exception that it raised. See `prediction_from` for the values
+            that are accepted in place of a `Prediction`.
+        allowed: Labels that a prediction may have. None allows all.
+        labels: Labels of the task, in order, or None if they are not known.
     """
     if isinstance(answer, Exception):
         raise_if_control_flow(answer)
         return answer
     if not isinstance(answer, Prediction):
-        return PredictionError(
-            f"Expected a Prediction from the small model, got {type(answer).__name__}. "
-            f"Return Prediction.from_probabilities({{label: probability, ...}})."
-        )
+        try:
+            answer = prediction_from(answer, labels)
+        except PredictionError as error:
+            return error
+    p = None
     try:
         p = np.asarray(answer.probabilities, dtype=np.float64)
         sound = _holds_together(answer, p)
     except (TypeError, ValueError, AttributeError):
         sound = False
     if not sound:
-        return PredictionError(
+        transient = p is not None and bool(np.isnan(p).any())
+        return (PredictionError if transient else NotAPredictionError)(
             f"The prediction of the small model {answer.model_id or 'without a name'!r} is not a distribution over its "
             f"labels with the matching label and confidence: {_shown(answer)}. "
             f"Make predictions with Prediction.from_probabilities(...)."
         )
     if allowed is not None and not allowed.issuperset(answer.labels):
         strange = sorted(set(answer.labels) - allowed)
-        return PredictionError(
+        return NotAPredictionError(
             f"The small model predicted labels that are not in `labels`: {', '.join(strange[:5])}. Add them there."
         )
-    return answer if p is answer.probabilities else replace(answer, probabilities=p)
+    checked: Prediction = answer if p is answer.probabilities else replace(answer, probabilities=p)
+    return checked
 
 
 def _holds_together(answer: Prediction, p: FloatArray) -> bool:

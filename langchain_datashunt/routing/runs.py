@@ -30,7 +30,8 @@ class Runs:
     """Configs and callback runs of `n` calls.
 
     Without a callback handler no run is created, which keeps large batches cheap. `traced` says whether a handler
-    observes the calls. `shared` is the config of all calls if they differ in nothing, and None otherwise.
+    observes the calls, and `one_config` whether the caller passed one config for all. `shared` is the config of all
+    calls if they differ in nothing, and None otherwise.
 
     Args:
         owner: Runnable that the runs belong to.
@@ -63,6 +64,7 @@ class Runs:
         self._managers: list[Any] = []
         self._one_manager: Any = None
         self._pending: set[int] = set()
+        self.one_config = config is None or isinstance(config, dict)
         self.traced = self._read_configs(config)
 
     def _read_configs(self, config: Any) -> bool:
@@ -72,7 +74,7 @@ class Runs:
           holds their configs too, because only the first call may have that id.
         * One config with a handler, or a list of configs: `each` holds them, and `shared` is None.
         """
-        one_for_all = config is None or isinstance(config, dict)
+        one_for_all = self.one_config
         if one_for_all:
             self.shared = ensure_config(config)
             self._one_manager = self._manager_for(self.shared)

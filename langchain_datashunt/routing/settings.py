@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,23 +19,29 @@ from langchain_datashunt.decision import ShuntResult
 from langchain_datashunt.exceptions import ConfigurationError
 from langchain_datashunt.inputs import DEFAULT_INPUT_KEY, InputReader, ShuntInput, text_reader
 from langchain_datashunt.large_models.caller import LargeCaller
+from langchain_datashunt.large_models.chat_asker import ChatAsker
 from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.prompt_pruning import OPINION_VARIABLES, PRUNING_VARIABLES, Pruning, SoftPruning
 from langchain_datashunt.large_models.retry import Retry
 from langchain_datashunt.policies.budgets import FailSafe, ShadowOf
 from langchain_datashunt.policies.fusion import AnswerFusion
-from langchain_datashunt.policies.thresholds import Policy, Threshold
+from langchain_datashunt.policies.thresholds import Policy, Threshold, as_policy
 from langchain_datashunt.privacy.guard import PrivacyGuard
 from langchain_datashunt.routing.audit import Auditor
+from langchain_datashunt.routing.small_errors import SmallErrors
 
 DEFAULT_THRESHOLD = 0.9
 """The threshold if neither the caller nor the small model's bundle sets one."""
 
 
-def policy_for(small: Runnable[Any, Any], policy: Policy | None = None) -> Policy:
-    """Return `policy` if given, else the small model's own policy, else `Threshold` at its own threshold or 0.9."""
+def policy_for(small: Runnable[Any, Any], policy: Policy | float | None = None) -> Policy:
+    """Return `policy` if given, else the small model's own policy, else `Threshold` at its own threshold or 0.9.
+
+    A number is a `Threshold`.
+    """
     own, chosen = getattr(small, "threshold", None), getattr(small, "policy", None)
-    found = policy or (chosen if isinstance(chosen, Policy) else None)
+    found: Policy | None = as_policy(policy) if policy is not None else None
+    found = found or (chosen if isinstance(chosen, Policy) else None)
     return found or Threshold(own if isinstance(own, float) else DEFAULT_THRESHOLD)
 
 
@@ -55,8 +62,8 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     (S2)."""
 
     policy: Policy | None = None
-    """Decides which predictions are confident. None uses the policy of the small model's bundle, then its threshold,
-    then `Threshold(0.9)`."""
+    """Decides which predictions are confident. A number is a `Threshold`. None uses the policy of the small model's
+    bundle, then its threshold, then `Threshold(0.9)`."""
 
     pruning: Pruning | None = SoftPruning()
     """Prompt variables that the large prompt gets from the small model's probabilities. None passes the caller's
@@ -83,8 +90,23 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     retry: Retry = Retry()
     """How the large call of each deferred input is retried."""
 
+    on_small_error: Literal["large", "raise"] = "large"
+    """Whether an input on which the small model fails is deferred, or raises the error. A small model that cannot work
+    as it is set up, for example because its output is not a prediction, always raises."""
+
+    max_small_errors: int | None = Field(default=100, ge=1)
+    """Inputs in a row on which the small model may fail. Further ones raise `SmallModelError`. None means
+    unlimited."""
+
+    max_input_characters: int | None = Field(default=100_000, ge=1)
+    """Maximum length of an input's text, in characters. Longer ones raise `InputError`. None means unlimited."""
+
+    deduplicate: bool = True
+    """Whether equal deferred inputs of one batch share one large call."""
+
     input_key: str = DEFAULT_INPUT_KEY
-    """Name of the input in the mapping that `large` gets."""
+    """Name of the input in mappings: in those of the caller, and in those that `large` gets. The default is the small
+    model's."""
 
     threshold_id: str = "shunt_threshold"
     """Key of `config["configurable"]` that replaces the threshold for one call."""
@@ -128,6 +150,9 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     _policy_name: str = PrivateAttr()
     _caller: LargeCaller = PrivateAttr()
     _auditor: Auditor | None = PrivateAttr(default=None)
+    _small_errors: SmallErrors = PrivateAttr()
+
+    _number_as_policy = field_validator("policy", mode="before")(as_policy)
 
     @field_validator("small", "large", "student", "small_output", mode="before")
     @classmethod
@@ -141,6 +166,9 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     def model_post_init(self, context: Any, /) -> None:
         """Build the call pipeline from the settings, and check that the parts fit together."""
         super().model_post_init(context)
+        if "input_key" not in self.model_fields_set:  # written past pydantic, so that copies derive it again
+            self.__dict__["input_key"] = getattr(self.small, "input_key", DEFAULT_INPUT_KEY)
+        self._small_errors = SmallErrors(self.on_small_error, self.max_small_errors)
         self._stages = (self.small,) if self.student is None else (self.small, self.student)
         self._policy, self._policy_name = self._build_policy()
         large = self.large
@@ -165,8 +193,20 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
             policy, name = ShadowOf(policy=policy), f"shadow of {name}"
         return policy, name
 
+    def check_call(self, kwargs: Mapping[str, Any]) -> None:
+        """Check the keyword arguments of a call, which go to the large model.
+
+        Raises:
+            ConfigurationError: One of them is a setting of the shunt, which a call cannot change.
+        """
+        if ours := sorted(kwargs.keys() & type(self).model_fields.keys()):
+            raise ConfigurationError(
+                f"{', '.join(ours)}: a setting of {type(self).__name__}, which a call cannot change. Use "
+                f"model_copy(update={{{ours[0]!r}: ...}})."
+            )
+
     def _check(self) -> None:
-        self._policy.check(getattr(self.small, "labels", None))
+        self._policy.check(getattr(self.small, "labels", None) or self.labels)
         for part in self._stages if self.labels else ():
             if strange := sorted(set(getattr(part, "labels", ())) - set(self.labels or ())):
                 raise ConfigurationError(
@@ -245,6 +285,20 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
         except Exception:  # an unreadable bundle: the call of the small model reports that error
             own = None
         return own.model_copy(update={"input_key": self.input_key}) if own else text_reader(self.input_key)
+
+    @cached_property
+    def _reads_anything(self) -> bool:
+        """Whether the small model has no reader of its own, so that it may take inputs of any form."""
+        return getattr(type(self.small), "reader", None) is None and not hasattr(self.small, "reader")
+
+    @cached_property
+    def _keeps_messages(self) -> bool:
+        """Whether the large model gets all parts of a message, such as images, and not its text alone."""
+        if self.pruning is None or isinstance(self.large, ChatAsker):
+            return True
+        prompts = self.large.get_prompts()
+        used = {name for prompt in prompts for name in (*prompt.input_variables, *prompt.optional_variables)}
+        return not prompts or "messages" in used
 
     # Schemas and graph
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,14 +21,20 @@ from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
 from langchain_datashunt._utils.control_flow import raise_first_error, raise_if_control_flow
-from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt.call_log.finished_call import FinishedCall, now, snapped
 from langchain_datashunt.decision import Latency, ShuntDecision, ShuntResult
-from langchain_datashunt.exceptions import ConfigurationError, InputError, LocalOnlyError, UnparsableAnswerError
-from langchain_datashunt.inputs import TextReader
+from langchain_datashunt.exceptions import (
+    ConfigurationError,
+    IncompleteAnswerError,
+    InputError,
+    LocalOnlyError,
+    StreamClosedError,
+    UnparsableAnswerError,
+)
+from langchain_datashunt.inputs import TextReader, other_parts, refusal_of_missing
 from langchain_datashunt.large_models.caller import END
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
-from langchain_datashunt.prediction import FloatArray, Prediction, answer_text
+from langchain_datashunt.prediction import ANSWER_LABELS, FloatArray, Prediction, answer_text
 from langchain_datashunt.privacy.guard import SUBJECT_KEY
 from langchain_datashunt.routing.ask_small import ask_small
 from langchain_datashunt.routing.audit import Auditor
@@ -57,17 +65,19 @@ class ShuntRunnable(ShuntSettings):
     `candidates`, `candidate_probabilities`, `small_label` and `small_confidence`. Its prompt must use at least one
     variable that the pruning strategy fills. With `pruning=None` it gets the caller's input unchanged.
 
-    An input is deferred (reason "small_error") if no small model predicts it. If the large model fails, `retry` decides
-    whether its call is repeated. After the last attempt the shunt raises the error. With `on_large_error="small"` it
-    returns the small model's answer instead (reason "large_error").
+    An input is deferred (reason "small_error") if no small model predicts it, unless the error shows a mistake in the
+    set-up, which is raised. Blank, missing and too long inputs are refused with an `InputError`.
+
+    If the large model fails, `retry` decides whether its call is repeated. After the last attempt the shunt raises the
+    error. With `on_large_error="small"` it returns the small model's answer instead (reason "large_error").
 
     To change the threshold for one call, pass `config={"configurable": {"shunt_threshold": 0.8}}`. Other keyword
     arguments of a call go to the large model.
     """
 
     # How a call runs: `_route` asks the small models (`_decide`), answers the confident inputs (`_answer_locally`) and
-    # asks the large model about the others (`_ask_large`). `invoke` and `batch` perform it whole. `stream` and
-    # `batch_as_completed` perform its parts, because they yield in between.
+    # asks the large model about the others (`_ask_large`). Inputs that are refused get an error instead. `invoke` and
+    # `batch` perform it whole. `stream` and `batch_as_completed` perform its parts, because they yield in between.
     #
     # A method that returns `Steps[T]` is written once for sync and async: a generator of effects, each with a sync and
     # an async form. `yield from` returns its T. `run` and `arun` perform the effects, and `perform_in_runs` also starts
@@ -97,7 +107,7 @@ class ShuntRunnable(ShuntSettings):
         **kwargs: Any,
     ) -> list[Any]:
         """Route `n` inputs with one call of each small model, and one grouped large call for all deferred inputs."""
-        if not inputs:
+        if not (inputs := list(inputs)):
             return []
         runs = Runs(self, inputs, config)
         return raise_first_error(perform_in_runs(runs, self._route(inputs, runs, kwargs)), return_exceptions)
@@ -112,7 +122,7 @@ class ShuntRunnable(ShuntSettings):
         **kwargs: Any,
     ) -> list[Any]:
         """Async version of `batch`."""
-        if not inputs:
+        if not (inputs := list(inputs)):
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
         return raise_first_error(await aperform_in_runs(runs, self._route(inputs, runs, kwargs)), return_exceptions)
@@ -123,28 +133,52 @@ class ShuntRunnable(ShuntSettings):
         local, deferred = routed.plan.answered_locally, routed.plan.deferred
         small_outputs = yield from self._answer_locally(routed, local)
         large_outputs = yield from self._ask_large(routed, deferred)
-        outputs = dict(zip([*local, *deferred], [*small_outputs, *large_outputs], strict=True))
+        outputs: dict[int, Any] = dict(routed.plan.refused)
+        outputs.update(zip([*local, *deferred], [*small_outputs, *large_outputs], strict=True))
         return [outputs[i] for i in range(len(values))]
 
     def _decide(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[RoutedInputs]:
         """Call each small model about the inputs that are still deferred, and return the routed inputs."""
         started = time.perf_counter()
+        self.check_call(kwargs)
         thresholds = self._thresholds_of_calls(runs)
         plan = Plan.undecided(len(values), self._policy_name)
+        plan.refused.update(self._refusals(values))
         for stage, model in enumerate(self._stages):
-            rows = plan.deferred
+            if not (rows := plan.deferred):
+                break
             undecided = values if len(rows) == len(values) else [values[i] for i in rows]
+            if getattr(model, "input_key", self.input_key) != self.input_key:
+                undecided = [self._content(value) for value in undecided]
             outcome = yield from ask_small(
                 model, undecided, rows, f"shunt:{STAGES[stage]}", runs, self.task_labels, strict=self.labels is not None
             )
             plan.add_stage(outcome, self._policy, rows, thresholds)
             if stage == 0 and self.monitor is not None and (batch := plan.batches[0]) is not None:
                 self.monitor.saw(batch.confidence)
-            if plan.local.all():
-                break
-        # A budget adjusts its threshold to the deferral rate. Shadow mode defers everything, so count by the scores.
-        self._policy.observe(plan.count_unconfident() if self.shadow else len(plan.deferred), plan.n)
+        plan.refused.update(self._small_errors.note(plan.failures(), answered=plan.count_answered()))
+        # A budget adjusts its threshold to the deferral rate. Shadow mode and an alarm defer everything, so count by
+        # the scores then.
+        held_back = self.shadow or self.fail_safe == "large"
+        deferred = plan.count_unconfident() if held_back else len(plan.deferred)
+        self._policy.observe(deferred, plan.n - len(plan.refused))
         return RoutedInputs(values, runs, kwargs, plan, time.perf_counter() - started)
+
+    def _content(self, value: Any) -> Any:
+        """Return the input without its mapping, for a small model that would look for it under another key."""
+        return value[self.input_key] if isinstance(value, Mapping) and self.input_key in value else value
+
+    def _refusals(self, values: Sequence[Any]) -> dict[int, InputError]:
+        """Return the errors of values that no model is to answer: blank, missing, of the wrong form, or too long."""
+        reader, limit, found = self._reader, self.max_input_characters, {}
+        for i, value in enumerate(values):
+            if self._reads_anything and type(value) is not str:  # the small model may read values of any form
+                refusal = refusal_of_missing(value, self.input_key)
+            else:
+                refusal = reader.refusal(value, limit)
+            if refusal is not None:
+                found[i] = refusal
+        return found
 
     def _thresholds_of_calls(self, runs: Runs) -> FloatArray | None:
         """Return the thresholds that the configs set, shape `[n]`, NaN for none, or None if no config sets one."""
@@ -154,7 +188,7 @@ class ShuntRunnable(ShuntSettings):
         if all(value is None for value in thresholds):
             return None
         for value in thresholds:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+            number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
             if value is not None and not number:
                 raise ConfigurationError(
                     f"Expected a number for configurable[{self.threshold_id!r}], got {value!r}. Pass one such as 0.9."
@@ -177,7 +211,9 @@ class ShuntRunnable(ShuntSettings):
         ids = {i: runs.record_id(i) for i in rows}
         if self.recorder is not None:
             sampled = [i for i in rows if self.recorder.wants("small")]  # `wants` draws at random, for each input
-            yield from self._record([self._finished(routed, i, plan.decision(i), ids[i], latency) for i in sampled])
+            log = [self._finished(routed, i, plan.decision(i), ids[i], latency) for i in sampled]
+            weight = self.recorder.weight("small")  # 1 / sampling rate
+            yield from self._record([finished._replace(weight=weight) for finished in log])
         if not self.return_decision:
             return outputs
         return [
@@ -201,14 +237,14 @@ class ShuntRunnable(ShuntSettings):
         An audit gets a record of its own, in addition to that of the local answer.
         """
         for i in auditor.chosen(rows):
-            (prediction,) = routed.plan.predictions([i])
-            if self._local_only(prediction) is not None:
+            prediction = routed.plan.prediction(i)
+            if prediction is None or self._local_only(prediction) is not None:
                 continue
             large_input = routed.values[i]
             if self.pruning is not None:
                 blank = self.pruning.without_prediction(self.task_labels or prediction.labels, self.label_descriptions)
                 try:
-                    large_input = {**self._reader.lay_out(large_input), **blank}
+                    large_input = {**self._laid_out(large_input), **blank}
                 except InputError as error:
                     large_input = error
             finished = None
@@ -230,21 +266,50 @@ class ShuntRunnable(ShuntSettings):
         if routed.runs.single:
             answers = [(yield from self._ask_one(calls[0]))]
         else:
-            large_inputs = [call.large_input for call in calls]
-            one_config = all(call.config is calls[0].config for call in calls)
-            config: Any = calls[0].config if one_config else [call.config for call in calls]
+            groups = self._equal_calls(calls)
+            asked = [group[0] for group in groups]
+            large_inputs = [call.large_input for call in asked]
+            one_config = all(call.config is asked[0].config for call in asked)
+            config: Any = asked[0].config if one_config else [call.config for call in asked]
             answers = yield from perform(
                 partial(self._caller.batch, large_inputs, config, routed.kwargs),
                 partial(self._caller.abatch, large_inputs, config, routed.kwargs),
             )
-        return (yield from self._conclude(calls, answers, _latency_since(started, routed)))
+            calls, answers = _shared(groups, answers)
+        outputs = yield from self._conclude(calls, answers, _latency_since(started, routed))
+        by_row = {call.row: output for call, output in zip(calls, outputs, strict=True)}
+        return [by_row[i] for i in rows]
 
-    def _ask_singly(self, routed: RoutedInputs, i: int) -> Steps[Any]:
-        """Return the output of one deferred row of a batch, from a large call of its own."""
-        (call,) = yield from self._prepare_large(routed, [i])
+    def _ask_alone(self, routed: RoutedInputs, rows: list[int]) -> Steps[dict[int, Any]]:
+        """Return the outputs of equal deferred rows of a batch, from one large call of their own."""
+        calls = yield from self._prepare_large(routed, rows)
         started = time.perf_counter()
-        answer = yield from self._ask_one(call)
-        return (yield from self._conclude([call], [answer], _latency_since(started, routed)))[0]
+        answer = yield from self._ask_one(calls[0])
+        calls, answers = _shared([calls], [answer])
+        outputs = yield from self._conclude(calls, answers, _latency_since(started, routed))
+        return dict(zip(rows, outputs, strict=True))
+
+    def _equal_rows(self, routed: RoutedInputs, rows: Sequence[int]) -> list[list[int]]:
+        """Return `rows` in groups of equal inputs, each of which takes one large call.
+
+        Texts and mappings of texts are compared. Calls with a config of their own are never grouped.
+        """
+        if not self.deduplicate or not routed.runs.one_config:
+            return [[i] for i in rows]
+        groups: dict[Any, list[int]] = {}
+        for i in rows:
+            value = routed.values[i]
+            key: Any = i
+            if isinstance(value, str):
+                key = value
+            elif isinstance(value, Mapping) and all(isinstance(one, str) for one in value.values()):
+                key = tuple(sorted(value.items(), key=str))
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
+
+    def _equal_calls(self, calls: Sequence[DeferredCall]) -> list[list[DeferredCall]]:
+        by_row = {call.row: call for call in calls}
+        return [[by_row[i] for i in rows] for rows in self._equal_rows(calls[0].routed, list(by_row))]
 
     def _ask_one(self, call: DeferredCall) -> Steps[Any]:
         """Return the large model's answer, or its error. An error as `large_input` is returned without a call."""
@@ -257,13 +322,14 @@ class ShuntRunnable(ShuntSettings):
         yield from runs.attach_decisions(rows, plan.decision)
         large_inputs = yield from self._reading_inputs(partial(self._large_inputs, routed, rows))
         limit = self._caller.limiter.bound(runs.max_concurrency()) if len(rows) > 1 else None
-        if not self._observed and not runs.traced and runs.shared is not None:
+        watched = self._observed or self.task_labels is not None  # for `_whole`
+        if not watched and not runs.traced and runs.shared is not None:
             # the configs would all be equal, and one config for all is cheaper in large batches
             config = runs.child(0, _LARGE_TAG, max_concurrency=limit)
             return [DeferredCall(routed, i, value, config, None) for i, value in zip(rows, large_inputs, strict=True)]
         calls = []
         for i, value in zip(rows, large_inputs, strict=True):
-            watcher = LargeCallWatcher() if self._observed else None
+            watcher = LargeCallWatcher() if watched else None
             decision = plan.decision(i) if runs.traced else None
             config = runs.child(i, _LARGE_TAG, decision=decision, handler=watcher, max_concurrency=limit)
             calls.append(DeferredCall(routed, i, value, config, watcher))
@@ -281,10 +347,20 @@ class ShuntRunnable(ShuntSettings):
         large_inputs: list[Any] = []
         for value, variables, error in zip(values, prompts, errors, strict=True):
             try:
-                large_inputs.append(error or {**self._reader.lay_out(value), **variables})
+                large_inputs.append(error or {**self._laid_out(value), **variables})
             except InputError as unreadable:
                 large_inputs.append(unreadable)
         return large_inputs
+
+    def _laid_out(self, value: Any) -> dict[str, Any]:
+        """Return the prompt variables of an input, unless the prompt would leave out a part of its message."""
+        laid_out = self._reader.lay_out(value)
+        if not self._keeps_messages and isinstance(self._reader, TextReader) and other_parts(value, self.input_key):
+            raise InputError(
+                "The message has parts other than text, such as an image, which the prompt of `large` would leave out. "
+                "Use MessagesPlaceholder('messages') in the prompt, or ConfidenceRouterChain.from_models."
+            )
+        return laid_out
 
     def _local_only(self, prediction: Prediction | None) -> LocalOnlyError | None:
         """Return the error for an input whose predicted label must stay local, or None if it may be sent."""
@@ -303,54 +379,67 @@ class ShuntRunnable(ShuntSettings):
         """Whether ids, usage and latencies of calls are needed, for results or records."""
         return self.return_decision or self.recorder is not None
 
-    def _conclude(self, calls: list[DeferredCall], answers: Sequence[Any], latency: Latency) -> Steps[list[Any]]:
+    def _conclude(
+        self, calls: list[DeferredCall], answers: Sequence[Any], latency: Latency, *, shown: bool = False
+    ) -> Steps[list[Any]]:
         """Return the outputs of deferred calls, errors among them, and log the calls.
 
         Args:
             calls: The calls.
             answers: Answer of the large model to each, or its error.
             latency: Wall time of both models, in seconds.
+            shown: Whether the caller has seen a part of the answer, so that nothing may replace it.
         """
         outputs, log = [], []
         for call, answer in zip(calls, answers, strict=True):
-            output, finished = yield from self._conclude_one(call, answer, latency)
+            output, finished = yield from self._conclude_one(call, self._whole(call, answer), latency, shown)
             outputs.append(output)
             log += finished
         yield from self._record(log)
         return outputs
 
     def _conclude_one(
-        self, call: DeferredCall, raw_answer: Any, latency: Latency
+        self, call: DeferredCall, large_answer: Any, latency: Latency, shown: bool
     ) -> Steps[tuple[Any, list[FinishedCall]]]:
         """Return the output of a deferred call, and its records for the log."""
-        answer = self._fused(call, raw_answer)
+        answer = self._fused(call, large_answer)
         if isinstance(answer, Exception):
-            answer, decision = yield from self._replaced(call, answer)
+            answer, decision = yield from self._replaced(call, answer, shown)
         elif not self._observed:
             return answer, []
         else:
             decision = call.routed.plan.decision(call.row)
         record_id = call.routed.runs.record_id(call.row)
-        # nothing was sent if the input had to stay local, so no tokens and no cost are unknown
-        watcher = None if decision.reason == "local_only" else call.watcher
+        watcher = call.watcher
+        if decision.reason == "local_only" and watcher is not None and not watcher.usage_metadata:
+            watcher = None  # nothing was sent, so the cost is 0 and not unknown
         log = []
         if self.recorder is not None:
             finished = self._finished(call.routed, call.row, decision, record_id, latency)
-            finished = finished._replace(answer=raw_answer, watcher=watcher)
+            finished = finished._replace(answer=large_answer, watcher=watcher)
             if self.pruning is not None and watcher is not None and isinstance(call.large_input, dict):
                 disclosed = partial(self.pruning.disclosed, call.large_input, self.task_labels)
                 finished = finished._replace(disclosed=disclosed)
             log.append(finished)
         if not self.return_decision or isinstance(answer, Exception):
             return answer, log
-        inner = raw_answer if isinstance(raw_answer, ShuntResult) else None
+        inner = large_answer if isinstance(large_answer, ShuntResult) else None
         result = _result(decision, answer, record_id, latency, watcher, inner)
-        if self.fusion is not None and decision.reason != "large_error":
-            unparsed = raw_answer.raw if isinstance(raw_answer, UnparsableAnswerError) else raw_answer
+        if self.fusion is not None and decision.reason not in ("large_error", "local_only"):
+            unparsed = large_answer.raw if isinstance(large_answer, UnparsableAnswerError) else large_answer
             result = replace(result, large_output=unparsed)
         return result, log
 
-    def _replaced(self, call: DeferredCall, error: Exception) -> Steps[tuple[Any, ShuntDecision]]:
+    def _whole(self, call: DeferredCall, answer: Any) -> Any:
+        """Return the large model's answer, or an error if labels are expected and its message was cut or filtered."""
+        reason = None if call.watcher is None else call.watcher.incomplete
+        label = answer.output if isinstance(answer, ShuntResult) else answer
+        if reason is None or not isinstance(label, str) or self.task_labels in (None, ANSWER_LABELS):
+            return answer
+        assert self.task_labels is not None
+        return IncompleteAnswerError(label, self.task_labels, reason=reason)
+
+    def _replaced(self, call: DeferredCall, error: Exception, shown: bool) -> Steps[tuple[Any, ShuntDecision]]:
         """Return the output that replaces the large model's, or the error if nothing does, and the decision.
 
         The small model's answer replaces it if the settings allow that and there is one. A privacy guard may abstain
@@ -358,9 +447,9 @@ class ShuntRunnable(ShuntSettings):
         """
         plan, i = call.routed.plan, call.row
         # without a guard here, a LocalOnlyError comes from a shunt inside `large`, and `on_large_error` applies
-        guard = self.guard if isinstance(error, LocalOnlyError) else None
-        allowed = self.on_large_error == "small" if guard is None else guard.on_local == "small"
-        if isinstance(error, ConfigurationError):  # parts that do not fit together would be hidden forever
+        local_guard = self.guard if isinstance(error, LocalOnlyError) else None
+        allowed = self.on_large_error == "small" if local_guard is None else local_guard.on_local == "small"
+        if shown or isinstance(error, ConfigurationError):  # parts that do not fit together would be hidden forever
             allowed = False
         output: Any = error
         if allowed and call.prediction is not None:
@@ -368,9 +457,9 @@ class ShuntRunnable(ShuntSettings):
             if isinstance(output, Exception):  # `small_output` failed too: report the error of the large model
                 error.__context__, output = output, error
         decision = plan.decision(i, error, fell_back=output is not error)
-        yield from call.routed.runs.attach_decisions([i], lambda _: decision)
-        if output is error and guard is not None and guard.on_local != "raise":
-            output = guard.abstained(error, decision.prediction)
+        yield from call.routed.runs.attach_decisions([i], lambda _: decision)  # replaces "deferred"
+        if output is error and not shown and local_guard is not None and local_guard.on_local != "raise":
+            output = local_guard.abstained(error, decision.prediction)  # also "small" without a small answer
         return output, decision
 
     def _fused(self, call: DeferredCall, answer: Any) -> Any:
@@ -389,7 +478,7 @@ class ShuntRunnable(ShuntSettings):
     def _finished(
         self, routed: RoutedInputs, i: int, decision: ShuntDecision, record_id: str, latency: Latency
     ) -> FinishedCall:
-        """Return the record of a call that only the small model answered."""
+        """Return the record of a call, without the large model's part."""
         return FinishedCall(
             task=self.recorder.task,
             record_id=record_id,
@@ -423,28 +512,30 @@ class ShuntRunnable(ShuntSettings):
         **kwargs: Any,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (position, output) pairs: local answers first, then the large model's as they arrive."""
-        if not inputs:
+        if not (inputs := list(inputs)):
             return
         runs = Runs(self, inputs, config)
         run(runs.start())
         try:
-            routed = run(self._decide(list(inputs), runs, kwargs))
+            routed = run(self._decide(inputs, runs, kwargs))
             local, deferred = routed.plan.answered_locally, routed.plan.deferred
             limit = self._caller.limiter.bound(runs.max_concurrency())
             with get_executor_for_config(RunnableConfig(max_concurrency=limit)) as executor:
-                waiting: dict[Future[Any], int] = {
-                    executor.submit(lambda i=i: run(self._ask_singly(routed, i))): i  # type: ignore[misc]
-                    for i in deferred
+                waiting: set[Future[dict[int, Any]]] = {
+                    executor.submit(lambda rows=rows: run(self._ask_alone(routed, rows)))  # type: ignore[misc]
+                    for rows in self._equal_rows(routed, deferred)
                 }
                 try:
-                    for i, output in zip(local, run(self._answer_locally(routed, local)), strict=True):
+                    local_outputs = zip(local, run(self._answer_locally(routed, local)), strict=True)
+                    for i, output in (*routed.plan.refused.items(), *local_outputs):
                         run(runs.end({i: output}))
                         yield i, _raise_or_return(output, return_exceptions)
                     while waiting:
                         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                            i, output = waiting.pop(future), future.result()
-                            run(runs.end({i: output}))
-                            yield i, _raise_or_return(output, return_exceptions)
+                            waiting.discard(future)
+                            for i, output in future.result().items():
+                                run(runs.end({i: output}))
+                                yield i, _raise_or_return(output, return_exceptions)
                 finally:
                     for future in waiting:
                         future.cancel()
@@ -462,30 +553,32 @@ class ShuntRunnable(ShuntSettings):
         **kwargs: Any,
     ) -> AsyncIterator[tuple[int, Any]]:
         """Async version of `batch_as_completed`."""
-        if not inputs:
+        if not (inputs := list(inputs)):
             return
         runs = Runs(self, inputs, config, asynchronous=True)
-        waiting: dict[asyncio.Task[Any], int] = {}
+        waiting: set[asyncio.Task[dict[int, Any]]] = set()
         await arun(runs.start())
         try:
-            routed = await arun(self._decide(list(inputs), runs, kwargs))
+            routed = await arun(self._decide(inputs, runs, kwargs))
             local, deferred = routed.plan.answered_locally, routed.plan.deferred
             places = asyncio.Semaphore(self._caller.limiter.bound(runs.max_concurrency()) or max(1, len(deferred)))
 
-            async def ask(i: int) -> Any:
+            async def ask(rows: list[int]) -> dict[int, Any]:
                 async with places:
-                    return await arun(self._ask_singly(routed, i))
+                    return await arun(self._ask_alone(routed, rows))
 
-            waiting.update({asyncio.ensure_future(ask(i)): i for i in deferred})
-            for i, output in zip(local, await arun(self._answer_locally(routed, local)), strict=True):
+            waiting.update(asyncio.ensure_future(ask(rows)) for rows in self._equal_rows(routed, deferred))
+            local_outputs = zip(local, await arun(self._answer_locally(routed, local)), strict=True)
+            for i, output in (*routed.plan.refused.items(), *local_outputs):
                 await arun(runs.end({i: output}))
                 yield i, _raise_or_return(output, return_exceptions)
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=FIRST_COMPLETED)
                 for task in done:
-                    i, output = waiting.pop(task), task.result()
-                    await arun(runs.end({i: output}))
-                    yield i, _raise_or_return(output, return_exceptions)
+                    waiting.discard(task)
+                    for i, output in task.result().items():
+                        await arun(runs.end({i: output}))
+                        yield i, _raise_or_return(output, return_exceptions)
         except BaseException as error:
             for task in waiting:
                 task.cancel()
@@ -505,6 +598,8 @@ class ShuntRunnable(ShuntSettings):
         run(runs.start())
         try:
             routed = run(self._decide([input], runs, kwargs))
+            if routed.plan.refused:
+                raise routed.plan.refused[0]
             if routed.plan.local[0]:
                 yield total.add(_raise_or_return(run(self._answer_locally(routed, [0]))[0]))
             elif self.fusion is not None:
@@ -514,6 +609,9 @@ class ShuntRunnable(ShuntSettings):
                 with closing(self._stream_large(call)) as chunks:
                     for chunk in chunks:
                         yield total.add(chunk)
+        except GeneratorExit:  # the caller has read enough
+            run(runs.end({0: total.value}))
+            raise
         except BaseException as error:
             run(runs.fail_rest(error))
             raise
@@ -521,7 +619,7 @@ class ShuntRunnable(ShuntSettings):
 
     def _stream_large(self, call: DeferredCall) -> Generator[Any]:
         """Yield the large model's chunks. Retries and fallbacks are possible only before the first chunk."""
-        started, answer = time.perf_counter(), _Total()
+        started, answer, shown = time.perf_counter(), _Total(), False
         failure: Exception | None = None
         with ExitStack() as held:
             try:
@@ -532,13 +630,22 @@ class ShuntRunnable(ShuntSettings):
                 failure = error
             else:
                 with closing(chunks):
-                    if first is not END:
-                        yield self._chunk(answer.add(first), call)
+                    try:
+                        if first is not END:
+                            shown = True
+                            yield self._chunk(answer.add(first), call)
                         for chunk in chunks:
                             yield self._chunk(answer.add(chunk), call)
+                    except Exception as error:
+                        raise_if_control_flow(error)
+                        failure = error
+                    except GeneratorExit:
+                        closed, latency = StreamClosedError(), _latency_since(started, call.routed)
+                        run(self._conclude([call], [closed], latency, shown=True))
+                        raise
         latency = _latency_since(started, call.routed)
-        (last,) = run(self._conclude([call], [failure or answer.value], latency))
-        if failure is not None:
+        (last,) = run(self._conclude([call], [failure or answer.value], latency, shown=shown))
+        if failure is not None or isinstance(last, Exception):
             yield _raise_or_return(last)
         elif isinstance(last, ShuntResult):  # the chunks had the output, and this one adds the id, usage and cost
             yield replace(last, output=None, inner=None)
@@ -550,6 +657,8 @@ class ShuntRunnable(ShuntSettings):
         await arun(runs.start())
         try:
             routed = await arun(self._decide([input], runs, kwargs))
+            if routed.plan.refused:
+                raise routed.plan.refused[0]
             if routed.plan.local[0]:
                 yield total.add(_raise_or_return((await arun(self._answer_locally(routed, [0])))[0]))
             elif self.fusion is not None:
@@ -559,6 +668,9 @@ class ShuntRunnable(ShuntSettings):
                 async with aclosing(self._astream_large(call)) as chunks:
                     async for chunk in chunks:
                         yield total.add(chunk)
+        except GeneratorExit:  # the caller has read enough
+            await arun(runs.end({0: total.value}))
+            raise
         except BaseException as error:
             await arun(runs.fail_rest(error))
             raise
@@ -566,7 +678,7 @@ class ShuntRunnable(ShuntSettings):
 
     async def _astream_large(self, call: DeferredCall) -> AsyncGenerator[Any]:
         """Async version of `_stream_large`."""
-        started, answer = time.perf_counter(), _Total()
+        started, answer, shown = time.perf_counter(), _Total(), False
         failure: Exception | None = None
         async with AsyncExitStack() as held:
             try:
@@ -577,13 +689,22 @@ class ShuntRunnable(ShuntSettings):
                 failure = error
             else:
                 async with aclosing(chunks):
-                    if first is not END:
-                        yield self._chunk(answer.add(first), call)
+                    try:
+                        if first is not END:
+                            shown = True
+                            yield self._chunk(answer.add(first), call)
                         async for chunk in chunks:
                             yield self._chunk(answer.add(chunk), call)
+                    except Exception as error:
+                        raise_if_control_flow(error)
+                        failure = error
+                    except GeneratorExit:
+                        closed, latency = StreamClosedError(), _latency_since(started, call.routed)
+                        await arun(self._conclude([call], [closed], latency, shown=True))
+                        raise
         latency = _latency_since(started, call.routed)
-        (last,) = await arun(self._conclude([call], [failure or answer.value], latency))
-        if failure is not None:
+        (last,) = await arun(self._conclude([call], [failure or answer.value], latency, shown=shown))
+        if failure is not None or isinstance(last, Exception):
             yield _raise_or_return(last)
         elif isinstance(last, ShuntResult):
             yield replace(last, output=None, inner=None)
@@ -615,6 +736,27 @@ class _Total:
             except TypeError:
                 self.value, self._addable = chunk, False
         return chunk
+
+
+def _shared(groups: Sequence[list[DeferredCall]], answers: Sequence[Any]) -> tuple[list[DeferredCall], list[Any]]:
+    """Return the calls of all groups with the answer of their group, whose cost belongs to the first call."""
+    calls: list[DeferredCall] = []
+    given: list[Any] = []
+    for (first, *others), answer in zip(groups, answers, strict=True):
+        calls.append(first)
+        given.append(answer)
+        for call in others:
+            watcher = None if first.watcher is None else first.watcher.repeated()
+            calls.append(replace(call, watcher=watcher))
+            given.append(_copied(answer))
+    return calls, given
+
+
+def _copied(answer: Any) -> Any:
+    try:
+        return answer if isinstance(answer, (str, Exception)) else copy.deepcopy(answer)
+    except Exception:  # an answer that holds a lock, for example
+        return answer
 
 
 def _latency_since(started: float, routed: RoutedInputs) -> Latency:
@@ -650,7 +792,7 @@ def _result(
     usage = {} if watcher is None else dict(watcher.usage_metadata)
     cost: float | None = 0.0
     if watcher is not None:
-        cost = cost_usd(usage) if usage else (None if inner is None else inner.cost_usd)
+        cost = watcher.cost_usd if usage or inner is None else inner.cost_usd
     return ShuntResult(
         output.output if isinstance(output, ShuntResult) else output, decision, usage, cost, latency, record_id, inner
     )

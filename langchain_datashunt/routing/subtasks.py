@@ -20,7 +20,6 @@ from pydantic_core import to_jsonable_python
 from typing_extensions import override
 
 from langchain_datashunt._utils.control_flow import raise_first_error
-from langchain_datashunt._utils.pricing import cost_usd
 from langchain_datashunt._utils.settings import Frozen
 from langchain_datashunt._utils.short_repr import short_repr
 from langchain_datashunt.call_log.finished_call import FinishedCall, now, snapped
@@ -135,6 +134,9 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
     retry: Retry = Retry()
     """How the large call of each input is retried."""
 
+    max_input_characters: int | None = Field(default=100_000, ge=1)
+    """Maximum length of an input's text, in characters. Longer ones raise `InputError`. None means unlimited."""
+
     input_key: str = DEFAULT_INPUT_KEY
     """Name of the input in the mapping that `large` gets."""
 
@@ -230,7 +232,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         **kwargs: Any,
     ) -> list[Any]:
         """Answer `n` inputs with one call of each small model, and one grouped large call for all open sub-tasks."""
-        if not inputs:
+        if not (inputs := list(inputs)):
             return []
         runs = Runs(self, inputs, config)
         outputs = perform_in_runs(runs, self._route(inputs, runs, kwargs))
@@ -246,7 +248,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         **kwargs: Any,
     ) -> list[Any]:
         """Async version of `batch`."""
-        if not inputs:
+        if not (inputs := list(inputs)):
             return []
         runs = Runs(self, inputs, config, asynchronous=True)
         outputs = await aperform_in_runs(runs, self._route(inputs, runs, kwargs))
@@ -263,7 +265,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         try:
             routed = run(self._decide([input], runs, kwargs))
             (work,) = routed.works
-            if work.known and work.open and not self.return_decision:
+            if work.known and work.open and work.refused is None and not self.return_decision:
                 yield AddableDict(work.known)
             (output,) = raise_first_error(run(self._answer(routed)), False)
             yield self._rest(output, work)
@@ -280,7 +282,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         try:
             routed = await arun(self._decide([input], runs, kwargs))
             (work,) = routed.works
-            if work.known and work.open and not self.return_decision:
+            if work.known and work.open and work.refused is None and not self.return_decision:
                 yield AddableDict(work.known)
             (output,) = raise_first_error(await arun(self._answer(routed)), False)
             yield self._rest(output, work)
@@ -307,17 +309,28 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         """Call each small model once for all inputs."""
         started = time.perf_counter()
         plans: dict[str, Plan] = {}
+        refused: dict[int, Exception] = {}
+        for i, value in enumerate(values):
+            if (refusal := self.reader.refusal(value, self.max_input_characters)) is not None:
+                refused[i] = refusal
         for subtask in self.subtasks:
             if subtask.small is None:
                 continue
             policy = policy_for(subtask.small, subtask.policy)
-            plan, rows = Plan.undecided(len(values), policy), list(range(len(values)))
+            plan = Plan.undecided(len(values), policy)
+            plan.refused.update(refused)
+            if not (rows := plan.deferred):
+                break
+            given = [values[i] for i in rows]
             tag, strict = f"shunt:small:{subtask.name}", subtask.labels is not None
-            outcome = yield from ask_small(subtask.small, values, rows, tag, runs, subtask.labels, strict=strict)
+            outcome = yield from ask_small(subtask.small, given, rows, tag, runs, subtask.labels, strict=strict)
             plan.add_stage(outcome, policy, rows)
+            refused.update(plan.refused)
             policy.observe(len(plan.deferred), plan.n)
             plans[subtask.name] = plan
         works = [self._work(i, plans) for i in range(len(values))]
+        for i, error in refused.items():
+            works[i].refused = error
         return RoutedSubtasks(values, runs, kwargs, plans, works, time.perf_counter() - started)
 
     def _work(self, i: int, plans: Mapping[str, Plan]) -> SubtaskWork:
@@ -340,7 +353,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
 
     def _answer(self, routed: RoutedSubtasks) -> Steps[list[Any]]:
         """Call the large model for the open sub-tasks, and return the outputs of all inputs, errors among them."""
-        rows = [i for i, work in enumerate(routed.works) if work.open]
+        rows = [i for i, work in enumerate(routed.works) if work.open and work.refused is None]
         started = time.perf_counter()
         if rows:
             yield from self._ask_large(routed, rows)
@@ -353,8 +366,9 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             outputs.append(output)
             decisions.append(decided)
             log += records
+        accepted = [i for i, work in enumerate(routed.works) if work.refused is None]
         for subtask in self.subtasks:
-            yield from routed.runs.send_decisions(range(len(decisions)), partial(announced, decisions, subtask.name))
+            yield from routed.runs.send_decisions(accepted, partial(announced, decisions, subtask.name))
         if log:
             if not all(isinstance(call.reader, TextReader) for call in log):
                 log = yield from perform(partial(snapped, log), partial(run_in_executor, None, snapped, log))
@@ -386,7 +400,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         for i, answer in zip(rows, answers, strict=True):
             work = routed.works[i]
             work.answer = checked_answers(answer, work.open)
-            if isinstance(work.answer, LocalOnlyError):  # nothing was sent, so there is no usage to record
+            if isinstance(work.answer, LocalOnlyError):  # nothing was sent, so nothing was used
                 work.watcher = None
 
     def _conclude(
@@ -394,6 +408,8 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
     ) -> tuple[Any, dict[str, ShuntDecision], list[FinishedCall]]:
         """Return the output of one input, the decision about each sub-task, and the records for the log."""
         work = routed.works[i]
+        if work.refused is not None:
+            return work.refused, {}, []
         failed = work.answer if isinstance(work.answer, Exception) else None
         guard = self.guard if isinstance(failed, LocalOnlyError) else None
         falls_back = self.on_large_error == "small" if guard is None else guard.on_local != "raise"
@@ -416,7 +432,9 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             known = subtask.name in work.known
             if self.recorder is not None and (not known or self.recorder.wants("small")):
                 finished = self._finished(routed, i, subtask, decisions[subtask.name], ids[subtask.name], latency)
-                if not known:
+                if known:
+                    finished = finished._replace(weight=self.recorder.weight("small"))
+                else:
                     raw_answer = failed or outputs[subtask.name]
                     watcher = watcher_of(work, subtask, raw_answer)
                     finished = finished._replace(answer=raw_answer, watcher=watcher)
@@ -426,7 +444,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         if not self.return_decision:
             return outputs, decisions, log
         usage = {} if work.watcher is None else dict(work.watcher.usage_metadata)
-        cost = (cost_usd(usage) if usage else None) if work.watcher is not None else 0.0
+        cost = 0.0 if work.watcher is None else work.watcher.cost_usd
         return SubtaskResult(outputs, decisions, usage, cost, latency, record_id, ids), decisions, log
 
     def _finished(
@@ -502,12 +520,15 @@ class SubtaskWork:
         open: Sub-tasks that are deferred to the large model.
         answer: Answers of the large model by sub-task, or its error.
         watcher: Records usage and text of the large call, or None if neither a result nor a log needs them.
+        refused: Error if no model answers the input, because the input is not valid or a small model cannot work as it is
+            set up.
     """
 
     known: dict[str, Any]
     open: OpenQuestions
     answer: Any = None
     watcher: LargeCallWatcher | None = None
+    refused: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,7 +564,7 @@ def watcher_of(work: SubtaskWork, subtask: Subtask, raw_answer: Any) -> LargeCal
     watcher.model = work.watcher.model
     watcher.text = work.watcher.text if isinstance(raw_answer, Exception) else str(raw_answer)
     if subtask.name == work.open[0].subtask.name:
-        watcher.usage_metadata = work.watcher.usage_metadata
+        watcher.usage_metadata, watcher.cost_usd = work.watcher.usage_metadata, work.watcher.cost_usd
     return watcher
 
 

@@ -19,6 +19,7 @@ from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.fork import Mutex
 from langchain_datashunt.exceptions import (
     ConfigurationError,
+    NotAPredictionError,
     PredictionError,
     ShuntError,
     TruncationWarning,
@@ -206,7 +207,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
             scores = self.predict_scores(new)
             logits = np.asarray(scores.logits)
             if logits.ndim != 2 or len(logits) != len(new):
-                raise PredictionError(self._misshapen(logits, len(new)))
+                raise NotAPredictionError(self._misshapen(logits, len(new)))
             cut = np.zeros(len(new), dtype=np.bool_) if scores.truncated is None else scores.truncated
             seen, generated, tokens = scores.features, scores.answers, scores.token_logprobs
             return [
@@ -249,7 +250,7 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
     def _finish(self, scores: Scores, n: int) -> PredictionBatch:
         logits = np.asarray(scores.logits, dtype=np.float64)
         if logits.shape != (n, len(self.labels)):
-            raise PredictionError(self._misshapen(logits, n))
+            raise NotAPredictionError(self._misshapen(logits, n))
         if scores.truncated is not None and np.count_nonzero(scores.truncated):
             warnings.warn(
                 f"{int(scores.truncated.sum())} of {n} inputs were truncated to the maximum length of "

@@ -316,8 +316,13 @@ def test_tool_middleware_content_blocks_are_preserved(server: ScriptedServer) ->
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     agent.invoke({"messages": [HumanMessage([{"type": "text", "text": "surely refund"}, picture])]})
     content = server.bodies[0]["messages"][0]["content"]
+    assert [part["text"][:9] for part in content] == ["Long.", "Longer."], "the classifier has not seen the image"
+    assert middleware.stats.direct_calls == 0
+    hinting = ShuntToolRouterMiddleware(WordModel(), mode="soft", keep=1)
+    agent = create_agent(chat(server), [TOOLS[1]], middleware=[hinting], system_prompt=system)
+    agent.invoke({"messages": [HumanMessage("surely refund")]})
+    content = server.bodies[-1]["messages"][0]["content"]
     assert [part["text"][:9] for part in content] == ["Long.", "Longer.", "A small c"]
-    assert middleware.stats.direct_calls == 0, "the classifier has not seen the image"
 
 
 # Model routing in an agent

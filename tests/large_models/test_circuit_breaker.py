@@ -268,7 +268,7 @@ async def test_circuit_breaker_half_open_batch_makes_one_probe(down: bool, way: 
         chain.invoke("refund")
     clock.now += 10.1
     large.calls, large.error = 0, HttpError(503) if down else None
-    inputs = ["refund"] * 20
+    inputs = [f"refund {i}" for i in range(20)]
     if way == "batch":
         found = chain.batch(inputs, return_exceptions=True)
     else:

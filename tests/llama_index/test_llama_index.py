@@ -104,7 +104,7 @@ def test_shunt_llm_function_calling_large_returns_function_calling_llm() -> None
     plain = ShuntLLM(small=WordModel(), large=MockLLM())
     assert not isinstance(plain, FunctionCallingLLM)
     assert plain.class_name() == "ShuntLLM"
-    for wrong in ({"policy": 0.9}, {"pruning": "soft"}):
+    for wrong in ({"policy": "sure"}, {"pruning": "soft"}):
         with pytest.raises(ConfigurationError, match="Expected a P"):
             ShuntLLM(small=WordModel(), large=MockLLM(), **wrong)
 

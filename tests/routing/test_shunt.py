@@ -26,7 +26,7 @@ from langchain_datashunt import (
     Threshold,
     TopHint,
 )
-from langchain_datashunt.exceptions import ConfigurationError, InputError, ThresholdWarning
+from langchain_datashunt.exceptions import ConfigurationError, InputError, NotAPredictionError, ThresholdWarning
 from langchain_datashunt.small_models import Scores
 from tests.support.models import LABELS, CountingLarge, HttpError, WordModel, failing_word_model, predict_words
 
@@ -108,13 +108,6 @@ async def test_shunt_small_error_defers(way: str) -> None:
     assert (result.output, result.route, result.reason) == ("L:surely refund", "large", "small_error")
     assert result.prediction is None
     assert "out of memory" in result.decision.error
-
-
-@pytest.mark.parametrize("way", EVERY_WAY)
-@pytest.mark.parametrize("small", [lambda text: "refund", lambda text: Prediction("a", 1.0, None, ("a",))])  # type: ignore[arg-type]
-async def test_shunt_small_output_without_prediction_defers(way: str, small: Any) -> None:
-    result = await call(make(small=small, return_decision=True), way, "x")
-    assert (result.reason, result.output) == ("small_error", "L:x")
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
@@ -389,10 +382,11 @@ def test_shunt_call_inside_open_stream_does_not_deadlock() -> None:
         Prediction("a", 0.99, np.array(["x", "y"]), ("a", "b")),  # type: ignore[arg-type]
     ],
 )
-def test_shunt_inconsistent_prediction_defers(prediction: Prediction) -> None:
+def test_shunt_inconsistent_prediction_raises(prediction: Prediction) -> None:
     shunt = make(small=lambda _: prediction, return_decision=True)
-    assert shunt.invoke("x").reason == "small_error"
-    assert [r.reason for r in shunt.batch(["x", "y"])] == ["small_error"] * 2
+    with pytest.raises(NotAPredictionError, match="is not a distribution"):
+        shunt.invoke("x")
+    assert {type(one) for one in shunt.batch(["x", "y"], return_exceptions=True)} == {NotAPredictionError}
 
 
 def test_shunt_accepts_list_of_probabilities() -> None:
@@ -400,14 +394,14 @@ def test_shunt_accepts_list_of_probabilities() -> None:
     assert shunt.invoke("x") == "a"
 
 
-def test_shunt_label_outside_task_raises_or_defers() -> None:
+def test_shunt_label_outside_task_raises() -> None:
     with pytest.raises(ConfigurationError, match="not in `labels`: status"):
         make(labels=("cancel", "refund"))
     with pytest.raises(ConfigurationError, match="not in `labels`"):
-        make(small=predict_words, labels=("cancel",), student=WordModel())
-    shunt = make(small=lambda _: Prediction.from_probabilities({"zzz": 1.0}), labels=("a",), return_decision=True)
-    assert shunt.invoke("x").reason == "small_error"
-    assert "not in `labels`: zzz" in shunt.batch(["x", "y"])[0].decision.error
+        make(small=predict_words, labels=("cancel", "refund"), student=WordModel())
+    shunt = make(small=lambda _: Prediction.from_probabilities({"zzz": 1.0}), labels=("a", "b"), return_decision=True)
+    with pytest.raises(NotAPredictionError, match="not in `labels`: zzz"):
+        shunt.batch(["x", "y"])
 
 
 def test_shunt_model_copy_applies_settings_and_validates() -> None:
@@ -541,6 +535,9 @@ class Records:
 
     def wants(self, route: str) -> bool:
         return True
+
+    def weight(self, route: str) -> float:
+        return 1.0
 
     def record(self, calls: Any) -> None:
         self.records += calls if self.late else [finished() for finished in calls]
