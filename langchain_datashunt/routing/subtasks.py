@@ -520,8 +520,8 @@ class SubtaskWork:
         open: Sub-tasks that are deferred to the large model.
         answer: Answers of the large model by sub-task, or its error.
         watcher: Records usage and text of the large call, or None if neither a result nor a log needs them.
-        refused: Error if no model answers the input, because the input is not valid or a small model cannot work as it is
-            set up.
+        refused: Error if no model answers the input, because it is not valid or a small model cannot work as it is set
+            up.
     """
 
     known: dict[str, Any]
