@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import httpx
 import pytest
 from langchain.agents import create_agent
-from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.tools import BaseTool, StructuredTool, tool
 from langgraph.prebuilt import InjectedState
@@ -394,3 +394,30 @@ async def test_tool_router_batch_passes_config_to_classifier() -> None:
     await router.abatch(["a cancel", "a refund"], given)
     assert seen == [("t1", True)] * 4
     assert len(config.started) == 8, "each ranking has a child run"
+
+
+# Conversations that other middleware has changed
+
+
+def test_tool_middleware_summary_is_no_question_and_used_tools_stay(server: ScriptedServer) -> None:
+    """`SummarizationMiddleware` replaces old messages by a human message that nobody wrote."""
+    summary = HumanMessage("Here is a summary: surely refund", additional_kwargs={"lc_source": "summarization"})
+    called = AIMessage("", tool_calls=[{"name": "status", "args": {"text": "x"}, "id": "1"}])
+    middleware = ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1)
+    agent = create_agent(chat(server), TOOLS, middleware=[middleware])
+    agent.invoke({"messages": [HumanMessage("surely cancel"), called, ToolMessage("done", tool_call_id="1"), summary]})
+    assert set(offered(server.bodies[0])) == {"cancel", "status", "search"}, (
+        "the question, the tool in use, the unknown"
+    )
+    agent.invoke({"messages": [summary]})
+    assert len(offered(server.bodies[-1])) == len(TOOLS), "without a question all tools are offered"
+
+
+def test_tool_middleware_small_model_that_cannot_work_raises(server: ScriptedServer) -> None:
+    agent = create_agent(chat(server), TOOLS, middleware=[ShuntToolRouterMiddleware(WordModel(), mode="hard", keep=1)])
+    broken = ShuntToolRouterMiddleware(
+        failing_word_model(AttributeError("no such method")), mode="hard", keep=1
+    )  # fmt: skip
+    agent = create_agent(chat(server), TOOLS, middleware=[broken])
+    with pytest.raises(AttributeError, match="no such method"):
+        agent.invoke({"messages": [HumanMessage("surely cancel")]})
