@@ -224,7 +224,7 @@ class ShuntChatSettings(Frozen, BaseChatModel):
 
     def _caller_of(self, large: Runnable[Any, Any]) -> LargeCaller:
         """Return a caller of the large model for turns that skip the small side, behind the same guard."""
-        gated = large if self.guard is None else self.guard.around(large)
+        gated = large if self.guard is None else self.guard.around(large, self.small)
         return LargeCaller(gated, self.retry, self._limiter, self.breaker, self.max_pending)
 
     def _shunt_over(self, sides: BoundSides, *, name: str, raw: bool = False) -> ShuntRunnable:

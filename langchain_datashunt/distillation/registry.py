@@ -60,6 +60,10 @@ class ModelVersion(BaseModel):
     created: float = Field(default_factory=time.time)
 
 
+_LOCK_SECONDS = 60.0
+"""Seconds to wait for another process that changes the same registry."""
+
+
 class ModelRegistry:
     """Registry of the versions of one small model.
 
@@ -271,8 +275,19 @@ class ModelRegistry:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the writer lock, which excludes other threads and processes and is released if the process dies."""
-        with require("filelock", "store").FileLock(self.folder / ".lock"):
+        filelock = require("filelock", "store")
+        lock = filelock.FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise RegistryError(
+                f"Another process has held the lock of {self.folder} for {_LOCK_SECONDS:g} s. It may be stopped. End "
+                f"it, and try again."
+            ) from error
+        try:
             yield
+        finally:
+            lock.release()
 
 
 class RegistryModel(SmallModel):

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
@@ -130,6 +130,8 @@ class PeriodBudget(Configured):
     clock: Callable[[], float] = Field(default=time.time, exclude=True, repr=False)
     """Clock that returns seconds since 1970 UTC."""
 
+    _period: int = PrivateAttr(default=0)
+
     def model_post_init(self, context: Any, /) -> None:
         """Check that the ledger is usable and that at least one limit is set."""
         super().model_post_init(context)
@@ -155,7 +157,9 @@ class PeriodBudget(Configured):
         """
         all_amounts = {**amounts, **({} if person is None else {f"subject_{name}": n for name, n in amounts.items()})}
         wanted = {bound: amount for bound, amount in all_amounts.items() if getattr(self, bound, None) is not None}
-        period, names = int(self.clock() // self.period_seconds), dict[str, str]()
+        names = dict[str, str]()
+        # a clock that is set back must not open a period again whose amounts are spent
+        period = self._period = max(self._period, int(self.clock() // self.period_seconds))
         for bound in wanted:
             whose = f":{person.hex()}" if person is not None and bound.startswith("subject") else ""
             names[f"spent:{self.name}:{period}:{bound}{whose}"] = bound

@@ -6,9 +6,11 @@ it through `PresidioDetector`.
 
 from __future__ import annotations
 
+import html
 import ipaddress
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -119,8 +121,64 @@ def find_entities(text: str, detectors: Sequence[Detector]) -> list[Entity]:
 
 
 def all_entities(text: str, detectors: Sequence[Detector]) -> list[Entity]:
-    """Return the entities of all detectors, including overlapping ones."""
-    return [entity for detector in detectors for entity in detector.find(text) if entity.end > entity.start]
+    """Return the entities of all detectors, including overlapping ones.
+
+    Unusual spellings are found too: the detectors also read the text in a plain form (see `plain_form`).
+    """
+    found = [entity for detector in detectors for entity in detector.find(text) if entity.end > entity.start]
+    plain, places = plain_form(text)
+    if plain != text:
+        more = [entity for detector in detectors for entity in detector.find(plain) if entity.end > entity.start]
+        found += [Entity(kind, places[start][0], places[end - 1][1]) for kind, start, end in more]
+    return found
+
+
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z]{2,8});|\\u[0-9A-Fa-f]{4}")
+_SPELLED = re.compile(r"\s?[\[({]\s?(at|dot)\s?[\])}]\s?", re.IGNORECASE)
+
+
+def plain_form(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text in a plain form, and the span of the original text that each of its characters comes from.
+
+    Compatibility characters such as no-break spaces and full-width digits become usual ones (NFKC), dashes become
+    hyphens, invisible characters are left out, escapes of URLs, HTML and JSON are decoded, and "(at)" and "[dot]"
+    become "@" and ".".
+    """
+    if text.isascii() and not any(mark in text for mark in "%&\\[({"):
+        return text, []
+    pieces: list[str] = []
+    places: list[tuple[int, int]] = []
+    at = 0
+    while at < len(text):
+        end, made = at + 1, text[at]
+        if made in "%&\\" and (escape := _ESCAPE.match(text, at)) is not None:
+            end, made = escape.end(), _decoded(escape.group())
+        elif made in "[({ " and (spelled := _SPELLED.match(text, at)) is not None:
+            end, made = spelled.end(), "@" if spelled.group(1).lower() == "at" else "."
+        if not made.isascii():
+            made = "".join(_plain_character(one) for one in unicodedata.normalize("NFKC", made))
+        pieces.append(made)
+        places += [(at, end)] * len(made)
+        at = end
+    return "".join(pieces), places
+
+
+def _decoded(escape: str) -> str:
+    if escape.startswith("&"):
+        return html.unescape(escape)
+    code = int(escape[1:] if escape.startswith("%") else escape[2:], 16)
+    return chr(code) if code < 0x80 or escape.startswith("\\") else escape
+
+
+def _plain_character(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Pd" or character == "\u2212":
+        return "-"
+    if category == "Cf" or character == "\u034f":
+        return ""
+    if category == "Nd":
+        return str(unicodedata.digit(character))
+    return " " if category == "Zs" else character
 
 
 def without_overlaps(found: Sequence[Entity]) -> list[tuple[Entity, list[Entity]]]:
@@ -301,10 +359,15 @@ PHONE = _pattern(
     _phone,
 )
 CARD = _pattern("CARD", _NUMBER + r"\d(?:[ -]?\d){12,18}" + _NUMBER_END, luhn)
-IBAN = _pattern("IBAN", r"(?<!\w)[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){11,30}(?![A-Za-z0-9])", iban)
+_IBAN_FORMS = "|".join(
+    rf"(?:{'|'.join(code for code, its in _IBAN_LENGTHS.items() if its == n)})\d\d(?:[ -]?[A-Z0-9]){{{n - 4}}}"
+    for n in sorted(set(_IBAN_LENGTHS.values()))
+)
+IBAN = _pattern("IBAN", rf"(?<!\w)(?:{_IBAN_FORMS})(?![A-Z0-9])", iban, re.IGNORECASE)
 IP = _pattern(
     "IP",
-    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?:[0-9A-Fa-f]{0,4}:){2,7}(?:[0-9A-Fa-f]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?)(?![\w:]|\.\d)",
+    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?=:\d{1,5}(?![\w:])|(?![\w:]|\.\d))|"
+    r"(?:[0-9A-Fa-f]{0,4}:){2,7}(?:[0-9A-Fa-f]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?(?![\w:]|\.\d))",
     _ip,
 )
 URL_SECRET = _pattern(
@@ -324,7 +387,8 @@ API_KEY = _pattern(
 )
 PRIVATE_KEY = _pattern(
     "PRIVATE_KEY",
-    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[^-]|-(?!----)){0,8000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?",
+    r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){0,8000}"
+    r"(?:-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----)?",
 )
 ASSIGNED_SECRET = _pattern(
     "API_KEY",
@@ -335,8 +399,8 @@ ASSIGNED_SECRET = _pattern(
 )
 PASSWORD = _pattern(
     "PASSWORD",
-    r"(?:password|passwort|passphrase|mot de passe|contraseña|pin code)\s{0,3}(?:is|ist|est|es)?\s{0,3}[:=]\s{0,3}"
-    r"(?P<it>[^\s,;]{3,100})",
+    r"(?:password|passwd|passwort|kennwort|passphrase|mot de passe|contraseña|senha|pin code)[\"']?\s{0,3}"
+    r"(?:is|ist|est|es)?\s{0,3}[:=]\s{0,3}(?P<quote>[\"'])?(?P<it>(?(quote)[^\s\"']{3,100}|[^\s,;]{3,100}))",
     None,
     re.IGNORECASE,
 )

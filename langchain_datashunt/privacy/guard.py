@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field
 from typing_extensions import override
 
 from langchain_datashunt._utils.control_flow import raise_first_error
 from langchain_datashunt._utils.settings import Configured
 from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
-from langchain_datashunt.prediction import Prediction
+from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 from langchain_datashunt.privacy.budget import DisclosureBudget, LocalLedger
 from langchain_datashunt.privacy.detectors import DETECTORS, Detector
-from langchain_datashunt.privacy.redaction import Placeholders, StreamRestorer
+from langchain_datashunt.privacy.redaction import Placeholders, Settings, StreamRestorer, human_texts, texts_in
 
 SUBJECT_KEY = "shunt_subject"
 """Key in `config["configurable"]` for the id of the person whose data the input contains."""
@@ -68,7 +71,11 @@ class PrivacyGuard(Configured):
     """Kinds that must not leave this machine. An input that contains one is not sent."""
 
     local_labels: frozenset[str] = frozenset()
-    """Labels that must not leave this machine. An input predicted as one is not sent, at any confidence."""
+    """Labels that must not leave this machine. An input predicted as one is not sent, at any confidence. Neither is one
+    whose conversation has an earlier message predicted as one."""
+
+    local_probability: float = Field(default=0.4, gt=0.0, le=1.0)
+    """Probability of all local labels together from which an input is not sent, even if another label is likelier."""
 
     local_where: Callable[[str], bool] | None = Field(default=None, exclude=True, repr=False)
     """Rule that returns True for texts that must not leave this machine."""
@@ -120,8 +127,12 @@ class PrivacyGuard(Configured):
 
         If the guard has `local_labels` and the prediction is missing, the input stays local.
         """
-        if prediction is not None and prediction.answer is None and prediction.label in self.local_labels:
-            return LocalOnlyError(f"the small model predicts the local label {prediction.label!r}")
+        if prediction is not None and prediction.answer is None and self.local_labels:
+            if prediction.label in self.local_labels:
+                return LocalOnlyError(f"the small model predicts the local label {prediction.label!r}")
+            likely = sum(prediction.probability(label) for label in self.local_labels)
+            if likely >= self.local_probability:
+                return LocalOnlyError(f"the small model gives local labels a probability of {likely:.2f}")
         if self.local_labels and prediction is None:
             return LocalOnlyError("the small model failed, so its label may be a local one")
         return None
@@ -142,11 +153,7 @@ class PrivacyGuard(Configured):
         Raises:
             LocalOnlyError: The value must not leave this machine, or a detector or rule failed.
         """
-        kinds = frozenset[str]() if self.redact == "none" else None if self.redact == "all" else self.redact
-        found = Placeholders(
-            self.detectors, kinds=kinds, local=self.local_kinds, allow_binary=self.allow_binary,
-            local_where=self.local_where,
-        )  # fmt: skip
+        found = self.placeholders()
         try:
             found.reserve(value)
             out = found.redact(value)
@@ -158,6 +165,14 @@ class PrivacyGuard(Configured):
         except Exception as error:  # fail closed: nothing unchecked is sent
             raise LocalOnlyError(f"a detector or rule failed ({type(error).__name__})") from error
 
+    def placeholders(self) -> Placeholders:
+        """Return new placeholders with this guard's rules, for one call."""
+        kinds = frozenset[str]() if self.redact == "none" else None if self.redact == "all" else self.redact
+        return Placeholders(
+            self.detectors, kinds=kinds, local=self.local_kinds, allow_binary=self.allow_binary,
+            local_where=self.local_where,
+        )  # fmt: skip
+
     @override
     def to_json(self) -> Any:
         """Serialise the guard, if it has neither custom detectors nor a rule nor a shared ledger."""
@@ -168,37 +183,87 @@ class PrivacyGuard(Configured):
         plain["kwargs"] = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in plain["kwargs"].items()}
         return plain
 
-    def around(self, large: Runnable[Any, Any]) -> GuardedModel:
-        """Return a large model behind this guard."""
-        return GuardedModel(large, self)
+    def around(self, large: Runnable[Any, Any], small: Runnable[Any, Any] | None = None) -> GuardedModel:
+        """Return a large model behind this guard.
+
+        Args:
+            large: The large model.
+            small: Small model that predicts the labels of all messages that would leave. None skips this check.
+        """
+        writes = tuple(getattr(small, "labels", None) or ()) == ANSWER_LABELS
+        return GuardedModel(large, self, small if self.local_labels and not writes else None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the guard needs no other machine or process, such as a shared ledger."""
+        return self.budget is None or isinstance(self.budget.ledger, LocalLedger)
 
     def abstained(self, error: LocalOnlyError, prediction: Prediction | None) -> AbstainedLocally:
         """Return the answer for an input that no model may answer."""
         return AbstainedLocally(error.reason, error.kinds, prediction)
 
 
+_LONG = 8_192
+"""Characters from which a payload is checked in a thread if async, so that the event loop is not held."""
+
+
 class GuardedModel(Runnable[Any, Any]):
-    """Large model behind a guard.
+    """Large model behind a guard. All that leaves passes this door: inputs, history, and keyword arguments.
 
     It creates no runs of its own, so that traces of the model contain the redacted inputs.
 
     Args:
         large: Large model.
         guard: Guard that processes its inputs and answers.
+        small: Small model that predicts the labels of human messages. None checks no labels.
     """
 
-    def __init__(self, large: Runnable[Any, Any], guard: PrivacyGuard) -> None:
-        self.large, self.guard = large, guard
+    def __init__(self, large: Runnable[Any, Any], guard: PrivacyGuard, small: Runnable[Any, Any] | None = None) -> None:
+        self.large, self.guard, self.small = large, guard, small
 
     @override
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.guard.outbound(input, subject_of(config))
+        asked, placeholders, kwargs = self._outbound(input, config, kwargs)
         return placeholders.restore(self.large.invoke(asked, config, **kwargs))
 
     @override
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        asked, placeholders = self.guard.outbound(input, subject_of(config))
+        asked, placeholders, kwargs = await self._aoutbound(input, config, kwargs)
         return placeholders.restore(await self.large.ainvoke(asked, config, **kwargs))
+
+    def _outbound(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, Placeholders, dict[str, Any]]:
+        """Return the redacted input, its placeholders and the redacted keyword arguments.
+
+        Raises:
+            LocalOnlyError: Some of it must not leave this machine.
+        """
+        if self.small is not None:
+            self._check_labels(value, self.small)
+        payload, placeholders = self.guard.outbound((value, Settings(kwargs)), subject_of(config))
+        return payload[0], placeholders, payload[1]
+
+    async def _aoutbound(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, Placeholders, dict[str, Any]]:
+        work = partial(self._outbound, value, config, kwargs)
+        long = sum(islice(map(len, texts_in(value)), 1000)) > _LONG
+        if long or self.small is not None or not self.guard.is_local:
+            return await run_in_executor(config, work)
+        return work()
+
+    def _check_labels(self, value: Any, small: Runnable[Any, Any]) -> None:
+        """Check the predicted labels of all human messages that would leave.
+
+        Raises:
+            LocalOnlyError: One of them has a local label, or cannot be predicted.
+        """
+        texts = list(dict.fromkeys(text for text in human_texts(value) if text.strip()))
+        for answer in small.batch(texts, return_exceptions=True) if texts else ():
+            prediction = answer if isinstance(answer, Prediction) else None
+            if (error := self.guard.check_prediction(prediction)) is not None:
+                raise error
 
     @override
     def batch(
@@ -209,9 +274,9 @@ class GuardedModel(Runnable[Any, Any]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        results, rows, asked, each, found = self._sorted(inputs, config)
+        results, rows, asked, each, found = self._sorted(inputs, config, kwargs)
         if rows:
-            answers = self.large.batch(asked, each, return_exceptions=return_exceptions, **kwargs)
+            answers = self.large.batch(asked, each, return_exceptions=return_exceptions, **self._settings(kwargs))
             self._take(results, rows, answers, found)
         return raise_first_error(results, return_exceptions)
 
@@ -224,14 +289,21 @@ class GuardedModel(Runnable[Any, Any]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        results, rows, asked, each, found = self._sorted(inputs, config)
+        work = partial(self._sorted, inputs, config, kwargs)
+        results, rows, asked, each, found = await run_in_executor(None, work)
         if rows:
-            answers = await self.large.abatch(asked, each, return_exceptions=return_exceptions, **kwargs)
+            answers = await self.large.abatch(
+                asked, each, return_exceptions=return_exceptions, **self._settings(kwargs)
+            )
             self._take(results, rows, answers, found)
         return raise_first_error(results, return_exceptions)
 
+    def _settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the redacted keyword arguments of a batch, without counting them a second time."""
+        return dict(self.guard.placeholders().redact(Settings(kwargs))) if kwargs else kwargs
+
     def _sorted(
-        self, inputs: list[Any], config: RunnableConfig | list[RunnableConfig] | None
+        self, inputs: list[Any], config: RunnableConfig | list[RunnableConfig] | None, kwargs: dict[str, Any]
     ) -> tuple[list[Any], list[int], list[Any], Any, list[Placeholders]]:
         """Redact the inputs, and return the rows to send with their values, configs and placeholders.
 
@@ -244,7 +316,7 @@ class GuardedModel(Runnable[Any, Any]):
         for i, value in enumerate(inputs):
             try:
                 own = config[i] if isinstance(config, list) else config
-                out, placeholders = self.guard.outbound(value, subject_of(own))
+                out, placeholders, _ = self._outbound(value, own, kwargs)
             except LocalOnlyError as error:
                 results[i] = error
                 continue
@@ -261,7 +333,7 @@ class GuardedModel(Runnable[Any, Any]):
 
     @override
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        asked, placeholders = self.guard.outbound(input, subject_of(config))
+        asked, placeholders, kwargs = self._outbound(input, config, kwargs)
         restorer = StreamRestorer(placeholders)
         with closing(self.large.stream(asked, config, **kwargs)) as chunks:  # type: ignore[type-var]
             for chunk in chunks:
@@ -270,7 +342,7 @@ class GuardedModel(Runnable[Any, Any]):
 
     @override
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
-        asked, placeholders = self.guard.outbound(input, subject_of(config))
+        asked, placeholders, kwargs = await self._aoutbound(input, config, kwargs)
         restorer = StreamRestorer(placeholders)
         async with aclosing(self.large.astream(asked, config, **kwargs)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
 from pydantic import BaseModel
 
@@ -27,10 +27,27 @@ _UNFINISHED_IN_JSON = re.compile(r"(?:(?:<|\\u003c)\w{0,48})?(?:\\(?:u(?:0(?:0(?
 _LONGEST = 50
 _LONGEST_KIND = 40
 _BINARY = ("image", "image_url", "audio", "input_audio", "video", "file", "media", "document")
-"""Types of content blocks that detectors cannot check."""
+"""Types of parts that detectors cannot check, wherever they are."""
+
+_READABLE = frozenset(
+    {
+        "text", "input_text", "output_text", "refusal", "citation", "reasoning", "reasoning_content", "thinking",
+        "redacted_thinking", "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "tool_result",
+        "function_call", "function_call_output", "server_tool_call", "server_tool_call_chunk", "server_tool_result",
+        "cachePoint",
+    }
+)  # fmt: skip
+"""Types of content blocks whose texts detectors can check. Blocks of other types are not sent."""
+
+_EMBEDDED = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]*)*;base64,|[A-Za-z0-9+/]{256}", re.IGNORECASE)
+"""Data URLs and long base64, which detectors cannot check."""
 
 _JSON_FIELDS = ("args", "arguments", "partial_json")
 """Fields of message parts that contain JSON as text."""
+
+
+class Settings(dict[str, Any]):
+    """Keyword arguments of a call. Texts in them are redacted, and objects such as functions and classes are kept."""
 
 
 class Placeholders:
@@ -97,6 +114,8 @@ class Placeholders:
             return value
         if isinstance(value, str):
             return self._redact_text(value)
+        if isinstance(value, Settings):
+            return {self._redact_text(name): self._redact_setting(one) for name, one in value.items()}
         if (own := getattr(value, "redacted_with", None)) is not None:
             return own(self.redact)
         if isinstance(value, Candidates):
@@ -119,7 +138,8 @@ class Placeholders:
             inner = [self.redact(one) for one in value]
             return inner if type(value) is list else self._same_kind(value, inner)
         if isinstance(value, BaseModel):
-            if not self.allow_binary and getattr(value, "block_type", None) in _BINARY:
+            kind = getattr(value, "block_type", None)
+            if not self.allow_binary and kind is not None and kind not in _READABLE:
                 raise LocalOnlyError(f"it contains a block of type {value.block_type!r}, which detectors cannot check")  # type: ignore[attr-defined]
             return value.model_copy(update={name: self.redact(one) for name, one in fields_of(value).items()})
         if is_dataclass(value) and not isinstance(value, type):
@@ -150,8 +170,30 @@ class Placeholders:
         found = self._redact_text(text)
         return value if found == text else found
 
+    def _redact_setting(self, value: Any) -> Any:
+        if isinstance(value, str | int | float | list | tuple | dict | BaseMessage) and not isinstance(value, bool):
+            if isinstance(value, dict):
+                return {self._redact_setting(key): self._redact_setting(one) for key, one in value.items()}
+            if isinstance(value, list | tuple):
+                inner = [self._redact_setting(one) for one in value]
+                return inner if isinstance(value, list) else tuple(inner)
+            return self.redact(value)
+        return value
+
+    def _redact_block(self, block: Any) -> Any:
+        """Return a content block of a message with its texts redacted.
+
+        Raises:
+            LocalOnlyError: The block is of a type that detectors cannot check.
+        """
+        if isinstance(block, Mapping) and not self.allow_binary and block.get("type") not in _READABLE:
+            raise LocalOnlyError(f"it contains a part of type {block.get('type')!r}, which detectors cannot check")
+        return self.redact(block)
+
     def _redact_message(self, message: BaseMessage) -> BaseMessage:
-        changed: dict[str, Any] = {"content": self.redact(message.content)}
+        content: Any = message.content
+        blocks = isinstance(content, list)
+        changed: dict[str, Any] = {"content": [*map(self._redact_block, content)] if blocks else self.redact(content)}
         if message.name:
             changed["name"] = self._redact_text(message.name)
         if isinstance(message, AIMessage):
@@ -168,6 +210,8 @@ class Placeholders:
     def _redact_text(self, text: str) -> str:
         if self.local_where is not None and self.local_where(text):
             raise LocalOnlyError("the rule `local_where` matches it")
+        if not self.allow_binary and _EMBEDDED.search(text) is not None:
+            raise LocalOnlyError("it contains encoded data, which detectors cannot check")
         return self._replaced(text)
 
     def _replaced(self, text: str) -> str:
@@ -398,3 +442,21 @@ def texts_in(value: Any) -> Iterator[str]:
         yield from texts_in(fields_of(value))
     elif is_dataclass(value) and not isinstance(value, type):
         yield from texts_in({name: getattr(value, name) for name in value.__dataclass_fields__})
+
+
+def human_texts(value: Any) -> Iterator[str]:
+    """Yield the text of every human message in a payload, and the payload itself or its `input` if that is a text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, HumanMessage):
+        yield str(value.text)
+    elif isinstance(value, PromptValue):
+        yield from human_texts(value.to_messages())
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if not isinstance(one, str) or key == "input":
+                yield from human_texts(one)
+    elif isinstance(value, (list, tuple)) and not isinstance(value, Candidates):
+        for one in value:
+            if not isinstance(one, str):
+                yield from human_texts(one)

@@ -175,7 +175,7 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
         if self.return_decision and isinstance(large, ShuntSettings):
             large = large.model_copy(update={"return_decision": True})
         if self.guard is not None:
-            large = self.guard.around(large)
+            large = self.guard.around(large, self.small)
         limiter = self.limiter or CallLimiter(self.max_concurrency)
         self._caller = LargeCaller(large, self.retry, limiter, self.breaker, self.max_pending)
         if self.audit_rate > 0:

@@ -385,7 +385,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             work = routed.works[i]
             if self.return_decision or self.recorder is not None:
                 work.watcher = LargeCallWatcher()
-            labelled = [plan.prediction(i) for name, plan in routed.plans.items() if name not in work.known]
+            labelled = [plan.prediction(i) for plan in routed.plans.values()]  # the whole input leaves, also for one
             local_only = None if self.guard is None else self.guard.check_predictions(labelled)
             configs.append(runs.child(i, "shunt:large", handler=work.watcher, max_concurrency=limit))
             try:

@@ -198,13 +198,21 @@ class SmallModel(Saved, RunnableSerializable[ShuntInput, Prediction]):
         """Return how many batches to compute concurrently, by default 1."""
         return 1
 
+    def _safe_scores(self, texts: list[Any]) -> Scores:
+        try:
+            return self.predict_scores(texts)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of a Rust tokenizer, which must not end the process
+                raise
+            raise PredictionError(f"The small model {self.model_id!r} failed in native code: {error}.") from error
+
     def _remembered_scores(self, texts: list[Any]) -> Scores:
         cache = self.cache if self.cache_size else None
         if cache is None or not texts:
-            return self.predict_scores(texts)
+            return self._safe_scores(texts)
 
         def compute(new: list[Any]) -> list[Remembered]:
-            scores = self.predict_scores(new)
+            scores = self._safe_scores(new)
             logits = np.asarray(scores.logits)
             if logits.ndim != 2 or len(logits) != len(new):
                 raise NotAPredictionError(self._misshapen(logits, len(new)))

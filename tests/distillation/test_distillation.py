@@ -755,3 +755,11 @@ def test_cold_start_defers_all_and_distils_first_model(tmp_path: Path) -> None:
     assert not BundledSmallModel.from_folder(distilled.model.save(tmp_path / "trained")).is_placeholder
     with pytest.raises(ConfigurationError, match="two labels or more"):
         ColdStartModel(labels=("one",))
+
+
+def test_registry_lock_of_stopped_process_raises_with_its_folder(registry: ModelRegistry, monkeypatch: Any) -> None:
+    filelock = pytest.importorskip("filelock")
+    monkeypatch.setattr("langchain_datashunt.distillation.registry._LOCK_SECONDS", 0.1)
+    with filelock.FileLock(registry.folder / ".lock"), pytest.raises(RegistryError, match="has held the lock of"):
+        registry.add(head(50.0))
+    registry.add(head(50.0))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -20,6 +22,7 @@ from langchain_datashunt import (
     AlwaysLarge,
     NoPruning,
     Prediction,
+    ShuntChatModel,
     ShuntRunnable,
     SoftPruning,
     SubtaskShunt,
@@ -31,6 +34,7 @@ from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError, S
 from langchain_datashunt.privacy import (
     DETECTORS,
     AbstainedLocally,
+    DisclosureBudget,
     Entity,
     PatternDetector,
     Placeholders,
@@ -85,6 +89,50 @@ FOUND = [
     ("cf RSSMRA85T10A562S", "RSSMRA85T10A562S", "NATIONAL_ID"),
     ("aadhaar 2341 2341 2346", "2341 2341 2346", "NATIONAL_ID"),
 ]  # fmt: skip
+
+
+SPELLINGS = [
+    ("mail jane\u200b@example.com", "EMAIL"),
+    ("mail jane\u2060@exam\u00adple.com", "EMAIL"),
+    ("mail jane%40example.com", "EMAIL"),
+    ("mailto:jane%2Edoe%40example%2Ecom", "EMAIL"),
+    ("mail jane&#64;example.com", "EMAIL"),
+    ("mail jane&commat;example.com", "EMAIL"),
+    ('{"mail": "jane\\u0040example.com"}', "EMAIL"),
+    ("mail jane (at) example [dot] com", "EMAIL"),
+    ("mail jane[at]example.com", "EMAIL"),
+    ("mail ｊａｎｅ＠ｅｘａｍｐｌｅ．ｃｏｍ", "EMAIL"),
+    ("iban DE89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000", "IBAN"),
+    ("iban DE89\u202f3704\u202f0044\u202f0532\u202f0130\u202f00", "IBAN"),
+    ("iban DE89‑3704‑0044‑0532‑0130‑00", "IBAN"),
+    ("card 4111\u00a01111\u00a01111\u00a01111", "CARD"),
+    ("card 4111–1111–1111–1111", "CARD"),
+    ("card ４１１１１１１１１１１１１１１１", "CARD"),
+    ("card 4111\u200b1111\u200b1111\u200b1111", "CARD"),
+    ("card ٤١١١١١١١١١١١١١١١", "CARD"),
+    ("call +49\u00a089\u00a012345678", "PHONE"),
+    ("call 415‑555‑2671", "PHONE"),
+    ("ssn 123‑45‑6789", "NATIONAL_ID"),
+    ("ssn 123\u201145\u20116789", "NATIONAL_ID"),
+    ("from 192.168.0.17:8080 today", "IP"),
+    ("from 192.168.0.17:8080/path", "IP"),
+    ('{"password": "hunter2!"}', "PASSWORD"),
+    ("'password' = 'hunter2!'", "PASSWORD"),
+    ("passwd: hunter2!", "PASSWORD"),
+    ("Kennwort: hunter2!", "PASSWORD"),
+    ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nabc\n-----END PGP PRIVATE KEY BLOCK-----", "PRIVATE_KEY"),
+    ("-----BEGIN OPENSSH PRIVATE KEY-----\nabc", "PRIVATE_KEY"),
+]
+
+
+@pytest.mark.parametrize(("text", "kind"), SPELLINGS)
+def test_detectors_everyday_spelling_is_found_and_replaced(text: str, kind: str) -> None:
+    assert kind in {entity.kind for entity in find_entities(text, DETECTORS)}
+    out, placeholders = PrivacyGuard().outbound(f"before {text} after")
+    assert f"<{kind}_1>" in out
+    assert out.startswith("before ")
+    assert out.endswith(" after") or kind in ("PRIVATE_KEY",)
+    assert placeholders.restore(out) == f"before {text} after"
 
 
 @pytest.mark.parametrize(("text", "entity", "kind"), [one for one in FOUND if one[2] is not None])
@@ -604,3 +652,169 @@ async def test_guarded_model_closed_stream_closes_inner_stream() -> None:
     assert await anext(achunks) == "a"
     await achunks.aclose()  # type: ignore[attr-defined]
     assert closed == ["sync", "async"]
+
+
+# One door for everything that leaves
+
+UNREADABLE = [
+    {"type": "input_file", "file_data": "x"}, {"type": "video_url", "video_url": {"url": "http://127.0.0.1/x"}},
+    {"type": "image", "base64": "AAAA", "mime_type": "image/png"}, {"type": "document", "source": {}},
+    {"type": "text-plain", "base64": "AAAA"}, {"type": "input_image", "image_url": "x"}, {"type": "brand_new_block"},
+    {"no": "type"}, {"type": "non_standard", "value": {"type": "file"}},
+    {"type": "text", "text": "see data:application/pdf;base64,JVBERi0xLjQK"}, {"type": "text", "text": "A" * 300},
+    {"type": "text", "text": "x", "extra": {"data": "data:;base64,AAAA"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", UNREADABLE)
+@pytest.mark.parametrize("place", ["message", "history", "tool result", "list"])
+def test_guard_content_that_detectors_cannot_read_stays(block: dict[str, Any], place: str) -> None:
+    message: Any = HumanMessage([block])
+    value = {
+        "message": message, "history": {"input": "x", "history": [message]}, "list": [AIMessage([block])],
+        "tool result": [ToolMessage([block], tool_call_id="1")],
+    }[place]  # fmt: skip
+    with pytest.raises(LocalOnlyError, match="detectors cannot check"):
+        PrivacyGuard().outbound(value)
+    assert PrivacyGuard(allow_binary=True).outbound(value)
+
+
+class Told:
+    """Large model that keeps what it got."""
+
+    def __init__(self) -> None:
+        self.got: list[Any] = []
+
+    def __call__(self, asked: Any, **kwargs: Any) -> str:
+        self.got.append((asked, kwargs))
+        return "status"
+
+
+WAYS = ["invoke", "ainvoke", "batch", "abatch", "stream", "astream"]
+
+
+async def answer_by(model: Any, way: str, value: Any, **kwargs: Any) -> Any:
+    if way == "invoke":
+        return model.invoke(value, **kwargs)
+    if way == "ainvoke":
+        return await model.ainvoke(value, **kwargs)
+    if way == "batch":
+        return model.batch([value], **kwargs)[0]
+    if way == "abatch":
+        return (await model.abatch([value], **kwargs))[0]
+    if way == "stream":
+        return list(model.stream(value, **kwargs))[-1]
+    return [chunk async for chunk in model.astream(value, **kwargs)][-1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_guard_keyword_arguments_are_redacted(way: str) -> None:
+    large = Told()
+    shunt = ShuntRunnable(
+        small=WordModel(), large=RunnableLambda(large), pruning=NoPruning(), policy=AlwaysLarge(), guard=PrivacyGuard()
+    )
+    await answer_by(shunt, way, "hello", stop=["jane@example.com"], user="jane@example.com", n=1)
+    assert "jane@" not in str(large.got)
+    assert large.got[0][1] == {"stop": ["<EMAIL_1>"], "user": "<EMAIL_1>", "n": 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "talk",
+    [
+        [HumanMessage("surely refund"), AIMessage("Done."), HumanMessage("surely status")],
+        [HumanMessage("surely status"), HumanMessage("maybe refund, refund"), AIMessage("?"), HumanMessage("cancel")],
+        {"input": "status", "history": [HumanMessage("surely refund")]},
+    ],
+)
+async def test_guard_local_label_of_earlier_turn_stays(way: str, talk: Any) -> None:
+    large = Told()
+    guard = PrivacyGuard(local_labels={"refund"}, on_local="raise")
+    shunt = ShuntRunnable(
+        small=WordModel(), large=RunnableLambda(large), pruning=NoPruning(), policy=AlwaysLarge(), guard=guard
+    )
+    with pytest.raises(LocalOnlyError):
+        await answer_by(shunt, way, talk)
+    assert large.got == []
+    assert await answer_by(shunt, way, [HumanMessage("surely cancel"), AIMessage("?"), HumanMessage("surely status")])
+
+
+def test_guard_probable_local_label_stays_though_another_is_likelier() -> None:
+    large = Told()
+    near = Prediction.from_probabilities({"refund": 0.49, "status": 0.51})
+    guard = PrivacyGuard(local_labels={"refund"}, on_local="raise")
+    shunt = ShuntRunnable(small=lambda _: near, large=large, pruning=NoPruning(), guard=guard)
+    with pytest.raises(LocalOnlyError, match="a probability of 0.49"):
+        shunt.invoke("x")
+    far = guard.model_copy(update={"local_probability": 0.6})
+    assert shunt.model_copy(update={"guard": far}).invoke("x") == "status"
+
+
+def test_guard_chat_turn_after_tool_result_stays_with_local_label() -> None:
+    talk = [
+        HumanMessage("surely refund"), AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]),
+        ToolMessage("done", tool_call_id="1"),
+    ]  # fmt: skip
+    chat = ShuntChatModel(
+        small=WordModel(), large=FakeListChatModel(responses=["x"]), guard=PrivacyGuard(local_labels={"refund"})
+    )
+    with pytest.raises(LocalOnlyError):
+        chat.invoke(talk)
+
+
+def test_guard_subtask_with_local_label_beside_open_one_stays() -> None:
+    large = Told()
+    other: Any = RunnableLambda(lambda text: Prediction.from_probabilities({"short": 0.5, "long": 0.5}))
+    shunt = SubtaskShunt(
+        subtasks=(Subtask(name="intent", small=WordModel()), Subtask(name="size", small=other)), large=large,
+        guard=PrivacyGuard(local_labels={"refund"}, on_local="raise"),
+    )  # fmt: skip
+    with pytest.raises(LocalOnlyError):
+        shunt.invoke("surely refund")
+    assert large.got == []
+
+
+async def test_guard_long_payload_does_not_hold_event_loop() -> None:
+    shunt = ShuntRunnable(
+        small=WordModel(), large=lambda asked: "status", pruning=NoPruning(), policy=AlwaysLarge(),
+        guard=PrivacyGuard(), max_input_characters=None,
+    )  # fmt: skip
+    text = "The order 12345 of jane@example.com came late. " * 20_000
+    longest, running = 0.0, True
+
+    async def tick() -> None:
+        nonlocal longest
+        while running:
+            started = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - started)
+
+    ticking = asyncio.create_task(tick())
+    await asyncio.sleep(0.01)
+    assert await shunt.ainvoke(text) == "status"
+    running = False
+    await ticking
+    assert longest < 0.5
+
+
+def test_disclosure_budget_clock_set_back_does_not_reopen_period() -> None:
+    now = [200_000.0]
+    budget = DisclosureBudget(calls=2, period_seconds=100.0, clock=lambda: now[0])
+    assert [budget.above({"calls": 1}, None) for _ in range(3)] == ["", "", "calls"]
+    now[0] = 100_000.0
+    assert budget.above({"calls": 1}, None) == "calls"
+    now[0] = 200_100.0
+    assert budget.above({"calls": 1}, None) == ""
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_shunt_panic_of_native_code_defers(way: str) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Panicking(WordModel):
+        def predict_scores(self, texts: Any) -> Any:
+            raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    shunt = ShuntRunnable(small=Panicking(), large=lambda asked: "status", pruning=NoPruning())
+    assert await answer_by(shunt, way, "surely refund") == "status"
