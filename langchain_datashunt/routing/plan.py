@@ -72,13 +72,16 @@ class Plan:
     @classmethod
     def undecided(cls, n: int, policy: Policy | str) -> Plan:
         """Return a plan without predictions, in which every input is deferred."""
+        batch_row, score = np.empty(n, dtype=np.intp), np.empty(n)
+        batch_row.fill(-1)
+        score.fill(np.nan)
         return cls(
             policy=str(policy),
             stage=np.zeros(n, dtype=np.intp),
-            batch_row=np.full(n, -1, dtype=np.intp),
+            batch_row=batch_row,
             local=np.zeros(n, dtype=np.bool_),
-            score=np.full(n, np.nan),
-            limit=np.full(n, np.nan),
+            score=score,
+            limit=score.copy(),
         )
 
     @property
@@ -89,12 +92,16 @@ class Plan:
     @property
     def deferred(self) -> list[int]:
         """Inputs that go to the large model."""
+        if self.n == 1:  # the usual case, without numpy's overhead
+            return [] if self.local[0] or self.refused else [0]
         rows: list[int] = np.flatnonzero(~self.local).tolist()
         return [i for i in rows if i not in self.refused] if self.refused else rows
 
     @property
     def answered_locally(self) -> list[int]:
         """Inputs that a small model answers."""
+        if self.n == 1:
+            return [0] if self.local[0] else []
         rows: list[int] = np.flatnonzero(self.local).tolist()
         return rows
 

@@ -146,6 +146,8 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
     """Shares one limit on concurrent large calls with other shunts. None makes a limiter from `max_concurrency`."""
 
     _stages: tuple[Runnable[Any, Any], ...] = PrivateAttr()
+    _unwrapped: tuple[bool, ...] = PrivateAttr()
+    _reads_anything: bool = PrivateAttr()
     _policy: Policy = PrivateAttr()
     _policy_name: str = PrivateAttr()
     _caller: LargeCaller = PrivateAttr()
@@ -170,6 +172,9 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
             self.__dict__["input_key"] = getattr(self.small, "input_key", DEFAULT_INPUT_KEY)
         self._small_errors = SmallErrors(self.on_small_error, self.max_small_errors)
         self._stages = (self.small,) if self.student is None else (self.small, self.student)
+        # without a reader of its own, the small model may take inputs of any form
+        self._reads_anything = getattr(type(self.small), "reader", None) is None and not hasattr(self.small, "reader")
+        self._unwrapped = tuple(getattr(one, "input_key", self.input_key) != self.input_key for one in self._stages)
         self._policy, self._policy_name = self._build_policy()
         large = self.large
         if self.return_decision and isinstance(large, ShuntSettings):
@@ -285,11 +290,6 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
         except Exception:  # an unreadable bundle: the call of the small model reports that error
             own = None
         return own.model_copy(update={"input_key": self.input_key}) if own else text_reader(self.input_key)
-
-    @cached_property
-    def _reads_anything(self) -> bool:
-        """Whether the small model has no reader of its own, so that it may take inputs of any form."""
-        return getattr(type(self.small), "reader", None) is None and not hasattr(self.small, "reader")
 
     @cached_property
     def _keeps_messages(self) -> bool:

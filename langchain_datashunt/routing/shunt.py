@@ -140,7 +140,8 @@ class ShuntRunnable(ShuntSettings):
     def _decide(self, values: Sequence[Any], runs: Runs, kwargs: dict[str, Any]) -> Steps[RoutedInputs]:
         """Call each small model about the inputs that are still deferred, and return the routed inputs."""
         started = time.perf_counter()
-        self.check_call(kwargs)
+        if kwargs:
+            self.check_call(kwargs)
         thresholds = self._thresholds_of_calls(runs)
         plan = Plan.undecided(len(values), self._policy_name)
         plan.refused.update(self._refusals(values))
@@ -148,7 +149,7 @@ class ShuntRunnable(ShuntSettings):
             if not (rows := plan.deferred):
                 break
             undecided = values if len(rows) == len(values) else [values[i] for i in rows]
-            if getattr(model, "input_key", self.input_key) != self.input_key:
+            if self._unwrapped[stage]:
                 undecided = [self._content(value) for value in undecided]
             outcome = yield from ask_small(
                 model, undecided, rows, f"shunt:{STAGES[stage]}", runs, self.task_labels, strict=self.labels is not None
@@ -156,7 +157,8 @@ class ShuntRunnable(ShuntSettings):
             plan.add_stage(outcome, self._policy, rows, thresholds)
             if stage == 0 and self.monitor is not None and (batch := plan.batches[0]) is not None:
                 self.monitor.saw(batch.confidence)
-        plan.refused.update(self._small_errors.note(plan.failures(), answered=plan.count_answered()))
+        if plan.errors or self._small_errors.in_a_row:
+            plan.refused.update(self._small_errors.note(plan.failures(), answered=plan.count_answered()))
         # A budget adjusts its threshold to the deferral rate. Shadow mode and an alarm defer everything, so count by
         # the scores then.
         held_back = self.shadow or self.fail_safe == "large"
@@ -170,12 +172,14 @@ class ShuntRunnable(ShuntSettings):
 
     def _refusals(self, values: Sequence[Any]) -> dict[int, InputError]:
         """Return the errors of values that no model is to answer: blank, missing, of the wrong form, or too long."""
-        reader, limit, found = self._reader, self.max_input_characters, {}
+        limit, found = self.max_input_characters, dict[int, InputError]()
         for i, value in enumerate(values):
+            if type(value) is str and value[:1].isalnum() and (limit is None or len(value) <= limit):
+                continue  # the usual case
             if self._reads_anything and type(value) is not str:  # the small model may read values of any form
                 refusal = refusal_of_missing(value, self.input_key)
             else:
-                refusal = reader.refusal(value, limit)
+                refusal = self._reader.refusal(value, limit)
             if refusal is not None:
                 found[i] = refusal
         return found

@@ -28,7 +28,8 @@ class SmallErrors:
         self.on_error, self.limit = on_error, limit
         self.count = 0
         """Inputs on which the small model failed, since the shunt was created."""
-        self._in_a_row = 0
+        self.in_a_row = 0
+        """Inputs in a row on which it failed, up to the last call."""
         self._warned = False
         self.after_fork()
         AFTER_FORK.add(self)
@@ -46,13 +47,13 @@ class SmallErrors:
         """
         if not errors:
             if answered:
-                self._in_a_row = 0
+                self.in_a_row = 0
             return {}
         first = next(iter(errors.values()))
         with self._lock:
             self.count += len(errors)
-            self._in_a_row = len(errors) if answered else self._in_a_row + len(errors)
-            in_a_row, warn, self._warned = self._in_a_row, not self._warned, True
+            self.in_a_row = len(errors) if answered else self.in_a_row + len(errors)
+            in_a_row, warn, self._warned = self.in_a_row, not self._warned, True
         if self.on_error == "raise":
             return dict(errors)
         if self.limit is not None and in_a_row > self.limit:
