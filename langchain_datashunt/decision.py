@@ -40,6 +40,24 @@ class ShuntDecision:
         prediction = None if self.prediction is None else self.prediction.to_dict()
         return {**{one.name: getattr(self, one.name) for one in fields(self)}, "prediction": prediction}
 
+    def explain(self) -> str:
+        """Return one line that says who answered and why, such as "deferred to large: refund, score 0.92 < 0.99"."""
+        lead = {
+            "confident": f"answered locally by {self.route}",
+            "deferred": "deferred to large",
+            "unreadable": "deferred to large, because the small model cannot read all of the input",
+            "small_error": "deferred to large, because the small model failed",
+            "large_error": "the large model failed" + ("" if self.route == "large" else f", so {self.route} answered"),
+            "local_only": "kept on this machine",
+        }[self.reason]
+        parts = [] if self.prediction is None else [self.prediction.label]
+        if self.score is not None and self.threshold is not None:
+            sign = ">=" if self.score >= self.threshold else "<"
+            parts.append(f"score {self.score:.4g} {sign} {self.threshold:.4g}")
+        if self.error is not None:
+            parts.append(self.error)
+        return f"{lead}: {', '.join(parts)}" if parts else lead
+
     def to_metadata(self) -> dict[str, Any]:
         """Return flat, JSON-ready trace metadata, without the input and without the full distribution."""
         return {

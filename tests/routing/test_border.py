@@ -393,3 +393,17 @@ def test_policy_learns_deferral_rate_of_answered_inputs_only() -> None:
     for settings in ({}, {"shadow": True}, {"fail_safe": "large", "monitor": alarmed}):
         make(policy=Told(0.9), **settings).batch(inputs, return_exceptions=True)
     assert told == [(1, 3)] * 3
+
+
+@pytest.mark.filterwarnings("ignore::langchain_datashunt.exceptions.ShuntWarning")
+def test_decision_explain_says_who_answered_and_why() -> None:
+    shunt = make(
+        return_decision=True, on_large_error="small", large=CountingLarge({"cancel": [ValueError("down")] * 3})
+    )
+    lines = [shunt.invoke(text).decision.explain() for text in ("surely refund", "refund", "nan", "cancel")]
+    assert lines[0].startswith("answered locally by small: refund, score 0.99")
+    assert lines[1].startswith("deferred to large: refund, score 0.")
+    assert lines[1].endswith(" < 0.9")
+    assert lines[2].startswith("deferred to large, because the small model failed: PredictionError: ")
+    assert lines[3].startswith("the large model failed, so small answered: cancel, score 0.")
+    assert lines[3].endswith("ValueError: down")
