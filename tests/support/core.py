@@ -6,6 +6,7 @@ message that it needs the mark `heavy`, which leaves it out.
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make torch unavailable, and watch for what core tests must not do."""
     for name in ("torch", "transformers"):
         sys.modules[name] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
+    platform.processor()  # runs `uname` once in a process, which a client of an LLM may otherwise do in any test
     sys.addaudithook(_note)
 
 
