@@ -145,13 +145,16 @@ class UnparsableAnswerError(ShuntError, OutputParserException):
         self.labels = tuple(labels)
         self.attempts = attempts
 
+    @property
+    def _times(self) -> str:
+        return "once" if self.attempts == 1 else f"{self.attempts} times"
+
     def __str__(self) -> str:
         shown = ", ".join(self.labels[:5]) + (", ..." if len(self.labels) > 5 else "")
         answer = self.raw if len(self.raw) <= 200 else self.raw[:200] + "..."
-        times = "once" if self.attempts == 1 else f"{self.attempts} times"
         return (
             f"The large model's answer {answer!r} is not one of the {len(self.labels)} labels ({shown}), "
-            f"tried {times}. Add an alias for this wording, increase `max_reasks`, or set "
+            f"tried {self._times}. Add an alias for this wording, increase `max_reasks`, or set "
             f"on_large_error='small' to use the small model's answer instead."
         )
 
@@ -169,11 +172,10 @@ class IncompleteAnswerError(UnparsableAnswerError):
         self.reason = reason
 
     def __str__(self) -> str:
-        times = "once" if self.attempts == 1 else f"{self.attempts} times"
         return (
             f"The large model's message is incomplete ({self.reason}), so its text {self.raw[:80]!r} cannot be used, "
-            f"tried {times}. Raise the limit on output tokens, or set on_large_error='small' to use the small model's "
-            f"answer."
+            f"tried {self._times}. Raise the limit on output tokens, or set on_large_error='small' to use the small "
+            f"model's answer."
         )
 
 

@@ -173,9 +173,7 @@ def refusal_of_missing(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> InputE
 
 def is_blank(text: str) -> bool:
     """Return whether a text has no visible character."""
-    if text.isspace() or not text:
-        return True
-    return not text[:64].isascii() and not any(_visible(character) for character in text)
+    return not any(map(_visible, text))
 
 
 def _visible(character: str) -> bool:
@@ -279,47 +277,45 @@ def _message_text(message: BaseMessage) -> str:
     text, others = _parts(message)
     if others:
         raise PartialInputError(
-            f"The message has parts that a text model cannot read: {', '.join(sorted(set(others)))}. It is left to the "
-            f"large model."
+            f"The message has parts that a text model cannot read: {', '.join(sorted(set(map(_kind, others))))}. It is "
+            f"left to the large model."
         )
     return text
 
 
-def _parts(message: BaseMessage) -> tuple[str, list[str]]:
-    """Return the text of a message, and the types of its other parts."""
+def _parts(message: BaseMessage) -> tuple[str, list[Any]]:
+    """Return the text of a message, and its content blocks that are not text."""
     if isinstance(message.content, str):
         return str(message.content), []
     texts: list[str] = []
-    others: list[str] = []
+    others: list[Any] = []
     for block in message.content:
         if isinstance(block, str):
             texts.append(block)
         elif block.get("type") in ("text", "input_text") and isinstance(block.get("text"), str):
             texts.append(block["text"])
         else:
-            others.append(str(block.get("type", "unknown")))
+            others.append(block)
     return "".join(texts), others
+
+
+def _kind(block: Any) -> str:
+    return str(block.get("type", "unknown"))
+
+
+def _question_parts(value: Any, input_key: str) -> tuple[str, list[Any]]:
+    """Return the parts of the last human message of a conversation, which may be under the input key of a mapping."""
+    if isinstance(value, Mapping) and input_key in value:
+        return _question_parts(value[input_key], input_key)
+    messages = None if isinstance(value, (str, Document)) else messages_of(value)
+    return ("", []) if messages is None else _parts(messages[_last_human(messages)])
 
 
 def other_parts(value: Any, input_key: str = DEFAULT_INPUT_KEY) -> list[Any]:
     """Return the content blocks of the last human message that are not text, or an empty list."""
-    if isinstance(value, Mapping) and input_key in value:
-        value = value[input_key]
-    if isinstance(value, (str, Document)) or (messages := messages_of(value)) is None:
-        return []
-    content = messages[_last_human(messages)].content
-    return [] if isinstance(content, str) else [block for block in content if not _is_text(block)]
-
-
-def _is_text(block: Any) -> bool:
-    return isinstance(block, str) or (
-        block.get("type") in ("text", "input_text") and isinstance(block.get("text"), str)
-    )
+    return _question_parts(value, input_key)[1]
 
 
 def _written(value: Any, input_key: str) -> str:
-    if isinstance(value, Mapping) and input_key in value:
-        return _written(value[input_key], input_key)
-    messages = messages_of(value) or []
-    text, others = _parts(messages[_last_human(messages)])
-    return " ".join([text, *(f"[{kind}]" for kind in others)]).strip()
+    text, others = _question_parts(value, input_key)
+    return " ".join([text, *(f"[{_kind(block)}]" for block in others)]).strip()

@@ -141,10 +141,10 @@ class CallLog:
         if self._on_sqlite:
             return self._open_sqlite()
         seconds = max(1, round(self.timeout_seconds))
-        silent: dict[str, Any] = {"connect_timeout": seconds}
-        if self.url.get_backend_name() == "postgresql" and "psycopg" in self.url.get_driver_name():
-            silent |= {"keepalives_idle": seconds, "keepalives_interval": 2, "keepalives_count": 3}
-            silent |= {"tcp_user_timeout": 1000 * seconds}
+        silent: dict[str, Any] = {}
+        if self.url.drivername.partition("+")[2].startswith("psycopg"):
+            silent = {"connect_timeout": seconds, "keepalives_idle": seconds, "keepalives_interval": 2}
+            silent |= {"keepalives_count": 3, "tcp_user_timeout": 1000 * seconds}
         try:
             engine = create_engine(
                 self.url, pool_timeout=self.timeout_seconds, hide_parameters=True,
@@ -186,10 +186,7 @@ class CallLog:
                 raise StoreError(
                     f"The call log {path} cannot be opened: {error.strerror}. Check its path and permissions."
                 ) from error
-        engine = create_engine(
-            self.url, pool_timeout=self.timeout_seconds, connect_args={"timeout": self.timeout_seconds},
-            hide_parameters=True,
-        )  # fmt: skip
+        engine = create_engine(self.url, connect_args={"timeout": self.timeout_seconds}, hide_parameters=True)
         synchronous = "FULL" if self.durability == "record" else "NORMAL"
         busy = int(1000 * self.timeout_seconds)
 

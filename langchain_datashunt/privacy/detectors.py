@@ -363,7 +363,7 @@ _IBAN_FORMS = "|".join(
     rf"(?:{'|'.join(code for code, its in _IBAN_LENGTHS.items() if its == n)})\d\d(?:[ -]?[A-Z0-9]){{{n - 4}}}"
     for n in sorted(set(_IBAN_LENGTHS.values()))
 )
-IBAN = _pattern("IBAN", rf"(?<!\w)(?:{_IBAN_FORMS})(?![A-Z0-9])", iban, re.IGNORECASE)
+IBAN = _pattern("IBAN", rf"(?<!\w)(?=[A-Z]{{2}}\d)(?:{_IBAN_FORMS})(?![A-Z0-9])", iban, re.IGNORECASE)
 IP = _pattern(
     "IP",
     r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?=:\d{1,5}(?![\w:])|(?![\w:]|\.\d))|"

@@ -20,7 +20,7 @@ from langchain_datashunt.exceptions import ConfigurationError, LocalOnlyError
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
 from langchain_datashunt.privacy.budget import DisclosureBudget, LocalLedger
 from langchain_datashunt.privacy.detectors import DETECTORS, Detector
-from langchain_datashunt.privacy.redaction import Placeholders, Settings, StreamRestorer, human_texts, texts_in
+from langchain_datashunt.privacy.redaction import CallKeywords, Placeholders, StreamRestorer, human_texts, texts_in
 
 SUBJECT_KEY = "shunt_subject"
 """Key in `config["configurable"]` for the id of the person whose data the input contains."""
@@ -241,7 +241,7 @@ class GuardedModel(Runnable[Any, Any]):
         """
         if self.small is not None:
             self._check_labels(value, self.small)
-        payload, placeholders = self.guard.outbound((value, Settings(kwargs)), subject_of(config))
+        payload, placeholders = self.guard.outbound((value, CallKeywords(kwargs)), subject_of(config))
         return payload[0], placeholders, payload[1]
 
     async def _aoutbound(
@@ -300,7 +300,7 @@ class GuardedModel(Runnable[Any, Any]):
 
     def _settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the redacted keyword arguments of a batch, without counting them a second time."""
-        return dict(self.guard.placeholders().redact(Settings(kwargs))) if kwargs else kwargs
+        return dict(self.guard.placeholders().redact(CallKeywords(kwargs))) if kwargs else kwargs
 
     def _sorted(
         self, inputs: list[Any], config: RunnableConfig | list[RunnableConfig] | None, kwargs: dict[str, Any]

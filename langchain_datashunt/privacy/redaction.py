@@ -46,7 +46,7 @@ _JSON_FIELDS = ("args", "arguments", "partial_json")
 """Fields of message parts that contain JSON as text."""
 
 
-class Settings(dict[str, Any]):
+class CallKeywords(dict[str, Any]):
     """Keyword arguments of a call. Texts in them are redacted, and objects such as functions and classes are kept."""
 
 
@@ -114,7 +114,7 @@ class Placeholders:
             return value
         if isinstance(value, str):
             return self._redact_text(value)
-        if isinstance(value, Settings):
+        if isinstance(value, CallKeywords):
             return {self._redact_text(name): self._redact_setting(one) for name, one in value.items()}
         if (own := getattr(value, "redacted_with", None)) is not None:
             return own(self.redact)

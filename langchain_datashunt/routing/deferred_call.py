@@ -1,4 +1,4 @@
-"""RoutedInputs and DeferredCall: the state of one call of a shunt while it is routed."""
+"""Routed, RoutedInputs and DeferredCall: the state of one call of a shunt while it is routed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from langchain_datashunt.routing.runs import Runs
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedInputs:
-    """The `n` inputs of one call of a shunt, with the plan that routes them.
+class Routed:
+    """The `n` inputs of one call, about which the small models were asked.
 
     Attributes:
         values: The inputs as the caller passed them.
         runs: Their callback runs and configs.
         kwargs: Keyword arguments for the large model.
-        plan: Route of each input.
         small_seconds: Wall time of the small models, in seconds.
     """
 
     values: Sequence[Any]
     runs: Runs
     kwargs: dict[str, Any]
-    plan: Plan
     small_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedInputs(Routed):
+    """The inputs of one call of a shunt, with the plan that routes them.
+
+    Attributes:
+        plan: Route of each input.
+    """
+
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)

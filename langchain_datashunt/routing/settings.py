@@ -198,7 +198,7 @@ class ShuntSettings(Frozen, RunnableSerializable[Any, Any]):
             policy, name = ShadowOf(policy=policy), f"shadow of {name}"
         return policy, name
 
-    def check_call(self, kwargs: Mapping[str, Any]) -> None:
+    def _check_call(self, kwargs: Mapping[str, Any]) -> None:
         """Check the keyword arguments of a call, which go to the large model.
 
         Raises:

@@ -35,7 +35,7 @@ from langchain_datashunt.inputs import TextReader, other_parts, refusal_of_missi
 from langchain_datashunt.large_models.caller import END
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.prediction import ANSWER_LABELS, FloatArray, Prediction, answer_text
-from langchain_datashunt.privacy.guard import SUBJECT_KEY
+from langchain_datashunt.privacy.guard import subject_of
 from langchain_datashunt.routing.ask_small import ask_small
 from langchain_datashunt.routing.audit import Auditor
 from langchain_datashunt.routing.deferred_call import DeferredCall, RoutedInputs
@@ -141,7 +141,7 @@ class ShuntRunnable(ShuntSettings):
         """Call each small model about the inputs that are still deferred, and return the routed inputs."""
         started = time.perf_counter()
         if kwargs:
-            self.check_call(kwargs)
+            self._check_call(kwargs)
         thresholds = self._thresholds_of_calls(runs)
         plan = Plan.undecided(len(values), self._policy_name)
         plan.refused.update(self._refusals(values))
@@ -164,7 +164,7 @@ class ShuntRunnable(ShuntSettings):
         held_back = self.shadow or self.fail_safe == "large"
         deferred = plan.count_unconfident() if held_back else len(plan.deferred)
         self._policy.observe(deferred, plan.n - len(plan.refused))
-        return RoutedInputs(values, runs, kwargs, plan, time.perf_counter() - started)
+        return RoutedInputs(values, runs, kwargs, time.perf_counter() - started, plan)
 
     def _content(self, value: Any) -> Any:
         """Return the input without its mapping, for a small model that would look for it under another key."""
@@ -492,7 +492,7 @@ class ShuntRunnable(ShuntSettings):
             watcher=None,
             latency=latency,
             labels=self.task_labels,
-            subject=routed.runs.config(i).get("configurable", {}).get(SUBJECT_KEY),
+            subject=subject_of(routed.runs.config(i)),
             reader=self._reader,
             ended=now(),
         )

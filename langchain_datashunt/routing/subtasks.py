@@ -33,8 +33,9 @@ from langchain_datashunt.large_models.limits import CallLimiter
 from langchain_datashunt.large_models.retry import Retry
 from langchain_datashunt.large_models.watcher import LargeCallWatcher
 from langchain_datashunt.prediction import ANSWER_LABELS, Prediction
-from langchain_datashunt.privacy.guard import SUBJECT_KEY, PrivacyGuard
+from langchain_datashunt.privacy.guard import PrivacyGuard, subject_of
 from langchain_datashunt.routing.ask_small import ask_small
+from langchain_datashunt.routing.deferred_call import Routed
 from langchain_datashunt.routing.plan import Plan
 from langchain_datashunt.routing.runs import Runs, aperform_in_runs, perform_in_runs
 from langchain_datashunt.routing.settings import policy_for
@@ -331,7 +332,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
         works = [self._work(i, plans) for i in range(len(values))]
         for i, error in refused.items():
             works[i].refused = error
-        return RoutedSubtasks(values, runs, kwargs, plans, works, time.perf_counter() - started)
+        return RoutedSubtasks(values, runs, kwargs, time.perf_counter() - started, plans, works)
 
     def _work(self, i: int, plans: Mapping[str, Plan]) -> SubtaskWork:
         known: dict[str, Any] = {}
@@ -466,7 +467,7 @@ class SubtaskShunt(Frozen, RunnableSerializable[Any, Any]):
             watcher=None,
             latency=latency,
             labels=subtask.labels or ANSWER_LABELS,
-            subject=routed.runs.config(i).get("configurable", {}).get(SUBJECT_KEY),
+            subject=subject_of(routed.runs.config(i)),
             reader=reader_of([subtask]) or self.reader,
             ended=now(),
         )
@@ -532,24 +533,16 @@ class SubtaskWork:
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedSubtasks:
-    """The `n` inputs of one call, with the plans that route their sub-tasks.
+class RoutedSubtasks(Routed):
+    """The inputs of one call, with the plans that route their sub-tasks.
 
     Attributes:
-        values: The inputs as the caller passed them.
-        runs: Their callback runs and configs.
-        kwargs: Keyword arguments for the large model.
         plans: Plan of each sub-task that has a small model, by name.
         works: State of each input.
-        small_seconds: Wall time of the small models, in seconds.
     """
 
-    values: Sequence[Any]
-    runs: Runs
-    kwargs: dict[str, Any]
     plans: Mapping[str, Plan]
     works: list[SubtaskWork]
-    small_seconds: float
 
 
 def watcher_of(work: SubtaskWork, subtask: Subtask, raw_answer: Any) -> LargeCallWatcher | None:

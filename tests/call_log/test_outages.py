@@ -19,6 +19,7 @@ from sqlalchemy import create_engine, text
 from langchain_datashunt.call_log import CallLog, Recorder, SharedThreshold
 from langchain_datashunt.exceptions import ConfigurationError, StoreError
 from tests.call_log.test_store import POSTGRES, call, everything, postgres_url
+from tests.support.event_loop import longest_hold
 from tests.support.silent_proxy import SilentProxy
 
 
@@ -99,20 +100,9 @@ async def test_recorder_silent_database_does_not_hold_event_loop(silent_postgres
         CallLog(url, timeout_seconds=1.0), durability="record", record_seconds=0.5, spool=tmp_path / "spool.db"
     )  # fmt: skip
     proxy.silent = True
-    longest, running = 0.0, True
-
-    async def tick() -> None:
-        nonlocal longest
-        while running:
-            started = time.monotonic()
-            await asyncio.sleep(0.005)
-            longest = max(longest, time.monotonic() - started)
-
-    ticking = asyncio.create_task(tick())
-    await asyncio.gather(*(recorder.arecord([lambda i=i: call(i)]) for i in range(20)))  # type: ignore[misc]
-    running = False
-    await ticking
-    assert longest < 0.25
+    async with longest_hold() as hold:
+        await asyncio.gather(*(recorder.arecord([lambda i=i: call(i)]) for i in range(20)))  # type: ignore[misc]
+    assert hold.seconds < 0.25
     proxy.silent = False
     await asyncio.to_thread(recorder.close)
 
@@ -233,3 +223,10 @@ def test_recorder_idle_or_unclosed_keeps_no_thread(tmp_path: Path) -> None:
         time.sleep(0.25)
     again.close()
     assert again.counters.written == 3
+
+
+def test_call_log_in_memory_is_supported() -> None:
+    for memory in ("sqlite://", "sqlite:///:memory:"):
+        with CallLog(memory) as log:
+            log.append([call(1)])
+            assert log.count() == 1

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
@@ -44,6 +43,7 @@ from langchain_datashunt.privacy import (
     find_entities,
 )
 from langchain_datashunt.routing import Subtask
+from tests.support.event_loop import longest_hold
 from tests.support.handlers import RunBook
 from tests.support.modalities import ScriptedSmall
 from tests.support.models import WordModel, failing_word_model
@@ -780,21 +780,9 @@ async def test_guard_long_payload_does_not_hold_event_loop() -> None:
         guard=PrivacyGuard(), max_input_characters=None,
     )  # fmt: skip
     text = "The order 12345 of jane@example.com came late. " * 20_000
-    longest, running = 0.0, True
-
-    async def tick() -> None:
-        nonlocal longest
-        while running:
-            started = time.perf_counter()
-            await asyncio.sleep(0.001)
-            longest = max(longest, time.perf_counter() - started)
-
-    ticking = asyncio.create_task(tick())
-    await asyncio.sleep(0.01)
-    assert await shunt.ainvoke(text) == "status"
-    running = False
-    await ticking
-    assert longest < 0.5
+    async with longest_hold() as hold:
+        assert await shunt.ainvoke(text) == "status"
+    assert hold.seconds < 0.5
 
 
 def test_disclosure_budget_clock_set_back_does_not_reopen_period() -> None:
